@@ -1,0 +1,1 @@
+"""TokenSpeed: operators and a thin inference engine for the Qwen3.5 family."""

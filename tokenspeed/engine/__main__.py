@@ -1,0 +1,31 @@
+"""`python -m tokenspeed.engine`: the command line."""
+
+import argparse
+import sys
+
+from .commands import generate, info
+from .errors import TokenSpeedError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (generate, info):
+        command.add_parser(commands).set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except TokenSpeedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: `generate | head`
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

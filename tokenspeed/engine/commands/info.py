@@ -1,0 +1,90 @@
+"""`info`: what a model needs and what this machine has for it."""
+
+import argparse
+
+import torch
+
+from ... import ops
+from ..checkpoint import resolve
+from ..config import DenseConfig, ModelConfig
+from ..errors import ConfigError
+from ..llm import pick_dtype
+from ..memory import MemoryLayout, free_memory
+from ..model.qwen3_5 import Qwen3_5
+from ..sizes import PUBLISHED
+from .generate import add_model_options
+
+_CONTEXTS = (4096, 32_768, 131_072, 262_144)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "info",
+        help="what a model needs, and what fits here",
+        description="Weights, KV and state bytes of a model, how many sequences fit, and which kernels serve them.",
+    )
+    parser.add_argument("--size", help=f"a published size instead of a checkpoint: {', '.join(PUBLISHED)}")
+    parser.add_argument("--memory-gib", type=float, help="plan for a device with this much memory (default: this one)")
+    add_model_options(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    )
+    if options.size is None:
+        directory = resolve(options.model)
+        name, config = str(options.model or directory.name), ModelConfig.from_directory(directory)
+    elif options.size in PUBLISHED:
+        name, config = options.size, PUBLISHED[options.size]
+    else:
+        raise ConfigError(f"size {options.size!r} is not published; it must be one of {', '.join(PUBLISHED)}.")
+    dtype = pick_dtype(options.dtype, device)
+    for line in describe(name, config, dtype, device, options.memory_gib):
+        print(line)
+    return 0
+
+
+def describe(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, memory_gib: float | None):
+    """The lines of the report."""
+    model = Qwen3_5.empty(config, dtype, torch.device("meta"))
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    layout = MemoryLayout(config, dtype)
+    free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
+    ffn = config.ffn
+    width = (
+        f"dense, intermediate {ffn.intermediate}"
+        if isinstance(ffn, DenseConfig)
+        else f"{ffn.experts} experts, {ffn.top_k} a token, intermediate {ffn.intermediate}"
+    )
+    yield f"model              {name}: {config.linear_layers} Gated DeltaNet + {config.full_layers} attention layers"
+    yield f"                   hidden {config.hidden}, {width}, context {config.max_context} tokens"
+    yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weights)} in {str(dtype)[6:]}"
+    yield f"KV per token       {_bytes(layout.kv_token_bytes)}"
+    yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {_bytes(layout.recurrent_bytes)} fp32 recurrence"
+    yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
+    left = free - weights
+    if left <= 0:
+        yield f"sequences          none: the weights alone need {_bytes(weights)}"
+    else:
+        for context in (c for c in _CONTEXTS if c <= config.max_context):
+            each = context * layout.kv_token_bytes + layout.slot_bytes
+            yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
+    yield f"kernels            {_kernels(device)}"
+
+
+def _kernels(device: torch.device) -> str:
+    compiled = ops.compiled_operators() if device.type == "cuda" else []
+    if not compiled:
+        return f"torch implementations of all {len(ops.__all__)} operators (no compiled kernel for {device})"
+    rest = sorted(set(ops.__all__) - set(compiled))
+    return f"compiled: {', '.join(compiled)}; torch: {', '.join(rest) or 'none'}"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,246 @@
+"""The architecture of a checkpoint, read from its config.json: a value, checked once."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+LINEAR, FULL = "linear_attention", "full_attention"
+_MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
+PAGE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN context extension (Peng et al. 2023), static: the angles do not depend on a request's length."""
+
+    factor: float
+    original_max_position: int
+    attention_factor: float | None
+    beta_fast: float
+    beta_slow: float
+    mscale: float | None
+    mscale_all_dim: float | None
+    truncate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """theta: base of the angles; dims: rotated leading dimensions of each head; yarn: None for plain rope."""
+
+    theta: float
+    dims: int
+    yarn: YarnScaling | None
+
+
+@dataclass(frozen=True, slots=True)
+class DenseConfig:
+    """intermediate: width of the SwiGLU."""
+
+    intermediate: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """experts: how many; top_k: chosen per token; intermediate, shared_intermediate: width of one, of the shared."""
+
+    experts: int
+    top_k: int
+    intermediate: int
+    shared_intermediate: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One Qwen3.5 text model. Sizes are in elements, contexts in tokens."""
+
+    hidden: int
+    vocab: int
+    layer_types: tuple[str, ...]
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_taps: int
+    ffn: DenseConfig | MoeConfig
+    rope: RopeConfig
+    eps: float
+    tied: bool
+    max_context: int
+    eos_ids: tuple[int, ...]
+
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def full_layers(self) -> int:
+        return self.layer_types.count(FULL)
+
+    @property
+    def linear_layers(self) -> int:
+        return self.layer_types.count(LINEAR)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "ModelConfig":
+        """Read DIRECTORY/config.json. Raises ConfigError for a missing, malformed or unsupported one."""
+        if (directory / "adapter_config.json").exists():
+            raise ConfigError(f"{directory} holds a LoRA adapter; adapters are not supported: merge it into its base.")
+        return cls.from_dict(read_json(directory / "config.json"))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
+        """Raises ConfigError naming the key and its value where the model is not one this engine runs."""
+        model_type = raw.get("model_type")
+        if model_type not in _MODEL_TYPES:
+            raise ConfigError(f"model_type {model_type!r} is not supported; it must be one of {sorted(_MODEL_TYPES)}.")
+        kind = _MODEL_TYPES[model_type]
+        text = raw.get("text_config", raw)
+        fields = _Fields(text)
+        if fields.get("hidden_act", str, "silu") != "silu":
+            raise ConfigError(f"hidden_act {text['hidden_act']!r} is not supported; Qwen3.5 uses 'silu'.")
+        if fields.get("attention_bias", bool, False):
+            raise ConfigError("attention_bias true is not supported; Qwen3.5 has no biases.")
+        head_dim = fields.get("head_dim", int, 256)
+        rope = _rope(fields, head_dim)
+        longest = fields.get("max_position_embeddings", int, 32768)
+        if rope.yarn:
+            longest = max(longest, int(rope.yarn.factor * rope.yarn.original_max_position))
+        config = cls(
+            hidden=fields.get("hidden_size", int),
+            vocab=fields.get("vocab_size", int),
+            layer_types=_layer_types(fields),
+            q_heads=fields.get("num_attention_heads", int),
+            kv_heads=fields.get("num_key_value_heads", int),
+            head_dim=head_dim,
+            key_heads=fields.get("linear_num_key_heads", int, 16),
+            value_heads=fields.get("linear_num_value_heads", int, 32),
+            key_dim=fields.get("linear_key_head_dim", int, 128),
+            value_dim=fields.get("linear_value_head_dim", int, 128),
+            conv_taps=fields.get("linear_conv_kernel_dim", int, 4),
+            ffn=_ffn(fields, kind),
+            rope=rope,
+            eps=fields.get("rms_norm_eps", float, 1e-6),
+            tied=fields.get("tie_word_embeddings", bool, raw.get("tie_word_embeddings", False)),
+            max_context=longest,
+            eos_ids=_ids(text.get("eos_token_id", raw.get("eos_token_id"))),
+        )
+        if config.q_heads % config.kv_heads:
+            raise ConfigError(
+                f"num_attention_heads {config.q_heads} is not a multiple of num_key_value_heads {config.kv_heads}."
+            )
+        if config.value_heads % config.key_heads:
+            raise ConfigError(
+                f"linear_num_value_heads {config.value_heads} is not a multiple of "
+                f"linear_num_key_heads {config.key_heads}."
+            )
+        return config
+
+
+def read_json(path: Path) -> Any:
+    """Raises ConfigError where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint directory needs it.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+
+
+class _Fields:
+    """Typed access to a JSON object: a missing or mistyped key is a ConfigError that names it."""
+
+    def __init__(self, raw: Any):
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"the text configuration must be a JSON object, not {type(raw).__name__}.")
+        self.raw = raw
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            if default is None:
+                raise ConfigError(f"config.json has no {key!r}; a {kind.__name__} is needed.")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"config.json has {key!r}: {value!r}; a {kind.__name__} is needed.")
+        if kind in (int, float) and value <= 0:
+            raise ConfigError(f"config.json has {key!r}: {value!r}; it must be positive.")
+        return value
+
+    def optional(self, key: str) -> float | None:
+        return None if self.raw.get(key) is None else self.get(key, float)
+
+
+def _layer_types(fields: _Fields) -> tuple[str, ...]:
+    count = fields.get("num_hidden_layers", int)
+    named = fields.raw.get("layer_types")
+    if named is None:
+        interval = fields.get("full_attention_interval", int, 4)
+        return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(count))
+    unknown = [name for name in named if name not in (LINEAR, FULL)]
+    if unknown or len(named) != count:
+        raise ConfigError(
+            f"layer_types has {len(named)} entries{f' and unknown {unknown[0]!r}' if unknown else ''}; "
+            f"it needs {count}, each {LINEAR!r} or {FULL!r}."
+        )
+    return tuple(named)
+
+
+def _ffn(fields: _Fields, kind: str) -> DenseConfig | MoeConfig:
+    if kind == "dense":
+        return DenseConfig(fields.get("intermediate_size", int))
+    moe = MoeConfig(
+        experts=fields.get("num_experts", int, 256),
+        top_k=fields.get("num_experts_per_tok", int, 8),
+        intermediate=fields.get("moe_intermediate_size", int, 512),
+        shared_intermediate=fields.get("shared_expert_intermediate_size", int, 512),
+    )
+    if moe.top_k > moe.experts:
+        raise ConfigError(f"num_experts_per_tok {moe.top_k} is more than num_experts {moe.experts}.")
+    return moe
+
+
+def _rope(fields: _Fields, head_dim: int) -> RopeConfig:
+    raw = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
+    rope = _Fields({"rope_theta": fields.raw.get("rope_theta"), **raw})
+    # Partial rotation is a property of the family: a file that does not name it means a quarter of each head.
+    fraction = rope.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 0.25))
+    theta, dims = rope.get("rope_theta", float, 10_000_000.0), int(head_dim * fraction)
+    if dims % 2 or dims > head_dim:
+        raise ConfigError(
+            f"partial_rotary_factor {fraction} of head_dim {head_dim} rotates {dims} dimensions, not pairs."
+        )
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta, dims, None)
+    if kind != "yarn":
+        raise ConfigError(f"rope_type {kind!r} is not supported; it must be 'default' or 'yarn'.")
+    original = rope.get("original_max_position_embeddings", int)
+    yarn = YarnScaling(
+        factor=rope.optional("factor") or fields.get("max_position_embeddings", int) / original,
+        original_max_position=original,
+        attention_factor=rope.optional("attention_factor"),
+        beta_fast=rope.get("beta_fast", float, 32.0),
+        beta_slow=rope.get("beta_slow", float, 1.0),
+        mscale=rope.optional("mscale"),
+        mscale_all_dim=rope.optional("mscale_all_dim"),
+        truncate=rope.get("truncate", bool, True),
+    )
+    return RopeConfig(theta, dims, yarn)
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ConfigError(f"eos_token_id is {value!r}; it must be a token id or a list of them.")
+    return tuple(ids)

@@ -1,0 +1,17 @@
+"""The errors a caller may see. Each message names the offending value and what would be right."""
+
+
+class TokenSpeedError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(TokenSpeedError):
+    """A configuration or a checkpoint cannot be used."""
+
+
+class RequestError(TokenSpeedError):
+    """One request is invalid; others are unaffected."""
+
+
+class CapacityError(TokenSpeedError):
+    """More memory was asked for than there is."""

@@ -1,0 +1,124 @@
+"""The two arenas: KV pages and state slots, both addressed by plain integers, with one strided view per layer."""
+
+import os
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import FULL, PAGE_TOKENS, ModelConfig
+from .errors import CapacityError
+
+_ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
+
+
+class StateViews(NamedTuple):
+    """One Gated DeltaNet layer of every slot; the operators' arguments of the same names."""
+
+    state: Tensor  # [slots, value_heads, value_dim, key_dim] fp32
+    ring: Tensor  # [slots, R, update width] fp32
+    cursor: Tensor  # [slots, value_heads] int32
+    window: Tensor  # [slots, W, conv_channels] model dtype
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLayout:
+    """Bytes of one KV page and one state slot of a model.
+
+    ring_rows: updates a slot keeps beside its recurrent state (0: every token is folded at once); window_entries:
+    inputs of the short convolution it keeps.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    ring_rows: int = 0
+    window_entries: int = 4
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        return (self.config.full_layers, 2, self.config.kv_heads, PAGE_TOKENS, self.config.head_dim)
+
+    @property
+    def page_bytes(self) -> int:
+        return prod(self.page_shape) * self.dtype.itemsize
+
+    @property
+    def kv_token_bytes(self) -> int:
+        return self.page_bytes // PAGE_TOKENS
+
+    def slot_parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What a slot holds for one layer, in order."""
+        c = self.config
+        update = c.key_heads * c.key_dim + c.value_heads * (c.value_dim + 1)
+        return {
+            "state": (torch.float32, (c.value_heads, c.value_dim, c.key_dim)),
+            "ring": (torch.float32, (self.ring_rows, update)),
+            "cursor": (torch.int32, (c.value_heads,)),
+            "window": (self.dtype, (self.window_entries, c.conv_channels)),
+        }
+
+    @property
+    def slot_layer_bytes(self) -> int:
+        return sum(_aligned(prod(shape) * dtype.itemsize) for dtype, shape in self.slot_parts().values())
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slot_layer_bytes * self.config.linear_layers
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """The fp32 recurrent state alone, all layers: the part of a slot whose size is published."""
+        dtype, shape = self.slot_parts()["state"]
+        return prod(shape) * dtype.itemsize * self.config.linear_layers
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class Memory:
+    """Allocates both arenas and holds a view of them for each layer of the model, by layer index."""
+
+    def __init__(self, layout: MemoryLayout, pages: int, slots: int, device: torch.device):
+        """Raises CapacityError where the device has less free memory than the arenas need."""
+        needed = pages * layout.page_bytes + slots * layout.slot_bytes
+        free = free_memory(device)
+        if needed > free:
+            raise CapacityError(
+                f"{pages} KV pages and {slots} state slots need {needed / 2**30:.2f} GiB, but {device} has "
+                f"{free / 2**30:.2f} GiB free: ask for shorter or fewer sequences."
+            )
+        self.layout = layout
+        self.kv = torch.zeros(pages, *layout.page_shape, dtype=layout.dtype, device=device)
+        self.slots = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)
+        self.layers: list[Tensor | StateViews] = []
+        full = linear = 0
+        for kind in layout.config.layer_types:
+            if kind == FULL:
+                self.layers.append(self.kv[:, full])
+                full += 1
+            else:
+                self.layers.append(self._state_views(linear * layout.slot_layer_bytes))
+                linear += 1
+
+    def _state_views(self, offset: int) -> StateViews:
+        views = {}
+        for name, (dtype, shape) in self.layout.slot_parts().items():
+            size = prod(shape) * dtype.itemsize
+            part = self.slots[:, offset : offset + size].view(dtype)
+            views[name] = part.view(len(part), *shape)
+            offset += _aligned(size)
+        return StateViews(**views)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,1 @@
+"""The network: modules that declare their placements, composed into a flat program."""

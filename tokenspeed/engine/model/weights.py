@@ -1,0 +1,104 @@
+"""From a checkpoint directory to parameters: memory-mapped safetensors, streamed tensor by tensor into place."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import read_json
+from ..errors import ConfigError
+from .qwen3_5 import Qwen3_5
+
+_NOT_TEXT = ("model.visual.", "visual.", "mtp.")
+_PREFIXES = ("model.language_model.", "model.")
+
+
+def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
+    """Fill every parameter of the model from DIRECTORY/*.safetensors; vision and draft tensors are skipped by name.
+
+    Either key prefix and either expert layout; each tensor is cast to its parameter's dtype on the way, and no second
+    copy of the weights is ever held. Raises ConfigError for a corrupt file and for a missing, unknown, mis-shaped or
+    doubled tensor, naming it. Mutates the model's parameters.
+    """
+    where = _tensor_files(directory)
+    names = [name for name in where if not name.startswith(_NOT_TEXT)]
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p + "layers.") for name in names)), _PREFIXES[-1])
+    parts = dict(model.sources(prefix))
+    if model.config.tied and "lm_head.weight" in names:
+        names.remove("lm_head.weight")  # some writers store the tied matrix twice
+    unknown = sorted(set(names) - set(parts))
+    if unknown:
+        raise ConfigError(_listing(f"{directory} holds tensors that this model has no place for", unknown))
+    names.sort(key=lambda name: (where[name].name, name))
+    filled: dict[int, int] = {}
+    bar = tqdm(names, desc="loading weights", unit="tensor", disable=not progress, leave=False)
+    opened: tuple[Path, object] | None = None
+    for name in bar:
+        if opened is None or opened[0] != where[name]:
+            opened = where[name], _open(where[name])
+        _fill(parts[name], opened[1], name, where[name])
+        storage = parts[name].untyped_storage().data_ptr()
+        filled[storage] = filled.get(storage, 0) + parts[name].numel()
+    _check_complete(model, parts, names, filled, directory)
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Which file holds each tensor, by the index where there is one, else by the files' own headers."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        listed = read_json(index)
+        weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ConfigError(f"{index} has no 'weight_map' from tensor names to file names.")
+        # The file name only: an index must not lead out of its directory.
+        where = {name: directory / Path(file).name for name, file in weight_map.items()}
+        for path in sorted(set(where.values())):
+            if not path.exists():
+                raise ConfigError(f"{index} names {path.name}, which does not exist: the checkpoint is incomplete.")
+        return where
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{directory} holds no .safetensors file; other weight formats are not read.")
+    return {name: path for path in files for name in _open(path).keys()}  # noqa: SIM118 - not a dict
+
+
+def _open(path: Path):
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
+
+
+def _fill(part: Tensor, file, name: str, path: Path) -> None:
+    try:
+        value = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} has no readable tensor {name!r} ({error}); the checkpoint is incomplete.") from None
+    if value.shape != part.shape:
+        raise ConfigError(f"{name} in {path.name} has shape {list(value.shape)}; this model needs {list(part.shape)}.")
+    if not value.is_floating_point() or value.dtype.itemsize < 2:
+        raise ConfigError(f"{name} in {path.name} is {value.dtype}; bf16, fp16 and fp32 weights are read.")
+    with torch.no_grad():
+        part.copy_(value)
+
+
+def _check_complete(
+    model: Qwen3_5, parts: dict[str, Tensor], names: list[str], filled: dict[int, int], directory: Path
+) -> None:
+    for parameter in model.parameters():
+        storage, got = parameter.untyped_storage().data_ptr(), filled.get(parameter.untyped_storage().data_ptr(), 0)
+        keys = [key for key, part in parts.items() if part.untyped_storage().data_ptr() == storage]
+        if got < parameter.numel():
+            missing = [key for key in keys if key not in names]
+            raise ConfigError(_listing(f"{directory} lacks tensors; one of each set of these is needed", missing))
+        if got > parameter.numel():
+            raise ConfigError(_listing(f"{directory} holds both layouts of the same weights", keys))
+
+
+def _listing(what: str, names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{what}: {', '.join(names[:4])}{more}."

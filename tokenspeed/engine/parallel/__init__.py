@@ -1,0 +1,1 @@
+"""SPMD: where tensors live on a group of ranks."""

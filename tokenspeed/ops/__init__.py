@@ -1,0 +1,35 @@
+"""The operators of Qwen3.5 as `torch.ops.tokenspeed.*`: documented, graph-capturable, without hidden state.
+
+Each has a torch implementation for every device; where the compiled extension has a kernel for the card at hand,
+torch's dispatcher picks it. Operators mutate only what their docstring says, never synchronise on a GPU that has the
+kernel, and allocate nothing but outputs. docs/ops.md shows how another engine uses them.
+"""
+
+from .attention import attention_prologue, paged_attention_decode, paged_attention_prefill, rope, write_kv
+from .conv import causal_conv1d
+from .copies import copy_pages, copy_states
+from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
+from .linear import linear
+from .moe import moe_experts, moe_route
+from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
+
+__all__ = [
+    "add_rms_norm",
+    "add_sigmoid_gated",
+    "attention_prologue",
+    "causal_conv1d",
+    "copy_pages",
+    "copy_states",
+    "gated_delta_rule_decode",
+    "gated_delta_rule_prefill",
+    "gated_rms_norm",
+    "linear",
+    "moe_experts",
+    "moe_route",
+    "paged_attention_decode",
+    "paged_attention_prefill",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "write_kv",
+]

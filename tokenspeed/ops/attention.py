@@ -1,0 +1,135 @@
+"""Gated attention over paged KV: the prologue that fills the pages, and prefill and decode that read them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import operator
+from .norm import rms_norm
+from .sequences import grid_of_tokens
+
+
+@operator(fake=lambda x, cos_sin: torch.empty_like(x, memory_format=torch.contiguous_format))
+def rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the first R dimensions of every head, in half-split pairs; the rest passes through.
+
+    x: [N, heads, D]; cos_sin: [N, R] fp32, the cosines of the token's R / 2 angles, then the sines.
+    Returns a contiguous [N, heads, D] of x's dtype. Formula: Su et al. 2021, half-split layout.
+    """
+    half = cos_sin.shape[-1] // 2
+    cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], dim=-1)
+
+
+@operator(fake=lambda k, v, kv, kv_slots: None, mutates=("kv",))
+def write_kv(k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    """Store keys and values of tokens into their pages.
+
+    k, v: [N, kv_heads, D]; kv: [pages, 2, kv_heads, page, D], any page stride (one layer of the arena); kv_slots: [N]
+    int64, page * page_size + row; a negative one stores nothing (padding, or a row that is already there).
+    Mutates kv.
+    """
+    page_size = kv.shape[3]
+    kept = (kv_slots >= 0).nonzero().squeeze(1)
+    slots = kv_slots[kept]
+    page, row = slots // page_size, slots % page_size
+    kv[page, 0, :, row] = k[kept].to(kv.dtype)
+    kv[page, 1, :, row] = v[kept].to(kv.dtype)
+
+
+@operator(
+    fake=lambda qkv, q_weight, k_weight, cos_sin, kv, kv_slots, eps: qkv.new_empty(
+        qkv.shape[0], qkv.shape[1] // (2 * kv.shape[4]) - kv.shape[2], kv.shape[4]
+    ),
+    mutates=("kv",),
+)
+def attention_prologue(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos_sin: Tensor, kv: Tensor, kv_slots: Tensor, eps: float
+) -> Tensor:
+    """From the raw projection to rotated queries and stored keys and values, in one launch.
+
+    qkv: [N, 2 q_heads D + 2 kv_heads D]: per query head D values of q and D of its gate, then the keys, then the
+    values; q_weight, k_weight: [D], zero-centred norm weights; cos_sin: [N, R] as in `rope`; kv and kv_slots as in
+    `write_kv`. Returns q, [N, q_heads, D], normalised and rotated; the gates stay where they are in qkv.
+    Mutates kv.
+    """
+    kv_heads, head_dim = kv.shape[2], kv.shape[4]
+    q_gate, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
+    q = q_gate.unflatten(1, (-1, 2, head_dim))[:, :, 0]
+    k, v = k.unflatten(1, (kv_heads, head_dim)), v.unflatten(1, (kv_heads, head_dim))
+    k = rope.__wrapped__(rms_norm.__wrapped__(k, k_weight, eps), cos_sin)
+    write_kv.__wrapped__(k, v, kv, kv_slots)
+    return rope.__wrapped__(rms_norm.__wrapped__(q, q_weight, eps), cos_sin)
+
+
+def _attend(q: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, ends: Tensor, scale: float) -> Tensor:
+    """q: [B, q_heads, T, D] -> [B, q_heads, T, D]; token i of a sequence sees keys 0 .. context + i, below its end."""
+    batch, pages = page_table.shape
+    gathered = kv[page_table.clamp(min=0, max=len(kv) - 1).long()]  # [B, P, 2, kv_heads, page, D]
+    keys = pages * kv.shape[3]
+    gathered = gathered.permute(2, 0, 3, 1, 4, 5).reshape(2, batch, kv.shape[2], keys, kv.shape[4])
+    position = torch.arange(keys, device=q.device)
+    last = context_lens[:, None].long() + torch.arange(q.shape[2], device=q.device)
+    # Rows beyond the sequence may hold anything, NaN included: 0 * NaN must not reach the sum.
+    gathered = gathered.masked_fill((position >= ends[:, None])[None, :, None, :, None], 0)
+    visible = (position <= last[..., None])[:, None]
+    return F.scaled_dot_product_attention(
+        q, gathered[0].to(q.dtype), gathered[1].to(q.dtype), attn_mask=visible, scale=scale, enable_gqa=True
+    )
+
+
+def _gated(out: Tensor, gate: Tensor) -> Tensor:
+    return (out * torch.sigmoid(gate)).flatten(1)
+
+
+@operator(
+    fake=lambda q, gate, kv, page_table, cu_seqlens, context_lens, max_seqlen, scale: q.new_empty(
+        q.shape[0], q.shape[1] * q.shape[2]
+    )
+)
+def paged_attention_prefill(
+    q: Tensor,
+    gate: Tensor,
+    kv: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention of a packed batch of prefills over their pages, times the sigmoid of the output gate.
+
+    q: [N, q_heads, D]; gate: the same shape, any strides; kv: [pages, 2, kv_heads, page, D], any page stride, this
+    call's keys and values already stored; page_table: [B, P] int32, P pages suffice for every sequence, entries past
+    a sequence's end are not read; cu_seqlens: [B + 1] int32; context_lens: [B] int32, tokens before this call;
+    max_seqlen: no sequence of the batch is longer; scale: 1 / sqrt(D). Query head h reads kv head
+    h // (q_heads / kv_heads). Returns [N, q_heads D] of q's dtype. Softmax in fp32 (Vaswani et al. 2017).
+    """
+    first = torch.zeros_like(context_lens)
+    rows, valid = grid_of_tokens(cu_seqlens, first, max_seqlen)
+    ends = context_lens + cu_seqlens.diff()
+    out = _attend(q[rows].transpose(1, 2), kv, page_table, context_lens, ends, scale).transpose(1, 2)
+    packed = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    packed[rows[valid]] = out[valid]
+    return _gated(packed, gate)
+
+
+@operator(
+    fake=lambda q, gate, kv, page_table, context_lens, scale: q.new_empty(q.shape[0], q.shape[1] * q.shape[2]),
+)
+def paged_attention_decode(
+    q: Tensor, gate: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:
+    """Attention of T >= 1 new tokens of each of B sequences over their pages, times the sigmoid of the output gate.
+
+    q: [B T, q_heads, D], T consecutive tokens a sequence; the other arguments as in `paged_attention_prefill`.
+    context_lens: [B] int32, tokens before this call; a negative one marks a padding row, whose output is zero.
+    Returns [B T, q_heads D] of q's dtype.
+    """
+    batch, (heads, head_dim) = len(context_lens), q.shape[1:]
+    q = q.view(batch, -1, heads, head_dim).transpose(1, 2)
+    context = context_lens.clamp(min=0)
+    out = _gated(_attend(q, kv, page_table, context, context + q.shape[2], scale).transpose(1, 2).flatten(0, 1), gate)
+    return out.view(batch, -1, heads * head_dim).masked_fill_((context_lens < 0)[:, None, None], 0).flatten(0, 1)

@@ -1,0 +1,279 @@
+"""The gated delta rule: chunked prefill, and decode of one or more tokens from raw projections to gated norm.
+
+Per value head, with k and q of unit length and all decays as exponentials of differences (Yang et al. 2024):
+
+    S_t = exp(g_t) S_{t-1} + u_t k_t^T,   u_t = beta_t (v_t - exp(g_t) S_{t-1} k_t),   o_t = S_t q_t / sqrt(dk)
+
+S is [dv, dk]; g = -exp(A_log) softplus(a + dt_bias); beta = sigmoid(b); value head j uses key head j // (nv / nk).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conv import conv_history
+from .library import operator
+from .norm import normalised
+from .sequences import CHUNK, grid_of_tokens, snapshot_rows
+
+
+def _gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Log decay g <= 0 and write strength beta, both fp32 in the shape of a."""
+    return F.softplus(a + dt_bias).mul_(a_log.exp().neg_()), torch.sigmoid(b.float())
+
+
+def _split_heads(qkv: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 2 nk dk + nv dv] -> unit-length q and k as one [..., 2, nk, dk], and v [..., nv, dv], in fp32."""
+    _, nv, dv, dk = state.shape
+    qk, v = qkv.float().split([qkv.shape[-1] - nv * dv, nv * dv], dim=-1)
+    qk = qk.unflatten(-1, (2, -1, dk))
+    return qk * qk.square().sum(-1, keepdim=True).add_(1e-6).rsqrt_(), v.unflatten(-1, (nv, dv))
+
+
+def _per_value_head(x: Tensor, nv: int, dim: int) -> Tensor:
+    """Repeat key heads so that value head j finds its key head j // (nv / nk)."""
+    return x if x.shape[dim] == nv else x.repeat_interleave(nv // x.shape[dim], dim)
+
+
+def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
+    """G = cumsum(g) over the last dimension, and P[i, j] = exp(G_i - G_j) for j <= i, else 0."""
+    if g.shape[-1] == 1:
+        return g, torch.ones_like(g)[..., None]
+    total = g.cumsum(-1)
+    difference = total[..., :, None] - total[..., None, :]
+    keep = torch.ones(difference.shape[-2:], dtype=torch.bool, device=g.device).tril_()
+    return total, difference.masked_fill_(~keep, float("-inf")).exp_()
+
+
+def _read_state(state: Tensor, ring: Tensor, cursor: Tensor, slots: Tensor, context_lens: Tensor) -> Tensor:
+    """The recurrent state of each sequence after `context_lens` tokens, [B, nv, dv, dk] fp32; zeros for a new one.
+
+    Updates that are still in the ring, those of tokens cursor .. context - 1, are folded in.
+    """
+    slots = slots.clamp(min=0).long()
+    out = state[slots]
+    if ring.shape[1]:
+        count = ring.shape[1]
+        age = torch.arange(count - 1, -1, -1, device=ring.device)
+        token = context_lens[:, None].long() - 1 - age  # oldest first
+        done = token[:, None] < cursor[slots].long()[:, :, None]
+        k, u, g = _split_updates(ring[slots[:, None], token.remainder(count)], state)
+        total, decay = _decays(g.masked_fill(done, 0))
+        u = (u * decay[..., -1, :, None]).masked_fill_(done[..., None], 0)
+        k = _per_value_head(k, u.shape[1], 1).masked_fill(done[..., None], 0)
+        out = out * total[..., -1, None, None].exp() + u.transpose(-1, -2) @ k
+    return out.masked_fill_((context_lens == 0)[:, None, None, None], 0)
+
+
+def _split_updates(rows: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ring rows [B, R, nk dk + nv dv + nv] -> k [B, nk, R, dk], u [B, nv, R, dv], g [B, nv, R]."""
+    _, nv, dv, dk = state.shape
+    k, u, g = rows.split([rows.shape[-1] - nv * dv - nv, nv * dv, nv], dim=-1)
+    return k.unflatten(-1, (-1, dk)).transpose(1, 2), u.unflatten(-1, (nv, dv)).transpose(1, 2), g.transpose(1, 2)
+
+
+def _prefill_fake(
+    qkv,
+    a,
+    b,
+    a_log,
+    dt_bias,
+    state,
+    ring,
+    cursor,
+    cu_seqlens,
+    context_lens,
+    read_slot,
+    write_slot,
+    snapshots,
+    max_seqlen,
+):
+    return qkv.new_empty(qkv.shape[0], *state.shape[1:3])
+
+
+@operator(fake=_prefill_fake, mutates=("state", "cursor"))
+def gated_delta_rule_prefill(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    ring: Tensor,
+    cursor: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    read_slot: Tensor,
+    write_slot: Tensor,
+    snapshots: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    """Run the gated delta rule over a packed batch of prefills, in chunks of 64 that lie at absolute multiples of 64.
+
+    qkv: [N, 2 nk dk + nv dv], q | k | v after convolution and SiLU; a, b: [N, nv], raw projections, any row stride;
+    a_log, dt_bias: [nv] fp32; state: [slots, nv, dv, dk] fp32; ring: [slots, R, nk dk + nv dv + nv] fp32, rows of
+    (k, u, g), token t in row t mod R; cursor: [slots, nv] int32, tokens folded into each head's state;
+    cu_seqlens: [B + 1] int32; context_lens: [B] int32, tokens before this call, 0 for a sequence that starts here
+    (nothing of its read slot is used); read_slot, write_slot: [B] int32, a negative write slot stores nothing;
+    snapshots: [M, 3] int32 rows of (sequence, token count, slot), context < count <= end, a negative slot is padding;
+    max_seqlen: no sequence of the batch is longer. Returns [N, nv, dv] of qkv's dtype.
+    Mutates state and cursor at each write slot (the state at the sequence's end) and each snapshot slot (the state
+    after `count` tokens), with an empty ring. Outputs are bit-equal with and without snapshots.
+    """
+    nv, dv = state.shape[1:3]
+    phase = context_lens.long() % CHUNK
+    chunks = (max_seqlen + 2 * (CHUNK - 1)) // CHUNK
+    if not cu_seqlens.is_cuda:  # where reading a tensor costs nothing, the bound is exact
+        chunks = int((phase + cu_seqlens.diff() + CHUNK - 1).max()) // CHUNK if len(phase) else 0
+    rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
+    padding = ~valid[:, None, :, None]
+
+    def chunked(x: Tensor) -> Tensor:  # [B, T, heads, D] -> [B, heads, chunks, CHUNK, D], zero in padding
+        return x.transpose(1, 2).masked_fill(padding, 0).unflatten(2, (chunks, CHUNK))
+
+    qk, v = _split_heads(qkv[rows], state)
+    q, k, v = (chunked(x) for x in (qk[:, :, 0] * state.shape[3] ** -0.5, qk[:, :, 1], v))
+    g, beta = _gates(a[rows], b[rows], a_log, dt_bias)
+    g, beta = chunked(g[..., None])[..., 0], chunked(beta[..., None])
+    total, decay = _decays(g)
+    kk, qk = k @ k.transpose(-1, -2), q @ k.transpose(-1, -2)
+    q, k, kk, qk = (_per_value_head(x, nv, 1) for x in (q, k, kk, qk))
+    from_start = total.exp()[..., None]
+    q = q * from_start
+    rhs = torch.cat([v, from_start * k], dim=-1).mul_(beta)
+    solved = torch.linalg.solve_triangular(beta * kk * decay, rhs, upper=False, unitriangular=True)
+    attention = qk * decay
+    k_to_end = k * (total[..., -1:] - total).exp()[..., None]
+
+    snapshot_sequence, snapshot_count, snapshot_slot = snapshot_rows(snapshots)
+    snapshot_at = snapshot_count - (context_lens.long() - phase)[snapshot_sequence] - 1  # its last token in the grid
+    current = _read_state(state, ring, cursor, read_slot, context_lens)
+    snapshot_base = current[snapshot_sequence]
+    updates, outputs = [], []
+    for c in range(chunks):
+        if c:
+            here = (snapshot_at // CHUNK == c)[:, None, None, None]
+            snapshot_base = torch.where(here, current[snapshot_sequence], snapshot_base)
+        state_t = current.transpose(-1, -2)
+        update = solved[:, :, c, :, :dv] - solved[:, :, c, :, dv:] @ state_t
+        outputs.append(q[:, :, c] @ state_t + attention[:, :, c] @ update)
+        updates.append(update)
+        current = current * total[:, :, c, -1].exp()[..., None, None] + update.transpose(-1, -2) @ k_to_end[:, :, c]
+    out = torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)  # [B, T, nv, dv]
+    result = out.new_zeros(qkv.shape[0], nv, dv)
+    result[rows[valid]] = out[valid]
+
+    kept = (write_slot >= 0).nonzero().squeeze(1)
+    slots, counts = write_slot.long()[kept], (context_lens + cu_seqlens.diff())[kept]
+    state[slots], cursor[slots] = current[kept], counts[:, None].to(cursor.dtype)
+    if len(snapshot_slot):
+        chunk, last = snapshot_at // CHUNK, snapshot_at % CHUNK
+        update, key = torch.stack(updates, 2)[snapshot_sequence, :, chunk], k[snapshot_sequence, :, chunk]
+        row = last[:, None, None, None].expand(-1, nv, 1, CHUNK)
+        weight = decay[snapshot_sequence, :, chunk].gather(2, row).transpose(-1, -2)  # exp(G_p - G_i), 0 after p
+        at_p = total[snapshot_sequence, :, chunk].gather(2, last[:, None, None].expand(-1, nv, 1))
+        state[snapshot_slot] = snapshot_base * at_p.exp()[..., None] + (update * weight).transpose(-1, -2) @ key
+        cursor[snapshot_slot] = snapshot_count[:, None].to(cursor.dtype)
+    return result.to(qkv.dtype)
+
+
+def _decode_fake(
+    qkv,
+    z,
+    a,
+    b,
+    conv_weight,
+    a_log,
+    dt_bias,
+    norm_weight,
+    eps,
+    state,
+    ring,
+    cursor,
+    window,
+    context_lens,
+    read_slot,
+    write_slot,
+):
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+@operator(fake=_decode_fake, mutates=("state", "ring", "cursor", "window"))
+def gated_delta_rule_decode(
+    qkv: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    state: Tensor,
+    ring: Tensor,
+    cursor: Tensor,
+    window: Tensor,
+    context_lens: Tensor,
+    read_slot: Tensor,
+    write_slot: Tensor,
+) -> Tensor:
+    """One decode step of a whole Gated DeltaNet mixer: convolution, gates, T >= 1 delta-rule updates, gated norm.
+
+    qkv: [B T, 2 nk dk + nv dv], z: [B T, nv dv], a, b: [B T, nv]: raw projections, T consecutive tokens of each of B
+    sequences, any row stride; conv_weight: [2 nk dk + nv dv, taps]; a_log, dt_bias: [nv] fp32; norm_weight: [dv];
+    state, ring, cursor: as in `gated_delta_rule_prefill`; window: [slots, W, 2 nk dk + nv dv], as in `causal_conv1d`;
+    context_lens: [B] int32, true tokens before this call; read_slot, write_slot: [B] int32. A row with a negative
+    write slot is padding: it reads and writes no slot, and its output is zero. Returns [B T, nv dv] of z's dtype.
+    Mutates state, ring, cursor and window of each write slot.
+
+    Verify and commit: the next call may name any context_lens from this one's + 1 to + T. Tokens beyond it were drafts
+    that were not accepted; their updates stand in the ring and are ignored. That needs R >= T - 1 ring rows and
+    W >= T + taps - 2 window entries; an implementation may keep more updates in the ring than that.
+    """
+    batch = len(context_lens)
+    kept = write_slot >= 0
+    if not bool(kept.all()):
+        out = torch.zeros_like(z, memory_format=torch.contiguous_format)
+        if bool(kept.any()):
+            rows = (x.unflatten(0, (batch, -1))[kept].flatten(0, 1) for x in (qkv, z, a, b))
+            weights = (conv_weight, a_log, dt_bias, norm_weight, eps, state, ring, cursor, window)
+            of_rows = (x[kept] for x in (context_lens, read_slot, write_slot))
+            done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)
+            out.unflatten(0, (batch, -1))[kept] = done.unflatten(0, (-1, len(z) // batch))
+        return out
+    slots, reads, context = write_slot.long(), read_slot.long(), context_lens.long()
+    (nv, _, dk), taps, tokens = state.shape[1:], conv_weight.shape[1], len(z) // batch
+    qkv, z, a, b = (x.unflatten(0, (batch, tokens)) for x in (qkv, z, a, b))
+
+    history = torch.cat([conv_history(window, reads, context, taps), qkv], dim=1).float()
+    mixed = F.silu((history.unfold(1, taps, 1) * conv_weight.float()).sum(-1)).to(qkv.dtype)
+    positions = context[:, None] if tokens == 1 else context[:, None] + torch.arange(tokens, device=qkv.device)
+    if not torch.equal(slots, reads):
+        window[slots] = window[reads]
+    window[slots[:, None], positions.remainder(window.shape[1])] = qkv
+
+    qk, v = _split_heads(mixed, state)
+    k = qk[:, :, 1]
+    qk = _per_value_head(qk, nv, 3).permute(2, 0, 3, 1, 4)  # [2, B, nv, T, dk]
+    g, beta = (x.transpose(1, 2) for x in _gates(a, b, a_log, dt_bias))  # [B, nv, T]
+    total, decay = _decays(g)
+    before = _read_state(state, ring, cursor, reads, context)
+    # One pass over the state gives S q and S k for all T tokens; a T x T triangle does the rest.
+    from_state = qk @ before.transpose(-1, -2) * total.exp()[..., None]
+    update = (v.transpose(1, 2) - from_state[1]) * beta[..., None]
+    products = qk @ qk[1].transpose(-1, -2) * decay  # q k^T and k k^T
+    if tokens > 1:
+        lower = products[1] * beta[..., None]
+        update = torch.linalg.solve_triangular(lower, update, upper=False, unitriangular=True)
+    heads = torch.add(from_state[0], products[0] @ update).mul_(dk**-0.5)
+
+    # The first token is certain and is folded; the others are drafts and stay in the ring.
+    first = before.mul_(g[..., 0, None, None].exp())
+    state[slots] = first.addcmul_(update[:, :, 0, :, None], qk[1, :, :, 0, None, :])
+    cursor[slots] = (context + 1)[:, None].to(cursor.dtype)
+    if tokens > 1:
+        rows = torch.cat([x.flatten(2) for x in (k, update.transpose(1, 2), g.transpose(1, 2))], dim=-1)
+        ring[slots[:, None], positions[:, 1:].remainder(ring.shape[1])] = rows[:, 1:]
+    normed = normalised(heads.transpose(1, 2).to(z.dtype).float(), eps)
+    gated = (normed * norm_weight.float()).flatten(2).mul_(F.silu(z.float()))
+    return gated.flatten(0, 1).to(z.dtype)

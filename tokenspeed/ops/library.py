@@ -1,0 +1,31 @@
+"""How an operator is declared: one decorator gives it a schema, a fake and a torch implementation for every device."""
+
+from collections.abc import Callable
+from functools import update_wrapper
+
+import torch
+
+_library = torch.library.Library("tokenspeed", "DEF")
+
+
+def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Register the decorated function as `torch.ops.tokenspeed.<its name>`; its annotations give the schema.
+
+    The function is the implementation for every device; the compiled extension overrides the CUDA key for the
+    operators it has a kernel for. `fake` gives shapes and dtypes only. `mutates` names the arguments written in place.
+    """
+
+    def register(implementation: Callable) -> Callable:
+        name = implementation.__name__
+        schema = torch.library.infer_schema(implementation, mutates_args=mutates)
+        _library.define(name + schema)
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tokenspeed::{name}", fake, lib=_library)
+        overload = getattr(torch.ops.tokenspeed, name).default
+
+        def call(*args, **kwargs):
+            return overload(*args, **kwargs)
+
+        return update_wrapper(call, implementation)
+
+    return register

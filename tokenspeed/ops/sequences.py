@@ -1,0 +1,31 @@
+"""Index arithmetic shared by the operators on ragged batches. Every result is a tensor: nothing is read on the host."""
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # tokens per chunk of the delta rule and per page of the KV arena; chunks lie at absolute multiples of it
+
+
+def grid_of_tokens(cu_seqlens: Tensor, first: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Lay ragged sequences out as a padded grid.
+
+    cu_seqlens: [B + 1]; first: [B], the token of the sequence that stands in column 0 (negative: columns before the
+    sequence's first token are padding); width: columns. Returns row numbers into the packed tokens and their validity,
+    both [B, width]; rows of padding are clamped to an existing row.
+    """
+    starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    rows = starts + first[:, None].long() + torch.arange(width, device=cu_seqlens.device)
+    valid = (rows >= starts) & (rows < ends)
+    return rows.clamp(min=0).clamp(max=(cu_seqlens[-1].long() - 1).clamp(min=0)), valid
+
+
+def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The sequence each of `tokens` packed rows belongs to: [N] int64. Rows past the last sequence get the last one."""
+    rows = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:-1], rows, right=True)
+
+
+def snapshot_rows(snapshots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [M, 3] rows of (sequence, token count, slot) and drop the padding rows, whose slot is negative."""
+    sequence, count, slot = snapshots[snapshots[:, 2] >= 0].long().unbind(1)
+    return sequence, count, slot
