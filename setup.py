@@ -60,7 +60,7 @@ def ninja_file(extension: Extension, objects: Path, target: Path) -> str:
     cxx = os.environ.get("CXX", "g++")
     flags = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", *extension.extra_compile_args, *includes]
     # NDEBUG matters to nvcc too: with assertions in, ptxas serialises wgmma.
-    cuda_flags = ["-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+    cuda_flags = ["-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
     compile_one = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     lines = [
         "ninja_required_version = 1.5",

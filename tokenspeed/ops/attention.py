@@ -129,6 +129,8 @@ def paged_attention_decode(
     Returns [B T, q_heads D] of q's dtype.
     """
     batch, (heads, head_dim) = len(context_lens), q.shape[1:]
+    if batch == 0:
+        return q.new_empty(0, heads * head_dim)
     q = q.view(batch, -1, heads, head_dim).transpose(1, 2)
     context = context_lens.clamp(min=0)
     out = _gated(_attend(q, kv, page_table, context, context + q.shape[2], scale).transpose(1, 2).flatten(0, 1), gate)

@@ -62,7 +62,8 @@ def causal_conv1d(
     entry = torch.arange(window.shape[1], device=x.device)
     token = end - 1 - (end - 1 - entry).remainder(window.shape[1])  # the latest token before `end` at this entry
     new = token - context_lens.long()[owner, None]
-    from_input = x[(starts[owner, None] + new).clamp(min=0, max=max(tokens - 1, 0))]
+    source = x if tokens else x.new_zeros(1, x.shape[1])  # something to gather from where there is only padding
+    from_input = source[(starts[owner, None] + new).clamp(min=0, max=len(source) - 1)]
     from_window = window[read_slot.clamp(min=0).long()[owner, None], entry]
     slots = torch.cat([write_slot.long()[kept], snapshot_slot])
     window[slots] = torch.where((new >= 0)[..., None], from_input, from_window)

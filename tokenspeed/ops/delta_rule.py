@@ -120,11 +120,13 @@ def gated_delta_rule_prefill(
     Mutates state and cursor at each write slot (the state at the sequence's end) and each snapshot slot (the state
     after `count` tokens), with an empty ring. Outputs are bit-equal with and without snapshots.
     """
-    nv, dv = state.shape[1:3]
+    (nv, dv), tokens = state.shape[1:3], len(qkv)
+    if tokens == 0:  # nothing but states to copy: one row of padding gives the gathers below something to read
+        qkv, a, b = (x.new_zeros(1, x.shape[1]) for x in (qkv, a, b))
     phase = context_lens.long() % CHUNK
     chunks = (max_seqlen + 2 * (CHUNK - 1)) // CHUNK
     if not cu_seqlens.is_cuda:  # where reading a tensor costs nothing, the bound is exact
-        chunks = int((phase + cu_seqlens.diff() + CHUNK - 1).max()) // CHUNK if len(phase) else 0
+        chunks = int((phase + cu_seqlens.diff() + CHUNK - 1).max()) // CHUNK if tokens else 1
     rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
     padding = ~valid[:, None, :, None]
 
@@ -160,7 +162,7 @@ def gated_delta_rule_prefill(
         updates.append(update)
         current = current * total[:, :, c, -1].exp()[..., None, None] + update.transpose(-1, -2) @ k_to_end[:, :, c]
     out = torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)  # [B, T, nv, dv]
-    result = out.new_zeros(qkv.shape[0], nv, dv)
+    result = out.new_zeros(tokens, nv, dv)
     result[rows[valid]] = out[valid]
 
     kept = (write_slot >= 0).nonzero().squeeze(1)
@@ -232,7 +234,7 @@ def gated_delta_rule_decode(
     """
     batch = len(context_lens)
     kept = write_slot >= 0
-    if not bool(kept.all()):
+    if batch == 0 or not bool(kept.all()):
         out = torch.zeros_like(z, memory_format=torch.contiguous_format)
         if bool(kept.any()):
             rows = (x.unflatten(0, (batch, -1))[kept].flatten(0, 1) for x in (qkv, z, a, b))

@@ -27,7 +27,7 @@ def load() -> bool:
     """Register the kernels of `tokenspeed/_C*.so` for CUDA tensors; does nothing when called again.
 
     Safe without a GPU and with any card: it starts no CUDA context, and each call of an operator asks whether its card
-    has kernels. Returns whether the extension is built. Raises OSError when it is, but does not fit the installed torch.
+    has kernels. Returns whether the extension is built. Raises OSError when it does not fit the installed torch.
     """
     built = sorted(Path(__file__).parent.parent.glob("_C*.so"))
     if not built:

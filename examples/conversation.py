@@ -1,0 +1,82 @@
+"""A short agent conversation with the shipped model: it calls tools, this program runs them. `make demo` runs it.
+
+python -m examples.conversation
+"""
+
+import operator
+
+from tokenspeed.engine.commands.generate import Meter
+from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.request import SamplingParams
+from tokenspeed.engine.text.tools import parse_answer
+
+SYSTEM = "You are a helpful agent.\n\nThe code of cedar is 8214."
+STOCK = {("stock", "maple"): "42", ("owner", "onyx"): "falcon"}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+QUESTIONS = [
+    "Remember: The price of kelp is 551.",
+    "Find the owner of onyx.",
+    "What is the stock of maple times 7?",
+    "What is the price of kelp?",
+    "What is the code of cedar?",
+]
+
+
+def function(called: str, description: str, **types: str) -> dict:
+    properties = {parameter: {"type": kind} for parameter, kind in types.items()}
+    parameters = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": called, "description": description, "parameters": parameters}}
+
+
+TOOLS = [
+    function("calc", "Do arithmetic.", a="number", op="string", b="number"),
+    function("lookup", "Look up a value.", name="string", field="string"),
+]
+
+
+def run_tool(name: str, arguments: dict) -> str:
+    """What the model's call comes to; an error message where the call makes no sense."""
+    try:
+        if name == "calc":
+            return str(OPERATORS[arguments["op"]](arguments["a"], arguments["b"]))
+        return STOCK[arguments["field"], arguments["name"]]
+    except (KeyError, TypeError) as error:
+        return f"error: {error}"
+
+
+def main() -> None:
+    llm = LLM()
+    params = SamplingParams(max_tokens=160)
+    messages = [{"role": "system", "content": SYSTEM}]
+    meters = []
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        print(f"\nuser       {question}")
+        for _ in range(4):  # a question needs at most a few calls
+            tokens = llm.encode_chat(messages, TOOLS)
+            meters.append(Meter(len(tokens)))
+            print("assistant  ", end="", flush=True)
+            text = ""
+            for token in llm.stream([tokens], params):
+                meters[-1].count()
+                text += token.text
+                print(token.text.replace("\n", "\n           "), end="", flush=True)
+            print()
+            answer = parse_answer(text, TOOLS)
+            messages.append(answer.message())
+            if not answer.tool_calls:
+                break
+            for call in answer.tool_calls:
+                result = run_tool(call.name, call.arguments)
+                messages.append({"role": "tool", "content": result})
+                print(f"tool       {call.name} -> {result}")
+    tokens, seconds = sum(m.tokens for m in meters), sum(m.decode_s for m in meters)
+    first = sorted(m.first_s for m in meters)[len(meters) // 2]
+    print(
+        f"\n{len(meters)} assistant turns, {sum(m.prompt_tokens for m in meters)} prompt tokens, {tokens} generated: "
+        f"{(tokens - len(meters)) / seconds:.0f} tok/s, first token after {first * 1000:.0f} ms (median)."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Generation: the shipped model against `transformers`, batches against single prompts, and refused requests."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
+
+from tokenspeed.engine import memory
+from tokenspeed.engine.checkpoint import SHIPPED
+from tokenspeed.engine.errors import CapacityError, ConfigError, RequestError
+from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.request import SamplingParams
+
+QUESTIONS = ["Remember: The price of kelp is 551.", "What is 12 plus 30?", "Hello!", "Find the owner of onyx."]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(progress=False)
+
+
+def collect(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    out = [[] for _ in prompts]
+    for token in llm.stream(prompts, params):
+        out[token.sequence].append(token.id)
+    return out
+
+
+def chats(llm: LLM) -> list[list[int]]:
+    return [llm.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+def test_greedy_text_of_the_shipped_model_is_that_of_transformers(llm):
+    theirs = Qwen3_5MoeForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    history = []
+    for question in QUESTIONS:
+        history.append({"role": "user", "content": question})
+        prompt = llm.encode_chat(history)
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False)[0, len(prompt) :]
+        tokens = list(llm.stream([prompt], SamplingParams(max_tokens=48)))
+        assert [token.id for token in tokens] == expected.tolist()
+        assert "".join(token.text for token in tokens) == tokenizer.decode(expected, skip_special_tokens=True)
+        history.append({"role": "assistant", "content": "OK."})
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(llm):
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    alone = [collect(llm, [prompt], params)[0] for prompt in chats(llm)]
+    assert collect(llm, chats(llm), params) == alone
+
+
+def test_sampling_is_a_function_of_the_seed(llm):
+    hot = {"temperature": 1.5, "max_tokens": 24, "ignore_eos": True}
+    prompt = chats(llm)[0]
+    first = collect(llm, [prompt], SamplingParams(seed=1, **hot))
+    assert first == collect(llm, [prompt], SamplingParams(seed=1, **hot))
+    assert first != collect(llm, [prompt], SamplingParams(seed=2, **hot))
+
+
+def test_generation_ends_with_its_reason(llm):
+    prompt = chats(llm)[0]
+    assert [t.finish_reason for t in llm.stream([prompt], SamplingParams(max_tokens=3))] == [None, None, "length"]
+    whole = list(llm.stream([prompt], SamplingParams(max_tokens=160)))
+    assert whole[-1].finish_reason == "stop"
+    assert whole[-1].id in llm.defaults.eos_ids
+    longer = list(llm.stream([prompt], SamplingParams(max_tokens=len(whole) + 2, ignore_eos=True)))
+    assert len(longer) == len(whole) + 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], ["empty"]),
+        ([1, 2, 10**6], ["1000000", "position 2"]),
+        ([-1], ["-1", "position 0"]),
+        ([1] * 8190, ["8190", "8192", "YaRN"]),
+    ],
+)
+def test_prompts_that_cannot_be_taken_are_refused_with_the_numbers(llm, prompt, words):
+    with pytest.raises(RequestError) as error:
+        next(iter(llm.stream([prompt], SamplingParams(max_tokens=8))))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_k", -2),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("max_tokens", 0),
+        ("seed", -1),
+    ],
+)
+def test_impossible_sampling_values_are_named(name, value):
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_more_memory_than_there_is_is_refused_with_both_sizes(llm, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    with pytest.raises(CapacityError, match="GiB"):
+        next(iter(llm.stream(chats(llm), SamplingParams())))
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ConfigError, match="int3"):
+        LLM(dtype="int3")
