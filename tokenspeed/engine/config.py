@@ -1,12 +1,12 @@
 """The architecture of a checkpoint, read from its config.json: a value, checked once."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .files import read_json_object
 
 LINEAR, FULL = "linear_attention", "full_attention"
 _MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
@@ -92,7 +92,7 @@ class ModelConfig:
         """Read DIRECTORY/config.json. Raises ConfigError for a missing, malformed or unsupported one."""
         if (directory / "adapter_config.json").exists():
             raise ConfigError(f"{directory} holds a LoRA adapter; adapters are not supported: merge it into its base.")
-        return cls.from_dict(read_json(directory / "config.json"))
+        return cls.from_dict(read_json_object(directory / "config.json"))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
@@ -141,16 +141,6 @@ class ModelConfig:
                 f"linear_num_key_heads {config.key_heads}."
             )
         return config
-
-
-def read_json(path: Path) -> Any:
-    """Raises ConfigError where the file is missing or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a checkpoint directory needs it.") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
 
 
 class _Fields:

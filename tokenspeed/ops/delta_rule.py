@@ -256,22 +256,25 @@ def gated_delta_rule_decode(
 
     qk, v = _split_heads(mixed, state)
     k = qk[:, :, 1]
-    qk = _per_value_head(qk, nv, 3).permute(2, 0, 3, 1, 4)  # [2, B, nv, T, dk]
+    qk = _per_value_head(qk, nv, 3).permute(0, 3, 2, 1, 4)  # [B, nv, 2, T, dk]
+    keys = qk[:, :, 1]
     g, beta = (x.transpose(1, 2) for x in _gates(a, b, a_log, dt_bias))  # [B, nv, T]
     total, decay = _decays(g)
     before = _read_state(state, ring, cursor, reads, context)
     # One pass over the state gives S q and S k for all T tokens; a T x T triangle does the rest.
-    from_state = qk @ before.transpose(-1, -2) * total.exp()[..., None]
-    update = (v.transpose(1, 2) - from_state[1]) * beta[..., None]
-    products = qk @ qk[1].transpose(-1, -2) * decay  # q k^T and k k^T
+    from_state = (qk.flatten(2, 3) @ before.transpose(-1, -2)).unflatten(2, (2, tokens)) * total.exp()[
+        :, :, None, :, None
+    ]
+    update = (v.transpose(1, 2) - from_state[:, :, 1]) * beta[..., None]
+    products = (qk.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (2, tokens)) * decay[:, :, None]
     if tokens > 1:
-        lower = products[1] * beta[..., None]
+        lower = products[:, :, 1] * beta[..., None]
         update = torch.linalg.solve_triangular(lower, update, upper=False, unitriangular=True)
-    heads = torch.add(from_state[0], products[0] @ update).mul_(dk**-0.5)
+    heads = torch.add(from_state[:, :, 0], products[:, :, 0] @ update).mul_(dk**-0.5)
 
     # The first token is certain and is folded; the others are drafts and stay in the ring.
     first = before.mul_(g[..., 0, None, None].exp())
-    state[slots] = first.addcmul_(update[:, :, 0, :, None], qk[1, :, :, 0, None, :])
+    state[slots] = first.addcmul_(update[:, :, 0, :, None], keys[:, :, 0, None, :])
     cursor[slots] = (context + 1)[:, None].to(cursor.dtype)
     if tokens > 1:
         rows = torch.cat([x.flatten(2) for x in (k, update.transpose(1, 2), g.transpose(1, 2))], dim=-1)

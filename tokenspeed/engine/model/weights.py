@@ -8,8 +8,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import read_json
 from ..errors import ConfigError
+from ..files import read_json_object
 from .qwen3_5 import Qwen3_5
 
 _NOT_TEXT = ("model.visual.", "visual.", "mtp.")
@@ -49,8 +49,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """Which file holds each tensor, by the index where there is one, else by the files' own headers."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        listed = read_json(index)
-        weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+        weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise ConfigError(f"{index} has no 'weight_map' from tensor names to file names.")
         # The file name only: an index must not lead out of its directory.

@@ -1,0 +1,108 @@
+"""The checkpoint's own chat template: messages and tools -> the text the model was trained on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateSyntaxError
+
+from ..errors import ConfigError, RequestError
+from ..files import read_optional_json_object, read_text
+from .literals import Hidden, Rendered, strings_in
+from .messages import check_messages, check_tools, hide_literals
+from .sandbox import BoundedEnvironment, TemplateRefusal
+from .tokenizer import Tokenizer
+
+TEMPLATE_KWARGS = ("preserve_thinking",)  # beside enable_thinking; what the family's templates know, each a bool
+
+
+class ChatTemplate:
+    """A compiled chat template, or several by name ("default", and "tool_use" for requests with tools)."""
+
+    def __init__(self, sources: Mapping[str, str], tokenizer: Tokenizer, origin: str = "chat template"):
+        """sources: Jinja source by name, with "default" among them. Raises ConfigError, naming `origin` and the line,
+        for a template that does not compile."""
+        if "default" not in sources:
+            raise ConfigError(f"{origin}: no template is named 'default', only {sorted(sources)}")
+        self._tokenizer = tokenizer
+        self._sources = dict(sources)
+        self._environment = BoundedEnvironment()
+        self._templates = {}
+        for name, source in sources.items():
+            try:
+                self._templates[name] = self._environment.compile_template(source)
+            except TemplateSyntaxError as error:
+                raise ConfigError(f"{origin}: template {name!r}, line {error.lineno}: {error.message}") from None
+            except Exception as error:  # e.g. RecursionError: the source is the checkpoint's, anything may happen
+                raise ConfigError(f"{origin}: template {name!r} cannot be compiled: {error!r}") from None
+
+    @classmethod
+    def from_directory(cls, path: str | Path, tokenizer: Tokenizer) -> "ChatTemplate":
+        """chat_template.jinja, else tokenizer_config.json's chat_template (a string, or a list of named ones)."""
+        directory = Path(path)
+        file = directory / "chat_template.jinja"
+        if file.exists():
+            return cls({"default": read_text(file)}, tokenizer, str(file))
+        file = directory / "tokenizer_config.json"
+        found = read_optional_json_object(file).get("chat_template")
+        if found is None:
+            raise ConfigError(f"{directory} has no chat template: no chat_template.jinja and none in {file.name}")
+        if isinstance(found, str):
+            return cls({"default": found}, tokenizer, str(file))
+        try:
+            sources = {entry["name"]: entry["template"] for entry in found}
+        except (TypeError, KeyError):
+            sources = {}
+        if not sources or not all(isinstance(text, str) for pair in sources.items() for text in pair):
+            raise ConfigError(f"{file}: chat_template must be a string or a list of {{name, template}} objects")
+        return cls(sources, tokenizer, str(file))
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        template_kwargs: Mapping[str, bool] | None = None,
+    ) -> Rendered:
+        """The conversation as text, for `Tokenizer.encode_rendered`.
+
+        messages, tools: as in OpenAI's chat API (`messages.check_messages` has the details); not changed.
+        enable_thinking: None leaves it to the template. template_kwargs: only names in TEMPLATE_KWARGS.
+
+        Without a control-token literal in any string the text is `transformers`' own; with one it is the same text,
+        except that a template does not react to markup that a user or a tool wrote (`messages.hide_literals`).
+        Raises RequestError for a bad message, tool or kwarg, and with the template's words when it refuses or fails.
+        """
+        messages = check_messages(messages)
+        tools = check_tools(tools)
+        variables: dict[str, Any] = {**self._tokenizer.special_tokens, **_check_kwargs(template_kwargs)}
+        if enable_thinking is not None:
+            if not isinstance(enable_thinking, bool):
+                raise RequestError(f"enable_thinking must be true or false, not {enable_thinking!r}")
+            variables["enable_thinking"] = enable_thinking
+
+        guard = self._tokenizer.guard
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        hidden = Hidden((*strings_in(messages), *strings_in(tools), self._sources[name]))
+        variables["messages"] = [hide_literals(message, guard, hidden) for message in messages]
+        variables["tools"] = guard.hide(tools, hidden)
+        variables["documents"] = None
+        variables["add_generation_prompt"] = add_generation_prompt
+        try:
+            text = self._environment.render(self._templates[name], variables)
+        except TemplateRefusal as error:
+            raise RequestError(f"the chat template refuses the conversation: {error}") from None
+        except Exception as error:  # the template is the checkpoint's program: whatever it makes Python raise
+            raise RequestError(f"the chat template failed: {type(error).__name__}: {error}") from None
+        return hidden.reveal(text)
+
+
+def _check_kwargs(kwargs: Mapping[str, bool] | None) -> dict[str, bool]:
+    for name, value in (kwargs or {}).items():
+        if name not in TEMPLATE_KWARGS:
+            raise RequestError(f"template argument {name!r} is not allowed; allowed: {', '.join(TEMPLATE_KWARGS)}")
+        if not isinstance(value, bool):
+            raise RequestError(f"template argument {name} must be true or false, not {value!r}")
+    return dict(kwargs or {})

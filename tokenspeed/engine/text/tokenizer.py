@@ -1,0 +1,160 @@
+"""The checkpoint's tokenizer: tokenizer.json through the `tokenizers` library. No remote code, nothing unpickled."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders
+
+from ..errors import ConfigError, RequestError
+from ..files import read_optional_json_object, read_text
+from .literals import LiteralGuard, Rendered
+
+_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer and its added tokens (`<|im_start|>`, `<think>`, ...), the *control tokens*.
+
+    guard: keeps control-token literals in a conversation's strings text; the chat template uses it.
+    special_tokens: {"eos_token": "<|im_end|>", ...} from tokenizer_config.json, as chat templates may ask for them.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str] | None = None):
+        """Takes over `backend`. Raises ConfigError for another kind of tokenizer than byte-level BPE."""
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            raise ConfigError(f"tokenizer.json: the decoder must be ByteLevel, not {type(backend.decoder).__name__}")
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        added = backend.get_added_tokens_decoder()
+        self.control_ids = frozenset(added)
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        normalized = backend.normalizer is not None and any(token.normalized for token in added.values())
+        self.guard = LiteralGuard(
+            [token.content for token in added.values()], backend.normalizer.normalize_str if normalized else None
+        )
+        # The same pipeline without added tokens: it shares the model, so it costs nothing.
+        self._plain = tokenizers.Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            self._plain.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = backend.pre_tokenizer
+        for token in added.values():
+            if self.control_ids.intersection(self._plain.encode(token.content, add_special_tokens=False).ids):
+                raise ConfigError(f"tokenizer.json: {token.content!r} has no spelling as ordinary text")
+        self._bytes_of_id: dict[int, bytes] = {}
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Reads tokenizer.json and, where present, tokenizer_config.json. Raises ConfigError, which names the file."""
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        text = read_text(file)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{file} is not a tokenizer (half-written?): {error}") from None
+        config_file = directory / "tokenizer_config.json"
+        config = read_optional_json_object(config_file)
+        special_tokens = {}
+        for name in _SPECIAL_TOKEN_NAMES:
+            value = config.get(name)
+            content = value.get("content") if isinstance(value, dict) else value
+            if content is None:
+                continue
+            if not isinstance(content, str) or backend.token_to_id(content) is None:
+                raise ConfigError(f"{config_file}: {name} is {value!r}, which is not a token of {file.name}")
+            special_tokens[name] = content
+        return cls(backend, special_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the tokenizer knows, added tokens included; a model's embedding may be padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of tokenizer_config.json's eos_token. Generation stops at every id of GenerationDefaults.eos_ids."""
+        return self.token_to_id(self.special_tokens["eos_token"]) if "eos_token" in self.special_tokens else None
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a raw prompt, as `transformers`' tokenizer(prompt) gives them.
+
+        Control-token literals in a raw prompt ARE control tokens: who sends one writes the chat format by hand. Text
+        that must stay text goes through the chat template. Raises RequestError for text that is not valid Unicode.
+        """
+        return self._encode(self._backend, prompt, add_special_tokens=True)
+
+    def encode_rendered(self, rendered: Rendered) -> list[int]:
+        """The ids of a rendered conversation, in time linear in its length.
+
+        The template's control tokens are control tokens; literals in `rendered.protected` are not. A stretch between
+        two control tokens that holds such a literal is encoded as by a tokenizer without added tokens; all else takes
+        the ordinary path, so without literals the ids are `transformers`' own.
+        """
+        ids: list[int] = []
+        for text, plain in self._stretches(rendered):
+            ids += self._encode(self._plain if plain else self._backend, text, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; invalid UTF-8 reads as U+FFFD, ids the tokenizer does not know as nothing."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes `id` stands for, possibly part of a UTF-8 character; b"" for an id the tokenizer does not know."""
+        found = self._bytes_of_id.get(id)
+        if found is None:
+            token = self._backend.id_to_token(id) or ""
+            try:
+                found = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            except KeyError:  # an added token spelled with characters outside the byte alphabet
+                found = token.encode("utf-8")
+            self._bytes_of_id[id] = found
+        return found
+
+    def _stretches(self, rendered: Rendered) -> Iterator[tuple[str, bool]]:
+        """(text, whether it must be encoded without added tokens), in order; together they are the rendered text."""
+        text = rendered.text
+        done = 0
+        if rendered.protected:
+            controls, literals = self.guard.find(rendered)
+            after = [0, *(end for _, end in controls)]
+            before = [*(start for start, _ in controls), len(text)]
+            i = 0
+            for literal in literals:
+                if literal < done:  # in the stretch just given
+                    continue
+                while before[i] <= literal:
+                    i += 1
+                if after[i] > done:
+                    yield text[done : after[i]], False
+                yield text[after[i] : before[i]], True
+                done = before[i]
+        if done < len(text):
+            yield text[done:], False
+
+    @staticmethod
+    def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # the library's answer to a lone surrogate
+            position = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+            raise RequestError(
+                f"the text is not valid Unicode: lone surrogate U+{ord(text[position]):04X} at character {position}"
+            ) from None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE: printable Latin-1 bytes are themselves, the others follow from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
