@@ -1,9 +1,11 @@
 """The operators of Qwen3.5 as `torch.ops.tokenspeed.*`: documented, graph-capturable, without hidden state.
 
-Each has a torch implementation for every device; where the compiled extension has a kernel for the card at hand,
-torch's dispatcher picks it. Operators mutate only what their docstring says, never synchronise on a GPU that has the
-kernel, and allocate nothing but outputs. docs/ops.md shows how another engine uses them.
+Each has a torch implementation for every device; where the compiled extension is built and has a kernel for the card
+at hand, torch's dispatcher picks it. Operators mutate only what their docstring says and allocate nothing but outputs;
+kernels never synchronise. docs/ops.md shows how another engine uses them.
 """
+
+import torch
 
 from .attention import attention_prologue, paged_attention_decode, paged_attention_prefill, rope, write_kv
 from .conv import causal_conv1d
@@ -12,6 +14,7 @@ from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
 from .linear import linear
 from .moe import moe_experts, moe_route
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
+from .sampling import sample
 
 __all__ = [
     "add_rms_norm",
@@ -30,6 +33,17 @@ __all__ = [
     "paged_attention_prefill",
     "rms_norm",
     "rope",
+    "sample",
     "silu_mul",
     "write_kv",
 ]
+
+# Last: the operators must be declared before kernels register for them.
+from . import extension
+
+extension.load()
+
+
+def compiled_operators() -> list[str]:
+    """The operators for which the loaded extension has a CUDA kernel; none where it is not built."""
+    return [name for name in __all__ if torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenspeed::{name}", "CUDA")]

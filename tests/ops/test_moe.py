@@ -1,0 +1,93 @@
+"""Claims about `moe_route` and `moe_experts`."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from . import reference
+from .backends import bounded
+
+SHAPES = [(256, 8), (512, 10)]  # experts and top-k of the published models
+
+
+def shapes(backend):
+    return SHAPES if backend.kernels else [*SHAPES, (5, 3), (4, 4), (3, 1)]
+
+
+def check_route(backend, logits, top_k):
+    """Against a sort by (falling logit, expert); the grouping against a scan over experts."""
+    weights, experts, order, offsets = backend.op("moe_route")(logits, top_k)
+    expected_weights, expected_experts, groups = reference.route(logits, top_k)
+    backend.assert_close(weights, expected_weights)
+    assert (experts.dtype, order.dtype, offsets.dtype) == (torch.int32,) * 3
+    assert experts.tolist() == expected_experts.tolist()
+    assert order.tolist() == [choice for group in groups for choice in group]
+    assert offsets.tolist() == [0, *torch.tensor([len(group) for group in groups]).cumsum(0).tolist()]
+    return weights, experts, order, offsets
+
+
+def spread_logits(backend, tokens, experts):
+    """Random multiples of 1/16: equal logits are frequent, different ones have different probabilities."""
+    return (backend.randn(tokens, experts, dtype=torch.float32) * 16).round().div(16).to(backend.dtype)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 33])
+def test_routing_equals_a_stable_sort(backend, tokens):
+    for experts, top_k in shapes(backend):
+        check_route(backend, spread_logits(backend, tokens, experts), top_k)
+
+
+@bounded
+@given(st.data())
+def test_ties_go_to_the_lower_expert(backend, data):
+    experts, top_k = data.draw(st.sampled_from(shapes(backend)), "shape")
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    levels = data.draw(st.integers(1, 4), "levels")  # few levels: most choices are ties
+    logits = torch.randint(0, levels, (data.draw(st.integers(1, 9), "tokens"), experts))
+    check_route(backend, logits.to(backend.device, backend.dtype), top_k)
+
+
+def test_equal_logits_choose_the_first_experts_with_equal_weights(backend):
+    weights, experts, _, _ = backend.op("moe_route")(backend.randn(3, 256).fill_(1.5), 8)
+    assert experts.tolist() == [list(range(8))] * 3
+    assert weights.float().tolist() == [[0.125] * 8] * 3
+
+
+def test_large_logits_do_not_overflow(backend):
+    logits = (spread_logits(backend, 4, 256) * 16).clamp(-20, 20) * 2 + 300  # even numbers are exact in bf16
+    assert check_route(backend, logits, 8)[0].isfinite().all()
+
+
+def expert_weights(backend, experts, hidden, width):
+    return backend.randn(experts, 2 * width, hidden) * 0.2, backend.randn(experts, hidden, width) * 0.2
+
+
+def check_experts(backend, logits, top_k, hidden, width):
+    routed = backend.op("moe_route")(logits, top_k)
+    x, (gate_up, down) = backend.randn(len(logits), hidden), expert_weights(backend, logits.shape[1], hidden, width)
+    unused = torch.ones(logits.shape[1], dtype=torch.bool, device=backend.device)
+    unused[routed[1].flatten().long()] = False
+    gate_up[unused], down[unused] = torch.nan, torch.nan  # an expert without tokens is not read
+    out = backend.op("moe_experts")(x, *routed, gate_up, down)
+    backend.assert_close(out, reference.mixture(x, routed[0], routed[1], gate_up, down))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 9, 33])
+def test_experts_equal_the_sum_token_by_token(backend, tokens):
+    for experts, top_k in [(16, 4), (5, 5), (3, 1)]:
+        check_experts(backend, spread_logits(backend, tokens, experts), top_k, 64, 32)
+
+
+def test_all_tokens_on_one_expert(backend):
+    logits = spread_logits(backend, 70, 8)
+    logits[:, 5] = 100
+    check_experts(backend, logits, 1, 64, 32)
+
+
+def test_a_token_does_not_see_its_neighbours(backend):
+    logits, x, weights = spread_logits(backend, 6, 8), backend.randn(6, 64), expert_weights(backend, 8, 64, 32)
+    together = backend.op("moe_experts")(x, *backend.op("moe_route")(logits, 2), *weights)
+    order = [4, 0, 5]
+    apart = backend.op("moe_experts")(x[order], *backend.op("moe_route")(logits[order], 2), *weights)
+    backend.assert_close(apart, together[order])

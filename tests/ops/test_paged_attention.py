@@ -1,0 +1,152 @@
+"""Claims about `paged_attention_prefill` and `paged_attention_decode`."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from . import reference
+from .backends import bounded, same_bits
+from .gdn import cu_seqlens
+from .paging import PUBLISHED, KvHeads, Pages, layouts
+
+GROUPS = [4, 6, 8, 16]
+
+
+def expected(pages, q, gate, k, v):
+    out = reference.attention(q, k, v, pages.heads.dim**-0.5)
+    return (out * reference.sigmoid(gate)).flatten(1)
+
+
+def prefill(pages, q, gate, tables, contexts, lengths, spare=0):
+    backend, scale = pages.backend, pages.heads.dim**-0.5
+    ragged = (cu_seqlens(backend, lengths), backend.tensor(contexts), max(lengths, default=0) + spare)
+    return backend.op("paged_attention_prefill")(q, gate, pages.kv, pages.table(tables), *ragged, scale)
+
+
+def decode(pages, q, gate, tables, contexts):
+    scale, contexts = pages.heads.dim**-0.5, pages.backend.tensor(contexts)
+    return pages.backend.op("paged_attention_decode")(q, gate, pages.kv, pages.table(tables), contexts, scale)
+
+
+def check_prefill(backend, heads, batch, spare=0):
+    """batch: (context, length) of each sequence. Rows past a sequence's end are NaN in its pages."""
+    pages = Pages(backend, heads, 2 + sum((context + length) // heads.page + 1 for context, length in batch))
+    stored = [pages.store(context + length) for context, length in batch]
+    lengths = [length for _, length in batch]
+    q, gate = pages.queries(sum(lengths))
+    out = prefill(pages, q, gate, [row for row, _, _ in stored], [context for context, _ in batch], lengths, spare)
+    parts = zip(q.split(lengths), gate.split(lengths), stored, strict=True)
+    wanted = [expected(pages, one, its_gate, k, v) for one, its_gate, (_, k, v) in parts]
+    backend.assert_close(out, torch.cat(wanted) if wanted else torch.empty(0, heads.query * heads.dim))
+
+
+def check_decode(backend, heads, contexts, tokens):
+    """A negative context marks a padding row, which holds NaN everywhere."""
+    pages = Pages(backend, heads, 2 + sum(max(context + tokens, 0) // heads.page + 1 for context in contexts))
+    stored = [pages.store(context + tokens) if context >= 0 else ([], None, None) for context in contexts]
+    q, gate = pages.queries(len(contexts) * tokens)
+    for i, context in enumerate(contexts):
+        if context < 0:
+            q[i * tokens : (i + 1) * tokens] = torch.nan
+            gate[i * tokens : (i + 1) * tokens] = torch.nan
+    out = decode(pages, q, gate, [row for row, _, _ in stored], contexts)
+    for i, (_, k, v) in enumerate(stored):
+        rows = slice(i * tokens, (i + 1) * tokens)
+        if k is None:
+            assert not out[rows].any()
+        else:
+            backend.assert_close(out[rows], expected(pages, q[rows], gate[rows], k, v))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_prefill_of_a_ragged_batch_equals_dense_attention(backend, group):
+    for heads in layouts(backend, group):
+        check_prefill(backend, heads, [(0, 5), (64, 1), (70, 0), (3, 65), (0, 0)])
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("context", [0, 1, 64, 100])
+def test_prefill_of_every_length_after_a_cached_prefix(backend, tokens, context):
+    check_prefill(backend, PUBLISHED[4], [(context, tokens)])
+
+
+def test_prefill_with_more_room_than_the_longest_sequence_needs(backend):
+    check_prefill(backend, PUBLISHED[4], [(10, 3), (0, 20)], spare=70)
+
+
+def test_prefill_of_no_sequences_and_of_no_tokens(backend):
+    check_prefill(backend, PUBLISHED[4], [])
+    check_prefill(backend, PUBLISHED[4], [(5, 0), (0, 0)])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", GROUPS)
+def test_decode_of_a_batch_equals_dense_attention(backend, group, tokens):
+    for heads in layouts(backend, group):
+        check_decode(backend, heads, [0, 63, -1, 130, 62], tokens)
+
+
+def test_decode_of_padding_alone_and_of_an_empty_batch(backend):
+    check_decode(backend, PUBLISHED[8], [-1, -7], 2)
+    pages = Pages(backend, PUBLISHED[8], 2)
+    assert decode(pages, *pages.queries(0), [], []).shape == (0, PUBLISHED[8].query * 256)
+
+
+@bounded
+@given(st.data())
+def test_any_batch_equals_dense_attention(backend, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    if backend.kernels:
+        heads = PUBLISHED[data.draw(st.sampled_from(GROUPS), "group")]
+    else:
+        small = st.builds(
+            KvHeads, st.integers(1, 3), st.integers(1, 5), st.integers(1, 20), st.sampled_from([1, 7, 64])
+        )
+        heads = data.draw(small, "heads")
+    context, length = st.integers(0, 130), st.integers(0, 70)
+    check_prefill(backend, heads, data.draw(st.lists(st.tuples(context, length), max_size=3), "prefills"))
+    contexts = data.draw(st.lists(st.integers(-1, 130), min_size=1, max_size=4), "decodes")
+    check_decode(backend, heads, contexts, data.draw(st.integers(1, 4), "T"))
+
+
+def test_sequences_share_the_pages_of_a_prefix(backend):
+    pages = Pages(backend, PUBLISHED[4], 12)
+    prefix, _, _ = pages.store(128)
+    stored = [pages.store(128 + own, prefix) for own in (3, 70)]
+    q, gate = pages.queries(73)
+    out = prefill(pages, q, gate, [row for row, _, _ in stored], [128, 128], [3, 70])
+    for rows, (_, k, v) in zip((slice(0, 3), slice(3, 73)), stored, strict=True):
+        backend.assert_close(out[rows], expected(pages, q[rows], gate[rows], k, v))
+
+
+def test_decode_equals_prefill(backend):
+    pages = Pages(backend, PUBLISHED[8], 5)
+    row, _, _ = pages.store(68)
+    q, gate = pages.queries(8)
+    whole = prefill(pages, q, gate, [row], [60], [8])
+    for tokens in (1, 2, 4):
+        steps = [slice(start, start + tokens) for start in range(0, 8, tokens)]
+        parts = [decode(pages, q[rows], gate[rows], [row], [60 + rows.start]) for rows in steps]
+        backend.assert_close(torch.cat(parts), whole)
+
+
+def test_where_the_pages_lie_changes_no_bit(backend):
+    pages = Pages(backend, PUBLISHED[4], 12)
+    row, _, _ = pages.store(150)
+    moved = [pages.free.pop() for _ in row]
+    pages.kv[moved] = pages.kv[row]
+    q, gate = pages.queries(3)
+    assert same_bits(prefill(pages, q, gate, [row], [147], [3]), prefill(pages, q, gate, [moved], [147], [3]))
+    assert same_bits(decode(pages, q, gate, [row], [147]), decode(pages, q, gate, [moved], [147]))
+
+
+def test_large_scores_do_not_overflow(backend):
+    """Scores of up to a few hundred: exp of one is infinite unless the maximum is taken off first."""
+    pages = Pages(backend, PUBLISHED[4], 4)
+    row, k, v = pages.store(70)
+    pages.kv[row, 0] *= 64  # exact
+    q, gate = pages.queries(2)
+    wanted = expected(pages, q, gate, k * 64, v)
+    backend.assert_close(decode(pages, q, gate, [row], [68]), wanted)
+    backend.assert_close(prefill(pages, q, gate, [row], [68], [2]), wanted)
