@@ -1,0 +1,1 @@
+"""Measures every kernel beside its peers and the physical floor: `python -m benchmarks`."""

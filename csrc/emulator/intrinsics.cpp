@@ -1,0 +1,49 @@
+#include "intrinsics.h"
+
+#include "machine.h"
+#include "synchronization.h"
+
+namespace tokenspeed::emulator {
+
+Coordinates coordinates{};
+
+void exchange(uint32_t mask, const char* name, uint64_t value, uint64_t (&lanes)[32]) {
+    Collective& collective = join_collective(mask, name, &value, 1);
+    for (uint32_t lane = 0; lane < 32; ++lane) lanes[lane] = mask >> lane & 1 ? collective.payload[lane][0] : ~0ull;
+    leave_collective(collective);
+}
+
+void trap(const char* what) {
+    machine().fail("trap: %s", what);
+}
+
+void pause() {
+    machine().yield();
+}
+
+uint8_t* dynamic_shared() {
+    return current_thread->block->shared->data();
+}
+
+uint32_t cluster_rank() {
+    return current_thread->block->rank;
+}
+
+uint32_t cluster_size() {
+    return static_cast<uint32_t>(current_thread->block->cluster->blocks.size());
+}
+
+void wait_for_flag(const uint32_t* flag, uint32_t value, bool exactly) {
+    machine().wait_until("flag", flag, value, [=] { return exactly ? *flag == value : *flag >= value; });
+}
+
+void wait_for_grid() {
+    const Grid& grid = *current_thread->block->grid;
+    machine().wait_until("grid dependency", nullptr, 0, [&] { return grid.predecessors_done; });
+}
+
+void trigger_grid() {
+    current_thread->block->triggered = true;
+}
+
+}  // namespace tokenspeed::emulator

@@ -1,0 +1,269 @@
+// csrc/kernels/ptx.h for the host compiler: the same names, carried out by the emulated device. See there for what each
+// does.
+#pragma once
+#include "api.h"
+#include "intrinsics.h"
+
+#define DYNAMIC_SHARED(name) uint8_t* name = ::tokenspeed::emulator::dynamic_shared()
+
+namespace tokenspeed::ptx {
+
+enum class CachePolicy : uint64_t { kNormal, kEvictFirst, kEvictLast };
+
+// ---- threads
+
+inline uint32_t shared_address(const void* shared) {
+    return emulator::shared_address_of(shared);
+}
+inline uint32_t lane_id() {
+    return emulator::coordinates.lane;
+}
+inline uint32_t warp_id() {
+    return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+}
+inline bool elect_one() {
+    __syncwarp();
+    return lane_id() == 0;
+}
+inline void named_barrier_sync(uint32_t id, uint32_t threads) {
+    emulator::block_barrier(id, threads, true);
+}
+inline void named_barrier_arrive(uint32_t id, uint32_t threads) {
+    emulator::block_barrier(id, threads, false);
+}
+
+template <int N>
+void register_decrease() {
+    static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+    emulator::set_registers(N, false);
+}
+template <int N>
+void register_increase() {
+    static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+    emulator::set_registers(N, true);
+}
+
+// ---- fences
+
+inline void fence_async_shared() {
+    emulator::fence_async_shared();
+}
+inline void fence_async_global() {}  // global memory has one view here
+inline void fence_mbarrier_init() {
+    emulator::mbarrier_fence();
+}
+
+// ---- mbarrier
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+    emulator::mbarrier_initialise(shared_address(barrier), arrivals);
+}
+inline void mbarrier_invalidate(uint64_t* barrier) {
+    emulator::mbarrier_remove(shared_address(barrier));
+}
+inline void mbarrier_arrive(uint64_t* barrier) {
+    emulator::mbarrier_update(shared_address(barrier), 1, 0);
+}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+    emulator::mbarrier_update(shared_address(barrier), 1, bytes);
+}
+inline void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
+    emulator::mbarrier_update(shared_address(barrier), 0, bytes);
+}
+inline bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+    return emulator::mbarrier_test(shared_address(barrier), parity);
+}
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    emulator::mbarrier_wait(shared_address(barrier), parity);
+}
+inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+    mbarrier_wait(barrier, parity);
+}
+
+// ---- cluster
+
+inline uint32_t cluster_rank() {
+    return emulator::cluster_rank();
+}
+inline uint32_t cluster_size() {
+    return emulator::cluster_size();
+}
+inline void cluster_arrive() {
+    emulator::cluster_barrier_arrive();
+}
+inline void cluster_wait() {
+    emulator::cluster_barrier_wait();
+}
+inline void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+
+inline uint32_t cluster_map_address(const void* shared, uint32_t rank) {
+    return emulator::map_shared_address(shared, rank);
+}
+template <typename T>
+T* cluster_map(T* shared, uint32_t rank) {
+    return static_cast<T*>(emulator::map_shared(shared, rank));
+}
+inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
+    emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, 0);
+}
+inline void mbarrier_arrive_expect_tx_cluster(uint64_t* barrier, uint32_t rank, uint32_t bytes) {
+    emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, bytes);
+}
+
+// ---- cp.async
+
+template <int kBytes = 16>
+void cp_async(void* shared, const void* global, uint32_t source_bytes = kBytes) {
+    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+    emulator::cp_async(shared_address(shared), global, kBytes, source_bytes);
+}
+inline void cp_async_commit() {
+    emulator::cp_async_commit();
+}
+template <int kPending>
+void cp_async_wait() {
+    emulator::cp_async_wait(kPending);
+}
+inline void cp_async_mbarrier_arrive(uint64_t* barrier) {
+    emulator::cp_async_mbarrier_arrive(shared_address(barrier));
+}
+
+// ---- bulk copies
+
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                      CachePolicy = CachePolicy::kNormal) {
+    emulator::bulk_load(shared_address(shared), global, bytes, shared_address(barrier), 0);
+}
+inline void bulk_load_multicast(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint16_t mask,
+                                CachePolicy = CachePolicy::kNormal) {
+    emulator::bulk_load(shared_address(shared), global, bytes, shared_address(barrier), mask);
+}
+inline void bulk_copy_cluster(void* shared, const void* source_shared, uint32_t bytes, uint64_t* barrier,
+                              uint32_t rank) {
+    emulator::bulk_copy_cluster(cluster_map_address(shared, rank), shared_address(source_shared), bytes,
+                                cluster_map_address(barrier, rank));
+}
+inline void bulk_store(void* global, const void* shared, uint32_t bytes, CachePolicy = CachePolicy::kNormal) {
+    emulator::bulk_store(global, shared_address(shared), bytes, emulator::Reduction::kNone);
+}
+inline void bulk_reduce_add_f32(float* global, const void* shared, uint32_t bytes) {
+    emulator::bulk_store(global, shared_address(shared), bytes, emulator::Reduction::kAddF32);
+}
+inline void bulk_commit() {
+    emulator::bulk_commit();
+}
+template <int kPending>
+void bulk_wait() {
+    emulator::bulk_wait(kPending, false);
+}
+template <int kPending>
+void bulk_wait_read() {
+    emulator::bulk_wait(kPending, true);
+}
+inline void bulk_prefetch_l2(const void* global, uint32_t bytes) {
+    emulator::bulk_prefetch(global, bytes);
+}
+
+// ---- programmatic dependent launch
+
+inline void grid_dependency_wait() {
+    emulator::wait_for_grid();
+}
+inline void grid_dependency_launch() {
+    emulator::trigger_grid();
+}
+
+// ---- flags between blocks
+
+inline uint32_t load_acquire(const uint32_t* global) {
+    emulator::pause();
+    return *global;
+}
+inline void store_release(uint32_t* global, uint32_t value) {
+    *global = value;
+    emulator::pause();
+}
+inline void add_release(uint32_t* global, uint32_t value) {
+    *global += value;
+    emulator::pause();
+}
+inline uint32_t fetch_add_acq_rel(uint32_t* global, uint32_t value) {
+    emulator::pause();
+    const uint32_t old = *global;
+    *global += value;
+    return old;
+}
+inline void wait_at_least(const uint32_t* flag, uint32_t value) {
+    emulator::wait_for_flag(flag, value, false);
+}
+inline void wait_equal(const uint32_t* flag, uint32_t value) {
+    emulator::wait_for_flag(flag, value, true);
+}
+
+// ---- 16-byte global memory access
+
+inline uint4 load_16_read_only(const void* global) {
+    emulator::check_aligned(global, 16);
+    return *static_cast<const uint4*>(global);
+}
+inline uint4 load_16_streaming(const void* global) {
+    return load_16_read_only(global);
+}
+inline uint4 load_16_no_allocate(const void* global) {
+    return load_16_read_only(global);
+}
+inline void store_16_streaming(void* global, uint4 value) {
+    emulator::check_aligned(global, 16);
+    *static_cast<uint4*>(global) = value;
+}
+inline void prefetch_l2(const void*) {}
+
+// ---- fragments
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
+    emulator::load_matrices(r, 4, shared, false);
+}
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t shared) {
+    emulator::load_matrices(r, 4, shared, true);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t shared) {
+    emulator::load_matrices(r, 2, shared, false);
+}
+inline void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t shared) {
+    emulator::load_matrices(r, 2, shared, true);
+}
+inline void stmatrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
+    emulator::store_matrices(r, 4, shared, false);
+}
+inline void stmatrix_x4_transposed(uint32_t shared, const uint32_t (&r)[4]) {
+    emulator::store_matrices(r, 4, shared, true);
+}
+inline void stmatrix_x2(uint32_t shared, const uint32_t (&r)[2]) {
+    emulator::store_matrices(r, 2, shared, false);
+}
+inline void stmatrix_x2_transposed(uint32_t shared, const uint32_t (&r)[2]) {
+    emulator::store_matrices(r, 2, shared, true);
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(sizeof(T) == 2);
+    emulator::multiply_fragments(d, a, b0, b1, std::is_same_v<T, __nv_bfloat16>);
+}
+
+// ---- arithmetic
+
+inline float exp2_approximate(float x) {
+    return std::exp2(x);
+}
+inline float reciprocal_approximate(float x) {
+    return 1.0f / x;
+}
+inline float tanh_approximate(float x) {
+    return std::tanh(x);
+}
+
+}  // namespace tokenspeed::ptx

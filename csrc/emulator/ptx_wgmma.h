@@ -1,0 +1,61 @@
+// csrc/kernels/ptx_wgmma.h for the host compiler: the same names, carried out by the emulated device.
+#pragma once
+#include <ptx.h>
+#include <tensor_layout.h>
+
+#include "api.h"
+
+namespace tokenspeed::ptx {
+
+inline uint64_t matrix_descriptor(uint32_t shared, Swizzle swizzle, uint32_t leading_bytes, uint32_t stride_bytes) {
+    constexpr uint64_t kModes[] = {0, 3, 2, 1};
+    return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) |
+           static_cast<uint64_t>((leading_bytes & 0x3FFFF) >> 4) << 16 |
+           static_cast<uint64_t>((stride_bytes & 0x3FFFF) >> 4) << 32 | kModes[static_cast<int>(swizzle)] << 62;
+}
+
+template <int kRegisters>
+void hold_registers(float (&)[kRegisters]) {}
+
+template <int... kRegisters>
+void wgmma_fence([[maybe_unused]] float (&... d)[kRegisters]) {
+    emulator::product_fence();
+}
+
+inline void wgmma_commit() {
+    emulator::product_commit();
+}
+
+template <int kPending, int... kRegisters>
+void wgmma_wait([[maybe_unused]] float (&... d)[kRegisters]) {
+    emulator::product_wait(kPending);
+}
+
+template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
+void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
+    static_assert(kColumns % 8 == 0 && kColumns <= 256);
+    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+    emulator::product_issue({.columns = kColumns,
+                             .bf16 = std::is_same_v<T, __nv_bfloat16>,
+                             .transpose_a = kTransposedA,
+                             .transpose_b = kTransposedB,
+                             .accumulate = accumulate,
+                             .a = a,
+                             .b = b},
+                            d, nullptr);
+}
+
+template <typename T, int kColumns, bool kTransposedB = false>
+void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    static_assert(kColumns % 8 == 0 && kColumns <= 256);
+    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+    emulator::product_issue({.columns = kColumns,
+                             .bf16 = std::is_same_v<T, __nv_bfloat16>,
+                             .a_in_registers = true,
+                             .transpose_b = kTransposedB,
+                             .accumulate = accumulate,
+                             .b = b},
+                            d, a);
+}
+
+}  // namespace tokenspeed::ptx

@@ -1,0 +1,141 @@
+// The operators of a decode step: the Gated DeltaNet mixer, the small-batch product, sampling. Contracts:
+// tokenspeed/ops.
+#include "binding.h"
+#include "kernels.h"
+
+namespace tokenspeed::binding {
+namespace {
+
+// The stride between rows, where there is more than one.
+int64_t row_stride(const Tensor& t) {
+    return t.size(0) > 1 ? t.stride(0) : 0;
+}
+
+bool is_slot_record(const Tensor& t, int64_t slots) {
+    return t.size(0) == slots && is_dense_from(t, 1);
+}
+
+std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z, const Tensor& a, const Tensor& b,
+                                              const Tensor& conv_weight, const Tensor& a_log, const Tensor& dt_bias,
+                                              const Tensor& norm_weight, double eps, const Tensor& state,
+                                              const Tensor& ring, const Tensor& cursor, const Tensor& window,
+                                              const Tensor& context_lens, const Tensor& read_slot,
+                                              const Tensor& write_slot) {
+    const int64_t slots = state.size(0), value_heads = state.size(1), sequences = context_lens.size(0);
+    const int64_t channels = qkv.size(1), key_heads = (channels / 128 - value_heads) / 2;
+    bool fits = has_kernels(qkv) && sequences > 0 && qkv.size(0) > 0 && qkv.size(0) <= kMaxIndex && is_bf16(window) &&
+                is_float(state) && is_float(ring) && is_int32(cursor) && conv_weight.size(1) == 4 &&
+                state.size(2) == 128 && state.size(3) == 128 && key_heads > 0 && is_float(a_log) && is_float(dt_bias) &&
+                (is_float(norm_weight) || is_bf16(norm_weight));
+    for (const Tensor* projection : {&qkv, &z, &a, &b}) {
+        fits = fits && is_bf16(*projection) && projection->stride(1) == 1;
+    }
+    for (const Tensor* record : {&state, &ring, &cursor, &window}) fits = fits && is_slot_record(*record, slots);
+    for (const Tensor* weight : {&conv_weight, &a_log, &dt_bias, &norm_weight}) fits = fits && weight->is_contiguous();
+    for (const Tensor* integers : {&context_lens, &read_slot, &write_slot}) {
+        fits = fits && is_int32(*integers) && integers->is_contiguous();
+    }
+    if (!fits || !is_bf16(conv_weight)) return std::nullopt;
+
+    GatedDeltaRuleDecode arguments{.qkv = data(qkv),
+                                   .z = data(z),
+                                   .a = data(a),
+                                   .b = data(b),
+                                   .qkv_stride = row_stride(qkv),
+                                   .z_stride = row_stride(z),
+                                   .a_stride = row_stride(a),
+                                   .b_stride = row_stride(b),
+                                   .conv_weight = data(conv_weight),
+                                   .a_log = data<float>(a_log),
+                                   .dt_bias = data<float>(dt_bias),
+                                   .norm_weight = norm_weight.data_ptr(),
+                                   .norm_weight_is_float = is_float(norm_weight),
+                                   .eps = static_cast<float>(eps),
+                                   .state = data<float>(state),
+                                   .ring = data<float>(ring),
+                                   .cursor = data<int32_t>(cursor),
+                                   .window = data(window),
+                                   .state_stride = state.stride(0),
+                                   .ring_stride = ring.stride(0),
+                                   .cursor_stride = cursor.stride(0),
+                                   .window_stride = window.stride(0),
+                                   .context_lens = data<int32_t>(context_lens),
+                                   .read_slot = data<int32_t>(read_slot),
+                                   .write_slot = data<int32_t>(write_slot),
+                                   .out = nullptr,
+                                   .sequences = static_cast<int>(sequences),
+                                   .tokens = static_cast<int>(qkv.size(0) / sequences),
+                                   .slots = static_cast<int>(slots),
+                                   .key_heads = static_cast<int>(key_heads),
+                                   .value_heads = static_cast<int>(value_heads),
+                                   .channels = static_cast<int>(channels),
+                                   .ring_rows = static_cast<int>(ring.size(1)),
+                                   .ring_width = static_cast<int>(ring.size(2)),
+                                   .window_entries = static_cast<int>(window.size(1))};
+    if (!gated_delta_rule_decode_supported(arguments)) return std::nullopt;
+    Tensor out = new_tensor(z, {z.size(0), z.size(1)});
+    arguments.out = data(out);
+    const Launch launch(qkv);
+    check_launch(tokenspeed::gated_delta_rule_decode(arguments, launch.stream()), "gated_delta_rule_decode");
+    return out;
+}
+
+std::optional<Tensor> linear(const Tensor& x, const Tensor& weight) {
+    const bool fits = has_kernels(x) && x.dim() == 2 && is_bf16(x) && is_bf16(weight) && x.stride(1) == 1 &&
+                      weight.is_contiguous() && x.size(0) > 0 && x.size(0) <= kLinearMaxRows &&
+                      weight.size(0) <= kMaxIndex && weight.size(1) <= kMaxIndex && x.size(1) == weight.size(1);
+    if (!fits) return std::nullopt;
+    Linear arguments{.x = data(x),
+                     .x_stride = row_stride(x),
+                     .weight = data(weight),
+                     .out = nullptr,
+                     .rows = static_cast<int>(x.size(0)),
+                     .outputs = static_cast<int>(weight.size(0)),
+                     .inputs = static_cast<int>(weight.size(1))};
+    if (!linear_supported(arguments)) return std::nullopt;
+    Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
+    arguments.out = data(out);
+    const Launch launch(x);
+    check_launch(tokenspeed::linear(arguments, launch.stream()), "linear");
+    return out;
+}
+
+std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                             const Tensor& min_p, const Tensor& seed, const Tensor& index) {
+    bool fits = has_kernels(logits) && logits.dim() == 2 && (is_bf16(logits) || is_float(logits)) &&
+                logits.stride(1) == 1 && logits.size(0) <= kMaxIndex && logits.size(1) <= kMaxIndex &&
+                is_float(temperature) && is_int32(top_k) && is_float(top_p) && is_float(min_p) && is_int64(seed) &&
+                is_int64(index);
+    for (const Tensor* values : {&temperature, &top_k, &top_p, &min_p, &seed, &index}) {
+        fits = fits && values->is_contiguous();
+    }
+    if (!fits) return std::nullopt;
+    Sample arguments{.logits = logits.data_ptr(),
+                     .logits_are_float = is_float(logits),
+                     .logits_stride = row_stride(logits),
+                     .temperature = data<float>(temperature),
+                     .top_k = data<int32_t>(top_k),
+                     .top_p = data<float>(top_p),
+                     .min_p = data<float>(min_p),
+                     .seed = data<int64_t>(seed),
+                     .index = data<int64_t>(index),
+                     .ids = nullptr,
+                     .rows = static_cast<int>(logits.size(0)),
+                     .vocabulary = static_cast<int>(logits.size(1))};
+    if (!sample_supported(arguments)) return std::nullopt;
+    Tensor ids = new_tensor(logits, {logits.size(0)}, ScalarType::Long);
+    arguments.ids = data<int64_t>(ids);
+    const Launch launch(logits);
+    check_launch(tokenspeed::sample(arguments, launch.stream()), "sample");
+    return ids;
+}
+
+}  // namespace
+
+TOKENSPEED_KERNELS(library) {
+    TOKENSPEED_KERNEL(library, gated_delta_rule_decode);
+    TOKENSPEED_KERNEL(library, linear);
+    TOKENSPEED_KERNEL(library, sample);
+}
+
+}  // namespace tokenspeed::binding

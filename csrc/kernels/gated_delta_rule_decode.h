@@ -1,0 +1,294 @@
+// The stages of gated_delta_rule_decode.cu around its pass over the state: what each reads, computes and stores. See
+// there.
+#pragma once
+#include <cuda_bf16.h>
+#include <ptx.h>
+
+#include "kernels.h"
+
+namespace tokenspeed::delta_rule {
+
+constexpr int kDim = 128;  // dk = dv
+constexpr int kTaps = 4;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxRatio = 4;  // value heads per key head
+constexpr int kUnitRows = 16;
+constexpr int kUnits = kDim / kUnitRows;  // partial sums of squares per head
+
+// Dynamic shared memory of a block that owns `rows` value rows of a key head's group.
+struct Shared {
+    float* query;        // [T][128], raw
+    float* key;          // [T][128], raw
+    float* value;        // [T][rows]: v, later o
+    float* ring;         // [R][128 + rows]: k, u of the group
+    __nv_bfloat16* z;    // [T][rows]
+    float* ring_g;       // [R][ratio]
+    float* suffix;       // [ratio][R + 1]: D_i
+    float* g;            // [ratio][T]
+    float* beta;         // [ratio][T]
+    float* decay;        // [ratio][T]: e^{G_t}
+    float* coefficient;  // [ratio][T][T]: (t, j <= t) of o; (j, t > j) of u
+    float* inverse;      // [2][T]: 1 / |k_t|, 1 / (|q_t| sqrt(dk))
+    float* squares;      // [T][ratio][8]: sums of squares of 16 rows of o
+    size_t bytes;
+
+    __host__ __device__ Shared(uint8_t* base, int tokens, int rows, int ring_rows) {
+        float* next = reinterpret_cast<float*>(base);
+        const auto take = [&next](int count) {
+            float* taken = next;
+            next += (count + 3) & ~3;
+            return taken;
+        };
+        query = take(tokens * kDim);
+        key = take(tokens * kDim);
+        value = take(tokens * rows);
+        ring = take(ring_rows * (kDim + rows));
+        z = reinterpret_cast<__nv_bfloat16*>(take(tokens * rows / 2));
+        ring_g = take(ring_rows * kMaxRatio);
+        suffix = take(kMaxRatio * (ring_rows + 1));
+        g = take(kMaxRatio * tokens);
+        beta = take(kMaxRatio * tokens);
+        decay = take(kMaxRatio * tokens);
+        coefficient = take(kMaxRatio * tokens * tokens);
+        inverse = take(2 * tokens);
+        squares = take(tokens * kMaxRatio * kUnits);
+        bytes = reinterpret_cast<uint8_t*>(next) - base;
+    }
+};
+
+// Halves the first kCount values of every lane: lanes without `kOffset` keep the lower half, the others the upper one.
+template <int kCount, int kOffset, int kSize>
+__device__ __forceinline__ void butterfly(float (&x)[kSize]) {
+    if constexpr (kCount > 1) {
+        const bool upper = threadIdx.x & kOffset;
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            const float sent = upper ? x[i] : x[i + kCount / 2];
+            const float kept = upper ? x[i + kCount / 2] : x[i];
+            x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kOffset);
+        }
+        butterfly<kCount / 2, kOffset / 2>(x);
+    } else if constexpr (kOffset > 0) {
+        x[0] += __shfl_xor_sync(0xffffffffu, x[0], kOffset);
+        butterfly<1, kOffset / 2>(x);
+    }
+}
+
+// Sums every x[i] over the warp in about kCount shuffles; lane l returns the sum of x[l kCount / 32].
+template <int kCount>
+__device__ __forceinline__ float warp_sum_scattered(float (&x)[kCount]) {
+    butterfly<kCount, 16>(x);
+    return x[0];
+}
+
+__device__ __forceinline__ float dot(float4 a, float4 b) {
+    return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+}
+
+__device__ __forceinline__ float4 scaled(float4 a, float s) {
+    return {a.x * s, a.y * s, a.z * s, a.w * s};
+}
+
+__device__ __forceinline__ void add_scaled(float4& sum, float4 a, float s) {
+    sum.x += a.x * s;
+    sum.y += a.y * s;
+    sum.z += a.z * s;
+    sum.w += a.w * s;
+}
+
+__device__ __forceinline__ float exponential(float x) {
+    return ptx::exp2_approximate(x * 1.44269504f);
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+    return 1.0f / (1.0f + exponential(-x));
+}
+
+__device__ __forceinline__ float rounded(float x) {
+    return __bfloat162float(__float2bfloat16(x));
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+
+// Where a block stands: its sequence, its key head, and its rows of that head's group.
+struct Place {
+    int sequence, key_head, rank;
+    int ratio;      // value heads in the group
+    int rows;       // value rows of this block
+    int first_row;  // in the group: value head first_row / 128, ...
+};
+
+struct Slots {
+    int read, write, context;
+    int pending;   // tokens in the ring: D_0 .. D_{pending - 1}
+    int ring_row;  // of the oldest pending token
+    bool fold;
+};
+
+// Convolution, SiLU and rounding of one pair of neighbouring channels for all new tokens.
+template <int kTokens>
+__device__ __forceinline__ void convolve(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
+                                         int channel, uint4 taps, float* out, int out_stride) {
+    uint32_t input[kTaps - 1 + kTokens];
+    const auto* window = p.window + slots.read * p.window_stride + channel;
+    const int entry = slots.context % p.window_entries;
+#pragma unroll
+    for (int i = 0; i < kTaps - 1; ++i) {
+        const int back = kTaps - 1 - i;
+        const int row = entry >= back ? entry - back : entry - back + p.window_entries;
+        input[i] = 0;
+        if (slots.context >= back) {
+            input[i] = *reinterpret_cast<const uint32_t*>(window + static_cast<int64_t>(row) * p.channels);
+        }
+    }
+    const auto* x = p.qkv + static_cast<int64_t>(at.sequence) * kTokens * p.qkv_stride + channel;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+        input[kTaps - 1 + t] = *reinterpret_cast<const uint32_t*>(x + t * p.qkv_stride);
+    }
+    const float2 weight[kTaps] = {{unpack(taps.x).x, unpack(taps.z).x},
+                                  {unpack(taps.x).y, unpack(taps.z).y},
+                                  {unpack(taps.y).x, unpack(taps.w).x},
+                                  {unpack(taps.y).y, unpack(taps.w).y}};
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+        float2 sum = {0, 0};
+#pragma unroll
+        for (int i = 0; i < kTaps; ++i) {
+            const float2 tap = unpack(input[t + i]);
+            sum.x += tap.x * weight[i].x;
+            sum.y += tap.y * weight[i].y;
+        }
+        out[t * out_stride] = rounded(sum.x * sigmoid(sum.x));
+        out[t * out_stride + 1] = rounded(sum.y * sigmoid(sum.y));
+    }
+}
+
+// Starts the copies of the ring into shared memory, one row a warp. With `all`, rows that hold nothing pending come
+// along and are not looked at, which takes the cursor off the critical path.
+template <int kBytes>
+__device__ __forceinline__ void load_ring(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
+                                          int read, int context, int cursor, bool all) {
+    constexpr int kFloats = kBytes / 4;
+    const int lane = threadIdx.x % 32;
+    for (int row = threadIdx.x / 32; row < p.ring_rows; row += kWarps) {
+        const int token = context - 1 - (context - 1 - row + p.ring_rows) % p.ring_rows;  // the latest one at this row
+        if (!all && token < cursor) continue;
+        const float* source = p.ring + read * p.ring_stride + static_cast<int64_t>(row) * p.ring_width;
+        float* destination = shared.ring + row * (kDim + at.rows);
+        const float* key = source + at.key_head * kDim;
+        for (int i = lane * kFloats; i < kDim; i += 32 * kFloats) ptx::cp_async<kBytes>(destination + i, key + i);
+        const float* update = source + (p.key_heads + at.key_head * at.ratio) * kDim + at.first_row;
+        for (int i = lane * kFloats; i < at.rows; i += 32 * kFloats) {
+            ptx::cp_async<kBytes>(destination + kDim + i, update + i);
+        }
+        const float* g = source + (p.key_heads + p.value_heads) * kDim + at.key_head * at.ratio;
+        if (lane < at.ratio) ptx::cp_async<4>(shared.ring_g + row * at.ratio + lane, g + lane);
+    }
+}
+
+// g and beta of (value head, token) `i` of the group.
+template <int kTokens>
+__device__ __forceinline__ void gate(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared, int i) {
+    const int head = at.key_head * at.ratio + i / kTokens;
+    const int64_t row = static_cast<int64_t>(at.sequence) * kTokens + i % kTokens;
+    const float x = __bfloat162float(p.a[row * p.a_stride + head]) + p.dt_bias[head];
+    const float softplus = x > 20.0f ? x : log1pf(expf(x));
+    shared.g[i] = -expf(p.a_log[head]) * softplus;
+    shared.beta[i] = 1.0f / (1.0f + expf(-__bfloat162float(p.b[row * p.b_stride + head])));
+}
+
+// Product (t, j) of the triangle, by one warp: k_j . q_t for j <= t, k_t . k_j for j > t, with the decays between them;
+// the diagonal also leaves the inverse norms.
+template <int kTokens>
+__device__ __forceinline__ void triangle(const Place& at, const Shared& shared, int t, int j) {
+    const int lane = threadIdx.x % 32;
+    const float4 x = reinterpret_cast<const float4*>(shared.key + j * kDim)[lane];
+    const float4 y = reinterpret_cast<const float4*>((j > t ? shared.key : shared.query) + t * kDim)[lane];
+    float products[4] = {dot(x, x), dot(y, y), dot(x, y), 0};
+    const float sum = warp_sum_scattered(products);
+    const float inverse_x = rsqrtf(__shfl_sync(0xffffffffu, sum, 0) + 1e-6f);
+    const float inverse_y = rsqrtf(__shfl_sync(0xffffffffu, sum, 8) + 1e-6f) * (j > t ? 1.0f : rsqrtf(kDim));
+    const float product = __shfl_sync(0xffffffffu, sum, 16) * inverse_x * inverse_y;
+    if (t == j && lane == 0) {
+        shared.inverse[t] = inverse_x;
+        shared.inverse[kTokens + t] = inverse_y;
+    }
+    if (lane < at.ratio) {
+        const int earlier = min(t, j), later = max(t, j);
+        float total = 0, between = 0;
+        for (int i = 0; i <= later; ++i) {
+            total += shared.g[lane * kTokens + i];
+            if (i > earlier) between += shared.g[lane * kTokens + i];
+        }
+        const float scale = j > t ? shared.beta[lane * kTokens + j] : 1.0f;
+        shared.coefficient[(lane * kTokens + t) * kTokens + j] = scale * exponential(between) * product;
+        if (t == j) shared.decay[lane * kTokens + t] = exponential(total);
+    }
+}
+
+// D_i of every head of the group, by one warp.
+__device__ __forceinline__ void suffix_decays(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
+                                              const Slots& slots) {
+    for (int i = threadIdx.x % 32; i < at.ratio * (slots.pending + 1); i += 32) {
+        const int head = i / (slots.pending + 1), first = i % (slots.pending + 1);
+        float sum = 0;
+        for (int j = slots.pending - 1; j >= first; --j) {
+            const int row = slots.ring_row + j;
+            sum += shared.ring_g[(row >= p.ring_rows ? row - p.ring_rows : row) * at.ratio + head];
+        }
+        shared.suffix[head * (p.ring_rows + 1) + first] = exponential(sum);
+    }
+}
+
+// The window of the write slot: the new inputs, and the entries before them when it is another slot. 8 channels a
+// thread.
+template <int kTokens>
+__device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots) {
+    const int shared_chunks = at.rank == 0 ? 2 * kDim / 8 : 0;  // q and k channels, which every block of the group has
+    const int chunks = shared_chunks + at.rows / 8;
+    const int newest = slots.context % p.window_entries;
+    for (int i = threadIdx.x; i < chunks * p.window_entries; i += kThreads) {
+        const int entry = i / chunks, chunk = i % chunks;
+        const int token = entry >= newest ? entry - newest : entry - newest + p.window_entries;
+        int channel = (2 * p.key_heads + at.key_head * at.ratio) * kDim + at.first_row + (chunk - shared_chunks) * 8;
+        if (chunk < shared_chunks) {
+            channel = at.key_head * kDim + (chunk < kDim / 8 ? chunk * 8 : p.key_heads * kDim + chunk * 8 - kDim);
+        }
+        const int64_t offset = static_cast<int64_t>(entry) * p.channels + channel;
+        const __nv_bfloat16* source = nullptr;
+        if (token < kTokens) {
+            source = p.qkv + (static_cast<int64_t>(at.sequence) * kTokens + token) * p.qkv_stride + channel;
+        } else if (slots.read != slots.write && slots.context > 0) {
+            source = p.window + slots.read * p.window_stride + offset;
+        } else {
+            continue;
+        }
+        *reinterpret_cast<uint4*>(p.window + slots.write * p.window_stride + offset) =
+            *reinterpret_cast<const uint4*>(source);
+    }
+}
+
+// What the blocks of a group share and one of them stores: k and g of the ring's new rows, and the cursor.
+template <int kTokens>
+__device__ __forceinline__ void store_shared_state(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
+                                                   const Slots& slots) {
+    const int first_head = at.key_head * at.ratio;
+    if (slots.fold && threadIdx.x < at.ratio) {
+        p.cursor[slots.write * p.cursor_stride + first_head + threadIdx.x] = slots.context + 1;
+    }
+    for (int i = threadIdx.x; i < kTokens * kDim; i += kThreads) {
+        const int t = i / kDim, column = i % kDim;
+        if (slots.fold && t == 0) continue;
+        auto* row = p.ring + slots.write * p.ring_stride + (slots.context + t) % p.ring_rows * int64_t{p.ring_width};
+        row[at.key_head * kDim + column] = shared.key[i] * shared.inverse[t];
+        if (column < at.ratio) {
+            row[(p.key_heads + p.value_heads) * kDim + first_head + column] = shared.g[column * kTokens + t];
+        }
+    }
+}
+
+}  // namespace tokenspeed::delta_rule

@@ -1,0 +1,155 @@
+// Every launcher of this folder: plain pointers, sizes and a stream. Each starts its kernels
+// on the stream without synchronising, allocates nothing, and may be captured in a graph. Strides count elements, not
+// bytes. Pointers are aligned to 16 bytes and strides to 8 elements unless a line says otherwise; the bindings check
+// it.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tokenspeed {
+
+// ---- rms_norm.cu: x [rows, width], weight [width], out [rows, width] contiguous; width a multiple of 8, at most
+// kRmsNormMaxWidth.
+constexpr int kRmsNormMaxWidth = 8192;
+cudaError_t rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* weight, __nv_bfloat16* out,
+                     int64_t rows, int width, float eps, cudaStream_t stream);
+// residual [rows, width] contiguous, += x, rounded; out is the norm of the sum.
+cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* residual, const __nv_bfloat16* weight,
+                         __nv_bfloat16* out, int64_t rows, int width, float eps, cudaStream_t stream);
+
+// ---- gated_rms_norm.cu: x, gate [tokens, heads, 128] by token and head strides, weight [128], out contiguous.
+constexpr int kGatedNormWidth = 128;
+cudaError_t gated_rms_norm(const __nv_bfloat16* x, int64_t x_token_stride, int64_t x_head_stride,
+                           const __nv_bfloat16* gate, int64_t gate_token_stride, int64_t gate_head_stride,
+                           const __nv_bfloat16* weight, __nv_bfloat16* out, int64_t tokens, int heads, float eps,
+                           cudaStream_t stream);
+
+// ---- gated_sums.cu: x [rows, 2 width], out [rows, width] contiguous; width a multiple of 8.
+cudaError_t silu_mul(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* out, int64_t rows, int width,
+                     cudaStream_t stream);
+// y [rows, width] += sigmoid(gate [rows]) x [rows, width]; gate of any stride and alignment.
+cudaError_t add_sigmoid_gated(__nv_bfloat16* y, int64_t y_stride, const __nv_bfloat16* x, int64_t x_stride,
+                              const __nv_bfloat16* gate, int64_t gate_stride, int64_t rows, int width,
+                              cudaStream_t stream);
+
+// ---- attention_prologue.cu: see the operator of that name; head_dim 256, rotary 16 * 2^n <= 256.
+constexpr int kHeadDim = 256;
+struct AttentionPrologue {
+    const __nv_bfloat16* qkv;       // [tokens, 2 q_heads D + 2 kv_heads D]
+    int64_t qkv_stride;             // between tokens
+    const __nv_bfloat16* q_weight;  // [D]
+    const __nv_bfloat16* k_weight;  // [D]
+    const float* cos_sin;           // [tokens, rotary] contiguous
+    __nv_bfloat16* kv;              // [pages, 2, kv_heads, page_size, D]
+    int64_t page_stride;
+    const int64_t* kv_slots;  // [tokens]
+    __nv_bfloat16* q;         // [tokens, q_heads, D]
+    int64_t tokens;
+    int q_heads, kv_heads, page_size, rotary;
+    float eps;
+};
+cudaError_t attention_prologue(const AttentionPrologue& arguments, cudaStream_t stream);
+
+// ---- causal_conv1d.cu: see the operator of that name; taps 4, channels a multiple of 8.
+constexpr int kConvTaps = 4;
+struct CausalConv1d {
+    const __nv_bfloat16* x;  // [tokens, channels]
+    int64_t x_stride;
+    const __nv_bfloat16* weight;  // [channels, taps]
+    __nv_bfloat16* window;        // [slots, entries, channels]
+    int64_t slot_stride, entry_stride;
+    const int32_t* cu_seqlens;    // [sequences + 1]
+    const int32_t* context_lens;  // [sequences]
+    const int32_t* read_slot;     // [sequences]
+    const int32_t* write_slot;    // [sequences]
+    const int32_t* snapshots;     // [snapshot_count, 3]: sequence, token count, slot
+    __nv_bfloat16* out;           // [tokens, channels]
+    int tokens, channels, entries, sequences, snapshot_count;
+};
+cudaError_t causal_conv1d(const CausalConv1d& arguments, cudaStream_t stream);
+
+// ---- copies.cu: source and destination [pairs] int32; a pair with a negative entry is skipped.
+// slots: slot_bytes each, slot_stride bytes apart, both multiples of 16.
+cudaError_t copy_states(uint8_t* slots, int64_t slot_stride, int64_t slot_bytes, const int32_t* source,
+                        const int32_t* destination, int pairs, cudaStream_t stream);
+// pages: `boxes` boxes of box_rows rows of row_bytes (a multiple of 16) a page, contiguous; the first rows[pair] rows
+// of each are copied.
+cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_rows, int row_bytes,
+                       const int32_t* source, const int32_t* destination, const int32_t* rows, int pairs,
+                       cudaStream_t stream);
+
+// ---- moe_route.cu: logits [tokens, experts] contiguous; experts 256 or 512; top_k at most kMaxTopK.
+// weights, chosen [tokens, top_k]; order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch
+// tokens, else two.
+constexpr int kMaxTopK = 16;
+constexpr int kRouteOneLaunch = 128;
+cudaError_t moe_route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* chosen, int32_t* order,
+                      int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
+
+// ---- gated_delta_rule_decode.cu: see the operator of that name; dk = dv = 128, taps 4. Any alignment for ring, a,
+// b, a_log, dt_bias, norm_weight, cursor and the index arrays.
+struct GatedDeltaRuleDecode {
+    const __nv_bfloat16*
+        qkv;  // [sequences tokens, channels], strides multiples of 8; channels = (2 key_heads + value_heads) 128
+    const __nv_bfloat16* z;  // [sequences tokens, value_heads 128]
+    const __nv_bfloat16* a;  // [sequences tokens, value_heads], any stride
+    const __nv_bfloat16* b;
+    int64_t qkv_stride, z_stride, a_stride, b_stride;
+    const __nv_bfloat16* conv_weight;  // [channels, 4]
+    const float* a_log;                // [value_heads]
+    const float* dt_bias;              // [value_heads]
+    const void* norm_weight;           // [128] bf16 or fp32
+    bool norm_weight_is_float;
+    float eps;
+    float* state;           // [slots, value_heads, 128, 128] by slot stride, the rest contiguous; so are the next three
+    float* ring;            // [slots, ring_rows, ring_width = key_heads 128 + value_heads 128 + value_heads]
+    int32_t* cursor;        // [slots, value_heads]
+    __nv_bfloat16* window;  // [slots, window_entries, channels]
+    int64_t state_stride, ring_stride, cursor_stride, window_stride;
+    const int32_t* context_lens;  // [sequences]
+    const int32_t* read_slot;     // [sequences]
+    const int32_t* write_slot;    // [sequences]
+    __nv_bfloat16* out;           // [sequences tokens, value_heads 128] contiguous
+    int sequences, tokens, slots, key_heads, value_heads, channels, ring_rows, ring_width, window_entries;
+    int split = 0;              // blocks per key head: 1, 2, 4 or 8; 0 chooses by the batch
+    bool ring_vectors = false;  // the launcher sets it: ring rows may be read 16 bytes at a time
+};
+bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& arguments);
+cudaError_t gated_delta_rule_decode(GatedDeltaRuleDecode arguments, cudaStream_t stream);
+
+// ---- linear.cu: out = x weight^T; x [rows, inputs] by row stride, weight [outputs, inputs] and out [rows, outputs]
+// contiguous; inputs a multiple of 32. More rows than kLinearMaxRows are a job for cuBLAS.
+constexpr int kLinearMaxRows = 16;
+struct Linear {
+    const __nv_bfloat16* x;
+    int64_t x_stride;
+    const __nv_bfloat16* weight;
+    __nv_bfloat16* out;  // any alignment
+    int rows, outputs, inputs;
+};
+bool linear_supported(const Linear& arguments);
+cudaError_t linear(const Linear& arguments, cudaStream_t stream);
+
+// ---- sample.cu: see the operator of that name; logits [rows, vocabulary] bf16 or fp32 by row stride, of any alignment.
+constexpr int kSampleMaxVocabulary = 400000;  // a row lies in the shared memory of one cluster
+struct Sample {
+    const void* logits;
+    bool logits_are_float;
+    int64_t logits_stride;
+    const float* temperature;  // [rows], as are the others
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const int64_t* seed;
+    const int64_t* index;
+    int64_t* ids;
+    int rows, vocabulary;
+    int chunk = 0;  // the launcher sets it: ids of one block
+};
+bool sample_supported(const Sample& arguments);
+cudaError_t sample(Sample arguments, cudaStream_t stream);
+
+}  // namespace tokenspeed

@@ -1,0 +1,19 @@
+// How a kernel is started; shared by both versions of launch.h.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace tokenspeed {
+
+struct LaunchConfig {
+    dim3 grid;
+    dim3 block;
+    size_t shared_bytes = 0;  // dynamic shared memory per block, at most 227 KB
+    cudaStream_t stream = nullptr;
+    dim3 cluster = {1, 1, 1};  // blocks per cluster; each divides the grid
+    bool programmatic =
+        false;  // may start before the grid ahead of it on the stream ends: see ptx::grid_dependency_wait
+};
+
+}  // namespace tokenspeed

@@ -1,0 +1,91 @@
+// Reductions over lanes, a block and a cluster, in a fixed order: the same input gives the same bits.
+#pragma once
+#include <ptx.h>
+
+#include <cstdint>
+
+namespace tokenspeed {
+
+struct Sum {
+    template <typename T>
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return a + b;
+    }
+};
+
+struct Maximum {
+    template <typename T>
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return a > b ? a : b;
+    }
+};
+
+// Over groups of kWidth neighbouring lanes (a power of two up to 32); every lane of the group gets the result. All 32
+// lanes of the warp take part.
+template <int kWidth = 32, typename T, typename Operation>
+__device__ __forceinline__ T warp_reduce(T value, Operation operation) {
+    static_assert(kWidth >= 1 && kWidth <= 32 && (kWidth & (kWidth - 1)) == 0);
+#pragma unroll
+    for (int distance = kWidth / 2; distance > 0; distance /= 2) {
+        value = operation(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    }
+    return value;
+}
+
+template <int kWidth = 32, typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+    return warp_reduce<kWidth>(value, Sum{});
+}
+
+template <int kWidth = 32, typename T>
+__device__ __forceinline__ T warp_maximum(T value) {
+    return warp_reduce<kWidth>(value, Maximum{});
+}
+
+// Over a one-dimensional block of kThreads threads (a multiple of 32); every thread gets the result. `scratch` is
+// kThreads / 32 elements of shared memory, free again after the next __syncthreads.
+template <int kThreads, typename T, typename Operation>
+__device__ __forceinline__ T block_reduce(T value, Operation operation, T* scratch) {
+    static_assert(kThreads % 32 == 0 && kThreads <= 1024);
+    constexpr int kWarps = kThreads / 32;
+    value = warp_reduce(value, operation);
+    if constexpr (kWarps == 1) return value;
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    // Every thread repeats the last step in the same order: cheaper than a second barrier.
+    T total = scratch[0];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) total = operation(total, scratch[warp]);
+    return total;
+}
+
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
+    return block_reduce<kThreads>(value, Sum{}, scratch);
+}
+
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_maximum(T value, T* scratch) {
+    return block_reduce<kThreads>(value, Maximum{}, scratch);
+}
+
+// Over the blocks of a cluster, each bringing one value that all its threads hold; every thread gets the result.
+// `scratch` is cluster_size elements of shared memory. All threads of all blocks call it, after a cluster_sync that
+// says that every block has started and that nobody reads `scratch` any more; on return no block touches another's
+// memory.
+template <typename T, typename Operation>
+__device__ __forceinline__ T cluster_reduce(T value, Operation operation, T* scratch) {
+    const uint32_t size = ptx::cluster_size(), rank = ptx::cluster_rank();
+    if (threadIdx.x < size) *ptx::cluster_map(scratch + rank, threadIdx.x) = value;
+    ptx::cluster_sync();
+    T total = scratch[0];
+    for (uint32_t other = 1; other < size; ++other) total = operation(total, scratch[other]);
+    return total;
+}
+
+template <typename T>
+__device__ __forceinline__ T cluster_sum(T value, T* scratch) {
+    return cluster_reduce(value, Sum{}, scratch);
+}
+
+}  // namespace tokenspeed

@@ -1,0 +1,114 @@
+// Self-tests of wgmma: shapes, element types, operands from shared memory in every layout and from registers.
+#include <launch.h>
+#include <ptx_wgmma.h>
+#include <vector.h>
+
+namespace tokenspeed {
+
+// How the test lays an operand out in shared memory: byte images prepared by the host and copied in by the threads.
+struct OperandImage {
+    const uint8_t* bytes;
+    uint32_t size;  // bytes, a multiple of 16
+    Swizzle swizzle;
+    uint32_t leading, stride;  // bytes
+};
+
+// d[64 x N] (+)= a[64 x 16] b[16 x N]; `registers` of each thread hold the accumulators before and after.
+template <typename T, int kColumns, bool kTransposedA, bool kTransposedB>
+__global__ void __launch_bounds__(128) product(OperandImage a, OperandImage b, float* registers, int accumulate) {
+    DYNAMIC_SHARED(raw);
+    uint8_t* shared_b = raw + 16384;
+    for (uint32_t i = threadIdx.x * 16; i < a.size; i += 128 * 16) {
+        *reinterpret_cast<uint4*>(raw + i) = *reinterpret_cast<const uint4*>(a.bytes + i);
+    }
+    for (uint32_t i = threadIdx.x * 16; i < b.size; i += 128 * 16) {
+        *reinterpret_cast<uint4*>(shared_b + i) = *reinterpret_cast<const uint4*>(b.bytes + i);
+    }
+    float d[kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) d[i] = registers[i * 128 + threadIdx.x];
+    ptx::fence_async_shared();
+    __syncthreads();
+    const uint64_t of_a = ptx::matrix_descriptor(ptx::shared_address(raw), a.swizzle, a.leading, a.stride);
+    const uint64_t of_b = ptx::matrix_descriptor(ptx::shared_address(shared_b), b.swizzle, b.leading, b.stride);
+    ptx::wgmma_fence(d);
+    ptx::wgmma<T, kColumns, kTransposedA, kTransposedB>(d, of_a, of_b, accumulate != 0);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>(d);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) registers[i * 128 + threadIdx.x] = d[i];
+}
+
+// A[64 x 32] from registers (row-major in global memory) times B of two depth steps; K-major B, 64-byte swizzle.
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(128) product_from_registers(const T* a, OperandImage b, float* registers) {
+    DYNAMIC_SHARED(raw);
+    for (uint32_t i = threadIdx.x * 16; i < b.size; i += 128 * 16) {
+        *reinterpret_cast<uint4*>(raw + i) = *reinterpret_cast<const uint4*>(b.bytes + i);
+    }
+    ptx::fence_async_shared();
+    __syncthreads();
+    const uint32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    uint32_t fragments[2][4];
+    for (int step = 0; step < 2; ++step) {
+        for (int i = 0; i < 4; ++i) {
+            const T* at = a + (row + i % 2 * 8) * 32 + step * 16 + column + i / 2 * 8;
+            fragments[step][i] = pack<T>(to_float(at[0]), to_float(at[1]));
+        }
+    }
+    float d[kColumns / 2];
+    ptx::wgmma_fence(d);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+        const uint64_t of_b =
+            ptx::matrix_descriptor(ptx::shared_address(raw) + step * 32, b.swizzle, b.leading, b.stride);
+        ptx::wgmma<T, kColumns>(d, fragments[step], of_b, step > 0);
+        ptx::wgmma_commit();
+    }
+    ptx::wgmma_wait<0>(d);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) registers[i * 128 + threadIdx.x] = d[i];
+}
+
+template <typename T, int kColumns>
+static cudaError_t launch_product(OperandImage a, OperandImage b, float* registers, int accumulate, bool ta, bool tb) {
+    const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
+    if (ta && tb) return launch(product<T, kColumns, true, true>, config, a, b, registers, accumulate);
+    if (ta) return launch(product<T, kColumns, true, false>, config, a, b, registers, accumulate);
+    if (tb) return launch(product<T, kColumns, false, true>, config, a, b, registers, accumulate);
+    return launch(product<T, kColumns, false, false>, config, a, b, registers, accumulate);
+}
+
+}  // namespace tokenspeed
+
+using namespace tokenspeed;
+
+extern "C" {
+int self_test_product(const uint8_t* a, int a_size, int a_swizzle, int a_leading, int a_stride, const uint8_t* b,
+                      int b_size, int b_swizzle, int b_leading, int b_stride, float* registers, int columns, int bf16,
+                      int accumulate, int transposed_a, int transposed_b) {
+    const auto image = [](const uint8_t* bytes, int size, int swizzle, int leading, int stride) {
+        return OperandImage{bytes, static_cast<uint32_t>(size), static_cast<Swizzle>(swizzle),
+                            static_cast<uint32_t>(leading), static_cast<uint32_t>(stride)};
+    };
+    const auto of_a = image(a, a_size, a_swizzle, a_leading, a_stride);
+    const auto of_b = image(b, b_size, b_swizzle, b_leading, b_stride);
+    const bool ta = transposed_a != 0, tb = transposed_b != 0;
+    if (columns == 64 && bf16) return launch_product<__nv_bfloat16, 64>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 64) return launch_product<__half, 64>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 128) return launch_product<__half, 128>(of_a, of_b, registers, accumulate, ta, tb);
+    return cudaErrorInvalidValue;
+}
+int self_test_product_from_registers(const void* a, const uint8_t* b, int b_size, int b_stride, float* registers,
+                                     int columns, int bf16) {
+    const OperandImage of_b{b, static_cast<uint32_t>(b_size), Swizzle::k64, 16, static_cast<uint32_t>(b_stride)};
+    const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
+    const auto* half = static_cast<const __half*>(a);
+    const auto* bfloat = static_cast<const __nv_bfloat16*>(a);
+    if (columns == 8) return launch(product_from_registers<__half, 8>, config, half, of_b, registers);
+    if (columns == 80 && bf16)
+        return launch(product_from_registers<__nv_bfloat16, 80>, config, bfloat, of_b, registers);
+    if (columns == 256) return launch(product_from_registers<__half, 256>, config, half, of_b, registers);
+    return cudaErrorInvalidValue;
+}
+}

@@ -1,0 +1,68 @@
+"""Claims about the attention prologue's kernel: every head count, rotary width and page, and padding."""
+
+import pytest
+import torch
+
+from tests.kernels.launches import torch_served
+from tests.ops import reference
+from tests.ops.backends import same_bits
+
+pytest_plugins = ["tests.kernels.schedules"]
+
+EPS = 1e-6
+D = 256
+
+
+def check(backend, tokens, q_heads, kv_heads, rotary=64, page_size=64, slots=None):
+    """One call on a poisoned arena of three layers, against the formulas; rows that are not named stay as they were."""
+    pages = 3
+    arena = torch.full((pages, 3, 2, kv_heads, page_size, D), torch.nan, dtype=backend.dtype, device=backend.device)
+    kv, before = arena[:, 1], arena.clone()
+    slots = torch.randperm(pages * page_size)[:tokens].tolist() if slots is None else slots
+    wide = backend.randn(tokens, 2 * (q_heads + kv_heads) * D + 64)
+    qkv = wide[:, : 2 * (q_heads + kv_heads) * D]
+    angles = backend.randn(tokens, rotary // 2, dtype=torch.float32) * 10
+    cos_sin = torch.cat([angles.double().cos(), angles.double().sin()], dim=1).float()
+    weights, results = (backend.randn(D), backend.randn(D)), []
+    numbers = backend.tensor(slots, torch.int64)
+    served = torch_served(
+        lambda: results.append(backend.op("attention_prologue")(qkv, *weights, cos_sin, kv, numbers, EPS))
+    )
+    assert served == []
+
+    q = qkv[:, : 2 * q_heads * D].unflatten(1, (q_heads, 2, D))[:, :, 0]
+    k, v = qkv[:, 2 * q_heads * D :].unflatten(1, (2, kv_heads, D)).unbind(1)
+    expected_q = reference.rope(reference.rms_norm(q, weights[0], EPS), angles)
+    expected_k = reference.rope(reference.rms_norm(k, weights[1], EPS), angles)
+    backend.assert_close(results[0].flatten(1), expected_q.flatten(1))
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            page, row = divmod(slot, page_size)
+            backend.assert_close(kv[page, 0, :, row], expected_k[token])
+            assert same_bits(kv[page, 1, :, row], v[token])
+            before[page, 1, :, :, row] = arena[page, 1, :, :, row]
+    assert same_bits(arena, before)
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 2), (16, 2), (16, 4), (24, 4), (32, 2), (1, 1)])
+def test_every_head_count(scheduled, q_heads, kv_heads):
+    check(scheduled, 3, q_heads, kv_heads)
+
+
+@pytest.mark.parametrize("rotary", [16, 32, 64, 128, 256])
+def test_every_rotary_width_that_pairs_lanes(backend, rotary):
+    check(backend, 2, 2, 1, rotary=rotary)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 100])
+def test_pages_of_any_size(backend, page_size):
+    check(backend, 3, 1, 2, page_size=page_size)
+
+
+def test_padding_rows_store_nothing_and_last_rows_are_reached(scheduled):
+    check(scheduled, 5, 2, 2, slots=[-1, 0, 63, -7, 3 * 64 - 1])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9])
+def test_token_counts_that_do_not_fill_the_blocks(backend, tokens):
+    check(backend, tokens, 1, 1)

@@ -1,0 +1,93 @@
+"""Claims about the benchmark suite: what a row says, and that nothing is left out of it."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import report, timing
+from benchmarks.cases import CPU_SIZES, GPU_SIZES, Case, all_cases, operator_case
+from tests.ops.backends import load_emulated
+from tools.gpu_check import furthest_from_ceiling
+
+CEILINGS = timing.Ceilings(copy=10.0, read=10.0, matmul=1.0)
+
+
+def norm_case(**options) -> Case:
+    return operator_case("silu_mul", "2 x 8", 96, lambda draw: (draw.randn(2, 16),), **options)
+
+
+def test_every_kernel_has_a_benchmark():
+    kernels = load_emulated()
+    if not kernels:
+        pytest.skip("no emulated kernels: they are not built")
+    assert kernels <= {case.kernel for case in all_cases(GPU_SIZES)}
+
+
+@pytest.mark.parametrize("sizes", [CPU_SIZES, GPU_SIZES])
+def test_cases_are_distinct_and_count_their_bytes(sizes):
+    cases = list(all_cases(sizes))
+    names = [(case.kernel, case.shape) for case in cases]
+    assert len(names) == len(set(names))
+    assert all(case.bytes > 0 and (case.flops > 0 or case.ceiling != "matmul") for case in cases)
+    assert all(hasattr(torch.ops.tokenspeed, case.kernel) for case in cases)
+
+
+def test_a_row_names_every_peer_measured_missing_or_failing():
+    def broken(x):
+        raise ValueError("no such shape")
+
+    row = report.measure(norm_case(peers={"installed": torch.clone, "absent": None, "broken": broken}), "cpu", CEILINGS)
+    assert row["us"] > 0
+    assert row["percent_of_ceiling"] == pytest.approx(100 * row["gb_per_s"] / 10.0, rel=0.5, abs=1.0)
+    assert row["peers"]["installed"]["ratio"] > 0
+    assert row["peers"]["absent"] == {"missing": True}
+    assert row["peers"]["broken"] == {"failed": "ValueError: no such shape"}
+    assert row["best_peer"] in ("torch", "installed")
+    line = report.table_line(row)
+    assert all(word in line for word in ("silu_mul", "2 x 8", "installed", "absent missing", "broken failed"))
+
+
+def test_a_row_without_peers_says_unranked():
+    case = Case("silu_mul", "2 x 8", 96, lambda draw: (draw.randn(2, 16),), torch.ops.tokenspeed.silu_mul.default)
+    row = report.measure(case, "cpu", CEILINGS)
+    assert (row["best_peer"], row["ratio"]) == (None, "unranked")
+    assert report.table_line(row).endswith("unranked")
+
+
+def test_a_kernel_that_fails_gives_a_row_that_says_so():
+    def fails(x):
+        raise RuntimeError("misaligned address")
+
+    case = Case("silu_mul", "2 x 8", 96, lambda draw: (draw.randn(2, 16),), fails)
+    assert report.measure(case, "cpu", CEILINGS)["failed"] == "RuntimeError: misaligned address"
+
+
+def test_rows_are_stored_as_they_come_and_plotted(tmp_path):
+    row = report.measure(norm_case(), "cpu", CEILINGS)
+    for _ in range(2):
+        report.append(tmp_path / "rows.jsonl", row)
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [row, row]
+    report.plot([{"machine": "CPU"}, row], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_contenders_take_turns():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
+    results = timing.time_interleaved(contenders, [()], "cpu")
+    assert "".join(calls[2:]) == "ab" * (len(calls) // 2 - 1)
+    assert {name: timing_.method for name, timing_ in results.items()} == {"a": "host", "b": "host"}
+
+
+def test_the_profiler_gets_the_worst_row_of_the_worst_kernels():
+    rows = [
+        {"kernel": "a", "shape": "1", "us": 50.0, "percent_of_ceiling": 80},
+        {"kernel": "a", "shape": "2", "us": 50.0, "percent_of_ceiling": 60},
+        {"kernel": "b", "shape": "1", "us": 50.0, "percent_of_ceiling": 70},
+        {"kernel": "c", "shape": "1", "us": 50.0, "percent_of_ceiling": 90},
+        {"kernel": "d", "shape": "short", "us": 2.0, "percent_of_ceiling": 1},
+        {"kernel": "e", "failed": "reason"},
+        {"machine": "card"},
+    ]
+    assert [(row["kernel"], row["shape"]) for row in furthest_from_ceiling(rows)] == [("a", "2"), ("b", "1")]

@@ -1,0 +1,158 @@
+"""Claims about who serves a call: the kernel for every published size, torch for everything else."""
+
+import pytest
+import torch
+
+from tests.kernels.launches import emulator, torch_served
+from tests.ops import reference
+from tests.ops.backends import same_bits
+from tests.ops.samples import SAMPLES
+
+pytest_plugins = ["tests.kernels.schedules"]
+
+EPS = 1e-6
+KERNELS = (
+    "rms_norm",
+    "add_rms_norm",
+    "gated_rms_norm",
+    "silu_mul",
+    "add_sigmoid_gated",
+    "attention_prologue",
+    "causal_conv1d",
+    "copy_states",
+    "copy_pages",
+    "moe_route",
+)
+HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
+HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))
+GDN_CHANNELS = (6144, 8192, 10240, 12288)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_serves_the_sample(backend, name):
+    assert torch_served(lambda: backend.op(name)(*SAMPLES[name](backend))) == []
+
+
+@pytest.mark.parametrize("width", HIDDEN)
+def test_the_norms_serve_every_published_hidden_size(backend, width):
+    x, weight = backend.randn(2, width), backend.randn(width)
+    assert torch_served(lambda: backend.op("rms_norm")(x, weight, EPS)) == []
+    assert torch_served(lambda: backend.op("add_rms_norm")(x, x.clone(), weight, EPS)) == []
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)
+def test_the_prologue_serves_every_published_head_count(backend, q_heads, kv_heads):
+    qkv, norm = backend.randn(1, 2 * (q_heads + kv_heads) * 256), backend.randn(256)
+    kv, angles = backend.randn(1, 2, kv_heads, 64, 256), backend.randn(1, 64, dtype=torch.float32)
+    slots = backend.tensor([3], torch.int64)
+    assert torch_served(lambda: backend.op("attention_prologue")(qkv, norm, norm, angles, kv, slots, EPS)) == []
+
+
+@pytest.mark.parametrize("channels", GDN_CHANNELS)
+def test_the_convolution_serves_every_published_channel_count(backend, channels):
+    one, zero, none = backend.tensor([1]), backend.tensor([0]), backend.tensor([]).reshape(0, 3)
+    window, starts = backend.randn(2, 6, channels), backend.tensor([0, 2])
+    x, weight = backend.randn(2, channels), backend.randn(channels, 4)
+    assert torch_served(lambda: backend.op("causal_conv1d")(x, weight, window, starts, zero, zero, one, none)) == []
+
+
+def test_what_no_kernel_serves_goes_to_torch_and_is_right(backend):
+    odd, weight = backend.randn(3, 20), backend.randn(20)
+    results = []
+    assert torch_served(lambda: results.append(backend.op("rms_norm")(odd, weight, EPS))) == [
+        "tokenspeed_torch::rms_norm"
+    ]
+    backend.assert_close(results[0], reference.rms_norm(odd, weight, EPS))
+
+    y, x, gate = backend.randn(3, 20), backend.randn(3, 20), backend.randn(3, 1)
+    expected = reference.exact(y) + reference.sigmoid(gate) * reference.exact(x)
+    assert torch_served(lambda: backend.op("add_sigmoid_gated")(y, x, gate)) == ["tokenspeed_torch::add_sigmoid_gated"]
+    backend.assert_close(y, expected)
+
+    logits = backend.randn(2, 24)
+    served = torch_served(lambda: results.append(backend.op("moe_route")(logits, 3)))
+    assert served == ["tokenspeed_torch::moe_route"]
+    assert results[1][1].tolist() == reference.route(logits, 3)[1].tolist()
+
+
+def test_fp32_and_misaligned_rows_go_to_torch(backend):
+    x, weight = backend.randn(2, 64, dtype=torch.float32), backend.randn(64, dtype=torch.float32)
+    assert torch_served(lambda: backend.op("rms_norm")(x, weight, EPS)) == ["tokenspeed_torch::rms_norm"]
+    shifted, weight = backend.randn(2 * 64 + 1)[1:].view(2, 64), backend.randn(64)
+    assert torch_served(lambda: backend.op("rms_norm")(shifted, weight, EPS)) == ["tokenspeed_torch::rms_norm"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_captured_graph_replays_to_the_same_bits(backend, name):
+    if backend.device != "cuda":
+        pytest.skip("graphs need a card")
+    args = SAMPLES[name](backend)
+    fresh = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    kept = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    expected = backend.op(name)(*fresh)
+    operator, graph = getattr(torch.ops.tokenspeed, name), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = operator(*args)
+    for arg, before in zip(args, kept, strict=True):
+        if isinstance(arg, torch.Tensor):
+            arg.copy_(before)
+    graph.replay()
+    torch.cuda.synchronize()
+    results = (
+        [(result, expected)]
+        if isinstance(result, torch.Tensor)
+        else list(zip(result or (), expected or (), strict=True))
+    )
+    tensors = [(a, b) for a, b in zip(args, fresh, strict=True) if isinstance(a, torch.Tensor)]
+    assert all(same_bits(a, b) for a, b in results + tensors)
+
+
+def behind_a_copy(tensor):
+    """The tensor in memory that holds poison until a copy of slot 0 to slot 1 fills it, and that arena of two slots."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    extent = reach + 1 if tensor.numel() else 0
+    size = -(-extent * tensor.element_size() // 16) * 16
+    arena = torch.full((2, max(size, 16)), 0xFF, dtype=torch.uint8)
+    rows = arena.view(tensor.dtype)
+    real, poisoned = (torch.as_strided(rows, tensor.shape, tensor.stride(), i * rows.shape[1]) for i in (0, 1))
+    real.copy_(tensor)
+    return poisoned, arena
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed):
+    if backend.emulated is None:
+        pytest.skip("only the emulated device always starts the successor first")
+    args = SAMPLES[name](backend)
+    expected_args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    expected = backend.op(name)(*expected_args)
+    hidden = [behind_a_copy(arg) if isinstance(arg, torch.Tensor) else (arg, None) for arg in args]
+    from_slot, to_slot, device = backend.tensor([0]), backend.tensor([1]), emulator()
+    device.emulator_seed(seed)
+    device.emulator_defer(1)
+    try:
+        for _, arena in hidden:
+            if arena is not None:
+                torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
+        result = getattr(torch.ops.tokenspeed_emulated, name)(*(tensor for tensor, _ in hidden))
+        assert device.emulator_synchronize() == 0
+    finally:
+        device.emulator_defer(0)
+        device.emulator_seed(0)
+    results = [result] if isinstance(result, torch.Tensor) else list(result or ())
+    wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected or ())
+    assert all(same_bits(a, b) for a, b in zip(results, wanted, strict=True))
+    for (now, arena), then in zip(hidden, expected_args, strict=True):
+        if arena is not None:
+            assert same_bits(now, then)
+
+
+@pytest.mark.parametrize(
+    "name", ["add_rms_norm", "gated_rms_norm", "add_sigmoid_gated", "attention_prologue", "copy_states"]
+)
+def test_arguments_of_different_lengths_are_refused(backend, name):
+    args = list(SAMPLES[name](backend))
+    args[1] = args[1][:-1] if args[1].shape[0] > 1 else torch.cat([args[1], args[1]])
+    with pytest.raises((RuntimeError, IndexError)):
+        backend.op(name)(*args)

@@ -1,0 +1,113 @@
+"""Claims about the small-batch product beyond its operator's contract: tails, tiles, clusters, the schedule."""
+
+import ctypes
+
+import pytest
+import torch
+
+from tests.ops.backends import Backend, make_backend, relative_error, same_bits
+from tests.ops.reference import exact
+
+
+@pytest.fixture(scope="module", params=["emulated", "cuda"])
+def backend(request) -> Backend:
+    return make_backend(request.param)
+
+
+@pytest.fixture
+def emulator():
+    """The emulated device's controls, back at their defaults afterwards."""
+    make_backend("emulated")
+    from tests.ops.emulated import build_library
+
+    library = ctypes.CDLL(str(build_library()))
+    library.emulator_seed.argtypes = [ctypes.c_uint64]
+    yield library
+    library.emulator_seed(0)
+    library.emulator_multiprocessors(4)
+    library.emulator_defer(0)
+
+
+def product_error(backend: Backend, rows: int, outputs: int, inputs: int) -> float:
+    x, weight = backend.randn(rows, inputs), backend.randn(outputs, inputs)
+    return relative_error(backend.op("linear")(x, weight), exact(x) @ exact(weight).T)
+
+
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_every_row_count(backend, rows):
+    assert product_error(backend, rows, 48, 544) < 4e-3
+
+
+@pytest.mark.parametrize("outputs", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("inputs", [32, 480, 512, 1056, 2560])
+def test_outputs_and_inputs_need_not_fill_tiles_and_slabs(backend, outputs, inputs):
+    assert product_error(backend, 3, outputs, inputs) < 4e-3
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 4096), (40, 2048), (336, 1024), (128, 512)])
+def test_every_way_to_share_the_tiles_among_clusters(emulator, multiprocessors, outputs, inputs):
+    emulator.emulator_multiprocessors(multiprocessors)
+    for rows in (2, 13):
+        assert product_error(make_backend("emulated"), rows, outputs, inputs) < 4e-3
+
+
+def test_a_row_stride_and_an_odd_output_address_are_fine(backend):
+    wide, weight = backend.randn(5, 1048), backend.randn(33, 1024)
+    x = wide[:, 8:1032]
+    assert relative_error(backend.op("linear")(x, weight), exact(x) @ exact(weight).T) < 4e-3
+
+
+def test_a_row_of_nan_stays_in_its_row(backend):
+    x, weight = backend.randn(9, 512), backend.randn(40, 512)
+    clean = backend.op("linear")(x, weight)
+    x[4] = torch.nan
+    spoiled = backend.op("linear")(x, weight)
+    assert spoiled[4].isnan().all()
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert same_bits(spoiled[others], clean[others])
+
+
+def test_a_row_has_the_same_bits_in_every_batch_of_one_size_class(backend):
+    x, weight = backend.randn(8, 2048), backend.randn(64, 2048)
+    whole = backend.op("linear")(x, weight)
+    for i in range(8):
+        assert same_bits(backend.op("linear")(x[i : i + 1], weight), whole[i : i + 1])
+
+
+def test_no_order_of_threads_changes_a_bit(emulator):
+    backend = make_backend("emulated")
+    x, weight = backend.randn(11, 1536), backend.randn(100, 1536)
+    results = []
+    for seed in range(6):
+        emulator.emulator_seed(seed)
+        results.append(backend.op("linear")(x, weight))
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+def test_a_chain_in_which_each_product_starts_early_equals_one_at_a_time(emulator):
+    """Queued launches: a product fills its ring before the one it depends on has run."""
+    backend = make_backend("emulated")
+    x, weights = backend.randn(4, 512), [backend.randn(512, 512) * 0.05 for _ in range(4)]
+
+    def run() -> list[torch.Tensor]:
+        results = [x]
+        for weight in weights:
+            results.append(torch.ops.tokenspeed_emulated.linear(results[-1], weight))
+        return results
+
+    expected = run()
+    for seed in range(4):
+        emulator.emulator_seed(seed)
+        emulator.emulator_defer(1)
+        results = run()
+        assert emulator.emulator_synchronize() == 0
+        emulator.emulator_defer(0)
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_more_rows_and_other_types_go_to_torch(backend):
+    assert product_error(backend, 17, 20, 64) < 4e-3
+    assert product_error(backend, 2, 20, 50) < 4e-3
+    x, weight = backend.randn(2, 64, dtype=torch.float32), backend.randn(5, 64, dtype=torch.float32)
+    assert relative_error(backend.op("linear")(x, weight), exact(x) @ exact(weight).T) < 1e-5

@@ -1,0 +1,201 @@
+"""Claims about `sample`: exact distributions and cuts, noise that is a function of its counter; the kernel agrees."""
+
+import math
+
+import pytest
+import torch
+
+import tokenspeed.ops.sampling  # declares torch.ops.tokenspeed.sample
+from tests.ops.backends import make_backend
+from tokenspeed.ops.sampling import _philox, noise_words
+
+
+def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, index=0):
+    """The operator's arguments, scalars spread over the rows."""
+
+    def spread(value, dtype):
+        return torch.as_tensor(value, dtype=dtype).expand(len(logits)).contiguous()
+
+    return (
+        logits,
+        spread(temperature, torch.float32),
+        spread(top_k, torch.int32),
+        spread(top_p, torch.float32),
+        spread(min_p, torch.float32),
+        spread(seed, torch.int64),
+        spread(index, torch.int64),
+    )
+
+
+def sample(*args, **options):
+    return torch.ops.tokenspeed.sample(*arguments(*args, **options))
+
+
+def exact_distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Of one row, in double precision, id by id in order of probability."""
+    p = torch.softmax(logits.double() / temperature, -1)
+    order = p.argsort(descending=True, stable=True).tolist()
+    kept = order[:top_k] if top_k else order
+    mass, total, nucleus = 0.0, sum(float(p[i]) for i in kept), []
+    for i in kept:
+        if mass >= top_p * total and nucleus:
+            break
+        nucleus.append(i)
+        mass += float(p[i])
+    nucleus = [i for i in nucleus if float(p[i]) >= min_p * float(p.max())]
+    out = torch.zeros_like(p)
+    out[nucleus] = p[nucleus] / p[nucleus].sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_the_generator_gives_the_published_known_answers(counter, key, expected):
+    words = _philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
+    assert [int(w) for w in words] == expected
+
+
+def test_noise_depends_on_every_part_of_its_counter_and_on_nothing_else():
+    seed, index = torch.tensor([5, 5, 6, 5 + (1 << 40), -3]), torch.tensor([9, 10, 9, 9, 9 + (1 << 40)])
+    words = noise_words(seed, index, 1001)
+    assert words.min() >= 0 and words.max() < 1 << 32
+    for i in range(5):
+        assert torch.equal(noise_words(seed[i : i + 1], index[i : i + 1], 17), words[i : i + 1, :17])
+        for j in range(i):
+            assert (words[i] != words[j]).float().mean() > 0.99
+    assert words.unique().numel() > 0.999 * words.numel()
+
+
+CUTS = [
+    {},
+    {"temperature": 0.4},
+    {"temperature": 3.0},
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"min_p": 0.2},
+    {"temperature": 1.7, "top_k": 7, "top_p": 0.8, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_frequencies_follow_the_exact_distribution(cut):
+    draws, vocabulary = 40000, 13
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(7)) * 1.5
+    expected = exact_distribution(logits, **cut)
+    ids = sample(logits.expand(draws, -1), **cut, seed=11, index=torch.arange(draws))
+    counts = ids.bincount(minlength=vocabulary).double()
+    assert not counts[expected == 0].any()
+    live = expected > 0
+    chi = ((counts[live] - draws * expected[live]) ** 2 / (draws * expected[live])).sum().item()
+    freedom = int(live.sum()) - 1
+    assert chi < freedom + 5 * math.sqrt(2 * max(freedom, 1)) + 10
+
+
+def test_the_rare_tail_of_a_large_vocabulary_is_drawn_as_often_as_it_should():
+    """Half of the mass is one id, half is spread over 20,000: the noise must be fine enough to tell them apart."""
+    vocabulary, draws = 20001, 2000
+    logits = torch.zeros(vocabulary)
+    logits[0] = math.log(vocabulary - 1)
+    ids = sample(logits.expand(draws, -1), seed=3, index=torch.arange(draws))
+    first = int((ids == 0).sum())
+    assert abs(first - draws / 2) < 5 * math.sqrt(draws) / 2
+    rest = ids[ids > 0]
+    assert abs(rest.double().mean() / vocabulary - 0.5) < 0.05
+    assert rest.unique().numel() > 0.9 * rest.numel()
+
+
+def test_temperature_zero_takes_the_lowest_id_of_the_largest():
+    logits = torch.tensor([[0.0, 3, 1, 3], [5, 5, 5, 5], [-math.inf, -2, -math.inf, -2]])
+    assert sample(logits, temperature=0.0).tolist() == [1, 0, 1]
+
+
+def test_ties_at_a_cut_are_all_kept():
+    logits = torch.tensor([3.0, 1, 1, 1, 0]).expand(3000, -1)
+    for cut in ({"top_k": 2}, {"top_p": 0.75}):
+        assert set(sample(logits, **cut, index=torch.arange(3000)).tolist()) == {0, 1, 2, 3}
+
+
+def test_a_cut_to_one_is_greedy_whatever_the_noise():
+    logits = torch.randn(500, 40)
+    for cut in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}):
+        assert torch.equal(sample(logits, **cut, index=torch.arange(500)), logits.argmax(-1))
+
+
+def test_what_is_forbidden_is_never_drawn():
+    logits = torch.full((2000, 30), -math.inf)
+    logits[:, 7], logits[:, 21] = -80.0, 0.0
+    assert set(sample(logits, temperature=40.0, top_k=20, top_p=0.999, index=torch.arange(2000)).tolist()) == {7, 21}
+
+
+def test_a_row_draws_the_same_id_alone_and_in_any_batch():
+    logits = torch.randn(9, 300)
+    options = {"temperature": torch.rand(9), "top_k": torch.arange(9), "seed": torch.arange(9), "index": 5}
+    together = sample(logits, **options)
+    order = torch.randperm(9)
+    options = {name: value if isinstance(value, int) else value[order] for name, value in options.items()}
+    assert torch.equal(sample(logits[order], **options), together[order])
+    fourth = options["temperature"][order.argsort()[4]]
+    assert torch.equal(sample(logits[4:5], temperature=fourth, top_k=4, seed=4, index=5), together[4:5])
+
+
+# ---- the kernel against the torch implementation
+
+
+@pytest.fixture(scope="module", params=["emulated", "cuda"])
+def backend(request):
+    return make_backend(request.param)
+
+
+def assert_same_draws(backend, args):
+    ours = backend.op("sample")(*(x.to(backend.device) for x in args))
+    assert torch.equal(ours.cpu(), tokenspeed.ops.sampling.sample.__wrapped__(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [0.01, 4.0, 30.0])
+def test_the_kernel_draws_what_torch_draws(backend, dtype, spread):
+    rows = 2 if backend.name == "emulated" else 256
+    vocabulary = 3001
+    logits = (torch.randn(rows, vocabulary) * spread).to(dtype)
+    top_p = torch.rand(rows).masked_fill_(torch.rand(rows) < 0.3, 1)
+    options = {
+        "temperature": torch.rand(rows) * 2 + 0.05,
+        "top_k": torch.randint(0, 80, (rows,)),
+        "top_p": top_p,
+        "min_p": torch.rand(rows) * 0.1,
+        "seed": torch.randint(-(2**62), 2**62, (rows,)),
+        "index": torch.randint(0, 2**40, (rows,)),
+    }
+    assert_same_draws(backend, arguments(logits, **options))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 33])
+def test_vocabularies_smaller_than_a_cluster(backend, vocabulary):
+    options = {"temperature": torch.tensor([1.0, 0.0]), "top_k": 3, "seed": 1, "index": torch.arange(2)}
+    assert_same_draws(backend, arguments(torch.randn(2, vocabulary).bfloat16(), **options))
+
+
+def test_the_published_vocabulary(backend):
+    logits = (torch.randn(1, 248320) * 3).bfloat16()
+    assert_same_draws(backend, arguments(logits, temperature=0.0))
+    if backend.name == "cuda":
+        for cut in CUTS:
+            assert_same_draws(backend, arguments(logits.expand(7, -1).contiguous(), **cut, index=torch.arange(7)))
+
+
+def test_equal_logits_and_forbidden_rows(backend):
+    logits = torch.zeros(2, 50)
+    logits[1] = -math.inf
+    assert_same_draws(backend, arguments(logits[:1], temperature=torch.tensor([0.0])))
+    assert_same_draws(backend, arguments(logits[:1], temperature=0.7, top_k=3, top_p=0.5, index=4))
+    assert 0 <= int(backend.op("sample")(*(x.to(backend.device) for x in arguments(logits[1:])))[0]) < 50
