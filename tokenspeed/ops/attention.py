@@ -66,18 +66,17 @@ def attention_prologue(
 
 def _attend(q: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, ends: Tensor, scale: float) -> Tensor:
     """q: [B, q_heads, T, D] -> [B, q_heads, T, D]; token i of a sequence sees keys 0 .. context + i, below its end."""
-    batch, pages = page_table.shape
-    gathered = kv[page_table.clamp(min=0, max=len(kv) - 1).long()]  # [B, P, 2, kv_heads, page, D]
-    keys = pages * kv.shape[3]
-    gathered = gathered.permute(2, 0, 3, 1, 4, 5).reshape(2, batch, kv.shape[2], keys, kv.shape[4])
-    position = torch.arange(keys, device=q.device)
+    position = torch.arange(page_table.shape[1] * kv.shape[3], device=q.device)
     last = context_lens[:, None].long() + torch.arange(q.shape[2], device=q.device)
-    # Rows beyond the sequence may hold anything, NaN included: 0 * NaN must not reach the sum.
-    gathered = gathered.masked_fill((position >= ends[:, None])[None, :, None, :, None], 0)
     visible = (position <= last[..., None])[:, None]
-    return F.scaled_dot_product_attention(
-        q, gathered[0].to(q.dtype), gathered[1].to(q.dtype), attn_mask=visible, scale=scale, enable_gqa=True
-    )
+    # Rows beyond the sequence may hold anything, NaN included, and 0 * NaN must not reach the sum: the sequence's first
+    # row, which is there and is finite, stands in for them.
+    existing = torch.where(position < ends[:, None], position, 0)
+    page = page_table.clamp(min=0, max=len(kv) - 1).long().gather(1, existing // kv.shape[3])[:, None]
+    head = torch.arange(kv.shape[2], device=q.device)[:, None]
+    row = (existing % kv.shape[3])[:, None]
+    k, v = (kv[page, part, head, row].to(q.dtype) for part in range(2))  # [B, kv_heads, keys, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
 
 
 def _gated(out: Tensor, gate: Tensor) -> Tensor:
