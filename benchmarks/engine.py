@@ -8,6 +8,7 @@ the medians are compared. Greedy, a fixed number of tokens, no stop.
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -29,15 +30,15 @@ from tokenspeed.engine.request import SamplingParams
 from tokenspeed.engine.sizes import PUBLISHED
 
 CONTENDERS = ("tokenspeed", "transformers")
-# model: prompt tokens, generated tokens, dtype, rounds
-MODELS = {"shipped": (128, 65, "float32", 7), "0.8B": (64, 9, "bfloat16", 3)}
+# model: prompt tokens, generated tokens, dtype, rounds, CPU threads
+MODELS = {"shipped": (128, 65, "float32", 7, 1), "0.8B": (64, 9, "bfloat16", 3, os.cpu_count())}
 BATCHES = (1, 8)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which models (default: all)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each contender")
+    parser.add_argument("--threads", type=int, help="CPU threads of each contender (default: 1 shipped, all 0.8B)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this PNG")
     parser.add_argument("--worker", nargs=3, metavar=("CONTENDER", "DIRECTORY", "MODEL"), help=argparse.SUPPRESS)
@@ -92,9 +93,9 @@ def random_checkpoint(config: ModelConfig, directory: Path) -> Path:
     return directory
 
 
-def compare(model: str, checkpoint: Path, threads: int) -> list[dict]:
+def compare(model: str, checkpoint: Path, threads: int | None) -> list[dict]:
     """Both contenders on one model, every batch size; prints a table and returns its rows."""
-    rounds = MODELS[model][3]
+    rounds, threads = MODELS[model][3], threads or MODELS[model][4]
     workers = {name: start(name, checkpoint, model, threads) for name in CONTENDERS}
     rows = []
     try:
@@ -129,7 +130,7 @@ def ask(worker: subprocess.Popen, batch: int) -> dict:
 
 def row(model: str, batch: int, name: str, samples: list[dict]) -> dict:
     """Medians: time to the first token of all sequences, and tokens a second after it over all sequences."""
-    _, tokens, dtype, _ = MODELS[model]
+    _, tokens, dtype, *_ = MODELS[model]
     first = statistics.median(s["first_s"] for s in samples)
     rest = statistics.median(s["all_s"] - s["first_s"] for s in samples)
     speed = batch * (tokens - 1) / rest
@@ -155,9 +156,8 @@ def report(pair: list[dict]) -> None:
 
 def work(name: str, directory: str, model: str, threads: int) -> int:
     """A contender's process: reads batch sizes, answers with times and its peak memory so far."""
-    torch.set_num_threads(threads)
-    prompt, tokens, dtype, _ = MODELS[model]
-    generate = {"tokenspeed": ours, "transformers": theirs}[name](directory, dtype)
+    prompt, tokens, dtype, *_ = MODELS[model]
+    generate = {"tokenspeed": ours, "transformers": theirs}[name](directory, dtype, threads)
     for line in sys.stdin:
         ids = torch.randint(0, 600, (int(line), prompt), generator=torch.Generator().manual_seed(0)).tolist()
         times = {}
@@ -170,8 +170,8 @@ def work(name: str, directory: str, model: str, threads: int) -> int:
     return 0
 
 
-def ours(directory: str, dtype: str):
-    llm = LLM(directory, dtype, "cpu", progress=False)
+def ours(directory: str, dtype: str, threads: int):
+    llm = LLM(directory, dtype, "cpu", threads, progress=False)
 
     def generate(ids: list[list[int]], tokens: int) -> None:
         produced = sum(1 for _ in llm.stream(ids, SamplingParams(max_tokens=tokens, ignore_eos=True)))
@@ -180,9 +180,10 @@ def ours(directory: str, dtype: str):
     return generate
 
 
-def theirs(directory: str, dtype: str):
+def theirs(directory: str, dtype: str, threads: int):
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
 
     def generate(ids: list[list[int]], tokens: int) -> None:

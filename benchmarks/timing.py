@@ -9,7 +9,8 @@ import torch
 
 ROTATE_BYTES = 512 << 20  # well past the L2 of any card
 MAX_SETS = 64
-ROUNDS = 21
+ROUNDS, LEAST_ROUNDS = 21, 5
+ROUNDS_US = 4e5  # a contender whose passes are slow gets fewer of them, LEAST_ROUNDS at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +37,19 @@ class _Contender:
     def __init__(self, function: Callable, sets: Sequence[tuple], device: str):
         self.function, self.sets, self.device = function, sets, device
         self.samples: list[float] = []
+        self.spent = 0.0  # microseconds in rounds
+        self.outputs: list = []  # of the graph
         self.graph = None
-        self._pass()  # compiles, builds caches
+        self.function(*sets[0])  # compiles, builds caches
         if device == "cuda":
             torch.cuda.synchronize()
             self.graph = self._capture()
         self.method = "host" if device == "cpu" else "graph" if self.graph else "launches"
 
-    def _pass(self) -> None:
-        for arguments in self.sets:
-            self.function(*arguments)
+    def _pass(self) -> list:
+        """Call the function once a set. The results are kept until the pass ends, so that each has memory of its own:
+        outputs that all lie in one place would stay in the cache."""
+        return [self.function(*arguments) for arguments in self.sets]
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         torch.cuda.set_sync_debug_mode("error")
@@ -57,7 +61,7 @@ class _Contender:
             torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._pass()
+            self.outputs = self._pass()
         graph.replay()
         torch.cuda.synchronize()
         return graph
@@ -77,6 +81,7 @@ class _Contender:
             end.record()
             end.synchronize()
             elapsed = begin.elapsed_time(end) * 1e3
+        self.spent += elapsed
         self.samples.append(elapsed / len(self.sets))
 
     def timing(self) -> Timing:
@@ -104,9 +109,10 @@ def time_interleaved(
             ready[name] = _Contender(function, sets, device)
         except Exception as error:  # a peer may fail in any way; the row then says how
             results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-    for _ in range(rounds if device == "cuda" else 5):
+    for index in range(rounds if device == "cuda" else LEAST_ROUNDS):
         for contender in ready.values():
-            contender.round()
+            if index < LEAST_ROUNDS or contender.spent < ROUNDS_US:
+                contender.round()
     return results | {name: contender.timing() for name, contender in ready.items()}
 
 

@@ -63,7 +63,7 @@ def build(sources: list[Path], output: Path, extra_flags: list[str] | None = Non
 def build_self_tests(asan: bool = False) -> Path:
     """The library of tests/kernels/cuda, in build/emulator or build/emulator-asan."""
     folder = ROOT / "build" / ("emulator-asan" if asan else "emulator")
-    return build(sorted(SELF_TESTS.glob("*.cu")), folder / "libselftest.so", ASAN if asan else [])
+    return build(sorted(SELF_TESTS.rglob("*.cu")), folder / "libselftest.so", ASAN if asan else [])
 
 
 def _is_fresh(target: Path) -> bool:

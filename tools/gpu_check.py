@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("ceilings", "goldens", "tests", "benchmarks", "sanitizer", "profile")
 PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
-TEST_SECONDS, TEST_PROCESSES = 120, 12
+TEST_SECONDS, TEST_PROCESSES = 120, 14
 SANITIZER_SECONDS = 150
 # Short tests with shared memory, ragged ends, or writes at computed places.
 SANITIZED = {
@@ -96,39 +95,46 @@ def record_goldens(run: Run) -> bool:
     return code == 0
 
 
-def gpu_tests(run: Run) -> list[str]:
-    """The test functions that have a case on the GPU."""
+def gpu_tests(run: Run) -> dict[str, list[str]]:
+    """The test functions that have a case on the GPU, by file."""
     _, out = execute([*PYTEST, "--collect-only", "-k", "cuda", "tests/ops", "tests/kernels"], run.seconds_left(120))
-    ids = [line.split("[")[0] for line in out.splitlines() if "::" in line and "cuda" in line]
-    return sorted(set(ids))
+    functions = {line.split("[")[0] for line in out.splitlines() if "::" in line and "cuda" in line}
+    by_file: dict[str, list[str]] = {}
+    for function in sorted(functions):
+        by_file.setdefault(function.split("::")[0], []).append(function)
+    return by_file
 
 
-def run_test(run: Run, test: str) -> str:
+def run_test(run: Run, test: str) -> dict:
+    """Run a file or a function of the GPU tests in a process of its own."""
     start = time.monotonic()
     code, out = execute([*PYTEST, "-k", "cuda", test], run.seconds_left(TEST_SECONDS))
     summary = out.strip().splitlines()[-1] if out.strip() else ""
     outcome = "failed" if code != 0 else "passed" if " passed" in summary else "skipped"
     row = {"test": test, "outcome": outcome, "exit": code, "summary": summary}
     row["seconds"] = round(time.monotonic() - start, 1)
-    if outcome == "failed":
-        row["output"] = out[-6000:]
-        print(f"FAILED {test} (exit {code})\n{out[-1500:]}", flush=True)
-    run.append("tests.jsonl", row)
-    return outcome
+    return row | ({"output": out[-6000:]} if outcome == "failed" else {})
 
 
 def run_tests(run: Run) -> bool:
-    tests = gpu_tests(run)
+    """Each file in a process; the functions of a file that fails, one by one, since a fault ends the whole process."""
+    by_file = gpu_tests(run)
     with ThreadPoolExecutor(min(TEST_PROCESSES, os.cpu_count() or 1)) as pool:
-        outcomes = Counter(pool.map(lambda test: run_test(run, test), tests))
-    print(f"tests: {dict(outcomes)} of {len(tests)} functions with a case on the GPU")
-    return outcomes["passed"] > 0 and outcomes["failed"] == 0
+        files = list(pool.map(lambda file: run_test(run, file), by_file))
+        again = [function for row in files if row["outcome"] == "failed" for function in by_file[row["test"]]]
+        functions = list(pool.map(lambda function: run_test(run, function), again))
+    for row in files + functions:
+        run.append("tests.jsonl", row)
+        print(f"{row['outcome']} {row['test']} {row['summary']}")
+        if "::" in row["test"] and "output" in row:
+            print(row["output"][-1500:], flush=True)
+    return bool(files) and not any(row["outcome"] == "failed" for row in files)
 
 
 def run_benchmarks(run: Run) -> bool:
     rows, figure = run.output / "benchmarks.jsonl", run.output / "benchmarks.png"
     command = [sys.executable, "-m", "benchmarks", "--json", str(rows), "--plot", str(figure)]
-    code, out = execute(command, run.seconds_left(300))
+    code, out = execute(command, run.seconds_left(270))
     print(out[-9000:])
     return code == 0
 

@@ -58,7 +58,7 @@ def main() -> None:
     files = [path.resolve() for path in parser.parse_args().files] or [
         *sorted((ROOT / "csrc" / "kernels").glob("*.cu")),
         *sorted(path for path in (ROOT / "csrc" / "kernels").glob("*.h") if not path.name.startswith("binding")),
-        *sorted((ROOT / "tests" / "kernels" / "cuda").glob("*.cu")),
+        *sorted((ROOT / "tests" / "kernels" / "cuda").rglob("*.cu")),
     ]
     faults = [fault for path in files for fault in lint(path)]
     print("\n".join(faults) if faults else f"{len(files)} kernel files keep the dialect")

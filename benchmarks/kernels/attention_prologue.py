@@ -12,7 +12,7 @@ HEAD_DIM, ROTARY, PAGE = 256, 64, 64
 def cases(sizes: Sizes) -> Iterator[Case]:
     """The head counts of every published model at a prefill, 16:2 also at decode."""
     shapes = [(16, 2, tokens) for tokens in sizes.decode]
-    shapes += [(q_heads, kv_heads, sizes.prefill) for q_heads, kv_heads in ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))]
+    shapes += [(q_heads, kv_heads, sizes.prefill) for q_heads, kv_heads in ((8, 2), (16, 2), (24, 4), (32, 2))]
     for q_heads, kv_heads, tokens in shapes:
 
         def projection(draw: Inputs, q_heads=q_heads, kv_heads=kv_heads, tokens=tokens) -> tuple:

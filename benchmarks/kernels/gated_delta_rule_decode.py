@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..cases import Case, Inputs, Sizes, operator_case, optional_peer
+from ..cases import Case, Inputs, Sizes, optional_peer, torch_implementation
 
 KEY_HEADS, DIM, TAPS, RING, EPS = 16, 128, 4, 8, 1e-6
 CONTEXT = 1000
@@ -33,10 +33,9 @@ def _fla(qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, *rest) -> Tensor:
 
 def cases(sizes: Sizes) -> Iterator[Case]:
     """Value heads of the published models; the ring half full, and a fold (a copy on write stores as much as one)."""
-    shapes = [(heads, batch, 1) for heads in (16, 32, 48, 64) for batch in sizes.decode]
-    shapes += [(32, sizes.decode[0], 4), (64, sizes.decode[-1], 4)]
+    shapes = [(32, batch, 1) for batch in sizes.decode]
     if len(sizes.decode) > 1:
-        shapes += [(32, batch, 1) for batch in (2, 4, 16, 32)]
+        shapes += [(16, 1, 1), (48, 1, 1), (64, 1, 1), (64, 64, 1), (32, 2, 1), (32, 16, 1), (32, 1, 4), (64, 64, 4)]
     for heads, batch, tokens in shapes:
         for fold in (False, True):
 
@@ -71,8 +70,9 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             shape = f"{kind}, {KEY_HEADS}:{heads} heads, {batch} x {tokens} tokens"
             peers = {"flash-linear-attention, update alone": _fla if _fla_recurrent else None}
             size = state * (1 + fold) + updates + rows
-            if fold:
-                yield operator_case("gated_delta_rule_decode", shape, size, step, peers=peers)
-            else:  # without the torch implementation, which folds: it would leave the kernel an empty ring
-                run = torch.ops.tokenspeed.gated_delta_rule_decode.default
-                yield Case("gated_delta_rule_decode", shape, size, step, run, peers=peers)
+            if fold and (heads, batch, tokens) == shapes[0]:
+                peers["torch"] = torch_implementation("gated_delta_rule_decode")
+            # Elsewhere without the torch implementation: it takes milliseconds, and it folds, which would leave the
+            # kernel an empty ring.
+            run = torch.ops.tokenspeed.gated_delta_rule_decode.default
+            yield Case("gated_delta_rule_decode", shape, size, step, run, peers=peers)

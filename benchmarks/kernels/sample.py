@@ -30,7 +30,7 @@ def _softmax_multinomial(logits: Tensor, temperature: Tensor, *rest) -> Tensor:
 
 def cases(sizes: Sizes) -> Iterator[Case]:
     """Each kind of cut; logits of one row are half a megabyte, so the time is the chain of cluster barriers."""
-    for rows in sizes.decode:
+    for rows in (1, 64) if len(sizes.decode) > 1 else (1,):
         for name, (temperature, top_k, top_p) in CUTS.items():
 
             def row(draw: Inputs, rows=rows, temperature=temperature, top_k=top_k, top_p=top_p) -> tuple:
@@ -50,10 +50,9 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             if name == "greedy":
                 peers = {"argmax": lambda logits, *rest: logits.argmax(-1)}
             else:
-                peers = {
-                    "torch": sampling.sample.__wrapped__,
-                    "FlashInfer": _flashinfer if _flashinfer_draw else None,
-                }
+                peers = {"FlashInfer": _flashinfer if _flashinfer_draw else None}
+                if rows == 1:  # milliseconds, and more of them for more rows
+                    peers["torch"] = sampling.sample.__wrapped__
             if name == "temperature":
                 peers["softmax and multinomial"] = _softmax_multinomial
             run = torch.ops.tokenspeed.sample.default

@@ -20,6 +20,8 @@ FiberStack::FiberStack() {
     if (mapping == MAP_FAILED) throw std::bad_alloc();
     mapping_ = static_cast<char*>(mapping);
     bottom_ = mapping_ + page;
+    static size_t made = 0;
+    colour_ = made++ % 48 * 64;
     mprotect(mapping_, page, PROT_NONE);
 }
 
@@ -40,7 +42,7 @@ __attribute__((naked, noinline)) static void switch_stacks(void** /*save*/, void
 }
 
 static void prepare_stack(Fiber& fiber, void (*entry)()) {
-    auto** top = reinterpret_cast<void**>(fiber.stack->bottom() + FiberStack::kBytes);
+    auto** top = reinterpret_cast<void**>(fiber.stack->top());
     *--top = nullptr;  // keeps the stack 16-byte aligned at the entry and ends a backtrace
     *--top = reinterpret_cast<void*>(entry);
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;

@@ -18,11 +18,14 @@ class FiberStack {
     FiberStack& operator=(const FiberStack&) = delete;
 
     char* bottom() const { return bottom_; }
+    // Where it starts: stacks begin at different cache lines, or every switch would evict the last one's.
+    char* top() const { return bottom_ + kBytes - colour_; }
     static constexpr size_t kBytes = 256 * 1024;
 
   private:
     char* mapping_;
     char* bottom_;
+    size_t colour_;
 };
 
 struct Fiber {

@@ -13,6 +13,13 @@ void exchange(uint32_t mask, const char* name, uint64_t value, uint64_t (&lanes)
     leave_collective(collective);
 }
 
+uint64_t exchange_one(uint32_t mask, const char* name, uint64_t value, uint32_t source) {
+    Collective& collective = join_collective(mask, name, &value, 1);
+    const uint64_t received = mask >> source & 1 ? collective.payload[source][0] : ~0ull;
+    leave_collective(collective);
+    return received;
+}
+
 void trap(const char* what) {
     machine().fail("trap: %s", what);
 }

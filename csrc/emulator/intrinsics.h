@@ -47,6 +47,8 @@ extern Coordinates coordinates;
 // Exchanges 64 bits among the lanes of `mask`; returns the payload of every lane. lanes[i] is all ones where i is not
 // in mask.
 void exchange(uint32_t mask, const char* name, uint64_t value, uint64_t (&lanes)[32]);
+// The same for one other lane.
+uint64_t exchange_one(uint32_t mask, const char* name, uint64_t value, uint32_t source);
 [[noreturn]] void trap(const char* what);
 
 template <typename T>
@@ -67,9 +69,8 @@ T from_bits(uint64_t bits) {
 template <typename T>
 T shuffle(uint32_t mask, const char* name, T value, int source, int width, bool allowed) {
     if (width < 1 || width > 32 || !std::has_single_bit(static_cast<uint32_t>(width))) trap("shuffle width");
-    uint64_t lanes[32];
-    exchange(mask, name, to_bits(value), lanes);
-    return allowed ? from_bits<T>(lanes[source & 31]) : value;
+    const uint64_t received = exchange_one(mask, name, to_bits(value), static_cast<uint32_t>(source) & 31);
+    return allowed ? from_bits<T>(received) : value;
 }
 
 template <typename T, typename Operation>
@@ -122,8 +123,7 @@ inline void __syncthreads() {
 // ---- warp intrinsics
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
-    uint64_t lanes[32];
-    ::tokenspeed::emulator::exchange(mask, "__syncwarp", 0, lanes);
+    ::tokenspeed::emulator::exchange_one(mask, "__syncwarp", 0, 0);
 }
 
 template <typename T>

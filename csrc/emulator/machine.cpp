@@ -120,7 +120,7 @@ void Machine::resume(Thread& thread) {
 
 void Machine::yield() {
     if (++idle_yields_ > kIdleYieldLimit) fail("livelock: threads test without end and nothing else happens");
-    ready_.push_back(current_thread);
+    make_ready(*current_thread);
     fiber_switch(current_thread->fiber, scheduler_);
 }
 
@@ -133,7 +133,7 @@ void Machine::park(const char* why, const void* object, uint64_t value) {
 
 void Machine::wake(Thread& thread) {
     idle_yields_ = 0;
-    ready_.push_back(&thread);
+    make_ready(thread);
 }
 
 void Machine::thread_exited(Thread& thread) {
@@ -195,14 +195,14 @@ void Machine::start_block(Block& block) {
         if (late_warp) {
             late_.push_back(&thread);
         } else {
-            ready_.push_back(&thread);
+            make_ready(thread);
         }
     }
 }
 
 bool Machine::start_late() {
     if (late_.empty()) return false;
-    ready_.insert(ready_.end(), late_.begin(), late_.end());
+    for (Thread* thread : late_) make_ready(*thread);
     late_.clear();
     return true;
 }
@@ -330,28 +330,37 @@ bool Machine::run_products() {
 
 bool Machine::step() {
     if (poll_waiting()) return true;
-    const auto some_copy = [&] {
+    const auto some_copies = [&] {
         std::vector<size_t> prompt;
         for (size_t i = 0; i < copies_.size(); ++i) {
             if (!copies_[i]->lazy) prompt.push_back(i);
         }
-        if (prompt.empty()) return false;
-        deliver(prompt[seed_ == 0 ? 0 : random_() % prompt.size()]);
-        return true;
+        // Thousands may be under way: a step carries out up to an eighth of them, the oldest or any.
+        std::vector<size_t> chosen;
+        for (size_t left = (prompt.size() + 7) / 8; left > 0; --left) {
+            const size_t pick = seed_ == 0 ? chosen.size() : random_.below(prompt.size());
+            chosen.push_back(prompt[pick]);
+            if (seed_ != 0) prompt.erase(prompt.begin() + static_cast<ptrdiff_t>(pick));
+        }
+        std::sort(chosen.rbegin(), chosen.rend());  // from the back: what is delivered leaves the list
+        for (const size_t index : chosen) {
+            if (index < copies_.size()) deliver(index);
+        }
+        return !chosen.empty();
     };
-    if (chance(policy_.copy_before_product)) return some_copy() || run_products();
-    return run_products() || some_copy();
+    if (chance(policy_.copy_before_product)) return some_copies() || run_products();
+    return run_products() || some_copies();
 }
 
 bool Machine::deliver_lazy() {
     if (copies_.empty()) return false;
-    deliver(seed_ == 0 ? 0 : random_() % copies_.size());
+    deliver(seed_ == 0 ? 0 : random_.below(copies_.size()));
     return true;
 }
 
 bool Machine::run_ready() {
     if (ready_.empty()) return false;
-    if (!copies_.empty() && chance(policy_.deliver_any)) deliver(random_() % copies_.size());
+    if (!copies_.empty() && chance(policy_.deliver_any)) deliver(random_.below(copies_.size()));
     if (!pollers_.empty() && chance(policy_.poll)) poll_waiting();
     resume(next_thread());
     return true;
@@ -360,11 +369,14 @@ bool Machine::run_ready() {
 // First in, first out with seed 0, else the best of a few drawn at random.
 Thread& Machine::next_thread() {
     size_t best = 0;
-    for (int i = 0; i < policy_.candidates && seed_ != 0; ++i) {
-        const size_t other = random_() % ready_.size();
-        if (i == 0 || ready_[other]->priority > ready_[best]->priority) best = other;
+    if (seed_ != 0) {
+        best = random_.below(ready_.size());
+        for (int i = 1; i < policy_.candidates; ++i) {
+            const size_t other = random_.below(ready_.size());
+            if (ready_[other].priority > ready_[best].priority) best = other;
+        }
     }
-    Thread& next = *ready_[best];
+    Thread& next = *ready_[best].thread;
     ready_[best] = ready_.front();
     ready_.pop_front();
     return next;
@@ -434,7 +446,7 @@ cudaError_t Machine::synchronize() {
         policy_.product_at_once = speeds[random_() % 5];
         policy_.copy_before_product = speeds[random_() % 5];
         policy_.early_successor = random_() % 4 == 0 ? 0 : 256;
-        policy_.candidates = std::array{1, 1, 4, 64}[random_() % 4];
+        policy_.candidates = std::array{1, 1, 4, 16}[random_() % 4];
         policy_.priority_scope = static_cast<int>(random_() % 3);
         policy_.late_blocks = speeds[random_() % 4];
         policy_.late_warps = speeds[random_() % 4];

@@ -9,7 +9,6 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -169,6 +168,22 @@ struct AsyncCopy {
     std::function<void()> write;  // to the destination, and the completion
 };
 
+// splitmix64: a draw at each scheduling step must cost little.
+class Random {
+  public:
+    void seed(uint64_t seed) { state_ = seed; }
+    uint64_t operator()() {
+        uint64_t z = state_ += 0x9E3779B97F4A7C15ull;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+        return z ^ z >> 31;
+    }
+    size_t below(size_t limit) { return static_cast<size_t>(static_cast<unsigned __int128>((*this)()) * limit >> 64); }
+
+  private:
+    uint64_t state_ = 0;
+};
+
 struct Policy {
     // Chances out of 256.
     int deliver_at_once = 0;  // a copy, when it starts
@@ -244,7 +259,7 @@ class Machine {
     void reset();
     static void thread_entry();
 
-    std::mt19937_64 random_{0};
+    Random random_;
     uint64_t seed_ = 0;
     Policy policy_;
     bool deferred_ = false;
@@ -253,7 +268,12 @@ class Machine {
     bool failed_ = false;
 
     Fiber scheduler_;
-    std::deque<Thread*> ready_;
+    struct Ready {
+        uint64_t priority;
+        Thread* thread;
+    };
+    void make_ready(Thread& thread) { ready_.push_back({thread.priority, &thread}); }
+    std::deque<Ready> ready_;
     std::vector<Thread*> late_;  // not started yet
     std::vector<Thread*> pollers_;
     std::vector<std::unique_ptr<AsyncCopy>> copies_;

@@ -75,7 +75,7 @@ static Collective& find_collective(Warp& warp, uint32_t mask, const char* name, 
         if (collective->mask == 0) {
             unused = collective.get();
         } else if (collective->mask == mask && collective->arrived != mask && !(collective->arrived & bit) &&
-                   strcmp(collective->name, name) == 0) {
+                   collective->name == name) {
             return *collective;
         }
     }

@@ -7,13 +7,14 @@
 //
 // Floor: 4 bytes a value of q, k and v, plus the angles: 16:2 heads, 8192 tokens: 170 MB = 39 us at 4.3 TB/s.
 //
-// Tiling: a warp does one head of one token, D = 256 as one 16-byte vector a lane; the mean takes five shuffles, the
-// rope partner sits R / 16 lanes away (one shuffle an element). v is a copy and shares the code path up to the norm.
-// Everything a warp needs (head, angles, slot) is loaded before the first shuffle.
+// Tiling: a warp does one head of one token, or kMostHeads neighbouring heads where there are tokens enough to fill the
+// card: D = 256 is one 16-byte vector a lane and head, and all of a warp's loads (heads, angles, weights, slot) are in
+// flight before the first shuffle. The mean takes five shuffles, the rope partner sits R / 16 lanes away. v is a copy.
 //
-// Predicted: 8192 tokens 16:2 46 us (85% of copy); 1 to 8 tokens 2.0 us in a graph.
+// Measured on an H200 with one head a warp: 62 us = 65% of copy at 8192 tokens of 16:2 (20 KB in flight a
+// multiprocessor were too few), 1.6 us for one token. Predicted with four: 46 us = 88%.
 //
-// budget: attention_prologue_kernel registers<=64 shared<=0 hot
+// budget: attention_prologue_kernel registers<=96 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
 #include <reduce.h>
@@ -25,6 +26,7 @@ namespace tokenspeed {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kMostHeads = 4;  // per warp; every published model's q + 2 kv heads are a multiple of it
 constexpr int kLaneElements = kHeadDim / 32;
 
 // The lane's 8 angles: `offset` 0 for cosines, rotary / 2 for sines.
@@ -34,67 +36,84 @@ __device__ Float8 load_angles(const float* angles, int offset) {
     return Float8{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 
+// kHeads divides the heads of a token: q heads, then k heads, then v heads.
+template <int kHeads>
 __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const AttentionPrologue p) {
     const uint32_t lane = threadIdx.x % 32;
-    const uint32_t heads = p.q_heads + 2 * p.kv_heads;
-    const int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-    const int64_t token = unit / heads;
-    const int head = static_cast<int>(unit % heads);
-    const bool is_q = head < p.q_heads;
-    const bool is_v = head >= p.q_heads + p.kv_heads;
+    const uint32_t groups = (p.q_heads + 2 * p.kv_heads) / kHeads;
+    const uint32_t unit = blockIdx.x * kWarps + threadIdx.x / 32;
+    const int64_t token = unit / groups;
+    const int first = static_cast<int>(unit % groups) * kHeads;
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     if (token >= p.tokens) return;
-    const Float8 weight = unpack(ptx::load_16_read_only((is_q ? p.q_weight : p.k_weight) + lane * kLaneElements));
 
-    // The gates lie between the queries, so query head h stands at 2h and what follows them at q_heads + head.
-    const int64_t column = int64_t(is_q ? 2 * head : p.q_heads + head) * kHeadDim + lane * kLaneElements;
-    const uint4 packed = ptx::load_16_streaming(p.qkv + token * p.qkv_stride + column);
+    uint4 packed[kHeads], weight[kHeads];
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+        // The gates lie between the queries, so query head h stands at 2h and what follows them at q_heads + head.
+        const int head = first + i, place = head < p.q_heads ? 2 * head : p.q_heads + head;
+        const __nv_bfloat16* heads = p.qkv + token * p.qkv_stride + int64_t(place) * kHeadDim;
+        packed[i] = ptx::load_16_streaming(heads + lane * kLaneElements);
+    }
     const int half_lanes = p.rotary / (2 * kLaneElements);  // lanes that hold the first elements of the pairs
     const bool rotates = lane < 2 * half_lanes;
     Float8 cosine{}, sine{};
-    if (!is_v && rotates) {
+    if (rotates) {
         const float* angles = p.cos_sin + token * p.rotary + (lane % half_lanes) * kLaneElements;
         cosine = load_angles(angles, 0);
         sine = load_angles(angles, p.rotary / 2);
     }
-    const int64_t slot = is_q ? 0 : p.kv_slots[token];
-    if (slot < 0) return;
-
-    uint4 result = packed;
-    if (!is_v) {
-        Float8 x = unpack(packed);
-        const float inverse = rsqrtf(warp_sum(sum_of_squares(x)) / kHeadDim + p.eps);
-        const float sign = lane < half_lanes ? -1.0f : 1.0f;
+    const int64_t slot = p.kv_slots[token];
 #pragma unroll
-        for (int j = 0; j < kLaneElements; ++j) x.v[j] *= inverse * (1.0f + weight.v[j]);
-#pragma unroll
-        for (int j = 0; j < kLaneElements; ++j) {
-            const float partner = __shfl_xor_sync(0xffffffffu, x.v[j], half_lanes);
-            if (rotates) x.v[j] = x.v[j] * cosine.v[j] + sign * partner * sine.v[j];
-        }
-        result = pack(x);
-    }
-    if (is_q) {
-        store_16(p.q + (token * p.q_heads + head) * kHeadDim + lane * kLaneElements, result);
-        return;
+    for (int i = 0; i < kHeads; ++i) {
+        const __nv_bfloat16* weights = first + i < p.q_heads ? p.q_weight : p.k_weight;
+        weight[i] = ptx::load_16_read_only(weights + lane * kLaneElements);
     }
     const int64_t page = slot / p.page_size, row = slot % p.page_size;
-    const int box = head - p.q_heads;  // k heads, then v heads: the order of the page
-    store_16(p.kv + page * p.page_stride + (int64_t(box) * p.page_size + row) * kHeadDim + lane * kLaneElements,
-             result);
+    const float sign = lane < half_lanes ? -1.0f : 1.0f;
+
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+        const int head = first + i;
+        const bool is_q = head < p.q_heads, is_v = head >= p.q_heads + p.kv_heads;
+        if (!is_q && slot < 0) return;  // padding, and only keys and values follow
+        if (!is_v) {
+            Float8 x = unpack(packed[i]);
+            const Float8 w = unpack(weight[i]);
+            const float inverse = rsqrtf(warp_sum(sum_of_squares(x)) / kHeadDim + p.eps);
+#pragma unroll
+            for (int j = 0; j < kLaneElements; ++j) x.v[j] *= inverse * (1.0f + w.v[j]);
+#pragma unroll
+            for (int j = 0; j < kLaneElements; ++j) {
+                const float partner = __shfl_xor_sync(0xffffffffu, x.v[j], half_lanes);
+                if (rotates) x.v[j] = x.v[j] * cosine.v[j] + sign * partner * sine.v[j];
+            }
+            packed[i] = pack(x);
+        }
+        if (is_q) {
+            store_16(p.q + (token * p.q_heads + head) * kHeadDim + lane * kLaneElements, packed[i]);
+        } else {
+            const int64_t box = head - p.q_heads;  // k heads, then v heads: the order of the page
+            __nv_bfloat16* rows = p.kv + page * p.page_stride + (box * p.page_size + row) * kHeadDim;
+            store_16(rows + lane * kLaneElements, packed[i]);
+        }
+    }
 }
 
 }  // namespace
 
 cudaError_t attention_prologue(const AttentionPrologue& arguments, cudaStream_t stream) {
-    const int64_t units = arguments.tokens * (arguments.q_heads + 2 * arguments.kv_heads);
+    const int heads = arguments.q_heads + 2 * arguments.kv_heads;
+    const bool many =
+        heads % kMostHeads == 0 && arguments.tokens * heads >= kWarps * kMostHeads * 4 * multiprocessor_count();
+    const int64_t units = arguments.tokens * heads / (many ? kMostHeads : 1);
     LaunchConfig config;
     config.grid = dim3(static_cast<unsigned>((units + kWarps - 1) / kWarps));
     config.block = dim3(kWarps * 32);
     config.stream = stream;
     config.programmatic = true;
-    return launch(attention_prologue_kernel, config, arguments);
+    return launch(many ? attention_prologue_kernel<kMostHeads> : attention_prologue_kernel<1>, config, arguments);
 }
 
 }  // namespace tokenspeed

@@ -151,12 +151,10 @@ std::optional<Tensor> causal_conv1d(const Tensor& x, const Tensor& weight, const
     return out;
 }
 
-constexpr int64_t kMaxPairs = 65535;  // the second dimension of a grid
-
 bool fits_copy(const Tensor& arena, const Tensor& source, const Tensor& destination) {
     return has_kernels(arena) && has_vector_rows(arena) && is_int32(source) && is_int32(destination) &&
            source.is_contiguous() && destination.is_contiguous() && has_shape(destination, {source.size(0)}) &&
-           source.size(0) <= kMaxPairs;
+           source.size(0) <= kMaxIndex;
 }
 
 bool copy_states(const Tensor& slots, const Tensor& source, const Tensor& destination) {

@@ -1,5 +1,4 @@
-// Depthwise causal convolution of 4 taps and SiLU over ragged prefills, with the window of each sequence in its state
-// slot.
+// Depthwise causal convolution of 4 taps and SiLU over ragged prefills, with each sequence's window in its state slot.
 //
 //     out[t, c] = silu(sum_i weight[c, i] x[t - 3 + i, c]);  inputs before this call come from the ring
 //     window[read_slot]
@@ -7,16 +6,19 @@
 // Floor: 4 bytes an element (read, write). 8192 tokens x 8192 channels: 268 MB = 62 us at 4.3 TB/s. Arithmetic: about
 // 12 issue slots and two special-function slots an element, 25 and 36 us: both hide under the bytes.
 //
-// Tiling: a block owns `tile` consecutive tokens of ONE sequence and 1024 channels, a thread 8 channels (16 bytes). The
-// thread walks down the tokens with the last three inputs in registers and loads kGroup tokens ahead of their use, so
-// only the three rows above a tile are read twice, by neighbours at the same time. Which sequence and which tile a
-// block has follows from cu_seqlens by a warp scan: no list is made on the host, and tokens / tile + sequences blocks
-// always suffice.
+// Tiling: a block owns `tile` consecutive tokens of ONE sequence and 1024 channels, a thread 8 channels (16 bytes). One
+// thread starts bulk copies of all rows of the tile, 2 KB each, into shared memory, kGroup rows a barrier, and the
+// threads walk down the rows as they arrive with the last three inputs in registers. So a block's whole tile is in
+// flight from its first cycle on whatever the registers allow, and only the three rows above a tile are read twice.
+// Which sequence and which tile a block has follows from cu_seqlens by a warp scan: no list is made on the host, and
+// tokens / tile + sequences blocks always suffice.
 //
-// The block with a sequence's first tile also stores its windows. That orders an update in place without a barrier: the
-// same thread first reads the old entries of its channels (history and snapshots), then overwrites them.
+// The block with a sequence's first tile also stores its windows, last of all. That orders an update in place without a
+// barrier: the same thread first reads the old entries of its channels (history and snapshots), then overwrites them.
 //
-// Predicted: 8192 x 8192 72 us (86% of copy).
+// Tried and lost (H200): loads of 8 rows into registers ahead of their use, 128 registers, four blocks a
+// multiprocessor: 81 us at 8192 x 8192 (79% of copy), 6.0 us for 128 tokens with four dependent loads to find and read
+// the tile. Predicted now: 70 us (88%) and 4 us.
 //
 // budget: causal_conv1d_kernel registers<=128 shared<=0 hot
 #include <launch.h>
@@ -28,46 +30,66 @@
 namespace tokenspeed {
 namespace {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 128;
-constexpr int kBlocks = 4;    // per multiprocessor: what 128 registers allow
+constexpr int kBlocks = 4;    // per multiprocessor: what registers and shared memory allow
 constexpr int kChannels = 8;  // per thread
-constexpr int kGroup = 8;     // tokens whose loads are in flight together
+constexpr int kRowElements = kThreads * kChannels;
+constexpr int kGroup = 8;     // rows to a barrier
+constexpr int kMaxTile = 24;  // rows
 constexpr int kHistory = kConvTaps - 1;
 
-struct Tile {
-    int sequence;  // -1: this block has none
-    int index;     // within the sequence
+struct Shared {
+    __nv_bfloat16 rows[kMaxTile][kRowElements];
+    uint64_t full[kMaxTile / kGroup];
 };
 
-// Block b owns the b-th tile when every sequence has max(1, ceil(length / tile)) of them. Called by whole warps.
-__device__ Tile find_tile(const int32_t* cu_seqlens, int sequences, int tile, int block) {
+// What a block works on.
+struct Tile {
+    int sequence;  // -1: nothing
+    int first;     // token of the call's part of the sequence, and row of x is start + first
+    int start, length, context, read_slot, write_slot;
+};
+
+// Block b owns the b-th tile when every sequence has max(1, ceil(length / tile)) of them. Called by whole warps; each
+// lane loads all about one sequence, so that finding the tile and knowing its sequence is one trip to memory.
+__device__ Tile find_tile(const CausalConv1d& p, int tile, int block) {
     const int lane = threadIdx.x % 32;
     int before = 0;  // tiles of the sequences already passed
-    for (int first = 0; first < sequences; first += 32) {
-        const int sequence = first + lane;
+    for (int base = 0; base < p.sequences; base += 32) {
+        const int sequence = base + lane;
+        Tile mine{sequence, 0, 0, 0, 0, 0, 0};
         int tiles = 0;
-        if (sequence < sequences) {
-            const int length = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
-            tiles = length > tile ? (length + tile - 1) / tile : 1;
+        if (sequence < p.sequences) {
+            mine.start = p.cu_seqlens[sequence];
+            mine.length = p.cu_seqlens[sequence + 1] - mine.start;
+            mine.context = p.context_lens[sequence];
+            mine.read_slot = p.read_slot[sequence];
+            mine.write_slot = p.write_slot[sequence];
+            tiles = mine.length > tile ? (mine.length + tile - 1) / tile : 1;
         }
         int through = tiles;  // tiles of this sequence and of those before it in the warp
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, through, distance);
+            const int other = __shfl_up_sync(kAllLanes, through, distance);
             if (lane >= distance) through += other;
         }
-        const unsigned beyond = __ballot_sync(0xffffffffu, before + through > block);
+        const unsigned beyond = __ballot_sync(kAllLanes, before + through > block);
         if (beyond != 0) {
             const int owner = __ffs(static_cast<int>(beyond)) - 1;
-            const int ahead = __shfl_sync(0xffffffffu, through - tiles, owner);
-            return {first + owner, block - before - ahead};
+            mine.first = (block - before - (through - tiles)) * tile;
+            for (int* field : {&mine.sequence, &mine.first, &mine.start, &mine.length, &mine.context, &mine.read_slot,
+                               &mine.write_slot}) {
+                *field = __shfl_sync(kAllLanes, *field, owner);
+            }
+            return mine;
         }
-        before += __shfl_sync(0xffffffffu, through, 31);
+        before += __shfl_sync(kAllLanes, through, 31);
     }
-    return {-1, 0};
+    return {-1, 0, 0, 0, 0, 0, 0};
 }
 
-// What one thread needs of the sequence its block works on.
+// What one thread needs of its block's sequence.
 struct Sequence {
     const __nv_bfloat16* x;     // the channels of its first token in this call
     const __nv_bfloat16* read;  // its window before this call
@@ -84,64 +106,81 @@ __device__ uint4 load_input(const CausalConv1d& p, const Sequence& s, int token)
 // Stores the ring as it stands after `end` tokens: entry e holds the latest token before `end` that is e mod entries,
 // and zeros where there is none.
 __device__ void store_window(const CausalConv1d& p, const Sequence& s, int end, int slot, int64_t channel) {
+    constexpr int kTogether = 4;  // loads in flight
     __nv_bfloat16* window = p.window + slot * p.slot_stride + channel;
     const bool in_place = window == s.read;
-    for (int token = end - p.entries; token < end; ++token) {
-        if (in_place && token >= 0 && token < s.context) continue;  // stands there already
-        const int entry = (token + p.entries) % p.entries;
-        store_16(window + entry * p.entry_stride, load_input(p, s, token));
+    for (int first = end - p.entries; first < end; first += kTogether) {
+        uint4 input[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            if (first + i < end) input[i] = load_input(p, s, first + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            const int token = first + i;
+            if (token >= end || (in_place && token >= 0 && token < s.context))
+                continue;  // the latter stand there already
+            store_16(window + (token + p.entries) % p.entries * p.entry_stride, input[i]);
+        }
     }
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks) causal_conv1d_kernel(const CausalConv1d p, int tile) {
-    const int64_t channel = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * kChannels;
-    const bool active = channel < p.channels;
+    DYNAMIC_SHARED(memory);
+    auto& shared = *reinterpret_cast<Shared*>(memory);
+    const int64_t first_channel = int64_t(blockIdx.y) * kRowElements, channel = first_channel + threadIdx.x * kChannels;
+    if (threadIdx.x == 0) {
+        for (int group = 0; group < kMaxTile / kGroup; ++group) ptx::mbarrier_init(&shared.full[group], 1);
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
-    const Tile mine = find_tile(p.cu_seqlens, p.sequences, tile, blockIdx.x);
-    if (mine.sequence < 0 || !active) return;
-    float weight[kChannels][kConvTaps];
-#pragma unroll
-    for (int i = 0; i < kChannels * kConvTaps / 8; ++i) {
-        const __nv_bfloat16* source = p.weight + channel * kConvTaps + i * 8;
-        const Float8 w = unpack(ptx::load_16_read_only(source));
-#pragma unroll
-        for (int j = 0; j < 8; ++j) weight[(i * 8 + j) / kConvTaps][(i * 8 + j) % kConvTaps] = w.v[j];
+    const Tile mine = find_tile(p, tile, blockIdx.x);
+    if (mine.sequence < 0) return;
+    const int rows = min(tile, mine.length - mine.first);
+    if (threadIdx.x == 0) {
+        const auto bytes = static_cast<uint32_t>(min(p.channels - first_channel, int64_t(kRowElements)) * 2);
+        const __nv_bfloat16* source = p.x + int64_t(mine.start + mine.first) * p.x_stride + first_channel;
+        for (int row = 0; row < rows; ++row) {
+            uint64_t* full = &shared.full[row / kGroup];
+            if (row % kGroup == 0) ptx::mbarrier_arrive_expect_tx(full, min(kGroup, rows - row) * bytes);
+            ptx::bulk_load(shared.rows[row], source + row * p.x_stride, bytes, full);
+        }
     }
-    const int start = p.cu_seqlens[mine.sequence], length = p.cu_seqlens[mine.sequence + 1] - start;
-    const Sequence s{p.x + start * p.x_stride + channel,
-                     p.window + int64_t(max(p.read_slot[mine.sequence], 0)) * p.slot_stride + channel,
-                     p.context_lens[mine.sequence]};
+    if (channel >= p.channels) return;
 
-    const int first = mine.index * tile, last = min(first + tile, length);
+    const Sequence s{p.x + mine.start * p.x_stride + channel,
+                     p.window + int64_t(max(mine.read_slot, 0)) * p.slot_stride + channel, mine.context};
     Float8 history[kHistory];
+    float weight[kChannels][kConvTaps];
+    {
+        uint4 inputs[kHistory], weights[kChannels * kConvTaps / 8];
 #pragma unroll
-    for (int i = 0; i < kHistory; ++i) history[i] = unpack(load_input(p, s, s.context + first - kHistory + i));
-
-    if (mine.index == 0) {
-        for (int i = 0; i < p.snapshot_count; ++i) {
-            const int32_t* snapshot = p.snapshots + i * 3;
-            if (snapshot[0] == mine.sequence && snapshot[2] >= 0) {
-                store_window(p, s, snapshot[1], snapshot[2], channel);
-            }
+        for (int i = 0; i < kHistory; ++i) inputs[i] = load_input(p, s, s.context + mine.first - kHistory + i);
+#pragma unroll
+        for (int i = 0; i < kChannels * kConvTaps / 8; ++i) {
+            weights[i] = ptx::load_16_read_only(p.weight + channel * kConvTaps + i * 8);
         }
-        const int slot = p.write_slot[mine.sequence];
-        if (slot >= 0) store_window(p, s, s.context + length, slot, channel);
+#pragma unroll
+        for (int i = 0; i < kHistory; ++i) history[i] = unpack(inputs[i]);
+#pragma unroll
+        for (int i = 0; i < kChannels * kConvTaps / 8; ++i) {
+            const Float8 w = unpack(weights[i]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) weight[(i * 8 + j) / kConvTaps][(i * 8 + j) % kConvTaps] = w.v[j];
+        }
     }
 
-    const __nv_bfloat16* input = s.x + first * p.x_stride;
-    __nv_bfloat16* output = p.out + int64_t(start + first) * p.channels + channel;
-    for (int group = first; group < last; group += kGroup) {
-        uint4 packed[kGroup];
+    __nv_bfloat16* output = p.out + int64_t(mine.start + mine.first) * p.channels + channel;
+    for (int group = 0; group < rows; group += kGroup) {
+        ptx::mbarrier_wait(&shared.full[group / kGroup], 0);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-            if (group + i < last) packed[i] = ptx::load_16_no_allocate(input + i * p.x_stride);
-        }
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-            if (group + i >= last) break;
-            const Float8 now = unpack(packed[i]);
+            if (group + i >= rows) break;
+            const Float8 now =
+                unpack(*reinterpret_cast<const uint4*>(&shared.rows[group + i][threadIdx.x * kChannels]));
             Float8 y;
 #pragma unroll
             for (int c = 0; c < kChannels; ++c) {
@@ -152,25 +191,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks) causal_conv1d_kernel(const 
             history[0] = history[1];
             history[1] = history[2];
             history[2] = now;
-            store_16(output + i * int64_t(p.channels), pack(y));
+            store_16(output, pack(y));
+            output += p.channels;
         }
-        input += kGroup * p.x_stride;
-        output += kGroup * int64_t(p.channels);
     }
+
+    if (mine.first > 0) return;
+    for (int i = 0; i < p.snapshot_count; ++i) {
+        const int32_t* snapshot = p.snapshots + i * 3;
+        if (snapshot[0] == mine.sequence && snapshot[2] >= 0) store_window(p, s, snapshot[1], snapshot[2], channel);
+    }
+    if (mine.write_slot >= 0) store_window(p, s, s.context + mine.length, mine.write_slot, channel);
 }
 
 }  // namespace
 
 cudaError_t causal_conv1d(const CausalConv1d& p, cudaStream_t stream) {
-    const int columns = (p.channels / kChannels + kThreads - 1) / kThreads;
-    // Long tiles read the rows above them less often; short ones fill the card, and three rounds of blocks keep the
-    // last, partly empty round short.
-    constexpr int kRounds = 3;
-    int tile = 64;
-    while (tile > kGroup && int64_t(p.tokens) / tile * columns < kRounds * kBlocks * multiprocessor_count()) tile /= 2;
+    const int columns = (p.channels + kRowElements - 1) / kRowElements;
+    // Long tiles read the rows above them less often, short ones fill the card.
+    int tile = kMaxTile;
+    while (tile > kGroup && p.tokens / tile * columns < kBlocks * multiprocessor_count()) tile -= kGroup;
     LaunchConfig config;
     config.grid = dim3(static_cast<unsigned>(p.tokens / tile + p.sequences), static_cast<unsigned>(columns));
     config.block = dim3(kThreads);
+    config.shared_bytes = sizeof(Shared);
     config.stream = stream;
     config.programmatic = true;
     return launch(causal_conv1d_kernel, config, p, tile);

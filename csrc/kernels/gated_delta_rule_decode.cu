@@ -1,31 +1,38 @@
 // One decode step of a Gated DeltaNet mixer in one launch: causal convolution, SiLU, unit q and k, gates, T >= 1
 // delta-rule updates, gated RMSNorm, and the state's housekeeping. Contract: tokenspeed/ops/delta_rule.py.
 //
-// Algorithm. The state of a slot is S (after `cursor` tokens) plus a ring of the updates (k_i, u_i, g_i) of the tokens
-// since. Per value head, with the suffix decays D_i = exp(g_i + ... + g_{p-1}) of the p pending tokens,
-//     S_c = D_0 S + sum_i D_{i+1} u_i k_i^T                                       (rows in registers, never stored)
-// and one pass over it yields S_c k_t and S_c q_t of all T new tokens. A T x T triangle does the rest:
-//     u_t = beta_t (v_t - e^{G_t} S_c k_t) - sum_{j<t} [beta_t e^{G_t - G_j} k_t.k_j] u_j
-//     o_t = e^{G_t} S_c q_t + sum_{j<=t} [e^{G_t - G_j} k_j.q_t] u_j,             G_t = g_0 + ... + g_t
+// Algorithm. The state of a slot is S (after `cursor` tokens) plus a ring of the updates (k_i, u_i, g_i) of the p
+// tokens since. Per value head, with the suffix decays D_i = exp(g_i + ... + g_{p-1}) and G_t = g_0 + ... + g_t of the
+// new tokens:
+//     S k_t and S q_t of all T tokens in one pass over S, which is read once and not kept,
+//     S_c k_t = D_0 S k_t + sum_i D_{i+1} u_i (k_i.k_t), the state with its ring; the same with q_t,
+//     u_t = beta_t (v_t - e^{G_t} S_c k_t) - sum_{j<t} [beta_t e^{G_t - G_j} k_t.k_j] u_j,
+//     o_t = e^{G_t} S_c q_t + sum_{j<=t} [e^{G_t - G_j} k_j.q_t] u_j.
 // The new updates are appended to the ring, so an accepted draft costs nothing and a rejected one is overwritten. Only
-// when p + T > R, when the write slot is another than the read slot, or when the sequence starts, is
-// e^{g_0} S_c + u_0 k_0^T stored (the first new token is certain) and the cursor set behind it.
+// when p + T > R, when the write slot is another than the read slot, or when the sequence starts, a second pass (from
+// L2) stores e^{g_0} S_c + u_0 k_0^T (the first new token is certain) and the cursor is set behind it.
 //
-// Bytes. The state is read once: 64 KB a value head; a fold writes it too, every R tokens; the ring adds (p + T) x
-// (512 B a value head + 512 B a key head). Batch 64, Hv 32: 134 MB = 31 us at 4.3 TB/s, + 1/8 of that for folds.
-// Flops: per element of S, p + 2T FMA (+ 1 in a fold): at p = 3.5, T = 1 about 7 us of the fp32 units, hidden.
+// Bytes. The state is read once: 64 KB a value head; a fold writes it too, at one step in R + 1; the ring adds (p + T)
+// x (512 B a value head + 512 B a key head). Batch 64, Hv 32: 134 MB = 31 us at 4.3 TB/s, + 1/9 of that for folds.
+// Flops: 2 T FMA an element of S, and p + 1 in a fold: T = 4, Hv 64, batch 64: 24 us of the fp32 units, hidden.
 //
 // Tiling. A key head's group (all value heads that read it) belongs to one block, or to a cluster of 2, 4 or 8 that
 // split its rows while the batch is small. So whatever is shared (k in the ring, the q and k channels of the window,
 // the cursor) is read and written inside one cluster, and a cluster barrier orders its reads before its writes: one
-// block writes each element, nobody reads it afterwards. Rows are read by 16-byte loads of whole 512-byte rows, 4 or 8
-// rows a warp, the next ones in flight while these are worked on; dot products end in a transposing butterfly that
-// leaves one sum a lane. Sums of squares go through 16-row units in a fixed tree, so the result does not depend on the
-// split. Ahead of the dependency wait the state is only prefetched into L2, where it stays coherent: nothing stale can
-// be read, whatever kernel runs before.
+// block writes each element, nobody reads it afterwards. In the pass, eight lanes share a row, 16 columns each: one
+// 16-byte load instruction of a warp covers 4 x 128 bytes, a sum needs three shuffles, and 16 rows a warp are in flight
+// at once, the first of them before anything else is computed. What follows from the products takes one thread a row.
+// Sums of squares go through 16-row units in a fixed tree, so the result does not depend on the split. Ahead of the
+// dependency wait, weights are read and the slot's record is only prefetched into L2, where it stays coherent: nothing
+// stale can be read, whatever kernel runs before.
 //
-// Predicted (not run yet): batch 1, Hv 32: 3.6 us; batch 64, Hv 32: 38 us without and 70 us with a fold, 42 averaged;
-// T = 4, Hv 64, batch 64: 74 us.
+// Tried and lost (H200, batch 64, Hv 32, T = 1: 57 us; Hv 64, T = 4: 183 us; batch 1: 6.6 us): folding the ring into
+// the rows in registers at every step and 32 lanes a row, which issues two to three times the instructions; two blocks
+// a multiprocessor at small batch, where the next kernel's blocks find no room (batch 2 took twice as long as batch 1).
+//
+// Predicted (this version not run yet): batch 1, Hv 32: 4.0 us; batch 64, Hv 32: 44 us without and 75 us with a fold,
+// 47 averaged; T = 4, Hv 64, batch 64: 85 us.
+//
 // budget: decode_kernel registers<=128 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
@@ -38,18 +45,132 @@ namespace {
 
 using namespace delta_rule;
 
-constexpr int kPrefetchBytes = 8192;  // of the state, per warp
+constexpr int kPrefetchBytes = 16384;  // of the state, per warp
 
-constexpr int power_of_two_at_least(int n) {
-    return n <= 1 ? 1 : 2 * power_of_two_at_least((n + 1) / 2);
+// S k_t and S q_t of every row of the block, raw: eight lanes a row, sixteen columns a lane.
+template <int kTokens, int kHeldRows>
+__device__ __forceinline__ void products_of_rows(const Shared& shared, const float4 (&rows)[kHeldRows][4], int first) {
+    constexpr int kPadded = padded(kTokens), kCount = kHeldRows * 2 * kPadded;
+    constexpr int kLeft = kCount > 8 ? kCount / 8 : 1;  // sums that a lane is left with
+    const int lane = threadIdx.x % 32;
+    float products[kCount] = {};
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+            const float4 key = reinterpret_cast<const float4*>(shared.key + t * kDim)[part * 8 + lane % 8];
+            const float4 query = reinterpret_cast<const float4*>(shared.query + t * kDim)[part * 8 + lane % 8];
+#pragma unroll
+            for (int r = 0; r < kHeldRows; ++r) {
+                products[(r * 2 + 0) * kPadded + t] += dot(rows[r][part], key);
+                products[(r * 2 + 1) * kPadded + t] += dot(rows[r][part], query);
+            }
+        }
+    }
+    butterfly<4, kCount>(products);
+    if constexpr (kCount < 8) {
+        if (lane % (8 / kCount) != 0) return;  // a copy of the neighbour's
+    }
+    const int left = lane % 8 * kCount / 8;
+    float* row = shared.sums + (first + left / (2 * kPadded) * 4 + lane / 8) * 2 * kPadded;
+#pragma unroll
+    for (int i = 0; i < kLeft; ++i) row[left % (2 * kPadded) + i] = products[i];
+}
+
+// u and o of one row for all new tokens, from its products; stores u in the ring and o in place of v.
+template <int kTokens>
+__device__ __forceinline__ void update_row(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
+                                           const Slots& slots, int row) {
+    constexpr int kPadded = padded(kTokens);
+    const int head = (at.first_row + row) / kDim;
+    const float* suffix = shared.suffix + head * (p.ring_rows + 1);
+    float* sums = shared.sums + row * 2 * kPadded;
+    float sk[kTokens], sq[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+        sk[t] = slots.context > 0 ? suffix[0] * sums[t] : 0;
+        sq[t] = slots.context > 0 ? suffix[0] * sums[kPadded + t] : 0;
+    }
+    int ring_row = slots.ring_row;
+    for (int i = 0; i < slots.pending; ++i) {
+        const float u = suffix[i + 1] * shared.ring[ring_row * (kDim + at.rows) + kDim + row];
+        const float* products = shared.pending + i * 2 * kPadded;
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+            sk[t] += u * products[t];
+            sq[t] += u * products[kPadded + t];
+        }
+        ring_row = ring_row + 1 == p.ring_rows ? 0 : ring_row + 1;
+    }
+    const float* beta = shared.beta + head * kTokens;
+    const float* decay = shared.decay + head * kTokens;
+    const float* coefficient = shared.coefficient + head * kTokens * kTokens;
+    float u[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+        float* value = shared.value + t * at.rows + row;
+        u[t] = beta[t] * (*value - decay[t] * shared.inverse[t] * sk[t]);
+        float o = decay[t] * shared.inverse[kTokens + t] * sq[t];
+#pragma unroll
+        for (int j = 0; j < t; ++j) {
+            u[t] -= coefficient[j * kTokens + t] * u[j];
+            o += coefficient[t * kTokens + j] * u[j];
+        }
+        o += coefficient[t * kTokens + t] * u[t];
+        *value = rounded(o);
+        if (!slots.fold || t > 0) {
+            p.ring[slots.write * p.ring_stride + (slots.context + t) % p.ring_rows * int64_t{p.ring_width} +
+                   (p.key_heads + at.key_head * at.ratio) * kDim + at.first_row + row] = u[t];
+        }
+    }
+    sums[0] = u[0];  // for the fold
+}
+
+// Stores the state after the first new token: what was read, the pending updates, and u_0 k_0. A warp takes whole rows.
+__device__ __forceinline__ void fold(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
+                                     const Slots& slots, int tokens) {
+    constexpr int kRows = 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t offset = (static_cast<int64_t>(at.key_head) * at.ratio * kDim + at.first_row) * kDim + lane * 4;
+    const float* from = p.state + slots.read * p.state_stride + offset;
+    float* to = p.state + slots.write * p.state_stride + offset;
+    const float4 newest = scaled(reinterpret_cast<const float4*>(shared.key)[lane], shared.inverse[0]);
+    for (int row = warp * kRows; row < at.rows; row += kWarps * kRows) {
+        const int head = (at.first_row + row) / kDim;
+        const float* suffix = shared.suffix + head * (p.ring_rows + 1);
+        const float decay = shared.decay[head * tokens];
+        float4 rows[kRows] = {};
+        if (slots.context > 0) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const uint4 bits = ptx::load_16_no_allocate(from + (row + r) * kDim);
+                rows[r] = scaled(reinterpret_cast<const float4&>(bits), decay * suffix[0]);
+            }
+        }
+        int ring_row = slots.ring_row;
+#pragma unroll 2
+        for (int i = 0; i < slots.pending; ++i) {
+            const float* update = shared.ring + ring_row * (kDim + at.rows);
+            const float4 key = scaled(reinterpret_cast<const float4*>(update)[lane], decay * suffix[i + 1]);
+            const float4 u = *reinterpret_cast<const float4*>(update + kDim + row);
+            add_scaled(rows[0], key, u.x);
+            add_scaled(rows[1], key, u.y);
+            add_scaled(rows[2], key, u.z);
+            add_scaled(rows[3], key, u.w);
+            ring_row = ring_row + 1 == p.ring_rows ? 0 : ring_row + 1;
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            add_scaled(rows[r], newest, shared.sums[(row + r) * 2 * padded(tokens)]);
+            *reinterpret_cast<float4*>(to + (row + r) * kDim) = rows[r];
+        }
+    }
 }
 
 template <int kTokens, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ GatedDeltaRuleDecode p) {
-    // Rows of the state that a warp works on at once: few while the aim is latency, or T needs the registers.
-    constexpr int kRows = kSplit || kTokens > 1 ? 4 : 8;
-    constexpr int kPadded = power_of_two_at_least(kTokens);
-    constexpr int kSums = kRows * 2 * kPadded;
+    constexpr int kHeldRows = kSplit ? 2 : 4;  // of the state, by sixteen columns, in a lane's registers
+    constexpr int kBlockRows = 4 * kHeldRows;  // eight lanes a row
     DYNAMIC_SHARED(storage);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Place at;
@@ -71,12 +192,28 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     const int pairs = kDim + at.rows / 2;
     uint4 taps{};
     if (threadIdx.x < pairs) taps = ptx::load_16_read_only(p.conv_weight + channel_of(threadIdx.x) * kTaps);
-    if (lane == 0) {
-        const auto hint = ptx::load_acquire(reinterpret_cast<const uint32_t*>(p.read_slot + at.sequence));
+    const int quads = at.rows / 4;
+    const int norm_column = (at.first_row + threadIdx.x % quads * 4) % kDim;
+    float norm_weight[4];
+    const auto load_norm_weight = [&] {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            norm_weight[i] = p.norm_weight_is_float
+                                 ? static_cast<const float*>(p.norm_weight)[norm_column + i]
+                                 : __bfloat162float(static_cast<const __nv_bfloat16*>(p.norm_weight)[norm_column + i]);
+        }
+    };
+    if (kSplit) load_norm_weight();  // where latency counts more than registers
+    const bool has_gate = warp == kWarps - 1 && lane < at.ratio * kTokens;
+    const int gate_head = at.key_head * at.ratio + lane / kTokens;
+    const float a_log = has_gate ? p.a_log[gate_head] : 0, dt_bias = has_gate ? p.dt_bias[gate_head] : 0;
+    const auto hint = ptx::load_acquire(reinterpret_cast<const uint32_t*>(p.read_slot + at.sequence));
+    if (hint < static_cast<uint32_t>(p.slots)) {
         const int bytes = min(at.rows * kDim * 4 / kWarps, kPrefetchBytes);
-        if (hint < static_cast<uint32_t>(p.slots)) {
+        if (lane == 0) {
             ptx::bulk_prefetch_l2(p.state + hint * p.state_stride + group_row * kDim + warp * (bytes / 4), bytes);
         }
+        prefetch_record(p, at, hint);
     }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
@@ -87,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     slots.context = p.context_lens[at.sequence];
     auto* out = p.out + static_cast<int64_t>(at.sequence) * kTokens * p.value_heads * kDim + group_row;
     if (slots.write < 0) {  // padding: the same for the whole cluster
+#pragma unroll 1
         for (int i = threadIdx.x; i < kTokens * at.rows / 8; i += kThreads) {
             const int t = i / (at.rows / 8), row = i % (at.rows / 8) * 8;
             *reinterpret_cast<uint4*>(out + static_cast<int64_t>(t) * p.value_heads * kDim + row) = uint4{};
@@ -95,20 +233,21 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     }
     const int cursor = p.cursor[slots.read * p.cursor_stride + at.key_head * at.ratio];
 
-    const int blocks = at.rows / kRows;
-    const auto* state = p.state + slots.read * p.state_stride + group_row * kDim + lane * 4;
-    const auto load_rows = [&](float4(&rows)[kRows], int block) {
+    const int blocks = at.rows / kBlockRows;
+    const auto* state = p.state + slots.read * p.state_stride + (group_row + lane / 8) * kDim + lane % 8 * 4;
+    float4 rows[kHeldRows][4];
+    const auto load_rows = [&](int block) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            rows[r] = {0, 0, 0, 0};
-            if (slots.context > 0) {
-                const uint4 bits = ptx::load_16_no_allocate(state + (block * kRows + r) * kDim);
-                rows[r] = reinterpret_cast<const float4&>(bits);
+        for (int r = 0; r < kHeldRows; ++r) {
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                const uint4 bits = ptx::load_16_no_allocate(state + (block * kBlockRows + r * 4) * kDim + part * 32);
+                rows[r][part] = reinterpret_cast<const float4&>(bits);
             }
         }
     };
-    float4 next[kRows];
-    if (warp < blocks) load_rows(next, warp);
+    const int first_block = slots.context > 0 ? warp : blocks;  // a sequence that starts has no state to read
+    if (first_block < blocks) load_rows(first_block);
 
     const auto start_ring = [&] {
         if (p.ring_vectors) {
@@ -118,6 +257,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         }
     };
     if (kSplit) start_ring();
+#pragma unroll 1  // the registers hold rows of the state
     for (int i = threadIdx.x; i < kTokens * at.rows / 8; i += kThreads) {
         const int t = i / (at.rows / 8), row = i % (at.rows / 8) * 8;
         ptx::cp_async(shared.z + t * at.rows + row,
@@ -133,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         }
     }
     if (!kSplit) start_ring();
-    if (warp == kWarps - 1 && lane < at.ratio * kTokens) gate<kTokens>(p, at, shared, lane);
+    if (has_gate) gate<kTokens>(p, at, shared, lane, a_log, dt_bias);
 
     slots.pending = slots.context > 0 ? max(0, min(slots.context - cursor, p.ring_rows)) : 0;
     slots.ring_row = slots.pending > 0 ? (slots.context - slots.pending) % p.ring_rows : 0;
@@ -144,101 +284,25 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     __syncthreads();
     if (kSplit) ptx::cluster_arrive();  // this block has read what the group shares, and its shared memory is alive
 
-    for (int i = warp; i < kTokens * kTokens; i += kWarps) triangle<kTokens>(at, shared, i / kTokens, i % kTokens);
-    if (warp == kWarps - 1) suffix_decays(p, at, shared, slots);
-    __syncthreads();
-
-    // This lane's four columns of raw keys or queries; they are read again for every block, which leaves registers to
-    // rows.
-    const auto columns = [lane](const float* vectors, int t) {
-        return reinterpret_cast<const float4*>(vectors + t * kDim)[lane];
-    };
-    for (int block = warp; block < blocks; block += kWarps) {
-        float4 rows[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) rows[r] = next[r];
-        if (block + kWarps < blocks) load_rows(next, block + kWarps);
-        const int row = block * kRows;
-        const int head = (at.first_row + row) / kDim;
-
-        // S_c: what the ring holds, folded into the rows.
-        const float* suffix = shared.suffix + head * (p.ring_rows + 1);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) rows[r] = scaled(rows[r], suffix[0]);
-        int ring_row = slots.ring_row;
-#pragma unroll 1  // more would spill; the other warps hide the latency
-        for (int i = 0; i < slots.pending; ++i) {
-            const float* update = shared.ring + ring_row * (kDim + at.rows);
-            const float4 k = scaled(reinterpret_cast<const float4*>(update)[lane], suffix[i + 1]);
-#pragma unroll
-            for (int r = 0; r < kRows; r += 4) {
-                const float4 u = *reinterpret_cast<const float4*>(update + kDim + row + r);
-                add_scaled(rows[r], k, u.x);
-                add_scaled(rows[r + 1], k, u.y);
-                add_scaled(rows[r + 2], k, u.z);
-                add_scaled(rows[r + 3], k, u.w);
-            }
-            ring_row = ring_row + 1 == p.ring_rows ? 0 : ring_row + 1;
-        }
-
-        float products[kSums];
-#pragma unroll
-        for (int t = 0; t < kPadded; ++t) {
-            const float4 key = columns(shared.key, min(t, kTokens - 1));
-            const float4 query = columns(shared.query, min(t, kTokens - 1));
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                products[(r * 2 + 0) * kPadded + t] = t < kTokens ? dot(rows[r], key) : 0;
-                products[(r * 2 + 1) * kPadded + t] = t < kTokens ? dot(rows[r], query) : 0;
-            }
-        }
-        const float sum = warp_sum_scattered(products);
-
-        // Lane r has row r; the lanes past kRows repeat them and store nothing.
-        const int mine = lane % kRows;
-        const bool stores = lane < kRows;
-        const float* beta = shared.beta + head * kTokens;
-        const float* decay = shared.decay + head * kTokens;
-        const float* coefficient = shared.coefficient + head * kTokens * kTokens;
-        float u[kTokens];
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            const float sk = __shfl_sync(0xffffffffu, sum, (mine * 2 * kPadded + t) * (32 / kSums)) * shared.inverse[t];
-            const float sq = __shfl_sync(0xffffffffu, sum, ((mine * 2 + 1) * kPadded + t) * (32 / kSums)) *
-                             shared.inverse[kTokens + t];
-            u[t] = beta[t] * (shared.value[t * at.rows + row + mine] - decay[t] * sk);
-            float o = decay[t] * sq;
-#pragma unroll
-            for (int j = 0; j < t; ++j) {
-                u[t] -= coefficient[j * kTokens + t] * u[j];
-                o += coefficient[t * kTokens + j] * u[j];
-            }
-            o += coefficient[t * kTokens + t] * u[t];
-            __syncwarp();
-            if (stores) {
-                shared.value[t * at.rows + row + mine] = rounded(o);
-                if (!slots.fold || t > 0) {
-                    p.ring[slots.write * p.ring_stride + (slots.context + t) % p.ring_rows * int64_t{p.ring_width} +
-                           p.key_heads * kDim + group_row + row + mine] = u[t];
-                }
-            }
-        }
-        if (slots.fold) {
-            const float4 key = scaled(columns(shared.key, 0), shared.inverse[0]);
-            auto* folded = p.state + slots.write * p.state_stride + (group_row + row) * kDim + lane * 4;
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                float4 sum_row = scaled(rows[r], decay[0]);
-                add_scaled(sum_row, key, __shfl_sync(0xffffffffu, u[0], r));
-                *reinterpret_cast<float4*>(folded + r * kDim) = sum_row;
-            }
+    for (int i = warp; i < kTokens * kTokens + slots.pending; i += kWarps) {
+        if (i < kTokens * kTokens) {
+            triangle<kTokens>(at, shared, i / kTokens, i % kTokens);
+        } else {
+            pending_products<kTokens>(p, at, shared, slots, i - kTokens * kTokens);
         }
     }
+    if (warp == kWarps - 1) suffix_decays(p, at, shared, slots);
+    for (int block = first_block; block < blocks; block += kWarps) {
+        products_of_rows<kTokens>(shared, rows, block * kBlockRows);
+        if (block + kWarps < blocks) load_rows(block + kWarps);
+    }
+    __syncthreads();
+    for (int row = threadIdx.x; row < at.rows; row += kThreads) update_row<kTokens>(p, at, shared, slots, row);
     __syncthreads();
 
     // Gated norm: four rows a thread. A unit of 16 rows is four neighbouring lanes, a head eight units.
-    const int quads = at.rows / 4;
     if (kSplit) ptx::cluster_wait();
+    if (!kSplit) load_norm_weight();
     if (!kSplit) store_shared_state<kTokens>(p, at, shared, slots);
     if (!kSplit) store_window<kTokens>(p, at, slots);
     for (int first = 0; first < kTokens * quads; first += kThreads) {
@@ -268,21 +332,19 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         }
         if (!valid) continue;
         const float inverse = rsqrtf(squares / kDim + p.eps);
-        const int column = (at.first_row + row) % kDim;
         const float in[4] = {o.x, o.y, o.z, o.w};
         float result[4];
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float weight = p.norm_weight_is_float
-                                     ? static_cast<const float*>(p.norm_weight)[column + i]
-                                     : __bfloat162float(static_cast<const __nv_bfloat16*>(p.norm_weight)[column + i]);
             const float z = __bfloat162float(shared.z[t * at.rows + row + i]);
-            result[i] = in[i] * inverse * weight * (z * sigmoid(z));
+            result[i] = in[i] * inverse * norm_weight[i] * (z * sigmoid(z));
         }
         const __nv_bfloat162 low = __floats2bfloat162_rn(result[0], result[1]);
         const __nv_bfloat162 high = __floats2bfloat162_rn(result[2], result[3]);
         *reinterpret_cast<uint2*>(out + static_cast<int64_t>(t) * p.value_heads * kDim + row) = {
             reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
     }
+    if (slots.fold) fold(p, at, shared, slots, kTokens);
 }
 
 template <int kTokens>
@@ -297,9 +359,10 @@ cudaError_t launch_tokens(const GatedDeltaRuleDecode& p, cudaStream_t stream) {
     return launch(p.split > 1 ? decode_kernel<kTokens, true> : decode_kernel<kTokens, false>, config, p);
 }
 
-// Blocks per key head: waves x (rows a block streams + what its start costs, in rows), two blocks on a multiprocessor.
+// Blocks per key head: waves x (rows a block streams + what its start costs, in rows). One block on a multiprocessor
+// counts as a wave, for then the next kernel's blocks find room beside it.
 int choose_split(const GatedDeltaRuleDecode& p) {
-    const int resident = 2 * multiprocessor_count();
+    const int resident = multiprocessor_count();
     int best = 1;
     int64_t best_cost = INT64_MAX;
     for (int split = 1; split <= 8; split *= 2) {

@@ -16,6 +16,11 @@ constexpr int kMaxRatio = 4;  // value heads per key head
 constexpr int kUnitRows = 16;
 constexpr int kUnits = kDim / kUnitRows;  // partial sums of squares per head
 
+// T padded to a power of two, for the butterflies.
+__host__ __device__ constexpr int padded(int tokens) {
+    return tokens <= 1 ? 1 : tokens == 2 ? 2 : 4;
+}
+
 // Dynamic shared memory of a block that owns `rows` value rows of a key head's group.
 struct Shared {
     float* query;        // [T][128], raw
@@ -31,9 +36,12 @@ struct Shared {
     float* coefficient;  // [ratio][T][T]: (t, j <= t) of o; (j, t > j) of u
     float* inverse;      // [2][T]: 1 / |k_t|, 1 / (|q_t| sqrt(dk))
     float* squares;      // [T][ratio][8]: sums of squares of 16 rows of o
+    float* pending;      // [R][2 T']: products of the pending keys with the raw new keys and queries; T' = padded T
+    float* sums;         // [rows][2 T']: S k_t and S q_t, raw; later u_0 of the row
     size_t bytes;
 
     __host__ __device__ Shared(uint8_t* base, int tokens, int rows, int ring_rows) {
+        const int products = 2 * padded(tokens);
         float* next = reinterpret_cast<float*>(base);
         const auto take = [&next](int count) {
             float* taken = next;
@@ -53,14 +61,20 @@ struct Shared {
         coefficient = take(kMaxRatio * tokens * tokens);
         inverse = take(2 * tokens);
         squares = take(tokens * kMaxRatio * kUnits);
+        pending = take(ring_rows * products);
+        sums = take(rows * products);
         bytes = reinterpret_cast<uint8_t*>(next) - base;
     }
 };
 
-// Halves the first kCount values of every lane: lanes without `kOffset` keep the lower half, the others the upper one.
-template <int kCount, int kOffset, int kSize>
+// Sums every x[i] over the 2 kOffset lanes that differ in the bits below 2 kOffset, and scatters the sums: with n =
+// kCount / (2 kOffset), lane l is left with sums n l .. n l + n - 1 in x[0] .. x[n - 1], or for n < 1 with sum floor(n
+// l) in x[0].
+template <int kOffset, int kCount, int kSize>
 __device__ __forceinline__ void butterfly(float (&x)[kSize]) {
-    if constexpr (kCount > 1) {
+    if constexpr (kOffset == 0) {
+        return;
+    } else if constexpr (kCount > 1) {
         const bool upper = threadIdx.x & kOffset;
 #pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
@@ -68,18 +82,11 @@ __device__ __forceinline__ void butterfly(float (&x)[kSize]) {
             const float kept = upper ? x[i + kCount / 2] : x[i];
             x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kOffset);
         }
-        butterfly<kCount / 2, kOffset / 2>(x);
-    } else if constexpr (kOffset > 0) {
+        butterfly<kOffset / 2, kCount / 2>(x);
+    } else {
         x[0] += __shfl_xor_sync(0xffffffffu, x[0], kOffset);
-        butterfly<1, kOffset / 2>(x);
+        butterfly<kOffset / 2, 1>(x);
     }
-}
-
-// Sums every x[i] over the warp in about kCount shuffles; lane l returns the sum of x[l kCount / 32].
-template <int kCount>
-__device__ __forceinline__ float warp_sum_scattered(float (&x)[kCount]) {
-    butterfly<kCount, 16>(x);
-    return x[0];
 }
 
 __device__ __forceinline__ float dot(float4 a, float4 b) {
@@ -190,14 +197,15 @@ __device__ __forceinline__ void load_ring(const GatedDeltaRuleDecode& p, const P
     }
 }
 
-// g and beta of (value head, token) `i` of the group.
+// g and beta of (value head, token) `i` of the group; a_log and dt_bias are the head's.
 template <int kTokens>
-__device__ __forceinline__ void gate(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared, int i) {
+__device__ __forceinline__ void gate(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared, int i,
+                                     float a_log, float dt_bias) {
     const int head = at.key_head * at.ratio + i / kTokens;
     const int64_t row = static_cast<int64_t>(at.sequence) * kTokens + i % kTokens;
-    const float x = __bfloat162float(p.a[row * p.a_stride + head]) + p.dt_bias[head];
+    const float x = __bfloat162float(p.a[row * p.a_stride + head]) + dt_bias;
     const float softplus = x > 20.0f ? x : log1pf(expf(x));
-    shared.g[i] = -expf(p.a_log[head]) * softplus;
+    shared.g[i] = -expf(a_log) * softplus;
     shared.beta[i] = 1.0f / (1.0f + expf(-__bfloat162float(p.b[row * p.b_stride + head])));
 }
 
@@ -209,10 +217,10 @@ __device__ __forceinline__ void triangle(const Place& at, const Shared& shared, 
     const float4 x = reinterpret_cast<const float4*>(shared.key + j * kDim)[lane];
     const float4 y = reinterpret_cast<const float4*>((j > t ? shared.key : shared.query) + t * kDim)[lane];
     float products[4] = {dot(x, x), dot(y, y), dot(x, y), 0};
-    const float sum = warp_sum_scattered(products);
-    const float inverse_x = rsqrtf(__shfl_sync(0xffffffffu, sum, 0) + 1e-6f);
-    const float inverse_y = rsqrtf(__shfl_sync(0xffffffffu, sum, 8) + 1e-6f) * (j > t ? 1.0f : rsqrtf(kDim));
-    const float product = __shfl_sync(0xffffffffu, sum, 16) * inverse_x * inverse_y;
+    butterfly<16, 4>(products);
+    const float inverse_x = rsqrtf(__shfl_sync(0xffffffffu, products[0], 0) + 1e-6f);
+    const float inverse_y = rsqrtf(__shfl_sync(0xffffffffu, products[0], 8) + 1e-6f) * (j > t ? 1.0f : rsqrtf(kDim));
+    const float product = __shfl_sync(0xffffffffu, products[0], 16) * inverse_x * inverse_y;
     if (t == j && lane == 0) {
         shared.inverse[t] = inverse_x;
         shared.inverse[kTokens + t] = inverse_y;
@@ -228,6 +236,60 @@ __device__ __forceinline__ void triangle(const Place& at, const Shared& shared, 
         shared.coefficient[(lane * kTokens + t) * kTokens + j] = scale * exponential(between) * product;
         if (t == j) shared.decay[lane * kTokens + t] = exponential(total);
     }
+}
+
+// Products of the key of pending token `i` with the new keys and queries, by one warp.
+template <int kTokens>
+__device__ __forceinline__ void pending_products(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
+                                                 const Slots& slots, int i) {
+    constexpr int kPadded = padded(kTokens), kCount = 2 * kPadded;
+    const int lane = threadIdx.x % 32;
+    const int row = slots.ring_row + i;
+    const float* update = shared.ring + (row >= p.ring_rows ? row - p.ring_rows : row) * (kDim + at.rows);
+    const float4 key = reinterpret_cast<const float4*>(update)[lane];
+    float products[kCount] = {};
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+        products[t] = dot(key, reinterpret_cast<const float4*>(shared.key + t * kDim)[lane]);
+        products[kPadded + t] = dot(key, reinterpret_cast<const float4*>(shared.query + t * kDim)[lane]);
+    }
+    butterfly<16, kCount>(products);
+    if (lane % (32 / kCount) == 0) shared.pending[i * kCount + lane / (32 / kCount)] = products[0];
+}
+
+// Asks for what the step will read of slot `slot` beside the state, so that it stands in L2.
+__device__ __forceinline__ void prefetch_record(const GatedDeltaRuleDecode& p, const Place& at, int64_t slot) {
+    constexpr int kLine = 128;  // bytes
+    const auto prefetch = [](const auto* from, int line) {
+        ptx::prefetch_l2(reinterpret_cast<const uint8_t*>(from) + line * kLine);
+    };
+    const int first_value = at.key_head * at.ratio * kDim + at.first_row;
+    const int key_lines = kDim * 2 / kLine, value_lines = (at.rows * 2 + kLine - 1) / kLine;
+    const int lines = 2 * key_lines + value_lines;
+    for (int i = threadIdx.x; i < p.window_entries * lines; i += kThreads) {
+        const auto* entry = p.window + slot * p.window_stride + static_cast<int64_t>(i / lines) * p.channels;
+        const int line = i % lines;
+        if (line < 2 * key_lines) {
+            prefetch(entry + (line / key_lines * p.key_heads + at.key_head) * kDim, line % key_lines);
+        } else {
+            prefetch(entry + 2 * p.key_heads * kDim + first_value, line - 2 * key_lines);
+        }
+    }
+    const int ring_keys = kDim * 4 / kLine, ring_lines = ring_keys + at.rows * 4 / kLine + 1;
+    for (int i = threadIdx.x; i < p.ring_rows * ring_lines; i += kThreads) {
+        const auto* row = p.ring + slot * p.ring_stride + static_cast<int64_t>(i / ring_lines) * p.ring_width;
+        const int line = i % ring_lines;
+        if (line < ring_keys) {
+            prefetch(row + at.key_head * kDim, line);
+        } else if (line < ring_lines - 1) {
+            prefetch(row + p.key_heads * kDim + first_value, line - ring_keys);
+        } else {
+            prefetch(row + (p.key_heads + p.value_heads) * kDim + at.key_head * at.ratio, 0);
+        }
+    }
+    if (threadIdx.x == kThreads - 1) prefetch(p.cursor + slot * p.cursor_stride + at.key_head * at.ratio, 0);
+    if (threadIdx.x == kThreads - 2) prefetch(p.context_lens + at.sequence, 0);
+    if (threadIdx.x == kThreads - 3) prefetch(p.write_slot + at.sequence, 0);
 }
 
 // D_i of every head of the group, by one warp.

@@ -85,7 +85,7 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
 // weights, chosen [tokens, top_k]; order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch
 // tokens, else two.
 constexpr int kMaxTopK = 16;
-constexpr int kRouteOneLaunch = 128;
+constexpr int kRouteOneLaunch = 256;
 cudaError_t moe_route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* chosen, int32_t* order,
                       int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
 

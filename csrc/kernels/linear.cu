@@ -1,19 +1,24 @@
 // y = x weight^T for 1 to 16 rows of x: the weights stream once, so the floor is their bytes over the bandwidth
 // (64 MB: 15.6 us at 4.3 TB/s); 2 flop a weight and row keep even 16 rows far below the matrix units' rate.
 //
-// Tiling. A tile is 16 weight rows; a slab is 512 columns of it, 16 KB, copied row by row (1 KB each) into a ring of
-// shared memory by one warp, which never waits for the kernel before: weights are there already, so the ring is full by
-// the time x is. Shared memory stays below half of a multiprocessor's, so that the next kernel's ring fills beside this
-// one. Eight warps take 64 columns of each slab: mma.sync with weights on M = 16 and rows of x on N = 8 or 16. Both
-// operands are read 16 bytes a lane, eight consecutive columns: a permutation of k that is the same for both, hence
-// free; the row pitch of 1024 + 64 bytes keeps those reads off each other's banks. x comes through L1, ahead of the
-// wait for its slab.
+// Tiling. A tile is 16 weight rows, a slab 512 columns of it. Eight warps take 64 columns of each slab: mma.sync with
+// weights on M = 16 and rows of x on N = 8 or 16. A warp copies its own columns by cp.async, 128 bytes a row, into its
+// own ring of shared memory, so nothing but the warp waits for a copy, and the ring fills before the wait for the
+// kernel ahead: weights are there already. Shared memory stays below half of a multiprocessor's, so that the next
+// kernel's ring fills beside this one. Both operands are read 16 bytes a lane, eight consecutive columns: a permutation
+// of k that is the same for both, hence free; odd rows lie with their halves swapped, which keeps the reads off each
+// other's banks. x comes through L1, one slab ahead; from five rows on two tiles share its loads, for L2 would pass x
+// as often as weights.
 //
 // Few tiles: a cluster of 2, 4 or 8 blocks shares the columns of its tiles and the sums meet in the shared memory of
 // one of them at the end, in a fixed order. The launcher picks the cluster that leaves the least idle time.
 //
-// Predicted (not run yet): 64 MB 16.8 us (93%), 1 row or 16; in a chain 8 MB 2.4 us (81%), 32 MB 8.7 us (90%).
-// budget: linear_kernel registers<=96 shared<=0 hot sass=HMMA
+// Tried and lost: a ring filled by one warp with bulk copies of 1 KB a row, mbarriers between it and the others: 0.66
+// us a slab whatever its depth, 3.2 TB/s at any size (77% of copy); the copies are too small for their engine.
+//
+// Predicted: 64 MB 16.8 us (93%), 1 row or 16; in a chain 8 MB 2.4 us (81%), 32 MB 8.7 us (90%).
+//
+// budget: linear_kernel registers<=128 shared<=0 hot sass=HMMA
 #include <launch.h>
 #include <ptx.h>
 
@@ -25,159 +30,186 @@ namespace tokenspeed {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kSlab = 512;                    // columns
-constexpr int kPitch = kSlab * 2 + 64;        // bytes between rows of a slab
-constexpr int kStage = kTileRows * kPitch;    // bytes
-constexpr int kConsumers = 8;                 // warps
-constexpr int kColumns = kSlab / kConsumers;  // of a slab, per warp
-constexpr int kThreads = (kConsumers + 1) * 32;
-constexpr int kSumPitch = kTileRows + 4;  // floats; distinct banks for the four lanes that hold one row's sums
-constexpr int kMaxClusterTiles = 16;      // tiles a cluster may own: what its exchange buffer holds
+constexpr int kSlab = 512;  // columns
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * 32;
+constexpr int kColumns = kSlab / kWarps;      // of a slab, per warp
+constexpr int kPiece = kTileRows * kColumns;  // elements that a warp copies of a slab
+constexpr int kChunk = 8;                     // elements in 16 bytes
+constexpr int kChunks = kColumns / kChunk;    // in a row of a piece
+constexpr int kRowsAtOnce = 32 / kChunks;     // that a warp's copy instruction covers
+constexpr int kSumPitch = kTileRows + 4;      // floats; distinct banks for the four lanes that hold one row's sums
+constexpr int kMaxClusterTiles = 12;          // tiles a cluster may own: what its exchange buffer holds
 
 template <int kRows>
 struct Storage {  // of dynamic shared memory; kRows: rows of x, 8 or 16
-    static constexpr int kStages = kRows == 8 ? 5 : 4;
-    uint8_t ring[kStages][kStage];
-    float partial[2][kConsumers][kRows * kSumPitch];       // of one tile; two tiles in turn need one barrier each
+    static constexpr int kStages = kRows == 8 ? 6 : 5;
+    __nv_bfloat16 ring[kWarps][kStages][kPiece];
+    float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
-    uint64_t full[kStages];
-    uint64_t empty[kStages];
 };
 
-// The tiles and slabs of a block: tiles `tile`, `tile + stride`, ...; slabs first .. last of each.
-struct Share {
-    int tiles, stride, first_tile, first_slab, last_slab;
+// A walk over a block's pieces: for every unit of kTiles tiles, for every slab, the tiles of the unit.
+template <int kTiles>
+struct Walk {
+    int unit, slab, sub, first_slab, last_slab, stride;
+
+    __device__ void next() {
+        if (++sub < kTiles) return;
+        sub = 0;
+        if (++slab == last_slab) slab = first_slab, unit += stride;
+    }
 };
 
-template <int kRows>
-__device__ __forceinline__ void fill_ring(Storage<kRows>& storage, const Share& share, const __nv_bfloat16* weight,
-                                          int outputs, int inputs) {
-    const int lane = threadIdx.x % 32;
-    int stage = 0, parity = 1;  // a fresh barrier lets the wait for parity 1 pass: every stage starts empty
-    for (int tile = share.first_tile; tile < share.tiles; tile += share.stride) {
-        const int rows = min(kTileRows, outputs - tile * kTileRows);
-        for (int slab = share.first_slab; slab < share.last_slab; ++slab) {
-            ptx::mbarrier_wait(&storage.empty[stage], parity);
-            const uint32_t bytes = min(kSlab, inputs - slab * kSlab) * 2;
-            if (lane == 0) ptx::mbarrier_arrive_expect_tx(&storage.full[stage], rows * bytes);
-            __syncwarp();
-            if (lane < rows) {
-                ptx::bulk_load(storage.ring[stage] + lane * kPitch,
-                               weight + static_cast<int64_t>(tile * kTileRows + lane) * inputs + slab * kSlab, bytes,
-                               &storage.full[stage], ptx::CachePolicy::kEvictFirst);
-            }
-            if (++stage == Storage<kRows>::kStages) stage = 0, parity ^= 1;
+// Where 16-byte chunk `chunk` of row `row` of a piece lies.
+__device__ __forceinline__ int place(int row, int chunk) {
+    return row * kColumns + (chunk ^ (row % 2 * (kChunks / 2))) * kChunk;
+}
+
+// Starts the copies of this warp's piece of a slab; zeros where the matrix ends.
+__device__ __forceinline__ void copy_piece(__nv_bfloat16* piece, const __nv_bfloat16* weight, int tile, int slab,
+                                           int outputs, int inputs) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int chunk = lane % kChunks, column = slab * kSlab + warp * kColumns + chunk * kChunk;
+#pragma unroll
+    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
+        const int row = i * kRowsAtOnce + lane / kChunks, output = tile * kTileRows + row;
+        const bool inside = output < outputs && column < inputs;
+        const auto* source = inside ? weight + static_cast<int64_t>(output) * inputs + column : weight;
+        ptx::cp_async(piece + place(row, chunk), source, inside ? 16 : 0);
+    }
+}
+
+// This lane's columns of x for a slab: rows lane / 4 (+ 8), chunk lane % 4 of each half of the warp's columns.
+template <int kGroups>
+__device__ __forceinline__ void load_x(uint4 (&values)[2][kGroups], const __nv_bfloat16* x, int64_t x_stride, int slab,
+                                       int rows, int inputs) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int column = slab * kSlab + warp * kColumns + lane % 4 * kChunk;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) {
+            const int row = n * 8 + lane / 4, from = column + half * (kColumns / 2);
+            values[half][n] = uint4{};
+            // Not the read-only path: the kernel before may write x while this one already runs.
+            if (row < rows && from < inputs)
+                values[half][n] = *reinterpret_cast<const uint4*>(x + row * x_stride + from);
         }
     }
 }
 
-template <int kRows, bool kSplit>
+// kTiles tiles share the loads of x.
+template <int kRows, int kTiles, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 2)
-    linear_kernel(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* __restrict__ weight,
-                  __nv_bfloat16* __restrict__ out, int rows, int outputs, int inputs) {
+    linear_kernel(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* weight, __nv_bfloat16* out, int rows,
+                  int outputs, int inputs) {
     constexpr int kGroups = kRows / 8;  // of eight rows of x: the N of one mma
+    constexpr int kStages = Storage<kRows>::kStages;
+    static_assert(kTiles <= 2, "each tile of a unit needs a buffer of partial sums");
     DYNAMIC_SHARED(shared);
     auto& storage = *reinterpret_cast<Storage<kRows>*>(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int slabs = (inputs + kSlab - 1) / kSlab;
+    const int slabs = (inputs + kSlab - 1) / kSlab, tiles = (outputs + kTileRows - 1) / kTileRows;
+    const int units = (tiles + kTiles - 1) / kTiles, first_unit = blockIdx.y, stride = gridDim.y;
     const int rank = kSplit ? blockIdx.x : 0, ranks = kSplit ? gridDim.x : 1;
-    const Share share = {(outputs + kTileRows - 1) / kTileRows, static_cast<int>(gridDim.y),
-                         static_cast<int>(blockIdx.y), slabs * rank / ranks, slabs * (rank + 1) / ranks};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < Storage<kRows>::kStages; ++i) {
-            ptx::mbarrier_init(&storage.full[i], 1);
-            ptx::mbarrier_init(&storage.empty[i], kConsumers);
-        }
-        ptx::fence_mbarrier_init();
-    }
-    __syncthreads();
+    const int first_slab = slabs * rank / ranks, last_slab = slabs * (rank + 1) / ranks;
     if (kSplit) ptx::cluster_arrive();  // the peers may write into this block's exchange buffer from now on
 
-    if (warp == kConsumers) {
-        fill_ring(storage, share, weight, outputs, inputs);
-        if (kSplit) ptx::cluster_wait();
-    } else {
-        ptx::grid_dependency_wait();
-        ptx::grid_dependency_launch();
-        if (kSplit) ptx::cluster_wait();
+    Walk<kTiles> ahead = {first_unit, first_slab, 0, first_slab, last_slab, stride};
+    const auto copy_next = [&](int stage) {
+        if (ahead.unit < units) {
+            copy_piece(storage.ring[warp][stage], weight, ahead.unit * kTiles + ahead.sub, ahead.slab, outputs, inputs);
+        }
+        ptx::cp_async_commit();  // an empty group at the end keeps the count
+        ahead.next();
+    };
+    for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    uint4 values[2][kGroups], next_values[2][kGroups];
+    load_x(next_values, x, x_stride, first_slab, rows, inputs);
+    if (kSplit) ptx::cluster_wait();
 
-        const int group = lane / 4, quarter = lane % 4;
-        int stage = 0, parity = 0, turn = 0;
-        for (int tile = share.first_tile; tile < share.tiles; tile += share.stride, ++turn) {
-            float sum[kGroups][2][4] = {};  // two chains of mma, so that one hides the other's latency
-            for (int slab = share.first_slab; slab < share.last_slab; ++slab) {
-                const int column = slab * kSlab + warp * kColumns + quarter * 8;
-                uint4 values[kColumns / 32][kGroups];
+    // What a thread finishes of every tile: one row of x, one output.
+    const int row = threadIdx.x / kTileRows, output = threadIdx.x % kTileRows;
+    const auto store = [&](int tile, float total) {
+        const int column = tile * kTileRows + output;
+        if (column < outputs) out[static_cast<int64_t>(row) * outputs + column] = __float2bfloat16(total);
+    };
+    int stage = 0, turn = 0;
+    for (int unit = first_unit; unit < units; unit += stride, ++turn) {
+        float sum[kTiles][kGroups][2][4] = {};  // two chains of mma, so that one hides the other's latency
+        for (int slab = first_slab; slab < last_slab; ++slab) {
 #pragma unroll
-                for (int i = 0; i < kColumns / 32; ++i) {
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
-                    for (int n = 0; n < kGroups; ++n) {
-                        values[i][n] = uint4{};
-                        if (n * 8 + group < rows && column + i * 32 < inputs) {
-                            // Not the read-only path: the kernel before may write x while this one already runs.
-                            values[i][n] =
-                                *reinterpret_cast<const uint4*>(x + (n * 8 + group) * x_stride + column + i * 32);
-                        }
-                    }
-                }
-                ptx::mbarrier_wait(&storage.full[stage], parity);
-                const uint8_t* rows_here = storage.ring[stage] + group * kPitch + (warp * kColumns + quarter * 8) * 2;
+                for (int n = 0; n < kGroups; ++n) values[half][n] = next_values[half][n];
+            }
+            load_x(next_values, x, x_stride, slab + 1 < last_slab ? slab + 1 : first_slab, rows, inputs);
 #pragma unroll
-                for (int i = 0; i < kColumns / 32; ++i) {
-                    if (column + i * 32 >= inputs) break;  // nothing was copied there
-                    const uint4 upper = *reinterpret_cast<const uint4*>(rows_here + i * 64);
-                    const uint4 lower = *reinterpret_cast<const uint4*>(rows_here + 8 * kPitch + i * 64);
+            for (int sub = 0; sub < kTiles; ++sub) {
+                ptx::cp_async_wait<kStages - 2>();
+                __syncwarp();  // every lane's copies are here, and every lane is done with the stage before
+                copy_next(stage == 0 ? kStages - 1 : stage - 1);
+                const __nv_bfloat16* piece = storage.ring[warp][stage];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int chunk = half * (kChunks / 2) + lane % 4;
+                    const uint4 upper = *reinterpret_cast<const uint4*>(piece + place(lane / 4, chunk));
+                    const uint4 lower = *reinterpret_cast<const uint4*>(piece + place(lane / 4 + 8, chunk));
                     const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
                     const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
                     for (int n = 0; n < kGroups; ++n) {
-                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[n][0], first, values[i][n].x, values[i][n].y);
-                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[n][1], second, values[i][n].z, values[i][n].w);
+                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[sub][n][0], first, values[half][n].x, values[half][n].y);
+                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[sub][n][1], second, values[half][n].z, values[half][n].w);
                     }
                 }
-                __syncwarp();
-                if (lane == 0) ptx::mbarrier_arrive(&storage.empty[stage]);
-                if (++stage == Storage<kRows>::kStages) stage = 0, parity ^= 1;
+                if (++stage == kStages) stage = 0;
             }
+        }
 
-            float* mine = storage.partial[turn % 2][warp];
+        if (kTiles > 1) __syncthreads();  // the sums of the unit before are read
+#pragma unroll
+        for (int sub = 0; sub < kTiles; ++sub) {
+            float* mine = storage.partial[kTiles > 1 ? sub : turn % 2][warp];
 #pragma unroll
             for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    mine[(n * 8 + quarter * 2 + i % 2) * kSumPitch + group + i / 2 * 8] = sum[n][0][i] + sum[n][1][i];
+                    mine[(n * 8 + lane % 4 * 2 + i % 2) * kSumPitch + lane / 4 + i / 2 * 8] =
+                        sum[sub][n][0][i] + sum[sub][n][1][i];
                 }
             }
-            ptx::named_barrier_sync(1, kConsumers * 32);
-            const int row = threadIdx.x / kTileRows, output = threadIdx.x % kTileRows;
-            if (row < rows) {
+        }
+        __syncthreads();
+        if (row < rows) {
+#pragma unroll
+            for (int sub = 0; sub < kTiles; ++sub) {
+                const auto& partial = storage.partial[kTiles > 1 ? sub : turn % 2];
                 float total = 0;
 #pragma unroll
-                for (int i = 0; i < kConsumers; ++i) total += storage.partial[turn % 2][i][row * kSumPitch + output];
+                for (int i = 0; i < kWarps; ++i) total += partial[i][row * kSumPitch + output];
                 if constexpr (kSplit) {
-                    const int slot = rank * (kMaxClusterTiles / ranks) + turn / ranks;
-                    ptx::cluster_map(storage.exchange, turn % ranks)[(slot * kRows + row) * kTileRows + output] = total;
-                } else if (tile * kTileRows + output < outputs) {
-                    out[static_cast<int64_t>(row) * outputs + tile * kTileRows + output] = __float2bfloat16(total);
+                    const int own = turn * kTiles + sub, slot = rank * (kMaxClusterTiles / ranks) + own / ranks;
+                    ptx::cluster_map(storage.exchange, own % ranks)[(slot * kRows + row) * kTileRows + output] = total;
+                } else {
+                    store(unit * kTiles + sub, total);
                 }
             }
         }
     }
     if constexpr (kSplit) {  // this block finishes tiles rank, rank + ranks, ... of its cluster's
         ptx::cluster_sync();
-        const int row = threadIdx.x / kTileRows, output = threadIdx.x % kTileRows;
         if (row >= rows) return;
-        for (int turn = rank, slot = 0;; turn += ranks, ++slot) {
-            const int tile = share.first_tile + turn * share.stride;
-            if (tile >= share.tiles) break;
+        for (int own = rank; own < turn * kTiles; own += ranks) {
             float total = 0;
             for (int i = 0; i < ranks; ++i) {
-                const int from = i * (kMaxClusterTiles / ranks) + slot;
-                total += storage.exchange[(from * kRows + row) * kTileRows + output];
+                const int slot = i * (kMaxClusterTiles / ranks) + own / ranks;
+                total += storage.exchange[(slot * kRows + row) * kTileRows + output];
             }
-            if (tile * kTileRows + output < outputs) {
-                out[static_cast<int64_t>(row) * outputs + tile * kTileRows + output] = __float2bfloat16(total);
-            }
+            store((first_unit + own / kTiles * stride) * kTiles + own % kTiles, total);
         }
     }
 }
@@ -186,18 +218,18 @@ struct Partition {
     int ranks, clusters;
 };
 
-// Blocks per tile and clusters: the fewest slabs for the busiest block; a cluster costs about half a slab.
-Partition partition(int tiles, int slabs) {
+// Blocks per unit and clusters: the fewest slabs for the busiest block; a cluster costs about half a slab.
+Partition partition(int units, int tiles_per_unit, int slabs) {
     const int multiprocessors = multiprocessor_count();
-    Partition best = {1, std::min(tiles, multiprocessors)};
+    Partition best = {1, std::min(units, multiprocessors)};
     int64_t best_cost = INT64_MAX;
     for (int ranks = 1; ranks <= std::min(8, slabs); ranks *= 2) {
         // Clusters of more than two may leave a few multiprocessors of a large processing cluster over.
         const int usable = ranks > 2 ? std::max(multiprocessors / 16 * 16, ranks) : multiprocessors;
-        const int clusters = std::min(tiles, std::max(1, usable / ranks));
-        const int turns = (tiles + clusters - 1) / clusters;
-        if (ranks > 1 && turns > kMaxClusterTiles) continue;
-        const int64_t cost = 2 * int64_t{turns} * ((slabs + ranks - 1) / ranks) + (ranks > 1);
+        const int clusters = std::min(units, std::max(1, usable / ranks));
+        const int turns = (units + clusters - 1) / clusters;
+        if (ranks > 1 && turns * tiles_per_unit > kMaxClusterTiles / ranks * ranks) continue;
+        const int64_t cost = 2 * int64_t{turns} * tiles_per_unit * ((slabs + ranks - 1) / ranks) + (ranks > 1);
         if (cost < best_cost) {
             best_cost = cost;
             best = {ranks, clusters};
@@ -206,16 +238,17 @@ Partition partition(int tiles, int slabs) {
     return best;
 }
 
-template <int kRows>
+template <int kRows, int kTiles>
 cudaError_t launch_rows(const Linear& p, cudaStream_t stream) {
-    const auto [ranks, clusters] = partition((p.outputs + kTileRows - 1) / kTileRows, (p.inputs + kSlab - 1) / kSlab);
+    const int tiles = (p.outputs + kTileRows - 1) / kTileRows;
+    const auto [ranks, clusters] = partition((tiles + kTiles - 1) / kTiles, kTiles, (p.inputs + kSlab - 1) / kSlab);
     const LaunchConfig config = {.grid = dim3(ranks, clusters),
                                  .block = dim3(kThreads),
                                  .shared_bytes = sizeof(Storage<kRows>),
                                  .stream = stream,
                                  .cluster = dim3(ranks),
                                  .programmatic = true};
-    const auto kernel = ranks > 1 ? linear_kernel<kRows, true> : linear_kernel<kRows, false>;
+    const auto kernel = ranks > 1 ? linear_kernel<kRows, kTiles, true> : linear_kernel<kRows, kTiles, false>;
     return launch(kernel, config, p.x, p.x_stride, p.weight, p.out, p.rows, p.outputs, p.inputs);
 }
 
@@ -229,7 +262,9 @@ bool linear_supported(const Linear& p) {
 
 cudaError_t linear(const Linear& p, cudaStream_t stream) {
     if (!linear_supported(p)) return cudaErrorInvalidValue;
-    return p.rows <= 8 ? launch_rows<8>(p, stream) : launch_rows<16>(p, stream);
+    // From some rows on, x is as many bytes as the weights for a block: then two tiles share its loads.
+    if (p.rows <= 4) return launch_rows<8, 1>(p, stream);
+    return p.rows <= 8 ? launch_rows<8, 2>(p, stream) : launch_rows<16, 2>(p, stream);
 }
 
 }  // namespace tokenspeed

@@ -2,24 +2,28 @@
 //
 // Floor: latency. 64 tokens x 256 experts read 32 KB and write 5 KB; a decode layer waits for the whole of it.
 //
-// Selection: a warp per token, each lane with experts / 32 neighbouring probabilities in registers. A round takes the
-// lane's best (its lowest index on ties), the warp's greatest probability and the lowest expert that has it (two warp
-// reductions), and strikes it out. Probabilities are compared as their bit patterns: they are not negative, and a NaN
-// counts as the greatest, so that a padding row of garbage still gives distinct, valid experts.
+// Selection: a warp per token, each lane with experts / 32 neighbouring logits as sortable keys in registers: the 16
+// bits of the logit in the order of its value, then the expert counted backwards. So keys differ, the greatest key is
+// the greatest probability, and of equal ones the lowest expert. A round is one warp-wide maximum, and the lane that
+// owns it strikes it out. Logits whose probability underflows to zero in fp32 are ties, and become equal first. The
+// exponential is taken of the chosen only: the sum over all experts cancels when the weights are renormalised. NaN has
+// a key like any other value, so a padding row of garbage still gives distinct, valid experts.
 //
 // Grouping is stable in the token and free of float or racing atomics: bit t of member[t / 32][expert] says that token
 // t chose the expert. Counts are population counts, offsets their prefix sum, and a choice's place is its expert's
-// offset plus the members before its token. Up to kRouteOneLaunch tokens one block does it all, bits in shared memory.
-// More tokens take two launches: selection by as many blocks as there are tokens / 8, then grouping by blocks that own
-// kOwned experts each and walk the list of choices twice: count, then place. Each also counts the choices of lower
-// experts, so blocks need not talk. A workspace of per-block counts would read the list once, but operators allocate
-// only outputs.
+// offset plus the members before its token. Up to kRouteOneLaunch tokens one cluster does it all, 32 tokens a block;
+// each block writes its word of bits into the shared memory of all, and then they need no more talk. More tokens take
+// two launches: selection by as many blocks as there are tokens / 8, then grouping by 128 blocks that own two or four
+// experts each and walk the list of choices twice: count, then place. Each also counts the choices of lower experts, so
+// blocks need not talk. A workspace of per-block counts would read the list once, but operators allocate only outputs.
 //
-// Predicted: 1 token 2.6 us, 64 tokens x 256 experts 4.5 us, 8192 tokens 20 us.
+// Tried and lost (H200): one block for 64 tokens, comparing fp32 probabilities with two maxima a round: 11.7 us, bound
+// by the instructions of one multiprocessor; 3.1 us for 1 token. Predicted now: 2.4 us for 1 token, 4 us for 64 and 128
+// tokens, 14 us for 8192.
 //
-// budget: route_kernel registers<=64 shared<=32768 hot
+// budget: route_kernel registers<=64 shared<=0 hot
 // budget: select_kernel registers<=64 shared<=0 hot
-// budget: group_kernel registers<=64 shared<=2048
+// budget: group_kernel registers<=64 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
 #include <reduce.h>
@@ -33,7 +37,8 @@ namespace tokenspeed {
 namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kOwned = 4;  // experts per block of group_kernel
+constexpr int kTokensPerBlock = 32;  // of route_kernel: one word of membership bits
+constexpr int kGroupBlocks = 128;
 constexpr int kGroupWarps = 32;
 
 // The rank-th choice of a token, held by lane `rank` of its warp.
@@ -42,56 +47,54 @@ struct Choice {
     float weight;
 };
 
-// kPerLane: probabilities per lane, a multiple of 8. Called by a whole warp.
+// kPerLane: logits per lane, a multiple of 8. Called by a whole warp.
 template <int kPerLane>
 __device__ Choice select_experts(const __nv_bfloat16* logits, int top_k) {
+    constexpr float kUnderflow = -87.3f;  // exp of less is no normal fp32 number
     const int lane = threadIdx.x % 32;
-    float p[kPerLane];
+    uint32_t key[kPerLane];
     float greatest = -INFINITY;
+    uint4 packed[kPerLane / 8];
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += 8) {
-        const Float8 x = unpack(ptx::load_16_no_allocate(logits + lane * kPerLane + i));
+    for (int i = 0; i < kPerLane / 8; ++i) packed[i] = ptx::load_16_no_allocate(logits + lane * kPerLane + i * 8);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            p[i + j] = x.v[j];
-            greatest = fmaxf(greatest, x.v[j]);
-        }
+    for (int i = 0; i < kPerLane / 8; ++i) {
+        const Float8 x = unpack(packed[i]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) greatest = fmaxf(greatest, x.v[j]);
     }
     greatest = warp_maximum(greatest);
-    // The common factor 1 / sum of the softmax cancels when the chosen weights are renormalised.
     uint32_t best = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-        p[i] = expf(p[i] - greatest);
-        best = max(best, __float_as_uint(p[i]));
+        const Float8 x = unpack(packed[i / 8]);
+        const float logit = x.v[i % 8] + 0.0f;  // -0 becomes 0
+        const uint32_t bits = __float_as_uint(logit) >> 16;
+        uint32_t ordered = bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
+        if (logit - greatest < kUnderflow) ordered = 0;
+        key[i] = ordered << 16 | (0xffffu - (lane * kPerLane + i));
+        best = max(best, key[i]);
     }
-    Choice mine{0, 0};
-    float total = 0;
-    uint32_t struck = 0;  // bit i: p[i] has been chosen
+    uint32_t mine = 0;
     for (int rank = 0; rank < top_k; ++rank) {
         const uint32_t winner = __reduce_max_sync(kAllLanes, best);
-        int candidate = 32 * kPerLane;
+        if (lane == rank) mine = winner;
+        best = 0;
 #pragma unroll
-        for (int i = kPerLane - 1; i >= 0; --i) {
-            if (!(struck >> i & 1) && __float_as_uint(p[i]) == winner) candidate = lane * kPerLane + i;
+        for (int i = 0; i < kPerLane; ++i) {
+            if (key[i] == winner) key[i] = 0;
+            best = max(best, key[i]);
         }
-        const int expert = static_cast<int>(__reduce_min_sync(kAllLanes, static_cast<unsigned>(candidate)));
-        if (expert / kPerLane == lane) {
-            struck |= 1u << (expert % kPerLane);
-            best = 0;
-#pragma unroll
-            for (int i = 0; i < kPerLane; ++i) {
-                if (!(struck >> i & 1)) best = max(best, __float_as_uint(p[i]));
-            }
-        }
-        total += __uint_as_float(winner);
-        if (lane == rank) mine = {expert, __uint_as_float(winner)};
     }
-    mine.weight /= total;
-    return mine;
+    Choice choice{static_cast<int>(0xffffu - (mine & 0xffffu)), 0.0f};
+    const uint32_t ordered = mine >> 16;
+    const uint32_t bits = ordered & 0x8000u ? ordered & 0x7fffu : ~ordered & 0xffffu;
+    if (lane < top_k) choice.weight = ordered == 0 ? 0.0f : expf(__uint_as_float(bits << 16) - greatest);
+    choice.weight /= warp_sum(choice.weight);
+    return choice;
 }
 
-// One block for all tokens. Threads: at least `experts`, a multiple of 32.
+// A cluster for all tokens, kTokensPerBlock a block, a warp a token or more. Threads: at least `experts`.
 template <int kPerLane>
 __global__ void __launch_bounds__(1024)
     route_kernel(const __nv_bfloat16* __restrict__ logits, __nv_bfloat16* __restrict__ weights,
@@ -99,32 +102,48 @@ __global__ void __launch_bounds__(1024)
                  int top_k) {
     constexpr int kExperts = 32 * kPerLane;
     DYNAMIC_SHARED(shared);
-    const int words = (tokens + 31) / 32;
-    auto* member = reinterpret_cast<uint32_t*>(shared);                   // [words, experts]
-    auto* first = reinterpret_cast<int32_t*>(member + words * kExperts);  // [experts], the offsets
-    int32_t* warp_total = first + kExperts;                               // [32]
-    int32_t* local_choice = warp_total + 32;                              // [tokens, top_k]
+    auto* member = reinterpret_cast<uint32_t*>(shared);  // [blocks, experts]: of every block
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    auto* own = member + blocks * kExperts;                    // [experts]: of this block
+    auto* place = reinterpret_cast<int32_t*>(own + kExperts);  // [experts]: of the block's first member
+    int32_t* warp_total = place + kExperts;                    // [32]
+    int32_t* local_choice = warp_total + 32;                   // [kTokensPerBlock, top_k]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (int i = threadIdx.x; i < words * kExperts; i += blockDim.x) member[i] = 0;
+    const int first_token = block * kTokensPerBlock, local_tokens = min(tokens - first_token, kTokensPerBlock);
+    for (int i = threadIdx.x; i < kExperts; i += blockDim.x) own[i] = 0;
     __syncthreads();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
-    for (int token = warp; token < tokens; token += warps) {
-        const Choice choice = select_experts<kPerLane>(logits + int64_t(token) * kExperts, top_k);
+    for (int token = warp; token < local_tokens; token += warps) {
+        const Choice choice = select_experts<kPerLane>(logits + int64_t(first_token + token) * kExperts, top_k);
         if (lane < top_k) {
-            const int flat = token * top_k + lane;
+            const int flat = (first_token + token) * top_k + lane;
             weights[flat] = __float2bfloat16(choice.weight);
             chosen[flat] = choice.expert;
-            local_choice[flat] = choice.expert;
-            atomicOr(&member[token / 32 * kExperts + choice.expert], 1u << token % 32);
+            local_choice[token * top_k + lane] = choice.expert;
+            atomicOr(&own[choice.expert], 1u << token);
         }
     }
     __syncthreads();
+    const int expert = threadIdx.x;
+    if (blocks > 1) {
+        ptx::cluster_sync();  // every block has started
+        for (int other = 0; expert < kExperts && other < blocks; ++other) {
+            ptx::cluster_map(member, other)[block * kExperts + expert] = own[expert];
+        }
+        ptx::cluster_sync();
+    } else if (expert < kExperts) {
+        member[expert] = own[expert];
+    }
 
-    int count = 0;  // of expert threadIdx.x
-    if (threadIdx.x < kExperts) {
-        for (int word = 0; word < words; ++word) count += __popc(member[word * kExperts + threadIdx.x]);
+    int count = 0, before = 0;  // members of expert threadIdx.x in all blocks, and in those before this one
+    if (expert < kExperts) {
+        for (int other = 0; other < blocks; ++other) {
+            const int members = __popc(member[other * kExperts + expert]);
+            if (other < block) before += members;
+            count += members;
+        }
     }
     int through = count;
 #pragma unroll
@@ -134,21 +153,19 @@ __global__ void __launch_bounds__(1024)
     }
     if (lane == 31) warp_total[warp] = through;
     __syncthreads();
-    if (threadIdx.x < kExperts) {
-        int before = through - count;
-        for (int w = 0; w < warp; ++w) before += warp_total[w];
-        first[threadIdx.x] = before;
-        offsets[threadIdx.x] = before;
-        if (threadIdx.x == kExperts - 1) offsets[kExperts] = before + count;
+    if (expert < kExperts) {
+        int offset = through - count;
+        for (int w = 0; w < warp; ++w) offset += warp_total[w];
+        place[expert] = offset + before;
+        if (block == 0) offsets[expert] = offset;
+        if (block == 0 && expert == kExperts - 1) offsets[kExperts] = offset + count;
     }
     __syncthreads();
 
-    for (int flat = threadIdx.x; flat < tokens * top_k; flat += blockDim.x) {
-        const int token = flat / top_k, expert = local_choice[flat];
-        int place = first[expert];
-        for (int word = 0; word < token / 32; ++word) place += __popc(member[word * kExperts + expert]);
-        place += __popc(member[token / 32 * kExperts + expert] & ((1u << token % 32) - 1));
-        order[place] = flat;
+    for (int i = threadIdx.x; i < local_tokens * top_k; i += blockDim.x) {
+        const int token = i / top_k, chosen_expert = local_choice[i];
+        const uint32_t earlier = own[chosen_expert] & ((1u << token) - 1);
+        order[place[chosen_expert] + __popc(earlier)] = first_token * top_k + i;
     }
 }
 
@@ -169,10 +186,24 @@ __global__ void __launch_bounds__(kSelectWarps * 32)
     }
 }
 
-// Block b owns experts b kOwned .. + kOwned - 1. Each warp walks one contiguous part of the choices, 32 at a time.
+// The part of the choices that a warp walks: whole rows of 32, kRows of them loaded together.
+constexpr int kRows = 8;
+
+// Experts of rows base, base + 32, ...; `experts`, which nobody owns, past the end.
+__device__ void load_choices(int (&expert)[kRows], const int32_t* chosen, int base, int end, int experts) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        const int flat = base + i * 32 + lane;
+        expert[i] = flat < end ? chosen[flat] : experts;
+    }
+}
+
+// Block b owns experts b kOwned .. + kOwned - 1. Each warp walks one contiguous part of the choices.
+template <int kOwned>
 __global__ void __launch_bounds__(kGroupWarps * 32)
-    group_kernel(const int32_t* chosen, int32_t* __restrict__ order, int32_t* __restrict__ offsets, int choices,
-                 int experts) {
+    group_kernel(const int32_t* chosen, int32_t* __restrict__ order, int32_t* __restrict__ offsets, int choices) {
+    constexpr int kExperts = kGroupBlocks * kOwned;
     DYNAMIC_SHARED(shared);
     auto* lower = reinterpret_cast<int32_t*>(shared);  // [warps]: choices of experts below the block's
     int32_t* counts = lower + kGroupWarps;             // [kOwned, warps]
@@ -183,44 +214,49 @@ __global__ void __launch_bounds__(kGroupWarps * 32)
     const int part = (choices + kGroupWarps * 32 - 1) / (kGroupWarps * 32) * 32;
     const int begin = min(warp * part, choices), end = min(begin + part, choices);
 
+    int expert[kRows];
     int below = 0, count[kOwned]{};
-    for (int base = begin; base < end; base += 32) {
-        const int expert = base + lane < end ? chosen[base + lane] : experts;
-        below += expert < owned;
+    for (int base = begin; base < end; base += kRows * 32) {
+        load_choices(expert, chosen, base, end, kExperts);
 #pragma unroll
-        for (int i = 0; i < kOwned; ++i) count[i] += expert == owned + i;
+        for (int row = 0; row < kRows; ++row) {
+            below += expert[row] < owned;
+#pragma unroll
+            for (int i = 0; i < kOwned; ++i) count[i] += expert[row] == owned + i;
+        }
     }
-    below = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(below)));
+    below = warp_sum(below);
+    if (lane == 0) lower[warp] = below;
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) {
-        count[i] = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(count[i])));
+        count[i] = warp_sum(count[i]);
         if (lane == 0) counts[i * kGroupWarps + warp] = count[i];
     }
-    if (lane == 0) lower[warp] = below;
     __syncthreads();
 
     int place[kOwned];  // of the warp's next choice of each owned expert
-    int next = 0;
-    for (int w = 0; w < kGroupWarps; ++w) next += lower[w];
+    int next = warp_sum(lower[lane]);
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) {
         if (threadIdx.x == 0) offsets[owned + i] = next;
-        place[i] = next;
-        for (int w = 0; w < kGroupWarps; ++w) {
-            const int members = counts[i * kGroupWarps + w];
-            if (w < warp) place[i] += members;
-            next += members;
-        }
+        const int members = counts[i * kGroupWarps + lane];
+        place[i] = next + warp_sum(lane < warp ? members : 0);
+        next += warp_sum(members);
     }
-    if (threadIdx.x == 0 && owned + kOwned == experts) offsets[experts] = next;
+    if (threadIdx.x == 0 && owned + kOwned == kExperts) offsets[kExperts] = next;
 
-    for (int base = begin; base < end; base += 32) {
-        const int expert = base + lane < end ? chosen[base + lane] : experts;
+    for (int base = begin; base < end; base += kRows * 32) {
+        load_choices(expert, chosen, base, end, kExperts);
 #pragma unroll
-        for (int i = 0; i < kOwned; ++i) {
-            const unsigned members = __ballot_sync(kAllLanes, expert == owned + i);
-            if (expert == owned + i) order[place[i] + __popc(members & ((1u << lane) - 1))] = base + lane;
-            place[i] += __popc(members);
+        for (int row = 0; row < kRows; ++row) {
+            const int which = expert[row] - owned;
+            if (__ballot_sync(kAllLanes, which >= 0 && which < kOwned) == 0) continue;
+#pragma unroll
+            for (int i = 0; i < kOwned; ++i) {
+                const unsigned members = __ballot_sync(kAllLanes, which == i);
+                if (which == i) order[place[i] + __popc(members & ((1u << lane) - 1))] = base + row * 32 + lane;
+                place[i] += __popc(members);
+            }
         }
     }
 }
@@ -233,20 +269,23 @@ cudaError_t route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* 
     config.stream = stream;
     config.programmatic = true;
     if (tokens <= kRouteOneLaunch) {
-        const int words = (tokens + 31) / 32;
-        config.grid = dim3(1);
-        config.block = dim3(static_cast<unsigned>(std::max(kExperts, std::min(tokens, 32) * 32)));
-        config.shared_bytes = sizeof(int32_t) * (words * kExperts + kExperts + 32 + tokens * top_k);
+        unsigned blocks = 1;  // a power of two: every cluster of up to 8 such blocks can be placed
+        while (static_cast<int>(blocks) * kTokensPerBlock < tokens) blocks *= 2;
+        config.grid = dim3(blocks);
+        config.cluster = dim3(blocks);
+        config.block = dim3(static_cast<unsigned>(std::max(kExperts, std::min(tokens, kTokensPerBlock) * 32)));
+        config.shared_bytes = sizeof(int32_t) * ((blocks + 2) * kExperts + 32 + kTokensPerBlock * top_k);
         return launch(route_kernel<kPerLane>, config, logits, weights, chosen, order, offsets, tokens, top_k);
     }
     config.grid = dim3(static_cast<unsigned>((tokens + kSelectWarps - 1) / kSelectWarps));
     config.block = dim3(kSelectWarps * 32);
     const auto status = launch(select_kernel<kPerLane>, config, logits, weights, chosen, tokens, top_k);
     if (status != cudaSuccess) return status;
-    config.grid = dim3(kExperts / kOwned);
+    constexpr int kOwned = kExperts / kGroupBlocks;
+    config.grid = dim3(kGroupBlocks);
     config.block = dim3(kGroupWarps * 32);
     config.shared_bytes = sizeof(int32_t) * kGroupWarps * (1 + kOwned);
-    return launch(group_kernel, config, chosen, order, offsets, tokens * top_k, kExperts);
+    return launch(group_kernel<kOwned>, config, chosen, order, offsets, tokens * top_k);
 }
 
 }  // namespace

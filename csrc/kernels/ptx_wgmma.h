@@ -20,10 +20,10 @@ namespace tokenspeed::ptx {
 //                  stride_bytes from 8 k to the next 8; without swizzle the two change places.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, Swizzle swizzle, uint32_t leading_bytes,
                                                       uint32_t stride_bytes) {
-    constexpr uint64_t kModes[] = {0, 3, 2, 1};
+    const uint64_t mode = (4 - static_cast<uint64_t>(swizzle)) & 3;  // none 0, 32 bytes 3, 64 bytes 2, 128 bytes 1
     return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) |
            static_cast<uint64_t>((leading_bytes & 0x3FFFF) >> 4) << 16 |
-           static_cast<uint64_t>((stride_bytes & 0x3FFFF) >> 4) << 32 | kModes[static_cast<int>(swizzle)] << 62;
+           static_cast<uint64_t>((stride_bytes & 0x3FFFF) >> 4) << 32 | mode << 62;
 }
 
 // Keeps the compiler from moving uses of the registers across this point.

@@ -11,8 +11,8 @@ constexpr uint32_t element_bytes(TensorElement element) {
 }
 
 // How 16-byte pieces of a box row are permuted in shared memory: piece p of the 32, 64 or 128 bytes around shared
-// address a lands at p ^ (a >> 7 & mask). The row of a box is at most that wide; the destination is aligned to 1024
-// bytes.
+// address a lands at p ^ (a >> 7 & mask). The row of a box is exactly that wide; the destination is aligned to
+// 1024 bytes.
 enum class Swizzle : uint8_t { kNone, k32, k64, k128 };
 
 // Dimensions run from the innermost, which is contiguous, to the outermost.

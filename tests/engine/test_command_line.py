@@ -46,6 +46,9 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--tools", "missing.json"], ["missing.json"]),
         (["generate", "x", "--temperature", "-1"], ["temperature", "-1"]),
         (["generate", "--raw", ""], ["empty"]),
+        (["generate", "x", "--device", "tpu"], ["tpu"]),
+        (["generate", "x", "--device", "cuda:77"], ["cuda:77"]),
+        (["generate", "x", "--threads", "0"], ["threads", "0"]),
         (["info", "--size", "5B"], ["5B", "35B-A3B"]),
     ],
 )

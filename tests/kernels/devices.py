@@ -182,7 +182,7 @@ def _launch_on_card(torch: Any, launcher: Any, arguments: tuple[Any, ...]) -> li
 
 
 def build_for_card() -> Path:
-    """Compiles the self-test kernels for sm_90a into build/selftest-cuda.so."""
+    """Compiles the self-test kernels for sm_90a, but for the faulty ones, into build/selftest-cuda.so."""
     output = ROOT / "build" / "selftest-cuda.so"
     output.parent.mkdir(exist_ok=True)
     sources = [str(source) for source in sorted(SELF_TESTS.glob("*.cu"))]

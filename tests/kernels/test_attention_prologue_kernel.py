@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.launches import torch_served
+from tests.kernels.launches import emulator, torch_served
 from tests.ops import reference
 from tests.ops.backends import same_bits
 
@@ -13,9 +13,8 @@ EPS = 1e-6
 D = 256
 
 
-def check(backend, tokens, q_heads, kv_heads, rotary=64, page_size=64, slots=None):
+def check(backend, tokens, q_heads, kv_heads, rotary=64, page_size=64, slots=None, pages=3):
     """One call on a poisoned arena of three layers, against the formulas; rows that are not named stay as they were."""
-    pages = 3
     arena = torch.full((pages, 3, 2, kv_heads, page_size, D), torch.nan, dtype=backend.dtype, device=backend.device)
     kv, before = arena[:, 1], arena.clone()
     slots = torch.randperm(pages * page_size)[:tokens].tolist() if slots is None else slots
@@ -66,3 +65,14 @@ def test_padding_rows_store_nothing_and_last_rows_are_reached(scheduled):
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9])
 def test_token_counts_that_do_not_fill_the_blocks(backend, tokens):
     check(backend, tokens, 1, 1)
+
+
+def test_many_tokens_take_four_heads_a_warp(backend):
+    if backend.emulated is None:
+        check(backend, 1500, 8, 2, pages=24)  # enough to fill a card of 132 multiprocessors
+        return
+    library = emulator()
+    library.emulator_multiprocessors(1)
+    for q_heads, kv_heads in ((4, 2), (6, 1)):  # groups of four that hold queries, keys and values together
+        check(backend, 21, q_heads, kv_heads, slots=[*range(60, 80), -1])
+    library.emulator_multiprocessors(4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.launches import torch_served
+from tests.kernels.launches import emulator, torch_served
 
 pytest_plugins = ["tests.kernels.schedules"]
 
@@ -37,4 +37,17 @@ def test_many_pairs_and_none(backend):
     backend.op("copy_states")(slots, *columns)
     assert torch.equal(slots, expected)
     backend.op("copy_states")(slots, backend.tensor([]), backend.tensor([]))
+    assert torch.equal(slots, expected)
+
+
+def test_one_block_walks_more_parts_than_its_ring_holds(backend):
+    if backend.emulated is not None:
+        emulator().emulator_multiprocessors(1)
+    slots = torch.randint(0, 256, (4, 20 * 16384 + 48), dtype=torch.uint8).to(backend.device)
+    expected = slots.clone()
+    expected[2], expected[3] = slots[1], slots[0]
+    columns = [backend.tensor(values) for values in ([1, 0, -1], [2, 3, 0])]
+    backend.op("copy_states")(slots, *columns)
+    if backend.emulated is not None:
+        emulator().emulator_multiprocessors(4)
     assert torch.equal(slots, expected)

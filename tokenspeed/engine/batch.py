@@ -11,8 +11,8 @@ from .step import Row, Step
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """Rows of one token each, B of them."""
+class Rows:
+    """What every kind of row has, B of them: decode rows are this and one token each."""
 
     page_table: Tensor  # [B, P] int32
     context_lens: Tensor  # [B] int32: tokens before this step
@@ -21,13 +21,9 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill:
-    """Rows of any length, B of them, packed."""
+class PrefillRows(Rows):
+    """Rows of any length, packed."""
 
-    page_table: Tensor  # [B, P] int32
-    context_lens: Tensor  # [B] int32: tokens before this step
-    read_slot: Tensor  # [B] int32
-    write_slot: Tensor  # [B] int32
     cu_seqlens: Tensor  # [B + 1] int32
     snapshots: Tensor  # [M, 3] int32: row, token count, slot
     max_seqlen: int
@@ -43,9 +39,9 @@ class Batch:
     cos_sin: Tensor  # [N, R] fp32
     kv_slots: Tensor  # [N] int64: page * 64 + row of the arena; negative where nothing is stored
     logit_rows: Tensor  # [L] int64: the tokens whose logits are wanted
-    decode: Decode | None
+    decode: Rows | None
     decode_tokens: int
-    prefill: Prefill | None
+    prefill: PrefillRows | None
 
 
 def build_batch(step: Step, memory: Memory, inv_freq: Tensor, rope_scale: float) -> Batch:
@@ -72,7 +68,7 @@ def build_batch(step: Step, memory: Memory, inv_freq: Tensor, rope_scale: float)
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1) * rope_scale,
         kv_slots=wide(kv_slots),
         logit_rows=wide(logit_rows),
-        decode=Decode(**_row_tensors(step.decode, device)) if step.decode else None,
+        decode=Rows(**_row_tensors(step.decode, device)) if step.decode else None,
         decode_tokens=len(step.decode),
         prefill=_prefill(step.prefill, device) if step.prefill else None,
     )
@@ -92,12 +88,12 @@ def _row_tensors(rows: tuple[Row, ...], device: torch.device) -> dict[str, Tenso
     }
 
 
-def _prefill(rows: tuple[Row, ...], device: torch.device) -> Prefill:
+def _prefill(rows: tuple[Row, ...], device: torch.device) -> PrefillRows:
     ends = [0]
     for row in rows:
         ends.append(ends[-1] + len(row.tokens))
     snapshots = [[i, count, slot] for i, row in enumerate(rows) for count, slot in row.snapshots]
-    return Prefill(
+    return PrefillRows(
         **_row_tensors(rows, device),
         cu_seqlens=_narrow(ends, device),
         snapshots=_narrow(snapshots, device).reshape(-1, 3),

@@ -9,7 +9,7 @@ import torch
 from .. import ops
 from .checkpoint import resolve
 from .config import PAGE_TOKENS, ModelConfig
-from .errors import ConfigError
+from .device import pick_device, pick_dtype, use_threads
 from .memory import Memory, MemoryLayout
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import load_weights
@@ -22,7 +22,7 @@ from .text.template import ChatTemplate
 from .text.tokenizer import Tokenizer
 
 _PREFILL_TOKENS = 2048  # at most this many tokens of prompts in one step
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_SHARED_BYTES = 64 << 20  # smaller models gain nothing from a second thread, and wait for it on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +40,31 @@ class LLM:
     """A checkpoint, ready to generate.
 
     model: a directory, a hub id, or None for the shipped model; dtype: "bfloat16", "float32", or "auto" (bf16 on a GPU,
-    fp32 on a CPU); device: a torch device, or "auto". Raises ConfigError for a checkpoint that cannot be used.
+    fp32 on a CPU); device: a torch device, or "auto"; threads: how many CPU threads torch may use in this process, None
+    for torch's own choice, or 1 where the model is too small to share. Raises ConfigError for what cannot be used.
     """
 
     def __init__(
-        self, model: str | Path | None = None, dtype: str = "auto", device: str = "auto", progress: bool = True
+        self,
+        model: str | Path | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        progress: bool = True,
     ):
         self.directory = resolve(model)
         self.config = ModelConfig.from_directory(self.directory)
         self.tokenizer = Tokenizer.from_directory(self.directory)
         self.template = ChatTemplate.from_directory(self.directory, self.tokenizer)
         self.defaults = GenerationDefaults.from_directory(self.directory, self.tokenizer)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.model = Qwen3_5.empty(self.config, self.dtype, self.device)
         load_weights(self.model, self.directory, progress)
+        if threads is None and sum(p.nbytes for p in self.model.parameters()) < _SHARED_BYTES:
+            threads = 1
+        if threads is not None:
+            use_threads(threads)
 
     def sampling_defaults(self) -> dict[str, float]:
         """The checkpoint's own sampling values, as SamplingParams takes them."""
@@ -141,12 +151,3 @@ def _prefill_steps(prompts: Sequence[list[int]], owned: list[tuple[int, ...]]) -
                 rows, finished, room = [], [], _PREFILL_TOKENS
     if rows:
         yield Step(prefill=tuple(rows)), finished
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Raises ConfigError for a dtype weights are not kept in."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype {name!r} is not supported; it must be auto, {' or '.join(_DTYPES)}.")
-    return _DTYPES[name]

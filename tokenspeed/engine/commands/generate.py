@@ -40,11 +40,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", help="checkpoint directory or hub id (default: the shipped toy model)")
     model.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bf16 on a GPU")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    model.add_argument("--threads", type=int, help="CPU threads (default: torch's choice, 1 for models below 64 MiB)")
 
 
 def run(options: argparse.Namespace) -> int:
     prompt = _read_prompt(options)
-    llm = LLM(options.model, options.dtype, options.device)
+    llm = LLM(options.model, options.dtype, options.device, options.threads)
     chosen = ("temperature", "top_k", "top_p", "min_p")
     sampling = llm.sampling_defaults() | {k: getattr(options, k) for k in chosen if getattr(options, k) is not None}
     params = SamplingParams(**sampling, seed=options.seed, max_tokens=options.max_tokens, ignore_eos=options.ignore_eos)

@@ -7,8 +7,8 @@ import torch
 from ... import ops
 from ..checkpoint import resolve
 from ..config import DenseConfig, ModelConfig
+from ..device import pick_device, pick_dtype
 from ..errors import ConfigError
-from ..llm import pick_dtype
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..sizes import PUBLISHED
@@ -30,9 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    )
+    device = pick_device(options.device)
     if options.size is None:
         directory = resolve(options.model)
         name, config = str(options.model or directory.name), ModelConfig.from_directory(directory)

@@ -59,6 +59,13 @@ __global__ void __launch_bounds__(64) misbehave(int kind, uint32_t* global) {
         case 12:  // a barrier initialised twice
             if (i == 0) ptx::mbarrier_init(barrier, 1);
             break;
+        case 13:  // a loop that tests for what never comes
+            if (i == 0) {
+                for (;;) {
+                    if (ptx::mbarrier_test(barrier, 0)) break;
+                }
+            }
+            break;
         default:
             break;
     }
