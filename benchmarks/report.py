@@ -104,6 +104,6 @@ def plot(rows: Iterable[dict], path: Path) -> None:
         ratio = row["ratio"]
         note = ratio if isinstance(ratio, str) else f"{ratio:.2f}x {row['best_peer']}"
         axes.text(row["percent_of_ceiling"] + 1, index, f"{row['us']:.1f} us, {note}", va="center", fontsize=6)
-    axes.set_xlim(0, max(118, *(row["percent_of_ceiling"] + 30 for row in rows)) if rows else 118)
+    axes.set_xlim(0, max(140, *(row["percent_of_ceiling"] + 45 for row in rows)) if rows else 140)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

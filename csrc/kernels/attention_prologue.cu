@@ -11,8 +11,9 @@
 // card: D = 256 is one 16-byte vector a lane and head, and all of a warp's loads (heads, angles, weights, slot) are in
 // flight before the first shuffle. The mean takes five shuffles, the rope partner sits R / 16 lanes away. v is a copy.
 //
-// Measured on an H200 with one head a warp: 62 us = 65% of copy at 8192 tokens of 16:2 (20 KB in flight a
-// multiprocessor were too few), 1.6 us for one token. Predicted with four: 46 us = 88%.
+// Measured on an H200, 8192 tokens of 8:2 / 16:2 / 24:4 / 32:2: 80 / 81 / 84 / 85% of copy, one token 1.25 us. Tried
+// and lost: one head a warp 64 / 65 / 67 / 67% (20 KB in flight a multiprocessor), two 73 / 74 / 76 / 76%, blocks of 8
+// warps 78 / 78 / 81 / 83%, streaming loads no difference. Next: weights from shared memory, for more warps at once.
 //
 // budget: attention_prologue_kernel registers<=96 shared<=0 hot
 #include <launch.h>
@@ -25,7 +26,7 @@
 namespace tokenspeed {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 4;
 constexpr int kMostHeads = 4;  // per warp; every published model's q + 2 kv heads are a multiple of it
 constexpr int kLaneElements = kHeadDim / 32;
 
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const A
         // The gates lie between the queries, so query head h stands at 2h and what follows them at q_heads + head.
         const int head = first + i, place = head < p.q_heads ? 2 * head : p.q_heads + head;
         const __nv_bfloat16* heads = p.qkv + token * p.qkv_stride + int64_t(place) * kHeadDim;
-        packed[i] = ptx::load_16_streaming(heads + lane * kLaneElements);
+        packed[i] = ptx::load_16_read_only(heads + lane * kLaneElements);
     }
     const int half_lanes = p.rotary / (2 * kLaneElements);  // lanes that hold the first elements of the pairs
     const bool rotates = lane < 2 * half_lanes;

@@ -16,9 +16,11 @@
 // The block with a sequence's first tile also stores its windows, last of all. That orders an update in place without a
 // barrier: the same thread first reads the old entries of its channels (history and snapshots), then overwrites them.
 //
-// Tried and lost (H200): loads of 8 rows into registers ahead of their use, 128 registers, four blocks a
-// multiprocessor: 81 us at 8192 x 8192 (79% of copy), 6.0 us for 128 tokens with four dependent loads to find and read
-// the tile. Predicted now: 70 us (88%) and 4 us.
+// Measured on an H200 with 8 rows a barrier, 8192 tokens of 6144 / 8192 / 12288 channels: 80 / 83 / 86% of copy; 128
+// tokens of 8192 channels 5.2 us with 4. Tried and lost: loads of 8 rows into registers ahead of their use 75 / 79 /
+// 81% and 6.0 us; tiles of 24 rows 77 / 80 / 84%, of 32 rows and three blocks 76 / 79 / 83%; five blocks a
+// multiprocessor at 96 registers 75 / 78 / 82%; streaming stores no difference. Next: persistent blocks that load the
+// next tile while they compute.
 //
 // budget: causal_conv1d_kernel registers<=128 shared<=0 hot
 #include <launch.h>
@@ -35,8 +37,8 @@ constexpr int kThreads = 128;
 constexpr int kBlocks = 4;    // per multiprocessor: what registers and shared memory allow
 constexpr int kChannels = 8;  // per thread
 constexpr int kRowElements = kThreads * kChannels;
-constexpr int kGroup = 8;     // rows to a barrier
-constexpr int kMaxTile = 24;  // rows
+constexpr int kGroup = 4;     // rows to a barrier
+constexpr int kMaxTile = 16;  // rows
 constexpr int kHistory = kConvTaps - 1;
 
 struct Shared {
@@ -137,6 +139,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) causal_conv1d_kernel(const 
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
+    const bool active = channel < p.channels;
+    uint4 weights[kChannels * kConvTaps / 8]{};  // on their way while the tile is found
+#pragma unroll
+    for (int i = 0; i < kChannels * kConvTaps / 8; ++i) {
+        if (active) weights[i] = ptx::load_16_read_only(p.weight + channel * kConvTaps + i * 8);
+    }
     const Tile mine = find_tile(p, tile, blockIdx.x);
     if (mine.sequence < 0) return;
     const int rows = min(tile, mine.length - mine.first);
@@ -149,20 +157,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks) causal_conv1d_kernel(const 
             ptx::bulk_load(shared.rows[row], source + row * p.x_stride, bytes, full);
         }
     }
-    if (channel >= p.channels) return;
+    if (!active) return;
 
     const Sequence s{p.x + mine.start * p.x_stride + channel,
                      p.window + int64_t(max(mine.read_slot, 0)) * p.slot_stride + channel, mine.context};
     Float8 history[kHistory];
     float weight[kChannels][kConvTaps];
     {
-        uint4 inputs[kHistory], weights[kChannels * kConvTaps / 8];
+        uint4 inputs[kHistory];
 #pragma unroll
         for (int i = 0; i < kHistory; ++i) inputs[i] = load_input(p, s, s.context + mine.first - kHistory + i);
-#pragma unroll
-        for (int i = 0; i < kChannels * kConvTaps / 8; ++i) {
-            weights[i] = ptx::load_16_read_only(p.weight + channel * kConvTaps + i * 8);
-        }
 #pragma unroll
         for (int i = 0; i < kHistory; ++i) history[i] = unpack(inputs[i]);
 #pragma unroll

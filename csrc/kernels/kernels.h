@@ -85,7 +85,7 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
 // weights, chosen [tokens, top_k]; order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch
 // tokens, else two.
 constexpr int kMaxTopK = 16;
-constexpr int kRouteOneLaunch = 256;
+constexpr int kRouteOneLaunch = 128;
 cudaError_t moe_route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* chosen, int32_t* order,
                       int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
 
@@ -133,7 +133,8 @@ struct Linear {
 bool linear_supported(const Linear& arguments);
 cudaError_t linear(const Linear& arguments, cudaStream_t stream);
 
-// ---- sample.cu: see the operator of that name; logits [rows, vocabulary] bf16 or fp32 by row stride, of any alignment.
+// ---- sample.cu: see the operator of that name; logits [rows, vocabulary] bf16 or fp32 by row stride, of any
+// alignment.
 constexpr int kSampleMaxVocabulary = 400000;  // a row lies in the shared memory of one cluster
 struct Sample {
     const void* logits;
@@ -147,7 +148,9 @@ struct Sample {
     const int64_t* index;
     int64_t* ids;
     int rows, vocabulary;
-    int chunk = 0;  // the launcher sets it: ids of one block
+    // The launcher sets them.
+    int chunk = 0;         // ids of one block
+    bool vectors = false;  // rows may be read 16 bytes at a time
 };
 bool sample_supported(const Sample& arguments);
 cudaError_t sample(Sample arguments, cudaStream_t stream);

@@ -17,9 +17,11 @@
 // experts each and walk the list of choices twice: count, then place. Each also counts the choices of lower experts, so
 // blocks need not talk. A workspace of per-block counts would read the list once, but operators allocate only outputs.
 //
-// Tried and lost (H200): one block for 64 tokens, comparing fp32 probabilities with two maxima a round: 11.7 us, bound
-// by the instructions of one multiprocessor; 3.1 us for 1 token. Predicted now: 2.4 us for 1 token, 4 us for 64 and 128
-// tokens, 14 us for 8192.
+// Measured on an H200 with 16 tokens a block and a chain of maxima, 256 / 512 experts: 1 token 2.4 / 3.2 us, 64
+// tokens 4.0 / 6.6 us, 128 tokens 4.3 / 7.3 us, 8192 tokens 28 / 37 us. Tried and lost: one block for 64 tokens,
+// comparing fp32 probabilities with two maxima a round, 11.7 / 22.8 us, bound by the instructions of one
+// multiprocessor; 32 tokens a block 5.2 / 10.2 us. Next: for thousands of tokens, grouping in one pass over the
+// choices.
 //
 // budget: route_kernel registers<=64 shared<=0 hot
 // budget: select_kernel registers<=64 shared<=0 hot
@@ -37,7 +39,8 @@ namespace tokenspeed {
 namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kTokensPerBlock = 32;  // of route_kernel: one word of membership bits
+constexpr int kMaxBlocks = 8;    // of a cluster
+constexpr int kLeastTokens = 8;  // of a block of route_kernel; kRouteOneLaunch / kMaxBlocks at most, a word of bits
 constexpr int kGroupBlocks = 128;
 constexpr int kGroupWarps = 32;
 
@@ -46,6 +49,19 @@ struct Choice {
     int expert;
     float weight;
 };
+
+// As a tree: a chain of maxima would take most of a round.
+template <int kCount>
+__device__ uint32_t greatest_key(const uint32_t (&key)[kCount]) {
+    uint32_t level[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) level[i] = max(key[i], key[i + kCount / 2]);
+    if constexpr (kCount == 2) {
+        return level[0];
+    } else {
+        return greatest_key(level);
+    }
+}
 
 // kPerLane: logits per lane, a multiple of 8. Called by a whole warp.
 template <int kPerLane>
@@ -64,7 +80,6 @@ __device__ Choice select_experts(const __nv_bfloat16* logits, int top_k) {
         for (int j = 0; j < 8; ++j) greatest = fmaxf(greatest, x.v[j]);
     }
     greatest = warp_maximum(greatest);
-    uint32_t best = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
         const Float8 x = unpack(packed[i / 8]);
@@ -73,18 +88,17 @@ __device__ Choice select_experts(const __nv_bfloat16* logits, int top_k) {
         uint32_t ordered = bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
         if (logit - greatest < kUnderflow) ordered = 0;
         key[i] = ordered << 16 | (0xffffu - (lane * kPerLane + i));
-        best = max(best, key[i]);
     }
+    uint32_t best = greatest_key(key);
     uint32_t mine = 0;
     for (int rank = 0; rank < top_k; ++rank) {
         const uint32_t winner = __reduce_max_sync(kAllLanes, best);
         if (lane == rank) mine = winner;
-        best = 0;
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
             if (key[i] == winner) key[i] = 0;
-            best = max(best, key[i]);
         }
+        best = greatest_key(key);
     }
     Choice choice{static_cast<int>(0xffffu - (mine & 0xffffu)), 0.0f};
     const uint32_t ordered = mine >> 16;
@@ -94,12 +108,12 @@ __device__ Choice select_experts(const __nv_bfloat16* logits, int top_k) {
     return choice;
 }
 
-// A cluster for all tokens, kTokensPerBlock a block, a warp a token or more. Threads: at least `experts`.
+// A cluster for all tokens, block_tokens (at most 32) a block, a warp a token or more. Threads: at least `experts`.
 template <int kPerLane>
 __global__ void __launch_bounds__(1024)
     route_kernel(const __nv_bfloat16* __restrict__ logits, __nv_bfloat16* __restrict__ weights,
                  int32_t* __restrict__ chosen, int32_t* __restrict__ order, int32_t* __restrict__ offsets, int tokens,
-                 int top_k) {
+                 int top_k, int block_tokens) {
     constexpr int kExperts = 32 * kPerLane;
     DYNAMIC_SHARED(shared);
     auto* member = reinterpret_cast<uint32_t*>(shared);  // [blocks, experts]: of every block
@@ -107,9 +121,9 @@ __global__ void __launch_bounds__(1024)
     auto* own = member + blocks * kExperts;                    // [experts]: of this block
     auto* place = reinterpret_cast<int32_t*>(own + kExperts);  // [experts]: of the block's first member
     int32_t* warp_total = place + kExperts;                    // [32]
-    int32_t* local_choice = warp_total + 32;                   // [kTokensPerBlock, top_k]
+    int32_t* local_choice = warp_total + 32;                   // [block_tokens, top_k]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const int first_token = block * kTokensPerBlock, local_tokens = min(tokens - first_token, kTokensPerBlock);
+    const int first_token = block * block_tokens, local_tokens = min(tokens - first_token, block_tokens);
     for (int i = threadIdx.x; i < kExperts; i += blockDim.x) own[i] = 0;
     __syncthreads();
     ptx::grid_dependency_wait();
@@ -269,13 +283,15 @@ cudaError_t route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* 
     config.stream = stream;
     config.programmatic = true;
     if (tokens <= kRouteOneLaunch) {
-        unsigned blocks = 1;  // a power of two: every cluster of up to 8 such blocks can be placed
-        while (static_cast<int>(blocks) * kTokensPerBlock < tokens) blocks *= 2;
-        config.grid = dim3(blocks);
-        config.cluster = dim3(blocks);
-        config.block = dim3(static_cast<unsigned>(std::max(kExperts, std::min(tokens, kTokensPerBlock) * 32)));
-        config.shared_bytes = sizeof(int32_t) * ((blocks + 2) * kExperts + 32 + kTokensPerBlock * top_k);
-        return launch(route_kernel<kPerLane>, config, logits, weights, chosen, order, offsets, tokens, top_k);
+        int blocks = 1, block_tokens = kLeastTokens;
+        while (blocks < kMaxBlocks && blocks * block_tokens < tokens) blocks *= 2;
+        while (blocks * block_tokens < tokens) block_tokens *= 2;
+        config.grid = dim3(static_cast<unsigned>(blocks));
+        config.cluster = config.grid;
+        config.block = dim3(static_cast<unsigned>(std::max(kExperts, block_tokens * 32)));
+        config.shared_bytes = sizeof(int32_t) * ((blocks + 2) * kExperts + 32 + block_tokens * top_k);
+        return launch(route_kernel<kPerLane>, config, logits, weights, chosen, order, offsets, tokens, top_k,
+                      block_tokens);
     }
     config.grid = dim3(static_cast<unsigned>((tokens + kSelectWarps - 1) / kSelectWarps));
     config.block = dim3(kSelectWarps * 32);

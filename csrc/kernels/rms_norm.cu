@@ -5,12 +5,15 @@
 // Floor: rms_norm moves 4 bytes an element (read, write), add_rms_norm 8 (two reads, two writes); the weight stays in
 // L1. 4096 x 4096: 67 MB = 16 us, and 134 MB = 31 us, at 4.3 TB/s.
 //
-// Tiling: a row belongs to 1..32 warps, each thread holds 1 or 4 vectors of 8 elements of it in registers, so a row is
-// read once. Many rows: 4 vectors a thread (64 bytes in flight each) and at least 4 warps a block. Few rows: one vector
-// a thread, so that a row's chain is one load, one reduction, one store. The weight does not depend on the kernel
-// before, so it is loaded ahead of the dependency wait.
+// Tiling: a row belongs to 1..32 warps, each thread holds 1, 2 or 4 vectors of 8 elements of it in registers, so a row
+// is read once. Few rows: one vector a thread, so that a row's chain is one load, one reduction, one store. Many rows:
+// at least 4 warps a block, and as many vectors as measured best: rms_norm 2, or 4 from 4097 elements on; add_rms_norm,
+// which has two loads a vector, 1. The weight is loaded after the dependency wait like the rest: it arrives with the
+// row, and a caller may have computed it just before.
 //
-// Predicted: 4096 x 4096 rms_norm 18 us (88% of copy), add_rms_norm 35 us (88%); one row 2.0 us in a graph.
+// Measured on an H200, 8192 rows of 2048 / 4096 / 5120: rms_norm 87 / 90 / 91% of copy, add_rms_norm 90 / 92 / 94%; one
+// row of 2048 1.1 us. Tried and lost: 4 vectors everywhere 84 / 87 / 91 and 87 / 90 / 93%; streaming loads, no
+// difference.
 //
 // budget: rms_norm_kernel registers<=80 shared<=128 hot
 #include <launch.h>
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(kRmsNormMaxWidth / kVectorElements / kVectors)
     for (int i = 0; i < kVectors; ++i) {
         const int v = threadIdx.x + i * blockDim.x;
         if (!active || v >= vectors) continue;
-        sum[i] = ptx::load_16_no_allocate(x + row * x_stride + v * kVectorElements);
+        sum[i] = ptx::load_16_read_only(x + row * x_stride + v * kVectorElements);
         if constexpr (kAdd) old[i] = ptx::load_16_no_allocate(residual + row * width + v * kVectorElements);
     }
     uint4 scale[kVectors]{};
@@ -91,9 +94,8 @@ __global__ void __launch_bounds__(kRmsNormMaxWidth / kVectorElements / kVectors)
 template <bool kAdd>
 cudaError_t start(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* residual, const __nv_bfloat16* weight,
                   __nv_bfloat16* out, int64_t rows, int width, float eps, cudaStream_t stream) {
-    constexpr int kManyRows = 1024;  // from here on the card is full with 4 vectors a thread
-    const bool many = rows >= kManyRows;
-    const int per_thread = many ? 4 : 1;
+    constexpr int kManyRows = 1024;  // from here on the card is full with several vectors a thread
+    const int per_thread = rows < kManyRows || kAdd ? 1 : width <= 4096 ? 2 : 4;
     const int warps = (width / kVectorElements + kWarp * per_thread - 1) / (kWarp * per_thread);
     const unsigned block_rows = warps < 4 ? 4 / warps : 1;
     LaunchConfig config;
@@ -102,7 +104,11 @@ cudaError_t start(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* resid
     config.shared_bytes = warps * block_rows * sizeof(float);
     config.stream = stream;
     config.programmatic = true;
-    auto* kernel = many ? rms_norm_kernel<4, kAdd> : rms_norm_kernel<1, kAdd>;
+    auto* kernel = rms_norm_kernel<1, kAdd>;
+    if constexpr (!kAdd) {
+        if (per_thread == 2) kernel = rms_norm_kernel<2, kAdd>;
+        if (per_thread == 4) kernel = rms_norm_kernel<4, kAdd>;
+    }
     return launch(kernel, config, x, x_stride, residual, weight, out, rows, width, eps);
 }
 

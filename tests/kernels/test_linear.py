@@ -69,9 +69,9 @@ def test_a_row_of_nan_stays_in_its_row(backend):
 
 
 def test_a_row_has_the_same_bits_in_every_batch_of_one_size_class(backend):
-    """Up to 4 rows, 5 to 8 and 9 to 16 share tiles, and with them the order of sums, in three ways."""
+    """1 row, 2 to 8 and 9 to 16 share tiles, and with them the order of sums, in three ways."""
     x, weight = backend.randn(16, 2048), backend.randn(64, 2048)
-    for rows, fewer in ((4, 1), (8, 5), (16, 9)):
+    for rows, fewer in ((8, 2), (16, 9)):
         whole = backend.op("linear")(x[:rows], weight)
         for i in range(rows - fewer + 1):
             assert same_bits(backend.op("linear")(x[i : i + fewer], weight), whole[i : i + fewer])

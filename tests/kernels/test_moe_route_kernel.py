@@ -30,23 +30,23 @@ def check(backend, logits, top_k):
 
 
 @pytest.mark.parametrize(("experts", "top_k"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 31, 33, 97])
+@pytest.mark.parametrize("tokens", [1, 9, 33, 97])
 def test_one_launch_under_every_schedule(scheduled, tokens, experts, top_k):
     check(scheduled, grid_logits(scheduled, tokens, experts), top_k)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), SHAPES)
-@pytest.mark.parametrize("tokens", [64, 65, 255, 257])
+@pytest.mark.parametrize("tokens", [64, 65, 127, 129])
 def test_both_sides_of_the_border_between_one_launch_and_two(backend, tokens, experts, top_k):
     check(backend, grid_logits(backend, tokens, experts, step=2), top_k)
 
 
 def test_two_launches_under_every_schedule(scheduled):
-    check(scheduled, grid_logits(scheduled, 258, 256), 8)
+    check(scheduled, grid_logits(scheduled, 130, 256), 8)
 
 
 def test_one_launch_and_two_agree_on_the_same_rows(backend):
-    logits = grid_logits(backend, 260, 256)
+    logits = grid_logits(backend, 132, 256)
     many, few = backend.op("moe_route")(logits, 8), backend.op("moe_route")(logits[:100], 8)
     assert same_bits(many[0][:100], few[0])
     assert same_bits(many[1][:100], few[1])
@@ -64,7 +64,7 @@ def test_probabilities_that_underflow_fall_to_the_lower_expert(backend):
     assert experts.tolist() == [[200, 0, 1, 2]]
 
 
-@pytest.mark.parametrize("tokens", [6, 70, 258])
+@pytest.mark.parametrize("tokens", [6, 70, 130])
 def test_rows_of_nan_and_infinity_choose_distinct_experts_and_leave_the_others_alone(backend, tokens):
     logits = grid_logits(backend, tokens, 256)
     spoiled = logits.clone()

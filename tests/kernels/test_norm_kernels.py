@@ -20,8 +20,16 @@ def test_rows_of_any_number_of_vectors(scheduled, width):
     scheduled.assert_close(results[0], reference.rms_norm(x, weight, EPS))
 
 
-@pytest.mark.parametrize("width", [8, 1032, 2088])
-def test_many_rows_take_the_other_tiling(backend, width):
+@pytest.mark.parametrize("width", [8, 1032, 4104])
+def test_many_rows_take_more_vectors_a_thread(backend, width):
+    rows = 1025 if width == 8 else 1024
+    x, weight = backend.randn(rows, width), backend.randn(width)
+    out = backend.op("rms_norm")(x, weight, EPS)
+    backend.assert_close(out, reference.rms_norm(x, weight, EPS))
+
+
+@pytest.mark.parametrize("width", [8, 1032])
+def test_many_rows_share_blocks(backend, width):
     rows = 1025 if width == 8 else 1024  # a last block with one row of four
     x, residual, weight = backend.randn(rows, width), backend.randn(rows, width), backend.randn(width)
     total = (reference.exact(x) + reference.exact(residual)).to(backend.dtype)
