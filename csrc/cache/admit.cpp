@@ -1,0 +1,217 @@
+// Admission: match, pin, make room, allot, plan snapshots.
+#include <algorithm>
+#include <cassert>
+#include <utility>
+
+#include "cache.h"
+
+namespace tokenspeed::cache {
+
+std::unique_ptr<Cache> Cache::create(const Config& config) {
+    bool possible = config.pages >= 0 && config.slots >= 0 && config.page_tokens >= 2 && config.page_tokens <= 128 &&
+                    config.ghost_nodes >= 0 && config.grid_tokens >= 0 && config.budget_tokens >= 0 &&
+                    config.slot_tokens >= 0 && (config.budget_tokens == 0 || config.slot_tokens > 0);
+    return std::unique_ptr<Cache>(possible ? new Cache(config) : nullptr);
+}
+
+// Under separate arenas a slot is what snapshots compete for; under one budget, bytes are.
+Cache::Cache(const Config& config)
+    : config_(config),
+      tree_(config.page_tokens),
+      pages_(config.pages),
+      slots_(config.slots),
+      snapshots_(config.policy, config.budget_tokens ? config.slot_tokens : 1, config.budget_tokens ? 1 : 0),
+      idle_(ListName::kIdle),
+      ghosts_(ListName::kGhosts) {}
+
+Result<Admission> Cache::admit(RequestId id, std::string_view name_space, Tokens prompt,
+                               std::span<const int32_t> boundaries, bool prompt_logprobs) {
+    const int32_t page = config_.page_tokens;
+    if (requests_.contains(id)) return Error::kDuplicateRequest;
+    if (prompt.empty()) return Error::kEmptyPrompt;
+    const int64_t total = static_cast<int64_t>(prompt.size() / page) + 1;  // prompt + one token
+    if (total > config_.pages || config_.slots < 1 ||
+        (config_.budget_tokens > 0 && total * page + config_.slot_tokens > config_.budget_tokens))
+        return Error::kTooLarge;
+
+    Request request;
+    if (config_.enabled) {
+        auto root = roots_.find(name_space);
+        request.root = root != roots_.end() ? root->second : tree_.create_root();
+        if (root == roots_.end()) roots_.emplace(name_space, request.root);
+    }
+    Walk found = walk(request.root, prompt, prompt_logprobs, &request.path);
+    Room room = reserve(request, found, static_cast<int32_t>(total));
+    if (room.missing && found.snapshot != kNoNode && requests_.empty()) {
+        // The pinned page or slot of the snapshot itself is in the way, and nobody will ever make room.
+        found = walk(request.root, prompt, true, &request.path);
+        found.match.reason = Reason::kTightMemory;
+        room = reserve(request, found, static_cast<int32_t>(total));
+    }
+    if (room.missing) {
+        if (config_.enabled) forget_if_empty(request.root);
+        ++counters_.no_room;
+        return *room.missing;
+    }
+    Admission admission;
+    admission.match = found.match;
+    const int32_t resume = found.match.state_tokens;
+    const PageId partial = room.partial;
+    snapshots_.tick();
+    if (found.lost != kNoNode) {
+        Node& lost = tree_[found.lost];
+        snapshots_.missed(lost, static_cast<int32_t>(lost.end) - resume);
+    }
+
+    if (room.consume) {
+        request.working = snapshots_.remove(tree_, request.source);
+        request.source_slot.reset();
+        ++counters_.snapshots_consumed;
+        admission.read_slot = request.working.id();
+    } else {
+        request.working = slots_.take();
+        admission.read_slot = request.source_slot.id();
+        if (request.source != kNoNode) snapshots_.hit(tree_, request.source);
+    }
+    counters_.snapshot_hits += request.source != kNoNode;
+    admission.write_slot = request.working.id();
+
+    request.pages.reserve(total);
+    for (NodeId node : request.path) {
+        request.pages.push_back(tree_[node].page);
+        pages_.add(tree_[node].page, true);
+    }
+    request.writes_from = found.shared;
+    if (room.append) {
+        pages_.add(partial, true);
+        pages_.set_writer(partial, true);
+        request.pages.push_back(partial);
+        ++counters_.pages_appended_in_place;
+    }
+    while (static_cast<int64_t>(request.pages.size()) < total) take_page(request);
+    if (partial >= 0 && !room.append) {
+        admission.copies.push_back({partial, request.pages[found.shared], resume % page});
+        ++counters_.page_copies;
+    }
+    request.admission = snapshots_.now();
+    request.resume = request.committed = resume;
+    request.published = found.shared;
+    if (config_.enabled) {
+        keep(kept_node(request));
+        grow_path(request, prompt, static_cast<int32_t>(prompt.size() / page));
+        plan_snapshots(request, prompt, boundaries, found);
+    }
+
+    trim_ghosts();
+    admission.pages = request.pages;
+    for (const Planned& planned : request.plan) admission.plan.push_back({planned.tokens, planned.slot.id()});
+    ++counters_.admissions;
+    const auto length = static_cast<int32_t>(prompt.size());
+    counters_.prompt_tokens += length;
+    counters_.cached_tokens += resume;
+    counters_.known_tokens += std::min(found.match.known_tokens, length - 1);
+    counters_.kv_matched_tokens += found.match.kv_tokens;
+    counters_.recomputed_matched_tokens += found.match.kv_tokens - resume;
+    requests_.emplace(id, std::move(request));
+    return admission;
+}
+
+// Pins the match, so that making room cannot take it, and makes room for the rest. Without room nothing stays pinned.
+Cache::Room Cache::reserve(Request& request, const Walk& found, int32_t total) {
+    const int32_t page = config_.page_tokens, resume = found.match.state_tokens;
+    request.path.resize(found.shared);
+    NodeId standing = found.shared > 0 ? request.path.back() : request.root;
+    lock(standing);
+    if (found.snapshot != kNoNode) {
+        request.source = found.snapshot;
+        lock(request.source);
+        request.source_slot = snapshots_[tree_[request.source].snapshot].slot.share();
+    }
+
+    Room room;
+    if (found.match.kv_tokens > found.shared * page) {  // resume inside a page: its first rows are needed
+        // Rows from the fill on may be appended by one sequence; a page nobody writes or filled further is taken over.
+        room.partial = tree_[request.source].page;
+        room.append = !pages_.has_writer(room.partial) && pages_.fill(room.partial) == resume % page;
+    }
+    const int32_t fresh = total - found.shared - room.append;
+    room.missing = make_room(fresh, 1);
+    if (room.missing && request.source_slot && slots_.references(request.source_slot.id()) == 2) {
+        room.consume = true;  // nobody else uses the snapshot: go on in its slot
+        room.missing = make_room(fresh, 0);
+    }
+    if (room.missing) {
+        release_source(request);
+        unlock(standing);
+        request.path.clear();
+    }
+    return room;
+}
+
+void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found) {
+    const auto length = static_cast<int32_t>(prompt.size());
+    struct Candidate {
+        int32_t tokens;
+        Kind kind;
+    };
+    std::vector<Candidate> candidates;
+    // Where this prompt leaves what is known, somebody else went on differently.
+    const int32_t known = found.match.known_tokens;
+    if (config_.branch_points && known < length) candidates.push_back({known, Kind::kBranch});
+    for (int32_t tokens : boundaries) candidates.push_back({tokens, Kind::kBoundary});
+    if (config_.grid_tokens > 0)
+        for (int64_t at = config_.grid_tokens; at <= length; at += config_.grid_tokens)
+            candidates.push_back({static_cast<int32_t>(at), Kind::kGrid});
+    std::ranges::stable_sort(candidates, {}, &Candidate::tokens);  // of equals the stronger reason comes first
+
+    int32_t previous = request.resume;
+    for (auto [tokens, kind] : candidates) {
+        if (tokens <= previous || tokens > length) continue;
+        // A branch point a few tokens beyond a planned boundary (two texts that begin alike) is not worth a slot.
+        if (kind == Kind::kBranch && tokens - previous < config_.page_tokens / 4) continue;
+        if (NodeId existing = find_snapshot_node(request, prompt, tokens);
+            existing != kNoNode && (tree_[existing].has_snapshot() || tree_[existing].promises > 0)) {
+            previous = tokens;
+            continue;
+        }
+        std::optional<SlotRef> slot = optional_slot(tokens - previous, kind);
+        if (!slot) {
+            if (kind == Kind::kGrid) continue;
+            ++counters_.snapshots_declined;
+            NodeId node =
+                snapshot_node(request, prompt, tokens);  // remembered, to learn whether it would have been used
+            snapshots_.declined(tree_[node]);
+            refresh(node);
+            continue;
+        }
+        NodeId node = snapshot_node(request, prompt, tokens);
+        add_plan(request, tokens, node, kind, std::move(*slot));
+        previous = tokens;
+    }
+}
+
+// A slot for a snapshot that would be nice to have: free, or taken from one that ranks lower. Half of all slots stay
+// out of reach of plans, because a planned slot cannot be evicted; the grid takes only free ones, and leaves half of
+// them.
+std::optional<SlotRef> Cache::optional_slot(int32_t gain, Kind kind) {
+    if (planned_ + 1 > slots_.size() / 2) return std::nullopt;
+    const double mine = snapshots_.score(gain, kind);
+    auto short_of = [&]() -> std::optional<Resource> {
+        if (slots_.free() == 0) return Resource::kSlots;
+        if (config_.budget_tokens > 0 && free_budget() < config_.slot_tokens) return Resource::kBudget;
+        return std::nullopt;
+    };
+    if (kind == Kind::kGrid && (short_of() || slots_.free() <= slots_.size() / 2)) return std::nullopt;
+    while (auto resource = short_of()) {
+        if (*resource == Resource::kBudget && idle_.size() > 0) {
+            evict_idle();
+            continue;
+        }
+        std::optional<Victim> victim = weakest(*resource);
+        if (!victim || (config_.policy == Policy::kValue && victim->score >= mine)) return std::nullopt;
+        evict_snapshot(victim->node);
+    }
+    return slots_.take();
+}
+
+}  // namespace tokenspeed::cache

@@ -1,0 +1,167 @@
+// Stats, and every invariant recomputed from scratch.
+#include <algorithm>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "cache.h"
+
+namespace tokenspeed::cache {
+
+Stats Cache::stats() const {
+    Stats stats = counters_;
+    stats.pages_free = pages_.free();
+    stats.pages_evictable = pages_.evictable();
+    stats.pages_held = pages_.size() - stats.pages_free - stats.pages_evictable;
+    stats.slots_free = slots_.free();
+    stats.slots_working =
+        std::ranges::count_if(requests_, [](const auto& entry) { return bool(entry.second.working); });
+    stats.slots_planned = planned_;
+    stats.slots_snapshot = snapshots_.size();
+    stats.slots_draining =
+        slots_.size() - stats.slots_free - stats.slots_working - stats.slots_planned - stats.slots_snapshot;
+    stats.running = static_cast<int64_t>(requests_.size());
+    stats.nodes = tree_.size();
+    stats.ghosts = ghosts_.size();
+    stats.namespaces = static_cast<int64_t>(roots_.size());
+    stats.usual_reuse_time = snapshots_.usual_reuse_time();
+    stats.superseded_weight = snapshots_.superseded_weight();
+    stats.bookkeeping_bytes = tree_.bytes() + pages_.bytes() + slots_.bytes() + snapshots_.bytes();
+    stats.token_bytes = tree_.token_bytes();
+    return stats;
+}
+
+std::string Cache::check() const {
+    struct Expected {
+        uint32_t locks = 0, keeps = 0, promises = 0;
+    };
+    std::unordered_map<NodeId, Expected> expected;
+    std::vector<int32_t> references(pages_.size()), holds(pages_.size()), writers(pages_.size());
+    std::vector<int32_t> slot_references(slots_.size());
+    std::unordered_set<NodeId> roots;
+    for (const auto& [name, root] : roots_) roots.insert(root);
+    auto count_slot = [&](const SlotRef& slot) {
+        if (slot) ++slot_references[slot.id()];
+    };
+
+    int32_t planned = 0;
+    for (const auto& [id, request] : requests_) {
+        const std::string who = "request " + std::to_string(id) + ": ";
+        if (config_.enabled) {
+            roots.insert(request.root);
+            ++expected[locked_node(request)].locks;
+            ++expected[kept_node(request)].keeps;
+        }
+        if (request.source != kNoNode) ++expected[request.source].locks;
+        if (!request.working) return who + "no working slot";
+        if (pages_for(request.committed) > static_cast<int32_t>(request.pages.size()))
+            return who + "committed past its pages";
+        if (request.published > static_cast<int32_t>(request.path.size())) return who + "published past its path";
+        for (int32_t i = 0; i < request.published; ++i)
+            if (!tree_[request.path[i]].resident()) return who + "a published page is not resident";
+        for (size_t i = 0; i < request.pages.size(); ++i) {
+            ++references[request.pages[i]];
+            ++holds[request.pages[i]];
+            if (static_cast<int32_t>(i) >= request.writes_from) ++writers[request.pages[i]];
+        }
+        if (request.source_page >= 0) {
+            ++references[request.source_page];
+            ++holds[request.source_page];
+        }
+        count_slot(request.working);
+        count_slot(request.source_slot);
+        for (const Planned& plan : request.plan) {
+            ++planned;
+            count_slot(plan.slot);
+            if (plan.tokens <= request.committed) return who + "a passed snapshot is still planned";
+            if (plan.node == kNoNode) continue;
+            ++expected[plan.node].keeps;
+            ++expected[plan.node].promises;
+        }
+    }
+    if (planned != planned_) return "the count of planned slots is wrong";
+
+    std::vector<NodeId> nodes(roots.begin(), roots.end());
+    int32_t idle = 0, ghosts = 0, snapshots = 0;
+    for (size_t i = 0; i < nodes.size(); ++i) {
+        const Node& node = tree_[nodes[i]];
+        uint32_t locked_children = 0, kept_children = 0, resident_children = 0, tails = 0;
+        NodeId previous = kNoNode;
+        for (NodeId child_id : node.children) {
+            const Node& child = tree_[child_id];
+            const std::string who = "node " + std::to_string(child_id) + ": ";
+            nodes.push_back(child_id);
+            if (child.parent != nodes[i]) return who + "its parent does not know it";
+            if (child.end != node.end + child.length || child.length == 0) return who + "wrong length";
+            if (child.length < config_.page_tokens && child.children.size() > 0) return who + "a tail with children";
+            if (child.resident() && node.parent != kNoNode && !node.resident()) return who + "resident below a ghost";
+            if (child.has_snapshot() && !child.resident()) return who + "a snapshot outlived its pages";
+            if (previous != kNoNode) {
+                std::span<const Token> a(tree_.tokens(previous), tree_[previous].length);
+                std::span<const Token> b(tree_.tokens(child_id), child.length);
+                if (!std::ranges::lexicographical_compare(a, b)) return who + "out of order";
+            }
+            previous = child_id;
+            locked_children += child.locks > 0;
+            kept_children += child.keeps > 0;
+            resident_children += child.resident();
+            tails += child.length < config_.page_tokens;
+            if (child.resident()) {
+                ++references[child.page];
+                holds[child.page] += child.locks > 0;
+                if (pages_.fill(child.page) < child.length) return who + "refers to rows beyond its page's fill";
+            }
+            bool needed = child.resident() && (child.resident_children > 0 || child.has_snapshot());
+            ListName wanted = ListName::kNone;
+            if (child.locks == 0 && child.resident() && !needed) wanted = ListName::kIdle;
+            if (child.locks == 0 && child.keeps == 0 && !child.resident()) wanted = ListName::kGhosts;
+            if (child.list != wanted) return who + "in the wrong list";
+            idle += wanted == ListName::kIdle;
+            ghosts += wanted == ListName::kGhosts;
+            if (child.has_snapshot()) {
+                ++snapshots;
+                if (child.snapshot >= snapshots_.records().size()) return who + "snapshot index out of range";
+                const Snapshots::Record& record = snapshots_[child.snapshot];
+                NodeId base = tree_.snapshot_before(child_id);
+                int32_t from = base == kNoNode ? 0 : static_cast<int32_t>(tree_[base].end);
+                if (record.node != child_id || record.tokens != static_cast<int32_t>(child.end))
+                    return who + "its snapshot is another's";
+                if (record.base != base || record.gain != record.tokens - from) return who + "wrong gain";
+            }
+        }
+        const std::string who = "node " + std::to_string(nodes[i]) + ": ";
+        Expected here = expected.contains(nodes[i]) ? expected[nodes[i]] : Expected{};
+        if (node.locks != here.locks + locked_children) return who + "wrong locks";
+        if (node.keeps != here.keeps + kept_children) return who + "wrong keeps";
+        if (node.promises != here.promises) return who + "wrong promises";
+        if (node.resident_children != resident_children) return who + "wrong count of resident children";
+        if (node.tails != tails) return who + "wrong count of tails";
+    }
+    if (static_cast<int64_t>(nodes.size()) != tree_.size()) return "nodes are lost";
+    if (snapshots != snapshots_.size()) return "snapshots are lost";
+    if (idle != idle_.size() || ghosts != ghosts_.size()) return "a list has the wrong size";
+    if (ghosts > config_.ghost_nodes) return "too many ghosts";
+
+    int32_t evictable = 0, free = 0;
+    for (PageId id = 0; id < pages_.size(); ++id) {
+        const std::string who = "page " + std::to_string(id) + ": ";
+        if (pages_.references(id) != references[id]) return who + "wrong references";
+        if (pages_.holds(id) != holds[id]) return who + "wrong holds";
+        if (references[id] > 0 && (writers[id] > 0) != pages_.has_writer(id)) return who + "wrong writer";
+        free += references[id] == 0;
+        evictable += references[id] > 0 && holds[id] == 0;
+    }
+    if (free != pages_.free() || evictable != pages_.evictable()) return "the page totals are wrong";
+    for (const auto& record : snapshots_.records()) count_slot(record.slot);
+    int32_t free_slots = 0;
+    for (SlotId id = 0; id < slots_.size(); ++id) {
+        if (slots_.references(id) != slot_references[id]) return "slot " + std::to_string(id) + ": wrong references";
+        free_slots += slot_references[id] == 0;
+    }
+    if (free_slots != slots_.free()) return "the slot totals are wrong";
+    if (config_.budget_tokens > 0 && free_budget() < 0) return "over the budget";
+    return {};
+}
+
+}  // namespace tokenspeed::cache

@@ -1,0 +1,103 @@
+// The table of snapshots and the one function that ranks them.
+//
+// kValue: a snapshot is worth the recompute it saves x (1 + hits) x a weight for its kind, per slot (per byte under a
+// shared budget), over the square of the time since its last use; times below the usual time to reuse count as that.
+//   - What it saves is its distance to the nearest snapshot before it, where its users would resume without it.
+//   - Time is the number of admissions. The usual time to reuse is a mean weighted by tokens saved, learned from hits
+//   and
+//     also from prompts that would have hit a snapshot that was let go; otherwise early evictions would confirm
+//     themselves.
+//   - A snapshot that a conversation resumed from or has passed is *superseded*: a later one is about to stand for it.
+//   It
+//     weighs less, by as much as such snapshots are used less often (learned too), and later ones are credited with the
+//     distance behind it. Branch points are never superseded.
+// kLru is the baseline. Ties break on the sequence number of the last use, so equal calls give equal answers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "pools.h"
+#include "tree.h"
+
+namespace tokenspeed::cache {
+
+enum class Policy : uint8_t { kValue, kLru };
+
+// Where a snapshot came from.
+enum class Kind : uint8_t { kBoundary, kBranch, kGrid, kEnd };
+
+class Snapshots {
+  public:
+    struct Record {
+        NodeId node;
+        NodeId base;     // nearest snapshot before it that is not superseded, or kNoNode
+        int32_t tokens;  // its position
+        int32_t gain;    // tokens to recompute without it
+        int32_t hits;
+        uint32_t owner;  // admission number of its writer
+        uint32_t used;   // admission number of the last use
+        Kind kind;
+        bool counted;       // its first use after it was superseded is in the evidence
+        uint64_t sequence;  // of the last use
+        double value;       // all of the score but the time
+        SlotRef slot;
+    };
+
+    Snapshots(Policy policy, double slot_cost, double page_cost)
+        : policy_(policy), slot_cost_(slot_cost), page_cost_(page_cost) {}
+
+    // `owner`: the admission number of the sequence that wrote it.
+    void add(Tree& tree, NodeId node, Kind kind, uint32_t owner, SlotRef slot);
+    SlotRef remove(Tree& tree, NodeId node);
+    void hit(Tree& tree, NodeId node);
+
+    // Time passes with admissions.
+    void tick() { ++now_; }
+    uint32_t now() const { return now_; }
+    // A prompt could resume at `node`, whose snapshot was let go or declined, and would save `gain` tokens.
+    void missed(Node& node, int32_t gain);
+    void declined(Node& node);
+
+    double score(const Record& record) const {
+        if (policy_ == Policy::kLru) return 0;
+        double idle = std::max(static_cast<double>(now_ - record.used), usual_reuse_time());
+        return record.value / (idle * idle);
+    }
+    // What a snapshot that is not taken yet would score.
+    double score(int32_t gain, Kind kind) const {
+        return value(gain, 0, kind, false) / (usual_reuse_time() * usual_reuse_time());
+    }
+
+    const std::vector<Record>& records() const { return records_; }
+    const Record& operator[](uint32_t index) const { return records_[index]; }
+    int32_t size() const { return static_cast<int32_t>(records_.size()); }
+    int64_t bytes() const { return static_cast<int64_t>(records_.capacity() * sizeof(Record)); }
+    // How likely a superseded snapshot is used again, to how likely a fresh one is.
+    double superseded_weight() const {
+        return std::min(1.0, (superseded_hits_ / superseded_) / (fresh_hits_ / fresh_));
+    }
+    double usual_reuse_time() const { return static_cast<double>(weighted_time_) / static_cast<double>(weight_); }
+
+  private:
+    void learn(uint32_t used, int32_t gain);
+    double value(int32_t gain, int32_t hits, Kind kind, bool superseded) const;
+    void revalue(const Tree& tree, Record& record) {
+        record.value = value(record.gain, record.hits, record.kind, tree[record.node].superseded);
+    }
+    void supersede(Tree& tree, Record& record);
+    // Those beyond a snapshot are measured from it, or from what is before it.
+    void stand(Tree& tree, const Record& record);
+    void step_aside(const Tree& tree, const Record& record);
+
+    Policy policy_;
+    double slot_cost_, page_cost_;
+    std::vector<Record> records_;
+    uint64_t sequence_ = 0;
+    uint32_t now_ = 0;
+    double fresh_ = 40, fresh_hits_ = 20, superseded_ = 40, superseded_hits_ = 6;  // before anything is learned: 0.3
+    int64_t weight_ = 50'000, weighted_time_ = 100 * 50'000;  // before anything is learned: 100 admissions
+};
+
+}  // namespace tokenspeed::cache

@@ -1,0 +1,223 @@
+"""The contract again, written for clarity alone: prefixes are tuples, every search looks at everything.
+
+Pages are assumed ample and ghosts unlimited, and slots go by LRU, so every answer of the real cache is determined.
+"""
+
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from tokenspeed.engine.cache import Reason
+
+Prefix = tuple[int, ...]
+
+
+class Slot:
+    """Compared by identity: two sequences that hold the same object use the same slot."""
+
+
+@dataclass
+class Snapshot:
+    slot: Slot
+    used: int
+
+
+@dataclass
+class Sequence:
+    name: str
+    tokens: list[int]
+    prompt: int
+    resume: int
+    launched: int
+    committed: int
+    working: Slot
+    source: Slot | None = None  # read in the first step
+    plan: dict[int, Slot] = field(default_factory=dict)
+    pages: list[int] = field(default_factory=list)
+
+
+class Naive:
+    def __init__(self, page_tokens: int, slots: int, grid_tokens: int = 0):
+        self.page, self.slots, self.grid = page_tokens, slots, grid_tokens
+        self.running: dict[int, Sequence] = {}
+        self.known: set[tuple[str, Prefix]] = set()  # token strings that were seen
+        self.kv: dict[tuple[str, Prefix], int] = {}  # published whole pages -> page id
+        self.snapshots: dict[tuple[str, Prefix], Snapshot] = {}
+        self.lost: set[tuple[str, Prefix]] = set()
+        self.clock = 0
+
+    # --- what is held
+
+    def holders(self) -> list[Slot]:
+        held = [snapshot.slot for snapshot in self.snapshots.values()]
+        for sequence in self.running.values():
+            held += [sequence.working, *sequence.plan.values()] + ([sequence.source] if sequence.source else [])
+        return held
+
+    def free(self) -> int:
+        return self.slots - len(set(self.holders()))
+
+    def evict(self) -> bool:
+        """Drops the snapshot that was used longest ago and that nobody reads."""
+        held = self.holders()
+        idle = [key for key, snapshot in self.snapshots.items() if held.count(snapshot.slot) == 1]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda key: self.snapshots[key].used)
+        del self.snapshots[oldest]
+        self.lost.add(oldest)
+        return True
+
+    def planned(self) -> int:
+        return sum(len(sequence.plan) for sequence in self.running.values())
+
+    def promised(self, name: str, prefix: Prefix) -> bool:
+        return any(
+            sequence.name == name and tuple(sequence.tokens[:count]) == prefix
+            for sequence in self.running.values()
+            for count in sequence.plan
+        )
+
+    # --- matching
+
+    def match(self, name: str, prompt: Prefix, prompt_logprobs: bool) -> dict:
+        length, cap = len(prompt), len(prompt) - 1
+
+        def common(other: Prefix) -> int:
+            return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False)))
+
+        known = max((common(text) for space, text in self.known if space == name), default=0)
+        state = max((n for n in range(1, length) if (name, prompt[:n]) in self.snapshots), default=0)
+        pending = max((n for n in range(state + 1, length) if self.promised(name, prompt[:n])), default=0)
+        lost = any((name, prompt[:n]) in self.lost for n in range(state + 1, length))
+        whole = (name, prompt) in self.snapshots
+        if prompt_logprobs:
+            state = pending = 0
+        shared = max((n for n in range(self.page, cap + 1, self.page) if (name, prompt[:n]) in self.kv), default=0)
+        if known == 0:
+            reason = Reason.COLD
+        elif prompt_logprobs:
+            reason = Reason.PROMPT_LOGPROBS
+        elif state == cap and known == length:
+            reason = Reason.WHOLE_PROMPT_KNOWN
+        elif state == min(known, cap):
+            reason = Reason.NEW_TOKENS
+        elif pending:
+            reason = Reason.PENDING
+        elif lost:
+            reason = Reason.SNAPSHOT_EVICTED
+        else:
+            reason = Reason.WHOLE_PROMPT_KNOWN if whole else Reason.NO_SNAPSHOT
+        return {
+            "known_tokens": known,
+            "kv_tokens": max(state, shared),
+            "state_tokens": state,
+            "pending_tokens": pending,
+            "reason": reason,
+        }
+
+    # --- a sequence's life
+
+    def admit(
+        self, request: int, name: str, prompt: Prefix, boundaries: list[int], prompt_logprobs: bool
+    ) -> dict | None:
+        match = self.match(name, prompt, prompt_logprobs)
+        resume = match["state_tokens"]
+        key = (name, prompt[:resume])
+        sequence = Sequence(name, list(prompt), len(prompt), resume, resume, resume, Slot())
+        if resume:
+            sequence.source = self.snapshots[key].slot
+        self.running[request] = sequence  # pins its source; its own slot is one too many until there is room
+        if self.free() < 0 and not self.evict():
+            if not resume or self.holders().count(sequence.source) > 2:
+                del self.running[request]
+                return None
+            del self.snapshots[key]
+            self.lost.add(key)
+            sequence.working, sequence.source = sequence.source, None
+        elif resume:
+            self.clock += 1
+            self.snapshots[key].used = self.clock
+        self.known.add((name, prompt[: len(prompt) // self.page * self.page]))
+        self.make_plan(sequence, boundaries, match["known_tokens"])
+        return match
+
+    def make_plan(self, sequence: Sequence, boundaries: list[int], known: int) -> None:
+        length = sequence.prompt
+        candidates = [(known, "branch")] if known < length else []
+        candidates += [(count, "boundary") for count in boundaries]
+        if self.grid:
+            candidates += [(count, "grid") for count in range(self.grid, length + 1, self.grid)]
+        previous = sequence.resume
+        for count, kind in sorted(candidates, key=lambda candidate: candidate[0]):
+            if not previous < count <= length or (kind == "branch" and count - previous < self.page // 4):
+                continue
+            key = (sequence.name, tuple(sequence.tokens[:count]))
+            if key in self.snapshots or self.promised(*key):
+                previous = count
+                continue
+            room = self.planned() + 1 <= self.slots // 2
+            if kind == "grid":
+                if not room or self.free() == 0 or self.free() <= self.slots // 2:
+                    continue
+            elif not room or (self.free() == 0 and not self.evict()):
+                self.lost.add(key)
+                self.known.add(key)
+                continue
+            sequence.plan[count] = Slot()
+            self.known.add(key)
+            previous = count
+
+    def commit(self, request: int, count: int) -> None:
+        sequence = self.running[request]
+        if count > sequence.resume:
+            sequence.source = None
+        sequence.committed = count
+        whole = count // self.page
+        for page in range(1, whole + 1):
+            key = (sequence.name, tuple(sequence.tokens[: page * self.page]))
+            self.kv.setdefault(key, sequence.pages[page - 1])
+            self.known.add(key)
+        for at in sorted(sequence.plan):
+            if at <= count:
+                self.publish(sequence, at, sequence.plan.pop(at))
+
+    def publish(self, sequence: Sequence, count: int, slot: Slot) -> None:
+        key = (sequence.name, tuple(sequence.tokens[:count]))
+        if key not in self.snapshots:
+            self.clock += 1
+            self.snapshots[key] = Snapshot(slot, self.clock)
+            self.lost.discard(key)
+
+    def finish(self, request: int, donate: bool) -> None:
+        sequence = self.running[request]
+        count = sequence.launched
+        self.commit(request, count)
+        self.known.add((sequence.name, tuple(sequence.tokens[:count])))
+        if donate and count > sequence.resume:
+            self.publish(sequence, count, sequence.working)
+        del self.running[request]
+
+    def fork(self, parent_id: int, child_id: int) -> bool:
+        parent = self.running[parent_id]
+        count = parent.launched
+        convert = count not in parent.plan
+        while self.free() < 1 + convert:
+            held = self.holders()
+            idle = sum(held.count(snapshot.slot) == 1 for snapshot in self.snapshots.values())
+            if self.free() + idle < 1 + convert:
+                return False
+            self.evict()
+        if convert:
+            parent.plan[count], parent.working = parent.working, Slot()
+            self.known.add((parent.name, tuple(parent.tokens[:count])))
+        child = Sequence(parent.name, parent.tokens[:count], count, count, count, count, Slot(), parent.plan[count])
+        self.running[child_id] = child
+        self.commit(parent_id, parent.committed)
+        return True
+
+    def clear(self, name: str) -> None:
+        for held in (self.known, self.lost):
+            held -= {key for key in held if key[0] == name}
+        for table in (self.kv, self.snapshots):
+            for key in [key for key in table if key[0] == name]:
+                del table[key]

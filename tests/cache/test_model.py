@@ -1,0 +1,137 @@
+"""Random lives of sequences: the cache answers as the naive model of its contract does, call by call."""
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.cache.naive import Naive
+from tokenspeed.engine.cache import CacheConfig, NoRoom, Policy, PrefixCache
+
+PAGE = 8
+TEXT = st.lists(st.integers(0, 1), max_size=20)
+NAMES = st.sampled_from(["", "", "", "other"])
+
+
+def array(values) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+class CacheLife(RuleBasedStateMachine):
+    @initialize(slots=st.integers(1, 7), grid=st.sampled_from([0, 0, 5]))
+    def start(self, slots, grid):
+        shape = {"pages": 4096, "slots": slots, "page_tokens": PAGE, "ghost_nodes": 1 << 20, "grid_tokens": grid}
+        self.cache = PrefixCache(CacheConfig(**shape, policy=Policy.LRU))
+        self.model = Naive(PAGE, slots, grid)
+        self.history = [()]
+        self.next = 1
+
+    def running(self, index: int) -> int:
+        return sorted(self.model.running)[index % len(self.model.running)]
+
+    @rule(name=NAMES, past=st.integers(0, 50), keep=st.integers(0, 60), new=TEXT, at=st.lists(st.integers(-1, 60)))
+    def admit(self, name, past, keep, new, at):
+        self.enter(name, (*self.history[past % len(self.history)][:keep], *new), at, False)
+
+    @rule(past=st.integers(0, 50), new=TEXT)
+    def continue_something(self, past, new):
+        self.enter("", (*self.history[past % len(self.history)], *new), [], False)
+
+    @rule(name=NAMES, past=st.integers(0, 50), new=TEXT)
+    def admit_with_prompt_logprobs(self, name, past, new):
+        self.enter(name, (*self.history[past % len(self.history)], *new), [], True)
+
+    def enter(self, name, prompt, boundaries, prompt_logprobs):
+        if not prompt or len(prompt) > 200:
+            return
+        request, self.next = self.next, self.next + 1
+        probed = self.cache.probe(name, array(prompt), prompt_logprobs=prompt_logprobs)
+        expected = self.model.match(name, prompt, prompt_logprobs)
+        assert {field: getattr(probed, field) for field in expected} == expected
+        admission = self.cache.admit(request, name, array(prompt), boundaries, prompt_logprobs=prompt_logprobs)
+        assert (self.model.admit(request, name, prompt, boundaries, prompt_logprobs) is None) == (
+            isinstance(admission, NoRoom)
+        )
+        if isinstance(admission, NoRoom):
+            return
+        sequence = self.model.running[request]
+        sequence.pages = admission.pages.tolist()
+        assert [count for count, _ in admission.plan] == sorted(sequence.plan)
+        shared = expected["kv_tokens"] // PAGE
+        pages = [self.model.kv[name, prompt[: (i + 1) * PAGE]] for i in range(shared)]
+        assert sequence.pages[:shared] == pages
+        assert (admission.read_slot == admission.write_slot) == (
+            sequence.source is None and expected["state_tokens"] > 0
+        )
+
+    @precondition(lambda self: self.model.running)
+    @rule(index=st.integers(0, 99), more=st.integers(1, 25), new=TEXT, reconciled=st.integers(0, 100))
+    def compute(self, index, more, new, reconciled):
+        request = self.running(index)
+        sequence = self.model.running[request]
+        if sequence.launched == sequence.prompt or len(sequence.tokens) > sequence.prompt:
+            sequence.tokens += new
+        sequence.launched = min(sequence.launched + more, len(sequence.tokens))
+        sequence.pages += self.cache.extend(request, len(sequence.tokens))
+        count = sequence.committed + (sequence.launched - sequence.committed) * reconciled // 100
+        self.cache.commit(request, array(sequence.tokens), count)
+        self.model.commit(request, count)
+
+    @precondition(lambda self: self.model.running)
+    @rule(index=st.integers(0, 99), donate=st.booleans())
+    def finish(self, index, donate):
+        request = self.running(index)
+        sequence = self.model.running[request]
+        self.history.append(tuple(sequence.tokens))
+        self.cache.finish(request, array(sequence.tokens), sequence.launched, donate=donate)
+        self.model.finish(request, donate)
+
+    @precondition(lambda self: self.model.running)
+    @rule(index=st.integers(0, 99))
+    def abort(self, index):
+        request = self.running(index)
+        assert self.cache.abort(request) and not self.cache.abort(request)
+        del self.model.running[request]
+
+    @precondition(lambda self: self.model.running)
+    @rule(index=st.integers(0, 99))
+    def fork(self, index):
+        request = self.running(index)
+        parent = self.model.running[request]
+        if parent.launched < parent.prompt or parent.launched == parent.resume:
+            return
+        child, self.next = self.next, self.next + 1
+        made = self.cache.fork(request, child, array(parent.tokens), parent.launched)
+        assert self.model.fork(request, child) != isinstance(made, NoRoom)
+        if not isinstance(made, NoRoom):
+            self.model.running[child].pages = made.child.pages.tolist()
+
+    @rule(name=NAMES)
+    def clear(self, name):
+        if all(sequence.name != name for sequence in self.model.running.values()):
+            self.cache.clear(name)
+            self.model.clear(name)
+
+    @invariant()
+    def holds(self):
+        if not hasattr(self, "cache"):
+            return
+        assert self.cache.check() == ""
+        stats = self.cache.stats()
+        assert stats["slots_free"] == self.model.free()
+        assert stats["slots_snapshot"] == len(self.model.snapshots)
+        assert stats["slots_planned"] == self.model.planned()
+        assert stats["running"] == len(self.model.running)
+
+    def teardown(self):
+        for request in list(self.model.running) if hasattr(self, "cache") else []:
+            self.cache.abort(request)
+        if hasattr(self, "cache"):
+            assert self.cache.check() == ""
+            stats = self.cache.stats()
+            assert stats["pages_held"] == 0
+            assert stats["slots_free"] + stats["slots_snapshot"] == self.model.slots
+
+
+CacheLife.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+TestCacheLife = CacheLife.TestCase
