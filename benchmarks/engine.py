@@ -171,10 +171,12 @@ def work(name: str, directory: str, model: str, threads: int) -> int:
 
 
 def ours(directory: str, dtype: str, threads: int):
-    llm = LLM(directory, dtype, "cpu", threads, progress=False)
+    # Without the prefix cache: the same prompts come again and again, and the peer computes them each time.
+    llm = LLM(directory, progress=False, dtype=dtype, device="cpu", threads=threads, prefix_cache=False)
 
     def generate(ids: list[list[int]], tokens: int) -> None:
-        produced = sum(1 for _ in llm.stream(ids, SamplingParams(max_tokens=tokens, ignore_eos=True)))
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        produced = sum(len(update.ids) for _, update in llm.stream(ids, params))
         assert produced == len(ids) * tokens
 
     return generate

@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 # Each part of the engine, lowest first, with the modules that make it up.
 LAYERS = [
     {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler", "parallel.placement"},
-    {"device", "memory", "batch", "runner"},
-    {"llm", "core"},
+    {"device", "memory", "batch", "sampling", "runner"},
+    {"frontend", "llm", "core"},
     {"commands", "server", "__main__"},
 ]
-NO_TORCH = LAYERS[0] | {"text"}
+NO_TORCH = LAYERS[0] | {"text", "frontend"}
 
 
 def modules() -> list[Path]:

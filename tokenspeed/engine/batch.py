@@ -1,7 +1,9 @@
 """From a Step to the tensors one forward pass reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,58 +46,87 @@ class Batch:
     prefill: PrefillRows | None
 
 
-def build_batch(step: Step, memory: Memory, inv_freq: Tensor, rope_scale: float) -> Batch:
-    """Copy a Step to the device. inv_freq: [R / 2] fp32 on that device; see `model.rope`."""
-    device = inv_freq.device
-    tokens, positions, kv_slots, logit_rows = [], [], [], []
-    for row in (*step.decode, *step.prefill):
-        logit_rows.extend(range(len(tokens) + len(row.tokens) - row.logits, len(tokens) + len(row.tokens)))
-        tokens.extend(row.tokens)
-        for position in range(row.start, row.start + len(row.tokens)):
-            positions.append(position)
-            page = row.pages[position // PAGE_TOKENS]
-            kv_slots.append(page * PAGE_TOKENS + position % PAGE_TOKENS if position >= row.kv_tokens else -1)
+class Tables:
+    """What the device keeps per sequence index between Steps: its pages, and the id sampled last."""
 
-    def wide(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def __init__(self, indices: int, pages: int, device: torch.device):
+        """indices: sequences at once; pages: of one sequence at most."""
+        self.pages = torch.zeros(indices, pages, dtype=torch.int32, device=device)
+        self.last_ids = torch.zeros(indices, dtype=torch.int64, device=device)
 
-    positions = wide(positions)
+    def update(self, rows: Sequence[Row]) -> None:
+        """Enter the rows' new pages. Mutates the page table."""
+        width = self.pages.shape[1]
+        places = [r.index * width + r.first_page + i for r in rows if r.pages for i in range(len(r.pages))]
+        if places:
+            pages = [page for row in rows for page in row.pages]
+            places, pages = to_device(np.array([places, pages], dtype=np.int32), self.pages.device)
+            self.pages.view(-1)[places.long()] = pages
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A host array on the device, without waiting for it: the copy runs on the current stream, from pinned memory that
+    torch reuses only after it."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def build_batch(step: Step, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float) -> Batch:
+    """The tensors of a Step, whose pages are in the tables. inv_freq: [R / 2] fp32 on the device; see `model.rope`."""
+    device, rows = inv_freq.device, step.rows
+    decodes, count = len(step.decode), len(rows)
+    lengths = np.array([len(row.tokens) or 1 for row in rows], dtype=np.int32)
+    ends = np.zeros(count + 1, dtype=np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    columns = [(row.index, row.start, row.read_slot, row.write_slot, row.kv_tokens) for row in rows]
+    logit_rows = [t for row, end in zip(rows, ends[1:].tolist(), strict=True) for t in range(end - row.logits, end)]
+    snapshots = [(i, count_, slot) for i, row in enumerate(step.prefill) for count_, slot in row.snapshots]
+    tokens = np.array([token for row in rows for token in (row.tokens or (-1,))], dtype=np.int32)
+    # One copy to the device: everything is cut from one array of int32.
+    parts = (
+        np.array(columns, dtype=np.int32).T.reshape(-1),
+        tokens,
+        np.repeat(np.arange(count, dtype=np.int32), lengths),
+        np.array(logit_rows, dtype=np.int32),
+        ends[decodes:] - decodes,
+        np.array(snapshots, dtype=np.int32).reshape(-1),
+    )
+    packed = to_device(np.concatenate(parts), device).split([part.size for part in parts])
+    index, start, read_slot, write_slot, kv_tokens = packed[0].view(5, count)
+    token, row_of_token, logit_rows, cu_seqlens, snapshots = packed[1:]
+    index, row_of_token = index.long(), row_of_token.long()
+
+    token = torch.where(token < 0, tables.last_ids[index[row_of_token]], token) if decodes else token.long()
+    first_token = torch.cat([torch.arange(decodes, device=device), cu_seqlens[:-1] + decodes])
+    positions = start[row_of_token] + torch.arange(len(token), device=device) - first_token[row_of_token]
+    page = tables.pages[index[row_of_token], positions // PAGE_TOKENS].long()
+    kv_slots = page * PAGE_TOKENS + positions % PAGE_TOKENS
+    kv_slots.masked_fill_(positions < kv_tokens[row_of_token], -1)
     angles = positions[:, None].float() * inv_freq
+
+    def rows_from(first: int, last: int) -> dict[str, Tensor]:
+        width = max(-(-row.end // PAGE_TOKENS) for row in rows[first:last])
+        return {
+            "page_table": tables.pages[index[first:last], :width],
+            "context_lens": start[first:last],
+            "read_slot": read_slot[first:last],
+            "write_slot": write_slot[first:last],
+        }
+
+    prefill = None
+    if step.prefill:
+        longest = int(lengths[decodes:].max())
+        prefill = PrefillRows(
+            **rows_from(decodes, count), cu_seqlens=cu_seqlens, snapshots=snapshots.view(-1, 3), max_seqlen=longest
+        )
     return Batch(
         memory=memory,
-        tokens=wide(tokens),
+        tokens=token,
         positions=positions,
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1) * rope_scale,
-        kv_slots=wide(kv_slots),
-        logit_rows=wide(logit_rows),
-        decode=Rows(**_row_tensors(step.decode, device)) if step.decode else None,
-        decode_tokens=len(step.decode),
-        prefill=_prefill(step.prefill, device) if step.prefill else None,
-    )
-
-
-def _narrow(values: list, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
-
-
-def _row_tensors(rows: tuple[Row, ...], device: torch.device) -> dict[str, Tensor]:
-    width = max(-(-(row.start + len(row.tokens)) // PAGE_TOKENS) for row in rows)
-    return {
-        "page_table": _narrow([[*row.pages[:width], *[0] * (width - len(row.pages))] for row in rows], device),
-        "context_lens": _narrow([row.start for row in rows], device),
-        "read_slot": _narrow([row.read_slot for row in rows], device),
-        "write_slot": _narrow([row.write_slot for row in rows], device),
-    }
-
-
-def _prefill(rows: tuple[Row, ...], device: torch.device) -> PrefillRows:
-    ends = [0]
-    for row in rows:
-        ends.append(ends[-1] + len(row.tokens))
-    snapshots = [[i, count, slot] for i, row in enumerate(rows) for count, slot in row.snapshots]
-    return PrefillRows(
-        **_row_tensors(rows, device),
-        cu_seqlens=_narrow(ends, device),
-        snapshots=_narrow(snapshots, device).reshape(-1, 3),
-        max_seqlen=max(len(row.tokens) for row in rows),
+        kv_slots=kv_slots,
+        logit_rows=logit_rows.long(),
+        decode=Rows(**rows_from(0, decodes)) if decodes else None,
+        decode_tokens=decodes,
+        prefill=prefill,
     )

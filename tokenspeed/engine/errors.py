@@ -15,3 +15,7 @@ class RequestError(TokenSpeedError):
 
 class CapacityError(TokenSpeedError):
     """More memory was asked for than there is."""
+
+
+class EngineError(TokenSpeedError):
+    """The engine itself failed and serves nobody any more."""

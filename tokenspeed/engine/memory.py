@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import FULL, PAGE_TOKENS, ModelConfig
+from .config import FULL, PAGE_TOKENS, EngineConfig, ModelConfig
 from .errors import CapacityError
 
 _ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
+SNAPSHOT_TOKENS = 8192  # of KV beside each slot that is not a running sequence's
 
 
 class StateViews(NamedTuple):
@@ -76,6 +77,57 @@ class MemoryLayout:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How many pages and slots an engine gets."""
+
+    layout: MemoryLayout
+    pages: int
+    slots: int
+
+    @property
+    def tokens(self) -> int:
+        return self.pages * PAGE_TOKENS
+
+    @property
+    def bytes(self) -> int:
+        return self.pages * self.layout.page_bytes + self.slots * self.layout.slot_bytes
+
+    def __str__(self) -> str:
+        pages, slots = self.pages * self.layout.page_bytes / 2**30, self.slots * self.layout.slot_bytes / 2**30
+        return f"KV for {self.tokens} tokens ({pages:.2f} GiB), {self.slots} state slots ({slots:.2f} GiB)"
+
+
+def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_tokens: int | None) -> MemoryPlan:
+    """Divide `free` bytes between pages and slots: a slot for each running sequence first, and of the rest as many
+    slots as leave SNAPSHOT_TOKENS of KV to each, for prompts to come back to.
+
+    most_tokens: more KV than this is of no use, None without such a bound. Raises CapacityError where not one sequence
+    of one page fits.
+    """
+    pages, slots = config.kv_pages, config.state_slots
+    if slots is None:
+        shared = SNAPSHOT_TOKENS * layout.kv_token_bytes + layout.slot_bytes
+        known = 0 if pages is None else pages * layout.page_bytes
+        slots = min(config.max_num_seqs, (free - known) // (layout.slot_bytes + layout.page_bytes))
+        if config.prefix_cache:
+            slots += max(free - known - slots * (layout.slot_bytes + layout.page_bytes), 0) // shared
+        if most_tokens is not None:
+            slots = min(slots, config.max_num_seqs * 3)
+    if pages is None:
+        pages = (free - slots * layout.slot_bytes) // layout.page_bytes
+        if most_tokens is not None:
+            pages = min(pages, -(-most_tokens // PAGE_TOKENS))
+    plan = MemoryPlan(layout, max(pages, 1), max(slots, 1))
+    if plan.bytes > free:
+        raise CapacityError(
+            f"{max(free, 0) / 2**30:.2f} GiB are there for KV pages and state slots, and {plan.pages} pages and "
+            f"{plan.slots} slots need {plan.bytes / 2**30:.2f} GiB: raise memory_fraction, lower max_num_seqs, or use a "
+            "smaller model."
+        )
+    return plan
 
 
 class Memory:
