@@ -124,8 +124,8 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
     if plan.bytes > free:
         raise CapacityError(
             f"{max(free, 0) / 2**30:.2f} GiB are there for KV pages and state slots, and {plan.pages} pages and "
-            f"{plan.slots} slots need {plan.bytes / 2**30:.2f} GiB: raise memory_fraction, lower max_num_seqs, or use a "
-            "smaller model."
+            f"{plan.slots} slots need {plan.bytes / 2**30:.2f} GiB: raise memory_fraction, lower max_num_seqs, or use "
+            "a smaller model."
         )
     return plan
 
