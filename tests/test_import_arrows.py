@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 # Each part of the engine, lowest first, with the modules that make it up.
 LAYERS = [
     {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler", "parallel.placement"},
-    {"device", "memory", "batch", "sampling", "runner"},
+    {"device", "memory", "batch", "sampling", "graphs", "runner"},
     {"frontend", "llm", "core"},
     {"commands", "server", "__main__"},
 ]

@@ -68,65 +68,124 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A host array on the device, without waiting for it: the copy runs on the current stream, from pinned memory that
     torch reuses only after it."""
     tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def pack_rows(rows: Sequence[Row], padded: int) -> np.ndarray:
+    """[6, padded] int32: of each row its index, tokens before it, read slot, write slot, kv_tokens, and its token where
+    it has one, -1 for the id that was sampled last. Rows beyond are padding: they touch no slot and no page."""
+    packed = np.full((6, padded), -1, dtype=np.int32)
+    packed[0] = packed[4] = 0
+    if rows:
+        packed[:, : len(rows)] = np.array(
+            [
+                (r.index, r.start, r.read_slot, r.write_slot, r.kv_tokens, r.tokens[0] if len(r.tokens) == 1 else -1)
+                for r in rows
+            ],
+            dtype=np.int32,
+        ).T
+    return packed
+
+
+def decode_batch(
+    packed: Tensor, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float, width: int | None = None
+) -> Batch:
+    """The tensors of B decode rows, packed as by `pack_rows`; width: of the page table, all of it where it is None.
+
+    Reads nothing on the host and has shapes of B alone, so it can stand in a CUDA graph."""
+    index, start, read_slot, write_slot, kv_tokens, token = packed.unbind(0)
+    index = index.long()
+    return _batch(
+        memory,
+        tables,
+        (inv_freq, rope_scale),
+        index=index,
+        tokens=torch.where(token < 0, tables.last_ids[index], token),
+        positions=start.long(),
+        kv_tokens=kv_tokens,
+        logit_rows=torch.arange(len(index), device=index.device),
+        decode=Rows(tables.pages[index, :width], start, read_slot, write_slot),
+        decode_tokens=len(index),
+    )
 
 
 def build_batch(step: Step, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float) -> Batch:
     """The tensors of a Step, whose pages are in the tables. inv_freq: [R / 2] fp32 on the device; see `model.rope`."""
-    device, rows = inv_freq.device, step.rows
-    decodes, count = len(step.decode), len(rows)
+    device, rows, decodes = inv_freq.device, step.rows, len(step.decode)
+    widths = [max((-(-row.end // PAGE_TOKENS) for row in part), default=0) for part in (step.decode, step.prefill)]
+    if not step.prefill:
+        packed = to_device(pack_rows(rows, decodes), device)
+        return decode_batch(packed, memory, tables, inv_freq, rope_scale, widths[0])
+    count = len(rows)
     lengths = np.array([len(row.tokens) or 1 for row in rows], dtype=np.int32)
     ends = np.zeros(count + 1, dtype=np.int32)
     np.cumsum(lengths, out=ends[1:])
-    columns = [(row.index, row.start, row.read_slot, row.write_slot, row.kv_tokens) for row in rows]
     logit_rows = [t for row, end in zip(rows, ends[1:].tolist(), strict=True) for t in range(end - row.logits, end)]
-    snapshots = [(i, count_, slot) for i, row in enumerate(step.prefill) for count_, slot in row.snapshots]
-    tokens = np.array([token for row in rows for token in (row.tokens or (-1,))], dtype=np.int32)
+    snapshots = [(i, tokens, slot) for i, row in enumerate(step.prefill) for tokens, slot in row.snapshots]
+    starts = np.array([row.start for row in rows], dtype=np.int32)
     # One copy to the device: everything is cut from one array of int32.
     parts = (
-        np.array(columns, dtype=np.int32).T.reshape(-1),
-        tokens,
+        pack_rows(rows, count).reshape(-1),
+        np.array([token for row in rows for token in (row.tokens or (-1,))], dtype=np.int32),
+        np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - ends[:-1], lengths),
         np.repeat(np.arange(count, dtype=np.int32), lengths),
         np.array(logit_rows, dtype=np.int32),
         ends[decodes:] - decodes,
         np.array(snapshots, dtype=np.int32).reshape(-1),
     )
-    packed = to_device(np.concatenate(parts), device).split([part.size for part in parts])
-    index, start, read_slot, write_slot, kv_tokens = packed[0].view(5, count)
-    token, row_of_token, logit_rows, cu_seqlens, snapshots = packed[1:]
-    index, row_of_token = index.long(), row_of_token.long()
+    packed, token, positions, row, logit_rows, cu_seqlens, snapshots = to_device(np.concatenate(parts), device).split(
+        [part.size for part in parts]
+    )
+    index, start, read_slot, write_slot, kv_tokens, _ = packed.view(6, count)
+    index, row = index.long(), row.long()
 
-    token = torch.where(token < 0, tables.last_ids[index[row_of_token]], token) if decodes else token.long()
-    first_token = torch.cat([torch.arange(decodes, device=device), cu_seqlens[:-1] + decodes])
-    positions = start[row_of_token] + torch.arange(len(token), device=device) - first_token[row_of_token]
-    page = tables.pages[index[row_of_token], positions // PAGE_TOKENS].long()
+    def rows_from(first: int, last: int, width: int) -> tuple[Tensor, ...]:
+        each = slice(first, last)
+        return tables.pages[index[each], :width], start[each], read_slot[each], write_slot[each]
+
+    return _batch(
+        memory,
+        tables,
+        (inv_freq, rope_scale),
+        index=index[row],
+        tokens=torch.where(token < 0, tables.last_ids[index[row]], token),
+        positions=positions.long(),
+        kv_tokens=kv_tokens[row],
+        logit_rows=logit_rows.long(),
+        decode=Rows(*rows_from(0, decodes, widths[0])) if decodes else None,
+        decode_tokens=decodes,
+        prefill=PrefillRows(
+            *rows_from(decodes, count, widths[1]), cu_seqlens, snapshots.view(-1, 3), int(lengths[decodes:].max())
+        ),
+    )
+
+
+def _batch(
+    memory: Memory,
+    tables: Tables,
+    rotary: tuple[Tensor, float],
+    *,
+    index: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    kv_tokens: Tensor,
+    logit_rows: Tensor,
+    decode: Rows | None,
+    decode_tokens: int,
+    prefill: PrefillRows | None = None,
+) -> Batch:
+    """index, tokens, positions, kv_tokens: one entry a token."""
+    page = tables.pages[index, positions // PAGE_TOKENS].long()
     kv_slots = page * PAGE_TOKENS + positions % PAGE_TOKENS
-    kv_slots.masked_fill_(positions < kv_tokens[row_of_token], -1)
-    angles = positions[:, None].float() * inv_freq
-
-    def rows_from(first: int, last: int) -> dict[str, Tensor]:
-        width = max(-(-row.end // PAGE_TOKENS) for row in rows[first:last])
-        return {
-            "page_table": tables.pages[index[first:last], :width],
-            "context_lens": start[first:last],
-            "read_slot": read_slot[first:last],
-            "write_slot": write_slot[first:last],
-        }
-
-    prefill = None
-    if step.prefill:
-        longest = int(lengths[decodes:].max())
-        prefill = PrefillRows(
-            **rows_from(decodes, count), cu_seqlens=cu_seqlens, snapshots=snapshots.view(-1, 3), max_seqlen=longest
-        )
+    angles = positions[:, None].float() * rotary[0]
     return Batch(
         memory=memory,
-        tokens=token,
+        tokens=tokens,
         positions=positions,
-        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1) * rope_scale,
-        kv_slots=kv_slots,
-        logit_rows=logit_rows.long(),
-        decode=Rows(**rows_from(0, decodes)) if decodes else None,
-        decode_tokens=decodes,
+        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1) * rotary[1],
+        kv_slots=kv_slots.masked_fill_(positions < kv_tokens, -1),
+        logit_rows=logit_rows,
+        decode=decode,
+        decode_tokens=decode_tokens,
         prefill=prefill,
     )

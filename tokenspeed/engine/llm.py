@@ -55,6 +55,7 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
         )
     )
     runner = Runner(model, Memory(plan.layout, plan.pages, plan.slots, device), config.max_num_seqs, longest)
+    runner.capture(progress)
     limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest)
     eos_ids = frontend.defaults.eos_ids
     return Engine(runner, cache, limits, frontend.tokenizer, eos_ids, config.seed, config.validate)

@@ -7,14 +7,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import ops
 from .batch import Tables, build_batch, to_device
 from .config import PAGE_TOKENS
+from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
 from .sampling import Sampler, Scores, TokenScores
 from .step import Edit, Step
+
+_DECODE_OPERATORS = {
+    "attention_prologue",
+    "gated_delta_rule_decode",
+    "moe_experts",
+    "moe_route",
+    "paged_attention_decode",
+}
 
 
 class Result(NamedTuple):
@@ -98,6 +108,7 @@ class Runner:
         self.sampler = Sampler(max_seqs, model.config.vocab, self.tables.last_ids)
         self.observe: Callable[[Step, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
         self._rotary = model.rotary(self.device)
+        self._graphs: DecodeGraphs | None = None
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
 
     def launch(self, step: Step) -> Launched:
@@ -112,7 +123,22 @@ class Runner:
             source, target, rows = to_device(np.array(step.copies, dtype=np.int32).T.copy(), self.device)
             ops.copy_pages(self.memory.kv, source, target, rows)
         self.tables.update(step.rows)
+        if self._graphs and not step.prefill:
+            return self._graphs.forward(step.decode)
         return self.model(build_batch(step, self.memory, self.tables, *self._rotary))
+
+    @torch.inference_mode()
+    def capture(self, progress: bool = True) -> bool:
+        """Let decode Steps replay CUDA graphs from now on. False, and nothing changes, where no GPU kernel serves one
+        of their operators, or where one cannot be captured."""
+        if self.device.type != "cuda" or not set(ops.compiled_operators()) >= _DECODE_OPERATORS:
+            return False
+        most = len(self.tables.last_ids)
+        try:
+            self._graphs = DecodeGraphs(self.model, self.memory, self.tables, self._rotary, most, progress)
+        except RuntimeError as error:
+            tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}")
+        return self._graphs is not None
 
     def do(self, work: Callable[[], None]) -> None:
         """Now where launching is asynchronous, else when somebody waits for it."""
