@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,8 +144,8 @@ class Memory:
                 f"{free / 2**30:.2f} GiB free: ask for shorter or fewer sequences."
             )
         self.layout = layout
-        self.kv = torch.zeros(pages, *layout.page_shape, dtype=layout.dtype, device=device)
-        self.slots = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)
+        self.kv = _zeros(pages * layout.page_bytes, device).view(layout.dtype).view(pages, *layout.page_shape)
+        self.slots = _zeros(slots * layout.slot_bytes, device).view(slots, layout.slot_bytes)
         self.layers: list[Tensor | StateViews] = []
         full = linear = 0
         for kind in layout.config.layer_types:
@@ -163,6 +164,13 @@ class Memory:
             views[name] = part.view(len(part), *shape)
             offset += _aligned(size)
         return StateViews(**views)
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    """Bytes of zero. On a CPU numpy makes them, which leaves it to the system to supply a page when it is first used."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8))
+    return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 def free_memory(device: torch.device) -> int:
