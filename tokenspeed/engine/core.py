@@ -10,12 +10,11 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .errors import EngineError, RequestError
-from .request import PrefixReuse, Request, RequestMetrics
+from .request import Request, RequestMetrics, TokenScores, Update
 from .runner import Launched, Runner
-from .sampling import TokenScores
 from .scheduler import Limits, Planned, Scheduler
 from .scheduler import Sequence as Continuation
 from .step import Begin, Edit, StepChecker
@@ -25,27 +24,6 @@ from .text.stops import StopStrings
 from .text.tokenizer import Tokenizer
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of a request's continuations; odd, so they never meet
-
-
-@dataclass(slots=True)
-class Update:
-    """News of one continuation: index says which; ids and the text they complete, which may come later than they do.
-
-    finish_reason: "stop", "length", "abort" or "error" with the last news of it; stop_reason: the stop string or id.
-    prompt_scores: with the first update, one entry a prompt token from the second on. error: what went wrong.
-    """
-
-    request_id: str
-    index: int
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    scores: list[TokenScores] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    prompt_scores: list[TokenScores] | None = None
-    reuse: PrefixReuse | None = None
-    metrics: RequestMetrics | None = None
-    error: str | None = None
 
 
 Sink = Callable[[Update], None]
@@ -91,6 +69,7 @@ class Engine:
         self._generations: dict[int, _Generation] = {}  # by sequence id
         self._in_flight: deque[tuple[Planned, Launched]] = deque()
         self._updates: list[tuple[_Generation, Update]] = []
+        self._name_spaces: set[str] = set()
 
     # ---- requests
 
@@ -123,6 +102,7 @@ class Engine:
             self._generations[sequence.id] = generation
             generations.append(generation)
         self._requests[request.id] = generations
+        self._name_spaces.add(request.name_space)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at any moment; its memory returns as soon as no launched Step uses it. False if it does not
@@ -135,6 +115,26 @@ class Engine:
             self._close(generation, Update(request_id, generation.sequence.child), "abort")
         self._deliver()
         return True
+
+    def clear_cache(self) -> None:
+        """Forgets every prefix; what runs goes on."""
+        for name_space in self._name_spaces:
+            self.cache.clear(name_space)
+        self._name_spaces.clear()
+
+    def stats(self) -> dict[str, float]:
+        """Gauges of the scheduler and the cache's own counters and gauges (`csrc/cache/cache.h`, `Stats`)."""
+        scheduler, config = self.scheduler, self.cache.config
+        own = {
+            "waiting_requests": len(scheduler.waiting),
+            "running_sequences": len(scheduler.running),
+            "steps": scheduler.steps,
+            "preemptions": scheduler.preemptions,
+            "kv_pages": config.pages,
+            "state_slots": config.slots,
+        }
+        reasons = {f"reason_{name.lower()}": count for name, count in scheduler.reasons.items()}
+        return own | reasons | self.cache.stats()
 
     @property
     def has_work(self) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .config import ModelConfig
 from .errors import RequestError
-from .request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams
+from .request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams, TokenScores, Update
 from .text.generation_config import GenerationDefaults
 from .text.template import ChatTemplate
 from .text.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class Collector:
         self.output = RequestOutput(request.id, prompt, list(request.prompt), outputs)
         self.error: str | None = None
 
-    def take(self, update) -> None:
+    def take(self, update: Update) -> None:
         """Add an Update. Mutates `output`."""
         output = self.output.outputs[update.index]
         output.token_ids += update.ids
@@ -101,7 +101,7 @@ class Collector:
         """The output as it stands, which later updates leave alone."""
         return replace(self.output, outputs=[replace(o, token_ids=list(o.token_ids)) for o in self.output.outputs])
 
-    def _logprobs(self, scores) -> dict[int, Logprob]:
+    def _logprobs(self, scores: TokenScores) -> dict[int, Logprob]:
         found = {}
         for id, logprob, rank in zip(scores.ids, scores.logprobs, scores.ranks, strict=True):
             found.setdefault(id, Logprob(logprob, rank, self._tokenizer.decode([id], skip_special_tokens=False)))

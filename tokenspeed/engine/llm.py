@@ -13,14 +13,14 @@ from tqdm import tqdm
 from .cache import CacheConfig, Policy, PrefixCache
 from .checkpoint import resolve
 from .config import EngineConfig, ModelConfig
-from .core import Engine, Update
+from .core import Engine
 from .device import pick_device, pick_dtype, use_threads
 from .errors import ConfigError, EngineError, RequestError, TokenSpeedError
 from .frontend import Collector, Frontend, Prompt
 from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import load_weights
-from .request import Request, RequestOutput, SamplingParams
+from .request import Request, RequestOutput, SamplingParams, Update
 from .runner import Runner
 from .scheduler import Limits
 

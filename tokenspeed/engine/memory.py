@@ -167,7 +167,7 @@ class Memory:
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:
-    """Bytes of zero. On a CPU numpy makes them, which leaves it to the system to supply a page when it is first used."""
+    """Bytes of zero. On a CPU numpy makes them, so that the system supplies a page when it is first used."""
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(size, dtype=np.uint8))
     return torch.zeros(size, dtype=torch.uint8, device=device)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import RequestError
 
@@ -52,7 +52,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     allowed_token_ids: Sequence[int] | None = None
     thinking_token_budget: int | None = None
 
@@ -215,6 +215,35 @@ class RequestMetrics:
     finished_s: float
     preemptions: int
     waited_steps: int
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities of one token: the chosen id, then the likeliest ids, each with its logarithm and rank."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Update:
+    """News of one continuation: index says which; ids and the text they complete, which may come later than they do.
+
+    finish_reason: "stop", "length", "abort" or "error" with the last news of it; stop_reason: the stop string or id.
+    prompt_scores: with the first update, one entry a prompt token from the second on. error: what went wrong.
+    """
+
+    request_id: str
+    index: int
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    scores: list[TokenScores] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_scores: list[TokenScores] | None = None
+    reuse: PrefixReuse | None = None
+    metrics: RequestMetrics | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)

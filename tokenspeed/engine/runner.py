@@ -15,7 +15,8 @@ from .config import PAGE_TOKENS
 from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
-from .sampling import Sampler, Scores, TokenScores
+from .request import TokenScores
+from .sampling import Sampler, Scores
 from .step import Edit, Step
 
 _DECODE_OPERATORS = {

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,15 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from .batch import to_device
+from .request import TokenScores
 from .step import Begin, Edit, Sample
-
-
-class TokenScores(NamedTuple):
-    """Log-probabilities of one token: the chosen id, then the likeliest ids, each with its logarithm and rank."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

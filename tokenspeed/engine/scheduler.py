@@ -7,7 +7,7 @@ its index, pages and slots.
 """
 
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -108,6 +108,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # whoever has an index, retiring ones included
         self.steps = 0  # planned so far
         self.preemptions = 0
+        self.reasons: Counter[str] = Counter()  # why prompts resumed where they did, by admissions
         self._reconciled = -1
         self._free = list(range(limits.max_seqs - 1, -1, -1))
         self._children: dict[int, list[Sequence]] = {}  # of a parent that has not forked yet, by its id
@@ -324,6 +325,7 @@ class Scheduler:
             match = admission.match
             sequence.index = self._free.pop()
             sequence.consumed, sequence.target = match.state_tokens, len(sequence.tokens)
+            self.reasons[match.reason.name] += 1
             if sequence.reuse is None:
                 sequence.reuse = PrefixReuse(
                     match.known_tokens,
