@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import ops
 from .cache import CacheConfig, Policy, PrefixCache
 from .checkpoint import resolve
 from .config import EngineConfig, ModelConfig
@@ -26,6 +27,7 @@ from .scheduler import Limits
 
 _SHARED_BYTES = 64 << 20  # smaller models gain nothing from a second thread, and wait for it on a busy machine
 _GHOST_NODES_PER_PAGE = 4  # evicted pages whose token ids are remembered
+RING_ROWS = 8  # updates that a slot keeps beside its state where a kernel decodes: the state is written once in nine
 
 
 def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True) -> Engine:
@@ -40,7 +42,9 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
         threads = 1
     if threads is not None:
         use_threads(threads)
-    plan = fit_memory(model_config, MemoryLayout(model_config, dtype), config, free_memory(device), device.type)
+    kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
+    layout = MemoryLayout(model_config, dtype, ring_rows=RING_ROWS if kernel else 0)
+    plan = fit_memory(model_config, layout, config, free_memory(device), device.type)
     if progress:
         tqdm.write(f"memory: {plan}")
     longest = min(config.max_model_len or model_config.max_context, plan.tokens)

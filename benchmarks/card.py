@@ -1,0 +1,236 @@
+"""The engine on one GPU: a published size with random weights, end to end on the compiled kernels.
+
+    python -m benchmarks.card --size 0.8B [--json FILE]
+
+In one run: logits beside those of the torch implementations on the same card, prefill and decode speed at several batch
+sizes, and where one decode step spends its time, kernel by kernel, beside the bytes that the step must move.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokenspeed import ops
+from tokenspeed.engine.config import PAGE_TOKENS, DenseConfig, ModelConfig
+from tokenspeed.engine.llm import RING_ROWS
+from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.sizes import PUBLISHED
+from tokenspeed.engine.step import Begin, Row, Sample, Step
+
+from .timing import measure_ceilings
+
+CONTEXT = 1024  # tokens before the decode steps that are timed
+CUDA = torch.device("cuda")
+
+
+def random_model(config: ModelConfig) -> Qwen3_5:
+    """Weights drawn on the card so that activations keep their size and every decay is a plausible one."""
+    model = Qwen3_5.empty(config, torch.bfloat16, CUDA)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("a_log"):
+            parameter.uniform_(-4, 1)
+        elif name.endswith("dt_bias"):
+            parameter.uniform_(-4, 0)
+        elif parameter.dim() == 1:
+            parameter.normal_(0, 0.1)
+        else:
+            parameter.normal_(0, 0.5 if name.endswith("conv") else parameter.shape[-1] ** -0.5)
+    return model
+
+
+class Sequences:
+    """B sequences of one length in a runner's memory, and the Steps that move them on."""
+
+    def __init__(self, model: Qwen3_5, batch: int, tokens: int):
+        config = model.config
+        self.pages = -(-tokens // PAGE_TOKENS)
+        layout = MemoryLayout(config, torch.bfloat16, ring_rows=RING_ROWS)
+        memory = Memory(layout, batch * self.pages, batch, CUDA)
+        self.runner = Runner(model, memory, max_seqs=batch, max_tokens=self.pages * PAGE_TOKENS)
+        self.batch, self.vocab, self.done = batch, config.vocab, 0
+        begins = tuple(Begin(i, 0.0, 0, 1.0, 0.0, 0) for i in range(batch))
+        self.runner.sampler.begin(begins)
+
+    def prefill(self, tokens: int) -> Step:
+        generator = torch.Generator().manual_seed(self.done)
+        ids = torch.randint(0, self.vocab, (self.batch, tokens), generator=generator).tolist()
+        rows = [
+            Row(tuple(ids[i]), self.done, tuple(range(i * self.pages, (i + 1) * self.pages)), i, i, index=i)
+            for i in range(self.batch)
+        ]
+        self.done += tokens
+        return Step(prefill=tuple(rows), samples=self._samples())
+
+    def decode(self) -> Step:
+        rows = tuple(Row((), self.done, (), i, i, index=i) for i in range(self.batch))
+        self.done += 1
+        return Step(decode=rows, samples=self._samples())
+
+    def _samples(self) -> tuple[Sample, ...]:
+        return tuple(Sample(i, i, self.done) for i in range(self.batch))
+
+    def run(self, step: Step) -> Tensor:
+        """Logits, after the ids were sampled. Waits for nothing."""
+        logits = self.runner.forward(step)
+        self.runner.sampler.choose(step.samples, logits, ())
+        return logits
+
+
+def seconds(work: Callable[[], None], repeats: int) -> float:
+    """Median seconds of `work`, by device events around each."""
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def compare_logits(model: Qwen3_5, tokens: int) -> dict:
+    """Relative distance of logits from those of the torch implementations: after a prefill and three decode steps."""
+
+    def logits() -> list[Tensor]:
+        sequences = Sequences(model, 2, tokens + 8)
+        steps = [sequences.run(sequences.prefill(tokens)).float().clone()]
+        for _ in range(3):
+            sequences.runner.tables.last_ids.fill_(7)  # the same ids whatever was sampled
+            steps.append(sequences.run(sequences.decode()).float().clone())
+        return steps
+
+    ours = logits()
+    compiled = {name: getattr(ops, name) for name in ops.__all__}
+    try:
+        for name, operator in compiled.items():
+            setattr(ops, name, operator.__wrapped__)
+        theirs = logits()
+    finally:
+        for name, operator in compiled.items():
+            setattr(ops, name, operator)
+    distances = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
+    agree = [(a.argmax(-1) == b.argmax(-1)).float().mean().item() for a, b in zip(ours, theirs, strict=True)]
+    return {"relative_distance": distances, "same_argmax": agree}
+
+
+def decode_bytes(model: Qwen3_5, batch: int, context: int) -> dict[str, int]:
+    """Bytes a decode step must move, by what they are. Of experts, those that as many random choices hit."""
+    config, layout = model.config, MemoryLayout(model.config, torch.bfloat16)
+    experts = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 3)
+    embedding = 0 if config.tied else model.program[0].weight.nbytes
+    dense = sum(p.nbytes for p in model.parameters()) - experts - embedding
+    hit = 0
+    if not isinstance(config.ffn, DenseConfig):
+        ffn = config.ffn
+        hit = int(experts * (1 - (1 - ffn.top_k / ffn.experts) ** batch))
+    return {
+        "dense weights": dense,
+        "experts hit": hit,
+        "KV": batch * context * layout.kv_token_bytes,
+        "state read": batch * layout.recurrent_bytes,
+    }
+
+
+@torch.inference_mode()
+def kernel_times(sequences: Sequences) -> dict[str, tuple[float, int]]:
+    """Microseconds and launches by kernel of one decode step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sequences.run(sequences.decode())
+        torch.cuda.synchronize()
+    found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = event.name.split("<")[0].split("(")[0].removeprefix("void ").split("::")[-1]
+            found[name] = found[name][0] + event.device_time, found[name][1] + 1
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+@torch.inference_mode()
+def measure(size: str, batches: list[int], prefill: int, check: bool) -> dict:
+    model = random_model(PUBLISHED[size])
+    ceilings = measure_ceilings("cuda")
+    result: dict = {"size": size, "device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy}
+    result["compiled"] = ops.compiled_operators()
+    if check:
+        result["logits"] = compare_logits(model, 300)
+        print(f"{size}: logits beside torch's: {result['logits']}", flush=True)
+    one = Sequences(model, 1, prefill + 64)
+    one.run(one.prefill(64))
+    one.done = 0
+    step = one.prefill(prefill)
+    one.run(step)
+
+    def again(sequences: Sequences = one) -> None:
+        sequences.run(step)
+
+    took = seconds(again, 3)
+    result["prefill"] = {"tokens": prefill, "ms": took * 1e3, "tok_s": prefill / took}
+    print(f"{size}: prefill of {prefill} tokens {took * 1e3:.2f} ms, {prefill / took:.0f} tok/s", flush=True)
+    del one
+    result["decode"] = []
+    for batch in batches:
+        sequences = Sequences(model, batch, CONTEXT + 256)
+        for _ in range(0, CONTEXT, 256):
+            sequences.run(sequences.prefill(256))
+        captured = sequences.runner.capture(progress=False)
+        for _ in range(4):
+            sequences.run(sequences.decode())
+        torch.cuda.synchronize()
+
+        def many(sequences: Sequences = sequences) -> None:
+            for _ in range(16):
+                sequences.run(sequences.decode())
+
+        took = seconds(many, 5) / 16
+        must = decode_bytes(model, batch, CONTEXT)
+        floor = sum(must.values()) / (ceilings.copy * 1e9)
+        row = {"batch": batch, "graph": captured, "us": took * 1e6, "tok_s": batch / took, "bytes": must}
+        row |= {"floor_us": floor * 1e6, "of_floor": floor / took}
+        row["kernels"] = {name: list(value) for name, value in kernel_times(sequences).items()}
+        result["decode"].append(row)
+        print(
+            f"{size}: decode batch {batch:3d} {took * 1e6:9.1f} us a step, {batch / took:8.1f} tok/s, floor "
+            f"{floor * 1e6:8.1f} us ({100 * floor / took:.0f}%), graph {'yes' if captured else 'no'}",
+            flush=True,
+        )
+        for name, (us, launches) in list(row["kernels"].items())[:14]:
+            print(f"    {us:9.1f} us {launches:5d} x {name}")
+        del sequences
+        torch.cuda.empty_cache()
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.card", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", nargs="+", choices=PUBLISHED, default=["0.8B"], help="published sizes (default 0.8B)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="decode batch sizes")
+    parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill that is timed (default 8192)")
+    parser.add_argument("--no-check", action="store_true", help="leave out the comparison with torch's logits")
+    parser.add_argument("--json", type=Path, help="append each size's figures to this JSONL file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.card needs a GPU that torch can use; python -m benchmarks.engine measures on a CPU.")
+        return 2
+    for size in options.size:
+        result = measure(size, options.batches, options.prefill, not options.no_check)
+        if options.json:
+            with options.json.open("a") as out:
+                out.write(json.dumps(result) + "\n")
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

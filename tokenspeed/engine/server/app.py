@@ -1,0 +1,253 @@
+"""The HTTP surface: routes, keys, limits, errors. What a route does stands in the modules it calls."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
+from .anthropic import Message
+from .openai_chat import Chat
+from .openai_completions import Completion
+from .protocol import (
+    AbortRequest,
+    AnthropicRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from .service import DeadlineExceeded, Overloaded, Service
+from .sse import event
+
+_LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
+_PING_SECONDS = 10.0
+
+log = logging.getLogger("tokenspeed.server")
+
+
+def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes: int = 64 << 20) -> FastAPI:
+    """The application over a running service. most_body_bytes: a larger request is refused with 413."""
+    app = FastAPI(title="TokenSpeed", description="OpenAI-compatible inference for the Qwen3.5 family.", version="1")
+    app.add_middleware(BodyLimit, most_bytes=most_body_bytes)
+    _errors(app)
+
+    def key(request: Request) -> str | None:
+        """The caller's key. Compared in constant time; every key is tried."""
+        if not api_keys:
+            return None
+        given = request.headers.get("x-api-key") or ""
+        scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
+        if scheme.lower() == "bearer":
+            given = token.strip()
+        matches = [hmac.compare_digest(given.encode(), known.encode()) for known in api_keys]
+        if not any(matches):
+            raise HTTPException(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
+        return given
+
+    async def answer(request: Request, make: Callable[[], Any], size: int, stream: bool, count: int = 1) -> Response:
+        """Prepare a job where it disturbs nobody, then stream it or wait for it while the client is there."""
+        service.admit(count)
+        job = await asyncio.to_thread(make) if size > _LONG_TEXT else make()
+        if stream:
+            first = _started(job.stream())
+            return StreamingResponse(await first, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return JSONResponse(await _while_connected(request, job.whole()))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request, key: str | None = Depends(key)):
+        return await answer(request, lambda: Chat(service, body, key), _size(request), body.stream)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request, key: str | None = Depends(key)):
+        several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
+        count = len(body.prompt) if several else 1
+        return await answer(request, lambda: Completion(service, body, key), _size(request), body.stream, count)
+
+    @app.post("/v1/messages")
+    async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
+        return await answer(request, lambda: Message(service, body, key), _size(request), body.stream)
+
+    @app.get("/v1/models", dependencies=[Depends(key)])
+    async def models():
+        card = {
+            "id": service.config.model_name,
+            "object": "model",
+            "owned_by": "tokenspeed",
+            "max_model_len": service.room,
+        }
+        return {"object": "list", "data": [card]}
+
+    @app.post("/tokenize", dependencies=[Depends(key)])
+    async def tokenize(body: TokenizeRequest):
+        frontend = service.frontend
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages.")
+        if body.messages is None:
+            ids = frontend.tokenizer.encode(body.prompt)
+        else:
+            options = {"add_generation_prompt": body.add_generation_prompt}
+            ids = frontend.encode_chat(body.messages, body.tools, **options)
+        strings = [frontend.tokenizer.decode([id], skip_special_tokens=False) for id in ids]
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.room} | (
+            {"token_strs": strings} if body.return_token_strs else {}
+        )
+
+    @app.post("/detokenize", dependencies=[Depends(key)])
+    async def detokenize(body: DetokenizeRequest):
+        vocab = service.frontend.config.vocab
+        for position, id in enumerate(body.tokens):
+            if not 0 <= id < vocab:
+                raise RequestError(f"token id {id} at position {position} is outside the vocabulary of {vocab}.")
+        return {"prompt": service.frontend.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+    @app.post("/v1/abort", dependencies=[Depends(key)])
+    async def abort(body: AbortRequest):
+        return {"aborted": await service.engine.abort(body.request_id)}
+
+    @app.post("/reset_prefix_cache", dependencies=[Depends(key)])
+    async def reset_prefix_cache():
+        await service.engine.clear_cache()
+        if service.history is not None:
+            service.history.clear()
+        return {"reset": True}
+
+    @app.get("/health")
+    async def health():
+        await service.engine.stats(_PING_SECONDS)
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics():
+        text = service.metrics.render(await service.engine.stats(_PING_SECONDS))
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _size(request: Request) -> int:
+    return int(request.headers.get("content-length") or _LONG_TEXT + 1)
+
+
+async def _started(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The stream once its first piece is there: until then a refusal is still a status of its own. Later errors are
+    the stream's last event."""
+    first = await anext(stream)
+
+    async def rest() -> AsyncIterator[bytes]:
+        try:
+            yield first
+            async for piece in stream:
+                yield piece
+        except TokenSpeedError as error:
+            yield event({"error": _error_body(error)})
+        finally:
+            await stream.aclose()
+
+    return rest()
+
+
+async def _while_connected(request: Request, work) -> Any:
+    """The result of `work`, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client closed the connection")
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, TokenSpeedError):
+                await task
+
+
+_STATUS = {
+    RequestError: (400, "invalid_request_error"),
+    CapacityError: (400, "invalid_request_error"),
+    Overloaded: (429, "rate_limit_error"),
+    DeadlineExceeded: (504, "timeout_error"),
+    EngineError: (503, "service_unavailable_error"),
+}
+
+
+def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
+    found, kind = _STATUS.get(type(error), (500, "internal_error"))
+    return {"message": str(error), "type": kind, "code": status or found, "param": None}
+
+
+def _errors(app: FastAPI) -> None:
+    """Every error in OpenAI's form, with `type` at the top as Anthropic's clients read it."""
+
+    def respond(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
+        return JSONResponse({"type": "error", "error": body}, status, headers)
+
+    @app.exception_handler(TokenSpeedError)
+    async def ours(request: Request, error: TokenSpeedError):
+        body = _error_body(error)
+        headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else None
+        return respond(body["code"], body, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError):
+        found = error.errors()[0]
+        where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
+        given = repr(found.get("input"))
+        message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"
+        return respond(400, _error_body(RequestError(message)) | {"param": where})
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http(request: Request, error: StarletteHTTPException):
+        kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
+        body = {"message": str(error.detail), "type": kind, "code": error.status_code, "param": None}
+        return respond(error.status_code, body, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception):
+        log.exception("unexpected error")
+        return respond(500, {"message": "internal error", "type": "internal_error", "code": 500, "param": None})
+
+
+class BodyLimit:
+    """Refuses a body beyond a size, by its announced length or as it comes."""
+
+    def __init__(self, app, most_bytes: int):
+        self._app, self._most = app, most_bytes
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        announced = headers.get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self._most:
+            return await self._refuse(scope, receive, send)
+        got = 0
+
+        async def counted():
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > self._most:
+                raise HTTPException(413, f"the body is larger than {self._most} bytes, the most this server takes")
+            return message
+
+        return await self._app(scope, counted, send)
+
+    async def _refuse(self, scope, receive, send):
+        message = f"the body is larger than {self._most} bytes, the most this server takes"
+        body = {"message": message, "type": "invalid_request_error", "code": 413, "param": None}
+        await JSONResponse({"type": "error", "error": body}, 413)(scope, receive, send)

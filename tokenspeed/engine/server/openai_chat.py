@@ -1,0 +1,201 @@
+"""OpenAI's chat completions over the service: dictionaries out, streamed or whole."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ..errors import RequestError
+from ..request import Request, TokenScores, Update
+from ..text.tools import Arguments, CallCut, CallStarted, Content
+from .protocol import ChatRequest, NamedToolChoice
+from .scores import chat_logprob, prompt_logprobs
+from .service import Service, new_id
+from .sse import DONE, event
+from .turns import Conversation, PreparedTurn, Reasoning, TurnEvent, TurnParser, prepare
+
+
+def usage(prompt: int, completion: int, cached: int, reasoning: int | None = None, restored: int = 0) -> dict[str, Any]:
+    """OpenAI's usage object; restored_turns: turns of the history that were put back as generated."""
+    found: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+    if reasoning is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    if restored:
+        found["prompt_tokens_details"]["restored_turns"] = restored
+    return found
+
+
+class Chat:
+    """One chat completion."""
+
+    def __init__(self, service: Service, body: ChatRequest, key: str | None):
+        """Raises RequestError for what cannot be asked."""
+        self._service, self._body = service, body
+        self.id = body.request_id or new_id("chatcmpl")
+        self._created = int(time.time())
+        choice = body.tool_choice or ("auto" if body.tools else "none")
+        kwargs = dict(body.chat_template_kwargs or {})
+        enable_thinking = kwargs.pop("enable_thinking", None)
+        if body.reasoning_effort == "none" and enable_thinking is None:
+            enable_thinking = False
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true; it is false.")
+        chat = Conversation(
+            messages=body.messages,
+            tools=body.tools or None,
+            tool_choice=choice.function.name if isinstance(choice, NamedToolChoice) else choice,
+            sampling=body.sampling(logprobs=logprobs, max_tokens=body.max_completion_tokens or body.max_tokens),
+            response_format=body.response_format.model_dump(by_alias=True) if body.response_format else None,
+            enable_thinking=enable_thinking,
+            template_kwargs=kwargs,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
+            name_space=service.name_space(key, body.cache_salt),
+            priority=body.priority,
+        )
+        self._prepared: PreparedTurn = prepare(service.frontend, service.history, self.id, chat, service.room)
+        service.metrics.restored.inc(self._prepared.restored)
+        self._parsers = [TurnParser(service.frontend, self._prepared) for _ in range(body.n)]
+        self._cached = 0
+
+    @property
+    def _request(self) -> Request:
+        return self._prepared.request
+
+    async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
+        async for update in self._service.run(self._request, self._prepared.grammar, self._body.timeout):
+            if update.reuse:
+                self._cached = update.reuse.cached_tokens
+            parser = self._parsers[update.index]
+            events = parser.push(update)
+            if update.finish_reason == "stop":
+                self._service.remember(self._request, parser.ids)
+            yield update, events
+
+    def _usage(self) -> dict[str, Any]:
+        generated = sum(len(parser.ids) for parser in self._parsers)
+        reasoning = sum(parser.reasoning_tokens for parser in self._parsers)
+        return usage(len(self._request.prompt), generated, self._cached, reasoning, self._prepared.restored)
+
+    def _finish(self, update: Update) -> str:
+        called = self._parsers[update.index].called and update.finish_reason == "stop"
+        return "tool_calls" if called else update.finish_reason
+
+    async def whole(self) -> dict[str, Any]:
+        """The response object. Raises as `Service.run` does."""
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": None, "reasoning_content": None},
+                "logprobs": {"content": []} if self._body.logprobs else None,
+                "finish_reason": None,
+            }
+            for i in range(self._body.n)
+        ]
+        calls: list[dict[int, dict]] = [{} for _ in choices]
+        prompt_scores = None
+        async for update, events in self._updates():
+            choice = choices[update.index]
+            message = choice["message"]
+            if update.prompt_scores is not None:
+                prompt_scores = prompt_logprobs(self._service.frontend.tokenizer, update.prompt_scores)
+            if choice["logprobs"]:
+                choice["logprobs"]["content"] += [
+                    chat_logprob(self._service.frontend.tokenizer, scores) for scores in update.scores
+                ]
+            for found in events:
+                _add(message, calls[update.index], found)
+            if update.finish_reason:
+                choice["finish_reason"], choice["stop_reason"] = self._finish(update), update.stop_reason
+                if calls[update.index]:
+                    message["tool_calls"] = list(calls[update.index].values())
+        if self._body.return_token_ids:
+            for choice, parser in zip(choices, self._parsers, strict=True):
+                choice["token_ids"] = parser.ids
+        return self._frame("chat.completion", choices) | {
+            "usage": self._usage(),
+            **({"prompt_logprobs": prompt_scores} if prompt_scores else {}),
+            **({"prompt_token_ids": list(self._request.prompt)} if self._body.return_token_ids else {}),
+        }
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events: chunks, the usage where it is asked for, and the end."""
+        options = self._body.stream_options
+        continuous = bool(options and options.continuous_usage_stats)
+
+        def chunk(index: int, delta: dict, finish: str | None = None, **more) -> bytes:
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish} | more
+            frame = self._frame("chat.completion.chunk", [choice])
+            return event(frame | ({"usage": self._usage()} if continuous else {}))
+
+        started: set[int] = set()
+        async for update, events in self._updates():
+            i = update.index
+            if i not in started:
+                started.add(i)
+                first = {"prompt_token_ids": list(self._request.prompt)} if self._body.return_token_ids else {}
+                yield chunk(i, {"role": "assistant", "content": ""}, **first)
+            extra: dict[str, Any] = {}
+            if self._body.logprobs and update.scores:
+                extra["logprobs"] = {
+                    "content": [chat_logprob(self._service.frontend.tokenizer, scores) for scores in update.scores]
+                }
+            if self._body.return_token_ids:
+                extra["token_ids"] = update.ids
+            deltas = [delta for found in events if (delta := _delta(found))]
+            if not deltas and extra:
+                deltas = [{}]
+            for delta in deltas:
+                yield chunk(i, delta, **extra)
+                extra = {}
+            if update.finish_reason:
+                yield chunk(i, {}, self._finish(update), stop_reason=update.stop_reason)
+        if options and options.include_usage:
+            yield event(self._frame("chat.completion.chunk", []) | {"usage": self._usage()})
+        yield DONE
+
+    def _frame(self, kind: str, choices: list[dict]) -> dict[str, Any]:
+        model = self._service.config.model_name
+        return {"id": self.id, "object": kind, "created": self._created, "model": model, "choices": choices}
+
+
+def _delta(found: TurnEvent) -> dict[str, Any] | None:
+    match found:
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case Content(text):
+            return {"content": text}
+        case CallStarted(index, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": new_id("call"), "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case Arguments(index, piece):
+            return {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
+        case CallCut(_, text):
+            return {"content": text}
+    return None
+
+
+def _add(message: dict[str, Any], calls: dict[int, dict], found: TurnEvent) -> None:
+    match found:
+        case Reasoning(text):
+            message["reasoning_content"] = (message["reasoning_content"] or "") + text
+        case Content(text):
+            message["content"] = (message["content"] or "") + text
+        case CallStarted(index, name):
+            calls[index] = {
+                "id": new_id("call"),
+                "type": "function",
+                "function": {"name": name, "arguments": ""},
+            }
+        case Arguments(index, piece):
+            calls[index]["function"]["arguments"] += piece
+        case CallCut(index, text):
+            del calls[index]
+            message["content"] = (message["content"] or "") + text

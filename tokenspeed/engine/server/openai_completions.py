@@ -1,0 +1,142 @@
+"""OpenAI's text completions over the service: dictionaries out, streamed or whole."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ..errors import RequestError
+from ..request import CompletionOutput, Request, TokenScores, Update
+from ..text import grammar
+from .openai_chat import usage
+from .protocol import CompletionRequest
+from .scores import completion_logprobs, prompt_logprobs
+from .service import Service, new_id
+from .sse import DONE, event
+
+
+class Completion:
+    """One text completion: of one prompt or of several."""
+
+    def __init__(self, service: Service, body: CompletionRequest, key: str | None):
+        """Raises RequestError for what cannot be asked."""
+        self._service, self._body = service, body
+        self.id = body.request_id or new_id("cmpl")
+        self._created = int(time.time())
+        prompts = [body.prompt] if _is_one(body.prompt) else body.prompt
+        if not prompts:
+            raise RequestError("prompt is an empty list; at least one prompt is needed.")
+        asked = body.response_format
+        self._grammar = grammar.response_format(asked.model_dump(by_alias=True)) if asked else None
+        self.requests: list[Request] = []
+        for i, prompt in enumerate(prompts):
+            ids = service.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if body.truncate_prompt_tokens is not None:
+                ids = ids[-body.truncate_prompt_tokens :]
+            wants = body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs
+            room = max(service.room - len(ids), 1)
+            sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=wants, max_tokens=body.max_tokens or room)
+            self.requests.append(
+                service.frontend.request(
+                    f"{self.id}-{i}" if len(prompts) > 1 else self.id,
+                    ids,
+                    service.frontend.sampling_params(**sampling),
+                    name_space=service.name_space(key, body.cache_salt),
+                    priority=body.priority,
+                )
+            )
+        self._cached = self._generated = 0
+
+    async def whole(self) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for number, request in enumerate(self.requests):
+            outputs = [CompletionOutput(i) for i in range(self._body.n)]
+            scores: list[list[TokenScores]] = [[] for _ in outputs]
+            prompt_scores: list[TokenScores] | None = None
+            async for update in self._run(request):
+                output = outputs[update.index]
+                output.text += update.text
+                output.token_ids += update.ids
+                scores[update.index] += update.scores
+                prompt_scores = update.prompt_scores if update.prompt_scores is not None else prompt_scores
+                output.finish_reason = update.finish_reason or output.finish_reason
+                output.stop_reason = update.stop_reason
+            for output, found in zip(outputs, scores, strict=True):
+                choices.append(self._choice(number, request, output, found, prompt_scores))
+        return self._frame(choices) | {"usage": self._usage()}
+
+    def _choice(
+        self,
+        number: int,
+        request: Request,
+        output: CompletionOutput,
+        scores: list[TokenScores],
+        prompt_scores: list[TokenScores] | None,
+    ) -> dict[str, Any]:
+        text, logprobs = output.text, None
+        ids, entries = list(output.token_ids), list(scores)
+        if self._body.echo:
+            text = self._service.frontend.tokenizer.decode(list(request.prompt)) + text
+            ids = [*request.prompt, *ids]
+            entries = [None, *(prompt_scores or ()), *entries]
+        if self._body.logprobs is not None:
+            logprobs = completion_logprobs(self._service.frontend.tokenizer, ids, entries)
+        choice = {
+            "index": number * self._body.n + output.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice |= {"token_ids": output.token_ids, "prompt_token_ids": list(request.prompt)}
+        if prompt_scores is not None and self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(self._service.frontend.tokenizer, prompt_scores)
+        return choice
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        options = self._body.stream_options
+        for number, request in enumerate(self.requests):
+            echoed: set[int] = set()
+            async for update in self._run(request):
+                text, index = update.text, number * self._body.n + update.index
+                if self._body.echo and index not in echoed:
+                    echoed.add(index)
+                    text = self._service.frontend.tokenizer.decode(list(request.prompt)) + text
+                logprobs = None
+                if self._body.logprobs is not None and update.scores:
+                    logprobs = completion_logprobs(self._service.frontend.tokenizer, update.ids, update.scores)
+                choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": update.finish_reason}
+                choice["stop_reason"] = update.stop_reason
+                if self._body.return_token_ids:
+                    choice["token_ids"] = update.ids
+                frame = self._frame([choice])
+                if options and options.continuous_usage_stats:
+                    frame["usage"] = self._usage()
+                if text or logprobs or update.finish_reason or self._body.return_token_ids:
+                    yield event(frame)
+        if options and options.include_usage:
+            yield event(self._frame([]) | {"usage": self._usage()})
+        yield DONE
+
+    async def _run(self, request: Request) -> AsyncIterator[Update]:
+        async for update in self._service.run(request, self._grammar, self._body.timeout):
+            self._generated += len(update.ids)
+            self._cached += update.reuse.cached_tokens if update.reuse else 0
+            yield update
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(sum(len(request.prompt) for request in self.requests), self._generated, self._cached)
+
+    def _frame(self, choices: list[dict]) -> dict[str, Any]:
+        model = self._service.config.model_name
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": model,
+            "choices": choices,
+        }
+
+
+def _is_one(prompt) -> bool:
+    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))

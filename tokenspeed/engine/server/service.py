@@ -1,0 +1,112 @@
+"""What the endpoints share: admission under load, deadlines, naming, timing. No HTTP here."""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from ..errors import TokenSpeedError
+from ..frontend import Frontend
+from ..request import Request, Update
+from ..text.grammar import GrammarSpec
+from ..text.history import TurnHistory
+from .client import EngineClient
+from .metrics import Metrics
+
+
+class Overloaded(TokenSpeedError):
+    """The queue is full. retry_after: seconds after which it may not be."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(TokenSpeedError):
+    """A request took longer than its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """model_name: as clients see it; most_requests: in flight at once, beyond them 429; timeout: seconds a request may
+    take unless it asks for less, None for no limit; exact_history: known turns come back as they were generated."""
+
+    model_name: str
+    most_requests: int = 512
+    timeout: float | None = None
+    exact_history: bool = True
+
+
+class Service:
+    """The engine behind the endpoints."""
+
+    def __init__(self, frontend: Frontend, engine: EngineClient, config: ServiceConfig):
+        self.frontend, self.engine, self.config = frontend, engine, config
+        self.metrics = Metrics()
+        self.history = TurnHistory(frontend.defaults.eos_ids) if config.exact_history else None
+        self.draining = False
+        self.in_flight = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt and its answer at most."""
+        return self.engine.ready.max_model_len
+
+    def name_space(self, key: str | None, salt: str | None) -> str:
+        """Prompts of different keys or salts never share memory."""
+        if not key and not salt:
+            return ""
+        return hashlib.blake2b(f"{key or ''}\0{salt or ''}".encode(), digest_size=12).hexdigest()
+
+    def admit(self, requests: int = 1) -> None:
+        """Raises Overloaded where that many more requests are too many, before anything is computed for them."""
+        if self.draining:
+            raise Overloaded("the server is shutting down; use another one.", 5)
+        if self.in_flight + requests > self.config.most_requests:
+            raise Overloaded(
+                f"{self.in_flight} requests are in flight, and {self.config.most_requests} is the limit; try again later.",
+                1,
+            )
+
+    async def run(
+        self, request: Request, grammar: GrammarSpec | None = None, timeout: float | None = None
+    ) -> AsyncIterator[Update]:
+        """The updates of a request, timed and within its deadline. Leaving early aborts it.
+
+        Raises what the engine refuses the request with, DeadlineExceeded, or EngineError.
+        """
+        limits = [limit for limit in (timeout, self.config.timeout) if limit is not None]
+        start = last = time.monotonic()
+        outcome, first = "aborted", True
+        self.in_flight += 1
+        try:
+            async with asyncio.timeout(min(limits, default=None)):
+                async for update in self.engine.generate(request, grammar):
+                    now = time.monotonic()
+                    if update.ids:
+                        (self.metrics.first_token if first else self.metrics.inter_token).observe(now - last)
+                        self.metrics.generated.inc(len(update.ids))
+                        first, last = False, now
+                    outcome = update.finish_reason or outcome
+                    yield update
+                self.metrics.request.observe(time.monotonic() - start)
+        except TimeoutError:
+            outcome = "timeout"
+            raise DeadlineExceeded(f"the request took longer than its deadline of {min(limits):g} s.") from None
+        except TokenSpeedError:
+            outcome = "refused"
+            raise
+        finally:
+            self.in_flight -= 1
+            self.metrics.requests.labels(outcome).inc()
+
+    def remember(self, request: Request, ids: list[int]) -> None:
+        """A turn that was answered to its end, for the prompts that send it back."""
+        if self.history is not None:
+            self.history.store(request.name_space, request.prompt, ids)
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

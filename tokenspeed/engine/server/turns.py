@@ -1,0 +1,167 @@
+"""From a chat request to the engine's request, and from its updates to the parts of an assistant turn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RequestError
+from ..frontend import Frontend
+from ..request import Request, Update
+from ..text import grammar
+from ..text.grammar import GrammarSpec
+from ..text.history import TurnHistory
+from ..text.reasoning import CLOSE, ReasoningSplitter
+from ..text.tools import CallCut, CallFinished, CallStarted, Content, Event, ToolCallParser, parse_answer
+
+TOOL_CALL = "<tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text of the turn's reasoning."""
+
+    text: str
+
+
+TurnEvent = Event | Reasoning
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a chat endpoint was asked, whichever API it came by.
+
+    tool_choice: "auto", "none", "required", or a function's name; response_format: as OpenAI's; marks: messages whose
+    ends are snapshot boundaries; sampling: fields of SamplingParams that were given.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    tool_choice: str
+    sampling: dict[str, Any]
+    response_format: Mapping[str, Any] | None = None
+    marks: tuple[int, ...] = ()
+    enable_thinking: bool | None = None
+    template_kwargs: Mapping[str, bool] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    truncate_prompt_tokens: int | None = None
+    name_space: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTurn:
+    """A conversation ready for the engine. reasoning: whether the turn begins inside reasoning; restored: turns of the
+    history that were put back as generated; parsed: the tools whose calls are looked for, None for none."""
+
+    request: Request
+    grammar: GrammarSpec | None
+    reasoning: bool
+    restored: int
+    parsed: list[dict[str, Any]] | None
+
+
+def prepare(frontend: Frontend, history: TurnHistory | None, id: str, chat: Conversation, room: int) -> PreparedTurn:
+    """room: tokens of prompt and answer at most. Raises RequestError for what cannot be asked."""
+    if chat.continue_final_message and chat.add_generation_prompt:
+        raise RequestError("continue_final_message needs add_generation_prompt to be false; both are true.")
+    encoded = frontend.template.encode(
+        chat.messages,
+        chat.tools,
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        enable_thinking=chat.enable_thinking,
+        template_kwargs=chat.template_kwargs,
+        marks=chat.marks,
+    )
+    ids, boundaries, restored = encoded.ids, list(encoded.boundaries), 0
+    if history is not None:
+
+        def same(spelled: Sequence[int], generated: Sequence[int]) -> bool:
+            one, other = (frontend.tokenizer.decode(ids, skip_special_tokens=False) for ids in (spelled, generated))
+            return any(
+                parse_answer(one, chat.tools, reasoning) == parse_answer(other, chat.tools, reasoning)
+                for reasoning in (True, False)
+            )
+
+        ids, boundaries, restored = history.restore(chat.name_space, ids, boundaries, same)
+    if chat.truncate_prompt_tokens is not None and len(ids) > chat.truncate_prompt_tokens:
+        cut = len(ids) - chat.truncate_prompt_tokens
+        ids, boundaries = ids[cut:], [count - cut for count in boundaries if count > cut]
+    spec = _grammar(chat, encoded.reasoning_open)
+    sampling = dict(chat.sampling)
+    if sampling.get("max_tokens") is None:
+        sampling["max_tokens"] = max(room - len(ids), 1)
+    if chat.tool_choice == "none":
+        sampling["bad_words"] = [*(sampling.get("bad_words") or ()), TOOL_CALL]
+    request = frontend.request(
+        id, ids, frontend.sampling_params(**sampling), boundaries, name_space=chat.name_space, priority=chat.priority
+    )
+    parsed = chat.tools if chat.tools and chat.tool_choice != "none" else None
+    return PreparedTurn(request, spec, encoded.reasoning_open, restored, parsed)
+
+
+def _grammar(chat: Conversation, reasoning: bool) -> GrammarSpec | None:
+    names = [tool.get("function", tool).get("name") for tool in chat.tools or ()]
+    if chat.tool_choice not in ("auto", "none", "required", *names):
+        raise RequestError(
+            f"tool_choice names {chat.tool_choice!r}; the tools are {', '.join(map(str, names)) or 'none'}."
+        )
+    spec = grammar.response_format(chat.response_format, reasoning) if chat.response_format else None
+    if chat.tool_choice in ("auto", "none"):
+        strict = [tool for tool in chat.tools or () if tool.get("function", tool).get("strict")]
+        if strict and spec is None and chat.tool_choice == "auto":
+            return grammar.tool_calls(chat.tools, "auto", reasoning)
+        return spec
+    if spec is not None:
+        raise RequestError("response_format and a tool_choice that demands a call contradict each other; give one.")
+    if not names:
+        raise RequestError(f"tool_choice is {chat.tool_choice!r}, but there are no tools.")
+    return grammar.tool_calls(chat.tools, chat.tool_choice, reasoning)
+
+
+class TurnParser:
+    """One continuation's text taken apart as it comes, and its tokens counted."""
+
+    def __init__(self, frontend: Frontend, prepared: PreparedTurn):
+        self._splitter = ReasoningSplitter(prepared.reasoning)
+        self._calls = None if prepared.parsed is None else ToolCallParser(prepared.parsed)
+        self._close_id = frontend.tokenizer.token_to_id(CLOSE)
+        self._in_reasoning = prepared.reasoning
+        self.ids: list[int] = []
+        self.reasoning_tokens = 0
+        self.called = False  # whether a tool call is complete
+
+    def push(self, update: Update) -> list[TurnEvent]:
+        """What an update makes certain; with the last one, all that is left."""
+        for id in update.ids:
+            self.ids.append(id)
+            self.reasoning_tokens += self._in_reasoning
+            self._in_reasoning &= id != self._close_id
+        events = self._take(self._splitter.push(update.text))
+        if update.finish_reason:
+            events += self._take(self._splitter.finish())
+            events += self._calls.finish() if self._calls else []
+        # What was announced as a call and is none stays what it is to the client: a call that was cut.
+        self.called |= any(isinstance(event, CallFinished) for event in events)
+        return events
+
+    def _take(self, split) -> list[TurnEvent]:
+        events: list[TurnEvent] = [Reasoning(split.reasoning)] if split.reasoning else []
+        if split.content:
+            events += self._calls.push(split.content) if self._calls else [Content(split.content)]
+        return events
+
+
+__all__ = [
+    "CallCut",
+    "CallFinished",
+    "CallStarted",
+    "Content",
+    "Conversation",
+    "PreparedTurn",
+    "Reasoning",
+    "TurnEvent",
+    "TurnParser",
+    "prepare",
+]
