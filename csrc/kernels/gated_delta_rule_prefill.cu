@@ -12,7 +12,7 @@ namespace {
 using namespace delta_rule_prefill;
 
 constexpr int kThreads = 512;  // scan, two preparing warpgroups, and one of which two warps work
-constexpr int kScanRegisters = 240, kPrepareRegisters = 112, kMoveRegisters = 40;  // per thread; 512 in all
+constexpr int kScanRegisters = 208, kPrepareRegisters = 128, kMoveRegisters = 40;  // per thread; 512 in all
 constexpr int kNoSnapshot = INT32_MAX;
 
 // Place of a thread in an accumulator: rows `row` and `row` + 8 are value columns, pairs of columns start at `column`.
@@ -261,21 +261,35 @@ __device__ __forceinline__ void prepare_chunks(const GatedDeltaRulePrefill& p, c
 #pragma unroll 1
     for (int chunk = preparer; chunk < at.chunks; chunk += kPreparers) {
         const int stage = chunk % kStages;
+        // The stage's last chunk was perhaps another preparer's: only `empty` tells that its `raw` phase is over.
         if (chunk >= kStages) ptx::mbarrier_wait(&shared.empty[stage], (chunk / kStages - 1) & 1);
+        if (threadIdx.x % kGroupThreads < 32) gates(p, at, chunk, shared.stages[stage].factors);
+        ptx::mbarrier_wait(&shared.raw[stage], chunk / kStages & 1);
         prepare(p, at, chunk, shared.stages[stage], shared.scratch[preparer], 1 + preparer);
         ptx::mbarrier_arrive(&shared.full[stage]);
     }
 }
 
-__device__ __forceinline__ void load_values(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
-                                            Shared& shared) {
-    const int column = (2 * p.key_heads + at.value_head) * kDim + at.column;
+// By one thread: the chunk's keys and queries for the preparers, its values for the scan. Rows outside the sequence are
+// other sequences' or zero.
+__device__ __forceinline__ void load_rows(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
+                                          Shared& shared) {
+    constexpr int kPanelColumns = 64;
+    const int query = at.key_head * kDim, key = query + p.key_heads * kDim;
+    const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
 #pragma unroll 1
     for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        const int stage = chunk % kStages;
+        const int stage = chunk % kStages, row = at.row(chunk);
+        Stage& tiles = shared.stages[stage];
+        uint64_t *raw = &shared.raw[stage], *full = &shared.full[stage];
         if (chunk >= kStages) ptx::mbarrier_wait(&shared.empty[stage], (chunk / kStages - 1) & 1);
-        ptx::mbarrier_arrive_expect_tx(&shared.full[stage], sizeof(Stage::value));
-        ptx::tma_load(shared.stages[stage].value, &map, &shared.full[stage], {column, at.row(chunk)});
+        ptx::mbarrier_arrive_expect_tx(raw, sizeof(Stage::key) + sizeof(Stage::query));
+        for (int panel = 0; panel < 2; ++panel) {
+            ptx::tma_load(tiles.key + panel * kPanel, &map, raw, {key + panel * kPanelColumns, row});
+            ptx::tma_load(tiles.query + panel * kPanel, &map, raw, {query + panel * kPanelColumns, row});
+        }
+        ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage::value));
+        ptx::tma_load(tiles.value, &map, full, {value, row});
     }
 }
 
@@ -300,11 +314,12 @@ __device__ __forceinline__ void store_outputs(const GatedDeltaRulePrefill& p, co
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap values) {
+    prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows) {
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
+            ptx::mbarrier_init(&shared.raw[i], 1);
             ptx::mbarrier_init(&shared.full[i], kGroupThreads + 1);
             ptx::mbarrier_init(&shared.empty[i], kGroupThreads / 32);
         }
@@ -329,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::cluster_wait();
     } else {
         ptx::register_decrease<kMoveRegisters>();
-        if (threadIdx.x == kThreads - kGroupThreads) load_values(p, at, values, shared);
+        if (threadIdx.x == kThreads - kGroupThreads) load_rows(p, at, rows, shared);
         if (ptx::warp_id() == kThreads / 32 - 1) store_outputs(p, at, shared);
         ptx::cluster_arrive();
         ptx::cluster_wait();
@@ -346,14 +361,14 @@ bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& p) {
 
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_t stream) {
     if (!gated_delta_rule_prefill_supported(p)) return cudaErrorInvalidValue;
-    CUtensorMap values{};
+    CUtensorMap rows{};
     if (p.tokens > 0) {
         const auto channels = static_cast<uint64_t>(2 * p.key_heads + p.value_heads) * kDim;
         const TensorLayout<2> layout{.base = p.qkv,
                                      .sizes = {channels, static_cast<uint64_t>(p.tokens)},
                                      .strides = {2, static_cast<uint64_t>(p.qkv_stride) * 2},
                                      .box = {kColumns, kChunk}};
-        const auto status = encode_tensor_map(&values, TensorElement::kBf16, layout, Swizzle::k128);
+        const auto status = encode_tensor_map(&rows, TensorElement::kBf16, layout, Swizzle::k128);
         if (status != cudaSuccess) return status;
     }
     const LaunchConfig config{.grid = dim3(kDim / kColumns, p.value_heads, p.sequences),
@@ -362,7 +377,7 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
                               .stream = stream,
                               .cluster = dim3(kDim / kColumns),
                               .programmatic = true};
-    return launch(prefill_kernel, config, p, values);
+    return launch(prefill_kernel, config, p, rows);
 }
 
 }  // namespace tokenspeed

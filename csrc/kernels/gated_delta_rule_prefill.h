@@ -54,7 +54,7 @@ struct Shared {
     Stage stages[kStages];
     Scratch scratch[kPreparers];
     __nv_bfloat16 output[2][kPanel];
-    uint64_t full[kStages], empty[kStages];
+    uint64_t raw[kStages], full[kStages], empty[kStages];
     uint64_t output_full[2], output_empty[2];
 };
 
@@ -111,35 +111,27 @@ struct Split {
     }
 };
 
-// Rows of 128 elements -> fp16 tile of rows of norm 1/r, and r in [1, 2) times `factor`. The tile holds the raw
-// elements times a power of two, so it is exact; the rest of the norm waits in fp32.
-__device__ __forceinline__ void normalise_rows(const __nv_bfloat16* rows, int64_t stride, int begin, int end,
-                                               __half* tile, float* scale, float factor) {
-    constexpr int kPasses = 8, kRows = kChunk / kPasses;  // sixteen lanes a row
-    const int t = threadIdx.x % kGroupThreads, piece = t % 16;
-    uint4 raw[kPasses];
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = pass * kRows + t / 16;
-        raw[pass] = uint4{};
-        if (row >= begin && row < end) raw[pass] = ptx::load_16_read_only(rows + row * stride + piece * 8);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = pass * kRows + t / 16;
-        const Float8 x = unpack(raw[pass]);
-        const float inverse = rsqrtf(warp_sum<16>(sum_of_squares(x)) + 1e-6f);
-        const float power = __uint_as_float(__float_as_uint(inverse) & 0x7f800000u);
-        if (piece == 0) {
-            scale[row] = factor * __uint_as_float((__float_as_uint(inverse) & 0x007fffffu) | 0x3f800000u);
-        }
-        uint4 packed;
+// Turns the raw rows of a tile, 128 bf16 elements each in two panels, into fp16 rows of norm 1/2 to 1 in place, and
+// leaves what makes them unit vectors, times `factor`. The elements are only multiplied by a power of two, so they stay
+// exact; the rest of the norm waits in fp32. Rows outside the sequence become zeros.
+__device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end, float* scale, float factor) {
+    const int t = threadIdx.x % kGroupThreads, piece = t % 16;  // sixteen lanes a row
+    auto* panel = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
+#pragma unroll 4
+    for (int row = t / 16; row < kChunk; row += kGroupThreads / 16) {
+        auto& packed = *reinterpret_cast<uint4*>(panel + place(row, piece % 8));
+        const Float8 x = unpack(row >= begin && row < end ? packed : uint4{});
+        const float squares = warp_sum<16>(sum_of_squares(x));
+        const uint32_t exponent = __float_as_uint(rsqrtf(max(squares, 1e-30f))) & 0x7f800000u;
+        const float power = __uint_as_float(exponent);
         packed.x = pack<__half>(x.v[0] * power, x.v[1] * power);
         packed.y = pack<__half>(x.v[2] * power, x.v[3] * power);
         packed.z = pack<__half>(x.v[4] * power, x.v[5] * power);
         packed.w = pack<__half>(x.v[6] * power, x.v[7] * power);
-        auto* panel = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
-        *reinterpret_cast<uint4*>(panel + place(row, piece % 8)) = packed;
+        if (piece == 0) {
+            const float inverse_power = __uint_as_float(0x7f000000u - exponent);
+            scale[row] = factor * rsqrtf(squares + 1e-6f) * inverse_power;
+        }
     }
 }
 
@@ -184,33 +176,23 @@ __device__ __forceinline__ void derive(TokenFactors& factors, int token) {
     if (token == kChunk - 1) factors.decay = from_start;
 }
 
-// Splits the products into P, a tile, and L: fp16 pairs left of the diagonal blocks, fp32 within them. All of a
-// thread's rows lie in the block row of its warp.
-__device__ __forceinline__ void apply_decays(const float (&kk)[32], const float (&qk)[32], Stage& stage,
-                                             Scratch& scratch) {
+// k k^T -> L, strictly lower: fp16 pairs beside the diagonal blocks, fp32 within them. All rows of a thread lie in the
+// block row of its warp.
+__device__ __forceinline__ void store_lower(const float (&kk)[32], Stage& stage, Scratch& scratch) {
     const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
     const TokenFactors& factors = stage.factors;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = 16 * warp + 8 * h + lane / 4;
-        const float total = factors.total[row], query_scale = factors.query_scale[row];
-        const float key_scale = factors.beta[row] * factors.key_scale[row];
+        const float total = factors.total[row], scale = factors.beta[row] * factors.key_scale[row];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const int column = 8 * j + lane % 4 * 2;
-            if (j / 2 > warp) {
-                pair_at(stage.attention, row, column) = 0;
-                pair_at(stage.solve, row, column) = 0;
-                continue;
-            }
             const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
             const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
-            const float left = column <= row ? scales.x * ptx::exp2_approximate(total - totals.x) : 0.0f;
-            const float right = column < row ? scales.y * ptx::exp2_approximate(total - totals.y) : 0.0f;
-            pair_at(stage.attention, row, column) =
-                pack<__half>(qk[4 * j + 2 * h] * query_scale * left, qk[4 * j + 2 * h + 1] * query_scale * right);
-            const float2 lower = {column < row ? kk[4 * j + 2 * h] * key_scale * left : 0.0f,
-                                  column + 1 < row ? kk[4 * j + 2 * h + 1] * key_scale * right : 0.0f};
+            const float left = kk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
+            const float right = kk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
+            const float2 lower = {column < row ? left : 0.0f, column + 1 < row ? right : 0.0f};
             if (j / 2 == warp) {
                 *reinterpret_cast<float2*>(scratch.diagonal[warp] + row % 16 * 16 + column % 16) = lower;
             } else {
@@ -218,6 +200,27 @@ __device__ __forceinline__ void apply_decays(const float (&kk)[32], const float 
                 pair_at(stage.solve, row, column) = split.high;
                 pair_at(scratch.low, row, column) = split.low;
             }
+        }
+    }
+}
+
+// q k^T -> P, lower with its diagonal.
+__device__ __forceinline__ void store_attention(const float (&qk)[32], Stage& stage) {
+    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const TokenFactors& factors = stage.factors;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = 16 * warp + 8 * h + lane / 4;
+        const float total = factors.total[row], scale = factors.query_scale[row];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int column = 8 * j + lane % 4 * 2;
+            const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
+            const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
+            const float left = qk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
+            const float right = qk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
+            pair_at(stage.attention, row, column) =
+                pack<__half>(column <= row ? left : 0.0f, column < row ? right : 0.0f);
         }
     }
 }
@@ -334,34 +337,35 @@ __device__ __forceinline__ void invert(Stage& stage, Scratch& scratch, uint32_t 
     }
 }
 
-// One chunk, by one warpgroup: fills everything of the stage but the values.
+// One chunk, by one warpgroup: turns the raw keys and queries of the stage into all that the scan needs but the values.
 __device__ __forceinline__ void prepare(const GatedDeltaRulePrefill& p, const Work& at, int chunk, Stage& stage,
                                         Scratch& scratch, uint32_t barrier) {
     const int t = threadIdx.x % kGroupThreads, begin = at.begin(chunk), end = at.end(chunk);
-    const auto* rows = p.qkv + at.row(chunk) * p.qkv_stride + at.key_head * kDim;
-    if (t < 32) gates(p, at, chunk, stage.factors);
-    normalise_rows(rows + p.key_heads * kDim, p.qkv_stride, begin, end, stage.key, stage.factors.key_scale, 1.0f);
-    normalise_rows(rows, p.qkv_stride, begin, end, stage.query, stage.factors.query_scale, kQueryScale);
+    normalise_rows(stage.key, begin, end, stage.factors.key_scale, 1.0f);
+    normalise_rows(stage.query, begin, end, stage.factors.query_scale, kQueryScale);
     ptx::fence_async_shared();
     ptx::named_barrier_sync(barrier, kGroupThreads);
 
     float kk[32], qk[32];
+    const uint64_t key = panel_descriptor(stage.key), query = panel_descriptor(stage.query);
     ptx::wgmma_fence(kk, qk);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
         const uint64_t step = (k / 4 * kPanel * 2 + k % 4 * 32) >> 4;
-        const uint64_t key = panel_descriptor(stage.key) + step;
-        ptx::wgmma<__half, 64>(kk, key, key, k > 0);
+        ptx::wgmma<__half, 64>(kk, key + step, key + step, k > 0);
     }
+    ptx::wgmma_commit();
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
         const uint64_t step = (k / 4 * kPanel * 2 + k % 4 * 32) >> 4;
-        ptx::wgmma<__half, 64>(qk, panel_descriptor(stage.query) + step, panel_descriptor(stage.key) + step, k > 0);
+        ptx::wgmma<__half, 64>(qk, query + step, key + step, k > 0);
     }
     ptx::wgmma_commit();
     if (t < kChunk) derive(stage.factors, t);
-    ptx::wgmma_wait<0>(kk, qk);
-    apply_decays(kk, qk, stage, scratch);
+    ptx::wgmma_wait<1>(kk);
+    store_lower(kk, stage, scratch);
+    ptx::wgmma_wait<0>(qk);
+    store_attention(qk, stage);
     invert(stage, scratch, barrier);
     ptx::fence_async_shared();
 }
