@@ -155,4 +155,28 @@ struct Sample {
 bool sample_supported(const Sample& arguments);
 cudaError_t sample(Sample arguments, cudaStream_t stream);
 
+// ---- gated_delta_rule_prefill.cu: see the operator of that name; dk = dv = 128. Any alignment for ring, a, b, a_log,
+// dt_bias, cursor and the index arrays.
+struct GatedDeltaRulePrefill {
+    const __nv_bfloat16* qkv;  // [tokens, (2 key_heads + value_heads) 128], stride a multiple of 8
+    const __nv_bfloat16* a;    // [tokens, value_heads], any stride
+    const __nv_bfloat16* b;
+    int64_t qkv_stride, a_stride, b_stride;
+    const float* a_log;    // [value_heads]
+    const float* dt_bias;  // [value_heads]
+    float* state;          // [slots, value_heads, 128, 128] by slot stride, the rest contiguous; so are the next two
+    const float* ring;     // [slots, ring_rows, ring_width = key_heads 128 + value_heads 128 + value_heads]
+    int32_t* cursor;       // [slots, value_heads]
+    int64_t state_stride, ring_stride, cursor_stride;
+    const int32_t* cu_seqlens;    // [sequences + 1]
+    const int32_t* context_lens;  // [sequences]
+    const int32_t* read_slot;     // [sequences]
+    const int32_t* write_slot;    // [sequences]
+    const int32_t* snapshots;     // [snapshot_count, 3]: sequence, token count, slot
+    __nv_bfloat16* out;           // [tokens, value_heads, 128] contiguous
+    int tokens, key_heads, value_heads, ring_rows, ring_width, sequences, snapshot_count;
+};
+bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& arguments);
+cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& arguments, cudaStream_t stream);
+
 }  // namespace tokenspeed

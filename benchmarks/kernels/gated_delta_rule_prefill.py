@@ -1,0 +1,82 @@
+"""The chunked gated delta rule over prefills."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..cases import Case, Inputs, Sizes, optional_peer, torch_implementation
+
+KEY_HEADS, DIM = 16, 128
+CONTEXT = 640  # tokens before the call: a state is read, and chunks are whole
+_fla_chunk = optional_peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+
+
+def _fla(qkv: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, state: Tensor, *rest) -> Tensor:
+    """The same work from the same raw tensors; equal lengths make a batch of it, so nothing is listed on the host."""
+    batch, heads = len(rest[3]), state.shape[1]
+    keys = KEY_HEADS * DIM
+    q, k, v = (x.unflatten(0, (batch, -1)).unflatten(2, (-1, DIM)) for x in qkv.split([keys, keys, heads * DIM], 1))
+    return _fla_chunk(
+        q,
+        k,
+        v,
+        a.unflatten(0, (batch, -1)),
+        b.unflatten(0, (batch, -1)),
+        initial_state=state[:batch],
+        output_final_state=True,
+        state_v_first=True,
+        use_qk_l2norm_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        use_gate_in_kernel=True,
+        A_log=a_log,
+        dt_bias=dt_bias,
+    )[0]
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    """Short and long prompts of one sequence, then batches, at the value heads of the published models."""
+    tokens = sizes.prefill
+    shapes = [(32, 1, tokens // 4), (32, 1, tokens), (32, 1, 4 * tokens), (64, 1, tokens), (64, 4, tokens)]
+    shapes += [(16, 1, tokens), (48, 1, tokens), (32, 16, tokens // 64)]
+    for heads, batch, length in shapes:
+        for snapshots in (0, 1) if (heads, batch, length) == shapes[1] else (0,):
+
+            def prefill(draw: Inputs, heads=heads, batch=batch, length=length, snapshots=snapshots) -> tuple:
+                slots = draw.integers(range(batch))
+                return (
+                    draw.randn(batch * length, (2 * KEY_HEADS + heads) * DIM),
+                    draw.randn(batch * length, heads),
+                    draw.randn(batch * length, heads),
+                    draw.randn(heads, dtype=torch.float32),
+                    draw.randn(heads, dtype=torch.float32),
+                    draw.randn(batch + snapshots, heads, DIM, DIM, dtype=torch.float32),
+                    draw.randn(batch + snapshots, 8, (KEY_HEADS + heads) * DIM + heads, dtype=torch.float32),
+                    draw.integers([[CONTEXT] * heads] * (batch + snapshots)),
+                    draw.integers([i * length for i in range(batch + 1)]),
+                    draw.integers([CONTEXT] * batch),
+                    slots,
+                    slots,
+                    draw.integers([(0, CONTEXT + length // 2 - 5, batch)] * snapshots).reshape(-1, 3),
+                    length,
+                )
+
+            rows = batch * length * (2 * KEY_HEADS + 2 * heads) * DIM * 2 + batch * length * heads * 4
+            states = (2 * batch + snapshots) * heads * DIM * DIM * 4
+            # Per token and head: products with the state three times, with the chunk's A and P, and k k^T, q k^T.
+            flops = batch * length * heads * 2 * (3 * DIM * DIM + 2 * 64 * DIM + 2 * 64 * DIM)
+            shape = f"{KEY_HEADS}:{heads} heads, {batch} x {length} tokens" + (", 1 snapshot" if snapshots else "")
+            peers = {"flash-linear-attention": _fla if _fla_chunk else None}
+            if (heads, batch, length) == shapes[0]:  # elsewhere it takes tens of milliseconds
+                peers["torch"] = torch_implementation("gated_delta_rule_prefill")
+            run = torch.ops.tokenspeed.gated_delta_rule_prefill.default
+            yield Case(
+                "gated_delta_rule_prefill",
+                shape,
+                rows + states,
+                prefill,
+                run,
+                flops=flops,
+                peers=peers,
+                ceiling="matmul",
+            )

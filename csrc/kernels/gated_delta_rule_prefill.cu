@@ -1,0 +1,383 @@
+// HEADER
+//
+// budget: prefill_kernel registers<=128 shared<=0 hot sass=HGMMA
+#include <launch.h>
+#include <ptx_tma.h>
+
+#include "gated_delta_rule_prefill.h"
+
+namespace tokenspeed {
+namespace {
+
+using namespace delta_rule_prefill;
+
+constexpr int kThreads = 512;  // scan, two preparing warpgroups, and one of which two warps work
+constexpr int kScanRegisters = 208, kPrepareRegisters = 128, kMoveRegisters = 40;  // per thread; 512 in all
+constexpr int kNoSnapshot = INT32_MAX;
+
+// Place of a thread in an accumulator: rows `row` and `row` + 8 are value columns, pairs of columns start at `column`.
+struct Lane {
+    int row, column;
+    __device__ Lane() : row(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4), column(threadIdx.x % 4 * 2) {}
+};
+
+// The 64 x 128 part of a slot's state that belongs to the block.
+__device__ __forceinline__ float* state_of(const GatedDeltaRulePrefill& p, const Work& at, int slot) {
+    return p.state + slot * p.state_stride + (static_cast<int64_t>(at.value_head) * kDim + at.column) * kDim;
+}
+
+__device__ __forceinline__ float2& pair_of(float* state, const Lane& lane, int j, int h) {
+    return *reinterpret_cast<float2*>(state + (lane.row + 8 * h) * kDim + 8 * j + lane.column);
+}
+
+__device__ __forceinline__ void store_state(float* state, const float (&s)[64]) {
+    const Lane lane;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) pair_of(state, lane, i / 2, i % 2) = float2{s[2 * i], s[2 * i + 1]};
+}
+
+// The state after `context` tokens: the slot's, then the updates that still wait in its ring, oldest first.
+__device__ __forceinline__ void load_state(const GatedDeltaRulePrefill& p, const Work& at, float (&s)[64]) {
+    const Lane lane;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) s[i] = 0;
+    if (at.context == 0) return;
+    float* state = state_of(p, at, at.read_slot);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const float2 pair = pair_of(state, lane, i / 2, i % 2);
+        s[2 * i] = pair.x;
+        s[2 * i + 1] = pair.y;
+    }
+    const int cursor = p.cursor[at.read_slot * p.cursor_stride + at.value_head];
+#pragma unroll 1
+    for (int token = max(max(cursor, at.context - p.ring_rows), 0); token < at.context; ++token) {
+        const float* update = p.ring + at.read_slot * p.ring_stride + token % p.ring_rows * int64_t{p.ring_width};
+        const float* key = update + at.key_head * kDim + lane.column;
+        const float* u = update + (p.key_heads + at.value_head) * kDim + at.column + lane.row;
+        const float decay = expf(update[(p.key_heads + p.value_heads) * kDim + at.value_head]);
+        const float of_row[2] = {u[0], u[8]};
+#pragma unroll
+        for (int i = 0; i < 64; ++i) s[i] = decay * s[i] + of_row[i / 2 % 2] * key[i / 4 * 8 + i % 2];
+    }
+}
+
+// The smallest token count beyond `count` at which the sequence's state is asked for. By whole warps.
+__device__ __forceinline__ int next_snapshot(const GatedDeltaRulePrefill& p, const Work& at, int count) {
+    int next = kNoSnapshot;
+    for (int i = threadIdx.x % 32; i < p.snapshot_count; i += 32) {
+        const int32_t* row = p.snapshots + 3 * i;
+        if (row[0] == at.sequence && row[2] >= 0 && row[1] > count) next = min(next, row[1]);
+    }
+    return __reduce_min_sync(0xffffffffu, next);
+}
+
+// Calls what(token count, slot) for the sequence's snapshots with first < count <= last.
+template <typename Function>
+__device__ __forceinline__ void for_snapshots(const GatedDeltaRulePrefill& p, const Work& at, int first, int last,
+                                              Function what) {
+#pragma unroll 1
+    for (int i = 0; i < p.snapshot_count; ++i) {
+        const int32_t* row = p.snapshots + 3 * i;
+        if (row[0] == at.sequence && row[2] >= 0 && row[1] > first && row[1] <= last) what(row[1], row[2]);
+    }
+}
+
+// Turns the state before the chunk, which this thread has stored at `state`, into that after the token at place `last`:
+// e^{G_last} S + sum_{t <= last} e^{G_last - G_t} v'_t k_t^T. `updates` are the chunk's V' transposed.
+__device__ __forceinline__ void finish_snapshot(const Stage& stage, const float (&updates)[32], int last,
+                                                float* state) {
+    const Lane lane;
+    const TokenFactors& factors = stage.factors;
+    const float total = factors.total[last];
+    uint32_t weighted[4][4];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int token = 8 * j + lane.column;
+        const float left =
+            token <= last ? ptx::exp2_approximate(total - factors.total[token]) * factors.key_scale[token] : 0.0f;
+        const float right = token < last
+                                ? ptx::exp2_approximate(total - factors.total[token + 1]) * factors.key_scale[token + 1]
+                                : 0.0f;
+        weighted[j / 2][j % 2 * 2] = pack<__half>(updates[4 * j] * left, updates[4 * j + 1] * right);
+        weighted[j / 2][j % 2 * 2 + 1] = pack<__half>(updates[4 * j + 2] * left, updates[4 * j + 3] * right);
+    }
+    const float decay = ptx::exp2_approximate(total);
+#pragma unroll 1
+    for (int block = 0; block < kDim / 16; ++block) {
+        float sum[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint32_t key[4];
+            load_block(key, stage.key + block / 4 * kPanel, k, block % 4);
+            ptx::mma_m16n8k16<__half>(sum[0], weighted[k], key[0], key[1]);
+            ptx::mma_m16n8k16<__half>(sum[1], weighted[k], key[2], key[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float2& pair = pair_of(state, lane, 2 * block + i / 2, i % 2);
+            pair = float2{decay * pair.x + sum[i / 2][i % 2 * 2], decay * pair.y + sum[i / 2][i % 2 * 2 + 1]};
+        }
+    }
+}
+
+// Shared address of the 8 x 8 blocks that the thread's lane names for ldmatrix / stmatrix with four of them: tokens 8 j
+// .. 8 j + 15, the sixteen value columns of its warp. Transposed, they are accumulators 4 j .. 4 j + 7 of the thread.
+__device__ __forceinline__ uint32_t columns_of_warp(const void* tile, int j) {
+    const int lane = threadIdx.x % 32, token = 8 * (j + lane / 16) + lane % 8;
+    return ptx::shared_address(tile) + place(token, threadIdx.x / 32 * 2 + lane / 8 % 2);
+}
+
+// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers.
+__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
+    const Lane lane;
+    float s[64];
+    load_state(p, at, s);
+    ptx::cluster_arrive();  // the cursor has been read
+    int snapshot = next_snapshot(p, at, 0);
+
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        Stage& stage = shared.stages[chunk % kStages];
+        const TokenFactors& factors = stage.factors;
+        const int first = (at.first_chunk + chunk) * kChunk, last = first + kChunk;
+        const bool has_snapshot = snapshot <= last;
+        if (has_snapshot) {
+            for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
+        }
+        uint32_t state[8][4];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) state[i / 4][i % 4] = pack<__half>(s[2 * i], s[2 * i + 1]);
+        ptx::mbarrier_wait(&shared.full[chunk % kStages], chunk / kStages & 1);
+
+        float x[32], out[32];
+        const uint64_t key = panel_descriptor(stage.key), query = panel_descriptor(stage.query);
+        ptx::wgmma_fence(x, out);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            ptx::wgmma<__half, 64>(x, state[k], key + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4), k > 0);
+        }
+        ptx::wgmma_commit();
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            ptx::wgmma<__half, 64>(out, state[k], query + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4), k > 0);
+        }
+        ptx::wgmma_commit();
+        const float decay = factors.decay;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) s[i] *= decay;
+        uint32_t value[8][2];
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            uint32_t blocks[4];
+            ptx::ldmatrix_x4_transposed(blocks, columns_of_warp(stage.value, j));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[j + i / 2][i % 2] = blocks[i];
+        }
+
+        // The right-hand side beta (v - e^G S k), transposed. Where beta is 0 the value may be another sequence's.
+        ptx::wgmma_wait<1>(x);
+        uint32_t operand[4][4];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float2 beta = *reinterpret_cast<const float2*>(factors.beta + 8 * j + lane.column);
+            const float2 carried = *reinterpret_cast<const float2*>(factors.carried + 8 * j + lane.column);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float left = beta.x > 0 ? beta.x * __uint_as_float(value[j][h] << 16) : 0.0f;
+                const float right = beta.y > 0 ? beta.y * __uint_as_float(value[j][h] & 0xffff0000u) : 0.0f;
+                operand[j / 2][j % 2 * 2 + h] =
+                    pack<__half>(left - carried.x * x[4 * j + 2 * h], right - carried.y * x[4 * j + 2 * h + 1]);
+            }
+        }
+        ptx::wgmma_fence(x);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 64>(x, operand[k], panel_descriptor(stage.solve) + (k * 32 >> 4), k > 0);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>(x, out);
+
+        uint32_t to_end[4][4];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float2 weight = *reinterpret_cast<const float2*>(factors.to_end + 8 * j + lane.column);
+            const float2 scale = *reinterpret_cast<const float2*>(factors.query + 8 * j + lane.column);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float left = x[4 * j + 2 * h], right = x[4 * j + 2 * h + 1];
+                to_end[j / 2][j % 2 * 2 + h] = pack<__half>(left * weight.x, right * weight.y);
+                operand[j / 2][j % 2 * 2 + h] = pack<__half>(left, right);
+                out[4 * j + 2 * h] *= scale.x;
+                out[4 * j + 2 * h + 1] *= scale.y;
+            }
+        }
+        ptx::wgmma_fence(s, out);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 128, true>(s, to_end[k], key + (k * 16 * 128 >> 4), true);
+        }
+        ptx::wgmma_commit();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 64>(out, operand[k], panel_descriptor(stage.attention) + (k * 32 >> 4), true);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>(s, out);
+
+        if (has_snapshot) {
+            for_snapshots(p, at, first, last, [&](int count, int slot) {
+                finish_snapshot(stage, x, count - 1 - first, state_of(p, at, slot));
+                if (threadIdx.x == 0 && at.column == 0) p.cursor[slot * p.cursor_stride + at.value_head] = count;
+            });
+            snapshot = next_snapshot(p, at, last);
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty[chunk % kStages]);
+
+        const int buffer = chunk % 2;
+        if (chunk >= 2) ptx::mbarrier_wait(&shared.output_empty[buffer], (chunk / 2 - 1) & 1);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            uint32_t blocks[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                blocks[i] = pack<__nv_bfloat16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
+            }
+            ptx::stmatrix_x4_transposed(columns_of_warp(shared.output[buffer], j), blocks);
+        }
+        ptx::mbarrier_arrive(&shared.output_full[buffer]);
+    }
+    if (at.write_slot >= 0) store_state(state_of(p, at, at.write_slot), s);
+    ptx::cluster_wait();  // in place, the other half has read the cursor too
+    if (at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
+        p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
+    }
+}
+
+// A preparing warpgroup takes every kPreparers-th chunk.
+__device__ __forceinline__ void prepare_chunks(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
+    const int preparer = threadIdx.x / kGroupThreads - 1;
+#pragma unroll 1
+    for (int chunk = preparer; chunk < at.chunks; chunk += kPreparers) {
+        const int stage = chunk % kStages;
+        // The stage's last chunk was perhaps another preparer's: only `empty` tells that its `raw` phase is over.
+        if (chunk >= kStages) ptx::mbarrier_wait(&shared.empty[stage], (chunk / kStages - 1) & 1);
+        if (threadIdx.x % kGroupThreads < 32) gates(p, at, chunk, shared.stages[stage].factors);
+        ptx::mbarrier_wait(&shared.raw[stage], chunk / kStages & 1);
+        prepare(p, at, chunk, shared.stages[stage], shared.scratch[preparer], 1 + preparer);
+        ptx::mbarrier_arrive(&shared.full[stage]);
+    }
+}
+
+// By one thread: the chunk's keys and queries for the preparers, its values for the scan. Rows outside the sequence are
+// other sequences' or zero.
+__device__ __forceinline__ void load_rows(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
+                                          Shared& shared) {
+    constexpr int kPanelColumns = 64;
+    const int query = at.key_head * kDim, key = query + p.key_heads * kDim;
+    const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        const int stage = chunk % kStages, row = at.row(chunk);
+        Stage& tiles = shared.stages[stage];
+        uint64_t *raw = &shared.raw[stage], *full = &shared.full[stage];
+        if (chunk >= kStages) ptx::mbarrier_wait(&shared.empty[stage], (chunk / kStages - 1) & 1);
+        ptx::mbarrier_arrive_expect_tx(raw, sizeof(Stage::key) + sizeof(Stage::query));
+        for (int panel = 0; panel < 2; ++panel) {
+            ptx::tma_load(tiles.key + panel * kPanel, &map, raw, {key + panel * kPanelColumns, row});
+            ptx::tma_load(tiles.query + panel * kPanel, &map, raw, {query + panel * kPanelColumns, row});
+        }
+        ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage::value));
+        ptx::tma_load(tiles.value, &map, full, {value, row});
+    }
+}
+
+__device__ __forceinline__ void store_outputs(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
+    const int lane = threadIdx.x % 32, piece = lane % 8;
+    const int64_t stride = static_cast<int64_t>(p.value_heads) * kDim;
+    auto* columns = p.out + at.value_head * kDim + at.column + piece * 8;
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        const int buffer = chunk % 2, begin = at.begin(chunk), end = at.end(chunk);
+        auto* rows = columns + at.row(chunk) * stride;
+        const auto* tile = reinterpret_cast<const uint8_t*>(shared.output[buffer]);
+        ptx::mbarrier_wait(&shared.output_full[buffer], chunk / 2 & 1);
+#pragma unroll 4
+        for (int token = lane / 8; token < kChunk; token += 4) {
+            const uint4 packed = *reinterpret_cast<const uint4*>(tile + place(token, piece));
+            if (token >= begin && token < end) store_16(rows + token * stride, packed);
+        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&shared.output_empty[buffer]);
+    }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows) {
+    DYNAMIC_SHARED(storage);
+    auto& shared = *reinterpret_cast<Shared*>(storage);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; ++i) {
+            ptx::mbarrier_init(&shared.raw[i], 1);
+            ptx::mbarrier_init(&shared.full[i], kGroupThreads + 1);
+            ptx::mbarrier_init(&shared.empty[i], kGroupThreads / 32);
+        }
+        for (int i = 0; i < 2; ++i) {
+            ptx::mbarrier_init(&shared.output_full[i], kGroupThreads);
+            ptx::mbarrier_init(&shared.output_empty[i], 1);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const Work at(p);
+    const uint32_t group = ptx::warp_id() / 4;
+    if (group == 0) {
+        ptx::register_increase<kScanRegisters>();
+        scan(p, at, shared);
+    } else if (group <= kPreparers) {
+        ptx::register_decrease<kPrepareRegisters>();
+        prepare_chunks(p, at, shared);
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
+    } else {
+        ptx::register_decrease<kMoveRegisters>();
+        if (threadIdx.x == kThreads - kGroupThreads) load_rows(p, at, rows, shared);
+        if (ptx::warp_id() == kThreads / 32 - 1) store_outputs(p, at, shared);
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
+    }
+}
+
+}  // namespace
+
+bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& p) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    return p.key_heads > 0 && p.value_heads % p.key_heads == 0 && p.value_heads <= 65535 && p.sequences <= 65535 &&
+           p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && aligned(p.qkv) && aligned(p.state) && aligned(p.out);
+}
+
+cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_t stream) {
+    if (!gated_delta_rule_prefill_supported(p)) return cudaErrorInvalidValue;
+    CUtensorMap rows{};
+    if (p.tokens > 0) {
+        const auto channels = static_cast<uint64_t>(2 * p.key_heads + p.value_heads) * kDim;
+        const TensorLayout<2> layout{.base = p.qkv,
+                                     .sizes = {channels, static_cast<uint64_t>(p.tokens)},
+                                     .strides = {2, static_cast<uint64_t>(p.qkv_stride) * 2},
+                                     .box = {kColumns, kChunk}};
+        const auto status = encode_tensor_map(&rows, TensorElement::kBf16, layout, Swizzle::k128);
+        if (status != cudaSuccess) return status;
+    }
+    const LaunchConfig config{.grid = dim3(kDim / kColumns, p.value_heads, p.sequences),
+                              .block = kThreads,
+                              .shared_bytes = sizeof(Shared),
+                              .stream = stream,
+                              .cluster = dim3(kDim / kColumns),
+                              .programmatic = true};
+    return launch(prefill_kernel, config, p, rows);
+}
+
+}  // namespace tokenspeed

@@ -1,0 +1,373 @@
+// What the warpgroups of gated_delta_rule_prefill.cu hand to each other, and the warpgroup that turns a chunk's raw
+// projections into the operands of the scan. See there for the algorithm.
+#pragma once
+#include <cuda_fp16.h>
+#include <ptx.h>
+#include <ptx_wgmma.h>
+#include <vector.h>
+
+#include "bf16x8.h"
+#include "kernels.h"
+#include "reduce.h"
+
+namespace tokenspeed::delta_rule_prefill {
+
+constexpr int kChunk = 64;    // tokens
+constexpr int kDim = 128;     // dk = dv
+constexpr int kColumns = 64;  // value columns of a block: half a value head
+constexpr int kStages = 3;
+constexpr int kGroupThreads = 128;   // a warpgroup
+constexpr int kPreparers = 2;        // warpgroups that prepare chunks in turn
+constexpr int kPanel = kChunk * 64;  // elements of 64 rows of 128 bytes, the widest that one swizzle spans
+constexpr float kLog2E = 1.44269504f;
+constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
+
+// Per token of a chunk; t is the token's place in it. Places outside the sequence have g = beta = 0 and k = q = 0.
+struct TokenFactors {
+    float total[kChunk];        // G_t log2(e), G_t = g_0 + ... + g_t
+    float beta[kChunk];         //
+    float key_scale[kChunk];    // r: k = r k', k' what the key tile holds
+    float query_scale[kChunk];  // r dk^-0.5, likewise
+    float carried[kChunk];      // beta e^{G_t} r of k
+    float query[kChunk];        // e^{G_t} r dk^-0.5 of q
+    float to_end[kChunk];       // e^{G_end - G_t} r of k
+    float decay;                // e^{G_end}
+};
+
+// The operands of one chunk. Tiles are [token][...] in rows of 128 bytes whose 16-byte pieces are swizzled: see
+// `place`. Keys and queries have two panels of 64 elements.
+struct alignas(1024) Stage {
+    __half key[2 * kPanel];
+    __half query[2 * kPanel];
+    __half solve[kPanel];      // A = (I + L)^-1
+    __half attention[kPanel];  // P = lower(q k^T e^{G_i - G_j}), without the scale of q'
+    __nv_bfloat16 value[kPanel];
+    TokenFactors factors;
+};
+
+struct alignas(1024) Scratch {
+    __half low[kPanel];          // what rounding to fp16 takes from L, then from A
+    float diagonal[4][16 * 16];  // a 16 x 16 block of L a warp, then its inverse
+};
+
+struct Shared {
+    Stage stages[kStages];
+    Scratch scratch[kPreparers];
+    __nv_bfloat16 output[2][kPanel];
+    uint64_t raw[kStages], full[kStages], empty[kStages];
+    uint64_t output_full[2], output_empty[2];
+};
+
+// Byte offset of a 16-byte piece of a row of 128 bytes, as TMA writes it and wgmma reads it with a 128-byte swizzle.
+__device__ __forceinline__ uint32_t place(int row, int piece) {
+    return row * 128 + ((piece ^ (row & 7)) << 4);
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t& pair_at(T* tile, int row, int column) {
+    return *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(tile) + place(row, column / 8) + column % 8 * 2);
+}
+
+// K contiguous: 16 elements further along K are 32 bytes further. With `transposed` operands (M or N contiguous) the
+// next 64 of N are one panel further, 16 of K are 16 rows.
+__device__ __forceinline__ uint64_t panel_descriptor(const void* panel) {
+    return ptx::matrix_descriptor(ptx::shared_address(panel), Swizzle::k128, kPanel * 2, 1024);
+}
+
+// What a block works on: half a value head of one sequence.
+struct Work {
+    int sequence, value_head, key_head, column;
+    int start, length, context, read_slot, write_slot;
+    int first_chunk, chunks;  // absolute number of the first chunk, and how many
+
+    __device__ explicit Work(const GatedDeltaRulePrefill& p) {
+        sequence = blockIdx.z;
+        value_head = blockIdx.y;
+        key_head = value_head / (p.value_heads / p.key_heads);
+        column = blockIdx.x * kColumns;
+        start = p.cu_seqlens[sequence];
+        length = p.cu_seqlens[sequence + 1] - start;
+        context = p.context_lens[sequence];
+        read_slot = max(p.read_slot[sequence], 0);
+        write_slot = p.write_slot[sequence];
+        first_chunk = context / kChunk;
+        chunks = length > 0 ? (context + length - 1) / kChunk - first_chunk + 1 : 0;
+    }
+
+    // The row of qkv where the chunk's place 0 is or would be, and the places that the sequence fills.
+    __device__ int row(int chunk) const { return start + (first_chunk + chunk) * kChunk - context; }
+    __device__ int begin(int chunk) const { return max(0, context - (first_chunk + chunk) * kChunk); }
+    __device__ int end(int chunk) const { return min(kChunk, context + length - (first_chunk + chunk) * kChunk); }
+};
+
+// a + b as two fp16 pairs: the rounded values and what rounding took from them.
+struct Split {
+    uint32_t high, low;
+
+    __device__ __forceinline__ Split(float a, float b) {
+        high = pack<__half>(a, b);
+        const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&high));
+        low = pack<__half>(a - rounded.x, b - rounded.y);
+    }
+};
+
+// Turns the raw rows of a tile, 128 bf16 elements each in two panels, into fp16 rows of norm 1/2 to 1 in place, and
+// leaves what makes them unit vectors, times `factor`. The elements are only multiplied by a power of two, so they stay
+// exact; the rest of the norm waits in fp32. Rows outside the sequence become zeros.
+__device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end, float* scale, float factor) {
+    const int t = threadIdx.x % kGroupThreads, piece = t % 16;  // sixteen lanes a row
+    auto* panel = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
+#pragma unroll 4
+    for (int row = t / 16; row < kChunk; row += kGroupThreads / 16) {
+        auto& packed = *reinterpret_cast<uint4*>(panel + place(row, piece % 8));
+        const Float8 x = unpack(row >= begin && row < end ? packed : uint4{});
+        const float squares = warp_sum<16>(sum_of_squares(x));
+        const uint32_t exponent = __float_as_uint(rsqrtf(max(squares, 1e-30f))) & 0x7f800000u;
+        const float power = __uint_as_float(exponent);
+        packed.x = pack<__half>(x.v[0] * power, x.v[1] * power);
+        packed.y = pack<__half>(x.v[2] * power, x.v[3] * power);
+        packed.z = pack<__half>(x.v[4] * power, x.v[5] * power);
+        packed.w = pack<__half>(x.v[6] * power, x.v[7] * power);
+        if (piece == 0) {
+            const float inverse_power = __uint_as_float(0x7f000000u - exponent);
+            scale[row] = factor * rsqrtf(squares + 1e-6f) * inverse_power;
+        }
+    }
+}
+
+// Log decays, their running sum and beta of the chunk, by one warp: two tokens a lane.
+__device__ __forceinline__ void gates(const GatedDeltaRulePrefill& p, const Work& at, int chunk,
+                                      TokenFactors& factors) {
+    const int lane = threadIdx.x % 32, begin = at.begin(chunk), end = at.end(chunk);
+    const int64_t first_row = at.row(chunk);
+    const float rate = -expf(p.a_log[at.value_head]) * kLog2E, bias = p.dt_bias[at.value_head];
+    float g[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int token = 2 * lane + i;
+        float beta = 0;
+        g[i] = 0;
+        if (token >= begin && token < end) {
+            const int64_t row = first_row + token;
+            const float x = __bfloat162float(p.a[row * p.a_stride + at.value_head]) + bias;
+            g[i] = rate * (x > 20.0f ? x : log1pf(expf(x)));
+            beta = 1.0f / (1.0f + expf(-__bfloat162float(p.b[row * p.b_stride + at.value_head])));
+        }
+        factors.beta[token] = beta;
+    }
+    float through = g[0] + g[1];
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const float other = __shfl_up_sync(0xffffffffu, through, distance);
+        if (lane >= distance) through += other;
+    }
+    const float before = __shfl_up_sync(0xffffffffu, through, 1);
+    factors.total[2 * lane] = (lane > 0 ? before : 0.0f) + g[0];
+    factors.total[2 * lane + 1] = through;
+}
+
+// Everything that follows from the gates and the scales of one token.
+__device__ __forceinline__ void derive(TokenFactors& factors, int token) {
+    const float total = factors.total[token], last = factors.total[kChunk - 1];
+    const float from_start = ptx::exp2_approximate(total);
+    factors.carried[token] = factors.beta[token] * from_start * factors.key_scale[token];
+    factors.query[token] = from_start * factors.query_scale[token];
+    factors.to_end[token] = ptx::exp2_approximate(last - total) * factors.key_scale[token];
+    if (token == kChunk - 1) factors.decay = from_start;
+}
+
+// k k^T -> L, strictly lower: fp16 pairs beside the diagonal blocks, fp32 within them. All rows of a thread lie in the
+// block row of its warp.
+__device__ __forceinline__ void store_lower(const float (&kk)[32], Stage& stage, Scratch& scratch) {
+    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const TokenFactors& factors = stage.factors;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = 16 * warp + 8 * h + lane / 4;
+        const float total = factors.total[row], scale = factors.beta[row] * factors.key_scale[row];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int column = 8 * j + lane % 4 * 2;
+            const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
+            const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
+            const float left = kk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
+            const float right = kk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
+            const float2 lower = {column < row ? left : 0.0f, column + 1 < row ? right : 0.0f};
+            if (j / 2 == warp) {
+                *reinterpret_cast<float2*>(scratch.diagonal[warp] + row % 16 * 16 + column % 16) = lower;
+            } else {
+                const Split split(lower.x, lower.y);
+                pair_at(stage.solve, row, column) = split.high;
+                pair_at(scratch.low, row, column) = split.low;
+            }
+        }
+    }
+}
+
+// q k^T -> P, lower with its diagonal.
+__device__ __forceinline__ void store_attention(const float (&qk)[32], Stage& stage) {
+    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const TokenFactors& factors = stage.factors;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = 16 * warp + 8 * h + lane / 4;
+        const float total = factors.total[row], scale = factors.query_scale[row];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int column = 8 * j + lane % 4 * 2;
+            const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
+            const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
+            const float left = qk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
+            const float right = qk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
+            pair_at(stage.attention, row, column) =
+                pack<__half>(column <= row ? left : 0.0f, column < row ? right : 0.0f);
+        }
+    }
+}
+
+// (I + L)^-1 of the warp's diagonal block in place, by substitution in fp32: one column a lane, both halves of the warp
+// alike.
+__device__ __forceinline__ void invert_diagonal(float* block) {
+    const int column = threadIdx.x % 16;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+        for (int k = 0; k < i; k += 4) {
+            const float4 row = *reinterpret_cast<const float4*>(block + i * 16 + k);
+            x[i] -= row.x * x[k];
+            if (k + 1 < i) x[i] -= row.y * x[k + 1];
+            if (k + 2 < i) x[i] -= row.z * x[k + 2];
+            if (k + 3 < i) x[i] -= row.w * x[k + 3];
+        }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 < 16) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) block[i * 16 + column] = x[i];
+    }
+    __syncwarp();
+}
+
+// The 16 x 16 block of a tile as B operand: b[0], b[1] for its columns 0..7, b[2], b[3] for 8..15.
+__device__ __forceinline__ void load_block(uint32_t (&b)[4], const __half* tile, int row_block, int column_block) {
+    const int lane = threadIdx.x % 32;
+    const int row = 16 * row_block + lane % 16, piece = 2 * column_block + lane / 16;
+    ptx::ldmatrix_x4_transposed(b, ptx::shared_address(tile) + place(row, piece));
+}
+
+// d[16 x 16] += a b with operands of twice fp16's precision, but for the product of the two low parts.
+__device__ __forceinline__ void multiply_split(float (&d)[2][4], const uint32_t (&a_high)[4],
+                                               const uint32_t (&a_low)[4], const uint32_t (&b_high)[4],
+                                               const uint32_t (&b_low)[4]) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        ptx::mma_m16n8k16<__half>(d[n], a_high, b_high[2 * n], b_high[2 * n + 1]);
+        ptx::mma_m16n8k16<__half>(d[n], a_high, b_low[2 * n], b_low[2 * n + 1]);
+        ptx::mma_m16n8k16<__half>(d[n], a_low, b_high[2 * n], b_high[2 * n + 1]);
+    }
+}
+
+// Accumulators of a 16 x 16 block as the A operand of the next product, negated.
+__device__ __forceinline__ void negated_operand(const float (&d)[2][4], uint32_t (&high)[4], uint32_t (&low)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const Split split(-d[i / 2][i % 2 * 2], -d[i / 2][i % 2 * 2 + 1]);
+        high[i] = split.high;
+        low[i] = split.low;
+    }
+}
+
+// A = (I + L)^-1 by 16 x 16 blocks: D_i the inverse of a diagonal block, E_ik = D_i L_ik, then row by row
+// A_ii = D_i, A_ij = -sum_{j <= k < i} E_ik A_kj. Warp i owns block row i; `barrier` synchronises the four.
+__device__ __forceinline__ void invert(Stage& stage, Scratch& scratch, uint32_t barrier) {
+    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const int row = lane / 4, column = lane % 4 * 2;
+    float* block = scratch.diagonal[warp];
+    __syncwarp();
+    invert_diagonal(block);
+
+    uint32_t diagonal_high[4], diagonal_low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 x = *reinterpret_cast<const float2*>(block + (row + i % 2 * 8) * 16 + column + i / 2 * 8);
+        const Split split(x.x, x.y);
+        diagonal_high[i] = split.high;
+        diagonal_low[i] = split.low;
+        const int tile_row = 16 * warp + row + i % 2 * 8, tile_column = 16 * warp + column + i / 2 * 8;
+        pair_at(stage.solve, tile_row, tile_column) = split.high;
+        pair_at(scratch.low, tile_row, tile_column) = split.low;
+    }
+    uint32_t e_high[3][4], e_low[3][4];
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+        if (k >= warp) continue;
+        uint32_t high[4], low[4];
+        load_block(high, stage.solve, warp, k);
+        load_block(low, scratch.low, warp, k);
+        float e[2][4] = {};
+        multiply_split(e, diagonal_high, diagonal_low, high, low);
+        negated_operand(e, e_high[k], e_low[k]);
+    }
+#pragma unroll 1
+    for (int step = 1; step < 4; ++step) {
+        ptx::named_barrier_sync(barrier, kGroupThreads);  // the block rows above are complete
+        if (step != warp) continue;
+#pragma unroll
+        for (int j = 0; j < 3; ++j) {
+            if (j >= warp) continue;
+            float a[2][4] = {};
+#pragma unroll
+            for (int k = j; k < 3; ++k) {
+                if (k >= warp) continue;
+                uint32_t high[4], low[4];
+                load_block(high, stage.solve, k, j);
+                load_block(low, scratch.low, k, j);
+                multiply_split(a, e_high[k], e_low[k], high, low);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Split split(a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]);
+                const int tile_row = 16 * warp + row + i % 2 * 8, tile_column = 16 * j + column + i / 2 * 8;
+                pair_at(stage.solve, tile_row, tile_column) = split.high;
+                pair_at(scratch.low, tile_row, tile_column) = split.low;
+            }
+        }
+    }
+}
+
+// One chunk, by one warpgroup: turns the raw keys and queries of the stage into all that the scan needs but the values.
+__device__ __forceinline__ void prepare(const GatedDeltaRulePrefill& p, const Work& at, int chunk, Stage& stage,
+                                        Scratch& scratch, uint32_t barrier) {
+    const int t = threadIdx.x % kGroupThreads, begin = at.begin(chunk), end = at.end(chunk);
+    normalise_rows(stage.key, begin, end, stage.factors.key_scale, 1.0f);
+    normalise_rows(stage.query, begin, end, stage.factors.query_scale, kQueryScale);
+    ptx::fence_async_shared();
+    ptx::named_barrier_sync(barrier, kGroupThreads);
+
+    float kk[32], qk[32];
+    const uint64_t key = panel_descriptor(stage.key), query = panel_descriptor(stage.query);
+    ptx::wgmma_fence(kk, qk);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        const uint64_t step = (k / 4 * kPanel * 2 + k % 4 * 32) >> 4;
+        ptx::wgmma<__half, 64>(kk, key + step, key + step, k > 0);
+    }
+    ptx::wgmma_commit();
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        const uint64_t step = (k / 4 * kPanel * 2 + k % 4 * 32) >> 4;
+        ptx::wgmma<__half, 64>(qk, query + step, key + step, k > 0);
+    }
+    ptx::wgmma_commit();
+    if (t < kChunk) derive(stage.factors, t);
+    ptx::wgmma_wait<1>(kk);
+    store_lower(kk, stage, scratch);
+    ptx::wgmma_wait<0>(qk);
+    store_attention(qk, stage);
+    invert(stage, scratch, barrier);
+    ptx::fence_async_shared();
+}
+
+}  // namespace tokenspeed::delta_rule_prefill

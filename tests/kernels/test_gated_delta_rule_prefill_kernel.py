@@ -1,0 +1,184 @@
+"""Claims about the prefill kernel of the delta rule beyond its operator's contract: pipeline, heads, ranges, length."""
+
+import pytest
+import torch
+
+from tests.kernels.launches import emulator, torch_served
+from tests.ops import reference
+from tests.ops.backends import relative_error, same_bits
+from tests.ops.gdn import Heads, Layer, Sequence, published
+from tests.ops.test_gdn_prefill import check, inputs, prefill
+
+pytest_plugins = ["tests.kernels.schedules"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(11)
+
+
+@pytest.fixture
+def card(backend):
+    if backend.emulated is not None:
+        pytest.skip("too long for the emulated device")
+    return backend
+
+
+@pytest.mark.parametrize("context", [0, 5])
+@pytest.mark.parametrize("tokens", [1, 200, 449])
+def test_more_chunks_than_stages_under_any_schedule(scheduled, tokens, context):
+    """449 tokens after 5 are eight chunks: every stage is filled again, twice."""
+    if tokens > 200 and context:
+        tokens = 65
+    snapshots = [(0, context + tokens, 2), (0, context + (tokens + 1) // 2, 0)]
+    check(Layer(scheduled, published(1), slots=3), [Sequence(context, tokens, 1, 1, min(context, 2))], snapshots)
+
+
+@pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 4), Heads(1, 3), Heads(2, 8)])
+def test_each_value_head_takes_its_key_head(backend, heads):
+    layer = Layer(backend, heads, slots=2)
+    results = []
+    qkv, a, b = inputs(layer, 20)
+    layer.prepare(0, 60, pending=2)
+    before = layer.fold(0, 60)
+    served = torch_served(lambda: results.append(prefill(layer, qkv, a, b, [Sequence(60, 20, 0, 1)])))
+    assert served == []
+    expected, states = reference.delta_rule(qkv, a, b, layer.a_log, layer.dt_bias, before)
+    backend.assert_close(results[0], expected)
+    backend.assert_state_close(layer.state[1], states[-1])
+
+
+def test_sequences_of_a_batch_do_not_see_each_other(backend):
+    """Tiles reach over the ends of a sequence, into neighbours that may hold anything."""
+    layer = Layer(backend, published(2), slots=4)
+    sequences = [Sequence(0, 10, 0, 0), Sequence(70, 30, 1, 1), Sequence(3, 15, 2, 2)]
+    for sequence in sequences:
+        layer.prepare(sequence.read, sequence.context)
+    qkv, a, b = inputs(layer, 55)
+    alone = [x.clone() for x in (qkv, a, b)]
+    state = layer.state[1].clone()
+    batch = prefill(layer, qkv, a, b, sequences)
+    after = layer.state[1].clone()
+    layer.state[1], layer.cursor[1] = state, 70
+    for x in alone:
+        x[:10], x[40:] = float("nan"), float("inf")
+    others = [Sequence(0, 10, 3, -1), Sequence(70, 30, 1, 1), Sequence(0, 15, 3, -1)]
+    assert same_bits(prefill(layer, *alone, others)[10:40], batch[10:40])
+    assert same_bits(layer.state[1], after)
+
+
+@pytest.mark.parametrize("scale", [2.0**-14, 2.0**-8, 2.0**6, 2.0**40])
+def test_keys_and_queries_of_any_magnitude(backend, scale):
+    layer = Layer(backend, published(1), slots=2)
+    qkv, a, b = inputs(layer, 70)
+    qkv[:, :256] *= scale
+    qkv[::3, :256] *= 2.0**-6
+    check(layer, [Sequence(0, 70, 1, 1)], snapshots=[(0, 33, 0)], data=(qkv, a, b))
+
+
+@pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
+def test_values_of_any_usual_magnitude(backend, scale):
+    layer = Layer(backend, published(1), slots=2)
+    qkv, a, b = inputs(layer, 70)
+    qkv[:, 256:] *= scale
+    check(layer, [Sequence(0, 70, 1, 1)], snapshots=[(0, 33, 0)], data=(qkv, a, b))
+
+
+def test_snapshots_in_one_chunk_at_its_borders_and_twice(scheduled):
+    layer = Layer(scheduled, published(1), slots=9)
+    counts = [61, 64, 65, 100, 100, 128, 129]
+    snapshots = [(0, count, slot) for slot, count in enumerate(counts, start=2)]
+    check(layer, [Sequence(60, 69, 0, 1, 1)], snapshots)
+
+
+def test_a_ring_of_any_row_width_is_folded(backend):
+    """An odd number of value heads leaves ring rows unaligned."""
+    check(Layer(backend, Heads(1, 3), slots=2, ring_rows=8), [Sequence(13, 3, 1, 1, 8)])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_every_schedule_gives_the_same_bits(backend, seed):
+    if backend.emulated is None:
+        pytest.skip("a card takes no seed")
+    results, device = [], emulator()
+    for order in (0, seed):
+        torch.manual_seed(3)
+        layer = Layer(backend, published(2), slots=3)
+        layer.prepare(0, 30)
+        device.emulator_seed(order)
+        out = prefill(layer, *inputs(layer, 150), [Sequence(30, 150, 0, 1)], [(0, 90, 2)])
+        results.append((out, layer.state[1:].clone()))
+    device.emulator_seed(0)
+    assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+
+
+def chunked_reference(qkv, a, b, layer, state):
+    """The chunked form in double precision: the recurrence's result in a time that long sequences allow."""
+    nv, dv, dk = state.shape
+    keys = (qkv.shape[1] - nv * dv) // 2
+    q, k, v = reference.exact(qkv).split([keys, keys, nv * dv], 1)
+    q, k = (
+        reference.unit(x.unflatten(1, (-1, dk))).repeat_interleave(nv * dk // keys, 1).transpose(0, 1) for x in (q, k)
+    )
+    v = v.unflatten(1, (nv, dv)).transpose(0, 1)
+    g, beta = reference.log_decay(a, layer.a_log, layer.dt_bias).T, reference.sigmoid(b).T
+    state, outputs = reference.exact(state), []
+    for start in range(0, len(qkv), 64):
+        rows = slice(start, start + 64)
+        total = g[:, rows].cumsum(1)
+        decay = (total[:, :, None] - total[:, None]).exp().tril()
+        of_beta, keys_of, queries = beta[:, rows, None], k[:, rows], q[:, rows]
+        lower = of_beta * (keys_of @ keys_of.mT) * decay
+        carried = total.exp()[..., None]
+        right = of_beta * (v[:, rows] - carried * (keys_of @ state.mT))
+        update = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+        outputs.append(carried * (queries @ state.mT) + (queries @ keys_of.mT * decay) @ update)
+        to_end = (total[:, -1:] - total).exp()[..., None]
+        state = carried[:, -1:] * state + update.mT @ (keys_of * to_end)
+    return torch.cat(outputs, 1).transpose(0, 1) / dk**0.5, state
+
+
+def test_the_chunked_reference_is_the_recurrence(backend):
+    layer = Layer(backend, published(2), slots=1)
+    state = layer.prepare(0, 64)
+    data = inputs(layer, 140)
+    expected, states = reference.delta_rule(*data, layer.a_log, layer.dt_bias, state)
+    out, after = chunked_reference(*data, layer, state)
+    assert relative_error(out, expected) < 1e-10
+    assert relative_error(after, states[-1]) < 1e-10
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("tokens", [4096, 65536])
+def test_long_sequences_stay_close_to_double_precision(card, tokens, slow):
+    layer = Layer(card, Heads(2, 4), slots=3)
+    if slow:  # almost nothing is forgotten
+        layer.a_log.fill_(-6.0)
+    state = layer.prepare(0, 64)
+    data = inputs(layer, tokens)
+    out = prefill(layer, *data, [Sequence(64, tokens, 0, 1)], [(0, 64 + tokens - 30, 2)])
+    expected, after = chunked_reference(*data, layer, state)
+    card.assert_close(out, expected)
+    card.assert_state_close(layer.state[1], after, tolerance=2e-3)
+    _, snapshot = chunked_reference(*(x[: tokens - 30] for x in data), layer, state)
+    card.assert_state_close(layer.state[2], snapshot, tolerance=2e-3)
+
+
+def test_a_thousand_calls_give_the_same_bits(card):
+    layer = Layer(card, published(2), slots=9)
+    sequences = [Sequence(64 * i + 7 * i, 150 + 31 * i, i, 4 + i) for i in range(4)]
+    for sequence in sequences:
+        layer.prepare(sequence.read, sequence.context)
+    data = inputs(layer, sum(s.length for s in sequences))
+    first = None
+    for _ in range(1000):
+        layer.state[4:] = float("nan")
+        out = prefill(layer, *data, sequences, [(3, 300, 8)])
+        now = torch.cat([out.float().flatten(), layer.state[4:].flatten()])
+        first = now if first is None else first
+        assert same_bits(now, first)
+
+
+def test_a_batch_of_more_blocks_than_the_card_holds(card):
+    layer = Layer(card, Heads(16, 32), slots=12)
+    check(layer, [Sequence(65 * i, 60 + 9 * i, i, i, i % 3) for i in range(12)])
