@@ -2,6 +2,7 @@
 #pragma once
 #include <ptx.h>
 #include <ptx_tma.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include <cstdint>
@@ -39,6 +40,55 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
     ptx::mbarrier_arrive_expect_tx(barrier, kBoxBytes);
     ptx::tma_load<5>(shared, map, barrier, {0, 0, 0, part * kv_heads + head, page});
 }
+
+// The sum over the sequences of count(sequence). By whole warps.
+template <typename Count>
+__device__ __forceinline__ int64_t count_all(int sequences, Count count) {
+    int64_t total = 0;
+    for (int sequence = threadIdx.x % 32; sequence < sequences; sequence += 32) total += count(sequence);
+    return warp_sum(total);
+}
+
+struct Located {
+    int sequence;
+    int offset;  // in what the sequence has
+};
+
+// Where item `index` lies when the sequences lay out their count(sequence) items one after the other; below the sum.
+// By whole warps.
+template <typename Count>
+__device__ __forceinline__ Located locate(int sequences, int64_t index, Count count) {
+    const int lane = threadIdx.x % 32;
+    for (int first = 0;; first += 32) {
+        const int own = first + lane < sequences ? count(first + lane) : 0;
+        int64_t through = own;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int64_t before = __shfl_up_sync(0xffffffffu, through, distance);
+            if (lane >= distance) through += before;
+        }
+        const uint32_t beyond = __ballot_sync(0xffffffffu, through > index);
+        if (beyond != 0) {
+            const int found = __ffs(static_cast<int>(beyond)) - 1;
+            return {first + found, static_cast<int>(index - __shfl_sync(0xffffffffu, through - own, found))};
+        }
+        index -= __shfl_sync(0xffffffffu, through, 31);
+    }
+}
+
+// A place in a ring of copies, and the parity of its turn.
+template <int kStages>
+struct RingPosition {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
 
 // The page ids of a sequence, 32 at a time in the lanes of a warp: id(page) costs a shuffle, and a load every 32 pages.
 class PageIds {

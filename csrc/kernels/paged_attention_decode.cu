@@ -78,15 +78,8 @@ struct Line {
     }
 };
 
-// By whole warps: lane l brings what its sequences l, l + 32, ... below `sequences` have.
-__device__ __forceinline__ int64_t count_pages(const PagedAttentionDecode& p, int sequences) {
-    int64_t pages = 0;
-    for (int sequence = threadIdx.x % 32; sequence < sequences; sequence += 32) pages += pages_of(p, sequence);
-    return warp_sum(pages);
-}
-
 __device__ __forceinline__ Line line_of(const PagedAttentionDecode& p, int64_t blocks) {
-    const int64_t pages = count_pages(p, p.sequences);
+    const int64_t pages = count_all(p.sequences, [&](int sequence) { return pages_of(p, sequence); });
     return {pages, pages * p.kv_heads * p.row_groups, blocks};
 }
 
@@ -104,26 +97,9 @@ __device__ __forceinline__ void each_segment(const PagedAttentionDecode& p, cons
     int64_t unit = line.start_of(blockIdx.x);
     const int64_t end = line.start_of(blockIdx.x + 1);
     if (unit == end) return;
-    const int lane = threadIdx.x % 32;
-    int group = static_cast<int>(unit / line.pages), sequence = 0, page = 0;
-    int64_t left = unit % line.pages;  // pages ahead of the block's first one in its group
-    for (;; sequence += 32) {
-        const int own = sequence + lane < p.sequences ? pages_of(p, sequence + lane) : 0;
-        int64_t through = own;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int64_t before = __shfl_up_sync(0xffffffffu, through, distance);
-            if (lane >= distance) through += before;
-        }
-        const uint32_t beyond = __ballot_sync(0xffffffffu, through > left);
-        if (beyond != 0) {
-            const int found = __ffs(static_cast<int>(beyond)) - 1;
-            sequence += found;
-            page = static_cast<int>(left - __shfl_sync(0xffffffffu, through - own, found));
-            break;
-        }
-        left -= __shfl_sync(0xffffffffu, through, 31);
-    }
+    int group = static_cast<int>(unit / line.pages);
+    auto [sequence, page] =
+        locate(p.sequences, unit % line.pages, [&](int candidate) { return pages_of(p, candidate); });
     while (unit < end) {
         const int pages = pages_of(p, sequence);
         const int taken = static_cast<int>(min(static_cast<int64_t>(pages - page), end - unit));
@@ -137,24 +113,10 @@ __device__ __forceinline__ void each_segment(const PagedAttentionDecode& p, cons
     }
 }
 
-struct Position {
-    int stage = 0;
-    uint32_t parity = 0;
-
-    template <int kStages>
-    __device__ __forceinline__ void next() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 template <int kTiles>
 __device__ __forceinline__ void produce(Storage<kTiles>& storage, const CUtensorMap* map, const PagedAttentionDecode& p,
                                         const Line& line) {
-    constexpr int kStages = Storage<kTiles>::kStages;
-    Position at;
+    RingPosition<Storage<kTiles>::kStages> at;
     each_segment(p, line, [&](const Segment& segment) {
         PageIds ids(p, segment.sequence, segment.first_page, segment.last_page);
         const int head = segment.group / p.row_groups;
@@ -165,7 +127,7 @@ __device__ __forceinline__ void produce(Storage<kTiles>& storage, const CUtensor
                 if (ptx::elect_one()) {
                     load_box(storage.ring[at.stage], map, &storage.full[at.stage], part, head, p.kv_heads, id);
                 }
-                at.next<kStages>();
+                at.next();
             }
         }
     });
@@ -267,7 +229,7 @@ class Consumer {
     __device__ __forceinline__ void release_box() {
         __syncwarp();
         if (lane_ == 0) ptx::mbarrier_arrive(&storage_.empty[at_.stage]);
-        at_.template next<Shared::kStages>();
+        at_.next();
     }
 
     // scores = Q K^T for the warp's 16 tokens.
@@ -438,7 +400,7 @@ class Consumer {
     int end_ = 0;      // tokens of the sequence
     int first_row_ = 0;
     int segments_ = 0;
-    Position at_;
+    RingPosition<Shared::kStages> at_;
     float maximum_[kTiles][2], sum_[kTiles][2];  // sum_: over the lane's own tokens
     int visible_[kTiles][2];                     // tokens that a row sees
     float output_[kTiles][8][4];
@@ -490,7 +452,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
     const Line line = line_of(p, blocks);
     const int group = kv_head * p.row_groups + row / rows_of_part;
-    const int64_t first_unit = group * line.pages + count_pages(p, sequence);
+    const int64_t first_unit =
+        group * line.pages + count_all(sequence, [&](int before) { return pages_of(p, before); });
     const int first = line.owner_of(first_unit), last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
     if (first == last) return;
     // The first block may have entered its range in another sequence; all others entered it in this one.
