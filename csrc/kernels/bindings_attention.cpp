@@ -47,7 +47,8 @@ std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate
     const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
     if (!shared || q.size(0) % shared->sequences != 0) return std::nullopt;
     PagedAttentionDecode arguments{*shared, static_cast<int>(q.size(0) / shared->sequences), nullptr, nullptr};
-    if (int64_t{arguments.tokens} * arguments.q_heads > kMaxGrid) return std::nullopt;
+    const int64_t rows = int64_t{arguments.tokens} * arguments.q_heads;
+    if (rows > kMaxGrid || rows * arguments.sequences * arguments.table_width > kMaxIndex) return std::nullopt;
     const int64_t slots = paged_attention_decode_shape(arguments).slots;
     Tensor out = new_tensor(q, {q.size(0), q.size(1) * q.size(2)});
     Tensor parts = new_tensor(q, {slots, kHeadDim}, ScalarType::Float);

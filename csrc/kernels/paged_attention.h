@@ -43,8 +43,8 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
 
 // The sum over the sequences of count(sequence). By whole warps.
 template <typename Count>
-__device__ __forceinline__ int64_t count_all(int sequences, Count count) {
-    int64_t total = 0;
+__device__ __forceinline__ int count_all(int sequences, Count count) {
+    int total = 0;
     for (int sequence = threadIdx.x % 32; sequence < sequences; sequence += 32) total += count(sequence);
     return warp_sum(total);
 }
@@ -57,20 +57,20 @@ struct Located {
 // Where item `index` lies when the sequences lay out their count(sequence) items one after the other; below the sum.
 // By whole warps.
 template <typename Count>
-__device__ __forceinline__ Located locate(int sequences, int64_t index, Count count) {
+__device__ __forceinline__ Located locate(int sequences, int index, Count count) {
     const int lane = threadIdx.x % 32;
     for (int first = 0;; first += 32) {
         const int own = first + lane < sequences ? count(first + lane) : 0;
-        int64_t through = own;
+        int through = own;
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
-            const int64_t before = __shfl_up_sync(0xffffffffu, through, distance);
+            const int before = __shfl_up_sync(0xffffffffu, through, distance);
             if (lane >= distance) through += before;
         }
         const uint32_t beyond = __ballot_sync(0xffffffffu, through > index);
         if (beyond != 0) {
             const int found = __ffs(static_cast<int>(beyond)) - 1;
-            return {first + found, static_cast<int>(index - __shfl_sync(0xffffffffu, through - own, found))};
+            return {first + found, index - __shfl_sync(0xffffffffu, through - own, found)};
         }
         index -= __shfl_sync(0xffffffffu, through, 31);
     }

@@ -66,21 +66,25 @@ __device__ __forceinline__ int pages_of(const PagedAttentionDecode& p, int seque
     return context < 0 ? 0 : static_cast<int>((static_cast<uint32_t>(context) + p.tokens + kPage - 1) / kPage);
 }
 
-// The line of all units, and how it is cut.
+// The line of all units, and how it is cut: the first blocks get one unit more where it does not divide.
 struct Line {
-    int64_t pages;  // of all sequences
-    int64_t units;  // pages times row groups
-    int64_t blocks;
+    int pages;   // of all sequences
+    int units;   // pages times row groups
+    int blocks;  // that have any
 
-    __device__ __forceinline__ int64_t start_of(int64_t block) const { return block * units / blocks; }
-    __device__ __forceinline__ int owner_of(int64_t unit) const {
-        return static_cast<int>(((unit + 1) * blocks - 1) / units);
+    __device__ __forceinline__ int start_of(int block) const {
+        return block * (units / blocks) + min(block, units % blocks);
+    }
+    __device__ __forceinline__ int owner_of(int unit) const {
+        const int share = units / blocks, longer = units % blocks * (share + 1);
+        return unit < longer ? unit / (share + 1) : units % blocks + (unit - longer) / share;
     }
 };
 
-__device__ __forceinline__ Line line_of(const PagedAttentionDecode& p, int64_t blocks) {
-    const int64_t pages = count_all(p.sequences, [&](int sequence) { return pages_of(p, sequence); });
-    return {pages, pages * p.kv_heads * p.row_groups, blocks};
+__device__ __forceinline__ Line line_of(const PagedAttentionDecode& p, int blocks) {
+    const int pages = count_all(p.sequences, [&](int sequence) { return pages_of(p, sequence); });
+    const int units = pages * p.kv_heads * p.row_groups;
+    return {pages, units, min(blocks, units)};
 }
 
 // A run of pages of one sequence for one row group.
@@ -93,16 +97,15 @@ struct Segment {
 // Calls visit(segment) for what this block has to do, in order. By whole warps.
 template <typename Visit>
 __device__ __forceinline__ void each_segment(const PagedAttentionDecode& p, const Line& line, Visit visit) {
-    if (line.units == 0) return;
-    int64_t unit = line.start_of(blockIdx.x);
-    const int64_t end = line.start_of(blockIdx.x + 1);
-    if (unit == end) return;
-    int group = static_cast<int>(unit / line.pages);
+    const int block = blockIdx.x;
+    if (block >= line.blocks) return;
+    int unit = line.start_of(block), group = unit / line.pages;
+    const int end = line.start_of(block + 1);
     auto [sequence, page] =
         locate(p.sequences, unit % line.pages, [&](int candidate) { return pages_of(p, candidate); });
     while (unit < end) {
         const int pages = pages_of(p, sequence);
-        const int taken = static_cast<int>(min(static_cast<int64_t>(pages - page), end - unit));
+        const int taken = min(pages - page, end - unit);
         if (taken > 0) visit(Segment{group, sequence, page, page + taken, taken == pages});
         unit += taken;
         page = 0;
@@ -452,8 +455,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
     const Line line = line_of(p, blocks);
     const int group = kv_head * p.row_groups + row / rows_of_part;
-    const int64_t first_unit =
-        group * line.pages + count_all(sequence, [&](int before) { return pages_of(p, before); });
+    const int first_unit = group * line.pages + count_all(sequence, [&](int before) { return pages_of(p, before); });
     const int first = line.owner_of(first_unit), last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
     if (first == last) return;
     // The first block may have entered its range in another sequence; all others entered it in this one.

@@ -67,9 +67,9 @@ __device__ __forceinline__ bool find_tile(const PagedAttentionPrefill& p, Tile& 
     const auto tiles_of = [&](int sequence) {
         return ((p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence]) * heads + kRows - 1) / kRows;
     };
-    const int64_t tiles = count_all(p.sequences, tiles_of);
-    if (blockIdx.x >= tiles) return false;
-    const auto [sequence, index] = locate(p.sequences, tiles - 1 - blockIdx.x, tiles_of);
+    const int tiles = count_all(p.sequences, tiles_of), from_last = blockIdx.x;
+    if (from_last >= tiles) return false;
+    const auto [sequence, index] = locate(p.sequences, tiles - 1 - from_last, tiles_of);
     const int begin = p.cu_seqlens[sequence], tokens = p.cu_seqlens[sequence + 1] - begin;
     tile.sequence = sequence;
     tile.head = blockIdx.y;
@@ -144,6 +144,7 @@ class Consumer {
             multiply_keys(scores);
             at_.next();
             wait_for_box();
+            ptx::wgmma_fence(output);  // without this second one ptxas inserts it, and serialises (C7520)
             multiply_values(output, weights, page > 1);
             ptx::wgmma_wait<1>(scores);
             release(keys);
@@ -257,6 +258,7 @@ class Consumer {
         for (int i = 0; i < kPage / 4; ++i) {
             weights[i / 4][i % 4] = pack<__nv_bfloat16>(scores[2 * i], scores[2 * i + 1]);
         }
+        ptx::hold_registers(weights);
     }
 
     // The rows of the last page beyond the sequence may hold NaN, which a weight of zero would not silence.
