@@ -16,6 +16,8 @@ inline uint64_t matrix_descriptor(uint32_t shared, Swizzle swizzle, uint32_t lea
 
 template <int kRegisters>
 void hold_registers(float (&)[kRegisters]) {}
+template <int kSteps>
+void hold_registers(uint32_t (&)[kSteps][4]) {}
 
 template <int... kRegisters>
 void wgmma_fence([[maybe_unused]] float (&... d)[kRegisters]) {

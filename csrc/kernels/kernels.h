@@ -178,5 +178,41 @@ struct GatedDeltaRulePrefill {
 };
 bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& arguments);
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& arguments, cudaStream_t stream);
+// ---- paged_attention_decode.cu, paged_attention_prefill.cu: see the operators of those names; head_dim 256, pages of
+// kPageTokens.
+constexpr int kPageTokens = 64;
+struct PagedAttention {
+    const __nv_bfloat16* q;  // [tokens, q_heads, D] by token stride
+    int64_t q_stride;
+    const __nv_bfloat16* gate;  // [tokens, q_heads, D], any strides and alignment
+    int64_t gate_token_stride, gate_head_stride, gate_stride;
+    const __nv_bfloat16* kv;  // [pages, 2, kv_heads, kPageTokens, D] by page stride
+    int64_t page_stride, pages;
+    const int32_t* page_table;  // [sequences, table_width] by table stride
+    int64_t table_stride;
+    const int32_t* context_lens;  // [sequences]
+    __nv_bfloat16* out;           // [tokens, q_heads, D] contiguous
+    int sequences, table_width, q_heads, kv_heads;
+    float scale;
+};
+struct PagedAttentionDecode : PagedAttention {
+    int tokens;          // of each sequence
+    float* parts;        // [slots of the workspace, D]; see paged_attention_decode_shape
+    float2* part_sums;   // [slots]: maximum in units of log 2, sum
+    int row_groups = 0;  // the launcher sets it
+};
+struct PagedAttentionDecodeShape {
+    int blocks;
+    int tiles;      // of 16 rows, a row group
+    int64_t slots;  // of the workspace
+};
+// How the launcher will cut the work: it looks at shapes alone.
+PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecode& arguments);
+cudaError_t paged_attention_decode(PagedAttentionDecode arguments, cudaStream_t stream);
+struct PagedAttentionPrefill : PagedAttention {
+    const int32_t* cu_seqlens;  // [sequences + 1]
+    int64_t tokens;             // of all sequences
+};
+cudaError_t paged_attention_prefill(const PagedAttentionPrefill& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

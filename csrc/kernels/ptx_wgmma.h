@@ -33,6 +33,13 @@ __device__ __forceinline__ void hold_registers(float (&d)[kRegisters]) {
     for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// The same for A fragments: call it before the fence that precedes their product.
+template <int kSteps>
+__device__ __forceinline__ void hold_registers(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+    for (int i = 0; i < kSteps * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
 // Before the first wgmma, and again after a wait: orders register accesses (accumulators, A fragments) before the
 // products.
 template <int... kRegisters>

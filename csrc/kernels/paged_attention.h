@@ -1,0 +1,125 @@
+// What the two kernels of paged attention share: the boxes of the KV arena, and the output gate.
+#pragma once
+#include <ptx.h>
+#include <ptx_tma.h>
+#include <reduce.h>
+#include <vector.h>
+
+#include <cstdint>
+
+#include "bf16x8.h"
+#include "kernels.h"
+
+namespace tokenspeed::attention {
+
+constexpr int kDim = kHeadDim;
+constexpr int kPage = kPageTokens;
+constexpr int kColumnGroup = 64;  // columns of a row that lie together in shared memory: the 128 bytes of a swizzle
+constexpr int kColumnGroups = kDim / kColumnGroup;
+constexpr int kGroupBytes = kPage * kColumnGroup * 2;
+constexpr int kBoxBytes = kColumnGroups * kGroupBytes;  // the keys or the values of one page and head
+constexpr float kLog2E = 1.44269504f;
+
+// One layer of the arena as boxes: column, token, column group, (k or v, head), page. A box arrives in shared memory as
+// four column groups of [64 tokens x 128 bytes], swizzled: the operand layout of both ldmatrix and wgmma.
+inline cudaError_t encode_boxes(CUtensorMap* map, const PagedAttention& p) {
+    const TensorLayout<5> layout{
+        .base = p.kv,
+        .sizes = {kColumnGroup, kPage, kColumnGroups, static_cast<uint64_t>(2 * p.kv_heads),
+                  static_cast<uint64_t>(p.pages)},
+        .strides = {2, kDim * 2, kColumnGroup * 2, kPage * kDim * 2, static_cast<uint64_t>(p.page_stride) * 2},
+        .box = {kColumnGroup, kPage, kColumnGroups, 1, 1}};
+    return encode_tensor_map(map, TensorElement::kBf16, layout, Swizzle::k128);
+}
+
+enum Part : int { kKeys = 0, kValues = 1 };
+
+// Starts the copy of a page's keys or values of one head; completes kBoxBytes on the barrier.
+__device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int part, int head,
+                                         int kv_heads, int page) {
+    ptx::mbarrier_arrive_expect_tx(barrier, kBoxBytes);
+    ptx::tma_load<5>(shared, map, barrier, {0, 0, 0, part * kv_heads + head, page});
+}
+
+// The sum over the sequences of count(sequence). By whole warps.
+template <typename Count>
+__device__ __forceinline__ int count_all(int sequences, Count count) {
+    int total = 0;
+    for (int sequence = threadIdx.x % 32; sequence < sequences; sequence += 32) total += count(sequence);
+    return warp_sum(total);
+}
+
+struct Located {
+    int sequence;
+    int offset;  // in what the sequence has
+};
+
+// Where item `index` lies when the sequences lay out their count(sequence) items one after the other; below the sum.
+// By whole warps.
+template <typename Count>
+__device__ __forceinline__ Located locate(int sequences, int index, Count count) {
+    const int lane = threadIdx.x % 32;
+    for (int first = 0;; first += 32) {
+        const int own = first + lane < sequences ? count(first + lane) : 0;
+        int through = own;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int before = __shfl_up_sync(0xffffffffu, through, distance);
+            if (lane >= distance) through += before;
+        }
+        const uint32_t beyond = __ballot_sync(0xffffffffu, through > index);
+        if (beyond != 0) {
+            const int found = __ffs(static_cast<int>(beyond)) - 1;
+            return {first + found, index - __shfl_sync(0xffffffffu, through - own, found)};
+        }
+        index -= __shfl_sync(0xffffffffu, through, 31);
+    }
+}
+
+// A place in a ring of copies, and the parity of its turn.
+template <int kStages>
+struct RingPosition {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// The page ids of a sequence, 32 at a time in the lanes of a warp: id(page) costs a shuffle, and a load every 32 pages.
+class PageIds {
+  public:
+    __device__ __forceinline__ PageIds(const PagedAttention& p, int sequence, int first, int last)
+        : row_(p.page_table + sequence * p.table_stride), first_(first), last_(last) {}
+
+    // Called by the whole warp with pages in rising order from `first`.
+    __device__ __forceinline__ int id(int page) {
+        const int offset = (page - first_) % 32, lane = threadIdx.x % 32;
+        if (offset == 0 && page + lane < last_) ids_ = row_[page + lane];
+        return __shfl_sync(0xffffffffu, ids_, offset);
+    }
+
+  private:
+    const int32_t* row_;
+    int first_, last_, ids_ = 0;
+};
+
+// The sigmoid of the gate of `column` of a query head.
+__device__ __forceinline__ float output_gate(const PagedAttention& p, int64_t token, int head, int column) {
+    return sigmoid(
+        __bfloat162float(p.gate[token * p.gate_token_stride + head * p.gate_head_stride + column * p.gate_stride]));
+}
+
+// Two neighbouring columns of an output row, normalised and gated.
+__device__ __forceinline__ void store_pair(const PagedAttention& p, int64_t token, int head, int column, float first,
+                                           float second) {
+    const uint32_t both = pack<__nv_bfloat16>(first * output_gate(p, token, head, column),
+                                              second * output_gate(p, token, head, column + 1));
+    *reinterpret_cast<uint32_t*>(p.out + (token * p.q_heads + head) * kDim + column) = both;
+}
+
+}  // namespace tokenspeed::attention

@@ -1,0 +1,544 @@
+// Attention of a few new tokens a sequence over paged KV, with the output gate. Contract: tokenspeed/ops/attention.py.
+//
+// Algorithm. The T tokens x (q_heads / kv_heads) query heads that read one KV head are the rows of one product, so KV
+// is read once a group: up to 64 rows a block, more in row groups. Softmax runs online over pages of 64 tokens (Milakov
+// and Gimelshein 2018), the context is split over blocks (flash-decoding, Dao et al. 2023) and the parts are merged:
+//     O = sum_i 2^{m_i - m} O_i / sum_i 2^{m_i - m} l_i,  m = max_i m_i, scores in units of log 2.
+//
+// Split. All (row group, sequence, page) stand in one line; block c of C takes units [c W / C, (c + 1) W / C). So every
+// block streams the same number of pages whatever the lengths, the grid depends on the shapes alone, and the work
+// follows from context_lens on the device: a captured graph stays right when they change. A range holds whole sequences
+// but for its ends, so a block leaves at most two parts in the workspace: slot 2 c for the sequence that it enters in
+// the middle or at its start, 2 c + 1 for the one that it leaves unfinished. Whole sequences are finished at once. A
+// second launch finds the parts of a sequence by the same arithmetic and merges them.
+//
+// Bytes. K and V once: 64 KB a page and KV head; batch 64 x 8192 tokens x 2 heads: 1.07 GB = 250 us at 4.3 TB/s. Parts:
+// 1 KB a row and block. Flops: 16 rows x 64 tokens take about 800 cycles of four warps a page, while the page takes
+// 3,500 to arrive at a multiprocessor's share of the bandwidth: latency within a page is hidden without overlap.
+//
+// Tiling. One block a multiprocessor: a producer warp keeps five or six 32 KB boxes in flight (one TMA instruction
+// each), four consumer warps compute. For the scores warp w takes tokens 16 w .. 16 w + 15 of the page, for the output
+// columns 64 w .. 64 w + 63 of all tokens, so the output needs 32 registers a 16 rows, no warp keeps a maximum of its
+// own and nothing is merged between warps; the price is two barriers of four warps a page. (Warps that own tokens to
+// the end, as in FlashMLA, need 128 registers a 16 rows and a merge of four outputs a sequence.)
+//
+// Predicted (not run yet): 16:2 heads, batch 64 x 8192: 275 us; batch 1 x 32768: 64 MB in 15.6 us + start 2 us + merge
+// 2 us = 20 us.
+//
+// budget: decode_kernel registers<=255 hot sass=HMMA
+// budget: merge_kernel registers<=64 hot
+#include <launch.h>
+#include <ptx.h>
+#include <reduce.h>
+
+#include <algorithm>
+
+#include "paged_attention.h"
+
+namespace tokenspeed {
+namespace {
+
+using namespace attention;
+
+constexpr int kTileRows = 16;
+constexpr int kWarps = 4;
+constexpr int kConsumers = kWarps * 32;
+constexpr int kThreads = kConsumers + 32;
+constexpr int kMergeLanes = 4;  // threads that share the parts of a quad of columns
+constexpr int kMergeThreads = kDim / 4 * kMergeLanes;
+constexpr uint32_t kConsumerBarrier = 1;
+
+template <int kTiles>
+struct Storage {
+    static constexpr int kRows = kTiles * kTileRows;
+    static constexpr int kStages = kTiles < 4 ? 6 : 5;
+
+    alignas(1024) uint8_t ring[kStages][kBoxBytes];
+    alignas(1024) uint8_t query[kRows * kDim * 2];     // rows of 512 bytes, swizzled: see query_address
+    alignas(1024) uint8_t weights[kRows * kPage * 2];  // of a page, rows of 128 bytes, swizzled
+    float maximum[kWarps][kRows];
+    float sum[kWarps][kRows];
+    uint64_t full[kStages], empty[kStages];
+};
+
+__device__ __forceinline__ int pages_of(const PagedAttentionDecode& p, int sequence) {
+    const int context = p.context_lens[sequence];
+    return context < 0 ? 0 : static_cast<int>((static_cast<uint32_t>(context) + p.tokens + kPage - 1) / kPage);
+}
+
+// The line of all units, and how it is cut: the first blocks get one unit more where it does not divide.
+struct Line {
+    int pages;   // of all sequences
+    int units;   // pages times row groups
+    int blocks;  // that have any
+
+    __device__ __forceinline__ int start_of(int block) const {
+        return block * (units / blocks) + min(block, units % blocks);
+    }
+    __device__ __forceinline__ int owner_of(int unit) const {
+        const int share = units / blocks, longer = units % blocks * (share + 1);
+        return unit < longer ? unit / (share + 1) : units % blocks + (unit - longer) / share;
+    }
+};
+
+__device__ __forceinline__ Line line_of(const PagedAttentionDecode& p, int blocks) {
+    const int pages = count_all(p.sequences, [&](int sequence) { return pages_of(p, sequence); });
+    const int units = pages * p.kv_heads * p.row_groups;
+    return {pages, units, min(blocks, units)};
+}
+
+// A run of pages of one sequence for one row group.
+struct Segment {
+    int group, sequence;
+    int first_page, last_page;
+    bool whole;  // all pages of the sequence
+};
+
+// Calls visit(segment) for what this block has to do, in order. By whole warps.
+template <typename Visit>
+__device__ __forceinline__ void each_segment(const PagedAttentionDecode& p, const Line& line, Visit visit) {
+    const int block = blockIdx.x;
+    if (block >= line.blocks) return;
+    int unit = line.start_of(block), group = unit / line.pages;
+    const int end = line.start_of(block + 1);
+    auto [sequence, page] =
+        locate(p.sequences, unit % line.pages, [&](int candidate) { return pages_of(p, candidate); });
+    while (unit < end) {
+        const int pages = pages_of(p, sequence);
+        const int taken = min(pages - page, end - unit);
+        if (taken > 0) visit(Segment{group, sequence, page, page + taken, taken == pages});
+        unit += taken;
+        page = 0;
+        if (++sequence == p.sequences) {
+            sequence = 0;
+            ++group;
+        }
+    }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void produce(Storage<kTiles>& storage, const CUtensorMap* map, const PagedAttentionDecode& p,
+                                        const Line& line) {
+    RingPosition<Storage<kTiles>::kStages> at;
+    each_segment(p, line, [&](const Segment& segment) {
+        PageIds ids(p, segment.sequence, segment.first_page, segment.last_page);
+        const int head = segment.group / p.row_groups;
+        for (int page = segment.first_page; page < segment.last_page; ++page) {
+            const int id = ids.id(page);
+            for (int part = kKeys; part <= kValues; ++part) {
+                ptx::mbarrier_wait(&storage.empty[at.stage], at.parity ^ 1);
+                if (ptx::elect_one()) {
+                    load_box(storage.ring[at.stage], map, &storage.full[at.stage], part, head, p.kv_heads, id);
+                }
+                at.next();
+            }
+        }
+    });
+}
+
+// Where the lane's row of the fragment that ldmatrix_x4 loads begins: rows of the 16 x 16 block at `chunk` (of 8
+// columns), a row `row_chunks` wide and swizzled by its lowest three bits.
+__device__ __forceinline__ uint32_t fragment_address(uint32_t base, int row, int chunk, int row_chunks) {
+    return base + static_cast<uint32_t>((row * row_chunks + (chunk ^ (row & 7))) * 16);
+}
+
+template <int kTiles>
+class Consumer {
+    using Shared = Storage<kTiles>;
+    static constexpr int kRows = Shared::kRows;
+
+  public:
+    __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionDecode& p)
+        : storage_(storage),
+          p_(p),
+          warp_(ptx::warp_id()),
+          lane_(threadIdx.x % 32),
+          log2_scale_(p.scale * kLog2E),
+          heads_(p.q_heads / p.kv_heads) {}
+
+    __device__ __forceinline__ void run(const Segment& segment) {
+        const int context = p_.context_lens[segment.sequence];
+        end_ = context + p_.tokens;
+        first_row_ = segment.group % p_.row_groups * kRows;
+        load_query(segment);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first_row_ + row_of(tile, half);
+                maximum_[tile][half] = -INFINITY;
+                sum_[tile][half] = 0;
+                visible_[tile][half] = context + min(row / heads_, p_.tokens - 1) + 1;
+            }
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output_[tile][n][i] = 0;
+            }
+        }
+        barrier();  // the queries are there
+        for (int page = segment.first_page; page < segment.last_page; ++page) consume(page * kPage);
+        finish(segment);
+    }
+
+  private:
+    __device__ __forceinline__ static void barrier() { ptx::named_barrier_sync(kConsumerBarrier, kConsumers); }
+
+    // The rows of the accumulators that a lane holds.
+    __device__ __forceinline__ int row_of(int tile, int half) const { return tile * kTileRows + half * 8 + lane_ / 4; }
+
+    __device__ __forceinline__ int rows_left() const { return p_.tokens * heads_ - first_row_; }
+
+    // Row r of a sequence is token r / heads, query head r % heads of the group; missing rows become zero.
+    __device__ __forceinline__ void load_query(const Segment& segment) {
+        constexpr int kChunks = kDim / 8;
+        const int head = segment.group / p_.row_groups * heads_;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < kRows * kChunks; i += kConsumers) {
+            const int row = i / kChunks, chunk = i % kChunks;
+            uint4 values{};
+            if (row < rows_left()) {
+                const int64_t token = static_cast<int64_t>(segment.sequence) * p_.tokens + (first_row_ + row) / heads_;
+                values = *reinterpret_cast<const uint4*>(p_.q + token * p_.q_stride +
+                                                         (head + (first_row_ + row) % heads_) * kDim + chunk * 8);
+            }
+            *reinterpret_cast<uint4*>(storage_.query + (row * kChunks + (chunk ^ (row & 7))) * 16) = values;
+        }
+    }
+
+    // One page: its first token is `position`.
+    __device__ __forceinline__ void consume(int position) {
+        float scores[kTiles][2][4];
+        wait_for_box();
+        multiply_keys(scores);
+        release_box();
+        float rescale[kTiles][2];
+        softmax(scores, rescale, position);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output_[tile][n][i] *= rescale[tile][i / 2];
+            }
+        }
+        wait_for_box();
+        multiply_values(position);
+        release_box();
+    }
+
+    __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.stage], at_.parity); }
+
+    __device__ __forceinline__ void release_box() {
+        __syncwarp();
+        if (lane_ == 0) ptx::mbarrier_arrive(&storage_.empty[at_.stage]);
+        at_.next();
+    }
+
+    // scores = Q K^T for the warp's 16 tokens.
+    __device__ __forceinline__ void multiply_keys(float (&scores)[kTiles][2][4]) {
+        constexpr int kChains = kTiles == 1 ? 2 : 1;  // independent sums, so that one hides the other's latency
+        float sums[kChains][kTiles][2][4] = {};
+        const uint32_t keys = ptx::shared_address(storage_.ring[at_.stage]);
+        const uint32_t query = ptx::shared_address(storage_.query);
+        const int token = warp_ * 16 + lane_ % 8 + lane_ / 16 * 8;
+#pragma unroll
+        for (int k = 0; k < kDim / 16; ++k) {
+            uint32_t key[4];
+            ptx::ldmatrix_x4(key, fragment_address(keys + k / 4 * kGroupBytes, token, k % 4 * 2 + lane_ / 8 % 2, 8));
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                uint32_t rows[4];
+                ptx::ldmatrix_x4(rows, fragment_address(query, tile * kTileRows + lane_ % 16, k * 2 + lane_ / 16, 32));
+                ptx::mma_m16n8k16<__nv_bfloat16>(sums[k % kChains][tile][0], rows, key[0], key[1]);
+                ptx::mma_m16n8k16<__nv_bfloat16>(sums[k % kChains][tile][1], rows, key[2], key[3]);
+            }
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                scores[tile][i / 4][i % 4] = sums[0][tile][i / 4][i % 4];
+                if (kChains > 1) scores[tile][i / 4][i % 4] += sums[kChains - 1][tile][i / 4][i % 4];
+            }
+        }
+    }
+
+    // The page's weights into shared memory, and by how much what was summed so far shrinks.
+    __device__ __forceinline__ void softmax(float (&scores)[kTiles][2][4], float (&rescale)[kTiles][2], int position) {
+        const int token = position + warp_ * 16 + lane_ % 4 * 2;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float maximum = -INFINITY;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float& score = scores[tile][i / 2][half * 2 + i % 2];
+                    // Whatever lies beyond a row's last token, NaN included, is overwritten.
+                    score = token + i / 2 * 8 + i % 2 < visible_[tile][half] ? score * log2_scale_ : -INFINITY;
+                    maximum = fmaxf(maximum, score);
+                }
+                maximum = warp_maximum<4>(maximum);
+                if (lane_ % 4 == 0) storage_.maximum[warp_][row_of(tile, half)] = maximum;
+            }
+        }
+        barrier();
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = row_of(tile, half);
+                float maximum = maximum_[tile][half];
+#pragma unroll
+                for (int warp = 0; warp < kWarps; ++warp) maximum = fmaxf(maximum, storage_.maximum[warp][row]);
+                // A row that has seen no token yet: any finite number gives weights of zero.
+                const float base = maximum == -INFINITY ? 0 : maximum;
+                rescale[tile][half] = ptx::exp2_approximate(maximum_[tile][half] - base);
+                maximum_[tile][half] = maximum;
+                float sum = 0;
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    const float first = ptx::exp2_approximate(scores[tile][n][half * 2] - base);
+                    const float second = ptx::exp2_approximate(scores[tile][n][half * 2 + 1] - base);
+                    sum += first + second;
+                    uint8_t* chunk = storage_.weights + (row * 8 + ((warp_ * 2 + n) ^ (row & 7))) * 16;
+                    reinterpret_cast<uint32_t*>(chunk)[lane_ % 4] = pack<__nv_bfloat16>(first, second);
+                }
+                sum_[tile][half] = sum_[tile][half] * rescale[tile][half] + sum;
+            }
+        }
+        barrier();
+    }
+
+    // output += weights V for the warp's 64 columns.
+    __device__ __forceinline__ void multiply_values(int position) {
+        const uint32_t values = ptx::shared_address(storage_.ring[at_.stage]) + warp_ * kGroupBytes;
+        const uint32_t weights = ptx::shared_address(storage_.weights);
+#pragma unroll
+        for (int k = 0; k < kPage / 16; ++k) {
+            uint32_t rows[kTiles][4];
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                ptx::ldmatrix_x4(rows[tile],
+                                 fragment_address(weights, tile * kTileRows + lane_ % 16, k * 2 + lane_ / 16, 8));
+            }
+            // Rows beyond the sequence may hold NaN, and a weight of zero would not silence it.
+            const int token = position + k * 16 + lane_ % 4 * 2;
+            const uint32_t low = existing(token), high = existing(token + 8);
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) {
+                uint32_t value[4];
+                ptx::ldmatrix_x4_transposed(value,
+                                            fragment_address(values, k * 16 + lane_ % 16, pair * 2 + lane_ / 16, 8));
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2], rows[tile], value[0] & low,
+                                                     value[1] & high);
+                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2 + 1], rows[tile], value[2] & low,
+                                                     value[3] & high);
+                }
+            }
+        }
+    }
+
+    // Which halves of a register with the values of `token` and the next belong to tokens of the sequence.
+    __device__ __forceinline__ uint32_t existing(int token) const {
+        return token + 1 < end_ ? 0xffffffffu : token < end_ ? 0x0000ffffu : 0u;
+    }
+
+    // Gates and stores a whole sequence, or leaves its part in the workspace.
+    __device__ __forceinline__ void finish(const Segment& segment) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float sum = warp_sum<4>(sum_[tile][half]);
+                if (lane_ % 4 == 0) storage_.sum[warp_][row_of(tile, half)] = sum;
+            }
+        }
+        barrier();
+        const bool entered_here = segments_++ == 0;
+        const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (entered_here ? 0 : 1);
+        const int head = segment.group / p_.row_groups * heads_;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = row_of(tile, half);
+                if (row >= rows_left()) continue;
+                float sum = 0;
+#pragma unroll
+                for (int warp = 0; warp < kWarps; ++warp) sum += storage_.sum[warp][row];
+                const int column = warp_ * kColumnGroup + lane_ % 4 * 2;
+                if (segment.whole) {
+                    const int64_t token =
+                        static_cast<int64_t>(segment.sequence) * p_.tokens + (first_row_ + row) / heads_;
+                    const float inverse = 1 / sum;
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) {
+                        store_pair(p_, token, head + (first_row_ + row) % heads_, column + n * 8,
+                                   output_[tile][n][half * 2] * inverse, output_[tile][n][half * 2 + 1] * inverse);
+                    }
+                } else {
+                    float* part = p_.parts + (slot * kRows + row) * kDim + column;
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) {
+                        *reinterpret_cast<float2*>(part + n * 8) =
+                            make_float2(output_[tile][n][half * 2], output_[tile][n][half * 2 + 1]);
+                    }
+                    if (warp_ == 0 && lane_ % 4 == 0) {
+                        p_.part_sums[slot * kRows + row] = make_float2(maximum_[tile][half], sum);
+                    }
+                }
+            }
+        }
+    }
+
+    Shared& storage_;
+    const PagedAttentionDecode& p_;
+    const int warp_, lane_;
+    const float log2_scale_;
+    const int heads_;  // query heads to a KV head
+    int end_ = 0;      // tokens of the sequence
+    int first_row_ = 0;
+    int segments_ = 0;
+    RingPosition<Shared::kStages> at_;
+    float maximum_[kTiles][2], sum_[kTiles][2];  // sum_: over the lane's own tokens
+    int visible_[kTiles][2];                     // tokens that a row sees
+    float output_[kTiles][8][4];
+};
+
+template <int kTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ PagedAttentionDecode p) {
+    DYNAMIC_SHARED(raw);
+    auto& storage = *reinterpret_cast<Storage<kTiles>*>(raw);
+    const uint32_t warp = ptx::warp_id();
+    if (threadIdx.x == kConsumers) {
+        ptx::prefetch_tensor_map(&map);
+        for (int stage = 0; stage < Storage<kTiles>::kStages; ++stage) {
+            ptx::mbarrier_init(&storage.full[stage], 1);
+            ptx::mbarrier_init(&storage.empty[stage], kWarps);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const Line line = line_of(p, gridDim.x);
+    if (warp == kWarps) {
+        produce(storage, &map, p, line);
+    } else {
+        Consumer<kTiles> consumer(storage, p);
+        each_segment(p, line, [&](const Segment& segment) { consumer.run(segment); });
+    }
+}
+
+// One output row: merges the parts that the blocks left, or writes zeros for padding. Nothing where a block had it all.
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const __grid_constant__ PagedAttentionDecode p, int blocks, int rows_of_part) {
+    DYNAMIC_SHARED(raw);
+    auto* sums = reinterpret_cast<float4*>(raw);  // [kMergeLanes][kDim / 4]
+    auto* weights = reinterpret_cast<float*>(sums + kMergeThreads);
+    const int sequence = blockIdx.x, heads = p.q_heads / p.kv_heads;
+    const int kv_head = blockIdx.y / (p.tokens * heads), row = blockIdx.y % (p.tokens * heads);
+    const int quad = threadIdx.x % (kDim / 4), share = threadIdx.x / (kDim / 4);
+    const int head = kv_head * heads + row % heads, column = quad * 4;
+    const int64_t token = static_cast<int64_t>(sequence) * p.tokens + row / heads;
+    auto* out = reinterpret_cast<uint2*>(p.out + (token * p.q_heads + head) * kDim + column);
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    if (p.context_lens[sequence] < 0) {
+        if (share == 0) *out = uint2{};
+        return;
+    }
+    const Line line = line_of(p, blocks);
+    const int group = kv_head * p.row_groups + row / rows_of_part;
+    const int first_unit = group * line.pages + count_all(sequence, [&](int before) { return pages_of(p, before); });
+    const int first = line.owner_of(first_unit), last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
+    if (first == last) return;
+    // The first block may have entered its range in another sequence; all others entered it in this one.
+    const auto part_of = [&](int block) {
+        const int slot = 2 * block + (block == first && line.start_of(first) != first_unit ? 1 : 0);
+        return static_cast<int64_t>(slot) * rows_of_part + row % rows_of_part;
+    };
+    float maximum = -INFINITY;
+    for (int block = first + static_cast<int>(threadIdx.x % 32); block <= last; block += 32) {
+        maximum = fmaxf(maximum, p.part_sums[part_of(block)].x);
+    }
+    maximum = warp_maximum(maximum);  // finite: every row sees the first token
+    float4 sum{};
+    float weight_sum = 0;
+#pragma unroll 8
+    for (int block = first + share; block <= last; block += kMergeLanes) {
+        const int64_t part = part_of(block);
+        const float2 state = p.part_sums[part];
+        const float4 values = *reinterpret_cast<const float4*>(p.parts + part * kDim + column);
+        const float weight = ptx::exp2_approximate(state.x - maximum);
+        weight_sum += weight * state.y;
+        sum.x += weight * values.x;
+        sum.y += weight * values.y;
+        sum.z += weight * values.z;
+        sum.w += weight * values.w;
+    }
+    sums[threadIdx.x] = sum;
+    if (quad == 0) weights[share] = weight_sum;
+    __syncthreads();
+    if (share > 0) return;
+#pragma unroll
+    for (int other = 1; other < kMergeLanes; ++other) {
+        const float4 more = sums[other * (kDim / 4) + quad];
+        sum.x += more.x;
+        sum.y += more.y;
+        sum.z += more.z;
+        sum.w += more.w;
+        weight_sum += weights[other];
+    }
+    const float inverse = 1 / weight_sum;
+    store_pair(p, token, head, column, sum.x * inverse, sum.y * inverse);
+    store_pair(p, token, head, column + 2, sum.z * inverse, sum.w * inverse);
+}
+
+template <int kTiles>
+cudaError_t launch_tiles(const PagedAttentionDecode& p, int blocks, cudaStream_t stream) {
+    CUtensorMap map;
+    if (const auto status = encode_boxes(&map, p); status != cudaSuccess) return status;
+    const auto status = launch(decode_kernel<kTiles>,
+                               {.grid = static_cast<unsigned>(blocks),
+                                .block = kThreads,
+                                .shared_bytes = sizeof(Storage<kTiles>),
+                                .stream = stream,
+                                .programmatic = true},
+                               map, p);
+    if (status != cudaSuccess) return status;
+    const auto rows = static_cast<unsigned>(p.tokens * p.q_heads);
+    return launch(merge_kernel,
+                  {.grid = dim3(static_cast<unsigned>(p.sequences), rows),
+                   .block = kMergeThreads,
+                   .shared_bytes = kMergeThreads * sizeof(float4) + kMergeLanes * sizeof(float),
+                   .stream = stream,
+                   .programmatic = true},
+                  p, blocks, Storage<kTiles>::kRows);
+}
+
+}  // namespace
+
+PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecode& p) {
+    const int rows = p.tokens * (p.q_heads / p.kv_heads);
+    const int tiles = rows <= kTileRows ? 1 : rows <= 2 * kTileRows ? 2 : 4;
+    const int groups = p.kv_heads * ((rows + tiles * kTileRows - 1) / (tiles * kTileRows));
+    const int64_t most_units = static_cast<int64_t>(groups) * p.sequences * p.table_width;
+    const auto blocks = static_cast<int>(std::min<int64_t>(multiprocessor_count(), most_units));
+    return {blocks, tiles, static_cast<int64_t>(2) * blocks * tiles * kTileRows};
+}
+
+cudaError_t paged_attention_decode(PagedAttentionDecode p, cudaStream_t stream) {
+    const PagedAttentionDecodeShape shape = paged_attention_decode_shape(p);
+    const int rows = p.tokens * (p.q_heads / p.kv_heads), rows_of_group = shape.tiles * kTileRows;
+    p.row_groups = (rows + rows_of_group - 1) / rows_of_group;
+    if (shape.tiles == 1) return launch_tiles<1>(p, shape.blocks, stream);
+    return shape.tiles == 2 ? launch_tiles<2>(p, shape.blocks, stream) : launch_tiles<4>(p, shape.blocks, stream);
+}
+
+}  // namespace tokenspeed

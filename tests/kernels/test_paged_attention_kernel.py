@@ -1,0 +1,278 @@
+"""Claims about the kernels of paged attention beyond their operators' contracts: tiles, splits, addresses."""
+
+import mmap
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.launches import emulator, torch_served
+from tests.ops import reference
+from tests.ops.backends import Backend, make_backend, relative_error, same_bits
+from tests.ops.gdn import cu_seqlens
+from tests.ops.paging import PUBLISHED, KvHeads, Pages
+from tests.ops.test_paged_attention import check_decode, check_prefill, decode, expected, prefill
+
+pytest_plugins = ["tests.kernels.schedules"]
+
+GROUPS = [4, 6, 8, 16]
+BORDERS = [0, 62, 63, 64, -1, 127, 128]
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs():
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"torch.manual_seed({seed})")  # pytest shows it beside a failure
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def blocks():
+    """Sets how many blocks a decode is cut into, at most: the emulated device's multiprocessors."""
+    make_backend("emulated")
+    library = emulator()
+    yield library.emulator_multiprocessors
+    library.emulator_multiprocessors(4)
+
+
+# One, two and four tiles of 16 rows, and two row groups: (group, tokens).
+@pytest.mark.parametrize(("group", "tokens"), [(4, 1), (6, 3), (8, 2), (16, 1), (16, 2), (16, 3), (8, 9), (16, 5)])
+def test_decode_of_every_number_of_rows_at_page_borders_under_every_schedule(scheduled, group, tokens):
+    check_decode(scheduled, KvHeads(1, group), BORDERS, tokens)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 16, 64])
+def test_every_way_to_cut_the_pages_among_blocks(blocks, count):
+    """Up to one page a block, and blocks without any; at 64 a block may hold a page that some tokens do not see."""
+    blocks(count)
+    check_decode(make_backend("emulated"), KvHeads(2, 8), [300, -1, 5, 62], 4)
+
+
+def test_a_batch_of_more_sequences_than_a_warp_has_lanes(backend):
+    contexts = [(7 * i) % 130 - 10 for i in range(70)]
+    check_decode(backend, KvHeads(1, 4), contexts, 1)
+    check_prefill(backend, KvHeads(1, 4), [(max(context, 0), i % 3) for i, context in enumerate(contexts)])
+
+
+# Rows that fill a tile of 128 exactly, miss it by a token, and leave a token for the next: (group, tokens).
+@pytest.mark.parametrize(("group", "tokens"), [(4, 31), (4, 33), (6, 21), (6, 22), (8, 16), (16, 8), (16, 9)])
+def test_prefill_at_tile_borders_under_every_schedule(scheduled, group, tokens):
+    check_prefill(scheduled, KvHeads(1, group), [(40, tokens), (0, 1), (64, tokens)])
+
+
+@pytest.mark.parametrize("context", [0, 1, 40, 62, 63, 64, 127])
+def test_prefill_whose_diagonal_crosses_pages_anywhere(backend, context):
+    check_prefill(backend, KvHeads(1, 4), [(context, 66)])
+
+
+@pytest.mark.parametrize("factor", [-4096.0, 512.0, 2.0**-100])
+def test_scores_of_any_size(backend, factor):
+    """Thousands below and above zero, where one token takes all the weight, and so small that all weigh the same."""
+    pages = Pages(backend, KvHeads(1, 8), 6)
+    row, k, v = pages.store(200)
+    pages.kv[row, 0] *= factor  # a power of two: exact
+    q, gate = pages.queries(2)
+    wanted = expected(pages, q, gate, k.double() * factor, v)
+    backend.assert_close(decode(pages, q, gate, [row], [198]), wanted)
+    backend.assert_close(prefill(pages, q, gate, [row], [198], [2]), wanted)
+
+
+def test_a_token_that_sees_only_itself_returns_its_value(backend):
+    pages = Pages(backend, KvHeads(2, 4), 3)
+    row, _, v = pages.store(1)
+    q, gate = pages.queries(1)
+    wanted = (v.repeat_interleave(4, dim=1).double() * reference.sigmoid(gate).to(v.device)).flatten(1)
+    for out in (decode(pages, q, gate, [row], [0]), prefill(pages, q, gate, [row], [0], [1])):
+        assert relative_error(out, wanted) < 4e-3  # one rounding to bf16
+
+
+def gates(backend: Backend, tokens: int, heads: int) -> dict[str, Tensor]:
+    """Gates [tokens, heads, 256] of every kind of stride."""
+    return {
+        "column first": backend.randn(256, heads, tokens).permute(2, 1, 0),
+        "one for all columns": backend.randn(tokens, heads, 1).expand(tokens, heads, 256),
+        "one for all": backend.randn(1, 1, 1).expand(tokens, heads, 256),
+        "odd address": backend.randn(tokens * heads * 256 + 1)[1:].view(tokens, heads, 256),
+    }
+
+
+@pytest.mark.parametrize("kind", ["column first", "one for all columns", "one for all", "odd address"])
+def test_gates_of_any_stride(backend, kind):
+    pages = Pages(backend, KvHeads(1, 6), 4)
+    row, k, v = pages.store(70)
+    q, _ = pages.queries(3)
+    gate = gates(backend, 3, 6)[kind]
+    wanted = expected(pages, q, gate, k, v)
+    backend.assert_close(decode(pages, q, gate, [row], [67]), wanted)
+    backend.assert_close(prefill(pages, q, gate, [row], [67], [3]), wanted)
+
+
+def test_queries_and_page_tables_may_be_views_of_wider_tensors(backend):
+    pages = Pages(backend, KvHeads(1, 8), 6)
+    row, k, v = pages.store(130)
+    wide, gate = backend.randn(2, 12, 256), pages.queries(2)[1]
+    q, table = wide[:, 4:], pages.table([row], spare=9)[:, : len(row)]
+    contexts, scale = backend.tensor([128]), 1 / 16
+    wanted = expected(pages, q, gate, k, v)
+    out = backend.op("paged_attention_decode")(q, gate, pages.kv, table, contexts, scale)
+    backend.assert_close(out, wanted)
+    ragged = (cu_seqlens(backend, [2]), contexts, 2)
+    backend.assert_close(backend.op("paged_attention_prefill")(q, gate, pages.kv, table, *ragged, scale), wanted)
+
+
+def test_pages_further_apart_than_32_bits_count(backend):
+    """Three pages, 2^31 + 8 elements apart, in memory that is mapped where it is touched."""
+    stride, heads = 2**31 + 8, KvHeads(1, 4)
+    shape, page_elements = (3, 2, 1, 64, 256), 2 * 64 * 256
+    if backend.device == "cuda":
+        arena = torch.empty(2 * stride + page_elements, dtype=torch.bfloat16, device="cuda")
+    else:
+        memory = mmap.mmap(-1, 2 * (2 * stride + page_elements), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        arena = torch.frombuffer(memory, dtype=torch.bfloat16)
+    kv = arena.as_strided(shape, (stride, 64 * 256, 64 * 256, 256, 1))
+    kv.copy_(backend.randn(*shape))
+    pages = Pages(backend, heads, 2)
+    pages.kv = kv
+    q, gate = pages.queries(2)
+    k, v = kv[[2, 0], :, 0].transpose(0, 1).reshape(2, 128, 1, 256)
+    wanted = expected(pages, q, gate, k, v)
+    backend.assert_close(decode(pages, q, gate, [[2, 0]], [126]), wanted)
+    backend.assert_close(prefill(pages, q, gate, [[2, 0]], [126], [2]), wanted)
+
+
+def test_no_order_of_threads_changes_a_bit(blocks):
+    backend, library = make_backend("emulated"), emulator()
+    blocks(3)
+    pages = Pages(backend, KvHeads(1, 8), 8)
+    row, _, _ = pages.store(310)
+    q, gate = pages.queries(18)
+    results = []
+    try:
+        for seed in range(6):
+            library.emulator_seed(seed)
+            decoded = decode(pages, q[:2], gate[:2], [row], [308])
+            results.append(torch.cat([decoded, prefill(pages, q, gate, [row], [292], [18])]))
+    finally:
+        library.emulator_seed(0)
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_kernels_serve_every_published_head_count_and_draft_length(backend, group):
+    pages = Pages(backend, PUBLISHED[group], 4)
+    row, _, _ = pages.store(70)
+    for tokens in (1, 4):
+        q, gate = pages.queries(tokens)
+        assert torch_served(lambda q=q, gate=gate, t=tokens: decode(pages, q, gate, [row], [70 - t])) == []
+        assert torch_served(lambda q=q, gate=gate, t=tokens: prefill(pages, q, gate, [row], [70 - t], [t])) == []
+
+
+def test_other_head_sizes_pages_and_types_go_to_torch(backend):
+    for heads in (KvHeads(2, 4, dim=128), KvHeads(2, 4, page=16)):
+        check_decode(backend, heads, [20, -1, 40], 2)
+        check_prefill(backend, heads, [(20, 5), (0, 3)])
+    pages = Pages(backend, KvHeads(1, 4, dim=32), 3)
+    row, _, _ = pages.store(3)
+    q, gate = pages.queries(1)
+    assert torch_served(lambda: decode(pages, q, gate, [row], [2])) == ["tokenspeed_torch::paged_attention_decode"]
+
+
+# ---- on a card: sizes that the emulated device is too slow for
+
+
+@pytest.fixture
+def card() -> Backend:
+    return make_backend("cuda")
+
+
+def filled(card: Backend, heads: KvHeads, tokens: int) -> tuple[Pages, list[int], Tensor, Tensor]:
+    """Pages of random keys and values in random order, all rows in use: the sequence's pages, k and v."""
+    pages = Pages(card, heads, -(-tokens // heads.page) + 1)
+    row = pages.free
+    pages.kv[row] = torch.randn(len(row), *pages.kv.shape[1:], device="cuda").to(pages.kv.dtype)
+    k, v = (pages.kv[row, part].transpose(1, 2).reshape(-1, heads.kv, heads.dim)[:tokens] for part in range(2))
+    return pages, row, k, v
+
+
+def exact_rows(q: Tensor, gate: Tensor, k: Tensor, v: Tensor, rows: Tensor, context: int) -> Tensor:
+    """The output of some tokens of a sequence in double precision on the card, one query head at a time."""
+    group, position = q.shape[1] // k.shape[1], torch.arange(len(k), device="cuda")
+    future = position > (context + rows)[:, None]
+    out = torch.empty(len(rows), *q.shape[1:], dtype=torch.float64, device="cuda")
+    for head in range(q.shape[1]):
+        scores = q[rows, head].double() @ k[:, head // group].double().T / 16
+        out[:, head] = scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, head // group].double()
+    return (out * gate[rows].double().sigmoid()).flatten(1)
+
+
+@pytest.mark.parametrize("tokens", [4096, 65536])
+@pytest.mark.parametrize("group", GROUPS)
+def test_long_contexts_on_a_card(card, group, tokens):
+    pages, row, k, v = filled(card, PUBLISHED[group], tokens)
+    for new in (1, 4):
+        q, gate = pages.queries(new)
+        wanted = exact_rows(q, gate, k, v, torch.arange(new, device="cuda"), tokens - new)
+        card.assert_close(decode(pages, q, gate, [row], [tokens - new]), wanted)
+    chunk = 4096 if tokens == 65536 else 3000
+    q, gate = pages.queries(chunk)
+    out = prefill(pages, q, gate, [row], [tokens - chunk], [chunk])
+    rows = torch.cat([torch.arange(40), torch.randint(chunk, (60,)), torch.arange(chunk - 40, chunk)]).cuda()
+    card.assert_close(out[rows], exact_rows(q, gate, k, v, rows, tokens - chunk))
+
+
+def test_a_long_prompt_in_one_prefill_on_a_card(card):
+    pages, row, k, v = filled(card, PUBLISHED[8], 16385)
+    q, gate = pages.queries(16385)
+    out = prefill(pages, q, gate, [row], [0], [16385])
+    rows = torch.cat([torch.arange(130), torch.randint(16385, (200,)), torch.tensor([16383, 16384])]).cuda()
+    card.assert_close(out[rows], exact_rows(q, gate, k, v, rows, 0))
+
+
+def test_a_million_tokens_on_a_card(card):
+    """Every page of the table is the same one, so the answer is that of one page."""
+    pages, row, k, v = filled(card, PUBLISHED[16], 64)
+    q, gate = pages.queries(1)
+    wanted = exact_rows(q, gate, k, v, torch.zeros(1, dtype=torch.int64, device="cuda"), 63)
+    card.assert_close(decode(pages, q, gate, [row * 16384], [2**20 - 1]), wanted)
+    card.assert_close(prefill(pages, q, gate, [row * 16384], [2**20 - 1], [1]), wanted)
+
+
+def test_a_thousand_repeats_give_the_same_bits_on_a_card(card):
+    pages, row, _, _ = filled(card, PUBLISHED[8], 1000)
+    q, gate = pages.queries(40)
+    table, scale = pages.table([row]), 1 / 16
+    starts, context = cu_seqlens(card, [40]), card.tensor([960])
+    one, two = torch.ops.tokenspeed.paged_attention_decode, torch.ops.tokenspeed.paged_attention_prefill
+    first = one(q, gate, pages.kv, table, context, scale), two(q, gate, pages.kv, table, starts, context, 40, scale)
+    for _ in range(1000):
+        assert torch.equal(one(q, gate, pages.kv, table, context, scale), first[0])
+        assert torch.equal(two(q, gate, pages.kv, table, starts, context, 40, scale), first[1])
+
+
+def test_a_captured_graph_follows_the_lengths_on_a_card(card):
+    """The lengths change between replays, in place: another split each time, padding included."""
+    heads = PUBLISHED[8]
+    pages = Pages(card, heads, 200)
+    pages.kv[1:] = torch.randn(199, *pages.kv.shape[1:], device="cuda").to(pages.kv.dtype)
+    q, gate = pages.queries(3)
+    table = card.tensor(torch.randperm(198)[: 3 * 64].add(1).view(3, 64).tolist())
+    contexts = card.tensor([0, 0, 0])
+    operator, graph = torch.ops.tokenspeed.paged_attention_decode, torch.cuda.CUDAGraph()
+    operator(q, gate, pages.kv, table, contexts, 1 / 16)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        replayed = operator(q, gate, pages.kv, table, contexts, 1 / 16)
+    for lengths in ([4000, 3, 700], [-1, 4095, 64], [0, 0, 0], [-1, -1, -1], [63, 64, 65]):
+        contexts.copy_(card.tensor(lengths))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(replayed, operator(q, gate, pages.kv, table, contexts, 1 / 16))
+        for i, context in enumerate(lengths):
+            if context < 0:
+                assert not replayed[i].any()
+                continue
+            length = context + 1
+            k, v = (pages.kv[table[i].long(), part].transpose(1, 2).flatten(0, 1)[:length] for part in range(2))
+            wanted = exact_rows(q[i : i + 1], gate[i : i + 1], k, v, torch.tensor([0]).cuda(), context)
+            card.assert_close(replayed[i : i + 1], wanted)
