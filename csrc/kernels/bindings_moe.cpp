@@ -41,13 +41,15 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
                          .hidden = static_cast<int>(hidden),
                          .width = static_cast<int>(width)};
     const bool few = moe_experts_decode_supported(arguments);
-    if (!few) return std::nullopt;
+    if (!few && !moe_experts_prefill_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(x, {tokens, hidden});
-    const Tensor workspace = new_workspace(x, moe_experts_decode_workspace(arguments));
+    const Tensor workspace =
+        new_workspace(x, few ? moe_experts_decode_workspace(arguments) : moe_experts_prefill_workspace(arguments));
     arguments.out = data(out);
     arguments.workspace = data<uint8_t>(workspace);
     const Launch launch(x);
-    check_launch(tokenspeed::moe_experts_decode(arguments, launch.stream()), "moe_experts");
+    check_launch(few ? moe_experts_decode(arguments, launch.stream()) : moe_experts_prefill(arguments, launch.stream()),
+                 "moe_experts");
     return out;
 }
 
