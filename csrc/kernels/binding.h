@@ -95,6 +95,14 @@ class Launch {
   public:
     explicit Launch(const Tensor&) {}
     cudaStream_t stream() const { return nullptr; }
+
+    // Scratch memory must outlive launches that the emulated device defers: the latest are kept.
+    void keep(const Tensor& scratch) const {
+        constexpr size_t kKept = 64;
+        static std::vector<Tensor> kept;
+        if (kept.size() == kKept) kept.erase(kept.begin());
+        kept.push_back(scratch);
+    }
 };
 
 #else
@@ -131,6 +139,9 @@ class Launch {
         STABLE_TORCH_ERROR_CODE_CHECK(accessor(device_, &stream));
         return static_cast<cudaStream_t>(stream);
     }
+
+    // Scratch memory: torch's allocator hands it out again in the order of the stream.
+    void keep(const Tensor&) const {}
 
   private:
     int32_t device_;

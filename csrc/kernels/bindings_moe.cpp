@@ -48,6 +48,7 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
     arguments.out = data(out);
     arguments.workspace = data<uint8_t>(workspace);
     const Launch launch(x);
+    launch.keep(workspace);
     check_launch(few ? moe_experts_decode(arguments, launch.stream()) : moe_experts_prefill(arguments, launch.stream()),
                  "moe_experts");
     return out;

@@ -22,6 +22,7 @@ KERNELS = (
     "copy_states",
     "copy_pages",
     "moe_route",
+    "moe_experts",
 )
 HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
 HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))
