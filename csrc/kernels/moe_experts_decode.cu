@@ -353,6 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint8_t* rows = ring + layout.rows_offset();
     auto& control = *reinterpret_cast<Control*>(ring + layout.control_offset());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == kWeightWarp * 32) ptx::prefetch_tensor_map(&gate_up);
     initialise_barriers(control, layout);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
@@ -361,7 +362,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        ptx::prefetch_tensor_map(&gate_up);
         stream_weights(control, ring, layout, work, p.hidden,
                        [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
                            const int chunk = s * Shape<GateUp>::kDepthWarps;
@@ -428,6 +428,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint8_t* rows = ring + layout.rows_offset();
     auto& control = *reinterpret_cast<Control*>(ring + layout.control_offset());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == kWeightWarp * 32) ptx::prefetch_tensor_map(&down);
     initialise_barriers(control, layout);
     const int entries = list_entries(control, p.offsets, p.experts);
     const Work<Down> work(entries, p.hidden / Down::kTileColumns);

@@ -153,33 +153,30 @@ struct Cursor {
     }
 };
 
-// The rows of x that a copying thread gathers for each tile: pieces of 16 bytes of every 16th row.
+// What a copying thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
 struct Gather {
     static constexpr int kRows = kTileChoices / 16;
-    const __nv_bfloat16* source[kRows];  // null past the tile's end
+    int choice[kRows];  // token * top_k + rank; negative past the tile's end
 
     __device__ Gather(const MoeExperts& p, const Tile& tile) {
-        const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            const int choice = row + i * 16;
-            source[i] = nullptr;
-            if (choice < tile.choices) {
-                source[i] = p.x + p.order[tile.first + choice] / p.top_k * p.x_stride + piece * 8;
-            }
-        }
-    }
-
-    // Rows past the end keep what they held: they reach no row of the output but their own.
-    __device__ void copy(uint8_t* choices, int depth) const {
-        const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-        uint8_t* to = choices + row * kRowBytes + (piece ^ row % 8) * 16;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + depth);
+            const int row = threadIdx.x / 8 + i * 16;
+            choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
         }
     }
 };
+
+// Copies one stage. Rows past the end keep what they held: they reach no row of the output but their own.
+__device__ __forceinline__ void copy_choices(uint8_t* choices, const __nv_bfloat16* const (&source)[Gather::kRows],
+                                             int depth) {
+    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
+    uint8_t* to = choices + row * kRowBytes + (piece ^ row % 8) * 16;
+#pragma unroll
+    for (int i = 0; i < Gather::kRows; ++i) {
+        if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + depth);
+    }
+}
 
 // sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. kGathered: the choices were written by
 // threads (cp.async), and the matrix unit must be let see it.
@@ -250,17 +247,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     Cursor at;
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
+        if (static_cast<int>(blockIdx.x) >= count) return;
+        Tile tile = tiles.find(blockIdx.x);
+        Gather gather(p, tile);
         for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            const Gather gather(p, tile);
+            const __nv_bfloat16* source[Gather::kRows];
+#pragma unroll
+            for (int i = 0; i < Gather::kRows; ++i) {
+                const __nv_bfloat16* row = p.x + gather.choice[i] / p.top_k * p.x_stride;
+                source[i] = gather.choice[i] >= 0 ? row + threadIdx.x % 8 * 8 : nullptr;
+            }
+            const Tile current = tile;
+            if (index + step < count) {  // the next tile's choices arrive while this one is copied
+                tile = tiles.find(index + step);
+                gather = Gather(p, tile);
+            }
             for (int s = 0; s < stages; ++s) {
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
                 if (threadIdx.x == 0) {
                     ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
                     ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
-                                     {s * kDepth, tile.column_tile * kPairs, 0, tile.expert});
+                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
                 }
-                gather.copy(storage.choices[at.slot], s * kDepth);
+                copy_choices(storage.choices[at.slot], source, s * kDepth);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
                 at.next();
             }
