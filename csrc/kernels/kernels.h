@@ -178,6 +178,7 @@ struct GatedDeltaRulePrefill {
 };
 bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& arguments);
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& arguments, cudaStream_t stream);
+
 // ---- paged_attention_decode.cu, paged_attention_prefill.cu: see the operators of those names; head_dim 256, pages of
 // kPageTokens.
 constexpr int kPageTokens = 64;
@@ -214,5 +215,26 @@ struct PagedAttentionPrefill : PagedAttention {
     int64_t tokens;             // of all sequences
 };
 cudaError_t paged_attention_prefill(const PagedAttentionPrefill& arguments, cudaStream_t stream);
+// ---- moe_experts_decode.cu and moe_experts_prefill.cu: see the operator moe_experts; hidden and width multiples
+// of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any number.
+constexpr int kMoeDecodeTokens = 64;
+struct MoeExperts {
+    const __nv_bfloat16* x;  // [tokens, hidden] by row stride
+    int64_t x_stride;
+    const __nv_bfloat16* weights;  // [tokens, top_k]
+    const int32_t* order;          // [tokens top_k], any alignment, as offsets and weights
+    const int32_t* offsets;        // [experts + 1]
+    const __nv_bfloat16* gate_up;  // [experts, 2 width, hidden]
+    const __nv_bfloat16* down;     // [experts, hidden, width]
+    __nv_bfloat16* out;            // [tokens, hidden]
+    uint8_t* workspace;            // of moe_experts_..._workspace bytes, any content
+    int tokens, experts, top_k, hidden, width;
+};
+bool moe_experts_decode_supported(const MoeExperts& arguments);
+size_t moe_experts_decode_workspace(const MoeExperts& arguments);
+cudaError_t moe_experts_decode(const MoeExperts& arguments, cudaStream_t stream);
+bool moe_experts_prefill_supported(const MoeExperts& arguments);
+size_t moe_experts_prefill_workspace(const MoeExperts& arguments);
+cudaError_t moe_experts_prefill(const MoeExperts& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

@@ -24,6 +24,7 @@ KERNELS = (
     "moe_route",
     "paged_attention_decode",
     "paged_attention_prefill",
+    "moe_experts",
 )
 HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
 HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))

@@ -86,7 +86,7 @@ def moe_route(backend: Backend):
 
 def moe_experts(backend: Backend):
     routed = torch.ops.tokenspeed.moe_route(backend.randn(5, 8), 2)
-    return backend.randn(5, 64), *routed, backend.randn(8, 64, 64), backend.randn(8, 64, 32)
+    return backend.randn(5, 128), *routed, backend.randn(8, 128, 128), backend.randn(8, 128, 64)
 
 
 def linear(backend: Backend):

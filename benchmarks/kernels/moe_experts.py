@@ -1,0 +1,79 @@
+"""The expert product of the mixture of experts: weights stream once at decode, matrix products at prefill."""
+
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import tokenspeed.ops
+
+from ..cases import Case, Inputs, Sizes, operator_case, optional_peer
+
+# Model, experts, top-k, hidden size, expert width.
+MODELS = (("35B", 256, 8, 2048, 512), ("397B", 512, 10, 4096, 1024))
+ON_CPU = (("tiny", 8, 2, 128, 64),)
+
+
+class _Weights:
+    """One model's weights, shared by the input sets of a case, which differ in the experts they hit; freed with them:
+    four sets of the largest model's weights would fill the card."""
+
+    def __init__(self, experts: int, hidden: int, width: int):
+        self.shapes = ((experts, 2 * width, hidden), (experts, hidden, width))
+        self.living: list[weakref.ref] = []
+
+    def draw(self, draw: Inputs) -> list[Tensor]:
+        weights = [reference() for reference in self.living]
+        if not weights or any(tensor is None for tensor in weights):
+            weights = [draw.randn(*shape).mul_(shape[-1] ** -0.5) for shape in self.shapes]
+            self.living = [weakref.ref(tensor) for tensor in weights]
+        return weights
+
+
+def _vllm(fused: Callable | None) -> Callable | None:
+    """Triton kernels, given the routing."""
+    return fused and (
+        lambda x, weights, experts, order, offsets, gate_up, down: fused(x, gate_up, down, weights.float(), experts)
+    )
+
+
+def _flashinfer(fused: Callable | None) -> Callable | None:
+    """CUTLASS kernels, given the routing. They take the up half for the first, which changes the result only."""
+    return fused and (
+        lambda x, weights, experts, order, offsets, gate_up, down: fused(
+            x, experts, weights.float(), gate_up, down, x.dtype, quant_scales=[]
+        )
+    )
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    """Tokens choose experts at random. Bytes and flops are those of the experts and choices that a set hits."""
+    on_gpu = len(sizes.decode) > 1
+    peers = {
+        "vllm": _vllm(optional_peer("vllm.model_executor.layers.fused_moe.fused_moe", "fused_experts")),
+        "flashinfer": _flashinfer(optional_peer("flashinfer.fused_moe", "cutlass_fused_moe")),
+    }
+    for model, experts, top_k, hidden, width in MODELS if on_gpu else ON_CPU:
+        shared = _Weights(experts, hidden, width)
+        for tokens in (*sizes.decode, sizes.prefill):
+            # Each set takes the same choices with the experts renamed: other weights, but as many of them.
+            generator = torch.Generator().manual_seed(tokens)
+            logits = torch.randn(tokens, experts, generator=generator).bfloat16()
+            hit = logits.topk(top_k).indices.unique().numel()
+
+            def product(draw: Inputs, logits=logits, top_k=top_k, hidden=hidden, shared=shared) -> tuple:
+                renamed = logits[:, torch.randperm(logits.shape[1])].to(draw.device)
+                routed = tokenspeed.ops.moe_route(renamed, top_k)
+                return draw.randn(len(logits), hidden), *routed, *shared.draw(draw)
+
+            choices = tokens * top_k
+            yield operator_case(
+                "moe_experts",
+                f"{model}, {tokens} tokens, {hit} experts",
+                2 * (3 * hit * hidden * width + 2 * tokens * hidden),
+                product,
+                flops=6 * choices * hidden * width,
+                peers=peers,
+                ceiling="matmul" if tokens > 64 else "read",
+            )

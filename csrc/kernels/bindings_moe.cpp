@@ -1,0 +1,63 @@
+// The expert product of a mixture of experts. Contract: tokenspeed/ops/moe.py.
+#include "binding.h"
+#include "kernels.h"
+
+namespace tokenspeed::binding {
+namespace {
+
+// The workspace holds what passes between the launches, see the heads of moe_experts_decode.cu and
+// moe_experts_prefill.cu. It comes from torch's allocator, which keeps it from others until the stream is past it.
+Tensor new_workspace(const Tensor& like, size_t bytes) {
+    return new_tensor(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& order,
+                                  const Tensor& offsets, const Tensor& gate_up, const Tensor& down) {
+    bool fits = has_kernels(x) && x.dim() == 2 && weights.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 &&
+                x.size(0) > 0 && x.stride(1) == 1 && is_int32(order) && is_int32(offsets);
+    for (const Tensor* values : {&x, &weights, &gate_up, &down}) fits = fits && is_bf16(*values);
+    for (const Tensor* packed : {&weights, &order, &offsets, &gate_up, &down}) fits = fits && packed->is_contiguous();
+    if (!fits) return std::nullopt;
+    const int64_t tokens = x.size(0), hidden = x.size(1), top_k = weights.size(1);
+    const int64_t count = down.size(0), width = down.size(2);
+    fits = has_shape(weights, {tokens, top_k}) && has_shape(experts, {tokens, top_k}) &&
+           has_shape(order, {tokens * top_k}) && has_shape(offsets, {count + 1}) &&
+           has_shape(gate_up, {count, 2 * width, hidden}) && has_shape(down, {count, hidden, width});
+    for (const int64_t size : {tokens * top_k, count, hidden, 2 * width}) fits = fits && size <= kMaxIndex;
+    if (!fits) return std::nullopt;
+
+    MoeExperts arguments{.x = data(x),
+                         .x_stride = tokens > 1 ? x.stride(0) : 0,
+                         .weights = data(weights),
+                         .order = data<int32_t>(order),
+                         .offsets = data<int32_t>(offsets),
+                         .gate_up = data(gate_up),
+                         .down = data(down),
+                         .out = nullptr,
+                         .workspace = nullptr,
+                         .tokens = static_cast<int>(tokens),
+                         .experts = static_cast<int>(count),
+                         .top_k = static_cast<int>(top_k),
+                         .hidden = static_cast<int>(hidden),
+                         .width = static_cast<int>(width)};
+    const bool few = moe_experts_decode_supported(arguments);
+    if (!few && !moe_experts_prefill_supported(arguments)) return std::nullopt;
+    Tensor out = new_tensor(x, {tokens, hidden});
+    const Tensor workspace =
+        new_workspace(x, few ? moe_experts_decode_workspace(arguments) : moe_experts_prefill_workspace(arguments));
+    arguments.out = data(out);
+    arguments.workspace = data<uint8_t>(workspace);
+    const Launch launch(x);
+    launch.keep(workspace);
+    check_launch(few ? moe_experts_decode(arguments, launch.stream()) : moe_experts_prefill(arguments, launch.stream()),
+                 "moe_experts");
+    return out;
+}
+
+}  // namespace
+
+TOKENSPEED_KERNELS(library) {
+    TOKENSPEED_KERNEL(library, moe_experts);
+}
+
+}  // namespace tokenspeed::binding

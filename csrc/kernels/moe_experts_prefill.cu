@@ -1,0 +1,439 @@
+// The expert product of a prefill, any number of tokens: out_t = sum_k w_tk down_e(silu(gate_e x_t) * up_e x_t), e the
+// k-th expert of token t. The choices come grouped by expert (`order`, `offsets` of moe_route).
+//
+// Flops: 6 hidden width a choice. 8192 tokens of 35B: 412 Gflop, 0.53 ms at 780 TFLOP/s; the weights of all experts are
+// 1.6 GB, 0.37 ms at 4.3 TB/s, beside it. So 256 tokens an expert are about where the matrix unit becomes the bound.
+//
+// Three launches: a grouped product with gate and up, its epilogue the activation, into bf16 rows in the order of
+// `order`; a grouped product with down, into bf16 rows by token and rank; the weighted sum of each token's rows in
+// order of rank, in fp32. Written by hand and not on CUTLASS: the gather of x, the pairing of gate with up and the
+// scatter are most of the code either way, and this runs on the emulated device.
+//
+// A tile is 128 choices of one expert x 256 weight rows: 128 gate rows and the 128 up rows that they meet, so that both
+// lie in the same thread's accumulators, or 256 rows of down. Three warpgroups: one copies stages of 64 of depth (16 KB
+// of choices, 32 KB of weights, four in flight), two multiply 64 choices each, wgmma m64n256k16. Weights, and the
+// choices of the second product, come by TMA; rows of x are gathered by cp.async, eight a thread, into the layout that
+// TMA would have made. A warpgroup whose 64 rows lie past the end of its expert does not multiply, so the matrix unit
+// does an expert's choices rounded up to 64.
+//
+// Blocks are persistent, one a multiprocessor, and take every gridDim.x-th tile. Tiles of an expert are neighbours, its
+// rows before its columns: blocks at work at one time share weights and rows in L2. Every block finds the expert of a
+// tile in a table of tiles before each expert, which it makes at its start. The two multiplying warpgroups drift apart
+// by up to the ring, so that one stores while the other multiplies.
+//
+// Predicted (not run): H200, 35B, 8192 tokens routed at random: 0.66 ms and 0.24 ms of products at 620 TFLOP/s raw (89%
+// of rows useful), 0.08 ms of summing; 397B: 3.1 ms.
+//
+// budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
+// budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
+// budget: sum_kernel registers<=64 shared<=0 hot
+#include <bf16x8.h>
+#include <launch.h>
+#include <ptx.h>
+#include <ptx_tma.h>
+#include <ptx_wgmma.h>
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace tokenspeed {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kThreads = 384;  // warpgroup 0 copies, 1 and 2 multiply
+constexpr int kCopyThreads = 128;
+constexpr int kTileChoices = 128;
+constexpr int kTileRows = 256;         // of weights
+constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
+constexpr int kDepth = 64;             // of a stage: the 128 bytes that a row of a swizzled tile has
+constexpr int kStages = 4;
+constexpr int kRowBytes = kDepth * 2;
+constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
+constexpr int kGroupChoices = kTileChoices / 2;  // that one warpgroup multiplies
+constexpr int kMaxExperts = 512;
+constexpr int kOutputColumns = 128;  // that a warp stages at once
+constexpr int kOutputBytes = kOutputColumns * 2;
+
+constexpr int kWgmmaRegisters = 216, kCopyRegisters = 72;
+
+struct Storage {  // of dynamic shared memory
+    uint8_t choices[kStages][kChoiceBytes];
+    uint8_t weights[kStages][kWeightBytes];
+    uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
+    uint64_t full[kStages], empty[kStages];
+    int tiles_before[kMaxExperts + 1];  // tiles of rows of lower experts; the total past the last expert
+    int warp_total[kThreads / 32];
+};
+static_assert(sizeof(Storage) <= 227 * 1024);
+
+struct Arguments {
+    MoeExperts p;
+    __nv_bfloat16* activations;  // [choices, width], in the order of `order`
+    __nv_bfloat16* rows;         // [choices, hidden], by token and rank
+};
+
+struct Tile {
+    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
+};
+
+// All tiles of one product, this block's in order.
+class Tiles {
+  public:
+    __device__ Tiles(const Storage& storage, const int32_t* offsets, int columns, int tile_columns)
+        : storage_(storage), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
+
+    __device__ int count() const { return storage_.tiles_before[kMaxExperts] * column_tiles_; }
+
+    // Called by a whole warp.
+    __device__ Tile find(int index) const {
+        constexpr int kStride = kMaxExperts / 32;
+        const int lane = threadIdx.x % 32;
+        const int* before = storage_.tiles_before;
+        const int coarse = __popc(__ballot_sync(kAllLanes, before[lane * kStride] * column_tiles_ <= index)) - 1;
+        const int* part = before + coarse * kStride + 1;
+        const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles_ <= index));
+        const int expert = coarse * kStride + within;
+        const int local = index - before[expert] * column_tiles_, row_tiles = before[expert + 1] - before[expert];
+        const int first = offsets_[expert] + local % row_tiles * kTileChoices;
+        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), local / row_tiles};
+    }
+
+  private:
+    const Storage& storage_;
+    const int32_t* offsets_;
+    int column_tiles_;
+};
+
+// Fills tiles_before and starts the barriers. Called by the whole block; ends with a barrier.
+__device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
+    constexpr int kShare = (kMaxExperts + kThreads - 1) / kThreads;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; ++i) {
+            ptx::mbarrier_init(&storage.full[i], full_arrivals);
+            ptx::mbarrier_init(&storage.empty[i], 8);  // warps that multiply
+        }
+        ptx::fence_mbarrier_init();
+    }
+    int tiles[kShare], mine = 0;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+        const int expert = static_cast<int>(threadIdx.x) * kShare + i;
+        const int choices = expert < experts ? offsets[expert + 1] - offsets[expert] : 0;
+        tiles[i] = (choices + kTileChoices - 1) / kTileChoices;
+        mine += tiles[i];
+    }
+    int through = mine;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, through, distance);
+        if (lane >= distance) through += other;
+    }
+    if (lane == 31) storage.warp_total[warp] = through;
+    __syncthreads();
+    int before = through - mine;
+    for (int w = 0; w < warp; ++w) before += storage.warp_total[w];
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+        const int expert = static_cast<int>(threadIdx.x) * kShare + i;
+        if (expert <= kMaxExperts) storage.tiles_before[expert] = before;
+        before += tiles[i];
+    }
+    __syncthreads();
+}
+
+// A place in the ring and the parity of its phase.
+struct Cursor {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+        if (++slot == kStages) slot = 0, phase ^= 1;
+    }
+};
+
+// What a copying thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
+struct Gather {
+    static constexpr int kRows = kTileChoices / 16;
+    int choice[kRows];  // token * top_k + rank; negative past the tile's end
+
+    __device__ Gather(const MoeExperts& p, const Tile& tile) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int row = threadIdx.x / 8 + i * 16;
+            choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
+        }
+    }
+};
+
+// Copies one stage. Rows past the end keep what they held: they reach no row of the output but their own.
+__device__ __forceinline__ void copy_choices(uint8_t* choices, const __nv_bfloat16* const (&source)[Gather::kRows],
+                                             int depth) {
+    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
+    uint8_t* to = choices + row * kRowBytes + (piece ^ row % 8) * 16;
+#pragma unroll
+    for (int i = 0; i < Gather::kRows; ++i) {
+        if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + depth);
+    }
+}
+
+// sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. kGathered: the choices were written by
+// threads (cp.async), and the matrix unit must be let see it.
+template <bool kGathered>
+__device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Storage& storage, Cursor& at, int stages,
+                                              bool has_rows) {
+    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    int before = -1;  // the slot whose products may still run
+    for (int s = 0; s < stages; ++s) {
+        ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+        if (has_rows) {
+            if (kGathered) ptx::fence_async_shared();
+            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]) + group * kGroupChoices * kRowBytes;
+            const uint32_t weights = ptx::shared_address(storage.weights[at.slot]);
+            ptx::wgmma_fence(sum);
+#pragma unroll
+            for (int k = 0; k < kDepth / 16; ++k) {
+                const uint64_t a = ptx::matrix_descriptor(choices + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
+                const uint64_t b = ptx::matrix_descriptor(weights + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
+                ptx::wgmma<__nv_bfloat16, kTileRows>(sum, a, b, s > 0 || k > 0);
+            }
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();
+        }
+        if (lane == 0 && before >= 0) ptx::mbarrier_arrive(&storage.empty[before]);
+        before = at.slot;
+        at.next();
+    }
+    ptx::wgmma_wait<0>(sum);
+    if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
+}
+
+// Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
+// columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
+template <typename Values, typename RowPointer>
+__device__ __forceinline__ void store_rows(uint8_t* output, Values values, int columns, RowPointer row_pointer) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // what the warp stored before has been read
+    // Lane l names row l % 8 of the four 8 x 8 blocks: upper and lower rows of columns 8 j, then of 8 (j + 1).
+    const int row = lane % 16, step = lane / 16;
+#pragma unroll
+    for (int j = 0; j < kOutputColumns / 8; j += 2) {
+        const uint32_t block[4] = {values(j, 0), values(j, 1), values(j + 1, 0), values(j + 1, 1)};
+        ptx::stmatrix_x4(ptx::shared_address(output + row * kOutputBytes + ((j + step) ^ row % 8) * 16), block);
+    }
+    __syncwarp();
+    const int piece = lane % 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int from = i * 2 + lane / 16;
+        __nv_bfloat16* to = row_pointer(from);
+        if (to == nullptr || piece * 8 >= columns) continue;
+        store_16(to + piece * 8,
+                 *reinterpret_cast<const uint4*>(output + from * kOutputBytes + (piece ^ from % 8) * 16));
+    }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
+    DYNAMIC_SHARED(raw);
+    auto& storage = *reinterpret_cast<Storage*>(raw);
+    const MoeExperts& p = a.p;
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    prepare(storage, p.offsets, p.experts, kCopyThreads + 1);
+    const Tiles tiles(storage, p.offsets, p.width, kPairs);
+    const int stages = p.hidden / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
+    Cursor at;
+    if (threadIdx.x < kCopyThreads) {
+        ptx::register_decrease<kCopyRegisters>();
+        if (static_cast<int>(blockIdx.x) >= count) return;
+        Tile tile = tiles.find(blockIdx.x);
+        Gather gather(p, tile);
+        for (int index = blockIdx.x; index < count; index += step) {
+            const __nv_bfloat16* source[Gather::kRows];
+#pragma unroll
+            for (int i = 0; i < Gather::kRows; ++i) {
+                const __nv_bfloat16* row = p.x + gather.choice[i] / p.top_k * p.x_stride;
+                source[i] = gather.choice[i] >= 0 ? row + threadIdx.x % 8 * 8 : nullptr;
+            }
+            const Tile current = tile;
+            if (index + step < count) {  // the next tile's choices arrive while this one is copied
+                tile = tiles.find(index + step);
+                gather = Gather(p, tile);
+            }
+            for (int s = 0; s < stages; ++s) {
+                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+                if (threadIdx.x == 0) {
+                    ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
+                    ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
+                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
+                }
+                copy_choices(storage.choices[at.slot], source, s * kDepth);
+                ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
+                at.next();
+            }
+        }
+    } else {
+        ptx::register_increase<kWgmmaRegisters>();
+        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
+        uint8_t* output = storage.output[threadIdx.x / 32 - 4];
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
+            float sum[kTileRows / 2];
+            multiply_tile<true>(sum, storage, at, stages, has_rows);
+            if (!has_rows) continue;
+            const auto activation = [&](int j, int i) {
+                const int gate = 4 * j + 2 * i, up = gate + kTileRows / 4;
+                return pack<__nv_bfloat16>(silu(sum[gate]) * sum[up], silu(sum[gate + 1]) * sum[up + 1]);
+            };
+            const int column = tile.column_tile * kPairs;
+            store_rows(output, activation, p.width - column, [&](int row) -> __nv_bfloat16* {
+                const int choice = row_of_warp + row;
+                if (choice >= tile.choices) return nullptr;
+                return a.activations + int64_t{tile.first + choice} * p.width + column;
+            });
+        }
+    }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    down_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap down,
+                const __grid_constant__ Arguments a) {
+    DYNAMIC_SHARED(raw);
+    auto& storage = *reinterpret_cast<Storage*>(raw);
+    const MoeExperts& p = a.p;
+    prepare(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const Tiles tiles(storage, p.offsets, p.hidden, kTileRows);
+    const int stages = p.width / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
+    Cursor at;
+    if (threadIdx.x < kCopyThreads) {
+        ptx::register_decrease<kCopyRegisters>();
+        if (threadIdx.x >= 32) return;
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
+                uint64_t* full = &storage.full[at.slot];
+                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
+                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
+                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
+                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
+                at.next();
+            }
+        }
+    } else {
+        ptx::register_increase<kWgmmaRegisters>();
+        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
+        uint8_t* output = storage.output[threadIdx.x / 32 - 4];
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
+            float sum[kTileRows / 2];
+            multiply_tile<false>(sum, storage, at, stages, has_rows);
+            if (!has_rows) continue;
+#pragma unroll
+            for (int part = 0; part < kTileRows / kOutputColumns; ++part) {
+                const int column = tile.column_tile * kTileRows + part * kOutputColumns;
+                const auto packed = [&](int j, int i) {
+                    const int at_register = part * kOutputColumns / 2 + 4 * j + 2 * i;
+                    return pack<__nv_bfloat16>(sum[at_register], sum[at_register + 1]);
+                };
+                store_rows(output, packed, p.hidden - column, [&](int row) -> __nv_bfloat16* {
+                    const int choice = row_of_warp + row;
+                    if (choice >= tile.choices) return nullptr;
+                    return a.rows + int64_t{p.order[tile.first + choice]} * p.hidden + column;
+                });
+            }
+        }
+    }
+}
+
+constexpr int kSumThreads = 256;
+
+// out[token] = the sum over ranks of weight times row: a thread eight columns.
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Arguments a) {
+    const MoeExperts& p = a.p;
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const int vectors = p.hidden / 8;
+    const int64_t index = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, token = index / vectors;
+    if (token >= p.tokens) return;
+    const int column = static_cast<int>(index % vectors) * 8;
+    const __nv_bfloat16* rows = a.rows + token * p.top_k * p.hidden + column;
+    const __nv_bfloat16* weights = p.weights + token * p.top_k;
+    Float8 sum{};
+#pragma unroll 8
+    for (int rank = 0; rank < p.top_k; ++rank) {
+        const Float8 row = unpack(ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden));
+        const float weight = to_float(weights[rank]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum.v[i] += weight * row.v[i];
+    }
+    store_16(p.out + token * p.hidden + column, pack(sum));
+}
+
+}  // namespace
+
+bool moe_experts_prefill_supported(const MoeExperts& p) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    return p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 && p.experts <= kMaxExperts && p.hidden >= kDepth &&
+           p.hidden % kDepth == 0 && p.width >= kDepth && p.width % kDepth == 0 && p.x_stride % 8 == 0 &&
+           aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
+           int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
+}
+
+size_t moe_experts_prefill_workspace(const MoeExperts& p) {
+    return static_cast<size_t>(p.tokens) * p.top_k * (p.hidden + p.width) * sizeof(__nv_bfloat16);
+}
+
+cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
+    if (!moe_experts_prefill_supported(p)) return cudaErrorInvalidValue;
+    const int64_t choices = int64_t{p.tokens} * p.top_k;
+    auto* rows = reinterpret_cast<__nv_bfloat16*>(p.workspace);
+    const Arguments arguments{p, rows + choices * p.hidden, rows};
+    const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
+    const auto experts = static_cast<uint64_t>(p.experts);
+    CUtensorMap gate_up, activations, down;
+    const cudaError_t encoded[] = {
+        encode_tensor_map<4>(&gate_up, TensorElement::kBf16,
+                             {.base = p.gate_up,
+                              .sizes = {hidden, width, 2, experts},
+                              .strides = {2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
+                              .box = {kDepth, kPairs, 2, 1}},
+                             Swizzle::k128),
+        encode_tensor_map<2>(&activations, TensorElement::kBf16,
+                             {.base = arguments.activations,
+                              .sizes = {width, static_cast<uint64_t>(choices)},
+                              .strides = {2, width * 2},
+                              .box = {kDepth, kTileChoices}},
+                             Swizzle::k128),
+        encode_tensor_map<3>(&down, TensorElement::kBf16,
+                             {.base = p.down,
+                              .sizes = {width, hidden, experts},
+                              .strides = {2, width * 2, hidden * width * 2},
+                              .box = {kDepth, kTileRows, 1}},
+                             Swizzle::k128)};
+    for (const cudaError_t status : encoded) {
+        if (status != cudaSuccess) return status;
+    }
+    LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                           .block = dim3(kThreads),
+                           .shared_bytes = sizeof(Storage),
+                           .stream = stream,
+                           .programmatic = true};
+    cudaError_t status = launch(gate_up_kernel, config, gate_up, arguments);
+    if (status != cudaSuccess) return status;
+    status = launch(down_kernel, config, activations, down, arguments);
+    if (status != cudaSuccess) return status;
+    const int64_t vectors = int64_t{p.tokens} * p.hidden / 8;
+    config.grid = dim3(static_cast<unsigned>((vectors + kSumThreads - 1) / kSumThreads));
+    config.block = dim3(kSumThreads);
+    config.shared_bytes = 0;
+    return launch(sum_kernel, config, arguments);
+}
+
+}  // namespace tokenspeed

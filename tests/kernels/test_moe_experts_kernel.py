@@ -1,0 +1,203 @@
+"""Claims about the expert product's kernels: entries, tiles and tails, both paths, every share of the work."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.launches import emulator, torch_served
+from tests.ops import reference
+from tests.ops.backends import Backend, relative_error, same_bits
+
+pytest_plugins = ["tests.kernels.schedules"]
+
+TOLERANCE = 6e-3  # two roundings to bf16 (activation and output), three in a prefill
+DECODE_TOKENS = 64  # more take the prefill kernels
+PUBLISHED = [(256, 8, 2048, 512), (256, 8, 3072, 1024), (512, 10, 4096, 1024)]  # experts, top-k, hidden, width
+
+
+def random_choice(backend: Backend, tokens: int, experts: int, top_k: int) -> Tensor:
+    """Distinct experts of each token, in no order."""
+    return torch.rand(tokens, experts).topk(top_k).indices.to(backend.device)
+
+
+def routed(backend: Backend, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `moe_route` returns, for given experts [tokens, top_k]."""
+    grouped, order = chosen.flatten().sort(stable=True)
+    bounds = torch.arange(experts + 1, device=chosen.device)
+    offsets = torch.searchsorted(grouped, bounds, out_int32=True)
+    weights = torch.rand(chosen.shape).to(backend.device, backend.dtype)
+    return weights, chosen.int(), order.int(), offsets
+
+
+def inputs(backend: Backend, chosen: Tensor, experts: int, hidden: int, width: int) -> tuple[Tensor, ...]:
+    """Arguments of `moe_experts`; the weights of experts without tokens are NaN."""
+    gate_up, down = backend.randn(experts, 2 * width, hidden) * 0.2, backend.randn(experts, hidden, width) * 0.2
+    unused = torch.ones(experts, dtype=torch.bool, device=backend.device)
+    unused[chosen.flatten()] = False
+    gate_up[unused], down[unused] = torch.nan, torch.nan
+    return backend.randn(len(chosen), hidden), *routed(backend, chosen, experts), gate_up, down
+
+
+def error(backend: Backend, args: tuple[Tensor, ...]) -> float:
+    x, weights, experts, _, _, gate_up, down = args
+    results = []
+    assert torch_served(lambda: results.append(backend.op("moe_experts")(*args))) == []
+    return relative_error(results[0], reference.mixture(x, weights, experts, gate_up, down))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 64, 65])
+def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
+    chosen = random_choice(scheduled, tokens, 9, 3)
+    assert error(scheduled, inputs(scheduled, chosen, 9, 128, 64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 33, DECODE_TOKENS, 65, 129, 200])
+def test_all_tokens_on_one_expert(backend, tokens):
+    """Several entries of 16 choices, and tiles of 128 whose last holds less than half."""
+    chosen = torch.full((tokens, 1), 3, device=backend.device)
+    assert error(backend, inputs(backend, chosen, 5, 64, 64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_ragged_groups_with_empty_experts_between(scheduled, copies):
+    """Groups on both sides of 8, 16, 64 and 128 choices, first and last expert empty."""
+    counts = [0, 1, 0, 0, 7, 8, 9, 0, 15, 17, 0] if copies == 1 else [0, 1, 63, 0, 64, 65, 127, 129, 0]
+    chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
+    chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)
+    assert error(scheduled, inputs(scheduled, chosen, len(counts), 64, 64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 64), (192, 320), (320, 192), (576, 64)])
+def test_sizes_need_not_fill_stages_and_tiles(backend, tokens, hidden, width):
+    chosen = random_choice(backend, tokens, 3, 2)
+    assert error(backend, inputs(backend, chosen, 3, hidden, width)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(2048, 512), (3072, 1024), (4096, 1024)])
+def test_the_published_sizes_of_one_expert(backend, hidden, width):
+    """The ring wraps many times, and the rows of x leave it its fewest stages."""
+    chosen = torch.zeros(2, 1, dtype=torch.int64, device=backend.device)
+    assert error(backend, inputs(backend, chosen, 1, hidden, width)) < TOLERANCE
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 13])
+@pytest.mark.parametrize("tokens", [3, 66])
+def test_every_way_to_share_the_work_gives_the_same_bits(backend, tokens, multiprocessors):
+    if backend.emulated is None:
+        pytest.skip("a card has its own count of multiprocessors")
+    args = inputs(backend, random_choice(backend, tokens, 6, 2), 6, 128, 128)
+    expected, device = backend.op("moe_experts")(*args), emulator()
+    device.emulator_multiprocessors(multiprocessors)
+    try:
+        assert same_bits(backend.op("moe_experts")(*args), expected)
+    finally:
+        device.emulator_multiprocessors(4)
+
+
+@pytest.mark.parametrize("tokens", [11, 70])
+def test_no_order_of_threads_changes_a_bit(backend, tokens):
+    if backend.emulated is None:
+        pytest.skip("a card takes no seed")
+    args = inputs(backend, random_choice(backend, tokens, 6, 3), 6, 128, 64)
+    expected, device = backend.op("moe_experts")(*args), emulator()
+    try:
+        for seed in range(1, 6):
+            device.emulator_seed(seed)
+            assert same_bits(backend.op("moe_experts")(*args), expected)
+    finally:
+        device.emulator_seed(0)
+
+
+@pytest.mark.parametrize("tokens", [5, 67])
+def test_a_token_has_the_same_bits_whoever_shares_its_experts(backend, tokens):
+    """Tokens of the same experts change places in the entry and the tile, but not their sums."""
+    chosen = random_choice(backend, tokens, 4, 2)
+    weights, *_ = routed(backend, chosen, 4)
+    x, _, _, _, _, gate_up, down = inputs(backend, chosen, 4, 128, 64)
+    gate_up, down = gate_up.nan_to_num(), down.nan_to_num()
+
+    def run(rows: Tensor) -> Tensor:
+        _, experts, order, offsets = routed(backend, chosen[rows], 4)
+        return backend.op("moe_experts")(x[rows], weights[rows], experts, order, offsets, gate_up, down)
+
+    backwards = torch.arange(tokens - 1, -1, -1, device=backend.device)
+    assert same_bits(run(backwards)[backwards], run(backwards.flip(0)))
+
+
+@pytest.mark.parametrize("tokens", [9, 66])
+def test_a_row_of_nan_stays_in_its_row(backend, tokens):
+    args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, 64)
+    clean = backend.op("moe_experts")(*args)
+    args[0][4] = torch.nan
+    spoiled = backend.op("moe_experts")(*args)
+    others = [row for row in range(tokens) if row != 4]
+    assert spoiled[4].isnan().all()
+    assert same_bits(spoiled[others], clean[others])
+
+
+@pytest.mark.parametrize("tokens", [6, 66])
+def test_a_row_stride_is_fine(backend, tokens):
+    _, *rest = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 128, 64)
+    assert error(backend, (backend.randn(tokens, 192)[:, 8:136], *rest)) < TOLERANCE
+
+
+def test_what_no_kernel_serves_goes_to_torch_and_is_right(backend):
+    odd = inputs(backend, random_choice(backend, 3, 4, 2), 4, 64, 32)
+    exact = tuple(arg.float() if arg.dtype == backend.dtype else arg for arg in odd)
+    for args, tolerance in ((odd, 2e-2), (exact, 1e-5)):
+        x, weights, experts, _, _, gate_up, down = args
+        results = []
+        served = torch_served(lambda args=args, results=results: results.append(backend.op("moe_experts")(*args)))
+        assert served == ["tokenspeed_torch::moe_experts"]
+        assert relative_error(results[0], reference.mixture(x, weights, experts, gate_up, down)) < tolerance
+
+
+@pytest.fixture
+def card(backend) -> Backend:
+    if backend.device != "cuda":
+        pytest.skip("too much work for the emulated device")
+    return backend
+
+
+def inputs_on_card(experts: int, top_k: int, hidden: int, width: int, tokens: int) -> tuple[Tensor, ...]:
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_(scale)
+
+    popular = torch.randn(experts, device="cuda") * 0.5  # loads that differ, as in a trained model
+    logits = (draw(tokens, experts).float() + popular).bfloat16()
+    routing = torch.ops.tokenspeed.moe_route(logits, top_k)
+    gate_up, down = draw(experts, 2 * width, hidden, scale=hidden**-0.5), draw(experts, hidden, width, scale=0.05)
+    return draw(tokens, hidden), *routing, gate_up, down
+
+
+def mixture_by_expert(
+    x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`reference.mixture` in fp64, an expert at a time, on the card."""
+    width, out = down.shape[2], torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in experts.unique().tolist():
+        token, rank = (experts == expert).nonzero(as_tuple=True)
+        hidden = x[token].double() @ gate_up[expert].double().T
+        row = (torch.nn.functional.silu(hidden[:, :width]) * hidden[:, width:]) @ down[expert].double().T
+        out.index_add_(0, token, row * weights[token, rank].double()[:, None])
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 65, 1000, 4096])
+@pytest.mark.parametrize(("experts", "top_k", "hidden", "width"), PUBLISHED)
+def test_the_published_models_on_a_card(card, experts, top_k, hidden, width, tokens):
+    args = inputs_on_card(experts, top_k, hidden, width, tokens)
+    results = []
+    assert torch_served(lambda: results.append(torch.ops.tokenspeed.moe_experts(*args))) == []
+    assert relative_error(results[0], mixture_by_expert(*args)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64, 300])
+def test_a_thousand_runs_on_a_card_give_the_same_bits(card, tokens):
+    args = inputs_on_card(256, 8, 512, 128, tokens)
+    expected = torch.ops.tokenspeed.moe_experts(*args)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        different += (torch.ops.tokenspeed.moe_experts(*args) != expected).sum()
+    assert different.item() == 0
