@@ -8,6 +8,7 @@ sizes, and where one decode step spends its time, kernel by kernel, beside the b
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -152,7 +153,7 @@ def kernel_times(sequences: Sequences) -> dict[str, tuple[float, int]]:
     found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            name = event.name.split("<")[0].split("(")[0].removeprefix("void ").split("::")[-1]
+            name = re.split(r"[<(]", event.name.replace("(anonymous namespace)::", ""))[0].split("::")[-1].split()[-1]
             found[name] = found[name][0] + event.device_time, found[name][1] + 1
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 

@@ -1,14 +1,10 @@
 """`serve`: an OpenAI-compatible HTTP endpoint."""
 
 import argparse
-import asyncio
 import ipaddress
-import logging
-import signal
-import sys
 
 from ..config import EngineConfig
-from ..errors import ConfigError, EngineError
+from ..errors import ConfigError
 from .generate import add_model_options
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ..errors import RequestError
-from ..request import Request, TokenScores, Update
+from ..request import Request, Update
 from ..text.tools import Arguments, CallCut, CallStarted, Content
 from .protocol import ChatRequest, NamedToolChoice
 from .scores import chat_logprob, prompt_logprobs
