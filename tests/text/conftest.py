@@ -9,8 +9,11 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 import tokenspeed.models
+from tokenspeed.engine.text.grammar import GrammarCompiler
 from tokenspeed.engine.text.template import ChatTemplate
 from tokenspeed.engine.text.tokenizer import Tokenizer
+
+from .grammar_sampling import PADDING, Sampler
 
 HERE = Path(__file__).parent
 SHIPPED = Path(next(iter(tokenspeed.models.__path__))) / "tiny_agent"
@@ -83,3 +86,13 @@ def oracle(checkpoint):
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sampler(tokenizer):
+    return Sampler(tokenizer, [tokenizer.eos_id, tokenizer.token_to_id("<|endoftext|>")])
+
+
+@pytest.fixture(scope="session")
+def compiler(tokenizer, sampler):
+    return GrammarCompiler(tokenizer, tokenizer.vocab_size + PADDING, sampler.eos_ids)

@@ -33,6 +33,16 @@ def domain(schema: Any, root: Any) -> Domain:
     return _Reader(root).admitted(schema, 0) or TEXT
 
 
+def resolve(reference: Any, root: Any) -> Any:
+    """The schema a local reference (`#/$defs/point`) points at; None for any other."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    for part in reference.split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        root = root.get(part) if isinstance(root, Mapping) else None
+    return root
+
+
 def is_text(admitted: Domain, start: str) -> bool | None:
     """Whether an argument that begins with `start` is a string whatever follows, and can be passed on as it comes.
 
@@ -114,18 +124,8 @@ class _Reader:
             for branch in branches:
                 found = _both(found, self.admitted(branch, depth + 1))
         if "$ref" in schema:
-            found = _both(found, self.admitted(self._resolve(schema["$ref"]), depth + 1))
+            found = _both(found, self.admitted(resolve(schema["$ref"], self._root), depth + 1))
         return found
-
-    def _resolve(self, reference: Any) -> Any:
-        """The schema a local reference (`#/$defs/point`) points at; None for any other."""
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            return None
-        target = self._root
-        for part in reference.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            target = target.get(part) if isinstance(target, Mapping) else None
-        return target
 
 
 def _of_type(schema: Mapping) -> Domain | None:

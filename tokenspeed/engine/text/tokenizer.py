@@ -90,6 +90,10 @@ class Tokenizer:
         """
         return self._encode(self._backend, prompt, add_special_tokens=True).ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of text that is nothing but text: literals of control tokens in it are spelled out."""
+        return self._encode(self._plain, text, add_special_tokens=False).ids
+
     def encode_rendered(self, rendered: Rendered) -> list[int]:
         """The ids of a rendered conversation, in time linear in its length.
 
