@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .commands import generate, info
+from .commands import generate, info, serve
 from .errors import TokenSpeedError
 
 
@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, info):
+    for command in (generate, info, serve):
         command.add_parser(commands).set_defaults(run=command.run)
     options = parser.parse_args(arguments)
     try:

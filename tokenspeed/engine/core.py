@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .errors import EngineError, RequestError
 from .request import Request, RequestMetrics, TokenScores, Update
@@ -18,8 +19,9 @@ from .runner import Launched, Runner
 from .scheduler import Limits, Planned, Scheduler
 from .scheduler import Sequence as Continuation
 from .step import Begin, Edit, StepChecker
-from .text.constraints import BadWords, Constraint, ThinkingBudget, combine
+from .text.constraints import BadWords, Constraint, Format, ThinkingBudget, combine
 from .text.detokenizer import Detokenizer
+from .text.grammar import Grammar, GrammarCompiler, GrammarSpec
 from .text.stops import StopStrings
 from .text.tokenizer import Tokenizer
 
@@ -73,11 +75,11 @@ class Engine:
 
     # ---- requests
 
-    def submit(self, request: Request, sink: Sink, constraints: Callable[[], list[Constraint]] = list) -> None:
+    def submit(self, request: Request, sink: Sink, grammar: GrammarSpec | None = None) -> None:
         """Queue a request. Its news goes to `sink`; a sink that raises ends its own request alone.
 
-        constraints: makes the rules of one continuation, beside those that the parameters name. Raises RequestError or
-        CapacityError for what cannot be done, and then nothing has happened.
+        grammar: what the output must look like. Raises RequestError or CapacityError for what cannot be done, and then
+        nothing has happened.
         """
         self._check_alive()
         if request.id in self._requests:
@@ -85,7 +87,8 @@ class Engine:
         request.check(self.vocabulary, self.limits.max_tokens)
         params = request.params
         seed = next(self._seeds) if params.seed is None else params.seed
-        own = [self._constraints(request) + constraints() for _ in range(params.n)]
+        compiled = self.grammars.compile(grammar) if grammar else None
+        own = [self._constraints(request, compiled) for _ in range(params.n)]
         seeds = [(seed + child * _SEED_STRIDE) % 2**63 for child in range(params.n)]
         now, generations = time.monotonic(), []
         for sequence, rules in zip(self.scheduler.submit(request, seeds), own, strict=True):
@@ -115,6 +118,11 @@ class Engine:
             self._close(generation, Update(request_id, generation.sequence.child), "abort")
         self._deliver()
         return True
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Made when the first grammar comes: it takes seconds for a large vocabulary."""
+        return GrammarCompiler(self.tokenizer, self.vocabulary, sorted(self.eos_ids))
 
     def clear_cache(self) -> None:
         """Forgets every prefix; what runs goes on."""
@@ -299,13 +307,20 @@ class Engine:
             generation = self._generations.get(sequence.id)  # None: it ended meanwhile
             if sample.edited and generation:
                 outputs = sequence.tokens[sequence.prompt_tokens :]
-                verdict = combine([constraint.verdict(outputs) for constraint in generation.constraints])
+                try:
+                    verdict = combine([constraint.verdict(outputs) for constraint in generation.constraints])
+                except RequestError as error:  # this one cannot go on; its id does not matter any more
+                    self.scheduler.end(sequence, "abort")
+                    self._close(generation, Update(sequence.request.id, sequence.child, error=str(error)), "error")
+                    continue
                 allowed = b"" if verdict.allowed is None else verdict.allowed.tobytes()
                 edits.append(Edit(i, allowed, verdict.banned))
         return edits
 
-    def _constraints(self, request: Request) -> list[Constraint]:
+    def _constraints(self, request: Request, grammar: Grammar | None) -> list[Constraint]:
         params, constraints = request.params, []
+        if grammar is not None:
+            constraints.append(Format(grammar.matcher()))
         if params.bad_words:
             constraints.append(BadWords(params.bad_words, self.tokenizer))
         if params.thinking_token_budget is not None:

@@ -47,6 +47,7 @@ def conversation(service: Service, body: AnthropicRequest, key: str | None) -> C
         messages=messages,
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)] if body.tools else None,
         tool_choice=_tool_choice(body),
+        parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use", False),
         sampling=sampling | {"stop": body.stop_sequences},
         marks=tuple(sorted(set(marks))[-MAX_MARKS:]),
         enable_thinking={"enabled": True, "disabled": False}.get(thinking),
@@ -102,11 +103,11 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _tool_choice(body: AnthropicRequest) -> str:
+def _tool_choice(body: AnthropicRequest) -> str | dict[str, Any]:
     choice = body.tool_choice or {"type": "auto" if body.tools else "none"}
     kind = choice.get("type")
     if kind == "tool" and isinstance(choice.get("name"), str):
-        return choice["name"]
+        return {"type": "function", "function": {"name": choice["name"]}}
     kinds = {"auto": "auto", "any": "required", "none": "none"}
     if kind not in kinds:
         raise RequestError(f"tool_choice is {choice!r}; its type must be auto, any, tool (with a name) or none")
@@ -121,7 +122,12 @@ class Message:
         self._service, self._body = service, body
         self.id = new_id("msg")
         self._prepared = prepare(
-            service.frontend, service.history, self.id, conversation(service, body, key), service.room
+            service.frontend,
+            service.tool_grammars,
+            service.history,
+            self.id,
+            conversation(service, body, key),
+            service.room,
         )
         self._parser = TurnParser(service.frontend, self._prepared)
         self._cached = 0

@@ -17,6 +17,7 @@ import zmq.asyncio
 from .. import errors
 from ..errors import EngineError
 from ..request import Request, Update
+from ..text.grammar import GrammarSpec
 from .messages import (
     Abort,
     Clear,
@@ -74,7 +75,7 @@ class EngineClient:
         if self.failed is not None:
             raise EngineError(self.failed)
 
-    async def generate(self, request: Request, grammar: dict | None = None) -> AsyncIterator[Update]:
+    async def generate(self, request: Request, grammar: GrammarSpec | None = None) -> AsyncIterator[Update]:
         """The news of a request; leaving early aborts it. Raises what the engine refuses it with, EngineError where the
         engine fails."""
         if self.failed is not None:

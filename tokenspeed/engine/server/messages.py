@@ -4,6 +4,7 @@ import msgspec
 
 from ..config import EngineConfig
 from ..request import Request, Update
+from ..text.grammar import GrammarSpec
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -18,7 +19,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     """Run a request. grammar: what its output must look like, as `text.grammar` takes it."""
 
     request: Request
-    grammar: dict | None = None
+    grammar: GrammarSpec | None = None
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

@@ -48,7 +48,8 @@ class Chat:
         chat = Conversation(
             messages=body.messages,
             tools=body.tools or None,
-            tool_choice=choice.function.name if isinstance(choice, NamedToolChoice) else choice,
+            tool_choice=choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
+            parallel_tool_calls=body.parallel_tool_calls,
             sampling=body.sampling(logprobs=logprobs, max_tokens=body.max_completion_tokens or body.max_tokens),
             response_format=body.response_format.model_dump(by_alias=True) if body.response_format else None,
             enable_thinking=enable_thinking,
@@ -59,7 +60,9 @@ class Chat:
             name_space=service.name_space(key, body.cache_salt),
             priority=body.priority,
         )
-        self._prepared: PreparedTurn = prepare(service.frontend, service.history, self.id, chat, service.room)
+        self._prepared: PreparedTurn = prepare(
+            service.frontend, service.tool_grammars, service.history, self.id, chat, service.room
+        )
         service.metrics.restored.inc(self._prepared.restored)
         self._parsers = [TurnParser(service.frontend, self._prepared) for _ in range(body.n)]
         self._cached = 0

@@ -3,8 +3,10 @@
 python -m tokenspeed.engine.server.process ENDPOINT    with the settings as JSON on standard input
 """
 
+import contextlib
 import os
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,7 @@ from ..errors import EngineError, TokenSpeedError
 from ..frontend import Frontend
 from ..llm import load_engine
 from ..request import Update
+from ..text.grammar import GrammarSpec
 from .messages import (
     Abort,
     Clear,
@@ -31,7 +34,7 @@ from .messages import (
     encode,
 )
 
-_ORPHAN_CHECK_MS = 1000
+_ORPHAN_CHECK_MS, _COMPILE_CHECK_MS = 1000, 2
 
 
 class EngineProcess:
@@ -41,6 +44,8 @@ class EngineProcess:
         self._engine, self._socket = engine, socket
         self._news: list[Update] = []
         self._parent = os.getppid()
+        self._worker = ThreadPoolExecutor(1)
+        self._compiling: dict[str, tuple[Future, Submit]] = {}
         self._stopped = False
 
     def run(self) -> None:
@@ -48,7 +53,8 @@ class EngineProcess:
         engine = self._engine
         self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs))
         while not self._stopped and os.getppid() == self._parent:
-            if self._socket.poll(0 if engine.has_work else _ORPHAN_CHECK_MS):
+            self._submit_compiled()
+            if self._socket.poll(0 if engine.has_work else _COMPILE_CHECK_MS if self._compiling else _ORPHAN_CHECK_MS):
                 self._take(decode_to_engine(self._socket.recv()))
                 continue
             if engine.has_work:
@@ -60,11 +66,12 @@ class EngineProcess:
     def _take(self, message) -> None:
         match message:
             case Submit(request, grammar):
-                try:
-                    self._engine.submit(request, self._news.append, grammar)
-                except TokenSpeedError as error:
-                    self._send(Refused(request.id, type(error).__name__, str(error)))
+                if grammar is None:
+                    self._submit(message)
+                else:  # compiling may take long, and others should not wait for it
+                    self._compiling[request.id] = self._worker.submit(self._engine_grammar, grammar), message
             case Abort(request_id):
+                self._compiling.pop(request_id, None)
                 self._engine.abort(request_id)
                 self._tell()
             case Clear():
@@ -73,6 +80,22 @@ class EngineProcess:
                 self._send(Pong(number, self._engine.stats()))
             case Stop():
                 self._stopped = True
+
+    def _submit(self, message: Submit) -> None:
+        try:
+            self._engine.submit(message.request, self._news.append, message.grammar)
+        except TokenSpeedError as error:
+            self._send(Refused(message.request.id, type(error).__name__, str(error)))
+
+    def _engine_grammar(self, grammar: GrammarSpec) -> None:
+        with contextlib.suppress(TokenSpeedError):  # told when it is submitted
+            self._engine.grammars.compile(grammar)
+
+    def _submit_compiled(self) -> None:
+        for id, (future, message) in list(self._compiling.items()):
+            if future.done():
+                del self._compiling[id]
+                self._submit(message)
 
     def _tell(self) -> None:
         if self._news:

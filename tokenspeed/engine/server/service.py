@@ -12,6 +12,7 @@ from ..frontend import Frontend
 from ..request import Request, Update
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
+from ..text.tool_grammar import ToolGrammars
 from .client import EngineClient
 from .metrics import Metrics
 
@@ -46,6 +47,7 @@ class Service:
         self.frontend, self.engine, self.config = frontend, engine, config
         self.metrics = Metrics()
         self.history = TurnHistory(frontend.defaults.eos_ids) if config.exact_history else None
+        self.tool_grammars = ToolGrammars()
         self.draining = False
         self.in_flight = 0
 
@@ -66,7 +68,7 @@ class Service:
             raise Overloaded("the server is shutting down; use another one.", 5)
         if self.in_flight + requests > self.config.most_requests:
             raise Overloaded(
-                f"{self.in_flight} requests are in flight, and {self.config.most_requests} is the limit; try again later.",
+                f"{self.in_flight} requests are in flight of at most {self.config.most_requests}; try again later.",
                 1,
             )
 

@@ -10,7 +10,9 @@ from ..request import Request, Update
 from ..text import grammar
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
+from ..text.messages import check_tools
 from ..text.reasoning import CLOSE, ReasoningSplitter
+from ..text.tool_grammar import ToolGrammars
 from ..text.tools import CallCut, CallFinished, CallStarted, Content, Event, ToolCallParser, parse_answer
 
 TOOL_CALL = "<tool_call>"
@@ -30,14 +32,15 @@ TurnEvent = Event | Reasoning
 class Conversation:
     """What a chat endpoint was asked, whichever API it came by.
 
-    tool_choice: "auto", "none", "required", or a function's name; response_format: as OpenAI's; marks: messages whose
-    ends are snapshot boundaries; sampling: fields of SamplingParams that were given.
+    tool_choice, parallel_tool_calls, response_format: as OpenAI's; marks: messages whose ends are snapshot boundaries;
+    sampling: fields of SamplingParams that were given.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
-    tool_choice: str
+    tool_choice: str | Mapping[str, Any]
     sampling: dict[str, Any]
+    parallel_tool_calls: bool = True
     response_format: Mapping[str, Any] | None = None
     marks: tuple[int, ...] = ()
     enable_thinking: bool | None = None
@@ -61,7 +64,9 @@ class PreparedTurn:
     parsed: list[dict[str, Any]] | None
 
 
-def prepare(frontend: Frontend, history: TurnHistory | None, id: str, chat: Conversation, room: int) -> PreparedTurn:
+def prepare(
+    frontend: Frontend, tools: ToolGrammars, history: TurnHistory | None, id: str, chat: Conversation, room: int
+) -> PreparedTurn:
     """room: tokens of prompt and answer at most. Raises RequestError for what cannot be asked."""
     if chat.continue_final_message and chat.add_generation_prompt:
         raise RequestError("continue_final_message needs add_generation_prompt to be false; both are true.")
@@ -88,7 +93,7 @@ def prepare(frontend: Frontend, history: TurnHistory | None, id: str, chat: Conv
     if chat.truncate_prompt_tokens is not None and len(ids) > chat.truncate_prompt_tokens:
         cut = len(ids) - chat.truncate_prompt_tokens
         ids, boundaries = ids[cut:], [count - cut for count in boundaries if count > cut]
-    spec = _grammar(chat, encoded.reasoning_open)
+    spec = _grammar(tools, chat, encoded.reasoning_open)
     sampling = dict(chat.sampling)
     if sampling.get("max_tokens") is None:
         sampling["max_tokens"] = max(room - len(ids), 1)
@@ -101,23 +106,12 @@ def prepare(frontend: Frontend, history: TurnHistory | None, id: str, chat: Conv
     return PreparedTurn(request, spec, encoded.reasoning_open, restored, parsed)
 
 
-def _grammar(chat: Conversation, reasoning: bool) -> GrammarSpec | None:
-    names = [tool.get("function", tool).get("name") for tool in chat.tools or ()]
-    if chat.tool_choice not in ("auto", "none", "required", *names):
-        raise RequestError(
-            f"tool_choice names {chat.tool_choice!r}; the tools are {', '.join(map(str, names)) or 'none'}."
-        )
-    spec = grammar.response_format(chat.response_format, reasoning) if chat.response_format else None
-    if chat.tool_choice in ("auto", "none"):
-        strict = [tool for tool in chat.tools or () if tool.get("function", tool).get("strict")]
-        if strict and spec is None and chat.tool_choice == "auto":
-            return grammar.tool_calls(chat.tools, "auto", reasoning)
-        return spec
-    if spec is not None:
+def _grammar(tools: ToolGrammars, chat: Conversation, reasoning: bool) -> GrammarSpec | None:
+    answer = grammar.response_format(chat.response_format, reasoning) if chat.response_format else None
+    calls = tools.spec(check_tools(chat.tools) or [], chat.tool_choice, chat.parallel_tool_calls, reasoning)
+    if answer and calls and chat.tool_choice != "auto":
         raise RequestError("response_format and a tool_choice that demands a call contradict each other; give one.")
-    if not names:
-        raise RequestError(f"tool_choice is {chat.tool_choice!r}, but there are no tools.")
-    return grammar.tool_calls(chat.tools, chat.tool_choice, reasoning)
+    return answer or calls
 
 
 class TurnParser:

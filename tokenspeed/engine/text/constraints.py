@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .grammar import Matcher
 from .tokenizer import Tokenizer
 
 
@@ -81,6 +82,23 @@ class ThinkingBudget:
             self._spent += 1
         elif id == self._start:
             self._thinking = True
+
+
+class Format:
+    """The answer follows a grammar."""
+
+    def __init__(self, matcher: Matcher):
+        self._matcher = matcher
+
+    def may_act(self, output: int) -> bool:
+        return True
+
+    def verdict(self, outputs: Sequence[int]) -> Verdict:
+        """Raises RequestError where the grammar cannot go on."""
+        return Verdict(self._matcher.mask())
+
+    def accept(self, id: int) -> None:
+        self._matcher.accept(id)
 
 
 def combine(verdicts: Sequence[Verdict]) -> Verdict:

@@ -105,9 +105,11 @@ class ChatTemplate:
         enable_thinking: bool | None = None,
         template_kwargs: Mapping[str, bool] | None = None,
         marks: Sequence[int] = (),
+        continue_final_message: bool = False,
     ) -> EncodedPrompt:
         """The conversation as ids with its stable boundaries. Arguments and errors as in `render`.
 
+        continue_final_message: leave the last message open, for the model to go on with its content.
         marks: indices of at most MAX_MARKS messages whose ends the caller wants boundaries at.
         """
         conversation = _Conversation(self, messages, tools, enable_thinking, template_kwargs)
@@ -115,12 +117,24 @@ class ChatTemplate:
         if len(marks) > MAX_MARKS or not all(0 <= mark < count for mark in marks):
             raise RequestError(f"marks are {list(marks)}; give at most {MAX_MARKS} indices of the {count} messages")
         text = conversation.text(conversation.messages, add_generation_prompt)
+        if continue_final_message:
+            text = _opened(text, conversation.messages[-1])
         control = self._tokenizer.guard.pattern
         cuts = stable_cuts(text, conversation.messages, conversation.text_or_none, control, marks)
         rendered = conversation.hidden.reveal(text)
         revealed = [len(conversation.hidden.reveal(text[:cut]).text) for cut in cuts]
         ids, counts = self._tokenizer.encode_with_counts(rendered, revealed)
         return EncodedPrompt(ids, tuple(count for count in counts if count), leaves_reasoning_open(rendered.text))
+
+
+def _opened(text: str, message: Mapping[str, Any]) -> str:
+    """A rendered conversation up to where its last message's content ends."""
+    content = message.get("content") or ""
+    said = (content if isinstance(content, str) else content[-1].get("text", "")).strip()
+    place = text.rfind(said)
+    if not said or place < 0:
+        raise RequestError("continue_final_message needs a last message with content that the template shows as it is")
+    return text[: place + len(said)]
 
 
 class _Conversation:
