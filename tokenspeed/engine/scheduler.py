@@ -284,7 +284,7 @@ class Scheduler:
                     self._preempt(child)  # it comes back by admission, as if it had been cut short
                     continue
                 self._take(child, fork.child, draft)
-                parent.read_slot, parent.write_slot = fork.parent_read, fork.parent_write
+                parent.write_slot = fork.parent_write  # it still reads where its own last step wrote
 
     def _take(self, sequence: Sequence, admission, draft: "_Draft") -> None:
         """What the cache allotted."""
