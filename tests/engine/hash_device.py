@@ -75,6 +75,10 @@ class Letters:
         return {"<think>": THINK, "</think>": END_THINK}.get(token)
 
 
+def letter(id: int) -> str:
+    return "" if id in Letters.special_ids else Letters().token_bytes(id).decode()
+
+
 def forbidden(request: Request, ids: list[int]) -> Edit:
     """What bad words and the thinking budget leave after some outputs."""
     params, mask = request.params, b""
@@ -116,12 +120,13 @@ def expected(request: Request, seed: int, room: int) -> Outcome:
         ends = output + 1 >= params.min_tokens
         if ends and (id in params.stop_token_ids or (id == EOS and not params.ignore_eos)):
             outcome.reason, outcome.stop = "stop", id if id in params.stop_token_ids else None
+            outcome.text += letter(id) if params.include_stop_str_in_output else ""
             break
-        outcome.text += Letters().token_bytes(id).decode() if id != EOS else ""
-        searched += Letters().token_bytes(id).decode() if ends and id != EOS else ""
+        outcome.text += letter(id)
+        searched += letter(id) if ends else ""
         if found := [stop for stop in params.stop if searched.endswith(stop)]:
             outcome.reason, outcome.stop = "stop", max(found, key=len)
-            outcome.text = outcome.text[: -len(outcome.stop)]
+            outcome.text = outcome.text if params.include_stop_str_in_output else outcome.text[: -len(outcome.stop)]
             break
     return outcome
 

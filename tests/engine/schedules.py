@@ -178,6 +178,8 @@ def random_params(random: Random, room: int) -> SamplingParams:
         chosen["seed"] = random.randrange(100)
     if random.random() < 0.5:
         chosen["ignore_eos"] = True
+    if random.random() < 0.3:
+        chosen["include_stop_str_in_output"] = True
     for name, values in {
         "n": [2, 3, 4],
         "logprobs": [0, 2],
