@@ -100,6 +100,20 @@ def test_a_request_that_needs_all_logits_waits_for_no_state():
     assert bench.news["b", 0][-1].metrics.waited_steps == 0
 
 
+def test_decoding_does_not_starve_a_prompt_however_small_the_steps():
+    bench = Bench(Setting(seqs=3, batch_tokens=64))
+    bench.submit(request("a", prompt_of(10), max_tokens=500))
+    while not bench.news["a", 0]:
+        bench.step()
+    bench.submit(request("b", prompt_of(200, 1), max_tokens=1))
+    before = len(bench.device.steps)
+    while not bench.news["b", 0]:
+        bench.step()
+    assert len(bench.device.steps) - before < 10, "a prompt of 200 tokens needs a few steps"
+    bench.run()
+    bench.check()
+
+
 def test_decode_goes_on_while_a_long_prompt_is_prefilled():
     bench = Bench(Setting(seqs=2, batch_tokens=100))
     bench.submit(request("a", prompt_of(10), max_tokens=60))

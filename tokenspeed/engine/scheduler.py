@@ -235,8 +235,9 @@ class Scheduler:
         if end < sequence.target:
             end = end // PAGE_TOKENS * PAGE_TOKENS
             if end <= start:
-                if not draft.empty:
+                if draft.prefill:
                     return 0
+                # Nobody else's prompt goes on in this Step, and decoding may leave less than a page in every Step.
                 end = min(start + budget, sequence.target)
         snapshots = []
         while sequence.snapshots and sequence.snapshots[0][0] <= end:
