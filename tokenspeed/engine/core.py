@@ -137,6 +137,11 @@ class Engine:
         return own | reasons | self.cache.stats()
 
     @property
+    def request_ids(self) -> list[str]:
+        """Of the requests that wait or run."""
+        return list(self._requests)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._in_flight) or not self.scheduler.idle
 
