@@ -70,7 +70,7 @@ class Engine:
         self._requests: dict[str, list[_Generation]] = {}
         self._generations: dict[int, _Generation] = {}  # by sequence id
         self._in_flight: deque[tuple[Planned, Launched]] = deque()
-        self._updates: list[tuple[_Generation, Update]] = []
+        self._updates: deque[tuple[_Generation, Update]] = deque()
         self._name_spaces: set[str] = set()
 
     # ---- requests
@@ -143,6 +143,11 @@ class Engine:
         }
         reasons = {f"reason_{name.lower()}": count for name, count in scheduler.reasons.items()}
         return own | reasons | self.cache.stats()
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the requests that wait or run."""
+        return list(self._requests)
 
     @property
     def has_work(self) -> bool:
@@ -248,14 +253,19 @@ class Engine:
             del self._requests[sequence.request.id]
 
     def _deliver(self) -> None:
-        updates, self._updates = self._updates, []
-        for generation, update in updates:
+        """In order, also where a sink ends a request meanwhile: what was known before is told before."""
+        while self._updates:
+            generation, update = self._updates.popleft()
             try:
                 generation.sink(update)
             except Exception:  # whatever a caller's code raises: it concerns that request alone
-                if self._generations.get(generation.sequence.id) is generation:
-                    generation.sink = _ignore
-                    self.abort(update.request_id)
+                request = generation.sequence.request
+                generation.sink = _ignore
+                running = self._requests.get(request.id, [])
+                if any(other.sequence.request is request for other in running):  # and not a later one of this id
+                    for other in running:
+                        other.sink = _ignore
+                    self.abort(request.id)
 
     def _fail(self, error: Exception) -> None:
         self.failed = error

@@ -99,7 +99,11 @@ class Collector:
 
     def snapshot(self) -> RequestOutput:
         """The output as it stands, which later updates leave alone."""
-        return replace(self.output, outputs=[replace(o, token_ids=list(o.token_ids)) for o in self.output.outputs])
+        outputs = [
+            replace(o, token_ids=list(o.token_ids), logprobs=None if o.logprobs is None else list(o.logprobs))
+            for o in self.output.outputs
+        ]
+        return replace(self.output, outputs=outputs)
 
     def _logprobs(self, scores: TokenScores) -> dict[int, Logprob]:
         found = {}

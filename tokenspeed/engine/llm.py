@@ -209,6 +209,7 @@ class AsyncLLM:
         self._llm = LLM(model, progress, **settings)
         self.frontend, self.engine = self._llm.frontend, self._llm.engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
         self._thread = threading.Thread(target=self._loop, name="tokenspeed-engine", daemon=True)
         self._thread.start()
 
@@ -231,19 +232,25 @@ class AsyncLLM:
             try:
                 self.engine.submit(request, tell)
             except TokenSpeedError as error:
-                tell(error)
+                with contextlib.suppress(RuntimeError):  # the caller's event loop is gone
+                    tell(error)
 
+        if self._closed:
+            raise EngineError("the engine was closed.")
         self._inbox.put(submit)
+        running = True
         try:
-            while not collector.output.finished:
+            while running:
                 what = await news.get()
                 if isinstance(what, Exception):
+                    running = False  # it never did; another request may run under this id
                     raise what
                 collector.take(what)
+                running = not collector.output.finished
                 _raise_error(what.error)
                 yield collector.snapshot()
         finally:
-            if not collector.output.finished:
+            if running:
                 await self.abort(request.id)
 
     async def abort(self, request_id: str) -> None:
@@ -251,7 +258,8 @@ class AsyncLLM:
         self._inbox.put(lambda: self.engine.abort(request_id))
 
     def close(self) -> None:
-        """Ends the thread; requests that run are aborted."""
+        """Ends the thread; requests that run are aborted, and their callers told. Twice is harmless."""
+        self._closed = True
         self._inbox.put(None)
         self._thread.join()
 
@@ -266,8 +274,11 @@ class AsyncLLM:
                     engine.step()
                 continue
             if work is None:
-                return
+                break
             work()
+        for request_id in engine.request_ids:
+            engine.abort(request_id)
+        self._llm._settle()
 
 
 def _is_prompt(prompts) -> bool:

@@ -92,6 +92,10 @@ def _number(value: Any, least: float = -math.inf, most: float = math.inf) -> boo
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
+def _pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
 def _ids(values: tuple) -> bool:
     return len(values) <= MOST_BIASES and all(_integer(id, 0) for id in values)
 
@@ -129,7 +133,7 @@ def _ranges(p: SamplingParams) -> tuple[tuple[str, bool, str], ...]:
         (
             "logit_bias",
             len(p.logit_bias) <= MOST_BIASES
-            and all(len(pair) == 2 and _integer(pair[0], 0) and _number(pair[1], -100, 100) for pair in p.logit_bias),
+            and all(_pair(pair) and _integer(pair[0], 0) and _number(pair[1], -100, 100) for pair in p.logit_bias),
             f"up to {MOST_BIASES} pairs of a token id and a number in [-100, 100]",
         ),
         ("allowed_token_ids", _ids(p.allowed_token_ids), f"up to {MOST_BIASES} token ids"),

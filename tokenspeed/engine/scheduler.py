@@ -60,6 +60,11 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def scored(self) -> bool:
+        """Log-probabilities of its prompt are still wanted, so every token's logits are."""
+        return self.request.params.prompt_logprobs is not None and not self.outputs
+
+    @property
     def prefilled(self) -> bool:
         return self.consumed >= self.target
 
@@ -225,13 +230,14 @@ class Scheduler:
     def _plan_prefill(self, sequence: Sequence, budget: int, draft: "_Draft") -> int:
         """A chunk of the prompt, up to an absolute multiple of 64 or its end; returns how many tokens."""
         params, start = sequence.request.params, sequence.consumed
-        scored = params.prompt_logprobs is not None and start < sequence.prompt_tokens and not sequence.outputs
+        scored = sequence.scored
         end = min(start + min(budget, _SCORED_TOKENS if scored else budget), sequence.target)
         if end < sequence.target:
             end = end // PAGE_TOKENS * PAGE_TOKENS
             if end <= start:
-                if not draft.empty:
+                if draft.prefill:
                     return 0
+                # Nobody else's prompt goes on in this Step, and decoding may leave less than a page in every Step.
                 end = min(start + budget, sequence.target)
         snapshots = []
         while sequence.snapshots and sequence.snapshots[0][0] <= end:
@@ -308,14 +314,12 @@ class Scheduler:
                 return
             if self._should_wait(sequence):
                 continue
-            params = sequence.request.params
-            scored = params.prompt_logprobs is not None and not sequence.outputs
             admission = self.cache.admit(
                 sequence.id,
                 sequence.request.name_space,
                 sequence.tokens,
                 sequence.request.boundaries,
-                prompt_logprobs=scored,
+                prompt_logprobs=sequence.scored,
             )
             if isinstance(admission, NoRoom):
                 blocked = True
@@ -348,7 +352,7 @@ class Scheduler:
         """Whether another request is about to write a state that this one would resume from. Bounded."""
         if sequence.waited >= self.limits.wait_steps or not self.running:
             return False
-        match = self.cache.probe(sequence.request.name_space, sequence.tokens)
+        match = self.cache.probe(sequence.request.name_space, sequence.tokens, prompt_logprobs=sequence.scored)
         sequence.waited += match.pending_tokens > match.state_tokens
         return match.pending_tokens > match.state_tokens
 

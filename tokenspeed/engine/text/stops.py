@@ -20,6 +20,7 @@ class StopStrings:
         found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if found:
             end, length, stop = min(found)
+            self._held = ""
             return text[: end if self._include else end + length], stop
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]

@@ -1,0 +1,273 @@
+"""The loop's rules one by one, on a device that knows no tensors."""
+
+from itertools import pairwise
+
+import pytest
+from hash_device import EOS, VOCAB, Letters, expected
+from schedules import Bench, Setting
+
+from tokenspeed.engine.request import Request, SamplingParams
+
+NEVER_ENDS = {"ignore_eos": True, "temperature": 0.0}
+
+
+def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple((7 * i + 13 * seed + i * i * (seed + 1)) % VOCAB for i in range(length))
+
+
+def request(id: str, prompt, *, boundaries=(), priority: int = 0, name_space: str = "", **params) -> Request:
+    return Request(id, tuple(prompt), SamplingParams(**NEVER_ENDS | params), tuple(boundaries), name_space, priority)
+
+
+def finish(bench: Bench, *requests: Request) -> Bench:
+    for one in requests:
+        bench.submit(one)
+    bench.run()
+    bench.check()
+    return bench
+
+
+def reuse_of(bench: Bench, id: str):
+    return bench.news[id, 0][0].reuse
+
+
+# ---- what a state is worth
+
+
+def test_after_an_end_token_the_state_stands_after_it():
+    bench = Bench(Setting())
+    prompt = next(p for p in map(lambda s: prompt_of(20, s), range(50)) if expected_stop(p) > 3)
+    finish(bench, Request("a", prompt, SamplingParams(max_tokens=100)))
+    history = prompt + tuple(bench.outcome("a").ids)
+    assert history[-1] == EOS
+    finish(bench, request("b", (*history, 1, 2), max_tokens=2))
+    assert reuse_of(bench, "b").cached_tokens == len(history)
+
+
+def expected_stop(prompt) -> int:
+    outcome = expected(Request("", prompt, SamplingParams(max_tokens=100)), 0, 1000)
+    return len(outcome.ids) if outcome.reason == "stop" else 0
+
+
+def test_after_a_length_stop_the_last_id_was_not_consumed():
+    bench = finish(Bench(Setting()), request("a", prompt_of(20), max_tokens=9))
+    history = prompt_of(20) + tuple(bench.outcome("a").ids)
+    finish(bench, request("b", (*history, 1, 2), max_tokens=2))
+    assert reuse_of(bench, "b").cached_tokens == len(history) - 1
+
+
+def test_an_aborted_request_leaves_what_was_published_and_no_state_of_its_own():
+    bench = Bench(Setting())
+    bench.submit(request("a", prompt_of(130), max_tokens=100, boundaries=[100]))
+    while len(bench.news["a", 0]) < 5:
+        bench.step()
+    bench.abort("a")
+    bench.run()
+    bench.check()
+    finish(bench, request("b", prompt_of(130), max_tokens=1))
+    assert reuse_of(bench, "b").cached_tokens == 100
+
+
+def test_one_snapshot_serves_a_second_request_that_goes_on_differently_inside_its_page():
+    bench = finish(Bench(Setting()), request("a", prompt_of(100), max_tokens=30, boundaries=[90]))
+    finish(bench, request("b", (*prompt_of(90), *prompt_of(60, 1)), max_tokens=3))
+    assert reuse_of(bench, "b").cached_tokens == 90
+    assert any(copy[2] == 90 % 64 for step in bench.device.steps for copy in step.copies)
+
+
+# ---- who goes when
+
+
+def test_a_request_waits_for_a_state_that_another_is_writing_and_says_for_how_long():
+    bench = Bench(Setting(batch_tokens=64))
+    one, two = (request(id, (*prompt_of(300), n), max_tokens=2, boundaries=[299]) for n, id in enumerate("ab"))
+    finish(bench, one, two)
+    assert bench.news["b", 0][-1].metrics.waited_steps > 0
+    assert reuse_of(bench, "b").cached_tokens == 299
+
+
+def test_waiting_is_bounded():
+    bench = Bench(Setting(batch_tokens=100, wait_steps=2))
+    finish(bench, *(request(id, (*prompt_of(900), n), max_tokens=2, boundaries=[899]) for n, id in enumerate("ab")))
+    assert bench.news["b", 0][-1].metrics.waited_steps == 2
+    assert reuse_of(bench, "b").cached_tokens < 899
+
+
+def test_a_request_that_needs_all_logits_waits_for_no_state():
+    bench = Bench(Setting(batch_tokens=100))
+    one = request("a", (*prompt_of(300), 1), max_tokens=2, boundaries=[299])
+    finish(bench, one, request("b", (*prompt_of(300), 2), max_tokens=2, prompt_logprobs=0))
+    assert bench.news["b", 0][-1].metrics.waited_steps == 0
+
+
+def test_decoding_does_not_starve_a_prompt_however_small_the_steps():
+    bench = Bench(Setting(seqs=3, batch_tokens=64))
+    bench.submit(request("a", prompt_of(10), max_tokens=500))
+    while not bench.news["a", 0]:
+        bench.step()
+    bench.submit(request("b", prompt_of(200, 1), max_tokens=1))
+    before = len(bench.device.steps)
+    while not bench.news["b", 0]:
+        bench.step()
+    assert len(bench.device.steps) - before < 10, "a prompt of 200 tokens needs a few steps"
+    bench.run()
+    bench.check()
+
+
+def test_decode_goes_on_while_a_long_prompt_is_prefilled():
+    bench = Bench(Setting(seqs=2, batch_tokens=100))
+    bench.submit(request("a", prompt_of(10), max_tokens=60))
+    while not bench.news["a", 0]:
+        bench.step()
+    bench.submit(request("b", prompt_of(900, 1), max_tokens=1))
+    said = []
+    while not bench.news["b", 0]:
+        said.append(len(bench.news["a", 0]))
+        bench.step()
+    assert all(later == sooner + 1 for sooner, later in pairwise(said[1:]))
+
+
+def test_a_step_holds_no_more_tokens_than_it_may():
+    bench = Bench(Setting(seqs=4, batch_tokens=100))
+    finish(bench, *(request(str(i), prompt_of(150 + i, i), max_tokens=40) for i in range(8)))
+    assert max(step.tokens for step in bench.device.steps) <= 100
+
+
+def test_chunks_are_cut_at_whole_pages():
+    bench = finish(Bench(Setting(seqs=1, batch_tokens=100)), request("a", prompt_of(500), max_tokens=2))
+    ends = [row.end for step in bench.device.steps for row in step.prefill]
+    assert ends == [64, 128, 192, 256, 320, 384, 448, 500]
+
+
+def test_lower_priority_numbers_go_first_and_arrival_breaks_ties():
+    bench = Bench(Setting(seqs=1))
+    finish(bench, *(request(id, prompt_of(9, i), max_tokens=1, priority=p) for i, (id, p) in enumerate(ORDER.items())))
+    assert sorted(ORDER, key=first_step(bench).get) == ["c", "a", "b", "e", "d"]
+
+
+ORDER = {"a": 0, "b": 0, "c": -1, "d": 5, "e": 0}
+
+
+def first_step(bench: Bench) -> dict[str, int]:
+    """The Step in which each request's first id was sampled."""
+    prompts = {one.prompt[: len(one.prompt)]: id for id, one in bench.requests.items()}
+    found = {}
+    for number, step in enumerate(bench.device.steps):
+        for row in step.prefill:
+            for prompt, id in prompts.items():
+                if row.logits and row.tokens and prompt[row.start :] == row.tokens:
+                    found.setdefault(id, number)
+    return found
+
+
+def test_one_that_does_not_fit_is_passed_a_bounded_number_of_times():
+    setting = Setting(pages=8, seqs=4, skip_ahead=3, cache={"enabled": False})
+    bench = Bench(setting)
+    bench.submit(request("first", prompt_of(64), max_tokens=100))
+    bench.step()
+    bench.submit(request("big", prompt_of(64 * 7, 1), max_tokens=1))
+    for i in range(10):
+        bench.submit(request(str(i), prompt_of(5, 2 + i), max_tokens=120))
+    bench.run()
+    bench.check()
+    order = first_step(bench)
+    passed = [i for i in range(10) if order[str(i)] < order["big"]]
+    assert passed == [0, 1, 2]
+
+
+def test_the_youngest_gives_way_and_never_the_oldest():
+    bench = Bench(Setting(pages=6, slots=6, seqs=3, cache={"enabled": False}))
+    finish(bench, *(request(str(i), prompt_of(60, i), max_tokens=150) for i in range(3)))
+    preemptions = [bench.news[str(i), 0][-1].metrics.preemptions for i in range(3)]
+    assert preemptions[0] == 0 and preemptions[2] > 0
+
+
+def test_a_request_of_several_continuations_is_prefilled_once():
+    bench = finish(Bench(Setting(seqs=4)), request("a", prompt_of(200), n=4, temperature=1.0, max_tokens=5))
+    assert sum(len(row.tokens) for step in bench.device.steps for row in step.prefill) == 200
+    assert len({tuple(bench.outcome("a", child).ids) for child in range(4)}) == 4
+    assert len(set(bench.seeds["a"])) == 4
+
+
+# ---- ends
+
+
+def test_aborting_at_any_moment_gives_everything_back_once_the_device_is_done():
+    for moment in range(12):
+        bench = Bench(Setting(seqs=4, batch_tokens=64))
+        bench.submit(request("a", prompt_of(150), n=3, max_tokens=20))
+        bench.submit(request("b", prompt_of(90, 1), max_tokens=20))
+        for _ in range(moment):
+            bench.step()
+        assert bench.abort("a")
+        assert not bench.abort("a"), "twice is harmless"
+        held = bench.cache.stats()["pages_held"]
+        launched = any(s.request.id == "a" for s in bench.engine.scheduler.running)
+        assert not launched or held > 0, "its memory was freed under a launched Step"
+        bench.run()
+        bench.check()
+
+
+def test_aborting_what_never_was_or_is_done_says_so():
+    bench = finish(Bench(Setting()), request("a", prompt_of(9), max_tokens=2))
+    assert not bench.abort("a") and not bench.abort("nobody")
+
+
+LETTERS = {"allowed_token_ids": [9, 10, 11], "temperature": 1.0, "seed": 4}  # "9", ":" and ";"
+
+
+def text_of(**params) -> tuple[str, object]:
+    bench = finish(Bench(Setting()), request("a", prompt_of(20), **LETTERS | {"max_tokens": 60} | params))
+    outcome = bench.outcome("a")
+    return outcome.text, outcome.stop
+
+
+def test_a_stop_string_ends_the_text_before_it_or_after_it_when_asked():
+    whole, _ = text_of()
+    stop = whole[20:24]
+    cut = whole.index(stop)
+    assert text_of(stop=[stop]) == (whole[:cut], stop)
+    assert text_of(stop=[stop], include_stop_str_in_output=True) == (whole[: cut + 4], stop)
+
+
+def test_nothing_ends_before_min_tokens():
+    whole, _ = text_of()
+    assert text_of(stop=[whole[3:5]], min_tokens=30)[0][:29] == whole[:29]
+    bench = Bench(Setting())
+    finish(bench, Request("a", prompt_of(5), SamplingParams(max_tokens=50, min_tokens=50, stop_token_ids=[9])))
+    assert len(bench.outcome("a").ids) == 50 and not {EOS, 9} & set(bench.outcome("a").ids[:49])
+
+
+def test_a_stop_id_is_named_and_its_text_left_out_unless_asked_for():
+    whole, _ = text_of()
+    stop = Letters().encode(whole[8])[0]
+    first = whole.index(whole[8])
+    assert text_of(stop_token_ids=[stop]) == (whole[:first], stop)
+    assert text_of(stop_token_ids=[stop], include_stop_str_in_output=True) == (whole[: first + 1], stop)
+
+
+def test_a_stop_id_that_completes_a_stop_string_says_no_text_twice():
+    whole, _ = text_of()
+    cut = next(i for i in range(60) if whole[i] != whole[0])
+    last = Letters().encode(whole[cut])[0]
+    params = {"stop": [whole[cut - 1 : cut + 1]], "stop_token_ids": [last], "include_stop_str_in_output": True}
+    assert text_of(**params) == (whole[: cut + 1], last)
+
+
+def test_half_a_character_at_the_end_is_told():
+    bench = Bench(Setting())
+    bench.engine.tokenizer = HalfCharacters()
+    bench.submit(request("a", prompt_of(20), max_tokens=1))
+    bench.run()
+    assert bench.outcome("a").text == "\ufffd"
+
+
+class HalfCharacters(Letters):
+    def token_bytes(self, id: int) -> bytes:
+        return b"\xc3"
+
+
+@pytest.mark.parametrize("max_tokens", [None, 43])
+def test_a_sequence_may_fill_the_context_to_its_last_token(max_tokens):
+    bench = finish(Bench(Setting(pages=1, slots=1, seqs=1)), request("a", prompt_of(21), max_tokens=max_tokens))
+    assert len(bench.outcome("a").ids) == 43

@@ -1,0 +1,62 @@
+"""Stop strings: the same text and the same end however the text is cut into pieces."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenspeed.engine.text.stops import StopStrings
+
+LETTERS = "ab<|é"
+
+
+def found_first(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+    """Letter by letter: the text before the first stop string that is complete, of several the longest."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            stop = max(complete, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
+
+
+def run(pieces: list[str], stops: list[str], include: bool) -> tuple[list[str], str | None]:
+    search, out = StopStrings(stops, include), []
+    for piece in pieces:
+        text, found = search.push(piece)
+        out.append(text)
+        if found is not None:
+            return out, found
+    return [*out, search.finish()], None
+
+
+@given(
+    st.lists(st.text(LETTERS, max_size=4), max_size=10),
+    st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3),
+    st.booleans(),
+)
+def test_pieces_give_what_the_whole_text_gives(pieces, stops, include):
+    out, found = run(pieces, stops, include)
+    assert ("".join(out), found) == found_first("".join(pieces), stops, include)
+
+
+@given(st.lists(st.text(LETTERS, max_size=4), max_size=10), st.text(LETTERS, min_size=1, max_size=4))
+def test_only_text_that_may_begin_a_stop_string_is_held_back(pieces, stop):
+    search, text, said = StopStrings([stop], False), "", ""
+    for piece in pieces:
+        text += piece
+        out, found = search.push(piece)
+        if found:
+            return
+        said += out
+        held = text[len(said) :]
+        assert said + held == text and len(held) < len(stop) and stop.startswith(held)
+        longer = [n for n in range(len(held) + 1, len(stop)) if text.endswith(stop[:n])]
+        assert not longer, "what may begin the stop string was said"
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_nothing_is_held_back_once_a_stop_string_was_found(include):
+    search = StopStrings(["bcd"], include)
+    assert search.push("ab") == ("a", None)
+    assert search.push("cde") == ("bcd" if include else "", "bcd")
+    assert search.finish() == ""
