@@ -3,15 +3,17 @@
 import argparse
 import sys
 
-from .commands import generate, info
+from .. import __version__
+from .commands import bench, chat, generate, info
 from .errors import TokenSpeedError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, info):
+    for command in (generate, chat, bench, info):
         command.add_parser(commands).set_defaults(run=command.run)
     options = parser.parse_args(arguments)
     try:
