@@ -8,14 +8,18 @@ from .commands import bench, chat, generate, info
 from .errors import TokenSpeedError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (generate, chat, bench, info):
         command.add_parser(commands).set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
+    options = build_parser().parse_args(arguments)
     try:
         return options.run(options)
     except TokenSpeedError as error:

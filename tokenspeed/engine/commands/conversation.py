@@ -160,8 +160,7 @@ class Conversation:
             raise RequestError(f"{path!r} is no saved conversation: {error}") from None
         messages = loaded.get("messages") if isinstance(loaded, dict) else loaded
         tools = loaded.get("tools") if isinstance(loaded, dict) else self.tools
-        if messages or not isinstance(messages, list):
-            self.encode(messages, tools)
+        self.encode([{"role": "user", "content": ""}] if messages == [] else messages, tools)
         first = messages[0] if messages and messages[0]["role"] == "system" else None
         self.system = first and first["content"]
         self.messages, self.tools = messages[1 if first else 0 :], tools

@@ -91,7 +91,7 @@ class _Batch:
         self._write()
 
     def flush(self) -> None:
-        """What has ended though a line before it has not, when nothing more will come."""
+        """What has ended though a line before it has not, when nothing more will come. What was cut short is lost."""
         self._lines = [line for line in self._lines if line.record]
         self._write()
 
@@ -120,7 +120,7 @@ class _Batch:
 
         def take(update: Update) -> None:
             collector.take(update)
-            if collector.output.finished:
+            if collector.output.finished and update.finish_reason != "abort":
                 if collector.error:
                     line.fail(collector.error)
                 else:
