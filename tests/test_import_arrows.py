@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 LAYERS = [
     {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler", "parallel.placement"},
     {"device", "memory", "batch", "sampling", "graphs", "runner"},
-    {"frontend", "llm", "core"},
+    {"frontend", "llm", "core", "step_log", "ranges"},
     {"commands", "server", "__main__"},
 ]
 NO_TORCH = LAYERS[0] | {"text", "frontend"}

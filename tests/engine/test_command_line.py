@@ -1,11 +1,23 @@
 """The command line as a user meets it."""
 
+import argparse
+import gzip
 import io
 import json
+import re
+import signal
+from contextlib import contextmanager
 
 import pytest
 
-from tokenspeed.engine.__main__ import main
+from tokenspeed.engine.__main__ import build_parser, main
+from tokenspeed.engine.commands.interrupts import interruptible
+from tokenspeed.engine.commands.options import add_sampling_options, chosen_sampling
+from tokenspeed.engine.core import Engine
+from tokenspeed.engine.errors import EngineError
+from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.ranges import add_ranges
+from tokenspeed.engine.request import SamplingParams
 
 
 def test_generate_streams_the_answer_and_reports_its_speed(capsys):
@@ -49,6 +61,21 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--device", "tpu"], ["tpu"]),
         (["generate", "x", "--device", "cuda:77"], ["cuda:77"]),
         (["generate", "x", "--threads", "0"], ["threads", "0"]),
+        (["generate", "x", "--logprobs", "1"], ["--json"]),
+        (["generate", "x", "--output", "out"], ["--jsonl"]),
+        (["generate", "x", "--jsonl", "in"], ["prompt"]),
+        (["generate", "--jsonl", "missing.jsonl"], ["missing.jsonl"]),
+        (["generate", "x", "--max-num-seqs", "0"], ["max_num_seqs", "0"]),
+        (["generate", "x", "--memory-fraction", "2"], ["memory_fraction", "2"]),
+        (["generate", "x", "--log-steps", "/"], ["/", "cannot be written"]),
+        (["generate", "x", "--max-tokens", "9000"], ["9000", "8192"]),
+        (["chat", "--n", "2"], ["n is 2"]),
+        (["chat", "--load", "missing.json"], ["missing.json"]),
+        (["bench", "--input-len", "0"], ["--input-len", "0"]),
+        (["bench", "--prefix-len", "128"], ["--prefix-len", "128"]),
+        (["bench", "--input-len", "9000"], ["9032", "8192"]),
+        (["bench", "--concurrency", "65"], ["65", "--max-num-seqs 64"]),
+        (["bench", "replay", "missing.jsonl"], ["missing.jsonl"]),
         (["info", "--size", "5B"], ["5B", "35B-A3B"]),
     ],
 )
@@ -73,9 +100,150 @@ def test_info_says_when_the_weights_do_not_fit(capsys):
     assert "none" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["info"]])
-def test_help_is_complete(capsys, command):
-    with pytest.raises(SystemExit) as exit_:
-        main([*command, "--help"])
-    assert exit_.value.code == 0
-    assert "usage" in capsys.readouterr().out
+def test_info_says_how_many_agent_turns_the_prefix_cache_keeps(capsys):
+    arguments = ["info", "--size", "35B-A3B", "--dtype", "bfloat16", "--memory-gib", "139", "--max-num-seqs", "32"]
+    assert main(arguments) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prefix cache")]
+    pages, spare, slots = map(int, re.search(r"\((\d+) pages, (\d+) of (\d+) slots\)", line).groups())
+    kept = {int(tokens): int(turns) for turns, tokens in re.findall(r"(\d+) of (\d+) tokens", line)}
+    assert slots - spare == 32
+    assert kept == {tokens: min(spare, pages * 64 // tokens) for tokens in (512, 4096, 32_768)}
+    assert pages * 64 * 20 * 2**10 + slots * 62 * 2**20 < 0.9 * (139 - 64) * 2**30, "more than the memory holds"
+    assert main([*arguments, "--prefix-cache", "off"]) == 0
+    assert "kept: 0 of 512 tokens" in capsys.readouterr().out
+
+
+def parsers(parser, name=""):
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child, inner in action.choices.items():
+                yield from parsers(inner, f"{name} {child}")
+
+
+@pytest.mark.parametrize(("name", "parser"), list(parsers(build_parser())))
+def test_help_names_the_default_of_every_option(name, parser):
+    assert parser.format_help().startswith("usage")
+    for action in parser._actions:
+        if action.option_strings and not {"--help", "--version"} & set(action.option_strings):
+            assert "default" in action.help, f"{name} {action.option_strings[0]}"
+            shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+            assert not action.default or shown in action.help, f"{name} {action.option_strings[0]}: {shown}"
+
+
+def test_every_sampling_parameter_is_a_flag():
+    parser = argparse.ArgumentParser()
+    add_sampling_options(parser, max_tokens=5)
+    flags = (
+        "--n 2 --presence-penalty 1 --frequency-penalty -1 --repetition-penalty 1.5 --temperature .5 --top-p .9 "
+        "--top-k 3 --min-p .1 --stop a --stop b --stop-token-ids 1 2 --bad-words c --include-stop-str-in-output "
+        "--ignore-eos --max-tokens 9 --min-tokens 2 --logprobs 1 --prompt-logprobs 0 --no-skip-special-tokens --logit-bias 4=-5 "
+        "--allowed-token-ids 6 7 --thinking-token-budget 8"
+    )
+    chosen = chosen_sampling(parser.parse_args(flags.split()))
+    assert chosen.keys() == SamplingParams.__dataclass_fields__.keys() - {"seed"}
+    params = SamplingParams(**chosen)
+    default = SamplingParams()
+    assert not [name for name in chosen if getattr(params, name) == getattr(default, name)]
+    assert params.logit_bias == ((4, -5.0),) and params.stop == ("a", "b")
+    assert chosen_sampling(parser.parse_args([])) == {"max_tokens": 5}
+
+
+def test_json_holds_what_the_text_cannot(capsys):
+    arguments = ["generate", "Hello!", "--json", "--logprobs", "2", "--prompt-logprobs", "0", "--n", "2", "--quiet"]
+    assert main([*arguments, "--max-tokens", "3", "--log-steps", "/dev/null"]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert err == "" and record["usage"]["completion_tokens"] == 6
+    assert [len(output["logprobs"]) for output in record["outputs"]] == [3, 3]
+    assert len(record["prompt_logprobs"]) == record["usage"]["prompt_tokens"]
+
+
+def test_a_profile_names_the_phases_and_the_stages(capsys, tmp_path):
+    arguments = ["generate", "Hello!", "--raw", "--max-tokens", "2", "--nvtx", "--quiet"]
+    arguments += ["--profile", str(tmp_path / "new")]
+    assert main(arguments) == 0
+    assert "CUDA" in capsys.readouterr().err
+    trace = json.loads(gzip.decompress((tmp_path / "new" / "generate.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"plan", "launch", "forward", "sample", "reconcile"} <= names
+    assert {"embed_tokens", "layers.0.linear_attn", "layers.3.self_attn", "layers.7.mlp", "norm", "lm_head"} <= names
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(progress=False, max_num_seqs=4, validate=True)
+
+
+def test_ranges_nest_and_close_and_leave_the_results_alone():
+    opened, seen = [], set()
+
+    @contextmanager
+    def recorded(name):
+        seen.add((opened[-1] if opened else None, name))
+        opened.append(name)
+        yield
+        assert opened.pop() == name
+
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    plain, ranged = (LLM(progress=False, max_num_seqs=1) for _ in range(2))
+    add_ranges(ranged.engine, recorded)
+    texts = [llm.generate([[1, 2, 3]], params, progress=False)[0].outputs[0].token_ids for llm in (plain, ranged)]
+    assert texts[0] == texts[1] and not opened
+    assert {("forward", name) for name in ranged.engine.runner.model.names} <= seen
+    assert {(None, "plan"), (None, "launch"), (None, "reconcile"), (None, "sample"), (None, "forward")} <= seen
+
+
+def in_use(llm):
+    stats = llm.engine.cache.stats()
+    return stats["running"], stats["pages_held"], stats["slots_working"], llm.engine.cache.check()
+
+
+def test_an_interrupt_waits_for_the_step_and_leaves_nothing_running(llm):
+    launch, handler = llm.engine.runner.launch, signal.getsignal(signal.SIGINT)
+    launched = []
+
+    def launch_interrupted(step):
+        signal.raise_signal(signal.SIGINT)  # in the middle of a step
+        launched.append(launch(step))
+        return launched[-1]
+
+    llm.engine.runner.launch = launch_interrupted
+    try:
+        with interruptible(llm.engine), pytest.raises(KeyboardInterrupt):
+            llm.generate([[1, 2, 3]] * 3, SamplingParams(max_tokens=50), progress=False)
+    finally:
+        llm.engine.runner.launch = launch
+    assert len(launched) == 1 and in_use(llm) == (0, 0, 0, "")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2), progress=False)[0].finished
+
+
+def test_a_second_interrupt_does_not_wait_and_the_engine_says_that_it_has_stopped():
+    llm = LLM(progress=False, max_num_seqs=1)
+
+    def hang(step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    llm.engine.runner.launch = hang
+    with interruptible(llm.engine), pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=50), progress=False)
+    with pytest.raises(EngineError, match="stopped: KeyboardInterrupt"):
+        llm.generate([[1, 2, 3]], progress=False)
+
+
+def test_control_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
+    step, engines = Engine.step, []
+
+    def interrupted(engine):
+        engines.append(engine)
+        if len(engines) == 4:
+            signal.raise_signal(signal.SIGINT)
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    assert main(["generate", "Hello!", "--quiet", "--ignore-eos"]) == 130
+    assert capsys.readouterr().err.strip() == "stopped."
+    assert engines[0].cache.stats()["running"] == 0 and not engines[0].has_work

@@ -3,17 +3,23 @@
 import argparse
 import sys
 
-from .commands import generate, info, serve
+from .. import __version__
+from .commands import bench, chat, generate, info, serve
 from .errors import TokenSpeedError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (generate, chat, bench, serve, info):
+        command.add_parser(commands).set_defaults(run=command.run)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, info, serve):
-        command.add_parser(commands).set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         return options.run(options)
     except TokenSpeedError as error:

@@ -64,7 +64,7 @@ class Engine:
         self.runner, self.cache, self.limits, self.tokenizer = runner, cache, limits, tokenizer
         self.vocabulary, self.eos_ids = runner.model.config.vocab, frozenset(eos_ids)
         self.scheduler = Scheduler(cache, limits, self._begin, self._edited)
-        self.failed: Exception | None = None
+        self.failed: BaseException | None = None
         self._checker = StepChecker(cache.config.pages, cache.config.slots) if validate else None
         self._seeds = itertools.count(seed * 1_000_003 + 1)
         self._requests: dict[str, list[_Generation]] = {}
@@ -161,8 +161,10 @@ class Engine:
         self._check_alive()
         try:
             self._step()
-        except Exception as error:
-            self._fail(error)
+        except BaseException as error:
+            self._fail(error)  # also for an interrupt: what was half done cannot be gone on with
+            if not isinstance(error, Exception):
+                raise
             raise EngineError(f"the engine stopped: {type(error).__name__}: {error}") from error
         self._deliver()
 
@@ -267,7 +269,7 @@ class Engine:
                         other.sink = _ignore
                     self.abort(request.id)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self.failed = error
         for generation in list(self._generations.values()):
             sequence = generation.sequence

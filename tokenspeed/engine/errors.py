@@ -19,3 +19,7 @@ class CapacityError(TokenSpeedError):
 
 class EngineError(TokenSpeedError):
     """The engine itself failed and serves nobody any more."""
+
+
+class LogError(TokenSpeedError):
+    """A step log cannot be read, or does not fit the model it is replayed on."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import queue
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
     layout = MemoryLayout(model_config, dtype, ring_rows=RING_ROWS if kernel else 0)
     plan = fit_memory(model_config, layout, config, free_memory(device), device.type)
     if progress:
-        tqdm.write(f"memory: {plan}")
+        tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     longest = min(config.max_model_len or model_config.max_context, plan.tokens)
     cache = PrefixCache(
         CacheConfig(
@@ -128,10 +129,11 @@ class LLM:
 
         Closing the iterator aborts what still runs. Raises as `generate` does, before the first update.
         """
-        requests = [
-            self.frontend.request(self._id(), *pair)
-            for pair in zip(prompts, self._params(params, len(prompts)), strict=True)
-        ]
+        pairs = zip(prompts, self._params(params, len(prompts)), strict=True)
+        yield from self.follow([self.frontend.request(self._id(), *pair) for pair in pairs])
+
+    def follow(self, requests: Sequence[Request]) -> Iterator[tuple[int, Update]]:
+        """As `stream`, for requests that the caller made."""
         place = {request.id: i for i, request in enumerate(requests)}
         news: list[Update] = []
         self._submit(requests, [news.append] * len(requests))

@@ -1,5 +1,6 @@
 """Runs Steps on one device, in the order in which they are launched."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -138,7 +139,7 @@ class Runner:
         try:
             self._graphs = DecodeGraphs(self.model, self.memory, self.tables, self._rotary, most, progress)
         except RuntimeError as error:
-            tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}")
+            tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
         return self._graphs is not None
 
     def do(self, work: Callable[[], None]) -> None:

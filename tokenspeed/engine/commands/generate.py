@@ -1,68 +1,110 @@
-"""`generate`: a prompt in, its continuation streamed out."""
+"""`generate`: a prompt in, its continuation streamed out; or a file of prompts in, a file of results out."""
 
 import argparse
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from ..errors import RequestError
+from ..frontend import Collector
 from ..llm import LLM
+from .options import add_engine_options, add_run_options, add_sampling_options, chosen_sampling, note, open_model
+from .records import as_record, run_jsonl
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "generate",
-        help="continue a prompt, streamed",
-        description="Continue one prompt, streamed to standard output; figures go to standard error.",
+        help="continue a prompt, streamed, or a JSONL file of prompts",
+        description="Continue one prompt, streamed to standard output, or every prompt of a JSONL file; figures go to "
+        "standard error.",
     )
-    parser.add_argument("prompt", nargs="?", help="the user's message; without it, --file or standard input is read")
-    parser.add_argument("--file", type=Path, help="read the prompt from this UTF-8 file")
-    parser.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
-    parser.add_argument("--system", help="system message (not with --raw)")
-    parser.add_argument("--tools", type=Path, help="JSON file with a list of OpenAI tool definitions (not with --raw)")
-    parser.add_argument("--no-thinking", action="store_true", help="ask the chat template for an answer at once")
-    add_model_options(parser)
-    sampling = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
-    sampling.add_argument("--temperature", type=float, help="0 is greedy")
-    sampling.add_argument("--top-k", type=int, help="sample among the K most likely tokens; 0 is off")
-    sampling.add_argument("--top-p", type=float, help="sample among the most likely tokens that reach this probability")
-    sampling.add_argument("--min-p", type=float, help="drop tokens below this fraction of the most likely one")
-    sampling.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
-    sampling.add_argument("--max-tokens", type=int, default=256, help="generate at most this many (default 256)")
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    parser.add_argument(
+        "prompt", nargs="?", help="the user's message (default: --file, --jsonl, else standard input is read)"
+    )
+    parser.add_argument(
+        "--file", type=Path, metavar="FILE", help="read the prompt from this UTF-8 file (default: none)"
+    )
+    parser.add_argument(
+        "--jsonl",
+        metavar="IN",
+        help='one request a line, "-" for standard input: {"prompt": TEXT or IDS} or {"messages": [...], "tools": '
+        '[...]}, with "id", "enable_thinking" and sampling fields at will (default: none)',
+    )
+    parser.add_argument("--output", metavar="OUT", help='where its results go, one a line (default: "-", the output)')
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text (default off)")
+    parser.add_argument(
+        "--raw", action="store_true", help="take the prompt as it is, without the chat template (default off)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message, not with --raw (default: none)")
+    parser.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="JSON list of OpenAI tool definitions, not with --raw (default: none)",
+    )
+    parser.add_argument(
+        "--no-thinking", action="store_true", help="ask the template for an answer at once (default off)"
+    )
+    add_sampling_options(parser, max_tokens=256)
+    add_engine_options(parser)
+    add_run_options(parser)
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="checkpoint directory or hub id (default: the shipped toy model)")
-    model.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bf16 on a GPU")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    model.add_argument("--threads", type=int, help="CPU threads (default: torch's choice, 1 for models below 64 MiB)")
-
-
 def run(options: argparse.Namespace) -> int:
-    prompt = _read_prompt(options)
-    llm = LLM(options.model, dtype=options.dtype, device=options.device, threads=options.threads)
-    chosen = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "ignore_eos")
-    params = llm.frontend.sampling_params(**{name: getattr(options, name) for name in chosen})
-    if options.raw:
-        tokens = llm.frontend.tokenizer.encode(prompt)
-    else:
-        system = [{"role": "system", "content": options.system}] if options.system else []
-        tokens = llm.encode_chat(
-            [*system, {"role": "user", "content": prompt}],
-            _read_tools(options.tools),
-            enable_thinking=False if options.no_thinking else None,
-        )
-    meter = Meter(len(tokens))
-    for _, update in llm.stream([tokens], params):
-        meter.count()
-        print(update.text, end="", flush=True)
-    print()
-    print(meter.summary(), file=sys.stderr)
+    chosen = chosen_sampling(options)
+    if options.jsonl is not None:
+        return _run_jsonl(options, chosen)
+    if options.output is not None:
+        raise RequestError("--output is given without --jsonl, whose results it holds.")
+    if not options.json and {"logprobs", "prompt_logprobs"} & chosen.keys():
+        raise RequestError("log-probabilities are shown in JSON only: add --json.")
+    prompt, tools = _read_prompt(options), read_tools(options.tools)
+    with open_model(options) as llm:
+        if options.raw:
+            tokens = llm.frontend.tokenizer.encode(prompt)
+        else:
+            system = [{"role": "system", "content": options.system}] if options.system else []
+            tokens = llm.encode_chat(
+                [*system, {"role": "user", "content": prompt}],
+                tools,
+                enable_thinking=False if options.no_thinking else None,
+            )
+        _continue(llm, tokens, None if options.raw else tools or [], options, chosen)
     return 0
+
+
+def _continue(llm: LLM, tokens: list[int], tools: list | None, options: argparse.Namespace, chosen: dict) -> None:
+    """tools: of a conversation, None for a raw prompt."""
+    request = llm.frontend.request("0", tokens, llm.frontend.sampling_params(**chosen))
+    collector, meter = Collector(llm.frontend, request), Meter(len(tokens))
+    for _, update in llm.follow([request]):
+        collector.take(update)
+        meter.count(len(update.ids))
+        meter.cached = collector.output.num_cached_tokens
+        if request.params.n == 1 and not options.json:
+            print(update.text, end="", flush=True)
+    output = collector.output
+    if options.json:
+        print(msgspec.json.encode(as_record(output, tools)).decode())
+    elif request.params.n == 1:
+        print()
+    else:
+        for completion in output.outputs:
+            print(f"--- {completion.index + 1} of {request.params.n} ({completion.finish_reason})\n{completion.text}")
+    if not options.quiet:
+        note(meter.summary())
+
+
+def _run_jsonl(options: argparse.Namespace, chosen: dict) -> int:
+    for name in ("prompt", "file", "system", "tools"):
+        if getattr(options, name) is not None:
+            raise RequestError(f"--jsonl is given, and so is {name!r}; each line of the file brings its own.")
+    return run_jsonl(options, chosen)
 
 
 def _read_prompt(options: argparse.Namespace) -> str:
@@ -76,12 +118,13 @@ def _read_prompt(options: argparse.Namespace) -> str:
         raise RequestError(f"the prompt cannot be read from {options.file or 'standard input'}: {error}") from None
 
 
-def _read_tools(path: Path | None) -> list | None:
+def read_tools(path: str | None) -> Any:
+    """Tool definitions, which the template checks. Raises RequestError for a file that is no JSON."""
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"the tools cannot be read from {path}: {error}") from None
 
 
@@ -89,23 +132,30 @@ class Meter:
     """Times one or more generations: tokens, time to first token, tokens per second after it."""
 
     def __init__(self, prompt_tokens: int):
-        self.prompt_tokens, self.tokens = prompt_tokens, 0
+        self.prompt_tokens, self.cached, self.tokens = prompt_tokens, 0, 0
         self._start = self._last = time.perf_counter()
-        self.first_s = 0.0
+        self.first_s, self._first_tokens = 0.0, 0
 
-    def count(self) -> None:
+    def count(self, tokens: int = 1) -> None:
+        """More tokens have come."""
+        if not tokens:
+            return
         self._last = time.perf_counter()
-        self.tokens += 1
-        if self.tokens == 1:
-            self.first_s = self._last - self._start
+        self.tokens += tokens
+        if not self._first_tokens:
+            self.first_s, self._first_tokens = self._last - self._start, tokens
 
     @property
     def decode_s(self) -> float:
         return self._last - self._start - self.first_s
 
+    @property
+    def speed(self) -> str:
+        after = self.tokens - self._first_tokens
+        return f"{after / self.decode_s:.1f} tok/s" if after and self.decode_s else "no more"
+
     def summary(self) -> str:
-        speed = f"{(self.tokens - 1) / self.decode_s:.1f} tok/s" if self.tokens > 1 else "one token"
         return (
-            f"{self.prompt_tokens} prompt tokens, {self.tokens} generated, "
-            f"first after {self.first_s * 1000:.0f} ms, then {speed}"
+            f"{self.prompt_tokens} prompt tokens ({self.cached} cached), {self.tokens} generated, "
+            f"first after {self.first_s * 1000:.0f} ms, then {self.speed}"
         )

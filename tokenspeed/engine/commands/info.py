@@ -1,20 +1,23 @@
 """`info`: what a model needs and what this machine has for it."""
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 
 from ... import ops
 from ..checkpoint import resolve
-from ..config import DenseConfig, ModelConfig
+from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..device import pick_device, pick_dtype
-from ..errors import ConfigError
+from ..errors import CapacityError, ConfigError
+from ..llm import fit_memory
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..sizes import PUBLISHED
-from .generate import add_model_options
+from .options import add_engine_options, engine_settings
 
 _CONTEXTS = (4096, 32_768, 131_072, 262_144)
+_TURNS = (512, 4096, 32_768)  # tokens that one agent turn adds: a short answer, a file read, a long tool result
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -23,9 +26,16 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="what a model needs, and what fits here",
         description="Weights, KV and state bytes of a model, how many sequences fit, and which kernels serve them.",
     )
-    parser.add_argument("--size", help=f"a published size instead of a checkpoint: {', '.join(PUBLISHED)}")
-    parser.add_argument("--memory-gib", type=float, help="plan for a device with this much memory (default: this one)")
-    add_model_options(parser)
+    parser.add_argument(
+        "--size", help=f"a published size in place of a checkpoint: {', '.join(PUBLISHED)} (default: the checkpoint)"
+    )
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="plan for a GPU with this much free (default: this device, as is)",
+    )
+    add_engine_options(parser)
     return parser
 
 
@@ -39,13 +49,20 @@ def run(options: argparse.Namespace) -> int:
     else:
         raise ConfigError(f"size {options.size!r} is not published; it must be one of {', '.join(PUBLISHED)}.")
     dtype = pick_dtype(options.dtype, device)
-    for line in describe(name, config, dtype, device, options.memory_gib):
+    for line in describe(name, config, dtype, device, options.memory_gib, EngineConfig(**engine_settings(options))):
         print(line)
     return 0
 
 
-def describe(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, memory_gib: float | None):
-    """The lines of the report."""
+def describe(
+    name: str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_gib: float | None,
+    engine: EngineConfig,
+) -> Iterator[str]:
+    """The lines of the report. memory_gib: of a GPU that is assumed, None for the device as it is."""
     model = Qwen3_5.empty(config, dtype, torch.device("meta"))
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
@@ -70,7 +87,21 @@ def describe(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.d
         for context in (c for c in _CONTEXTS if c <= config.max_context):
             each = context * layout.kv_token_bytes + layout.slot_bytes
             yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
+        kind = device.type if memory_gib is None else "cuda"
+        yield f"prefix cache       {_turns(config, layout, engine, left, kind)}"
     yield f"kernels            {_kernels(device)}"
+
+
+def _turns(config: ModelConfig, layout: MemoryLayout, engine: EngineConfig, free: int, device_type: str) -> str:
+    """How many agent turns of which length stay known: each is its tokens' KV and the state at its end."""
+    try:
+        plan = fit_memory(config, layout, engine, free, device_type)
+    except CapacityError:
+        return f"none: {_bytes(free)} hold no page and slot"
+    spare = max(plan.slots - engine.max_num_seqs, 0) if engine.prefix_cache else 0
+    lengths = [tokens for tokens in _TURNS if tokens <= config.max_context]
+    fit = [f"{min(spare, plan.pages * PAGE_TOKENS // tokens)} of {tokens} tokens" for tokens in lengths]
+    return f"agent turns kept: {', '.join(fit)} ({plan.pages} pages, {spare} of {plan.slots} slots)"
 
 
 def _kernels(device: torch.device) -> str:

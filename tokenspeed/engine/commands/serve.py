@@ -5,7 +5,7 @@ import ipaddress
 
 from ..config import EngineConfig
 from ..errors import ConfigError
-from .generate import add_model_options
+from .options import add_engine_options, engine_settings
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     http.add_argument("--drain-seconds", type=float, default=30, help="to finish what runs at the end (default 30)")
     http.add_argument("--no-exact-history", action="store_true", help="encode known turns anew when they are sent back")
     http.add_argument("--log-prompts", action="store_true", help="log what is asked; otherwise only sizes and times")
-    add_model_options(parser)
+    add_engine_options(parser)
     return parser
 
 
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     # Imported here: only this command needs the server's packages.
     from ..server.main import ServerOptions, serve
 
-    config = EngineConfig(dtype=options.dtype, device=options.device, threads=options.threads)
+    config = EngineConfig(**engine_settings(options))
     server = ServerOptions(
         host=options.host,
         port=options.port,

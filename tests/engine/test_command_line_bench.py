@@ -1,0 +1,70 @@
+"""`bench`: what it measures, and that a run's step log replays."""
+
+import json
+import random
+
+import pytest
+
+from tokenspeed.engine.__main__ import main
+from tokenspeed.engine.commands.measure import Case, Spread, measure
+from tokenspeed.engine.llm import LLM
+
+SMALL = ["--max-num-seqs", "4", "--quiet"]
+
+
+def test_a_row_for_each_combination_with_its_figures_and_a_log_that_replays(tmp_path, capsys):
+    json_, plot, log = (tmp_path / name for name in ("b.json", "b.png", "steps.jsonl"))
+    lengths = ["--input-len", "12", "--output-len", "3", "--concurrency", "1", "3", "--requests", "3"]
+    files = ["--json", str(json_), "--plot", str(plot), "--log-steps", str(log)]
+    assert main(["bench", *lengths, "--warm-up", "1", *files, *SMALL]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split().count("ms") == 5 and "tok/s" in out[1]
+    assert [row.split()[:3] for row in out[2:]] == [["12", "3", "1"], ["12", "3", "3"]]
+    rows = json.loads(json_.read_text())
+    assert len(rows) == 2
+    for row in rows:
+        assert row["hit_rate"] == 0, "random prompts share nothing"
+        assert 0 < row["ttft_ms"]["p50"] <= row["ttft_ms"]["p99"]
+        assert 0 < row["itl_ms"]["p50"] <= row["itl_ms"]["p99"]
+        assert row["total_tok_s"] == pytest.approx(row["output_tok_s"] * (row["prompt_tokens"] + 3) / 3)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["bench", "replay", str(log), "--quiet"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def test_a_shared_prefix_is_computed_once(capsys):
+    llm = LLM(progress=False, max_num_seqs=2, validate=True)
+    case = Case(prompt_tokens=20, output_tokens=2, concurrency=2, prefix_tokens=16, requests=4, warm_up=1)
+    done = []
+    measured = measure(llm, case, random.Random(0), done.append)
+    assert measured.hit_rate == 16 / 20
+    assert sum(done) == 5
+    # The next case must not find what this one left.
+    assert measure(llm, case, random.Random(0)).hit_rate == 16 / 20
+    assert not llm.engine.has_work
+
+
+def test_the_clock_counts_from_submission_to_each_token(monkeypatch):
+    llm = LLM(progress=False, max_num_seqs=2)
+    now = [0.0]
+    monkeypatch.setattr("tokenspeed.engine.commands.measure.time.perf_counter", lambda: now[0])
+    step = llm.engine.step
+
+    def slow():
+        now[0] += 0.5
+        step()
+
+    llm.engine.step = slow
+    measured = measure(llm, Case(8, 5, 1, 0, requests=2, warm_up=0), random.Random(0))
+    # A step is read one step late; the next request comes when the one before has ended.
+    assert measured.ttft_ms == (1000, 1000)
+    assert measured.itl_ms == measured.tpot_ms == (500, 500)
+    assert measured.output_tok_s == pytest.approx(10 / (2 * 3.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "spread"),
+    [([], (0, 0)), ([3], (3, 3)), ([2, 1], (1, 2)), (range(1, 101), (50, 99)), (range(1, 102), (51, 100))],
+)
+def test_percentiles_are_by_the_nearest_rank(values, spread):
+    assert Spread.of(values) == spread

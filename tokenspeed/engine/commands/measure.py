@@ -1,0 +1,143 @@
+"""One measurement: requests of one shape, a number of them at once, timed token by token."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+from ..core import Sink, Update
+from ..llm import LLM
+from ..request import Request, SamplingParams
+from .drive import drive
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Lengths in tokens. prefix_tokens: first tokens of a prompt that all have in common; requests, warm_up: how many
+    are counted, and how many run before them."""
+
+    prompt_tokens: int
+    output_tokens: int
+    concurrency: int
+    prefix_tokens: int
+    requests: int
+    warm_up: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt_tokens} + {self.output_tokens} tokens, {self.concurrency} at once"
+
+
+class Spread(NamedTuple):
+    """The 50th and the 99th percentile."""
+
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """By the nearest rank; 0 where there are none."""
+        ordered = sorted(values) or [0.0]
+        return cls(*(ordered[max(-(-len(ordered) * percent // 100) - 1, 0)] for percent in (50, 99)))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Times in milliseconds. ttft: from submission to the first token; itl: between two tokens of a request; tpot: of a
+    request, its mean itl; tok_s: over the time from the first submission to the last token; hit_rate: of the prompt
+    tokens, how many the prefix cache had."""
+
+    case: Case
+    ttft_ms: Spread
+    tpot_ms: Spread
+    itl_ms: Spread
+    output_tok_s: float
+    total_tok_s: float
+    hit_rate: float
+
+    def as_dict(self) -> dict:
+        figures = {"output_tok_s": self.output_tok_s, "total_tok_s": self.total_tok_s, "hit_rate": self.hit_rate}
+        for name in ("ttft_ms", "tpot_ms", "itl_ms"):
+            figures[name] = getattr(self, name)._asdict()
+        return asdict(self.case) | figures
+
+    @staticmethod
+    def heading() -> str:
+        units = ("tokens", "tokens", "", "ms p50", "ms p99", "ms p50", "ms p50", "ms p99", "tok/s", "tok/s", "%")
+        names = ("prompt", "output", "at once", "TTFT", "TTFT", "TPOT", "ITL", "ITL", "output", "in all", "cached")
+        return "\n".join("".join(f"{text:>9}" for text in line) for line in (names, units))
+
+    def row(self) -> str:
+        c = self.case
+        times = (*self.ttft_ms, self.tpot_ms.p50, *self.itl_ms)
+        return (
+            f"{c.prompt_tokens:9d}{c.output_tokens:9d}{c.concurrency:9d}"
+            + "".join(f"{value:9.2f}" for value in times)
+            + f"{self.output_tok_s:9.1f}{self.total_tok_s:9.1f}{100 * self.hit_rate:9.1f}"
+        )
+
+
+@dataclass(slots=True)
+class _Timed:
+    """When a request's tokens came, in seconds of a monotonic clock."""
+
+    submitted: float
+    tokens: list[float] = field(default_factory=list)
+    cached: int = 0
+
+    def take(self, update: Update) -> None:
+        if update.reuse:
+            self.cached = update.reuse.cached_tokens
+        self.tokens += [time.perf_counter()] * len(update.ids)
+
+
+def measure(
+    llm: LLM, case: Case, vary: random.Random, progress: Callable[[int], object] = lambda done: None
+) -> Measured:
+    """Run a case on an empty prefix cache. vary: source of the prompts' random ids; progress: told of each request."""
+    llm.engine.cache.clear("")
+    prefix = _ids(llm, case.prefix_tokens, vary)
+    _run(llm, case, prefix, case.warm_up, vary, progress)
+    timed = _run(llm, case, prefix, case.requests, vary, progress)
+    gaps = [[b - a for a, b in zip(t.tokens, t.tokens[1:], strict=False)] for t in timed]
+    wall = max(t.tokens[-1] for t in timed) - min(t.submitted for t in timed)
+    generated, prompts = sum(len(t.tokens) for t in timed), case.prompt_tokens * len(timed)
+    return Measured(
+        case,
+        Spread.of([1e3 * (t.tokens[0] - t.submitted) for t in timed]),
+        Spread.of([1e3 * sum(own) / len(own) for own in gaps if own]),
+        Spread.of([1e3 * gap for own in gaps for gap in own]),
+        generated / wall,
+        (generated + prompts) / wall,
+        sum(t.cached for t in timed) / prompts,
+    )
+
+
+def _ids(llm: LLM, count: int, vary: random.Random) -> list[int]:
+    return [vary.randrange(llm.engine.vocabulary) for _ in range(count)]
+
+
+def _run(
+    llm: LLM, case: Case, prefix: list[int], count: int, vary: random.Random, progress: Callable[[int], object]
+) -> list[_Timed]:
+    params = SamplingParams(temperature=0, max_tokens=case.output_tokens, ignore_eos=True)
+    timed: list[_Timed] = []
+
+    def work() -> Iterator[tuple[Request, Sink]]:
+        for i in range(count):
+            prompt = prefix + _ids(llm, case.prompt_tokens - len(prefix), vary)
+            boundaries = {len(prefix), len(prompt) - 1} - {0}
+            request = llm.frontend.request(f"bench-{i}", prompt, params, sorted(boundaries))
+            own = _Timed(time.perf_counter())
+            timed.append(own)
+
+            def take(update: Update, own: _Timed = own) -> None:
+                own.take(update)
+                if update.finish_reason:
+                    progress(1)
+
+            yield request, take
+
+    drive(llm.engine, work(), case.concurrency)
+    return timed

@@ -1,0 +1,248 @@
+"""Options that commands share, and the model they open."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..llm import LLM
+from ..ranges import add_ranges
+from ..request import SamplingParams
+from ..step_log import StepLog
+from .interrupts import interruptible
+
+_SAMPLING = tuple(name for name in SamplingParams.__dataclass_fields__ if name != "seed")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, where, and how much of the machine it takes."""
+    default = EngineConfig()
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="DIR|ID", help="checkpoint directory or hub id (default: the shipped toy)")
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="of weights and KV (default auto: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    model.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)"
+    )
+    model.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice, 1 for models below 64 MiB)"
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--max-model-len", type=int, metavar="TOKENS", help="longest sequence, in tokens (default: the model's context)"
+    )
+    engine.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=default.max_num_seqs,
+        metavar="N",
+        help=f"sequences that run at once (default {default.max_num_seqs})",
+    )
+    engine.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=default.max_batch_tokens,
+        metavar="TOKENS",
+        help=f"tokens of one step, prefill and decode together (default {default.max_batch_tokens})",
+    )
+    engine.add_argument(
+        "--memory-fraction",
+        type=float,
+        metavar="F",
+        help="of the memory left beside the weights, for KV pages and state slots (default 0.9 on a GPU, 0.5 on a CPU)",
+    )
+    engine.add_argument("--kv-pages", type=int, metavar="N", help="KV pages of 64 tokens (default: what fits)")
+    engine.add_argument("--state-slots", type=int, metavar="N", help="recurrent states kept (default: what fits)")
+    engine.add_argument(
+        "--prefix-cache",
+        choices=["on", "off"],
+        default="on",
+        help="reuse what prompts have in common (default on)",
+    )
+    engine.add_argument(
+        "--cache-policy",
+        choices=["value", "lru"],
+        default=default.cache_policy,
+        help="what is kept when memory is scarce: by recompute saved per byte, or the latest used (default value)",
+    )
+    engine.add_argument(
+        "--snapshot-grid",
+        type=int,
+        default=default.snapshot_grid,
+        metavar="TOKENS",
+        help=f"distance of optional states kept in long prompts, 0 for none (default {default.snapshot_grid} tokens)",
+    )
+    engine.add_argument("--validate", action="store_true", help="check every step and the cache: slow (default off)")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What is recorded of a run."""
+    run = parser.add_argument_group("record of the run")
+    run.add_argument(
+        "--log-steps",
+        type=Path,
+        metavar="FILE",
+        help="write every step as a JSON line with a hash of its logits, for `bench replay` (default: none; a GPU "
+        "waits for each step)",
+    )
+    run.add_argument("--nvtx", action="store_true", help="NVTX ranges of phases and stages, for Nsight (default off)")
+    run.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="write a torch.profiler trace (Chrome JSON) to DIR/COMMAND.json.gz; for short runs (default: none)",
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress, no figures (default off)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Every field of SamplingParams. max_tokens: the command's default."""
+    group = parser.add_argument_group("sampling (the model's own: what its generation_config.json says)")
+    add = group.add_argument
+    add("--n", type=int, metavar="N", help="continuations of each prompt, 1 to 64 (default 1)")
+    add("--temperature", type=float, metavar="T", help="flattens the choice; 0 is greedy (default: the model's own)")
+    add(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="choose among the K likeliest tokens, 0 for all (default: the model's own)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="choose among the likeliest tokens that reach this probability, 1 for all (default: the model's own)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="drop tokens below this fraction of the likeliest one's probability (default: the model's own)",
+    )
+    add("--presence-penalty", type=float, metavar="X", help="off logits of generated tokens, -2 to 2 (default 0)")
+    add("--frequency-penalty", type=float, metavar="X", help="the same for each occurrence, -2 to 2 (default 0)")
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="divides logits of tokens in prompt or output, above 0 (default: the model's own, else 1)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="the same seed and prompts give the same texts (default 0)")
+    add("--max-tokens", type=int, default=max_tokens, metavar="N", help=f"generate at most N (default {max_tokens})")
+    add("--min-tokens", type=int, metavar="N", help="do not end before N (default 0)")
+    add("--stop", action="append", metavar="TEXT", help="end at this text and cut it off; repeatable (default: none)")
+    add("--include-stop-str-in-output", action="store_true", default=None, help="do not cut it off (default off)")
+    add("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end at these ids too (default: none)")
+    add("--ignore-eos", action="store_true", default=None, help="go on past the model's end token (default off)")
+    add("--bad-words", action="append", metavar="TEXT", help="never write this; repeatable (default: none)")
+    add("--allowed-token-ids", type=int, nargs="+", metavar="ID", help="write nothing but these ids (default: any)")
+    add(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        metavar="ID=X",
+        help="add X, -100 to 100, to an id's logit; repeatable (default: none)",
+    )
+    add(
+        "--thinking-token-budget",
+        type=int,
+        metavar="N",
+        help="end the reasoning after N tokens (default: no bound)",
+    )
+    add(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="log-probabilities of each token and K others, in JSON (default: none)",
+    )
+    add("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens (default: none)")
+    add(
+        "--no-skip-special-tokens",
+        dest="skip_special_tokens",
+        action="store_false",
+        default=None,
+        help="show special tokens in the text (default: left out)",
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    id, _, value = text.partition("=")
+    try:
+        return int(id), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=X, as in 42=-5") from None
+
+
+def chosen_sampling(options: argparse.Namespace) -> dict:
+    """The sampling fields that the command line names. Its seed is the engine's, so that prompts differ in noise.
+    Raises RequestError for a value outside its range."""
+    named = {name: getattr(options, name) for name in _SAMPLING}
+    if named["logit_bias"] is not None:
+        named["logit_bias"] = dict(named["logit_bias"])
+    chosen = {name: value for name, value in named.items() if value is not None}
+    SamplingParams(**chosen)
+    return chosen
+
+
+def engine_settings(options: argparse.Namespace) -> dict:
+    """The fields of EngineConfig."""
+    names = set(EngineConfig.__dataclass_fields__) & set(vars(options))
+    return {name: getattr(options, name) for name in names} | {"prefix_cache": options.prefix_cache == "on"}
+
+
+@contextlib.contextmanager
+def open_model(options: argparse.Namespace) -> Iterator[LLM]:
+    """The model of the options, with what they say about logs, ranges, profiles and Ctrl-C in force."""
+    with contextlib.ExitStack() as stack:
+        llm = LLM(options.model, progress=not options.quiet, **engine_settings(options))
+        stack.enter_context(interruptible(llm.engine))
+        if options.log_steps:
+            log = StepLog(options.log_steps, llm.engine, llm.frontend.directory.resolve().name)
+            stack.callback(log.close)
+        if options.nvtx:
+            _add_nvtx(llm)
+        if options.profile:
+            stack.enter_context(_profile(llm, options.profile, options.command))
+        yield llm
+
+
+def note(text: str) -> None:
+    """Standard output holds answers alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _add_nvtx(llm: LLM) -> None:
+    if llm.engine.runner.device.type == "cuda":
+        add_ranges(llm.engine, torch.cuda.nvtx.range)
+    else:
+        note("--nvtx changes nothing here: NVTX ranges need a CUDA device (--profile names the same ranges).")
+
+
+@contextlib.contextmanager
+def _profile(llm: LLM, directory: Path, command: str) -> Iterator[None]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--profile: {directory} cannot be made a directory: {error.strerror}.") from None
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if llm.engine.runner.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    add_ranges(llm.engine, torch.profiler.record_function)
+    profiler = torch.profiler.profile(activities=activities)
+    profiler.start()
+    try:
+        yield
+    finally:
+        profiler.stop()
+        path = directory / f"{command}.json.gz"
+        profiler.export_chrome_trace(str(path))
+        note(f"trace: {path} (for chrome://tracing or ui.perfetto.dev)")
