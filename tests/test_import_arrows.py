@@ -8,8 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 # Each part of the engine, lowest first, with the modules that make it up.
 LAYERS = [
-    {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler", "parallel.placement"},
-    {"device", "memory", "batch", "runner"},
+    {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler"}
+    | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
+    {"device", "memory", "batch", "runner", "parallel.comm", "parallel.compile"},
     {"llm", "core"},
     {"commands", "server", "__main__"},
 ]

@@ -15,3 +15,7 @@ class RequestError(TokenSpeedError):
 
 class CapacityError(TokenSpeedError):
     """More memory was asked for than there is."""
+
+
+class PlacementError(TokenSpeedError):
+    """Two stages of a program do not fit on the ranks they are placed on."""
