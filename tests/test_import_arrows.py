@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 LAYERS = [
     {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler"}
     | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
-    {"device", "memory", "batch", "runner", "parallel.comm", "parallel.compile"},
+    {"device", "memory", "batch", "runner", "parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling"},
     {"llm", "core"},
     {"commands", "server", "__main__"},
 ]

@@ -11,6 +11,9 @@ from ..device import pick_device, pick_dtype
 from ..errors import ConfigError
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
+from ..parallel.comm import Communicator
+from ..parallel.mesh import Mesh
+from ..parallel.plan import describe_plan, traffic
 from ..sizes import PUBLISHED
 from .generate import add_model_options
 
@@ -25,6 +28,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", help=f"a published size instead of a checkpoint: {', '.join(PUBLISHED)}")
     parser.add_argument("--memory-gib", type=float, help="plan for a device with this much memory (default: this one)")
+    parser.add_argument("--tp", type=int, default=1, help="split heads, columns and vocabulary over this many ranks")
+    parser.add_argument("--ep", type=int, default=1, help="split the experts over this many of the same ranks")
+    parser.add_argument("--plan", action="store_true", help="print the program of a rank: stages, weights, collectives")
     add_model_options(parser)
     return parser
 
@@ -39,17 +45,24 @@ def run(options: argparse.Namespace) -> int:
     else:
         raise ConfigError(f"size {options.size!r} is not published; it must be one of {', '.join(PUBLISHED)}.")
     dtype = pick_dtype(options.dtype, device)
-    for line in describe(name, config, dtype, device, options.memory_gib):
+    mesh = Mesh(options.tp, options.ep)
+    model = Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh))
+    for line in describe(name, model, dtype, device, options.memory_gib):
         print(line)
+    if options.plan:
+        print()
+        for line in describe_plan(model.plan, mesh):
+            print(line)
     return 0
 
 
-def describe(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, memory_gib: float | None):
-    """The lines of the report."""
-    model = Qwen3_5.empty(config, dtype, torch.device("meta"))
-    parameters = sum(p.numel() for p in model.parameters())
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    layout = MemoryLayout(config, dtype)
+def describe(name: str, model: Qwen3_5, dtype: torch.dtype, device: torch.device, memory_gib: float | None):
+    """The lines of the report: of the whole model, then of what one rank holds of it."""
+    config, mesh = model.config, model.mesh
+    whole = Qwen3_5.empty(config, dtype, torch.device("meta"))
+    parameters = sum(p.numel() for p in whole.parameters())
+    weights = weight_bytes(model)
+    layout = MemoryLayout(model.share, dtype)
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     ffn = config.ffn
     width = (
@@ -59,7 +72,16 @@ def describe(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.d
     )
     yield f"model              {name}: {config.linear_layers} Gated DeltaNet + {config.full_layers} attention layers"
     yield f"                   hidden {config.hidden}, {width}, context {config.max_context} tokens"
-    yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weights)} in {str(dtype)[6:]}"
+    yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weight_bytes(whole))} in {str(dtype)[6:]}"
+    if mesh.world > 1:
+        sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
+        yield f"a rank             one of {mesh.world} (tp {mesh.tp}, ep {mesh.ep}); what follows is its own"
+        yield f"weights            {_bytes(weights)}"
+        yield (
+            f"traffic            {sent.collectives} collectives a step, {_bytes(sent.token)} of terms a token and "
+            f"{_bytes(sent.logit_row)} a logit row"
+        )
+        yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
     yield f"KV per token       {_bytes(layout.kv_token_bytes)}"
     yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {_bytes(layout.recurrent_bytes)} fp32 recurrence"
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
@@ -71,6 +93,10 @@ def describe(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.d
             each = context * layout.kv_token_bytes + layout.slot_bytes
             yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
     yield f"kernels            {_kernels(device)}"
+
+
+def weight_bytes(model: Qwen3_5) -> int:
+    return sum(p.nbytes for p in model.parameters())
 
 
 def _kernels(device: torch.device) -> str:

@@ -45,12 +45,13 @@ class Collective:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One stage of the plan (None: the end of the program), the collective it needs first, and whether the two are one
-    callable; input, output: placement of x as the stage takes and gives it."""
+    callable; before, input, output: placement of x as it arrives, as the stage takes it and as it gives it."""
 
     name: str
     stage: Stage | None
     collective: Collective | None
     fused: bool
+    before: Placement
     input: Placement
     output: Placement
 
@@ -65,15 +66,15 @@ def plan_program(program: Sequence[tuple[str, Stage]], mesh: Mesh, output: Place
     producer, rows = "the program's input", "token"
     entries = []
     for name, stage in program:
-        collective, placement = _move(placement, stage.input, mesh, producer, name, rows)
+        collective, taken = _move(placement, stage.input, mesh, producer, name, rows)
         fused = stage.absorbs_reduce and collective is not None and collective.kind == "all-reduce"
-        given = placement if isinstance(stage.output, Keep) else _canonical(stage.output, mesh)
-        entries.append(Entry(name, stage, collective, fused, placement, given))
+        given = taken if isinstance(stage.output, Keep) else _canonical(stage.output, mesh)
+        entries.append(Entry(name, stage, collective, fused, placement, taken, given))
         producer, placement = name, given
         rows = "logit row" if stage.picks_rows else rows
-    collective, placement = _move(placement, output, mesh, producer, "the program's output", rows)
+    collective, taken = _move(placement, output, mesh, producer, "the program's output", rows)
     if collective:
-        entries.append(Entry("output", None, collective, False, placement, placement))
+        entries.append(Entry("output", None, collective, False, placement, taken, taken))
     return entries
 
 
