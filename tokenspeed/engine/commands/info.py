@@ -57,14 +57,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def describe(name: str, model: Qwen3_5, dtype: torch.dtype, device: torch.device, memory_gib: float | None):
-    """The lines of the report: of the whole model, then of what one rank holds of it."""
-    config, mesh = model.config, model.mesh
+    """The lines of the report: what the model and a rank of it need, then what fits here."""
+    layout, weights = MemoryLayout(model.share, dtype), weight_bytes(model)
+    yield from needs(name, model, dtype)
+    free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
+    yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
+    left = free - weights
+    if left <= 0:
+        yield f"sequences          none: the weights alone need {_bytes(weights)}"
+    else:
+        for context in (c for c in _CONTEXTS if c <= model.config.max_context):
+            each = context * layout.kv_token_bytes + layout.slot_bytes
+            yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
+    yield f"kernels            {_kernels(device)}"
+
+
+def needs(name: str, model: Qwen3_5, dtype: torch.dtype):
+    """What holds on any machine: the size of the model, and what one rank holds and sends."""
+    config, mesh, ffn = model.config, model.mesh, model.config.ffn
     whole = Qwen3_5.empty(config, dtype, torch.device("meta"))
     parameters = sum(p.numel() for p in whole.parameters())
-    weights = weight_bytes(model)
     layout = MemoryLayout(model.share, dtype)
-    free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
-    ffn = config.ffn
     width = (
         f"dense, intermediate {ffn.intermediate}"
         if isinstance(ffn, DenseConfig)
@@ -76,23 +89,12 @@ def describe(name: str, model: Qwen3_5, dtype: torch.dtype, device: torch.device
     if mesh.world > 1:
         sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
         yield f"a rank             one of {mesh.world} (tp {mesh.tp}, ep {mesh.ep}); what follows is its own"
-        yield f"weights            {_bytes(weights)}"
-        yield (
-            f"traffic            {sent.collectives} collectives a step, {_bytes(sent.token)} of terms a token and "
-            f"{_bytes(sent.logit_row)} a logit row"
-        )
+        yield f"weights            {_bytes(weight_bytes(model))}"
+        terms = f"{_bytes(sent.token)} of terms a token and {_bytes(sent.logit_row)} a logit row"
+        yield f"traffic            {sent.collectives} collectives a step, {terms}"
         yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
     yield f"KV per token       {_bytes(layout.kv_token_bytes)}"
     yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {_bytes(layout.recurrent_bytes)} fp32 recurrence"
-    yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
-    left = free - weights
-    if left <= 0:
-        yield f"sequences          none: the weights alone need {_bytes(weights)}"
-    else:
-        for context in (c for c in _CONTEXTS if c <= config.max_context):
-            each = context * layout.kv_token_bytes + layout.slot_bytes
-            yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
-    yield f"kernels            {_kernels(device)}"
 
 
 def weight_bytes(model: Qwen3_5) -> int:
