@@ -83,7 +83,8 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     heads, kv = 8 // mesh.tp, max(1, 2 // mesh.tp)
     attention = 64 * (2 * heads + 2 * kv + heads) * 32 + 2 * 32
     channels = (2 * 4 * 16 + 8 * 24) // mesh.tp
-    gdn = 64 * (channels + heads * 24 + 2 * heads) + channels * 4 + 2 * heads + 24 + 64 * heads * 24
+    projected = -(-(channels + heads * 24 + 2 * heads) // 8) * 8  # rows of 16 bytes in bf16
+    gdn = 64 * projected + channels * 4 + 2 * heads + 24 + 64 * heads * 24
     routed = 8 * 3 * 64 * 32 // mesh.world
     moe = 8 * 64 + 64 + routed + 3 * 64 * 48 // mesh.world
     whole = attention + 3 * gdn + 4 * moe + 9 * 64 + 2 * 64 * models.VOCAB // mesh.tp

@@ -156,7 +156,9 @@ class GatedDeltaNet(Stage):
         channels = (keys, keys, values)
         self.blocks = {"in_proj_qkv": channels, "in_proj_z": (values,), "in_proj_b": (gates,), "in_proj_a": (gates,)}
         self.widths = [sum(split.local(mesh) for split in block) for block in self.blocks.values()]
-        self.in_proj = weight(mesh, sum(self.blocks.values(), ()), c.hidden)
+        # Few heads leave odd widths, and kernels read the rows of the product in vectors of 8 elements.
+        self.in_proj = weight(mesh, sum(self.blocks.values(), ()), c.hidden, multiple=8)
+        self.widths.append(self.in_proj.padding)
         self.conv = weight(mesh, channels, c.conv_taps)
         # The decay is an exponential of an exponential: its two parameters stay fp32, like the state they act on.
         self.a_log, self.dt_bias = (weight(mesh, gates, dtype=torch.float32) for _ in range(2))
@@ -165,7 +167,7 @@ class GatedDeltaNet(Stage):
 
     def sources(self):
         hidden = self.in_proj.shape[1]
-        for (name, block), part in zip(self.blocks.items(), self.in_proj.split(self.widths), strict=True):
+        for (name, block), part in zip(self.blocks.items(), self.in_proj.split(self.widths), strict=False):
             yield source(f"{name}.weight", part, self.mesh, block, hidden)
         channels, taps = self.conv.dims
         yield source("conv1d.weight", self.conv[:, None], self.mesh, channels, 1, taps)
@@ -175,7 +177,7 @@ class GatedDeltaNet(Stage):
 
     def forward(self, x, residual, batch):
         views: StateViews = batch.memory.layers[self.layer]
-        qkv, z, b, a = ops.linear(x, self.in_proj).split(self.widths, dim=1)
+        qkv, z, b, a, _ = ops.linear(x, self.in_proj).split(self.widths, dim=1)
         gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []
         if d := batch.decode:

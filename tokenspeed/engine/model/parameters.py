@@ -29,11 +29,16 @@ class Source(NamedTuple):
     regions: tuple[Region, ...]
 
 
-def weight(mesh: Mesh, *dims: Dim, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """An unfilled parameter of the rank's part of a [dims...] weight; `.dims` keeps what it is a part of."""
-    shape = [sum(size for _, size in _sections(dim, mesh)) for dim in dims]
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-    parameter.dims = dims
+def weight(mesh: Mesh, *dims: Dim, dtype: torch.dtype | None = None, multiple: int = 1) -> nn.Parameter:
+    """An unfilled parameter of the rank's part of a [dims...] weight; `.dims` keeps what it is a part of.
+
+    Rows come in multiples of `multiple`: `.padding` of them, the last, are zeros that stand for nothing.
+    """
+    rows, *rest = (sum(size for _, size in _sections(dim, mesh)) for dim in dims)
+    padding = -rows % multiple
+    parameter = nn.Parameter(torch.empty(rows + padding, *rest, dtype=dtype), requires_grad=False)
+    parameter[rows:].zero_()
+    parameter.dims, parameter.padding = dims, padding
     return parameter
 
 

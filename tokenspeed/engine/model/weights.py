@@ -96,15 +96,15 @@ def _check_complete(
 ) -> None:
     for parameter in model.parameters():
         storage = parameter.untyped_storage().data_ptr()
-        got = filled.get(storage, 0)
-        if got == parameter.numel():
+        got, needed = filled.get(storage, 0), parameter[: len(parameter) - parameter.padding].numel()
+        if got == needed:
             continue
         keys = [
             key
             for key, source in sources.items()
             if any(region.part.untyped_storage().data_ptr() == storage for region in source.regions)
         ]
-        if got < parameter.numel():
+        if got < needed:
             missing = [key for key in keys if key not in names]
             raise ConfigError(_listing(f"{directory} lacks tensors; one of each set of these is needed", missing))
         raise ConfigError(_listing(f"{directory} holds both layouts of the same weights", keys))

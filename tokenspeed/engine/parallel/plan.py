@@ -91,6 +91,7 @@ def _weight(parameter: nn.Parameter, mesh: Mesh) -> str:
         groups = {mesh.canonical(split.group) for split in splits if mesh.size(split.group) > 1}
         placements += [f"Shard({i}, {group})" for group in groups]
         notes += _copies(splits, mesh)
+    notes += [f", {parameter.padding} rows of padding"] if parameter.padding else []
     of = f"of {whole}, " if placements else ""
     return f"{shape} {of}{' '.join(placements) or 'Replicate'}{''.join(dict.fromkeys(notes))}"
 
