@@ -86,9 +86,9 @@ def random_checkpoint(config: ModelConfig, directory: Path) -> Path:
     empty = Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for key, part in tqdm(list(empty.sources("model.")), desc="writing random weights", unit="tensor", leave=False):
-        scale = 0.02 if part.dim() > 1 else 0.1
-        tensors[key] = (torch.randn(part.shape, generator=generator) * scale).to(part.dtype)
+    for source in tqdm(list(empty.sources("model.")), desc="writing random weights", unit="tensor", leave=False):
+        scale, dtype = 0.02 if len(source.shape) > 1 else 0.1, source.regions[0].part.dtype
+        tensors[source.key] = (torch.randn(source.shape, generator=generator) * scale).to(dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -171,10 +171,12 @@ def work(name: str, directory: str, model: str, threads: int) -> int:
 
 
 def ours(directory: str, dtype: str, threads: int):
-    llm = LLM(directory, dtype, "cpu", threads, progress=False)
+    # Without the prefix cache: the same prompts come again and again, and the peer computes them each time.
+    llm = LLM(directory, progress=False, dtype=dtype, device="cpu", threads=threads, prefix_cache=False)
 
     def generate(ids: list[list[int]], tokens: int) -> None:
-        produced = sum(1 for _ in llm.stream(ids, SamplingParams(max_tokens=tokens, ignore_eos=True)))
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        produced = sum(len(update.ids) for _, update in llm.stream(ids, params))
         assert produced == len(ids) * tokens
 
     return generate

@@ -46,7 +46,7 @@ def run_tool(name: str, arguments: dict) -> str:
 
 def main() -> None:
     llm = LLM()
-    params = SamplingParams(max_tokens=160)
+    params = SamplingParams(temperature=0, max_tokens=160)
     messages = [{"role": "system", "content": SYSTEM}]
     meters = []
     for question in QUESTIONS:
@@ -57,10 +57,10 @@ def main() -> None:
             meters.append(Meter(len(tokens)))
             print("assistant  ", end="", flush=True)
             text = ""
-            for token in llm.stream([tokens], params):
+            for _, update in llm.stream([tokens], params):
                 meters[-1].count()
-                text += token.text
-                print(token.text.replace("\n", "\n           "), end="", flush=True)
+                text += update.text
+                print(update.text.replace("\n", "\n           "), end="", flush=True)
             print()
             answer = parse_answer(text, TOOLS)
             messages.append(answer.message())

@@ -10,11 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 LAYERS = [
     {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler"}
     | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
-    {"device", "memory", "batch", "runner", "parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling"},
-    {"llm", "core"},
+    {"device", "memory", "batch", "sampling", "graphs", "runner"}
+    | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling"},
+    {"frontend", "llm", "core"},
     {"commands", "server", "__main__"},
 ]
-NO_TORCH = LAYERS[0] | {"text"}
+NO_TORCH = LAYERS[0] | {"text", "frontend"}
 
 
 def modules() -> list[Path]:

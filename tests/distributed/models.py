@@ -80,10 +80,10 @@ def steps(vocab: int) -> list[Step]:
     ids = torch.randint(0, vocab, (2, 90), generator=torch.Generator().manual_seed(5)).tolist()
 
     def row(sequence: int, start: int, end: int, **rest) -> Row:
-        slots = {"read_slot": sequence, "write_slot": sequence} | rest
-        return Row(tuple(ids[sequence][start:end]), start, ((4, 1), (0, 3))[sequence], **slots)
+        places = {"pages": ((4, 1), (0, 3))[sequence], "read_slot": sequence, "write_slot": sequence}
+        return Row(tuple(ids[sequence][start:end]), start, index=sequence, **places | rest)
 
-    resumed = Row(tuple(ids[0][20:30]), 20, (4, 2), 2, 3, kv_tokens=64, logits=10)
+    resumed = row(0, 20, 30, pages=(4, 2), read_slot=2, write_slot=3, kv_tokens=64, logits=10)._replace(index=2)
     return [
         Step(prefill=(row(0, 0, 70, snapshots=((20, 2),), logits=70), row(1, 0, 33))),
         Step(decode=(row(0, 70, 71),), prefill=(row(1, 33, 40, logits=7), resumed)),

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
 
-from tokenspeed.engine import memory
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.errors import CapacityError, ConfigError, RequestError
 from tokenspeed.engine.llm import LLM
@@ -20,8 +19,8 @@ def llm():
 
 def collect(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     out = [[] for _ in prompts]
-    for token in llm.stream(prompts, params):
-        out[token.sequence].append(token.id)
+    for prompt, update in llm.stream(prompts, params):
+        out[prompt] += update.ids
     return out
 
 
@@ -37,14 +36,14 @@ def test_greedy_text_of_the_shipped_model_is_that_of_transformers(llm):
         history.append({"role": "user", "content": question})
         prompt = llm.encode_chat(history)
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False)[0, len(prompt) :]
-        tokens = list(llm.stream([prompt], SamplingParams(max_tokens=48)))
-        assert [token.id for token in tokens] == expected.tolist()
-        assert "".join(token.text for token in tokens) == tokenizer.decode(expected, skip_special_tokens=True)
+        (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=48))[0].outputs
+        assert output.token_ids == expected.tolist()
+        assert output.text == tokenizer.decode(expected, skip_special_tokens=True)
         history.append({"role": "assistant", "content": "OK."})
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(llm):
-    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     alone = [collect(llm, [prompt], params)[0] for prompt in chats(llm)]
     assert collect(llm, chats(llm), params) == alone
 
@@ -59,12 +58,14 @@ def test_sampling_is_a_function_of_the_seed(llm):
 
 def test_generation_ends_with_its_reason(llm):
     prompt = chats(llm)[0]
-    assert [t.finish_reason for t in llm.stream([prompt], SamplingParams(max_tokens=3))] == [None, None, "length"]
-    whole = list(llm.stream([prompt], SamplingParams(max_tokens=160)))
-    assert whole[-1].finish_reason == "stop"
-    assert whole[-1].id in llm.defaults.eos_ids
-    longer = list(llm.stream([prompt], SamplingParams(max_tokens=len(whole) + 2, ignore_eos=True)))
-    assert len(longer) == len(whole) + 2
+    greedy = {"temperature": 0}
+    updates = [update for _, update in llm.stream([prompt], SamplingParams(max_tokens=3, **greedy))]
+    assert [update.finish_reason for update in updates] == [None, None, "length"]
+    whole = llm.generate([prompt], SamplingParams(max_tokens=160, **greedy))[0].outputs[0]
+    assert whole.finish_reason == "stop" and whole.stop_reason is None
+    assert whole.token_ids[-1] in llm.frontend.defaults.eos_ids
+    params = SamplingParams(max_tokens=len(whole.token_ids) + 2, ignore_eos=True, **greedy)
+    assert len(llm.generate([prompt], params)[0].outputs[0].token_ids) == len(whole.token_ids) + 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_generation_ends_with_its_reason(llm):
 )
 def test_prompts_that_cannot_be_taken_are_refused_with_the_numbers(llm, prompt, words):
     with pytest.raises(RequestError) as error:
-        next(iter(llm.stream([prompt], SamplingParams(max_tokens=8))))
+        llm.generate([prompt], SamplingParams(max_tokens=8))
     for word in words:
         assert word in str(error.value)
 
@@ -101,10 +102,10 @@ def test_impossible_sampling_values_are_named(name, value):
         SamplingParams(**{name: value})
 
 
-def test_more_memory_than_there_is_is_refused_with_both_sizes(llm, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+@pytest.mark.parametrize("settings", [{"kv_pages": 10**9}, {"state_slots": 10**9}, {"memory_fraction": 1e-9}])
+def test_more_memory_than_there_is_is_refused_with_the_sizes(settings):
     with pytest.raises(CapacityError, match="GiB"):
-        next(iter(llm.stream(chats(llm), SamplingParams())))
+        LLM(progress=False, **settings)
 
 
 def test_an_unknown_dtype_is_refused():

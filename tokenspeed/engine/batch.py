@@ -1,7 +1,9 @@
 """From a Step to the tensors one forward pass reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,58 +46,146 @@ class Batch:
     prefill: PrefillRows | None
 
 
-def build_batch(step: Step, memory: Memory, inv_freq: Tensor, rope_scale: float) -> Batch:
-    """Copy a Step to the device. inv_freq: [R / 2] fp32 on that device; see `model.rope`."""
-    device = inv_freq.device
-    tokens, positions, kv_slots, logit_rows = [], [], [], []
-    for row in (*step.decode, *step.prefill):
-        logit_rows.extend(range(len(tokens) + len(row.tokens) - row.logits, len(tokens) + len(row.tokens)))
-        tokens.extend(row.tokens)
-        for position in range(row.start, row.start + len(row.tokens)):
-            positions.append(position)
-            page = row.pages[position // PAGE_TOKENS]
-            kv_slots.append(page * PAGE_TOKENS + position % PAGE_TOKENS if position >= row.kv_tokens else -1)
+class Tables:
+    """What the device keeps per sequence index between Steps: its pages, and the id sampled last."""
 
-    def wide(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def __init__(self, indices: int, pages: int, device: torch.device):
+        """indices: sequences at once; pages: of one sequence at most."""
+        self.pages = torch.zeros(indices, pages, dtype=torch.int32, device=device)
+        self.last_ids = torch.zeros(indices, dtype=torch.int64, device=device)
 
-    positions = wide(positions)
-    angles = positions[:, None].float() * inv_freq
-    return Batch(
-        memory=memory,
-        tokens=wide(tokens),
-        positions=positions,
-        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1) * rope_scale,
-        kv_slots=wide(kv_slots),
-        logit_rows=wide(logit_rows),
-        decode=Rows(**_row_tensors(step.decode, device)) if step.decode else None,
-        decode_tokens=len(step.decode),
-        prefill=_prefill(step.prefill, device) if step.prefill else None,
+    def update(self, rows: Sequence[Row]) -> None:
+        """Enter the rows' new pages. Mutates the page table."""
+        width = self.pages.shape[1]
+        places = [r.index * width + r.first_page + i for r in rows if r.pages for i in range(len(r.pages))]
+        if places:
+            pages = [page for row in rows for page in row.pages]
+            places, pages = to_device(np.array([places, pages], dtype=np.int32), self.pages.device)
+            self.pages.view(-1)[places.long()] = pages
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A host array on the device, without waiting for it: the copy runs on the current stream, from pinned memory that
+    torch reuses only after it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def pack_rows(rows: Sequence[Row], padded: int) -> np.ndarray:
+    """[6, padded] int32: of each row its index, tokens before it, read slot, write slot, kv_tokens, and its token where
+    it has one, -1 for the id that was sampled last. Rows beyond are padding: they touch no slot and no page."""
+    packed = np.full((6, padded), -1, dtype=np.int32)
+    packed[0] = packed[4] = 0
+    if rows:
+        packed[:, : len(rows)] = np.array(
+            [
+                (r.index, r.start, r.read_slot, r.write_slot, r.kv_tokens, r.tokens[0] if len(r.tokens) == 1 else -1)
+                for r in rows
+            ],
+            dtype=np.int32,
+        ).T
+    return packed
+
+
+def decode_batch(
+    packed: Tensor, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float, width: int | None = None
+) -> Batch:
+    """The tensors of B decode rows, packed as by `pack_rows`; width: of the page table, all of it where it is None.
+
+    Reads nothing on the host and has shapes of B alone, so it can stand in a CUDA graph."""
+    index, start, read_slot, write_slot, kv_tokens, token = packed.unbind(0)
+    index = index.long()
+    return _batch(
+        memory,
+        tables,
+        (inv_freq, rope_scale),
+        index=index,
+        tokens=torch.where(token < 0, tables.last_ids[index], token),
+        positions=start.long(),
+        kv_tokens=kv_tokens,
+        logit_rows=torch.arange(len(index), device=index.device),
+        decode=Rows(tables.pages[index, :width], start, read_slot, write_slot),
+        decode_tokens=len(index),
     )
 
 
-def _narrow(values: list, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+def build_batch(step: Step, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float) -> Batch:
+    """The tensors of a Step, whose pages are in the tables. inv_freq: [R / 2] fp32 on the device; see `model.rope`."""
+    device, rows, decodes = inv_freq.device, step.rows, len(step.decode)
+    widths = [max((-(-row.end // PAGE_TOKENS) for row in part), default=0) for part in (step.decode, step.prefill)]
+    if not step.prefill:
+        packed = to_device(pack_rows(rows, decodes), device)
+        return decode_batch(packed, memory, tables, inv_freq, rope_scale, widths[0])
+    count = len(rows)
+    lengths = np.array([len(row.tokens) or 1 for row in rows], dtype=np.int32)
+    ends = np.zeros(count + 1, dtype=np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    logit_rows = [t for row, end in zip(rows, ends[1:].tolist(), strict=True) for t in range(end - row.logits, end)]
+    snapshots = [(i, tokens, slot) for i, row in enumerate(step.prefill) for tokens, slot in row.snapshots]
+    starts = np.array([row.start for row in rows], dtype=np.int32)
+    # One copy to the device: everything is cut from one array of int32.
+    parts = (
+        pack_rows(rows, count).reshape(-1),
+        np.array([token for row in rows for token in (row.tokens or (-1,))], dtype=np.int32),
+        np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - ends[:-1], lengths),
+        np.repeat(np.arange(count, dtype=np.int32), lengths),
+        np.array(logit_rows, dtype=np.int32),
+        ends[decodes:] - decodes,
+        np.array(snapshots, dtype=np.int32).reshape(-1),
+    )
+    packed, token, positions, row, logit_rows, cu_seqlens, snapshots = to_device(np.concatenate(parts), device).split(
+        [part.size for part in parts]
+    )
+    index, start, read_slot, write_slot, kv_tokens, _ = packed.view(6, count)
+    index, row = index.long(), row.long()
+
+    def rows_from(first: int, last: int, width: int) -> tuple[Tensor, ...]:
+        each = slice(first, last)
+        return tables.pages[index[each], :width], start[each], read_slot[each], write_slot[each]
+
+    return _batch(
+        memory,
+        tables,
+        (inv_freq, rope_scale),
+        index=index[row],
+        tokens=torch.where(token < 0, tables.last_ids[index[row]], token),
+        positions=positions.long(),
+        kv_tokens=kv_tokens[row],
+        logit_rows=logit_rows.long(),
+        decode=Rows(*rows_from(0, decodes, widths[0])) if decodes else None,
+        decode_tokens=decodes,
+        prefill=PrefillRows(
+            *rows_from(decodes, count, widths[1]), cu_seqlens, snapshots.view(-1, 3), int(lengths[decodes:].max())
+        ),
+    )
 
 
-def _row_tensors(rows: tuple[Row, ...], device: torch.device) -> dict[str, Tensor]:
-    width = max(-(-(row.start + len(row.tokens)) // PAGE_TOKENS) for row in rows)
-    return {
-        "page_table": _narrow([[*row.pages[:width], *[0] * (width - len(row.pages))] for row in rows], device),
-        "context_lens": _narrow([row.start for row in rows], device),
-        "read_slot": _narrow([row.read_slot for row in rows], device),
-        "write_slot": _narrow([row.write_slot for row in rows], device),
-    }
-
-
-def _prefill(rows: tuple[Row, ...], device: torch.device) -> PrefillRows:
-    ends = [0]
-    for row in rows:
-        ends.append(ends[-1] + len(row.tokens))
-    snapshots = [[i, count, slot] for i, row in enumerate(rows) for count, slot in row.snapshots]
-    return PrefillRows(
-        **_row_tensors(rows, device),
-        cu_seqlens=_narrow(ends, device),
-        snapshots=_narrow(snapshots, device).reshape(-1, 3),
-        max_seqlen=max(len(row.tokens) for row in rows),
+def _batch(
+    memory: Memory,
+    tables: Tables,
+    rotary: tuple[Tensor, float],
+    *,
+    index: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    kv_tokens: Tensor,
+    logit_rows: Tensor,
+    decode: Rows | None,
+    decode_tokens: int,
+    prefill: PrefillRows | None = None,
+) -> Batch:
+    """index, tokens, positions, kv_tokens: one entry a token."""
+    page = tables.pages[index, positions // PAGE_TOKENS].long()
+    kv_slots = page * PAGE_TOKENS + positions % PAGE_TOKENS
+    angles = positions[:, None].float() * rotary[0]
+    return Batch(
+        memory=memory,
+        tokens=tokens,
+        positions=positions,
+        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1) * rotary[1],
+        kv_slots=kv_slots.masked_fill_(positions < kv_tokens, -1),
+        logit_rows=logit_rows,
+        decode=decode,
+        decode_tokens=decode_tokens,
+        prefill=prefill,
     )

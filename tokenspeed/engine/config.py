@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint, read from its config.json: a value, checked once."""
+"""The architecture of a checkpoint, read from its config.json, and the settings of an engine: values, checked once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,6 +141,55 @@ class ModelConfig:
                 f"linear_num_key_heads {config.key_heads}."
             )
         return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs. Sizes are in tokens, sequences, pages of 64 tokens, and state slots.
+
+    dtype: "bfloat16", "float32", or "auto" (bf16 on a GPU, fp32 on a CPU); device: a torch device, or "auto"; threads:
+    CPU threads torch may use in this process, None for torch's choice, or 1 where the model is too small to share.
+    max_model_len: of one sequence, None for the model's context; max_num_seqs: at once; max_batch_tokens: of one Step.
+    memory_fraction: of the memory that is free once the weights are there, for pages and slots, None for .9 on a GPU
+    and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
+    cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
+    long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 2048
+    memory_fraction: float | None = None
+    kv_pages: int | None = None
+    state_slots: int | None = None
+    prefix_cache: bool = True
+    cache_policy: str = "value"
+    snapshot_grid: int = 8192
+    seed: int = 0
+    validate: bool = False
+
+    def __post_init__(self):
+        def positive(value: int | None) -> bool:
+            return value is None or (isinstance(value, int) and value >= 1)
+
+        fraction = self.memory_fraction
+        checks = (
+            ("max_model_len", positive(self.max_model_len), "at least 1, or None for the model's context"),
+            ("max_num_seqs", positive(self.max_num_seqs), "at least 1"),
+            ("max_batch_tokens", self.max_batch_tokens >= max(64, self.max_num_seqs), "at least 64 and max_num_seqs"),
+            ("memory_fraction", fraction is None or 0 < fraction <= 1, "in (0, 1]"),
+            ("kv_pages", positive(self.kv_pages), "at least 1"),
+            ("state_slots", positive(self.state_slots), "at least 1"),
+            ("cache_policy", self.cache_policy in ("value", "lru"), "'value' or 'lru'"),
+            ("snapshot_grid", self.snapshot_grid >= 0, "at least 0 (0 is off)"),
+            ("seed", self.seed >= 0, "at least 0"),
+        )
+        for name, valid, wanted in checks:
+            if not valid:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
 
 
 class _Fields:

@@ -19,3 +19,7 @@ class CapacityError(TokenSpeedError):
 
 class PlacementError(TokenSpeedError):
     """Two stages of a program do not fit on the ranks they are placed on."""
+
+
+class EngineError(TokenSpeedError):
+    """The engine itself failed and serves nobody any more."""

@@ -1,153 +1,275 @@
-"""The offline API: a model in this process, prompts in, tokens out as they come."""
+"""The offline API: a model in this process, prompts in, results out."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
+from tqdm import tqdm
 
-from .. import ops
+from .cache import CacheConfig, Policy, PrefixCache
 from .checkpoint import resolve
-from .config import PAGE_TOKENS, ModelConfig
+from .config import EngineConfig, ModelConfig
+from .core import Engine
 from .device import pick_device, pick_dtype, use_threads
-from .memory import Memory, MemoryLayout
+from .errors import ConfigError, EngineError, RequestError, TokenSpeedError
+from .frontend import Collector, Frontend, Prompt
+from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import load_weights
-from .request import SamplingParams, check_prompt
+from .request import Request, RequestOutput, SamplingParams, Update
 from .runner import Runner
-from .step import Row, Step
-from .text.detokenizer import Detokenizer
-from .text.generation_config import GenerationDefaults
-from .text.template import ChatTemplate
-from .text.tokenizer import Tokenizer
+from .scheduler import Limits
 
-_PREFILL_TOKENS = 2048  # at most this many tokens of prompts in one step
 _SHARED_BYTES = 64 << 20  # smaller models gain nothing from a second thread, and wait for it on a busy machine
+_GHOST_NODES_PER_PAGE = 4  # evicted pages whose token ids are remembered
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token. sequence: which prompt; text: what it completes, "" inside a character; finish_reason:
-    "stop" (an end-of-sequence id), "length" (max_tokens), or None while the sequence goes on."""
+def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True) -> Engine:
+    """Weights, memory and scheduler of a checkpoint. Raises ConfigError or CapacityError for what cannot be used."""
+    model_config = frontend.config
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    model = Qwen3_5.empty(model_config, dtype, device)
+    load_weights(model, frontend.directory, progress)
+    threads = config.threads
+    if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:
+        threads = 1
+    if threads is not None:
+        use_threads(threads)
+    plan = fit_memory(model_config, MemoryLayout(model_config, dtype), config, free_memory(device), device.type)
+    if progress:
+        tqdm.write(f"memory: {plan}")
+    longest = min(config.max_model_len or model_config.max_context, plan.tokens)
+    cache = PrefixCache(
+        CacheConfig(
+            pages=plan.pages,
+            slots=plan.slots,
+            ghost_nodes=_GHOST_NODES_PER_PAGE * plan.pages,
+            grid_tokens=config.snapshot_grid,
+            policy=Policy.VALUE if config.cache_policy == "value" else Policy.LRU,
+            enabled=config.prefix_cache,
+        )
+    )
+    runner = Runner(model, Memory(plan.layout, plan.pages, plan.slots, device), config.max_num_seqs, longest)
+    runner.capture(progress)
+    limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest)
+    eos_ids = frontend.defaults.eos_ids
+    return Engine(runner, cache, limits, frontend.tokenizer, eos_ids, config.seed, config.validate)
 
-    sequence: int
-    id: int
-    text: str
-    finish_reason: str | None
+
+def fit_memory(
+    model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, device_type: str
+) -> MemoryPlan:
+    """Pages and slots for an engine, of `free` bytes. Raises CapacityError where nothing fits."""
+    on_gpu = device_type == "cuda"
+    fraction = config.memory_fraction or (0.9 if on_gpu else 0.5)
+    longest = config.max_model_len or model.max_context
+    # A CPU's memory has other users: no more than twice what the sequences running at once can hold.
+    most = None if on_gpu else 2 * config.max_num_seqs * longest
+    return plan_memory(layout, config, int(free * fraction), most)
 
 
 class LLM:
     """A checkpoint, ready to generate.
 
-    model: a directory, a hub id, or None for the shipped model; dtype: "bfloat16", "float32", or "auto" (bf16 on a GPU,
-    fp32 on a CPU); device: a torch device, or "auto"; threads: how many CPU threads torch may use in this process, None
-    for torch's own choice, or 1 where the model is too small to share. Raises ConfigError for what cannot be used.
+    model: a directory, a hub id, or None for the shipped model; progress: show loading; settings: the fields of
+    EngineConfig. Raises ConfigError or CapacityError for what cannot be used.
     """
 
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
-        threads: int | None = None,
-        progress: bool = True,
-    ):
-        self.directory = resolve(model)
-        self.config = ModelConfig.from_directory(self.directory)
-        self.tokenizer = Tokenizer.from_directory(self.directory)
-        self.template = ChatTemplate.from_directory(self.directory, self.tokenizer)
-        self.defaults = GenerationDefaults.from_directory(self.directory, self.tokenizer)
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
-        self.model = Qwen3_5.empty(self.config, self.dtype, self.device)
-        load_weights(self.model, self.directory, progress)
-        if threads is None and sum(p.nbytes for p in self.model.parameters()) < _SHARED_BYTES:
-            threads = 1
-        if threads is not None:
-            use_threads(threads)
+    def __init__(self, model: str | Path | None = None, progress: bool = True, **settings):
+        try:
+            config = EngineConfig(**settings)
+        except TypeError as error:
+            raise ConfigError(f"unknown engine setting: {error}") from None
+        self.frontend = Frontend.from_directory(resolve(model))
+        self.engine = load_engine(self.frontend, config, progress)
+        self._ids = itertools.count()
 
-    def sampling_defaults(self) -> dict[str, float]:
-        """The checkpoint's own sampling values, as SamplingParams takes them."""
-        d = self.defaults
-        temperature = d.temperature if d.do_sample else 0.0
-        return {"temperature": temperature, "top_k": d.top_k, "top_p": d.top_p, "min_p": d.min_p}
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue prompts (texts, or lists of token ids), all side by side; results in the order of the prompts.
+
+        sampling_params: one for all or one each; None: the checkpoint's own values. Raises RequestError or
+        CapacityError for a prompt that cannot be taken, before anything runs.
+        """
+        prompts = [prompts] if _is_prompt(prompts) else list(prompts)
+        params = self._params(sampling_params, len(prompts))
+        requests = [self.frontend.request(self._id(), *pair) for pair in zip(prompts, params, strict=True)]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        return self._run(requests, texts, progress)
+
+    def chat(
+        self,
+        messages: list[dict] | list[list[dict]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = True,
+        tools: list[dict] | None = None,
+        **template_options,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several. tools: OpenAI definitions; template_options: as `ChatTemplate.render`."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.encode_chat(conversation, tools, **template_options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, progress)
+
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[tuple[int, Update]]:
+        """Continue prompts side by side and yield the news as they come: (which prompt, update).
+
+        Closing the iterator aborts what still runs. Raises as `generate` does, before the first update.
+        """
+        requests = [
+            self.frontend.request(self._id(), *pair)
+            for pair in zip(prompts, self._params(params, len(prompts)), strict=True)
+        ]
+        place = {request.id: i for i, request in enumerate(requests)}
+        news: list[Update] = []
+        self._submit(requests, [news.append] * len(requests))
+        try:
+            while self.engine.has_work and place:
+                self.engine.step()
+                ready, news[:] = list(news), []
+                for update in ready:
+                    _raise_error(update.error)
+                    yield place[update.request_id], update
+        finally:
+            for id in place:
+                self.engine.abort(id)
+            self._settle()
 
     def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **kwargs) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks; kwargs as `ChatTemplate.render` takes them."""
-        return self.tokenizer.encode_rendered(self.template.render(messages, tools, **kwargs))
+        return self.frontend.encode_chat(messages, tools, **kwargs)
 
-    def stream(self, prompts: Sequence[list[int]], params: SamplingParams) -> Iterator[Token]:
-        """Generate for all prompts side by side, yielding every token as it is chosen.
+    def _params(self, given, count: int) -> list[SamplingParams]:
+        given = given or self.frontend.sampling_params()
+        params = [given] * count if isinstance(given, SamplingParams) else list(given)
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling parameters for {count} prompts; one, or one each, is needed.")
+        return params
 
-        Raises RequestError for a prompt that cannot be taken, CapacityError for more than memory holds, before the
-        first token.
+    def _id(self) -> str:
+        return str(next(self._ids))
+
+    def _submit(self, requests: Sequence[Request], sinks: Sequence[Callable[[Update], None]]) -> None:
+        """All or none."""
+        done: list[str] = []
+        try:
+            for request, sink in zip(requests, sinks, strict=True):
+                self.engine.submit(request, sink)
+                done.append(request.id)
+        except TokenSpeedError:
+            for id in done:
+                self.engine.abort(id)
+            raise
+
+    def _run(self, requests: list[Request], texts: list[str | None], progress: bool) -> list[RequestOutput]:
+        collectors = [Collector(self.frontend, *pair) for pair in zip(requests, texts, strict=True)]
+        self._submit(requests, [collector.take for collector in collectors])
+        finished = tokens = 0
+        bar = tqdm(total=len(requests), desc="generating", unit="prompt", disable=not progress, leave=False)
+        try:
+            while finished < len(requests):
+                self.engine.step()
+                now = sum(collector.output.finished for collector in collectors)
+                if now > finished:
+                    bar.update(now - finished)
+                    finished = now
+                    tokens = sum(len(o.token_ids) for c in collectors for o in c.output.outputs)
+                    bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+        finally:
+            bar.close()
+            for request in requests:
+                self.engine.abort(request.id)
+            self._settle()
+        for collector in collectors:
+            _raise_error(collector.error)
+        return [collector.output for collector in collectors]
+
+    def _settle(self) -> None:
+        """Reconcile what is still on its way, so that all memory is back."""
+        while self.engine.failed is None and self.engine.has_work:
+            self.engine.step()
+
+
+class AsyncLLM:
+    """The engine in a thread of its own, for callers on an event loop. Settings as for LLM; `close` ends the thread."""
+
+    def __init__(self, model: str | Path | None = None, progress: bool = True, **settings):
+        self._llm = LLM(model, progress, **settings)
+        self.frontend, self.engine = self._llm.frontend, self._llm.engine
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="tokenspeed-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """The growing result, at each token that came. Leaving the loop early aborts the request.
+
+        Raises RequestError or CapacityError for what cannot be taken, EngineError where the engine failed.
         """
-        for prompt in prompts:
-            check_prompt(prompt, params.max_tokens, self.config.vocab, self.config.max_context)
-        pages = [-(-(len(prompt) + params.max_tokens) // PAGE_TOKENS) for prompt in prompts]
-        memory = Memory(MemoryLayout(self.config, self.dtype), sum(pages), len(prompts), self.device)
-        return self._stream(Runner(self.model, memory), prompts, pages, params)
+        params = sampling_params or self.frontend.sampling_params()
+        request = self.frontend.request(request_id or f"async-{self._llm._id()}", prompt, params)
+        collector = Collector(self.frontend, request, prompt if isinstance(prompt, str) else None)
+        loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
-    def _stream(self, runner: Runner, prompts, pages, params) -> Iterator[Token]:
-        ends = [sum(pages[: i + 1]) for i in range(len(pages))]
-        owned = [tuple(range(end - count, end)) for end, count in zip(ends, pages, strict=True)]
-        stops = () if params.ignore_eos else self.defaults.eos_ids
-        detokenizers = [Detokenizer(self.tokenizer) for _ in prompts]
-        running: dict[int, int] = {}  # sequence -> the token to consume next
-        for step, finished in _prefill_steps(prompts, owned):
-            logits = runner.forward(step)
-            if finished:
-                running.update(zip(finished, self._choose(logits, params, finished, 0), strict=True))
-        index = 0
-        while running:
-            for sequence, id in list(running.items()):
-                reason = "stop" if id in stops else "length" if index + 1 == params.max_tokens else None
-                text = detokenizers[sequence].push(id)
-                if reason:
-                    del running[sequence]
-                    text += detokenizers[sequence].finish()
-                yield Token(sequence, id, text, reason)
-            if running:
-                rows = tuple(
-                    Row((id,), len(prompts[sequence]) + index, owned[sequence], sequence, sequence)
-                    for sequence, id in running.items()
-                )
-                index += 1
-                chosen = self._choose(runner.forward(Step(decode=rows)), params, list(running), index)
-                running = dict(zip(running, chosen, strict=True))
+        def tell(what: Update | Exception) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, what)
 
-    def _choose(self, logits: torch.Tensor, params: SamplingParams, sequences: list[int], index: int) -> list[int]:
-        rows = len(sequences)
+        def submit() -> None:
+            try:
+                self.engine.submit(request, tell)
+            except TokenSpeedError as error:
+                tell(error)
 
-        def column(value, dtype):
-            return torch.full((rows,), value, dtype=dtype, device=logits.device)
+        self._inbox.put(submit)
+        try:
+            while not collector.output.finished:
+                what = await news.get()
+                if isinstance(what, Exception):
+                    raise what
+                collector.take(what)
+                _raise_error(what.error)
+                yield collector.snapshot()
+        finally:
+            if not collector.output.finished:
+                await self.abort(request.id)
 
-        return ops.sample(
-            logits,
-            column(params.temperature, torch.float32),
-            column(params.top_k, torch.int32),
-            column(params.top_p, torch.float32),
-            column(params.min_p, torch.float32),
-            params.seed + torch.tensor(sequences, device=logits.device),
-            column(index, torch.int64),
-        ).tolist()
+    async def abort(self, request_id: str) -> None:
+        """Harmless for a request that does not run."""
+        self._inbox.put(lambda: self.engine.abort(request_id))
+
+    def close(self) -> None:
+        """Ends the thread; requests that run are aborted."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        engine = self.engine
+        while True:
+            idle = engine.failed is not None or not engine.has_work
+            try:
+                work = self._inbox.get(block=idle)
+            except queue.Empty:
+                with contextlib.suppress(EngineError):  # every request has been told, and later ones are refused
+                    engine.step()
+                continue
+            if work is None:
+                return
+            work()
 
 
-def _prefill_steps(prompts: Sequence[list[int]], owned: list[tuple[int, ...]]) -> Iterator[tuple[Step, list[int]]]:
-    """Steps that consume the prompts, each with the sequences whose prompt it ends."""
-    rows: list[Row] = []
-    finished: list[int] = []
-    room = _PREFILL_TOKENS
-    for sequence, prompt in enumerate(prompts):
-        start = 0
-        while start < len(prompt):
-            piece = tuple(prompt[start : start + room])
-            last = start + len(piece) == len(prompt)
-            rows.append(Row(piece, start, owned[sequence], sequence, sequence, logits=int(last)))
-            finished += [sequence] if last else []
-            start, room = start + len(piece), room - len(piece)
-            if not room:
-                yield Step(prefill=tuple(rows)), finished
-                rows, finished, room = [], [], _PREFILL_TOKENS
-    if rows:
-        yield Step(prefill=tuple(rows)), finished
+def _is_prompt(prompts) -> bool:
+    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+
+
+def _raise_error(error: str | None) -> None:
+    if error:
+        raise EngineError(error)

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .config import FULL, PAGE_TOKENS, ModelConfig
+from .config import FULL, PAGE_TOKENS, EngineConfig, ModelConfig
 from .errors import CapacityError
 
 _ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
+SNAPSHOT_TOKENS = 8192  # of KV beside each slot that is not a running sequence's
 
 
 class StateViews(NamedTuple):
@@ -78,6 +80,57 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How many pages and slots an engine gets."""
+
+    layout: MemoryLayout
+    pages: int
+    slots: int
+
+    @property
+    def tokens(self) -> int:
+        return self.pages * PAGE_TOKENS
+
+    @property
+    def bytes(self) -> int:
+        return self.pages * self.layout.page_bytes + self.slots * self.layout.slot_bytes
+
+    def __str__(self) -> str:
+        pages, slots = self.pages * self.layout.page_bytes / 2**30, self.slots * self.layout.slot_bytes / 2**30
+        return f"KV for {self.tokens} tokens ({pages:.2f} GiB), {self.slots} state slots ({slots:.2f} GiB)"
+
+
+def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_tokens: int | None) -> MemoryPlan:
+    """Divide `free` bytes between pages and slots: a slot for each running sequence first, and of the rest as many
+    slots as leave SNAPSHOT_TOKENS of KV to each, for prompts to come back to.
+
+    most_tokens: more KV than this is of no use, None without such a bound. Raises CapacityError where not one sequence
+    of one page fits.
+    """
+    pages, slots = config.kv_pages, config.state_slots
+    if slots is None:
+        shared = SNAPSHOT_TOKENS * layout.kv_token_bytes + layout.slot_bytes
+        known = 0 if pages is None else pages * layout.page_bytes
+        slots = min(config.max_num_seqs, (free - known) // (layout.slot_bytes + layout.page_bytes))
+        if config.prefix_cache:
+            slots += max(free - known - slots * (layout.slot_bytes + layout.page_bytes), 0) // shared
+        if most_tokens is not None:
+            slots = min(slots, config.max_num_seqs * 3)
+    if pages is None:
+        pages = (free - slots * layout.slot_bytes) // layout.page_bytes
+        if most_tokens is not None:
+            pages = min(pages, -(-most_tokens // PAGE_TOKENS))
+    plan = MemoryPlan(layout, max(pages, 1), max(slots, 1))
+    if plan.bytes > free:
+        raise CapacityError(
+            f"{max(free, 0) / 2**30:.2f} GiB are there for KV pages and state slots, and {plan.pages} pages and "
+            f"{plan.slots} slots need {plan.bytes / 2**30:.2f} GiB: raise memory_fraction, lower max_num_seqs, or use "
+            "a smaller model."
+        )
+    return plan
+
+
 class Memory:
     """Allocates both arenas and holds a view of them for each layer of the model, by layer index."""
 
@@ -91,8 +144,8 @@ class Memory:
                 f"{free / 2**30:.2f} GiB free: ask for shorter or fewer sequences."
             )
         self.layout = layout
-        self.kv = torch.zeros(pages, *layout.page_shape, dtype=layout.dtype, device=device)
-        self.slots = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)
+        self.kv = _zeros(pages * layout.page_bytes, device).view(layout.dtype).view(pages, *layout.page_shape)
+        self.slots = _zeros(slots * layout.slot_bytes, device).view(slots, layout.slot_bytes)
         self.layers: list[Tensor | StateViews] = []
         full = linear = 0
         for kind in layout.config.layer_types:
@@ -111,6 +164,13 @@ class Memory:
             views[name] = part.view(len(part), *shape)
             offset += _aligned(size)
         return StateViews(**views)
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    """Bytes of zero. On a CPU numpy makes them, so that the system supplies a page when it is first used."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8))
+    return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 def free_memory(device: torch.device) -> int:

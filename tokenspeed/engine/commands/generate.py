@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..llm import LLM
-from ..request import SamplingParams
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -45,12 +44,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     prompt = _read_prompt(options)
-    llm = LLM(options.model, options.dtype, options.device, options.threads)
-    chosen = ("temperature", "top_k", "top_p", "min_p")
-    sampling = llm.sampling_defaults() | {k: getattr(options, k) for k in chosen if getattr(options, k) is not None}
-    params = SamplingParams(**sampling, seed=options.seed, max_tokens=options.max_tokens, ignore_eos=options.ignore_eos)
+    llm = LLM(options.model, dtype=options.dtype, device=options.device, threads=options.threads)
+    chosen = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "ignore_eos")
+    params = llm.frontend.sampling_params(**{name: getattr(options, name) for name in chosen})
     if options.raw:
-        tokens = llm.tokenizer.encode(prompt)
+        tokens = llm.frontend.tokenizer.encode(prompt)
     else:
         system = [{"role": "system", "content": options.system}] if options.system else []
         tokens = llm.encode_chat(
@@ -59,9 +57,9 @@ def run(options: argparse.Namespace) -> int:
             enable_thinking=False if options.no_thinking else None,
         )
     meter = Meter(len(tokens))
-    for token in llm.stream([tokens], params):
+    for _, update in llm.stream([tokens], params):
         meter.count()
-        print(token.text, end="", flush=True)
+        print(update.text, end="", flush=True)
     print()
     print(meter.summary(), file=sys.stderr)
     return 0

@@ -1,6 +1,7 @@
 """The checkpoint's own chat template: messages and tools -> the text the model was trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,29 @@ from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import ConfigError, RequestError
 from ..files import read_optional_json_object, read_text
+from .boundaries import stable_cuts
 from .literals import Hidden, Rendered, strings_in
 from .messages import check_messages, check_tools, hide_literals
+from .reasoning import leaves_reasoning_open
 from .sandbox import BoundedEnvironment, TemplateRefusal
 from .tokenizer import Tokenizer
 
 TEMPLATE_KWARGS = ("preserve_thinking",)  # beside enable_thinking; what the family's templates know, each a bool
+MAX_MARKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A conversation as the model reads it.
+
+    ids: the prompt. boundaries: ascending token counts in (0, len(ids)) at which a later prompt is likely to leave this
+    one (`boundaries.stable_cuts`); a control token follows each. reasoning_open: the turn to come begins inside
+    `<think>`.
+    """
+
+    ids: list[int]
+    boundaries: tuple[int, ...]
+    reasoning_open: bool
 
 
 class ChatTemplate:
@@ -75,28 +93,81 @@ class ChatTemplate:
         except that a template does not react to markup that a user or a tool wrote (`messages.hide_literals`).
         Raises RequestError for a bad message, tool or kwarg, and with the template's words when it refuses or fails.
         """
+        conversation = _Conversation(self, messages, tools, enable_thinking, template_kwargs)
+        return conversation.hidden.reveal(conversation.text(conversation.messages, add_generation_prompt))
+
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        template_kwargs: Mapping[str, bool] | None = None,
+        marks: Sequence[int] = (),
+    ) -> EncodedPrompt:
+        """The conversation as ids with its stable boundaries. Arguments and errors as in `render`.
+
+        marks: indices of at most MAX_MARKS messages whose ends the caller wants boundaries at.
+        """
+        conversation = _Conversation(self, messages, tools, enable_thinking, template_kwargs)
+        count = len(conversation.messages)
+        if len(marks) > MAX_MARKS or not all(0 <= mark < count for mark in marks):
+            raise RequestError(f"marks are {list(marks)}; give at most {MAX_MARKS} indices of the {count} messages")
+        text = conversation.text(conversation.messages, add_generation_prompt)
+        control = self._tokenizer.guard.pattern
+        cuts = stable_cuts(text, conversation.messages, conversation.text_or_none, control, marks)
+        rendered = conversation.hidden.reveal(text)
+        revealed = [len(conversation.hidden.reveal(text[:cut]).text) for cut in cuts]
+        ids, counts = self._tokenizer.encode_with_counts(rendered, revealed)
+        return EncodedPrompt(ids, tuple(count for count in counts if count), leaves_reasoning_open(rendered.text))
+
+
+class _Conversation:
+    """One request's checked messages and tools with their literals hidden, for rendering them and variations of them.
+
+    hidden: the marks in the texts. messages: for `text`, which may also be given others that hold no literals.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        enable_thinking: bool | None,
+        kwargs: Mapping[str, bool] | None,
+    ):
         messages = check_messages(messages)
         tools = check_tools(tools)
-        variables: dict[str, Any] = {**self._tokenizer.special_tokens, **_check_kwargs(template_kwargs)}
+        tokenizer = template._tokenizer
+        self._variables: dict[str, Any] = {**tokenizer.special_tokens, **_check_kwargs(kwargs)}
         if enable_thinking is not None:
             if not isinstance(enable_thinking, bool):
                 raise RequestError(f"enable_thinking must be true or false, not {enable_thinking!r}")
-            variables["enable_thinking"] = enable_thinking
+            self._variables["enable_thinking"] = enable_thinking
+        name = "tool_use" if tools is not None and "tool_use" in template._templates else "default"
+        self._template = template._templates[name]
+        self._environment = template._environment
+        self.hidden = Hidden((*strings_in(messages), *strings_in(tools), template._sources[name]))
+        self.messages = [hide_literals(message, tokenizer.guard, self.hidden) for message in messages]
+        self._variables["tools"] = tokenizer.guard.hide(tools, self.hidden)
+        self._variables["documents"] = None
 
-        guard = self._tokenizer.guard
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        hidden = Hidden((*strings_in(messages), *strings_in(tools), self._sources[name]))
-        variables["messages"] = [hide_literals(message, guard, hidden) for message in messages]
-        variables["tools"] = guard.hide(tools, hidden)
-        variables["documents"] = None
-        variables["add_generation_prompt"] = add_generation_prompt
+    def text(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        """Raises RequestError with the template's words when it refuses or fails."""
+        variables = {**self._variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._environment.render(self._templates[name], variables)
+            return self._environment.render(self._template, variables)
         except TemplateRefusal as error:
             raise RequestError(f"the chat template refuses the conversation: {error}") from None
         except Exception as error:  # the template is the checkpoint's program: whatever it makes Python raise
             raise RequestError(f"the chat template failed: {type(error).__name__}: {error}") from None
-        return hidden.reveal(text)
+
+    def text_or_none(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str | None:
+        try:
+            return self.text(messages, add_generation_prompt)
+        except RequestError:
+            return None
 
 
 def _check_kwargs(kwargs: Mapping[str, bool] | None) -> dict[str, bool]:

@@ -88,7 +88,7 @@ class Tokenizer:
         Control-token literals in a raw prompt ARE control tokens: who sends one writes the chat format by hand. Text
         that must stay text goes through the chat template. Raises RequestError for text that is not valid Unicode.
         """
-        return self._encode(self._backend, prompt, add_special_tokens=True)
+        return self._encode(self._backend, prompt, add_special_tokens=True).ids
 
     def encode_rendered(self, rendered: Rendered) -> list[int]:
         """The ids of a rendered conversation, in time linear in its length.
@@ -97,10 +97,25 @@ class Tokenizer:
         two control tokens that holds such a literal is encoded as by a tokenizer without added tokens; all else takes
         the ordinary path, so without literals the ids are `transformers`' own.
         """
+        return self.encode_with_counts(rendered, ())[0]
+
+    def encode_with_counts(self, rendered: Rendered, positions: Sequence[int]) -> tuple[list[int], list[int | None]]:
+        """The same ids, and for each of the ascending character positions how many of them come before it.
+
+        None where no control token starts: only before one are the ids surely those of the text before it alone.
+        """
         ids: list[int] = []
+        counts: list[int | None] = []
+        start = 0
         for text, plain in self._stretches(rendered):
-            ids += self._encode(self._plain if plain else self._backend, text, add_special_tokens=False)
-        return ids
+            encoding = self._encode(self._plain if plain else self._backend, text, add_special_tokens=False)
+            while len(counts) < len(positions) and positions[len(counts)] < start + len(text):
+                index = encoding.char_to_token(positions[len(counts)] - start)
+                known = index is not None and encoding.ids[index] in self.control_ids
+                counts.append(len(ids) + index if known else None)
+            ids += encoding.ids
+            start += len(text)
+        return ids, counts + [None] * (len(positions) - len(counts))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; invalid UTF-8 reads as U+FFFD, ids the tokenizer does not know as nothing."""
@@ -140,9 +155,9 @@ class Tokenizer:
             yield text[done:], False
 
     @staticmethod
-    def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
-            return backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:  # the library's answer to a lone surrogate
             position = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
             raise RequestError(

@@ -1,0 +1,323 @@
+"""The loop: plan a Step while the device runs the one before it, then read that one's ids and pass them on.
+
+    plan n + 1 -> launch n + 1 -> read the ids of n -> text, stops -> publish, retire
+
+Samples that the host has a say in (grammar, words, thinking budget) are the exception: their ids are chosen after the
+ids of n are known, between the forward pass of n + 1, which runs meanwhile, and the next plan.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .errors import EngineError, RequestError
+from .request import Request, RequestMetrics, TokenScores, Update
+from .runner import Launched, Runner
+from .scheduler import Limits, Planned, Scheduler
+from .scheduler import Sequence as Continuation
+from .step import Begin, Edit, StepChecker
+from .text.constraints import BadWords, Constraint, ThinkingBudget, combine
+from .text.detokenizer import Detokenizer
+from .text.stops import StopStrings
+from .text.tokenizer import Tokenizer
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of a request's continuations; odd, so they never meet
+
+
+Sink = Callable[[Update], None]
+
+
+@dataclass(slots=True)
+class _Generation:
+    """What the host knows of one continuation beside its tokens."""
+
+    sequence: Continuation
+    sink: Sink
+    detokenizer: Detokenizer
+    stops: StopStrings
+    constraints: list[Constraint]
+    submitted: float
+    scheduled: float = 0.0
+    first_token: float = 0.0
+    prompt_scores: list[TokenScores | None] | None = None
+
+
+class Engine:
+    """Requests in, updates out. One thread calls it; `step` does the work."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache,
+        limits: Limits,
+        tokenizer: Tokenizer,
+        eos_ids: Sequence[int],
+        seed: int = 0,
+        validate: bool = False,
+    ):
+        """cache: a PrefixCache over the runner's arenas; seed: of requests that bring none; validate: check every Step
+        and the cache's invariants, for tests."""
+        self.runner, self.cache, self.limits, self.tokenizer = runner, cache, limits, tokenizer
+        self.vocabulary, self.eos_ids = runner.model.config.vocab, frozenset(eos_ids)
+        self.scheduler = Scheduler(cache, limits, self._begin, self._edited)
+        self.failed: Exception | None = None
+        self._checker = StepChecker(cache.config.pages, cache.config.slots) if validate else None
+        self._seeds = itertools.count(seed * 1_000_003 + 1)
+        self._requests: dict[str, list[_Generation]] = {}
+        self._generations: dict[int, _Generation] = {}  # by sequence id
+        self._in_flight: deque[tuple[Planned, Launched]] = deque()
+        self._updates: list[tuple[_Generation, Update]] = []
+        self._name_spaces: set[str] = set()
+
+    # ---- requests
+
+    def submit(self, request: Request, sink: Sink, constraints: Callable[[], list[Constraint]] = list) -> None:
+        """Queue a request. Its news goes to `sink`; a sink that raises ends its own request alone.
+
+        constraints: makes the rules of one continuation, beside those that the parameters name. Raises RequestError or
+        CapacityError for what cannot be done, and then nothing has happened.
+        """
+        self._check_alive()
+        if request.id in self._requests:
+            raise RequestError(f"request id {request.id!r} is in use; ids must be unique among running requests.")
+        request.check(self.vocabulary, self.limits.max_tokens)
+        params = request.params
+        seed = next(self._seeds) if params.seed is None else params.seed
+        own = [self._constraints(request) + constraints() for _ in range(params.n)]
+        seeds = [(seed + child * _SEED_STRIDE) % 2**63 for child in range(params.n)]
+        now, generations = time.monotonic(), []
+        for sequence, rules in zip(self.scheduler.submit(request, seeds), own, strict=True):
+            generation = _Generation(
+                sequence,
+                sink,
+                Detokenizer(self.tokenizer, params.skip_special_tokens),
+                StopStrings(params.stop, params.include_stop_str_in_output),
+                rules,
+                now,
+            )
+            if params.prompt_logprobs is not None and sequence.child == 0:
+                generation.prompt_scores = [None] * (len(request.prompt) - 1)
+            self._generations[sequence.id] = generation
+            generations.append(generation)
+        self._requests[request.id] = generations
+        self._name_spaces.add(request.name_space)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request at any moment; its memory returns as soon as no launched Step uses it. False if it does not
+        run: aborting twice, or too late, is harmless."""
+        generations = self._requests.get(request_id)
+        if generations is None:
+            return False
+        for generation in list(generations):
+            self.scheduler.end(generation.sequence, "abort")
+            self._close(generation, Update(request_id, generation.sequence.child), "abort")
+        self._deliver()
+        return True
+
+    def clear_cache(self) -> None:
+        """Forgets every prefix; what runs goes on."""
+        for name_space in self._name_spaces:
+            self.cache.clear(name_space)
+        self._name_spaces.clear()
+
+    def stats(self) -> dict[str, float]:
+        """Gauges of the scheduler and the cache's own counters and gauges (`csrc/cache/cache.h`, `Stats`)."""
+        scheduler, config = self.scheduler, self.cache.config
+        own = {
+            "waiting_requests": len(scheduler.waiting),
+            "running_sequences": len(scheduler.running),
+            "steps": scheduler.steps,
+            "preemptions": scheduler.preemptions,
+            "kv_pages": config.pages,
+            "state_slots": config.slots,
+        }
+        reasons = {f"reason_{name.lower()}": count for name, count in scheduler.reasons.items()}
+        return own | reasons | self.cache.stats()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._in_flight) or not self.scheduler.idle
+
+    # ---- the loop
+
+    def step(self) -> None:
+        """Plan and launch a Step, and pass on what the one before it brought. Raises EngineError where the device
+        failed: every request has then been told."""
+        self._check_alive()
+        try:
+            self._step()
+        except Exception as error:
+            self._fail(error)
+            raise EngineError(f"the engine stopped: {type(error).__name__}: {error}") from error
+        self._deliver()
+
+    def _step(self) -> None:
+        planned, launched, waits = self.scheduler.plan(), None, False
+        if planned:
+            if self._checker:
+                self._checker.check(planned.step)
+            launched = self.runner.launch(planned.step)
+            waits = any(sample.edited for sample in planned.step.samples)
+            if not waits:
+                launched.sample()
+        if self._in_flight:
+            self._reconcile(*self._in_flight.popleft())
+        if planned:
+            if waits:
+                launched.sample(self._edits(planned))
+            self._in_flight.append((planned, launched))
+
+    def _reconcile(self, planned: Planned, launched: Launched) -> None:
+        result = launched.read()
+        scores = {planned.samples[i].id: score for i, score in result.scores.items()}
+        for i, found in result.prompt_scores.items():
+            generation = self._generations.get(planned.rows[i].id)
+            if generation and generation.prompt_scores is not None:
+                first = planned.step.rows[i].start
+                generation.prompt_scores[first : first + len(found)] = found
+        now = time.monotonic()
+
+        def judge(sequence: Continuation, id: int) -> bool:
+            return self._accept(self._generations[sequence.id], id, scores.get(sequence.id), now)
+
+        self.scheduler.reconcile(planned, result.ids, judge)
+        if self._checker and (broken := self.cache.check()):
+            raise AssertionError(broken)
+
+    def _accept(self, generation: _Generation, id: int, score: TokenScores | None, now: float) -> bool:
+        """An output of a continuation is known. Returns whether it is the last."""
+        sequence, params = generation.sequence, generation.sequence.request.params
+        for constraint in generation.constraints:
+            constraint.accept(id)
+        update = Update(sequence.request.id, sequence.child, [id], scores=[score] if score else [])
+        if not generation.first_token:
+            generation.first_token = now
+            update.reuse, update.prompt_scores = sequence.reuse, generation.prompt_scores
+        reason = stop = None
+        if sequence.outputs >= params.min_tokens:
+            if id in params.stop_token_ids:
+                reason, stop = "stop", id
+            elif id in self.eos_ids and not params.ignore_eos:
+                reason = "stop"
+        if reason is None or params.include_stop_str_in_output:
+            text = generation.detokenizer.push(id)
+            if sequence.outputs >= params.min_tokens:
+                update.text, found = generation.stops.push(text)
+                if found is not None and reason is None:
+                    reason, stop = "stop", found
+            else:
+                update.text = text
+        if reason is None and sequence.outputs >= sequence.limit:
+            reason = "length"
+        if reason is None:
+            self._updates.append((generation, update))
+            return False
+        update.stop_reason = stop
+        if not isinstance(stop, str):
+            tail, found = generation.stops.push(generation.detokenizer.finish())
+            update.text += tail + ("" if found else generation.stops.finish())
+        self._close(generation, update, reason)
+        return True
+
+    def _close(self, generation: _Generation, update: Update, reason: str) -> None:
+        """The last news of a continuation."""
+        sequence, submitted, now = generation.sequence, generation.submitted, time.monotonic()
+        update.finish_reason = reason
+        update.metrics = RequestMetrics(
+            generation.scheduled - submitted if generation.scheduled else 0.0,
+            generation.first_token - submitted if generation.first_token else 0.0,
+            now - submitted,
+            sequence.preemptions,
+            sequence.waited,
+        )
+        self._updates.append((generation, update))
+        self._generations.pop(sequence.id, None)
+        rest = self._requests[sequence.request.id]
+        rest.remove(generation)
+        if not rest:
+            del self._requests[sequence.request.id]
+
+    def _deliver(self) -> None:
+        updates, self._updates = self._updates, []
+        for generation, update in updates:
+            try:
+                generation.sink(update)
+            except Exception:  # whatever a caller's code raises: it concerns that request alone
+                if self._generations.get(generation.sequence.id) is generation:
+                    generation.sink = _ignore
+                    self.abort(update.request_id)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = error
+        for generation in list(self._generations.values()):
+            sequence = generation.sequence
+            update = Update(sequence.request.id, sequence.child, error=f"{type(error).__name__}: {error}")
+            self._close(generation, update, "error")
+        self._deliver()
+
+    def _check_alive(self) -> None:
+        if self.failed is not None:
+            raise EngineError(f"the engine has stopped: {type(self.failed).__name__}: {self.failed}")
+
+    # ---- what the scheduler asks
+
+    def _begin(self, sequence: Continuation) -> Begin:
+        generation, params = self._generations[sequence.id], sequence.request.params
+        generation.scheduled = generation.scheduled or time.monotonic()
+        bias = params.logit_bias
+        for constraint in generation.constraints:
+            if isinstance(constraint, BadWords):
+                bias += tuple((id, float("-inf")) for id in constraint.single)
+        begin = Begin(
+            sequence.index,
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            sequence.seed,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+            params.min_tokens,
+            tuple(sorted({*self.eos_ids, *params.stop_token_ids})) if params.min_tokens else (),
+            bias,
+            params.allowed_token_ids,
+        )
+        if begin.penalised:
+            tokens, cut = sequence.tokens, sequence.prompt_tokens
+            begin = begin._replace(prompt=tuple(tokens[:cut]), output=tuple(tokens[cut:]))
+        return begin
+
+    def _edited(self, sequence: Continuation) -> bool:
+        return any(c.may_act(sequence.sampled) for c in self._generations[sequence.id].constraints)
+
+    def _edits(self, planned: Planned) -> list[Edit]:
+        edits = []
+        for i, (sample, sequence) in enumerate(zip(planned.step.samples, planned.samples, strict=True)):
+            generation = self._generations.get(sequence.id)  # None: it ended meanwhile
+            if sample.edited and generation:
+                outputs = sequence.tokens[sequence.prompt_tokens :]
+                verdict = combine([constraint.verdict(outputs) for constraint in generation.constraints])
+                allowed = b"" if verdict.allowed is None else verdict.allowed.tobytes()
+                edits.append(Edit(i, allowed, verdict.banned))
+        return edits
+
+    def _constraints(self, request: Request) -> list[Constraint]:
+        params, constraints = request.params, []
+        if params.bad_words:
+            constraints.append(BadWords(params.bad_words, self.tokenizer))
+        if params.thinking_token_budget is not None:
+            start, end = (self.tokenizer.token_to_id(tag) for tag in ("<think>", "</think>"))
+            if start is None or end is None:
+                raise RequestError(
+                    "thinking_token_budget needs a model that marks reasoning with <think> and </think>."
+                )
+            words = -(-self.vocabulary // 32)
+            constraints.append(ThinkingBudget(params.thinking_token_budget, request.prompt, start, end, words))
+        return constraints
+
+
+def _ignore(update: Update) -> None:
+    """The sink of a request whose own raised."""

@@ -1,0 +1,165 @@
+"""Choosing ids on the device: what each sequence asked for, applied to a Step's logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from .batch import to_device
+from .request import TokenScores
+from .step import Begin, Edit, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of S tokens on the device: the chosen id first, then `alternatives` likeliest ones."""
+
+    ids: Tensor  # [S, 1 + K] int64
+    logprobs: Tensor  # [S, 1 + K] fp32
+    rank: Tensor  # [S] int64: of the chosen id, from 1
+
+    @classmethod
+    def of(cls, logits: Tensor, chosen: Tensor, alternatives: int) -> "Scores":
+        """logits: [S, V]; chosen: [S] int64."""
+        logprobs = logits.float().log_softmax(-1)
+        own = logprobs.gather(1, chosen[:, None])
+        top, ids = logprobs.topk(alternatives, dim=-1)
+        return cls(torch.cat([chosen[:, None], ids], 1), torch.cat([own, top], 1), (logprobs > own).sum(-1) + 1)
+
+    def to(self, device: str) -> "Scores":
+        return Scores(*(x.to(device, non_blocking=True) for x in (self.ids, self.logprobs, self.rank)))
+
+    def rows(self, alternatives: Sequence[int]) -> list[TokenScores]:
+        """One entry a token, with as many alternatives as each asked for. Reads the tensors on the host."""
+        columns = (self.ids.tolist(), self.logprobs.tolist(), self.rank.tolist())
+        return [
+            TokenScores(tuple(ids[: 1 + k]), tuple(logprobs[: 1 + k]), (rank, *range(1, 1 + k)))
+            for k, ids, logprobs, rank in zip(alternatives, *columns, strict=True)
+        ]
+
+
+class Sampler:
+    """Sampling parameters, penalty counts and the last id of every sequence index.
+
+    The order of what is done to logits is vLLM's: log-probabilities are taken first; then ids are allowed and
+    forbidden, biases added, penalties taken off, and last temperature, top-k, top-p and min-p.
+    """
+
+    def __init__(self, indices: int, vocabulary: int, last_ids: Tensor):
+        """last_ids: [indices] int64, written at every choice."""
+        self._vocabulary, self._last_ids, self._device = vocabulary, last_ids, last_ids.device
+        self._begins: dict[int, Begin] = {}
+        self._shape = (indices, vocabulary)
+        self._counts: Tensor | None = None  # [indices, V] int32: of ids in the output, where a penalty asks for them
+        self._seen: Tensor | None = None  # [indices, V] bool: ids in prompt or output
+        self._columns: tuple[tuple[int, ...], list[Tensor]] = ((), [])  # of the last choice, by its indices
+
+    def begin(self, begins: Sequence[Begin]) -> None:
+        """Sequences take their indices. Mutates the tables."""
+        for begin in begins:
+            self._begins[begin.index] = begin
+            self._columns = ((), [])
+            if begin.penalised:
+                self._count_from_start(begin)
+
+    def choose(self, samples: Sequence[Sample], logits: Tensor, edits: Sequence[Edit]) -> tuple[Tensor, Scores | None]:
+        """An id for each sample, [S] int64, and log-probabilities where one asks for them. logits: [L, V], not changed.
+        Mutates the last ids and the counts."""
+        if [sample.logits for sample in samples] != list(range(len(logits))):
+            logits = logits[self._integers([sample.logits for sample in samples])]
+        indices = tuple(sample.index for sample in samples)
+        if indices != self._columns[0]:
+            self._columns = (indices, self._gather(indices))
+        index, *columns = self._columns[1]
+        x = self._adjust(samples, index, logits, edits)
+        ids = ops.sample(x, *columns, self._integers([sample.output for sample in samples]))
+        self._last_ids[index] = ids
+        penalised = [i for i, sample in enumerate(samples) if self._begins[sample.index].penalised]
+        if penalised:
+            rows = self._integers(penalised)
+            self._counts[index[rows], ids[rows]] += 1
+            self._seen[index[rows], ids[rows]] = True
+        most = max(sample.logprobs for sample in samples)
+        return ids, Scores.of(logits, ids, most) if most >= 0 else None
+
+    def _gather(self, indices: tuple[int, ...]) -> list[Tensor]:
+        """The index and the arguments of `ops.sample` for these sequences, in its order."""
+        begins = [self._begins[index] for index in indices]
+        integers = [[*indices], [b.seed for b in begins], [max(b.top_k, 0) for b in begins]]
+        index, seed, top_k = to_device(np.array(integers, dtype=np.int64), self._device)
+        floats = [[b.temperature for b in begins], [b.top_p for b in begins], [b.min_p for b in begins]]
+        temperature, top_p, min_p = to_device(np.array(floats, dtype=np.float32), self._device)
+        return [index, temperature, top_k.int(), top_p, min_p, seed]
+
+    def _adjust(self, samples: Sequence[Sample], index: Tensor, logits: Tensor, edits: Sequence[Edit]) -> Tensor:
+        """Logits with what is allowed, forbidden, biased and penalised; the same tensor where nothing is."""
+        places: list[tuple[int, int]] = []  # (sample, id)
+        values: list[float] = []
+        allowed: list[tuple[int, tuple[int, ...]]] = []
+        penalised: list[int] = []
+        for i, sample in enumerate(samples):
+            begin = self._begins[sample.index]
+            if sample.output < begin.min_tokens:
+                places += [(i, id) for id in begin.banned]
+                values += [-torch.inf] * len(begin.banned)
+            places += [(i, id) for id, _ in begin.bias]
+            values += [value for _, value in begin.bias]
+            if begin.allowed:
+                allowed.append((i, begin.allowed))
+            if begin.penalised:
+                penalised.append(i)
+        for edit in edits:
+            places += [(edit.sample, id) for id in edit.banned]
+            values += [-torch.inf] * len(edit.banned)
+        masked = [edit for edit in edits if edit.allowed]
+        if not (places or allowed or penalised or masked):
+            return logits
+        x = logits.float().clone()
+        for i, ids in allowed:
+            ids = self._integers(ids)
+            kept = x[i, ids]
+            x[i].fill_(-torch.inf)[ids] = kept
+        if masked:
+            x = self._mask(x, masked)
+        if places:
+            rows, ids = to_device(np.array(places, dtype=np.int64).T.copy(), self._device)
+            x.index_put_((rows, ids), to_device(np.array(values, dtype=np.float32), self._device), accumulate=True)
+        if penalised:
+            rows = self._integers(penalised)
+            x[rows] = self._penalise(x[rows], index[rows], [self._begins[samples[i].index] for i in penalised])
+        return x
+
+    def _mask(self, x: Tensor, edits: Sequence[Edit]) -> Tensor:
+        words = np.stack([np.frombuffer(edit.allowed, dtype=np.int32) for edit in edits])
+        bits = to_device(words, self._device)[..., None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
+        rows = self._integers([edit.sample for edit in edits])
+        allowed = bits.bool().flatten(1)
+        if allowed.shape[1] < x.shape[1]:  # padded rows of the embedding are no ids of the grammar
+            allowed = torch.nn.functional.pad(allowed, (0, x.shape[1] - allowed.shape[1]))
+        x[rows] = x[rows].masked_fill(~allowed[:, : x.shape[1]], -torch.inf)
+        return x
+
+    def _penalise(self, x: Tensor, index: Tensor, begins: Sequence[Begin]) -> Tensor:
+        values = [(b.repetition_penalty, b.frequency_penalty, b.presence_penalty) for b in begins]
+        repetition, frequency, presence = to_device(np.array(values, dtype=np.float32).T.copy(), self._device)[
+            ..., None
+        ]
+        counts = self._counts[index]
+        x = torch.where(self._seen[index], torch.where(x > 0, x / repetition, x * repetition), x)
+        return x - frequency * counts - presence * (counts > 0)
+
+    def _count_from_start(self, begin: Begin) -> None:
+        if self._counts is None:
+            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        counts, seen = self._counts[begin.index].zero_(), self._seen[begin.index].zero_()
+        output = self._integers(begin.output)
+        counts.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        seen[output] = True
+        seen[self._integers(begin.prompt)] = True
+
+    def _integers(self, values: Sequence[int]) -> Tensor:
+        return to_device(np.array(values, dtype=np.int64), self._device)

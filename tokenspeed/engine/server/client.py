@@ -1,0 +1,173 @@
+"""The engine process as the HTTP process sees it."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from .. import errors
+from ..errors import EngineError
+from ..request import Request, Update
+from .messages import (
+    Abort,
+    Clear,
+    Failed,
+    News,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Settings,
+    Stop,
+    Submit,
+    decode_from_engine,
+    encode,
+)
+
+_STOP_SECONDS = 5.0
+
+
+class EngineClient:
+    """Starts the engine process and speaks with it. One event loop uses it.
+
+    ready: the engine's limits; failed: why it serves nobody any more, None while it does; done: set with it.
+    """
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self.ready: Ready | None = None
+        self.failed: str | None = None
+        self.done = asyncio.Event()
+        self._folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))  # mode 0700
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.linger = 0
+        self._queues: dict[str, asyncio.Queue[Update | Exception]] = {}
+        self._pongs: dict[int, asyncio.Future[Pong]] = {}
+        self._pings = itertools.count()
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task] = []
+
+    async def start(self) -> None:
+        """Returns when the engine takes requests. Raises EngineError with its reason where it cannot."""
+        path = self._folder / "engine.sock"
+        self._socket.bind(f"ipc://{path}")
+        os.chmod(path, 0o600)
+        command = [sys.executable, "-m", "tokenspeed.engine.server.process", f"ipc://{path}"]
+        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        self._process.stdin.write(msgspec.json.encode(self._settings))
+        self._process.stdin.close()
+        started = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._receive(started)), asyncio.create_task(self._watch())]
+        waits = [asyncio.create_task(started.wait()), asyncio.create_task(self.done.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        if self.failed is not None:
+            raise EngineError(self.failed)
+
+    async def generate(self, request: Request, grammar: dict | None = None) -> AsyncIterator[Update]:
+        """The news of a request; leaving early aborts it. Raises what the engine refuses it with, EngineError where the
+        engine fails."""
+        if self.failed is not None:
+            raise EngineError(self.failed)
+        news = self._queues[request.id] = asyncio.Queue()
+        left = request.params.n
+        try:
+            await self._socket.send(encode(Submit(request, grammar)))
+            while left:
+                what = await news.get()
+                if isinstance(what, Exception):
+                    left = 0
+                    raise what
+                if what.error:
+                    left = 0
+                    raise EngineError(what.error)
+                left -= what.finish_reason is not None
+                yield what
+        finally:
+            del self._queues[request.id]
+            if left and self.failed is None:
+                await self._socket.send(encode(Abort(request.id)))
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request: its news close with the reason "abort". False where none of that id runs."""
+        known = request_id in self._queues
+        if known and self.failed is None:
+            await self._socket.send(encode(Abort(request_id)))
+        return known
+
+    async def clear_cache(self) -> None:
+        await self._socket.send(encode(Clear()))
+
+    async def stats(self, timeout: float) -> dict[str, float]:
+        """The engine's counters. Raises EngineError where it does not answer in time (seconds)."""
+        if self.failed is not None:
+            raise EngineError(self.failed)
+        number = next(self._pings)
+        self._pongs[number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._socket.send(encode(Ping(number)))
+            return (await asyncio.wait_for(self._pongs[number], timeout)).stats
+        except TimeoutError:
+            raise EngineError(f"the engine did not answer within {timeout:g} s") from None
+        finally:
+            del self._pongs[number]
+
+    async def close(self) -> None:
+        """Ends the engine process; harmless when it has ended."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(zmq.ZMQError):
+                await self._socket.send(encode(Stop()), flags=zmq.DONTWAIT)
+            try:
+                await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        for task in self._tasks:
+            task.cancel()
+        self._socket.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _receive(self, started: asyncio.Event) -> None:
+        while True:
+            match decode_from_engine(await self._socket.recv()):
+                case News(updates):
+                    for update in updates:
+                        if queue := self._queues.get(update.request_id):
+                            queue.put_nowait(update)
+                case Pong() as pong:
+                    future = self._pongs.get(pong.number)
+                    if future and not future.done():
+                        future.set_result(pong)
+                case Refused(request_id, kind, message):
+                    if queue := self._queues.get(request_id):
+                        queue.put_nowait(getattr(errors, kind)(message))
+                case Ready() as ready:
+                    self.ready = ready
+                    started.set()
+                case Failed(reason):
+                    self._fail(reason)
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        await asyncio.sleep(0.1)  # its last words may still be on their way
+        self._fail(f"the engine process ended with status {code}")
+
+    def _fail(self, reason: str) -> None:
+        if self.failed is None:
+            self.failed = reason
+            for queue in self._queues.values():
+                queue.put_nowait(EngineError(reason))
+            for future in self._pongs.values():
+                if not future.done():
+                    future.set_exception(EngineError(reason))
+            self.done.set()

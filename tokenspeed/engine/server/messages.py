@@ -1,0 +1,79 @@
+"""What the HTTP process and the engine process say to each other: msgspec values as MessagePack, never code."""
+
+import msgspec
+
+from ..config import EngineConfig
+from ..request import Request, Update
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the engine process is started with."""
+
+    directory: str
+    config: EngineConfig
+    progress: bool = True
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    """Run a request. grammar: what its output must look like, as `text.grammar` takes it."""
+
+    request: Request
+    grammar: dict | None = None
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    request_id: str
+
+
+class Clear(msgspec.Struct, tag=True, frozen=True):
+    """Forget every cached prefix."""
+
+
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    number: int
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """Leave at once."""
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The engine takes requests. max_model_len, max_num_seqs: its limits."""
+
+    max_model_len: int
+    max_num_seqs: int
+
+
+class News(msgspec.Struct, tag=True, frozen=True):
+    """What one step brought."""
+
+    updates: list[Update]
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """A request that was not taken. kind: the error's class name."""
+
+    request_id: str
+    kind: str
+    message: str
+
+
+class Pong(msgspec.Struct, tag=True, frozen=True):
+    """The engine's answer, between two steps. stats: of scheduler and cache, by name."""
+
+    number: int
+    stats: dict[str, float]
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The engine cannot go on, and its process ends."""
+
+    reason: str
+
+
+ToEngine = Submit | Abort | Clear | Ping | Stop
+FromEngine = Ready | News | Refused | Pong | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,105 @@
+"""The engine process: takes messages from one socket between steps, and answers on it.
+
+python -m tokenspeed.engine.server.process ENDPOINT    with the settings as JSON on standard input
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ..core import Engine
+from ..errors import EngineError, TokenSpeedError
+from ..frontend import Frontend
+from ..llm import load_engine
+from ..request import Update
+from .messages import (
+    Abort,
+    Clear,
+    Failed,
+    News,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Settings,
+    Stop,
+    Submit,
+    decode_to_engine,
+    encode,
+)
+
+_ORPHAN_CHECK_MS = 1000
+
+
+class EngineProcess:
+    """The loop around an engine: messages, a step, its news."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket):
+        self._engine, self._socket = engine, socket
+        self._news: list[Update] = []
+        self._parent = os.getppid()
+        self._stopped = False
+
+    def run(self) -> None:
+        """Until it is told to stop, or its parent is gone. Raises EngineError where the engine failed."""
+        engine = self._engine
+        self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs))
+        while not self._stopped and os.getppid() == self._parent:
+            if self._socket.poll(0 if engine.has_work else _ORPHAN_CHECK_MS):
+                self._take(decode_to_engine(self._socket.recv()))
+                continue
+            if engine.has_work:
+                try:
+                    engine.step()
+                finally:
+                    self._tell()
+
+    def _take(self, message) -> None:
+        match message:
+            case Submit(request, grammar):
+                try:
+                    self._engine.submit(request, self._news.append, grammar)
+                except TokenSpeedError as error:
+                    self._send(Refused(request.id, type(error).__name__, str(error)))
+            case Abort(request_id):
+                self._engine.abort(request_id)
+                self._tell()
+            case Clear():
+                self._engine.clear_cache()
+            case Ping(number):
+                self._send(Pong(number, self._engine.stats()))
+            case Stop():
+                self._stopped = True
+
+    def _tell(self) -> None:
+        if self._news:
+            self._send(News(self._news))
+            self._news.clear()
+
+    def _send(self, message) -> None:
+        self._socket.send(encode(message))
+
+
+def main() -> int:
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.linger = 1000
+    socket.connect(sys.argv[1])
+    try:
+        frontend = Frontend.from_directory(Path(settings.directory))
+        EngineProcess(load_engine(frontend, settings.config, settings.progress), socket).run()
+        return 0
+    except (TokenSpeedError, EngineError) as error:
+        socket.send(encode(Failed(str(error))))
+        return 1
+    except KeyboardInterrupt:  # Ctrl-C goes to the whole group; the HTTP process decides what follows
+        return 130
+    finally:
+        socket.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

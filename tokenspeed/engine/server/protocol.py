@@ -1,0 +1,159 @@
+"""What OpenAI's endpoints take, checked by pydantic: names, types and caps. Unknown fields are ignored, as peers do."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STRINGS, SamplingParams
+
+MOST_MESSAGES = 4096
+MOST_TOOLS = 512
+
+Text = Annotated[str, Field(max_length=64 << 20)]
+Strings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MOST_STRINGS)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MOST_BIASES)]
+
+
+class StreamOptions(BaseModel):
+    """include_usage: a last chunk with the usage; continuous_usage_stats: usage in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampling(BaseModel):
+    """What both endpoints have in common."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1, le=MOST_SEQUENCES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: Annotated[str, Field(min_length=1, max_length=1024)] | Strings | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    user: str | None = None
+    # Beyond OpenAI, by vLLM's names.
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=1000)
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: TokenIds | None = None
+    bad_words: Strings | None = None
+    allowed_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    thinking_token_budget: int | None = Field(None, ge=0)
+    truncate_prompt_tokens: int | None = Field(None, ge=1)
+    return_token_ids: bool = False
+    cache_salt: str | None = Field(None, max_length=256)
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    timeout: float | None = Field(None, gt=0, description="seconds after which the request is ended")
+    request_id: str | None = Field(None, min_length=1, max_length=128)
+
+    def sampling(self, **more: Any) -> dict[str, Any]:
+        """The fields that SamplingParams has, where they were given."""
+        names = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields.keys() - {"logprobs", "max_tokens"}
+        return {name: getattr(self, name) for name in names} | more
+
+
+class JsonSchema(BaseModel):
+    name: str = "schema"
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class NamedFunction(BaseModel):
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool = True
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: (
+        Text
+        | list[int]
+        | Annotated[list[Text], Field(max_length=64)]
+        | Annotated[list[list[int]], Field(max_length=64)]
+    )
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool = False
+    response_format: ResponseFormat | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a prompt, or messages."""
+
+    prompt: Text | None = None
+    messages: list[dict[str, Any]] | None = Field(None, max_length=MOST_MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    tokens: list[int] = Field(max_length=1 << 20)
+
+
+class AbortRequest(BaseModel):
+    """POST /v1/abort."""
+
+    request_id: str
+
+
+class AnthropicRequest(BaseModel):
+    """POST /v1/messages, text and tools."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: int = Field(ge=1)
+    system: Text | list[dict[str, Any]] | None = None
+    stop_sequences: Strings | None = None
+    stream: bool = False
+    temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None

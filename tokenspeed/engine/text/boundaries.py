@@ -1,0 +1,110 @@
+"""Where later prompts are likely to leave a rendered conversation: the places worth a snapshot of the state.
+
+A template is a program, so no rule tells where a turn ends in its output. What is asked instead: how far does the
+prompt agree with the same conversation gone on differently? Each place is moved back to the start of a control token in
+both texts. A tokenizer cuts control tokens out before it looks at anything else, so up to there the ids agree as well.
+
+All positions are characters of the text before literals are put back (`literals.Hidden`), where every occurrence of a
+control token is one.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .literals import strings_in
+
+Message = dict[str, Any]
+Render = Callable[[list[Message], bool], str | None]  # messages, generation prompt? -> text, None where it is refused
+
+
+def stable_cuts(
+    prompt: str, messages: list[Message], render: Render, control: re.Pattern[str], marks: Sequence[int]
+) -> list[int]:
+    """Ascending positions in `prompt`, each the start of a control token.
+
+    - The end of system and tools: what a conversation with another first user message shares.
+    - Before the generation prompt, or as far before it as a template that drops earlier reasoning makes necessary: what
+      is shared after an answer and a next user message (the end of the last real user turn), and after a tool call and
+      its result (the end of the prompt).
+    - For each of `marks`, the end of that message: what is shared with the conversation up to it, or with another turn
+      put after it, whichever is more.
+
+    What the template refuses to render gives no place. 4 renders, and 2 for each mark.
+    """
+    compare = _Comparison(prompt, control)
+    turns = _Turns(messages)
+    bare = render(messages, False)
+    end = len(prompt) if bare is None else compare.common(bare)
+
+    system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    found = {compare.cut(render([*messages[:system], turns.user], False), end)}
+    for turn in (turns.answer_and_query(), turns.call_and_result()):
+        found.add(compare.cut(render([*messages, *turn], False), end))
+    for mark in marks:
+        upto, rest = messages[: mark + 1], messages[mark + 1 :]
+        alone = compare.cut(render(upto, False), end, also_at_its_end=True)
+        found.add(max(alone, compare.cut(render([*upto, turns.user, *rest], False), end)))
+    return sorted(found - {0})
+
+
+class _Comparison:
+    """Other renders against one prompt."""
+
+    def __init__(self, prompt: str, control: re.Pattern[str]):
+        self._prompt = prompt
+        self._control = control
+        spans = [match.span() for match in control.finditer(prompt)]
+        self._starts = [start for start, _ in spans]
+        self._ends = [end for _, end in spans]
+
+    def common(self, other: str) -> int:
+        """The length of the common beginning: a binary search, whose comparisons run at memory speed."""
+        low, high = 0, min(len(self._prompt), len(other))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._prompt.startswith(other[low:middle], low):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def cut(self, other: str | None, limit: int, also_at_its_end: bool = False) -> int:
+        """The last place at or before `limit` up to which the texts agree and where each has a control token.
+
+        also_at_its_end: `other` may also end there. 0 where there is no such place.
+        """
+        if other is None:
+            return 0
+        limit = min(limit, self.common(other))
+        for i in range(bisect_right(self._starts, limit) - 1, -1, -1):
+            start = self._starts[i]
+            # Where the control token before ends, so that none found lies across what it covers.
+            found = self._control.search(other, self._ends[i - 1] if i else 0)
+            if (found and found.start() == start) or (also_at_its_end and len(other) == start):
+                return start
+        return 0
+
+
+class _Turns:
+    """Turns that a conversation might go on with, of a word that does not occur in it."""
+
+    def __init__(self, messages: list[Message]):
+        text = "".join(strings_in(messages))
+        word = "next"
+        while word in text:
+            word += "x"
+        self._answered = messages[-1]["role"] == "assistant"
+        function = {"name": word, "arguments": {}}
+        call = {"id": "000000000", "type": "function", "function": function}  # nine digits: some templates insist
+        self.user: Message = {"role": "user", "content": word}
+        self._answer: Message = {"role": "assistant", "content": word}
+        self._call: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        self._result: Message = {"role": "tool", "content": word, "name": word, "tool_call_id": call["id"]}
+
+    def answer_and_query(self) -> list[Message]:
+        return [self.user] if self._answered else [self._answer, self.user]
+
+    def call_and_result(self) -> list[Message]:
+        return [self._result] if self._answered else [self._call, self._result]

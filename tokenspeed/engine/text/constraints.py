@@ -1,0 +1,92 @@
+"""What forbids ids in view of the ids before them. The host decides between the forward pass and the sampling, when all
+earlier ids are known; so each says beforehand whether it may have a say in an output, and the others need not wait."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .tokenizer import Tokenizer
+
+
+class Verdict(NamedTuple):
+    """allowed: one bit an id, int32 words, None for all; banned: ids."""
+
+    allowed: np.ndarray | None = None
+    banned: tuple[int, ...] = ()
+
+
+class Constraint(Protocol):
+    """One sequence's rule about its own outputs."""
+
+    def may_act(self, output: int) -> bool:
+        """Whether output number `output` may be restricted, as far as the accepted ids say."""
+
+    def verdict(self, outputs: Sequence[int]) -> Verdict:
+        """What the next output may be, after these."""
+
+    def accept(self, id: int) -> None:
+        """An output is known."""
+
+
+class BadWords:
+    """Words that are never completed, each spelled as at the start of a text and after a space."""
+
+    def __init__(self, words: Sequence[str], tokenizer: Tokenizer):
+        spellings = {tuple(tokenizer.encode(text)) for word in words for text in (word, " " + word.lstrip())}
+        self.single = tuple(
+            sorted(ids[0] for ids in spellings if len(ids) == 1)
+        )  # always forbidden: no need to look back
+        self._longer = sorted(ids for ids in spellings if len(ids) > 1)
+
+    def may_act(self, output: int) -> bool:
+        return bool(self._longer) and output > 0
+
+    def verdict(self, outputs: Sequence[int]) -> Verdict:
+        ends = [ids[-1] for ids in self._longer if tuple(outputs[-len(ids) + 1 :]) == ids[:-1]]
+        return Verdict(banned=tuple(ends))
+
+    def accept(self, id: int) -> None:
+        pass
+
+
+class ThinkingBudget:
+    """After so many tokens of reasoning the end of it is the only choice."""
+
+    def __init__(self, budget: int, prompt: Sequence[int], start_id: int, end_id: int, words: int):
+        """words: of a bit mask over the vocabulary."""
+        self._budget, self._start, self._end, self._words = budget, start_id, end_id, words
+        self._thinking, self._spent = False, 0
+        for id in prompt:
+            if id in (start_id, end_id):
+                self._thinking = id == start_id
+        self._outputs = 0
+
+    def may_act(self, output: int) -> bool:
+        # Ids on their way may be reasoning too, or open it.
+        return self._spent + output - self._outputs >= self._budget and (self._thinking or output > self._outputs)
+
+    def verdict(self, outputs: Sequence[int]) -> Verdict:
+        if not self._thinking or self._spent < self._budget:
+            return Verdict()
+        mask = np.zeros(self._words, dtype=np.uint32)
+        mask[self._end // 32] = 1 << (self._end % 32)
+        return Verdict(mask.view(np.int32))
+
+    def accept(self, id: int) -> None:
+        self._outputs += 1
+        if id == self._end:
+            self._thinking, self._spent = False, 0
+        elif self._thinking:
+            self._spent += 1
+        elif id == self._start:
+            self._thinking = True
+
+
+def combine(verdicts: Sequence[Verdict]) -> Verdict:
+    """What all of them leave."""
+    allowed = None
+    for verdict in verdicts:
+        if verdict.allowed is not None:
+            allowed = verdict.allowed if allowed is None else allowed & verdict.allowed
+    return Verdict(allowed, tuple(sorted({id for verdict in verdicts for id in verdict.banned})))
