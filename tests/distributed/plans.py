@@ -21,14 +21,19 @@ def stored(size: str, ranks: int) -> Path:
     return DIRECTORY / f"{size}-{ranks}.txt"
 
 
-def plan_lines(size: str, ranks: int) -> Iterator[str]:
-    """What `info --size SIZE --tp RANKS --ep RANKS --plan` prints of it on any machine; dense models have no ep."""
+def planned_model(size: str, ranks: int) -> Qwen3_5:
+    """A rank's part of a published size, without memory; experts over as many ranks as heads."""
     config = PUBLISHED[size]
     mesh = Mesh(ranks, ranks if isinstance(config.ffn, MoeConfig) else 1)
-    model = Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"), Communicator(mesh))
+    return Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"), Communicator(mesh))
+
+
+def plan_lines(size: str, ranks: int) -> Iterator[str]:
+    """What `info --size SIZE --tp RANKS --ep RANKS --plan` prints of it on any machine; dense models have no ep."""
+    model = planned_model(size, ranks)
     yield from needs(size, model, torch.bfloat16)
     yield ""
-    yield from describe_plan(model.plan, mesh)
+    yield from describe_plan(model.plan, model.mesh)
 
 
 if __name__ == "__main__":

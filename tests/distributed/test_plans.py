@@ -1,11 +1,17 @@
 """Plans as text: stored for every published size, and what `info` prints."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from tokenspeed.engine.__main__ import main
+from tokenspeed.engine.commands.info import weight_bytes
+from tokenspeed.engine.memory import MemoryLayout
+from tokenspeed.engine.parallel.plan import traffic
 from tokenspeed.engine.sizes import PUBLISHED
 
-from .plans import DIRECTORY, RANKS, plan_lines, stored
+from .plans import DIRECTORY, RANKS, plan_lines, planned_model, stored
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -49,3 +55,20 @@ def test_stored_figures_follow_from_the_architecture(size, ranks, lines):
     text = stored(size, ranks).read_text(encoding="utf-8")
     for line in lines:
         assert line in text
+
+
+def test_the_table_of_the_documentation_is_what_the_code_gives():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.split("|")[1].strip() in PUBLISHED]
+    assert rows == [table_row(size) for size in PUBLISHED]
+
+
+def table_row(size: str) -> str:
+    cells = []
+    for ranks in RANKS:
+        model = planned_model(size, ranks)
+        layout = MemoryLayout(model.share, torch.bfloat16)
+        figures = layout.kv_token_bytes / 2**10, layout.recurrent_bytes / 2**20
+        cells.append(f"{weight_bytes(model) / 2**30:.2f} / {figures[0]:g} / {figures[1]:g}")
+    sent = traffic(model.plan, model.mesh, 2 * model.config.hidden, 2 * model.share.vocab)
+    return f"| {size} | {' | '.join(cells)} | {sent.collectives} | {(sent.token + sent.logit_row) / 2**10:g} |"
