@@ -57,7 +57,7 @@ def moe_experts(
     Of a model with more experts, gate_up and down may hold those from `first_expert` on, with offsets
     [first_expert : first_expert + E + 1]: choices of the others add nothing, and nothing of them is read.
     """
-    top_k, held = weights.shape[1], gate_up.shape[0]
+    top_k = weights.shape[1]
     order = order.long()
     if x.is_cuda:
         # The choices of the experts at hand lie together, and the grouped product wants them first.
@@ -66,18 +66,18 @@ def moe_experts(
     out = _by_expert(silu_mul.__wrapped__(_by_expert(x[order // top_k], gate_up, offsets)), down, offsets)
     by_choice = torch.empty_like(out)
     by_choice[order] = out
-    here = (experts >= first_expert) & (experts < first_expert + held)
-    by_choice = by_choice.unflatten(0, (-1, top_k)).float().masked_fill_(~here[..., None], 0)
+    by_choice = by_choice.unflatten(0, (-1, top_k)).float()
     return (by_choice * weights.float()[..., None]).sum(1).to(x.dtype)
 
 
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows offsets[e] .. offsets[e + 1] of x times the transpose of weight[e]; other rows are undefined."""
+    """Rows offsets[e] .. offsets[e + 1] of x times the transpose of weight[e]; other rows are zero."""
     if x.is_cuda:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
+        out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
+        return out.masked_fill_(torch.arange(len(out), device=out.device)[:, None] >= offsets[-1], 0)
     # On the host the offsets cost nothing to read, and only experts with tokens are visited.
     bounds = offsets.tolist()
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    out = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if start < end:
             torch.mm(x[start:end], weight[expert].T, out=out[start:end])
