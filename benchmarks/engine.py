@@ -86,9 +86,9 @@ def random_checkpoint(config: ModelConfig, directory: Path) -> Path:
     empty = Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for key, part in tqdm(list(empty.sources("model.")), desc="writing random weights", unit="tensor", leave=False):
-        scale = 0.02 if part.dim() > 1 else 0.1
-        tensors[key] = (torch.randn(part.shape, generator=generator) * scale).to(part.dtype)
+    for source in tqdm(list(empty.sources("model.")), desc="writing random weights", unit="tensor", leave=False):
+        scale, dtype = 0.02 if len(source.shape) > 1 else 0.1, source.regions[0].part.dtype
+        tensors[source.key] = (torch.randn(source.shape, generator=generator) * scale).to(dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

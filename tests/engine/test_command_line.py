@@ -137,8 +137,8 @@ def test_every_sampling_parameter_is_a_flag():
     flags = (
         "--n 2 --presence-penalty 1 --frequency-penalty -1 --repetition-penalty 1.5 --temperature .5 --top-p .9 "
         "--top-k 3 --min-p .1 --stop a --stop b --stop-token-ids 1 2 --bad-words c --include-stop-str-in-output "
-        "--ignore-eos --max-tokens 9 --min-tokens 2 --logprobs 1 --prompt-logprobs 0 --no-skip-special-tokens --logit-bias 4=-5 "
-        "--allowed-token-ids 6 7 --thinking-token-budget 8"
+        "--ignore-eos --max-tokens 9 --min-tokens 2 --logprobs 1 --prompt-logprobs 0 --no-skip-special-tokens "
+        "--logit-bias 4=-5 --allowed-token-ids 6 7 --thinking-token-budget 8"
     )
     chosen = chosen_sampling(parser.parse_args(flags.split()))
     assert chosen.keys() == SamplingParams.__dataclass_fields__.keys() - {"seed"}

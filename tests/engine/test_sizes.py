@@ -1,5 +1,7 @@
 """Every published size, by configuration alone."""
 
+from math import prod
+
 import pytest
 import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5TextConfig
@@ -62,10 +64,10 @@ def test_published_bytes_follow_from_the_layout(name):
     assert layout.recurrent_bytes == state_mib * 2**20
     assert layout.kv_token_bytes == kv_kib * 2**10
     read = 0
-    for key, part in Qwen3_5.empty(config, torch.bfloat16, torch.device("meta")).sources("model."):
+    for key, shape, _ in Qwen3_5.empty(config, torch.bfloat16, torch.device("meta")).sources("model."):
         if ".experts." in key and not key.endswith(("gate_up_proj", "down_proj")):
             continue  # the same memory under its other name
         share = config.ffn.top_k / config.ffn.experts if ".experts." in key else 1
         embedding_unread = "embed_tokens" in key and not config.tied
-        read += 0 if embedding_unread else part.numel() * 2 * share
+        read += 0 if embedding_unread else prod(shape) * 2 * share
     assert read / 1e9 == pytest.approx(decode_gb, rel=0.01)

@@ -127,7 +127,7 @@ def test_quantized_tensor_is_refused(checkpoint):
     directory, tensors = checkpoint
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
     rewrite(directory, tensors)
-    refused(directory, "lm_head.weight", "float8")
+    refused(directory, "lm_head.weight", "F8_E4M3")
 
 
 def test_both_expert_layouts_at_once_are_refused(checkpoint):

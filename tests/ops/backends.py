@@ -90,12 +90,13 @@ class Backend:
         namespace = torch.ops.tokenspeed_emulated if self.emulated is not None else torch.ops.tokenspeed
         overload = getattr(namespace, name).default
         arguments = overload._schema.arguments
+        needed = sum(not declared.has_default_value() for declared in arguments)
 
         def call(*args):
-            assert len(args) == len(arguments), f"{name} takes {len(arguments)} arguments, got {len(args)}"
+            assert needed <= len(args) <= len(arguments), f"{name} takes {len(arguments)} arguments, got {len(args)}"
             read_only = [
                 (declared.name, arg, arg.clone())
-                for declared, arg in zip(arguments, args, strict=True)
+                for declared, arg in zip(arguments, args, strict=False)
                 if isinstance(arg, Tensor) and not (declared.alias_info and declared.alias_info.is_write)
             ]
             torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN

@@ -99,3 +99,30 @@ def test_a_token_does_not_see_its_neighbours(backend):
     order = [4, 0, 5]
     apart = backend.op("moe_experts")(x[order], *backend.op("moe_route")(logits[order], 2), *weights)
     backend.assert_close(apart, together[order])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9, 33])
+def test_experts_at_hand_add_their_share_and_the_shares_add_up(backend, tokens):
+    experts, top_k, hidden, width = 12, 4, 64, 32
+    routed = backend.op("moe_route")(spread_logits(backend, tokens, experts), top_k)
+    x, (gate_up, down) = backend.randn(tokens, hidden), expert_weights(backend, experts, hidden, width)
+    shares = []
+    for first, last in ((0, 3), (3, 4), (4, 12)):
+        held = (routed[3][first : last + 1], gate_up[first:last], down[first:last], first)
+        shares.append(backend.op("moe_experts")(x, *routed[:3], *held))
+        here = (routed[1] >= first) & (routed[1] < last)
+        backend.assert_close(
+            shares[-1], reference.mixture(x, routed[0].masked_fill(~here, 0), routed[1], gate_up, down)
+        )
+    backend.assert_close(
+        sum(share.float() for share in shares).to(backend.dtype), backend.op("moe_experts")(x, *routed, gate_up, down)
+    )
+
+
+def test_experts_that_nobody_chose_add_zero(backend):
+    logits = spread_logits(backend, 5, 8)
+    logits[:, :4] -= 100
+    routed = backend.op("moe_route")(logits, 2)
+    gate_up, down = expert_weights(backend, 4, 64, 32)
+    out = backend.op("moe_experts")(backend.randn(5, 64), *routed[:3], routed[3][:5], gate_up, down, 0)
+    assert out.tolist() == torch.zeros(5, 64).tolist()

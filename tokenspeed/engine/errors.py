@@ -17,6 +17,10 @@ class CapacityError(TokenSpeedError):
     """More memory was asked for than there is."""
 
 
+class PlacementError(TokenSpeedError):
+    """Two stages of a program do not fit on the ranks they are placed on."""
+
+
 class EngineError(TokenSpeedError):
     """The engine itself failed and serves nobody any more."""
 

@@ -26,15 +26,28 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def noise_words(seed: Tensor, index: Tensor, vocabulary: int) -> Tensor:
+def noise_words(seed: Tensor, index: Tensor, vocabulary: int, first: int = 0) -> Tensor:
     """The 32 random bits of every vocabulary id: word id % 4 of Philox at counter (id // 4, index), under key seed.
 
-    seed, index: [B] int64. Returns [B, vocabulary] int64, values 0 .. 2^32 - 1.
+    seed, index: [B] int64. Returns [B, vocabulary] int64, values 0 .. 2^32 - 1, of the ids from `first` on.
     """
-    quads = torch.arange(-(-vocabulary // 4), device=seed.device)
+    quads = torch.arange(first // 4, -(-(first + vocabulary) // 4), device=seed.device)
     counter = [quads[None], (index & _WORD)[:, None], (index >> 32 & _WORD)[:, None], torch.zeros_like(quads)[None]]
     words = _philox(counter, [(seed & _WORD)[:, None], (seed >> 32 & _WORD)[:, None]])
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary]
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, first % 4 : first % 4 + vocabulary]
+
+
+def gumbel_scores(distance: Tensor, seed: Tensor, index: Tensor, first: int = 0) -> Tensor:
+    """What the drawn id has the most of: Gumbel noise - distance, [B, V] fp32, for the ids from `first` on."""
+    # -log1p(-u) of a small u keeps all its bits, and small is what wins.
+    words = noise_words(seed, index, distance.shape[1], first)
+    uniform = (words.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
+    return -distance - torch.log(-torch.log1p(-uniform))
+
+
+def masses(distance: Tensor) -> Tensor:
+    """Probability of ids at this distance from the likeliest, which has MASS: int64, so that sums have no order."""
+    return (torch.exp(-distance) * MASS).long()
 
 
 def _limit(distance: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -43,7 +56,7 @@ def _limit(distance: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = distance.sort(dim=-1).values
     count = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary).long()
     kth = ordered.gather(1, count[:, None] - 1)
-    mass = (torch.exp(-ordered) * MASS).long().masked_fill_(ordered > kth, 0).cumsum(-1).double()
+    mass = masses(ordered).masked_fill_(ordered > kth, 0).cumsum(-1).double()
     target = (top_p.double()[:, None] * mass[:, -1:]).clamp(min=1)
     reached = (mass < target).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
     nucleus = ordered.gather(1, reached).masked_fill_((top_p >= 1)[:, None], torch.inf)
@@ -77,8 +90,5 @@ def sample(
     limit = -torch.log(min_p)
     if bool(((top_k > 0) | (top_p < 1)).any()):
         limit = torch.minimum(limit, _limit(distance, top_k, top_p))
-    # -log1p(-u) of a small u keeps all its bits, and small is what wins.
-    uniform = (noise_words(seed, index, logits.shape[1]).float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
-    score = -distance - torch.log(-torch.log1p(-uniform))
-    drawn = score.masked_fill_(distance > limit[:, None], -torch.inf).argmax(-1)
+    drawn = gumbel_scores(distance, seed, index).masked_fill_(distance > limit[:, None], -torch.inf).argmax(-1)
     return torch.where(greedy, best, drawn)

@@ -13,8 +13,11 @@ from ..errors import CapacityError, ConfigError
 from ..llm import fit_memory
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
+from ..parallel.comm import Communicator
+from ..parallel.mesh import Mesh
+from ..parallel.plan import describe_plan, traffic
 from ..sizes import PUBLISHED
-from .options import add_engine_options, engine_settings
+from .options import add_engine_options, add_mesh_options, engine_settings
 
 _CONTEXTS = (4096, 32_768, 131_072, 262_144)
 _TURNS = (512, 4096, 32_768)  # tokens that one agent turn adds: a short answer, a file read, a long tool result
@@ -35,6 +38,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="GIB",
         help="plan for a GPU with this much free (default: this device, as is)",
     )
+    add_mesh_options(parser)
+    parser.add_argument("--plan", action="store_true", help="print the program of a rank: stages, weights, collectives")
     add_engine_options(parser)
     return parser
 
@@ -49,26 +54,49 @@ def run(options: argparse.Namespace) -> int:
     else:
         raise ConfigError(f"size {options.size!r} is not published; it must be one of {', '.join(PUBLISHED)}.")
     dtype = pick_dtype(options.dtype, device)
-    for line in describe(name, config, dtype, device, options.memory_gib, EngineConfig(**engine_settings(options))):
+    mesh = Mesh(options.tp, options.ep)
+    model = Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh))
+    for line in describe(name, model, dtype, device, options.memory_gib, EngineConfig(**engine_settings(options))):
         print(line)
+    if options.plan:
+        print()
+        for line in describe_plan(model.plan, mesh):
+            print(line)
     return 0
 
 
 def describe(
     name: str,
-    config: ModelConfig,
+    model: Qwen3_5,
     dtype: torch.dtype,
     device: torch.device,
     memory_gib: float | None,
     engine: EngineConfig,
 ) -> Iterator[str]:
-    """The lines of the report. memory_gib: of a GPU that is assumed, None for the device as it is."""
-    model = Qwen3_5.empty(config, dtype, torch.device("meta"))
-    parameters = sum(p.numel() for p in model.parameters())
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    layout = MemoryLayout(config, dtype)
+    """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
+    assumed, None for the device as it is."""
+    layout, weights = MemoryLayout(model.share, dtype), weight_bytes(model)
+    yield from needs(name, model, dtype)
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
-    ffn = config.ffn
+    yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
+    left = free - weights
+    if left <= 0:
+        yield f"sequences          none: the weights alone need {_bytes(weights)}"
+    else:
+        for context in (c for c in _CONTEXTS if c <= model.config.max_context):
+            each = context * layout.kv_token_bytes + layout.slot_bytes
+            yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
+        kind = device.type if memory_gib is None else "cuda"
+        yield f"prefix cache       {_turns(model.config, layout, engine, left, kind)}"
+    yield f"kernels            {_kernels(device)}"
+
+
+def needs(name: str, model: Qwen3_5, dtype: torch.dtype) -> Iterator[str]:
+    """What holds on any machine: the size of the model, and what one rank holds and sends."""
+    config, mesh, ffn = model.config, model.mesh, model.config.ffn
+    whole = Qwen3_5.empty(config, dtype, torch.device("meta"))
+    parameters = sum(p.numel() for p in whole.parameters())
+    layout = MemoryLayout(model.share, dtype)
     width = (
         f"dense, intermediate {ffn.intermediate}"
         if isinstance(ffn, DenseConfig)
@@ -76,20 +104,20 @@ def describe(
     )
     yield f"model              {name}: {config.linear_layers} Gated DeltaNet + {config.full_layers} attention layers"
     yield f"                   hidden {config.hidden}, {width}, context {config.max_context} tokens"
-    yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weights)} in {str(dtype)[6:]}"
+    yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weight_bytes(whole))} in {str(dtype)[6:]}"
+    if mesh.world > 1:
+        sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
+        yield f"a rank             one of {mesh.world} (tp {mesh.tp}, ep {mesh.ep}); what follows is its own"
+        yield f"weights            {_bytes(weight_bytes(model))}"
+        terms = f"{_bytes(sent.token)} of terms a token and {_bytes(sent.logit_row)} a logit row"
+        yield f"traffic            {sent.collectives} collectives a step, {terms}"
+        yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
     yield f"KV per token       {_bytes(layout.kv_token_bytes)}"
     yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {_bytes(layout.recurrent_bytes)} fp32 recurrence"
-    yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
-    left = free - weights
-    if left <= 0:
-        yield f"sequences          none: the weights alone need {_bytes(weights)}"
-    else:
-        for context in (c for c in _CONTEXTS if c <= config.max_context):
-            each = context * layout.kv_token_bytes + layout.slot_bytes
-            yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
-        kind = device.type if memory_gib is None else "cuda"
-        yield f"prefix cache       {_turns(config, layout, engine, left, kind)}"
-    yield f"kernels            {_kernels(device)}"
+
+
+def weight_bytes(model: Qwen3_5) -> int:
+    return sum(p.nbytes for p in model.parameters())
 
 
 def _turns(config: ModelConfig, layout: MemoryLayout, engine: EngineConfig, free: int, device_type: str) -> str:

@@ -3,8 +3,9 @@
     forward(x, residual, batch) -> (x, residual)
 
 x: [N, hidden], what the stage works on; residual: [N, hidden], the stream that mixers and feed-forwards add to through
-the norm that follows them. Every stage declares the placement of its input, output and weights over a group of ranks,
-and which checkpoint tensors fill which part of its parameters.
+the norm that follows them. A stage is built for one rank of a mesh and holds that rank's part of its weights. It
+declares the placement of the x it takes and gives, and which regions of checkpoint tensors fill its parameters. The x
+it gives is its own to lose: a collective may overwrite it.
 """
 
 from collections.abc import Iterator
@@ -15,59 +16,73 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..batch import Batch
-from ..config import DenseConfig, ModelConfig, MoeConfig
+from ..config import DenseConfig, ModelConfig
 from ..memory import StateViews
-from ..parallel.placement import Partial, Placement, Replicate, Shard
+from ..parallel import sharding
+from ..parallel.mesh import Mesh
+from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
+from ..parallel.sharding import Split
+from .parameters import Source, elsewhere, source, weight
 
 Flow = tuple[Tensor, Tensor | None]
 
 
 class Stage(nn.Module):
-    """input, output: placement of x over the ranks of a group."""
+    """input, output: placement of x over the ranks; absorbs_reduce: an all-reduce of x belongs into the stage's own
+    callable; picks_rows: x has a row per logit row after it, not per token."""
 
     input: Placement = Replicate()
     output: Placement = Replicate()
+    absorbs_reduce = False
+    picks_rows = False
 
-    def sources(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint keys below the stage's own prefix, each with the part of a parameter it fills."""
-        raise NotImplementedError
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+
+    def sources(self) -> Iterator[Source]:
+        """What fills the stage's parameters; keys are below the stage's own prefix."""
+        return iter(())
 
     def forward(self, x: Tensor, residual: Tensor | None, batch: Batch) -> Flow:
         raise NotImplementedError
 
 
-def _weight(*shape: int, placement: Placement, dtype: torch.dtype | None = None) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
-    parameter.placement = placement
-    return parameter
-
-
 class Embedding(Stage):
-    """Token ids to the residual stream."""
+    """Token ids to the residual stream: each rank looks up the ids of its part of the vocabulary."""
 
-    output = Partial()
+    output = Partial("tp")
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.weight = _weight(config.vocab, config.hidden, placement=Shard(0))
+    def __init__(self, config: ModelConfig, mesh: Mesh):
+        super().__init__(mesh)
+        vocab = sharding.vocab(config)
+        self.weight = weight(mesh, vocab, config.hidden)
+        self.first, self.whole = vocab.slice(mesh).start, mesh.size("tp") == 1
 
     def sources(self):
-        yield "weight", self.weight
+        yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
-        return F.embedding(batch.tokens, self.weight), None
+        if self.whole:
+            return F.embedding(batch.tokens, self.weight), None
+        local = batch.tokens - self.first
+        elsewhere = (local < 0) | (local >= len(self.weight))
+        rows = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        return rows.masked_fill_(elsewhere[:, None], 0), None
 
 
 class Norm(Stage):
     """Adds x to the residual stream and normalises the stream; the first norm finds the stream in x."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
+    absorbs_reduce = True
+
+    def __init__(self, config: ModelConfig, mesh: Mesh):
+        super().__init__(mesh)
         self.eps = config.eps
-        self.weight = _weight(config.hidden, placement=Replicate())
+        self.weight = weight(mesh, config.hidden)
 
     def sources(self):
-        yield "weight", self.weight
+        yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
         if residual is None:
@@ -75,37 +90,45 @@ class Norm(Stage):
         return ops.add_rms_norm(x, residual, self.weight, self.eps), residual
 
 
-class FinalNorm(Norm):
-    """The last norm, for the tokens whose logits are wanted."""
+class LogitRows(Stage):
+    """Keeps the tokens whose logits are wanted. Terms of a sum stay terms, so a reduce can wait for fewer rows."""
+
+    input = output = Keep()
+    picks_rows = True
 
     def forward(self, x, residual, batch):
-        return super().forward(x[batch.logit_rows], residual[batch.logit_rows], batch)
+        return x[batch.logit_rows], residual[batch.logit_rows]
 
 
 class GatedAttention(Stage):
     """Full attention with normalised, partly rotated queries and keys and a sigmoid output gate."""
 
-    output = Partial()
+    output = Partial("tp")
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
+    def __init__(self, config: ModelConfig, mesh: Mesh, layer: int):
+        super().__init__(mesh)
         c = config
         self.layer, self.eps, self.head_dim, self.scale = layer, c.eps, c.head_dim, c.head_dim**-0.5
-        self.query_width, self.kv_width = 2 * c.q_heads * c.head_dim, c.kv_heads * c.head_dim
-        self.qkv = _weight(self.query_width + 2 * self.kv_width, c.hidden, placement=Shard(0))
-        self.out = _weight(c.hidden, c.q_heads * c.head_dim, placement=Shard(1))
-        self.q_norm, self.k_norm = (_weight(c.head_dim, placement=Replicate()) for _ in range(2))
+        q_heads, kv = sharding.q_heads(c), sharding.kv_heads(c).of(c.head_dim)
+        self.blocks = (q_heads.of(2 * c.head_dim), kv, kv)  # a head's queries and its gate are neighbours
+        self.widths = [block.local(mesh) for block in self.blocks]
+        self.qkv = weight(mesh, self.blocks, c.hidden)
+        self.out = weight(mesh, c.hidden, q_heads.of(c.head_dim))
+        self.q_norm, self.k_norm = (weight(mesh, c.head_dim) for _ in range(2))
 
     def sources(self):
-        q, k, v = self.qkv.split([self.query_width, self.kv_width, self.kv_width])
-        yield from (("q_proj.weight", q), ("k_proj.weight", k), ("v_proj.weight", v))
-        yield from (("o_proj.weight", self.out), ("q_norm.weight", self.q_norm), ("k_norm.weight", self.k_norm))
+        hidden = self.qkv.shape[1]
+        names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+        for name, part, block in zip(names, self.qkv.split(self.widths), self.blocks, strict=True):
+            yield source(name, part, self.mesh, block, hidden)
+        for name, part in (("o_proj", self.out), ("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            yield source(f"{name}.weight", part, self.mesh, *part.dims)
 
     def forward(self, x, residual, batch):
         kv = batch.memory.layers[self.layer]
         qkv = ops.linear(x, self.qkv)
         q = ops.attention_prologue(qkv, self.q_norm, self.k_norm, batch.cos_sin, kv, batch.kv_slots, self.eps)
-        gate = qkv[:, : self.query_width].unflatten(1, (-1, 2, self.head_dim))[:, :, 1]
+        gate = qkv[:, : self.widths[0]].unflatten(1, (-1, 2, self.head_dim))[:, :, 1]
         cut, outputs = batch.decode_tokens, []
         if d := batch.decode:
             outputs.append(
@@ -120,30 +143,41 @@ class GatedAttention(Stage):
 class GatedDeltaNet(Stage):
     """Linear attention by the gated delta rule, behind a short convolution and before a gated norm."""
 
-    output = Partial()
+    output = Partial("tp")
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
+    def __init__(self, config: ModelConfig, mesh: Mesh, layer: int):
+        super().__init__(mesh)
         c = config
-        self.layer, self.eps, self.heads = layer, c.eps, (c.value_heads, c.value_dim)
-        self.widths = [c.conv_channels, c.value_heads * c.value_dim, c.value_heads, c.value_heads]
-        self.in_proj = _weight(sum(self.widths), c.hidden, placement=Shard(0))
-        self.conv = _weight(c.conv_channels, c.conv_taps, placement=Shard(0))
+        self.layer, self.eps = layer, c.eps
+        gates = sharding.value_heads(c)
+        keys, values = sharding.key_heads(c).of(c.key_dim), gates.of(c.value_dim)
+        self.heads = (gates.pieces(mesh), c.value_dim)
+        # q | k | v, each by head, then z, b and a by value head: a rank's blocks are those of a smaller model.
+        channels = (keys, keys, values)
+        self.blocks = {"in_proj_qkv": channels, "in_proj_z": (values,), "in_proj_b": (gates,), "in_proj_a": (gates,)}
+        self.widths = [sum(split.local(mesh) for split in block) for block in self.blocks.values()]
+        # Few heads leave odd widths, and kernels read the rows of the product in vectors of 8 elements.
+        self.in_proj = weight(mesh, sum(self.blocks.values(), ()), c.hidden, multiple=8)
+        self.widths.append(self.in_proj.padding)
+        self.conv = weight(mesh, channels, c.conv_taps)
         # The decay is an exponential of an exponential: its two parameters stay fp32, like the state they act on.
-        fp32 = {"placement": Shard(0), "dtype": torch.float32}
-        self.a_log, self.dt_bias = (_weight(c.value_heads, **fp32) for _ in range(2))
-        self.norm = _weight(c.value_dim, placement=Replicate())
-        self.out = _weight(c.hidden, c.value_heads * c.value_dim, placement=Shard(1))
+        self.a_log, self.dt_bias = (weight(mesh, gates, dtype=torch.float32) for _ in range(2))
+        self.norm = weight(mesh, c.value_dim)
+        self.out = weight(mesh, c.hidden, values)
 
     def sources(self):
-        names = ("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight")
-        yield from zip(names, self.in_proj.split(self.widths), strict=True)
-        yield from (("conv1d.weight", self.conv[:, None]), ("A_log", self.a_log), ("dt_bias", self.dt_bias))
-        yield from (("norm.weight", self.norm), ("out_proj.weight", self.out))
+        hidden = self.in_proj.shape[1]
+        for (name, block), part in zip(self.blocks.items(), self.in_proj.split(self.widths), strict=False):
+            yield source(f"{name}.weight", part, self.mesh, block, hidden)
+        channels, taps = self.conv.dims
+        yield source("conv1d.weight", self.conv[:, None], self.mesh, channels, 1, taps)
+        named = {"A_log": self.a_log, "dt_bias": self.dt_bias, "norm.weight": self.norm, "out_proj.weight": self.out}
+        for name, part in named.items():
+            yield source(name, part, self.mesh, *part.dims)
 
     def forward(self, x, residual, batch):
         views: StateViews = batch.memory.layers[self.layer]
-        qkv, z, b, a = ops.linear(x, self.in_proj).split(self.widths, dim=1)
+        qkv, z, b, a, _ = ops.linear(x, self.in_proj).split(self.widths, dim=1)
         gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []
         if d := batch.decode:
@@ -163,77 +197,98 @@ class GatedDeltaNet(Stage):
 
 
 class DenseFFN(Stage):
-    """SwiGLU."""
+    """SwiGLU, its columns split over the group of `intermediate`."""
 
-    output = Partial()
-
-    def __init__(self, hidden: int, intermediate: int):
-        super().__init__()
-        self.gate_up = _weight(2 * intermediate, hidden, placement=Shard(0))
-        self.down = _weight(hidden, intermediate, placement=Shard(1))
+    def __init__(self, hidden: int, intermediate: Split, mesh: Mesh):
+        super().__init__(mesh)
+        self.output = Partial(intermediate.group)
+        self.gate_up = weight(mesh, (intermediate, intermediate), hidden)
+        self.down = weight(mesh, hidden, intermediate)
 
     def sources(self):
-        gate, up = self.gate_up.chunk(2)
-        yield from (("gate_proj.weight", gate), ("up_proj.weight", up), ("down_proj.weight", self.down))
+        hidden, intermediate = self.down.dims
+        for name, part in zip(("gate_proj", "up_proj"), self.gate_up.chunk(2), strict=True):
+            yield source(f"{name}.weight", part, self.mesh, intermediate, hidden)
+        yield source("down_proj.weight", self.down, self.mesh, hidden, intermediate)
 
     def forward(self, x, residual, batch):
         return ops.linear(ops.silu_mul(ops.linear(x, self.gate_up)), self.down), residual
 
 
 class MoE(Stage):
-    """Routed experts and one shared expert behind a sigmoid gate."""
+    """Routed experts and one shared expert behind a sigmoid gate.
 
-    output = Partial()
+    Every rank routes every token alike, runs the experts it holds and its columns of the shared expert; the rest is in
+    the sum over ranks.
+    """
 
-    def __init__(self, hidden: int, moe: MoeConfig):
-        super().__init__()
+    output = Partial("world")
+
+    def __init__(self, config: ModelConfig, mesh: Mesh):
+        super().__init__(mesh)
+        moe, hidden = config.ffn, config.hidden
         self.top_k = moe.top_k
-        self.router = _weight(moe.experts, hidden, placement=Replicate())
-        self.gate_up = _weight(moe.experts, 2 * moe.intermediate, hidden, placement=Shard(0, "ep"))
-        self.down = _weight(moe.experts, hidden, moe.intermediate, placement=Shard(0, "ep"))
-        self.shared = DenseFFN(hidden, moe.shared_intermediate)
-        self.shared_gate = _weight(1, hidden, placement=Replicate())
+        self.experts, intermediate = sharding.experts(moe), sharding.expert_intermediate(moe)
+        self.router = weight(mesh, moe.experts, hidden)
+        self.gate_up = weight(mesh, self.experts, (intermediate, intermediate), hidden)
+        self.down = weight(mesh, self.experts, hidden, intermediate)
+        self.shared = DenseFFN(hidden, sharding.shared_intermediate(moe), mesh)
+        self.shared_gate = weight(mesh, 1, hidden)
+        held = self.experts.slice(mesh)
+        self.first_expert, self.bounds = held.start, slice(held.start, held.stop + 1)
 
     def sources(self):
-        yield from (("gate.weight", self.router), ("shared_expert_gate.weight", self.shared_gate))
-        yield from ((f"shared_expert.{key}", part) for key, part in self.shared.sources())
+        yield source("gate.weight", self.router, self.mesh, *self.router.dims)
+        yield source("shared_expert_gate.weight", self.shared_gate, self.mesh, *self.shared_gate.dims)
+        for shared in self.shared.sources():
+            yield shared._replace(key=f"shared_expert.{shared.key}")
         # Checkpoints hold the experts either fused or one by one; whichever is there fills the same memory.
-        yield from (("experts.gate_up_proj", self.gate_up), ("experts.down_proj", self.down))
+        yield source("experts.gate_up_proj", self.gate_up, self.mesh, *self.gate_up.dims)
+        yield source("experts.down_proj", self.down, self.mesh, *self.down.dims)
+        _, hidden, intermediate = self.down.dims
         gate, up = self.gate_up.chunk(2, dim=1)
-        for name, parts in (("gate_proj", gate), ("up_proj", up), ("down_proj", self.down)):
-            for expert, part in enumerate(parts):
-                yield f"experts.{expert}.{name}.weight", part
+        columns, rows = (intermediate, hidden), (hidden, intermediate)
+        for name, parts, dims in (
+            ("gate_proj", gate, columns),
+            ("up_proj", up, columns),
+            ("down_proj", self.down, rows),
+        ):
+            for expert in range(self.experts.count):
+                key, local = f"experts.{expert}.{name}.weight", expert - self.first_expert
+                held = 0 <= local < len(parts)
+                yield source(key, parts[local], self.mesh, *dims) if held else elsewhere(key, *dims)
 
     def forward(self, x, residual, batch):
-        routing = ops.moe_route(ops.linear(x, self.router), self.top_k)
-        y = ops.moe_experts(x, *routing, self.gate_up, self.down)
+        weights, experts, order, offsets = ops.moe_route(ops.linear(x, self.router), self.top_k)
+        held = (order, offsets[self.bounds], self.gate_up, self.down, self.first_expert)
+        y = ops.moe_experts(x, weights, experts, *held)
         shared, _ = self.shared(x, None, batch)
         ops.add_sigmoid_gated(y, shared, ops.linear(x, self.shared_gate))
         return y, residual
 
 
 class LMHead(Stage):
-    """Logits of the rows the final norm kept, [L, vocab]."""
+    """Logits of the rows that are left, [L, the rank's vocabulary]."""
 
-    output = Shard(1)
+    output = Shard(1, "tp")
 
-    def __init__(self, config: ModelConfig, tied: Embedding | None):
-        super().__init__()
+    def __init__(self, config: ModelConfig, mesh: Mesh, tied: Embedding | None):
+        super().__init__(mesh)
         self.tied = tied is not None
-        self.weight = tied.weight if tied else _weight(config.vocab, config.hidden, placement=Shard(0))
+        self.weight = tied.weight if tied else weight(mesh, sharding.vocab(config), config.hidden)
 
     def sources(self):
         if not self.tied:
-            yield "weight", self.weight
+            yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
         return ops.linear(x, self.weight), None
 
 
-def feed_forward(config: ModelConfig) -> Stage:
+def feed_forward(config: ModelConfig, mesh: Mesh) -> Stage:
     if isinstance(config.ffn, DenseConfig):
-        return DenseFFN(config.hidden, config.ffn.intermediate)
-    return MoE(config.hidden, config.ffn)
+        return DenseFFN(config.hidden, sharding.intermediate(config.ffn), mesh)
+    return MoE(config, mesh)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

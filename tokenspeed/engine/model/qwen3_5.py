@@ -7,54 +7,72 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..config import FULL, ModelConfig
-from .layers import Embedding, FinalNorm, GatedAttention, GatedDeltaNet, LMHead, Norm, Stage, feed_forward
+from ..parallel.comm import ONE_RANK, Communicator
+from ..parallel.compile import link, plan_program
+from ..parallel.sharding import rank_share
+from .layers import Embedding, GatedAttention, GatedDeltaNet, LMHead, LogitRows, Norm, Stage, feed_forward
+from .parameters import Source
 from .rope import rotary_frequencies
 
 
 class Qwen3_5(nn.Module):
-    """The network of one checkpoint. Built under `torch.device(...)` and a default dtype: `Qwen3_5.empty` does both."""
+    """The network of one checkpoint, or a rank's part of it: `config` is the whole model, `share` what is held here.
 
-    def __init__(self, config: ModelConfig):
+    Built under `torch.device(...)` and a default dtype: `Qwen3_5.empty` does both.
+    """
+
+    def __init__(self, config: ModelConfig, communicator: Communicator):
         super().__init__()
-        self.config = config
-        embedding = Embedding(config)
+        mesh = communicator.mesh
+        self.config, self.share, self.mesh = config, rank_share(config, mesh), mesh
+        embedding = Embedding(config, mesh)
         program: list[tuple[str, Stage]] = [("embed_tokens", embedding)]
         for i, kind in enumerate(config.layer_types):
             mixer = ("self_attn", GatedAttention) if kind == FULL else ("linear_attn", GatedDeltaNet)
             program += [
-                (f"layers.{i}.input_layernorm", Norm(config)),
-                (f"layers.{i}.{mixer[0]}", mixer[1](config, i)),
-                (f"layers.{i}.post_attention_layernorm", Norm(config)),
-                (f"layers.{i}.mlp", feed_forward(config)),
+                (f"layers.{i}.input_layernorm", Norm(config, mesh)),
+                (f"layers.{i}.{mixer[0]}", mixer[1](config, mesh, i)),
+                (f"layers.{i}.post_attention_layernorm", Norm(config, mesh)),
+                (f"layers.{i}.mlp", feed_forward(config, mesh)),
             ]
-        program += [("norm", FinalNorm(config)), ("lm_head", LMHead(config, embedding if config.tied else None))]
+        head = LMHead(config, mesh, embedding if config.tied else None)
+        program += [("logit_rows", LogitRows(mesh)), ("norm", Norm(config, mesh)), ("lm_head", head)]
         self.names = [name for name, _ in program]
         self.program = nn.ModuleList(stage for _, stage in program)
+        self.plan = plan_program(program, mesh, head.output)
+        self._calls = link(self.plan, communicator)
 
     @classmethod
-    def empty(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> "Qwen3_5":
-        """Parameters allocated, not filled; dtype is bf16 or fp32, decays are fp32 in any case."""
+    def empty(
+        cls,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        communicator: Communicator = ONE_RANK,
+    ) -> "Qwen3_5":
+        """The parameters of the communicator's rank allocated, not filled; dtype is bf16 or fp32, decays are fp32 in
+        any case. Raises ConfigError for a model that does not split over the ranks."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                return cls(config)
+                return cls(config, communicator)
         finally:
             torch.set_default_dtype(before)
 
-    def sources(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Every checkpoint key below `prefix` (`model.`, say) with the part of a parameter it fills."""
+    def sources(self, prefix: str) -> Iterator[Source]:
+        """Every checkpoint tensor of the model, its keys below `prefix` (`model.`, say), with what this rank takes."""
         for name, stage in zip(self.names, self.program, strict=True):
             below = name if name == "lm_head" else prefix + name
-            for key, part in stage.sources():
-                yield f"{below}.{key}", part
+            for source in stage.sources():
+                yield source._replace(key=f"{below}.{source.key}")
 
     def rotary(self, device: torch.device) -> tuple[Tensor, float]:
         return rotary_frequencies(self.config.rope, device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits, [L, vocab], of the tokens in batch.logit_rows. Mutates the batch's pages and slots."""
+        """Logits of the tokens in batch.logit_rows, [L, the rank's vocabulary]. Mutates the batch's pages and slots."""
         x = residual = None
-        for stage in self.program:
-            x, residual = stage.forward(x, residual, batch)
+        for call in self._calls:
+            x, residual = call(x, residual, batch)
         return x

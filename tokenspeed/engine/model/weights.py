@@ -1,35 +1,36 @@
-"""From a checkpoint directory to parameters: memory-mapped safetensors, streamed tensor by tensor into place."""
+"""From a checkpoint directory to parameters: memory-mapped safetensors, streamed slice by slice into place."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import ConfigError
 from ..files import read_json_object
+from .parameters import Source
 from .qwen3_5 import Qwen3_5
 
 _NOT_TEXT = ("model.visual.", "visual.", "mtp.")
 _PREFIXES = ("model.language_model.", "model.")
+_DTYPES = ("BF16", "F16", "F32")
 
 
 def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
     """Fill every parameter of the model from DIRECTORY/*.safetensors; vision and draft tensors are skipped by name.
 
-    Either key prefix and either expert layout; each tensor is cast to its parameter's dtype on the way, and no second
-    copy of the weights is ever held. Raises ConfigError for a corrupt file and for a missing, unknown, mis-shaped or
-    doubled tensor, naming it. Mutates the model's parameters.
+    Either key prefix and either expert layout; only what the model's rank holds is read, each slice is cast to its
+    parameter's dtype on the way, and no second copy of the weights is ever held. Raises ConfigError for a corrupt file
+    and for a missing, unknown, mis-shaped or doubled tensor, naming it. Mutates the model's parameters.
     """
     where = _tensor_files(directory)
     names = [name for name in where if not name.startswith(_NOT_TEXT)]
     prefix = next((p for p in _PREFIXES if any(name.startswith(p + "layers.") for name in names)), _PREFIXES[-1])
-    parts = dict(model.sources(prefix))
+    sources = {source.key: source for source in model.sources(prefix)}
     if model.config.tied and "lm_head.weight" in names:
         names.remove("lm_head.weight")  # some writers store the tied matrix twice
-    unknown = sorted(set(names) - set(parts))
+    unknown = sorted(set(names) - set(sources))
     if unknown:
         raise ConfigError(_listing(f"{directory} holds tensors that this model has no place for", unknown))
     names.sort(key=lambda name: (where[name].name, name))
@@ -39,10 +40,11 @@ def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
     for name in bar:
         if opened is None or opened[0] != where[name]:
             opened = where[name], _open(where[name])
-        _fill(parts[name], opened[1], name, where[name])
-        storage = parts[name].untyped_storage().data_ptr()
-        filled[storage] = filled.get(storage, 0) + parts[name].numel()
-    _check_complete(model, parts, names, filled, directory)
+        _fill(sources[name], opened[1], where[name])
+        for region in sources[name].regions:
+            storage = region.part.untyped_storage().data_ptr()
+            filled[storage] = filled.get(storage, 0) + region.part.numel()
+    _check_complete(model, sources, names, filled, directory)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -71,30 +73,41 @@ def _open(path: Path):
         raise ConfigError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
 
 
-def _fill(part: Tensor, file, name: str, path: Path) -> None:
+def _fill(source: Source, file, path: Path) -> None:
+    name = source.key
     try:
-        value = file.get_tensor(name)
+        stored = file.get_slice(name)
+        shape = tuple(stored.get_shape())
+        if shape != source.shape:
+            raise ConfigError(f"{name} in {path.name} has shape {list(shape)}; this model needs {list(source.shape)}.")
+        if stored.get_dtype() not in _DTYPES:
+            raise ConfigError(
+                f"{name} in {path.name} is stored as {stored.get_dtype()}; {', '.join(_DTYPES)} are read."
+            )
+        with torch.no_grad():
+            for slices, part in source.regions:
+                part.copy_(stored[slices])
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} has no readable tensor {name!r} ({error}); the checkpoint is incomplete.") from None
-    if value.shape != part.shape:
-        raise ConfigError(f"{name} in {path.name} has shape {list(value.shape)}; this model needs {list(part.shape)}.")
-    if not value.is_floating_point() or value.dtype.itemsize < 2:
-        raise ConfigError(f"{name} in {path.name} is {value.dtype}; bf16, fp16 and fp32 weights are read.")
-    with torch.no_grad():
-        part.copy_(value)
 
 
 def _check_complete(
-    model: Qwen3_5, parts: dict[str, Tensor], names: list[str], filled: dict[int, int], directory: Path
+    model: Qwen3_5, sources: dict[str, Source], names: list[str], filled: dict[int, int], directory: Path
 ) -> None:
     for parameter in model.parameters():
-        storage, got = parameter.untyped_storage().data_ptr(), filled.get(parameter.untyped_storage().data_ptr(), 0)
-        keys = [key for key, part in parts.items() if part.untyped_storage().data_ptr() == storage]
-        if got < parameter.numel():
+        storage = parameter.untyped_storage().data_ptr()
+        got, needed = filled.get(storage, 0), parameter[: len(parameter) - parameter.padding].numel()
+        if got == needed:
+            continue
+        keys = [
+            key
+            for key, source in sources.items()
+            if any(region.part.untyped_storage().data_ptr() == storage for region in source.regions)
+        ]
+        if got < needed:
             missing = [key for key in keys if key not in names]
             raise ConfigError(_listing(f"{directory} lacks tensors; one of each set of these is needed", missing))
-        if got > parameter.numel():
-            raise ConfigError(_listing(f"{directory} holds both layouts of the same weights", keys))
+        raise ConfigError(_listing(f"{directory} holds both layouts of the same weights", keys))
 
 
 def _listing(what: str, names: Iterable[str]) -> str:

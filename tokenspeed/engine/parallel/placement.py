@@ -7,6 +7,9 @@ from dataclasses import dataclass
 class Replicate:
     """Every rank holds the whole tensor."""
 
+    def __str__(self) -> str:
+        return "Replicate"
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -15,6 +18,9 @@ class Shard:
     dim: int
     group: str = "tp"
 
+    def __str__(self) -> str:
+        return f"Shard({self.dim}, {self.group})"
+
 
 @dataclass(frozen=True, slots=True)
 class Partial:
@@ -22,5 +28,16 @@ class Partial:
 
     group: str = "tp"
 
+    def __str__(self) -> str:
+        return f"Partial({self.group})"
 
-Placement = Replicate | Shard | Partial
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Input of a stage that takes any placement and passes it on: one that picks rows, say."""
+
+    def __str__(self) -> str:
+        return "Keep"
+
+
+Placement = Replicate | Shard | Partial | Keep

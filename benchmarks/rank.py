@@ -1,0 +1,120 @@
+"""One rank's decode step, alone: what a rank of a split model computes, timed on one device without the others.
+
+    python -m benchmarks.rank --size 35B-A3B --tp 8 --ep 8 [--batch 1 8 64] [--context 4096] [--json FILE]
+
+Weights are random, collectives are local no-ops: the time is that of the rank's own work, and what it leaves out stands
+beside it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tokenspeed.engine.checkpoint import SHIPPED
+from tokenspeed.engine.config import PAGE_TOKENS, ModelConfig
+from tokenspeed.engine.device import pick_device, pick_dtype, use_threads
+from tokenspeed.engine.errors import TokenSpeedError
+from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.parallel.comm import Communicator
+from tokenspeed.engine.parallel.mesh import Mesh
+from tokenspeed.engine.parallel.plan import traffic
+from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.sizes import PUBLISHED
+from tokenspeed.engine.step import Row, Step
+
+ROUNDS = 21
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rank", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", default="shipped", help=f"shipped (default) or one of {', '.join(PUBLISHED)}")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that split heads, columns and vocabulary")
+    parser.add_argument("--ep", type=int, default=1, help="ranks that split the experts")
+    parser.add_argument("--rank", type=int, default=0, help="which of the ranks to be (default 0)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="sequences a step (default 1 8 64)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens before the step (default 4096)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args(arguments)
+    if options.size != "shipped" and options.size not in PUBLISHED:
+        parser.error(f"--size {options.size!r} is not published; it must be shipped or one of {', '.join(PUBLISHED)}")
+    config = ModelConfig.from_directory(SHIPPED) if options.size == "shipped" else PUBLISHED[options.size]
+    try:
+        use_threads(options.threads)
+        communicator = Communicator(Mesh(options.tp, options.ep, options.rank))
+        rows = measure(options.size, config, communicator, options.batch, options.context, pick_device(options.device))
+    except TokenSpeedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(
+    size: str, config: ModelConfig, communicator: Communicator, batches: list[int], context: int, device: torch.device
+) -> list[dict]:
+    """A row for each batch size, printed as it comes."""
+    dtype, mesh = pick_dtype("auto", device), communicator.mesh
+    model = random_model(config, dtype, device, communicator)
+    weights = sum(p.nbytes for p in model.parameters())
+    sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
+    print(f"{size}, {str(dtype)[6:]} on {device}: {communicator.describe()}")
+    print(f"{weights / 2**30:.2f} GiB of weights; left out of every time: {sent.collectives} collectives a step")
+    rows = []
+    for batch in batches:
+        runner, step = decode_step(model, dtype, batch, context, device)
+        graph = runner.capture(progress=False)
+        times = [timed(runner, step, device) for _ in range(ROUNDS + 2)][2:]  # the first ones warm up
+        payload = batch * (sent.token + sent.logit_row)
+        row = {"size": size, "tp": mesh.tp, "ep": mesh.ep, "rank": mesh.rank, "batch": batch, "context": context}
+        row |= {"device": str(device), "graph": graph, "alone": mesh.world > 1, "ms": statistics.median(times)}
+        rows.append(row | {"collectives": sent.collectives, "payload_bytes": payload})
+        print(
+            f"batch {batch:4d}, context {context}: {row['ms']:9.3f} ms a step{' as a graph' if graph else ''}, "
+            f"without the others; it would put {payload / 2**10:.0f} KiB into collectives"
+        )
+        del runner  # its memory, before the next one's
+    return rows
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, communicator: Communicator) -> Qwen3_5:
+    model = Qwen3_5.empty(config, dtype, device, communicator)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    return model
+
+
+def decode_step(
+    model: Qwen3_5, dtype: torch.dtype, batch: int, context: int, device: torch.device
+) -> tuple[Runner, Step]:
+    """A runner whose sequences have pages for `context` tokens of zeros, and a step of one token for each."""
+    each = -(-(context + 1) // PAGE_TOKENS)
+    memory = Memory(MemoryLayout(model.share, dtype), batch * each, batch, device)
+    runner = Runner(model, memory, max_seqs=batch, max_tokens=each * PAGE_TOKENS)
+    places = [tuple(range(i * each, (i + 1) * each)) for i in range(batch)]
+    return runner, Step(decode=tuple(Row((1,), context, pages, i, i, index=i) for i, pages in enumerate(places)))
+
+
+def timed(runner: Runner, step: Step, device: torch.device) -> float:
+    """Milliseconds of one step, from its start on the host to its last result on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    runner.forward(step)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Small random checkpoints whose dimensions split over up to four ranks, and one rank's run over them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokenspeed import ops
+from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.model.weights import load_weights
+from tokenspeed.engine.parallel import sampling
+from tokenspeed.engine.parallel.comm import Communicator
+from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.step import Row, Step
+
+CPU = torch.device("cpu")
+VOCAB = 300  # a quarter of it is no multiple of 4: a rank's noise starts inside a group of four words
+
+
+def config(moe: bool, kv_heads: int, tied: bool = False, **changes) -> dict:
+    """config.json of four layers; 8 query heads, so with 2 kv heads four ranks hold each of them twice."""
+    ffn = {"intermediate_size": 96}
+    if moe:
+        ffn = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+        ffn["shared_expert_intermediate_size"] = 48
+    return {
+        "model_type": "qwen3_5_moe_text" if moe else "qwen3_5_text",
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 32,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "rope_parameters": {"rope_theta": 10000.0},
+        "tie_word_embeddings": tied,
+        **ffn,
+        **changes,
+    }
+
+
+def write_checkpoint(directory: Path, raw: dict, fused_experts: bool = False) -> Path:
+    """Random weights, each of a size that keeps activations near one, in one of the two layouts of experts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw))
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for key, shape, _ in Qwen3_5.empty(ModelConfig.from_dict(raw), torch.float32, torch.device("meta")).sources(
+        "model."
+    ):
+        if ".experts." in key and key.endswith("_proj") != fused_experts:
+            continue
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            tensors[key] = 0.3 * noise
+        else:
+            # A wide router keeps near-ties rare: a tie may fall either way where sums are rounded differently.
+            gain = 0.5 if "conv1d" in key else (4.0 if "mlp.gate." in key else 0.7) * shape[-1] ** -0.5
+            tensors[key] = gain * noise
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def load(directory: Path, communicator: Communicator) -> Qwen3_5:
+    model = Qwen3_5.empty(ModelConfig.from_directory(directory), torch.float32, CPU, communicator)
+    load_weights(model, directory, progress=False)
+    return model
+
+
+def steps(vocab: int) -> list[Step]:
+    """Ragged prefills with a snapshot, a resume from it beside decoding rows, then decode alone."""
+    ids = torch.randint(0, vocab, (2, 90), generator=torch.Generator().manual_seed(5)).tolist()
+
+    def row(sequence: int, start: int, end: int, **rest) -> Row:
+        places = {"pages": ((4, 1), (0, 3))[sequence], "read_slot": sequence, "write_slot": sequence}
+        return Row(tuple(ids[sequence][start:end]), start, index=sequence, **places | rest)
+
+    resumed = row(0, 20, 30, pages=(4, 2), read_slot=2, write_slot=3, kv_tokens=64, logits=10)._replace(index=2)
+    return [
+        Step(prefill=(row(0, 0, 70, snapshots=((20, 2),), logits=70), row(1, 0, 33))),
+        Step(decode=(row(0, 70, 71),), prefill=(row(1, 33, 40, logits=7), resumed)),
+        Step(decode=(row(0, 71, 72), row(1, 40, 41))),
+        Step(decode=(row(1, 41, 42), row(0, 72, 73))),
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Per step: whole logits, greedy ids, sampled ids."""
+
+    logits: list[Tensor]
+    greedy: list[Tensor]
+    sampled: list[Tensor]
+
+
+def sampling_values(rows: int) -> tuple[Tensor, ...]:
+    """Temperature, top-k, top-p, min-p, seed and index of each row; every fifth row is greedy."""
+    row = torch.arange(rows)
+    temperature = torch.where(row % 5 == 0, 0.0, 0.6 + 0.1 * (row % 7))
+    top_p = torch.where(row % 2 == 0, 0.9, 1.0)
+    return temperature, (row % 3 * 20).int(), top_p, 0.02 * (row % 4), row * 7919 + 2**40, row
+
+
+def run(communicator: Communicator, directory: Path) -> Outcome:
+    """Feed the steps to one rank's runner."""
+    model = load(directory, communicator)
+    runner = Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages=5, slots=4, device=CPU))
+    outcome = Outcome([], [], [])
+    for step in steps(model.config.vocab):
+        logits = runner.forward(step)
+        outcome.greedy.append(sampling.greedy(logits, communicator))
+        outcome.sampled.append(sampling.sample(logits, *sampling_values(len(logits)), communicator))
+        outcome.logits.append(communicator.all_gather(logits, 1, "tp"))
+    return outcome
+
+
+def check(outcomes: list[Outcome], expected: Outcome, tolerance: float = 1e-4) -> None:
+    """Every rank has the logits of one process, and one id for all of them, the one `ops.sample` gives."""
+    for outcome in outcomes:
+        for i, logits in enumerate(outcome.logits):
+            assert (logits - expected.logits[i]).abs().max() <= tolerance
+            assert outcome.greedy[i].tolist() == logits.argmax(-1).tolist()
+            assert outcome.sampled[i].tolist() == ops.sample(logits, *sampling_values(len(logits))).tolist()
+            assert outcome.sampled[i].tolist() == outcomes[0].sampled[i].tolist()
+            assert torch.equal(logits, outcomes[0].logits[i]), "ranks must not drift apart by a bit"

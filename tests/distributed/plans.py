@@ -1,0 +1,43 @@
+"""The stored plans of the published sizes: `python -m tests.distributed.plans` writes them anew."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tokenspeed.engine.commands.info import needs
+from tokenspeed.engine.config import MoeConfig
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.parallel.comm import Communicator
+from tokenspeed.engine.parallel.mesh import Mesh
+from tokenspeed.engine.parallel.plan import describe_plan
+from tokenspeed.engine.sizes import PUBLISHED
+
+DIRECTORY = Path(__file__).parent / "plans"
+RANKS = (1, 2, 4, 8)
+
+
+def stored(size: str, ranks: int) -> Path:
+    return DIRECTORY / f"{size}-{ranks}.txt"
+
+
+def planned_model(size: str, ranks: int) -> Qwen3_5:
+    """A rank's part of a published size, without memory; experts over as many ranks as heads."""
+    config = PUBLISHED[size]
+    mesh = Mesh(ranks, ranks if isinstance(config.ffn, MoeConfig) else 1)
+    return Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"), Communicator(mesh))
+
+
+def plan_lines(size: str, ranks: int) -> Iterator[str]:
+    """What `info --size SIZE --tp RANKS --ep RANKS --plan` prints of it on any machine; dense models have no ep."""
+    model = planned_model(size, ranks)
+    yield from needs(size, model, torch.bfloat16)
+    yield ""
+    yield from describe_plan(model.plan, model.mesh)
+
+
+if __name__ == "__main__":
+    DIRECTORY.mkdir(exist_ok=True)
+    for size in PUBLISHED:
+        for ranks in RANKS:
+            stored(size, ranks).write_text("\n".join(plan_lines(size, ranks)) + "\n", encoding="utf-8")

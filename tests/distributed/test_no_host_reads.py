@@ -1,0 +1,42 @@
+"""A rank's decode step and its sampling read no tensor on the host, so that they can stand in a CUDA graph.
+
+Fake tensors have shapes and no values: an operation that asks for a value raises.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from tokenspeed.engine.batch import Tables, decode_batch
+from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.parallel import sampling
+from tokenspeed.engine.parallel.comm import Communicator
+from tokenspeed.engine.parallel.mesh import Mesh
+
+from . import models
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("tp", [1, 4])
+@torch.inference_mode()
+def test_a_decode_step_reads_nothing_on_the_host(moe, tp):
+    config = ModelConfig.from_dict(models.config(moe, kv_heads=2))
+    communicator = Communicator(Mesh(tp, tp if moe else 1))
+    with FakeTensorMode():
+        model = Qwen3_5.empty(config, torch.float32, models.CPU, communicator)
+        memory = Memory(MemoryLayout(model.share, torch.float32), 4, 3, models.CPU)
+        tables = Tables(3, 2, models.CPU)
+        batch = decode_batch(torch.empty(6, 3, dtype=torch.int32), memory, tables, *model.rotary(models.CPU))
+        logits = model(batch)
+        assert logits.shape == (3, models.VOCAB // tp)
+        assert sampling.greedy(logits, communicator).shape == (3,)
+        floats, integers = torch.empty(3, 3).unbind(0), torch.empty(2, 3, dtype=torch.int64).unbind(0)
+        values = (floats[0], torch.empty(3, dtype=torch.int32), *floats[1:], *integers)
+        assert sampling.sample(logits, *values, communicator).shape == (3,)
+
+
+def test_a_host_read_would_be_found():
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.empty(3).sum().item()

@@ -1,0 +1,122 @@
+"""Collectives over the groups of a mesh: torch.distributed between processes, or local stand-ins for one rank alone."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ConfigError
+from .mesh import GROUPS, Mesh
+
+# torch 2.13 renamed both; the old names warn there, the new ones are not in 2.11.
+_all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Communicator:
+    """The collectives of one rank, alone in its process: local stand-ins with the shapes of the real ones.
+
+    With a mesh of one rank they are exact. With more, a rank's work and memory are real and its results are not the
+    model's: the other terms of a sum count as zero, the other slices of a gather as copies of this one's.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def describe(self) -> str:
+        if self.mesh.world == 1:
+            return "one rank"
+        return (
+            f"rank {self.mesh.rank} of {self.mesh.world} ALONE: collectives are local no-ops, "
+            "so times and bytes are real and results are not the model's"
+        )
+
+    def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
+        """The sum (or the largest) of every rank's x. Mutates x and returns it."""
+        return x
+
+    def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
+        """Every rank's x, joined along `dim` in order of rank."""
+        return torch.cat([x] * self.mesh.size(group), dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int, group: str) -> Tensor:
+        """This rank's slice, along `dim`, of the sum of every rank's x."""
+        return x.chunk(self.mesh.size(group), dim)[self.mesh.index(group)].contiguous()
+
+
+ONE_RANK = Communicator(Mesh())
+
+
+class ProcessCommunicator(Communicator):
+    """The same over torch.distributed: NCCL between GPUs, gloo between CPUs. Every rank must construct it alike.
+
+    The default process group must exist with as many ranks as the mesh, numbered as it is; see `join_ranks`. Raises
+    ConfigError where it does not.
+    """
+
+    def __init__(self, mesh: Mesh):
+        super().__init__(mesh)
+        if not dist.is_initialized():
+            raise ConfigError(f"{mesh.world} ranks are planned, but this process has not joined any.")
+        if (dist.get_world_size(), dist.get_rank()) != (mesh.world, mesh.rank):
+            raise ConfigError(
+                f"this process is rank {dist.get_rank()} of {dist.get_world_size()}; "
+                f"tp {mesh.tp} and ep {mesh.ep} make it rank {mesh.rank} of {mesh.world}."
+            )
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        for name in GROUPS:
+            canonical = mesh.canonical(name)
+            if canonical not in self._groups:
+                self._groups[canonical] = _own_group(mesh, canonical)
+            self._groups[name] = self._groups[canonical]
+
+    def describe(self) -> str:
+        return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}"
+
+    def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
+        dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._groups[group])
+        return x
+
+    def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
+        x = x.movedim(dim, 0).contiguous()
+        out = x.new_empty(self.mesh.size(group) * x.shape[0], *x.shape[1:])
+        _all_gather(out, x, group=self._groups[group])
+        return out.movedim(0, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int, group: str) -> Tensor:
+        x = x.movedim(dim, 0).contiguous()
+        out = x.new_empty(x.shape[0] // self.mesh.size(group), *x.shape[1:])
+        _reduce_scatter(out, x, group=self._groups[group])
+        return out.movedim(0, dim)
+
+
+def join_ranks(mesh: Mesh, device: torch.device, address: str, timeout_s: float = 600) -> ProcessCommunicator:
+    """Make this process rank `mesh.rank` of the default process group and return its collectives.
+
+    address: where ranks meet, as torch.distributed takes it: tcp://host:port, file:///path or env://. Raises
+    ConfigError where the backend of the device is not in this build of torch.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_available() or not dist.is_backend_available(backend):
+        raise ConfigError(f"this build of torch has no {backend}, which {device.type} ranks need.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend,
+        init_method=address,
+        rank=mesh.rank,
+        world_size=mesh.world,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return ProcessCommunicator(mesh)
+
+
+def _own_group(mesh: Mesh, name: str) -> dist.ProcessGroup:
+    """The group of that name which this rank is in; every rank takes part in making every group."""
+    if mesh.size(name) == mesh.world:
+        return dist.group.WORLD
+    made = [(ranks, dist.new_group(list(ranks))) for ranks in mesh.members(name)]
+    return next(group for ranks, group in made if mesh.rank in ranks)
