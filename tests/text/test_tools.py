@@ -271,7 +271,8 @@ def by_regular_expression(turn):
         if rest is None:
             break
         content += turn[position : opening.start()]
-        calls.append((opening[1], dict(re.findall(ARGUMENT, rest[1], re.DOTALL))))
+        arguments = re.findall(ARGUMENT, turn[opening.end() : rest.end()], re.DOTALL)  # with what follows the last one
+        calls.append((opening[1], dict(arguments)))
         position = rest.end()
     return content + turn[position:], calls
 

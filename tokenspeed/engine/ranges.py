@@ -27,6 +27,7 @@ def add_ranges(engine: Engine, range: Range) -> None:
         setattr(owner, method, _within(range, name, getattr(owner, method)))
     for name, stage in zip(runner.model.names, runner.model.program, strict=True):
         stage.forward = _within(range, name, stage.forward)
+    runner.model.link()
 
 
 def _within(range: Range, name: str, call: Callable) -> Callable:

@@ -39,7 +39,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="plan for a GPU with this much free (default: this device, as is)",
     )
     add_mesh_options(parser)
-    parser.add_argument("--plan", action="store_true", help="print the program of a rank: stages, weights, collectives")
+    parser.add_argument(
+        "--plan", action="store_true", help="print a rank's program: stages, weights, collectives (default off)"
+    )
     add_engine_options(parser)
     return parser
 

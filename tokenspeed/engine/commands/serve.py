@@ -16,16 +16,18 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "finish what runs. Other programs' base URL is http://HOST:PORT/v1.",
     )
     http = parser.add_argument_group("server")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need --api-key")
-    http.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
-    http.add_argument("--api-key", action="append", default=[], help="a key that clients may use; may be given again")
-    http.add_argument("--served-model-name", help="the model's name to clients (default: the checkpoint's)")
-    http.add_argument("--max-requests", type=int, default=512, help="in flight at once, then 429 (default 512)")
-    http.add_argument("--max-body-mib", type=int, default=64, help="the largest request taken, in MiB (default 64)")
-    http.add_argument("--request-timeout", type=float, help="seconds after which a request is ended (default: none)")
-    http.add_argument("--drain-seconds", type=float, default=30, help="to finish what runs at the end (default 30)")
-    http.add_argument("--no-exact-history", action="store_true", help="encode known turns anew when they are sent back")
-    http.add_argument("--log-prompts", action="store_true", help="log what is asked; otherwise only sizes and times")
+    add = http.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key (default 127.0.0.1)")
+    add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
+    add(
+        "--api-key", action="append", default=[], metavar="KEY", help="a key clients may use; may repeat (default none)"
+    )
+    add("--served-model-name", metavar="NAME", help="the model's name to clients (default: the checkpoint's)")
+    add("--max-requests", type=int, default=512, metavar="N", help="in flight at once, beyond it 429 (default 512)")
+    add("--max-body-mib", type=int, default=64, metavar="MIB", help="the largest request taken (default 64 MiB)")
+    add("--request-timeout", type=float, metavar="S", help="seconds after which a request ends (default: no limit)")
+    add("--drain-seconds", type=float, default=30, metavar="S", help="to finish what runs at the end (default 30 s)")
+    add("--no-exact-history", action="store_true", help="encode known turns anew when they come back (default off)")
     add_engine_options(parser)
     return parser
 

@@ -40,7 +40,12 @@ class Qwen3_5(nn.Module):
         self.names = [name for name, _ in program]
         self.program = nn.ModuleList(stage for _, stage in program)
         self.plan = plan_program(program, mesh, head.output)
-        self._calls = link(self.plan, communicator)
+        self._communicator = communicator
+        self.link()
+
+    def link(self) -> None:
+        """Make the program's callables; again where a stage's `forward` was replaced."""
+        self._calls = link(self.plan, self._communicator)
 
     @classmethod
     def empty(
