@@ -181,9 +181,10 @@ def test_a_literal_that_looks_like_the_end_of_a_turn_makes_no_boundary(tokenizer
 
 
 def test_a_word_of_the_conversation_that_equals_the_assumed_one_makes_no_difference(tokenizer, template):
+    system = template.encode([SYSTEM, QUERY]).boundaries[0]
     for content in ("next", "nextx", [{"type": "text", "text": "ne"}, {"type": "text", "text": "xt"}]):
-        messages = [SYSTEM, {"role": "user", "content": content}]
-        assert len(template.encode(messages).boundaries) == 2
+        boundaries = template.encode([SYSTEM, {"role": "user", "content": content}]).boundaries
+        assert len(boundaries) == 2 and boundaries[0] == system
 
 
 @pytest.mark.parametrize("index", range(6))

@@ -94,6 +94,16 @@ def test_a_choice_gives_one_of_the_texts_and_each_can_be_given(compiler, sampler
         assert matcher.accept(tokenizer.eos_id) and matcher.finished
 
 
+def test_a_forced_text_that_the_tokenizer_would_normalize_comes_out_as_it_was_asked_for(compiler, sampler):
+    assert set(drawn(compiler, sampler, choice(["an e\u0301 and <|im_end|>"]))) == {"an e\u0301 and <|im_end|>"}
+
+
+def test_white_space_in_json_has_an_end(compiler, tokenizer):
+    matcher = compiler.compile(json_object()).matcher(tokenizer.encode_text("{"))
+    [space] = tokenizer.encode_text(" ")
+    assert [matcher.accept(space) for _ in range(42)].count(True) == 40
+
+
 def test_an_end_is_admitted_exactly_where_the_answer_is_complete(compiler, tokenizer, sampler):
     matcher = compiler.compile(regex("ab?")).matcher()
     a, b = tokenizer.encode_text("a")[0], tokenizer.encode_text("b")[0]
@@ -185,6 +195,9 @@ BAD = [
     (lambda: choice([]), "at least one string"),
     (lambda: choice("ab"), "at least one string, not 'ab'"),
     (lambda: choice(["a", 5]), "at least one string"),
+    (lambda: choice(["a\ud800"]), "a text is not valid Unicode: surrogates not allowed at character 1"),
+    (lambda: regex("\ud800"), "the regular expression is not valid Unicode"),
+    (lambda: json_schema({"const": "\ud800"}), "the JSON schema is not valid Unicode"),
     (lambda: choice(["x" * 300_000]), "the grammar has 300010 characters"),
     (lambda: GrammarSpec("answer: <|no_such_token|>"), "cannot be enforced: unknown special token"),
     (lambda: response_format("json"), "response_format is 'json'; its type must be text, json_object or json_schema"),

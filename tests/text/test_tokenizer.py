@@ -112,6 +112,16 @@ def test_a_control_token_is_found_although_a_literal_overlaps_its_start():
     assert guard.find(Rendered("abc", protected=((1, 1),))) == ([(1, 3)], [0])
 
 
+def test_ids_are_counted_up_to_control_tokens_and_to_nothing_else(tokenizer):
+    text = "né 🙂<think>x</think><|im_end|>y"
+    positions = [0, 1, text.index("<think>"), text.index("x"), text.index("</"), text.index("<|im"), len(text) - 1, 99]
+    rendered = Rendered(text, protected=((text.index("<|im"), text.index("y")),))
+    ids, counts = tokenizer.encode_with_counts(rendered, positions)
+    assert ids == tokenizer.encode_rendered(rendered)
+    before = len(tokenizer.encode("né 🙂"))
+    assert counts == [None, None, before, None, ids.index(tokenizer.token_to_id("</think>")), None, None, None]
+
+
 def test_truncation_and_padding_in_tokenizer_json_do_not_apply(copied_checkpoint):
     backend = tokenizers.Tokenizer.from_file(str(copied_checkpoint / "tokenizer.json"))
     expected = backend.encode("one two three").ids

@@ -179,6 +179,12 @@ def test_missing_arguments_and_unknown_functions_cannot_be_written(accepts):
         assert accepts(specs(TOOLS, "auto"), text)
 
 
+def test_a_call_cannot_pass_for_text_by_another_spelling_of_its_tag(compiler, tokenizer):
+    matcher = compiler.compile(specs(TOOLS)).matcher(tokenizer.encode_text("Use <tool_call"))
+    closing = [id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id).startswith(b">")]
+    assert closing and not any(matcher.copy().accept(id) for id in closing)
+
+
 def test_a_text_cannot_hold_what_would_end_it(compiler, tokenizer, accepts):
     """Or it would not read back as it was meant."""
     note = tool("note", ["text"], text={"type": "string"}, more={"type": "string"})
@@ -255,6 +261,8 @@ CANNOT = [
     (changed(required=[5]), "required names 5"),
     (changed(anyOf=[]), "parameters may not have anyOf"),
     (changed(minProperties=1), "parameters may not have minProperties"),
+    (changed(properties={"n": {"type": "string", "pattern": "\ud800"}}), "not valid Unicode"),
+    (changed(properties={"\ud800": {}}), "not valid Unicode"),
     ([{"name": "f", "strict": True, "parameters": "x"}], "must be a JSON schema"),
 ]
 

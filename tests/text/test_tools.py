@@ -127,11 +127,13 @@ TYPED = [
     ({"$ref": "#/$defs/nowhere"}, "5", "5"),
     ({"$ref": "https://example.com/schema"}, "5", "5"),
     ({"$ref": "#/$defs/loop"}, "5", "5"),
+    ({"$ref": "#/$defs/wide"}, "5", "5"),
     ({"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}]}, "null", None),
 ]
 DEFINITIONS = {
     "point": {"type": "object"},
     "a/b": {"type": "integer"},
+    "wide": {"anyOf": [{"$ref": "#/$defs/wide"}] * 20},
     "loop": {"anyOf": [{"$ref": "#/$defs/loop"}, {"$ref": "#/$defs/loop"}]},
 }
 
@@ -222,6 +224,7 @@ def test_white_space_around_calls_and_at_the_ends_is_no_content_and_in_between_i
 
 TAGS = ["<tool_call>", "</tool_call>", "<function=f>", "<function=g>", "</function>", "</parameter>"]
 TAGS += ["<parameter=s>", "<parameter=n>", "<parameter=u>", "<tool_call>\n<function=f>\n<parameter=s>\n"]
+TAGS += ["<tool_call>\n<function=g>\n<parameter=n>", "\n</parameter>\n</function>\n</tool_call>\n"]
 TEXTS = ["\n", " ", "x", "12", "null", "[", '["a"]', "<", ">", "</", "<tool", "=", '"', "\\", "é", "🙂", "nul"]
 TURNS = st.lists(st.sampled_from(TAGS) | st.sampled_from(TEXTS), max_size=14).map("".join)
 MIXED = [
@@ -271,8 +274,7 @@ def by_regular_expression(turn):
         if rest is None:
             break
         content += turn[position : opening.start()]
-        arguments = re.findall(ARGUMENT, turn[opening.end() : rest.end()], re.DOTALL)  # with what follows the last one
-        calls.append((opening[1], dict(arguments)))
+        calls.append((opening[1], dict(re.findall(ARGUMENT, rest[0], re.DOTALL))))
         position = rest.end()
     return content + turn[position:], calls
 

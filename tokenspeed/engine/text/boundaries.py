@@ -13,8 +13,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .literals import strings_in
-
 Message = dict[str, Any]
 Render = Callable[[list[Message], bool], str | None]  # messages, generation prompt? -> text, None where it is refused
 
@@ -87,11 +85,16 @@ class _Comparison:
         return 0
 
 
+def _content(message: Message) -> str:
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
 class _Turns:
-    """Turns that a conversation might go on with, of a word that does not occur in it."""
+    """Turns that a conversation might go on with, of a word that no message holds."""
 
     def __init__(self, messages: list[Message]):
-        text = "".join(strings_in(messages))
+        text = "\n".join(_content(message) for message in messages)
         word = "next"
         while word in text:
             word += "x"

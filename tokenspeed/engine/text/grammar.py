@@ -55,7 +55,8 @@ def regex(pattern: str, reasoning: bool = False) -> GrammarSpec:
     """Text that `pattern` (Rust's syntax, no look-around) matches as a whole."""
     if not isinstance(pattern, str):
         raise RequestError(f"the regular expression must be a string, not {pattern!r}")
-    return GrammarSpec(f"answer: /{llguidance.regex_to_lark(pattern)}/", reasoning)
+    pattern = llguidance.regex_to_lark(_unicode(pattern, "the regular expression"))
+    return GrammarSpec(f"answer: /{pattern}/", reasoning)
 
 
 def choice(texts: Sequence[str], reasoning: bool = False) -> GrammarSpec:
@@ -82,7 +83,7 @@ def response_format(value: Any, reasoning: bool = False) -> GrammarSpec | None:
 
 def literal(text: str) -> str:
     """A Lark string for exactly `text`."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(_unicode(text, "a text"), ensure_ascii=False)
 
 
 def json_rule(schema: Any, where: str) -> str:
@@ -99,7 +100,15 @@ def json_rule(schema: Any, where: str) -> str:
         raise RequestError(f"{where} has {len(text)} characters; at most {MAX_SCHEMA} are supported")
     if (depth := _depth(text)) > MAX_DEPTH:
         raise RequestError(f"{where} is nested {depth} levels deep; at most {MAX_DEPTH} are supported")
-    return f"%json {text}"
+    return f"%json {_unicode(text, where)}"
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{where} is not valid Unicode: {error.reason} at character {error.start}") from None
+    return text
 
 
 def _depth(text: str) -> int:

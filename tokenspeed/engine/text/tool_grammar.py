@@ -215,6 +215,7 @@ def _whole(pattern: Any) -> str:
     """A schema's pattern, which may match anywhere, as one for the whole text."""
     if not isinstance(pattern, str):
         raise _Unsupported(f"pattern {pattern!r:.80} must be a string")
+    literal(pattern)  # refuses what is not valid Unicode
     first, last = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
     if (first or last) and "|" in pattern:
         raise _Unsupported(f"pattern {pattern!r:.80} has both an anchor and alternatives")

@@ -175,9 +175,7 @@ class ToolCallParser:
         rest = self._text[self._at : self._at + _MAX_NAME + len(_CALL_END)]
         tag = rest.lstrip()
         if len(tag) < len(_CALL_END) and _CALL_END.startswith(tag) and len(rest) - len(tag) <= _MAX_NAME:
-            if final:  # cut inside the closing tag
-                self._take(len(self._text))
-            return False
+            return False  # at the end of the turn: a closing tag cut short, which is no content
         if tag.startswith(_CALL_END):
             self._take(self._at + len(rest) - len(tag) + len(_CALL_END))
         self._state = self._content
