@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenspeed import ops
 from tokenspeed.engine.config import PAGE_TOKENS, DenseConfig, ModelConfig
-from tokenspeed.engine.llm import RING_ROWS
+from tokenspeed.engine.loading import RING_ROWS
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.runner import Runner

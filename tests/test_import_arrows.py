@@ -11,8 +11,8 @@ LAYERS = [
     {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler"}
     | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
     {"device", "memory", "batch", "sampling", "graphs", "runner"}
-    | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling"},
-    {"frontend", "llm", "core", "step_log", "ranges"},
+    | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling", "parallel.control"},
+    {"frontend", "loading", "ranks", "llm", "core", "step_log", "ranges"},
     {"commands", "server", "__main__"},
 ]
 NO_TORCH = LAYERS[0] | {"text", "frontend"}

@@ -154,6 +154,8 @@ class EngineConfig:
     and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
+    tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
+    torch.distributed takes it, None where this process is to start the others on this machine.
     """
 
     dtype: str = "auto"
@@ -170,6 +172,9 @@ class EngineConfig:
     snapshot_grid: int = 8192
     seed: int = 0
     validate: bool = False
+    tp: int = 1
+    ep: int = 1
+    rendezvous: str | None = None
 
     def __post_init__(self):
         def positive(value: int | None) -> bool:

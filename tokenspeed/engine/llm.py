@@ -1,54 +1,44 @@
 """The offline API: a model in this process, prompts in, results out."""
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import queue
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import ops
 from .cache import CacheConfig, Policy, PrefixCache
 from .checkpoint import resolve
-from .config import EngineConfig, ModelConfig
+from .config import EngineConfig
 from .core import Engine
-from .device import pick_device, pick_dtype, use_threads
+from .device import pick_device
 from .errors import ConfigError, EngineError, RequestError, TokenSpeedError
 from .frontend import Collector, Frontend, Prompt
-from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
-from .model.qwen3_5 import Qwen3_5
-from .model.weights import load_weights
+from .loading import load_runner, longest_sequence
+from .parallel.comm import ONE_RANK
+from .ranks import start_ranks
 from .request import Request, RequestOutput, SamplingParams, Update
-from .runner import Runner
 from .scheduler import Limits
 
-_SHARED_BYTES = 64 << 20  # smaller models gain nothing from a second thread, and wait for it on a busy machine
 _GHOST_NODES_PER_PAGE = 4  # evicted pages whose token ids are remembered
-RING_ROWS = 8  # updates that a slot keeps beside its state where a kernel decodes: the state is written once in nine
 
 
 def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True) -> Engine:
-    """Weights, memory and scheduler of a checkpoint. Raises ConfigError or CapacityError for what cannot be used."""
-    model_config = frontend.config
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    model = Qwen3_5.empty(model_config, dtype, device)
-    load_weights(model, frontend.directory, progress)
-    threads = config.threads
-    if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:
-        threads = 1
-    if threads is not None:
-        use_threads(threads)
-    kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
-    layout = MemoryLayout(model_config, dtype, ring_rows=RING_ROWS if kernel else 0)
-    plan = fit_memory(model_config, layout, config, free_memory(device), device.type)
-    if progress:
-        tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
-    longest = min(config.max_model_len or model_config.max_context, plan.tokens)
+    """Weights, memory and scheduler of a checkpoint; with more than one rank this process becomes rank 0. Raises
+    ConfigError or CapacityError for what cannot be used."""
+    if config.tp == config.ep == 1:
+        device = pick_device(config.device)
+        runner, plan = load_runner(frontend.directory, config, device, ONE_RANK, list, progress)
+    else:
+        ranks = start_ranks(frontend.directory, config)
+        atexit.register(ranks.close)
+        communicator, channel = ranks.communicator, ranks.channel
+        runner, plan = load_runner(frontend.directory, config, ranks.device, communicator, channel.smallest, progress)
+        runner.announce = channel.send
     cache = PrefixCache(
         CacheConfig(
             pages=plan.pages,
@@ -59,23 +49,9 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
             enabled=config.prefix_cache,
         )
     )
-    runner = Runner(model, Memory(plan.layout, plan.pages, plan.slots, device), config.max_num_seqs, longest)
-    runner.capture(progress)
-    limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest)
+    limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest_sequence(frontend.config, config, plan))
     eos_ids = frontend.defaults.eos_ids
     return Engine(runner, cache, limits, frontend.tokenizer, eos_ids, config.seed, config.validate)
-
-
-def fit_memory(
-    model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, device_type: str
-) -> MemoryPlan:
-    """Pages and slots for an engine, of `free` bytes. Raises CapacityError where nothing fits."""
-    on_gpu = device_type == "cuda"
-    fraction = config.memory_fraction or (0.9 if on_gpu else 0.5)
-    longest = config.max_model_len or model.max_context
-    # A CPU's memory has other users: no more than twice what the sequences running at once can hold.
-    most = None if on_gpu else 2 * config.max_num_seqs * longest
-    return plan_memory(layout, config, int(free * fraction), most)
 
 
 class LLM:

@@ -17,7 +17,7 @@ from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
 from .request import TokenScores
-from .sampling import Sampler, Scores
+from .sampling import Sampler, Scores, Vocabulary
 from .step import Edit, Step
 
 _DECODE_OPERATORS = {
@@ -53,6 +53,8 @@ class Launched:
 
     def sample(self, edits: Sequence[Edit] = ()) -> None:
         """Choose the ids, once the forward pass is done; the edits concern samples that are marked `edited`."""
+        if any(sample.edited for sample in self._step.samples):
+            self._runner.announce(list(edits))
         self._runner.do(lambda: self._choose(edits))
 
     def read(self) -> Result:
@@ -81,7 +83,8 @@ class Launched:
         for i, row in enumerate(step.rows):
             if row.scored:
                 wanted = to_device(np.array(row.scored, dtype=np.int64), logits.device)
-                scores = Scores.of(logits[at : at + len(row.scored)], wanted, row.alternatives)
+                scored = logits[at : at + len(row.scored)]
+                scores = self._runner.vocabulary.scores(scored, wanted, row.alternatives)
                 self._prompt_scores[i] = scores.to("cpu")
             at += row.logits
         if step.samples:
@@ -107,7 +110,9 @@ class Runner:
         self.model, self.memory, self.device = model, memory, memory.kv.device
         pages = -(-(max_tokens or model.config.max_context) // PAGE_TOKENS)
         self.tables = Tables(max_seqs, pages, self.device)
-        self.sampler = Sampler(max_seqs, model.config.vocab, self.tables.last_ids)
+        self.vocabulary = Vocabulary(model.share.vocab, model.communicator)
+        self.sampler = Sampler(max_seqs, self.vocabulary, self.tables.last_ids)
+        self.announce: Callable[[Step | list[Edit]], None] = lambda message: None  # to the other ranks, before it runs
         self.observe: Callable[[Step, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
         self._rotary = model.rotary(self.device)
         self._graphs: DecodeGraphs | None = None
@@ -115,6 +120,7 @@ class Runner:
 
     def launch(self, step: Step) -> Launched:
         """Start a Step behind those launched before it."""
+        self.announce(step)
         return Launched(self, step)
 
     @torch.inference_mode()

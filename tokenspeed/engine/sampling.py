@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from .batch import to_device
+from .parallel import sampling as split_sampling
+from .parallel.comm import ONE_RANK, Communicator
 from .request import TokenScores
 from .step import Begin, Edit, Sample
 
@@ -20,14 +22,6 @@ class Scores:
     ids: Tensor  # [S, 1 + K] int64
     logprobs: Tensor  # [S, 1 + K] fp32
     rank: Tensor  # [S] int64: of the chosen id, from 1
-
-    @classmethod
-    def of(cls, logits: Tensor, chosen: Tensor, alternatives: int) -> "Scores":
-        """logits: [S, V]; chosen: [S] int64."""
-        logprobs = logits.float().log_softmax(-1)
-        own = logprobs.gather(1, chosen[:, None])
-        top, ids = logprobs.topk(alternatives, dim=-1)
-        return cls(torch.cat([chosen[:, None], ids], 1), torch.cat([own, top], 1), (logprobs > own).sum(-1) + 1)
 
     def to(self, device: str) -> "Scores":
         return Scores(*(x.to(device, non_blocking=True) for x in (self.ids, self.logprobs, self.rank)))
@@ -41,6 +35,53 @@ class Scores:
         ]
 
 
+class Vocabulary:
+    """The ids whose logits a rank holds: all of them, or a slice of the vocabulary that is split over the tp group.
+
+    first, width: of the slice. Whole logits are never gathered: sums, maxima and a few alternatives a row are.
+    """
+
+    def __init__(self, width: int, communicator: Communicator = ONE_RANK):
+        self.width, self.first = width, width * communicator.mesh.index("tp")
+        self._ranks, self._communicator = communicator.mesh.size("tp"), communicator
+
+    def holds(self, id: int) -> bool:
+        return self.first <= id < self.first + self.width
+
+    def sample(self, logits: Tensor, *arguments: Tensor) -> Tensor:
+        """`ops.sample` of whole rows, [S] int64. logits: [S, width]."""
+        if self._ranks == 1:
+            return ops.sample(logits, *arguments)
+        return split_sampling.sample(logits, *arguments, self._communicator)
+
+    def scores(self, logits: Tensor, chosen: Tensor, alternatives: int) -> Scores:
+        """logits: [S, width]; chosen: [S] int64, of the whole vocabulary."""
+        logits = logits.float()
+        if self._ranks == 1:
+            logprobs = logits.log_softmax(-1)
+            own = logprobs.gather(1, chosen[:, None])
+            top, ids = logprobs.topk(alternatives, dim=-1)
+        else:
+            reduce = self._communicator.all_reduce
+            largest = reduce(logits.amax(-1, keepdim=True), "tp", largest=True)
+            logprobs = logits - largest - reduce((logits - largest).exp().sum(-1, keepdim=True), "tp").log()
+            local = chosen[:, None] - self.first
+            here = (local >= 0) & (local < self.width)
+            own = logprobs.gather(1, local.clamp(0, self.width - 1)).masked_fill(~here, -torch.inf)
+            own = reduce(own.contiguous(), "tp", largest=True)
+            top, ids = (self._communicator.all_gather(x, 1, "tp") for x in self._likeliest(logprobs, alternatives))
+            top, order = top.sort(dim=-1, descending=True, stable=True)
+            top, ids = top[:, :alternatives], ids.gather(1, order)[:, :alternatives]
+        rank = (logprobs > own).sum(-1) + 1
+        if self._ranks > 1:
+            rank = self._communicator.all_reduce(rank - 1, "tp") + 1
+        return Scores(torch.cat([chosen[:, None], ids], 1), torch.cat([own, top], 1), rank)
+
+    def _likeliest(self, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        top, ids = logprobs.topk(min(count, self.width), dim=-1)
+        return top, ids + self.first
+
+
 class Sampler:
     """Sampling parameters, penalty counts and the last id of every sequence index.
 
@@ -48,11 +89,11 @@ class Sampler:
     forbidden, biases added, penalties taken off, and last temperature, top-k, top-p and min-p.
     """
 
-    def __init__(self, indices: int, vocabulary: int, last_ids: Tensor):
-        """last_ids: [indices] int64, written at every choice."""
+    def __init__(self, indices: int, vocabulary: Vocabulary, last_ids: Tensor):
+        """last_ids: [indices] int64, written at every choice. V below: the vocabulary's width."""
         self._vocabulary, self._last_ids, self._device = vocabulary, last_ids, last_ids.device
         self._begins: dict[int, Begin] = {}
-        self._shape = (indices, vocabulary)
+        self._shape = (indices, vocabulary.width)
         self._counts: Tensor | None = None  # [indices, V] int32: of ids in the output, where a penalty asks for them
         self._seen: Tensor | None = None  # [indices, V] bool: ids in prompt or output
         self._columns: tuple[tuple[int, ...], list[Tensor]] = ((), [])  # of the last choice, by its indices
@@ -75,15 +116,18 @@ class Sampler:
             self._columns = (indices, self._gather(indices))
         index, *columns = self._columns[1]
         x = self._adjust(samples, index, logits, edits)
-        ids = ops.sample(x, *columns, self._integers([sample.output for sample in samples]))
+        ids = self._vocabulary.sample(x, *columns, self._integers([sample.output for sample in samples]))
         self._last_ids[index] = ids
         penalised = [i for i, sample in enumerate(samples) if self._begins[sample.index].penalised]
         if penalised:
             rows = self._integers(penalised)
-            self._counts[index[rows], ids[rows]] += 1
-            self._seen[index[rows], ids[rows]] = True
+            local = ids[rows] - self._vocabulary.first
+            here = ((local >= 0) & (local < self._vocabulary.width)).int()
+            local.clamp_(0, self._vocabulary.width - 1)
+            self._counts[index[rows], local] += here
+            self._seen[index[rows], local] |= here.bool()
         most = max(sample.logprobs for sample in samples)
-        return ids, Scores.of(logits, ids, most) if most >= 0 else None
+        return ids, self._vocabulary.scores(logits, ids, most) if most >= 0 else None
 
     def _gather(self, indices: tuple[int, ...]) -> list[Tensor]:
         """The index and the arguments of `ops.sample` for these sequences, in its order."""
@@ -117,9 +161,11 @@ class Sampler:
         masked = [edit for edit in edits if edit.allowed]
         if not (places or allowed or penalised or masked):
             return logits
-        x = logits.float().clone()
+        x, vocabulary = logits.float().clone(), self._vocabulary
+        values = [value for value, (_, id) in zip(values, places, strict=True) if vocabulary.holds(id)]
+        places = [(i, id - vocabulary.first) for i, id in places if vocabulary.holds(id)]
         for i, ids in allowed:
-            ids = self._integers(ids)
+            ids = self._local(ids)
             kept = x[i, ids]
             x[i].fill_(-torch.inf)[ids] = kept
         if masked:
@@ -136,10 +182,9 @@ class Sampler:
         words = np.stack([np.frombuffer(edit.allowed, dtype=np.int32) for edit in edits])
         bits = to_device(words, self._device)[..., None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
         rows = self._integers([edit.sample for edit in edits])
-        allowed = bits.bool().flatten(1)
-        if allowed.shape[1] < x.shape[1]:  # padded rows of the embedding are no ids of the grammar
-            allowed = torch.nn.functional.pad(allowed, (0, x.shape[1] - allowed.shape[1]))
-        x[rows] = x[rows].masked_fill(~allowed[:, : x.shape[1]], -torch.inf)
+        first, width = self._vocabulary.first, self._vocabulary.width
+        allowed = bits.bool().flatten(1)[:, first : first + width]
+        x[rows] = x[rows].masked_fill(~allowed, -torch.inf)
         return x
 
     def _penalise(self, x: Tensor, index: Tensor, begins: Sequence[Begin]) -> Tensor:
@@ -156,10 +201,14 @@ class Sampler:
             self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
             self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
         counts, seen = self._counts[begin.index].zero_(), self._seen[begin.index].zero_()
-        output = self._integers(begin.output)
+        output = self._local(begin.output)
         counts.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         seen[output] = True
-        seen[self._integers(begin.prompt)] = True
+        seen[self._local(begin.prompt)] = True
+
+    def _local(self, ids: Sequence[int]) -> Tensor:
+        """Those of the ids that this rank holds, counted from its first."""
+        return self._integers([id - self._vocabulary.first for id in ids if self._vocabulary.holds(id)])
 
     def _integers(self, values: Sequence[int]) -> Tensor:
         return to_device(np.array(values, dtype=np.int64), self._device)

@@ -10,14 +10,14 @@ from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..device import pick_device, pick_dtype
 from ..errors import CapacityError, ConfigError
-from ..llm import fit_memory
+from ..loading import fit_memory
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.plan import describe_plan, traffic
 from ..sizes import PUBLISHED
-from .options import add_engine_options, add_mesh_options, engine_settings
+from .options import add_engine_options, engine_settings
 
 _CONTEXTS = (4096, 32_768, 131_072, 262_144)
 _TURNS = (512, 4096, 32_768)  # tokens that one agent turn adds: a short answer, a file read, a long tool result
@@ -38,7 +38,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="GIB",
         help="plan for a GPU with this much free (default: this device, as is)",
     )
-    add_mesh_options(parser)
     parser.add_argument(
         "--plan", action="store_true", help="print a rank's program: stages, weights, collectives (default off)"
     )

@@ -81,18 +81,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help=f"distance of optional states kept in long prompts, 0 for none (default {default.snapshot_grid} tokens)",
     )
-    engine.add_argument("--validate", action="store_true", help="check every step and the cache: slow (default off)")
-
-
-def add_mesh_options(parser: argparse.ArgumentParser) -> None:
-    """Over how many ranks the model is split."""
-    ranks = parser.add_argument_group("ranks")
-    ranks.add_argument(
+    engine.add_argument(
         "--tp", type=int, default=1, metavar="N", help="split heads, columns and vocabulary over N ranks (default 1)"
     )
-    ranks.add_argument(
+    engine.add_argument(
         "--ep", type=int, default=1, metavar="N", help="split the experts over N of the same ranks (default 1)"
     )
+    engine.add_argument("--validate", action="store_true", help="check every step and the cache: slow (default off)")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

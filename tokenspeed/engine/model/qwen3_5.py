@@ -40,12 +40,12 @@ class Qwen3_5(nn.Module):
         self.names = [name for name, _ in program]
         self.program = nn.ModuleList(stage for _, stage in program)
         self.plan = plan_program(program, mesh, head.output)
-        self._communicator = communicator
+        self.communicator = communicator
         self.link()
 
     def link(self) -> None:
         """Make the program's callables; again where a stage's `forward` was replaced."""
-        self._calls = link(self.plan, self._communicator)
+        self._calls = link(self.plan, self.communicator)
 
     @classmethod
     def empty(

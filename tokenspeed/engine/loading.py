@@ -1,0 +1,68 @@
+"""From a checkpoint and an engine's settings to a runner: weights and memory of one rank."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import ops
+from .config import EngineConfig, ModelConfig
+from .device import pick_dtype, use_threads
+from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
+from .model.qwen3_5 import Qwen3_5
+from .model.weights import load_weights
+from .parallel.comm import Communicator
+from .runner import Runner
+
+_SHARED_BYTES = 64 << 20  # smaller models gain nothing from a second thread, and wait for it on a busy machine
+RING_ROWS = 8  # updates that a slot keeps beside its state where a kernel decodes: the state is written once in nine
+
+
+def load_runner(
+    directory: Path,
+    config: EngineConfig,
+    device: torch.device,
+    communicator: Communicator,
+    smallest: Callable[[list[int]], list[int]],
+    progress: bool,
+) -> tuple[Runner, MemoryPlan]:
+    """A rank's weights and memory. smallest: of each number the smallest that any rank has, so that all get the same
+    pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
+    model_config, dtype = ModelConfig.from_directory(directory), pick_dtype(config.dtype, device)
+    model = Qwen3_5.empty(model_config, dtype, device, communicator)
+    load_weights(model, directory, progress)
+    threads = config.threads
+    if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:
+        threads = 1
+    if threads is not None:
+        use_threads(threads)
+    kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
+    layout = MemoryLayout(model.share, dtype, ring_rows=RING_ROWS if kernel else 0)
+    free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
+    plan = fit_memory(model_config, layout, config, free, device.type)
+    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))
+    if progress:
+        tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
+    memory = Memory(layout, plan.pages, plan.slots, device)
+    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan))
+    runner.capture(progress)
+    return runner, plan
+
+
+def longest_sequence(model: ModelConfig, config: EngineConfig, plan: MemoryPlan) -> int:
+    """Tokens of one sequence at most: what is asked for, or the model's context, as far as the pages go."""
+    return min(config.max_model_len or model.max_context, plan.tokens)
+
+
+def fit_memory(
+    model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, device_type: str
+) -> MemoryPlan:
+    """Pages and slots for an engine, of `free` bytes. Raises CapacityError where nothing fits."""
+    on_gpu = device_type == "cuda"
+    fraction = config.memory_fraction or (0.9 if on_gpu else 0.5)
+    longest = config.max_model_len or model.max_context
+    # A CPU's memory has other users: no more than twice what the sequences running at once can hold.
+    most = None if on_gpu else 2 * config.max_num_seqs * longest
+    return plan_memory(layout, config, int(free * fraction), most)
