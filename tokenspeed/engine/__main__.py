@@ -1,11 +1,16 @@
 """`python -m tokenspeed.engine`: the command line."""
 
 import argparse
+import os
 import sys
 
 from .. import __version__
+from .checkpoint import resolve
 from .commands import bench, chat, generate, info, serve
+from .commands.options import engine_settings
+from .config import EngineConfig
 from .errors import TokenSpeedError
+from .ranks import follow
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
     options = build_parser().parse_args(arguments)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started the ranks, and brings them together
+            options.rendezvous, rank = "env://", int(os.environ["RANK"])
+            if rank > 0:
+                follow(resolve(options.model), EngineConfig(**engine_settings(options)), rank)
+                return 0
         return options.run(options)
     except TokenSpeedError as error:
         print(f"error: {error}", file=sys.stderr)
