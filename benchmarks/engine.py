@@ -29,6 +29,8 @@ from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.request import SamplingParams
 from tokenspeed.engine.sizes import PUBLISHED
 
+from .overhead import report_overhead
+
 CONTENDERS = ("tokenspeed", "transformers")
 # model: prompt tokens, generated tokens, dtype, rounds, CPU threads
 MODELS = {"shipped": (128, 65, "float32", 7, 1), "0.8B": (64, 9, "bfloat16", 3, os.cpu_count())}
@@ -42,7 +44,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this PNG")
     parser.add_argument("--worker", nargs=3, metavar=("CONTENDER", "DIRECTORY", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--overhead", action="store_true", help="measure the Python cost of a step in place of all that"
+    )
     options = parser.parse_args()
+    if options.overhead:
+        report_overhead()
+        return 0
     if options.worker:
         return work(*options.worker, options.threads)
     rows = []

@@ -41,9 +41,9 @@ def test_a_turn_sees_the_ones_before_it_and_resumes_from_them(conversation):
     turn = say(conversation, QUESTION)
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
     assert conversation.messages[-1] == {"role": "assistant", "content": ANSWER, "reasoning_content": ""}
-    before = conversation.encode(conversation.messages[:1], None)
-    # All of the first prompt but `<think>` and the newline after it, which its answer's history has not.
-    assert turn.reuse.cached_tokens == len(before) - 2
+    before, _, _ = conversation.encode(conversation.messages[:1], None)
+    # All of the first prompt up to its last user turn's end: after it come `<|im_start|>assistant\n<think>\n`.
+    assert turn.reuse.cached_tokens == len(before) - 5
     assert f"{turn.reuse.cached_tokens} resumed" in turn.summary() and "tok/s" in turn.summary()
 
 

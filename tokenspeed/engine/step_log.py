@@ -32,7 +32,8 @@ _BIAS = Begin._fields.index("bias")
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a Runner and its Memory are rebuilt from. model: the checkpoint directory's name; device: its type; threads:
-    of torch on a CPU, which the order of its sums depends on; package: version of this package; vocabulary: ids."""
+    of torch on a CPU, which the order of its sums depends on; ring_rows: as in MemoryLayout; vocabulary: how many ids;
+    package: this package's version."""
 
     model: str
     dtype: str
@@ -40,6 +41,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: _Count
     pages: _Count
     slots: _Count
+    ring_rows: Annotated[int, Meta(ge=0)]
     max_num_seqs: _Count
     max_model_len: _Count
     vocabulary: _Count
@@ -70,6 +72,7 @@ def header_of(engine: Engine, model: str) -> Header:
         threads=torch.get_num_threads(),
         pages=len(memory.kv),
         slots=len(memory.slots),
+        ring_rows=memory.layout.ring_rows,
         max_num_seqs=engine.limits.max_seqs,
         max_model_len=engine.limits.max_tokens,
         vocabulary=engine.vocabulary,
@@ -200,7 +203,7 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     use_threads(header.threads)
     model = Qwen3_5.empty(config, dtype, device)
     load_weights(model, directory, progress=False)
-    memory = Memory(MemoryLayout(config, dtype), header.pages, header.slots, device)
+    memory = Memory(MemoryLayout(config, dtype, ring_rows=header.ring_rows), header.pages, header.slots, device)
     runner = Runner(model, memory, header.max_num_seqs, header.max_model_len)
     runner.capture(progress=False)
     return runner

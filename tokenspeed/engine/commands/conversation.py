@@ -12,7 +12,7 @@ from ..llm import LLM
 from ..request import PrefixReuse, SamplingParams
 from ..text.tools import ToolCall, parse_answer
 from .generate import Meter
-from .records import json_sampling
+from .records import Dialogue, encode_dialogue, json_sampling
 
 Message = dict[str, Any]
 
@@ -27,11 +27,11 @@ class Turn:
         self._before, self._text, self._stopped = before, "", None
         self.reuse: PrefixReuse | None = None
         self.tool_calls: tuple[ToolCall, ...] = ()
-        ids = c.encode(c.history, c.tools)
+        ids, boundaries, self._dialogue = c.encode(c.history, c.tools)
         params, longest = c.llm.frontend.sampling_params(**c.sampling), c.llm.engine.limits.max_tokens
         if len(ids) < longest:
             params = replace(params, max_tokens=min(params.max_tokens or longest, longest - len(ids)))
-        request = c.llm.frontend.request(c.next_id(), ids, params, c.boundaries(ids))
+        request = c.llm.frontend.request(c.next_id(), ids, params, boundaries)
         request.check(c.llm.engine.vocabulary, longest)
         self.meter = Meter(len(ids))
         self._updates = c.llm.follow([request])
@@ -54,7 +54,7 @@ class Turn:
         self._conversation.turn = None
         self._updates.close()
         if self.meter.tokens:
-            answer = parse_answer(self._text, self._conversation.tools)
+            answer = parse_answer(self._text, *self._dialogue)
             self.tool_calls = answer.tool_calls
             self._conversation.messages.append(answer.message())
             self._conversation.count(self)
@@ -165,20 +165,8 @@ class Conversation:
         self.system = first and first["content"]
         self.messages, self.tools = messages[1 if first else 0 :], tools
 
-    def encode(self, messages: list[Message], tools: list[dict] | None) -> list[int]:
-        return self.llm.encode_chat(messages, tools, enable_thinking=self._thinking)
-
-    def boundaries(self, ids: list[int]) -> tuple[int, ...]:
-        """Where later prompts will leave this one: at the last token where it is asked again, and where an answer and a
-        further message follow, which make templates of this family drop the reasoning."""
-        turn = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]
-        try:
-            other = self.encode([*self.history, *turn], self.tools)
-        except RequestError:  # a template may refuse such a turn here
-            other = []
-        pairs = zip(ids, other, strict=False)
-        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(other)))
-        return tuple(sorted({common, len(ids) - 1} - {0, len(ids)}))
+    def encode(self, messages: list[Message], tools: list[dict] | None) -> tuple[list[int], tuple[int, ...], Dialogue]:
+        return encode_dialogue(self.llm.frontend, messages, tools, self._thinking)
 
     def count(self, turn: Turn) -> None:
         """A turn is over."""

@@ -12,8 +12,9 @@ import msgspec
 from ..errors import RequestError
 from ..frontend import Collector
 from ..llm import LLM
+from ..request import Request
 from .options import add_engine_options, add_run_options, add_sampling_options, chosen_sampling, note, open_model
-from .records import as_record, run_jsonl
+from .records import Dialogue, as_record, encode_dialogue, run_jsonl
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -65,23 +66,22 @@ def run(options: argparse.Namespace) -> int:
         raise RequestError("log-probabilities are shown in JSON only: add --json.")
     prompt, tools = _read_prompt(options), read_tools(options.tools)
     with open_model(options) as llm:
+        frontend = llm.frontend
         if options.raw:
-            tokens = llm.frontend.tokenizer.encode(prompt)
+            prompt, boundaries, dialogue = frontend.tokenizer.encode(prompt), None, None
         else:
             system = [{"role": "system", "content": options.system}] if options.system else []
-            tokens = llm.encode_chat(
-                [*system, {"role": "user", "content": prompt}],
-                tools,
-                enable_thinking=False if options.no_thinking else None,
-            )
-        _continue(llm, tokens, None if options.raw else tools or [], options, chosen)
+            messages = [*system, {"role": "user", "content": prompt}]
+            thinking = False if options.no_thinking else None
+            prompt, boundaries, dialogue = encode_dialogue(frontend, messages, tools, thinking)
+        request = frontend.request("0", prompt, frontend.sampling_params(**chosen), boundaries)
+        _continue(llm, request, dialogue, options)
     return 0
 
 
-def _continue(llm: LLM, tokens: list[int], tools: list | None, options: argparse.Namespace, chosen: dict) -> None:
-    """tools: of a conversation, None for a raw prompt."""
-    request = llm.frontend.request("0", tokens, llm.frontend.sampling_params(**chosen))
-    collector, meter = Collector(llm.frontend, request), Meter(len(tokens))
+def _continue(llm: LLM, request: Request, dialogue: Dialogue | None, options: argparse.Namespace) -> None:
+    """dialogue: None for a raw prompt."""
+    collector, meter = Collector(llm.frontend, request), Meter(len(request.prompt))
     for _, update in llm.follow([request]):
         collector.take(update)
         meter.count(len(update.ids))
@@ -90,7 +90,7 @@ def _continue(llm: LLM, tokens: list[int], tools: list | None, options: argparse
             print(update.text, end="", flush=True)
     output = collector.output
     if options.json:
-        print(msgspec.json.encode(as_record(output, tools)).decode())
+        print(msgspec.json.encode(as_record(output, dialogue)).decode())
     elif request.params.n == 1:
         print()
     else:

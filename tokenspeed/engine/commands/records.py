@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 from tqdm import tqdm
@@ -25,13 +25,20 @@ _SAMPLING_FIELDS = tuple(SamplingParams.__dataclass_fields__)
 _QUEUED = 4  # times what runs at once: enough to find who shares a prefix, and the file need not fit in memory
 
 
-def as_record(output: RequestOutput, tools: list | None) -> dict[str, Any]:
-    """A result as a JSON object. tools: of a conversation, whose answers are taken apart; None for a raw prompt."""
+class Dialogue(NamedTuple):
+    """How the answers of a conversation are taken apart. reasoning: they begin inside `<think>`."""
+
+    tools: list | None
+    reasoning: bool
+
+
+def as_record(output: RequestOutput, dialogue: Dialogue | None) -> dict[str, Any]:
+    """A result as a JSON object. dialogue: None for a raw prompt."""
     outputs = []
     for completion in output.outputs:
         record = {name: value for name, value in asdict(completion).items() if value is not None}
-        if tools is not None:
-            record["message"] = parse_answer(completion.text, tools).message()
+        if dialogue is not None:
+            record["message"] = parse_answer(completion.text, *dialogue).message()
         outputs.append(record)
     record = {
         "id": output.request_id,
@@ -79,12 +86,12 @@ class _Batch:
             line = _Line(number, f"line-{number}")
             self._lines.append(line)
             try:
-                request, tools = self._read(text, line)
+                request, dialogue = self._read(text, line)
             except TokenSpeedError as error:
                 line.fail(error)
                 self._write()
                 continue
-            yield request, self._sink(line, request, tools)
+            yield request, self._sink(line, request, dialogue)
 
     def refused(self, request: Request, error: TokenSpeedError) -> None:
         next(line for line in self._lines if request.id == str(line.number)).fail(error)
@@ -95,7 +102,7 @@ class _Batch:
         self._lines = [line for line in self._lines if line.record]
         self._write()
 
-    def _read(self, text: bytes, line: _Line) -> tuple[Request, list | None]:
+    def _read(self, text: bytes, line: _Line) -> tuple[Request, Dialogue | None]:
         try:
             fields = msgspec.json.decode(text)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -112,10 +119,10 @@ class _Batch:
             raise RequestError("one of 'prompt' and 'messages' is needed, and not both.")
         sampling = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields}
         params = self._llm.frontend.sampling_params(**self._chosen | json_sampling(sampling))
-        ids, tools = _encode(self._llm.frontend, fields, self._raw, self._thinking)
-        return self._llm.frontend.request(str(line.number), ids, params), tools
+        ids, boundaries, dialogue = _encode(self._llm.frontend, fields, self._raw, self._thinking)
+        return self._llm.frontend.request(str(line.number), ids, params, boundaries), dialogue
 
-    def _sink(self, line: _Line, request: Request, tools: list | None) -> Sink:
+    def _sink(self, line: _Line, request: Request, dialogue: Dialogue | None) -> Sink:
         collector = Collector(self._llm.frontend, request)
 
         def take(update: Update) -> None:
@@ -124,7 +131,7 @@ class _Batch:
                 if collector.error:
                     line.fail(collector.error)
                 else:
-                    line.record = as_record(collector.output, tools) | {"id": line.name}
+                    line.record = as_record(collector.output, dialogue) | {"id": line.name}
                 self._write()
 
         return take
@@ -139,18 +146,31 @@ class _Batch:
         self._out.flush()
 
 
-def _encode(frontend: Frontend, fields: dict, raw: bool, thinking: bool | None) -> tuple[Any, list | None]:
-    """The prompt, and the tools of a conversation. A prompt that is text is a user's message, unless raw."""
+def _encode(
+    frontend: Frontend, fields: dict, raw: bool, thinking: bool | None
+) -> tuple[Any, tuple | None, Dialogue | None]:
+    """The prompt with its boundaries, and what its answers are made of. Text is a user's message, unless raw."""
     prompt, tools = fields.get("prompt"), fields.get("tools")
     if "prompt" in fields and (raw or not isinstance(prompt, str)):
         if tools is not None:
             raise RequestError("tools need a conversation: give 'messages', or a 'prompt' that is text.")
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(id) is int for id in prompt)):
             raise RequestError(f"prompt is {prompt!r}; it must be text or a list of token ids.")
-        return prompt, None
+        return prompt, None, None
     messages = fields.get("messages", [{"role": "user", "content": prompt}])
     thinking = fields.get("enable_thinking", thinking)
-    return frontend.encode_chat(messages, tools, enable_thinking=thinking), tools or []
+    return encode_dialogue(frontend, messages, tools, thinking)
+
+
+def encode_dialogue(
+    frontend: Frontend, messages: list, tools: list | None, thinking: bool | None
+) -> tuple[list[int], tuple[int, ...], Dialogue]:
+    """Ids, the boundaries at which other prompts will leave them, the last token among them, for the same prompt again,
+    and how to read the answer."""
+    encoded = frontend.template.encode(messages, tools, enable_thinking=thinking)
+    last = len(encoded.ids) - 1
+    boundaries = tuple(sorted({*encoded.boundaries, last} - {0}))
+    return encoded.ids, boundaries, Dialogue(tools, encoded.reasoning_open)
 
 
 def json_sampling(fields: dict) -> dict:
