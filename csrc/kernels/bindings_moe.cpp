@@ -12,11 +12,15 @@ Tensor new_workspace(const Tensor& like, size_t bytes) {
 }
 
 std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& order,
-                                  const Tensor& offsets, const Tensor& gate_up, const Tensor& down) {
+                                  const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
+                                  int64_t first_expert) {
     bool fits = has_kernels(x) && x.dim() == 2 && weights.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 &&
-                x.size(0) > 0 && x.stride(1) == 1 && is_int32(order) && is_int32(offsets);
+                x.size(0) > 0 && x.stride(1) == 1 && is_int32(experts) && is_int32(order) && is_int32(offsets) &&
+                first_expert >= 0 && first_expert <= kMaxIndex;
     for (const Tensor* values : {&x, &weights, &gate_up, &down}) fits = fits && is_bf16(*values);
-    for (const Tensor* packed : {&weights, &order, &offsets, &gate_up, &down}) fits = fits && packed->is_contiguous();
+    for (const Tensor* packed : {&weights, &experts, &order, &offsets, &gate_up, &down}) {
+        fits = fits && packed->is_contiguous();
+    }
     if (!fits) return std::nullopt;
     const int64_t tokens = x.size(0), hidden = x.size(1), top_k = weights.size(1);
     const int64_t count = down.size(0), width = down.size(2);
@@ -29,6 +33,7 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
     MoeExperts arguments{.x = data(x),
                          .x_stride = tokens > 1 ? x.stride(0) : 0,
                          .weights = data(weights),
+                         .chosen = data<int32_t>(experts),
                          .order = data<int32_t>(order),
                          .offsets = data<int32_t>(offsets),
                          .gate_up = data(gate_up),
@@ -39,7 +44,8 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
                          .experts = static_cast<int>(count),
                          .top_k = static_cast<int>(top_k),
                          .hidden = static_cast<int>(hidden),
-                         .width = static_cast<int>(width)};
+                         .width = static_cast<int>(width),
+                         .first_expert = static_cast<int>(first_expert)};
     const bool few = moe_experts_decode_supported(arguments);
     if (!few && !moe_experts_prefill_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(x, {tokens, hidden});

@@ -222,13 +222,15 @@ struct MoeExperts {
     const __nv_bfloat16* x;  // [tokens, hidden] by row stride
     int64_t x_stride;
     const __nv_bfloat16* weights;  // [tokens, top_k]
-    const int32_t* order;          // [tokens top_k], any alignment, as offsets and weights
+    const int32_t* chosen;         // [tokens, top_k], the expert of each choice
+    const int32_t* order;          // [tokens top_k], any alignment, as offsets, chosen and weights
     const int32_t* offsets;        // [experts + 1]
     const __nv_bfloat16* gate_up;  // [experts, 2 width, hidden]
     const __nv_bfloat16* down;     // [experts, hidden, width]
     __nv_bfloat16* out;            // [tokens, hidden]
     uint8_t* workspace;            // of moe_experts_..._workspace bytes, any content
     int tokens, experts, top_k, hidden, width;
+    int first_expert;  // choices of experts outside first_expert .. first_expert + experts add nothing
 };
 bool moe_experts_decode_supported(const MoeExperts& arguments);
 size_t moe_experts_decode_workspace(const MoeExperts& arguments);

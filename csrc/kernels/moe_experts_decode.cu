@@ -21,6 +21,9 @@
 // permutation of k that is the same for both, hence free. Rows of a fragment lie in the order 0, 4, 1, 5, ... of the
 // swizzled tile, which keeps the 8 lanes of a read on distinct banks.
 //
+// Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, are in no
+// entry, and the sum over ranks leaves their rows out. With no entry at all, blocks write zeros.
+//
 // A tile of the output is complete when its units of all entries are: each block adds the units it has done to the
 // tile's counter, and the block that completes it sums it. No float atomics: the same input gives the same bits.
 //
@@ -405,11 +408,14 @@ __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
         const int token = i / kVectors, column = tile * Down::kTileColumns + i % kVectors * 4;
         const float* rows = a.rows + int64_t{token} * p.top_k * p.hidden + column;
         const __nv_bfloat16* weights = p.weights + token * p.top_k;
+        const int32_t* chosen = p.chosen + token * p.top_k;
         float sum[4] = {};
 #pragma unroll 8
         for (int rank = 0; rank < p.top_k; ++rank) {
             const uint4 row = ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden);
             const float weight = to_float(weights[rank]);
+            // Loaded in any case, not to wait for `chosen` first; a row of an expert elsewhere holds anything.
+            if (static_cast<uint32_t>(chosen[rank] - p.first_expert) >= static_cast<uint32_t>(p.experts)) continue;
             sum[0] += weight * __uint_as_float(row.x);
             sum[1] += weight * __uint_as_float(row.y);
             sum[2] += weight * __uint_as_float(row.z);
@@ -447,6 +453,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == kRowWarp) {
         copy_rows(control, rows, layout, work, p.width,
                   [&](int position) { return a.activations + int64_t{position} * p.width; });
+        return;
+    }
+    if (entries == 0) {  // every choice is of an expert elsewhere: no unit would complete a tile
+        for (int tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) sum_ranks(a, tile);
         return;
     }
     constexpr int kPerThread = kEntryChoices * Down::kTileColumns / kConsumerThreads;

@@ -365,9 +365,12 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
     const int column = static_cast<int>(index % vectors) * 8;
     const __nv_bfloat16* rows = a.rows + token * p.top_k * p.hidden + column;
     const __nv_bfloat16* weights = p.weights + token * p.top_k;
+    const int32_t* chosen = p.chosen + token * p.top_k;
     Float8 sum{};
 #pragma unroll 8
     for (int rank = 0; rank < p.top_k; ++rank) {
+        // The row of an expert that another rank holds was not written.
+        if (static_cast<uint32_t>(chosen[rank] - p.first_expert) >= static_cast<uint32_t>(p.experts)) continue;
         const Float8 row = unpack(ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden));
         const float weight = to_float(weights[rank]);
 #pragma unroll

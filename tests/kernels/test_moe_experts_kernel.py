@@ -125,6 +125,29 @@ def test_a_token_has_the_same_bits_whoever_shares_its_experts(backend, tokens):
     assert same_bits(run(backwards)[backwards], run(backwards.flip(0)))
 
 
+@pytest.mark.parametrize("held", [(0, 3), (3, 4), (4, 12), (10, 12)])
+@pytest.mark.parametrize("tokens", [1, 9, 66])
+def test_a_share_of_the_experts_adds_its_choices_and_no_other(scheduled, tokens, held):
+    """Choices of experts elsewhere, in front and behind, and tokens (or all of them) that chose none of these."""
+    chosen = random_choice(scheduled, tokens, 10, 3)  # nobody chooses the last two
+    x, weights, experts, order, offsets, gate_up, down = inputs(scheduled, chosen, 12, 128, 64)
+    first, last = held
+    share = (gate_up[first:last].clone(), down[first:last].clone())
+    results = []
+
+    def run() -> None:
+        args = (x, weights, experts, order, offsets[first : last + 1], *share, first)
+        results.append(scheduled.op("moe_experts")(*args))
+
+    assert torch_served(run) == []
+    here = (experts >= first) & (experts < last)
+    expected = reference.mixture(x, weights.masked_fill(~here, 0), experts, gate_up.nan_to_num(), down.nan_to_num())
+    if not here.any():
+        assert not results[0].any()
+    else:
+        assert relative_error(results[0], expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("tokens", [9, 66])
 def test_a_row_of_nan_stays_in_its_row(backend, tokens):
     args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, 64)
