@@ -157,7 +157,7 @@ def pending(model: Qwen3_5, **settings) -> Lab:
 
 def chunks(model: Qwen3_5, **settings) -> Lab:
     """Snapshots at the end of a chunk and inside one, of two prompts side by side; each is resumed from."""
-    lab = Lab(model, **{"max_batch_tokens": 128, "slots": 40} | settings)
+    lab = Lab(model, **{"max_batch_tokens": 320, "slots": 40} | settings)
     prompts, at = [text(1, 230), text(2, 190)], [31, 64, 90, 128, 150]
     for prompt in prompts:
         lab.submit(prompt, at)
@@ -193,6 +193,17 @@ def shared_rows_stay(model: Qwen3_5, **settings) -> Lab:
     assert second.reuse.reason == "PROMPT_LOGPROBS" and lab.tokens_computed(second) == 150
     assert lab.memory.kv[pages].equal(marked), "shared pages were written"
     lab.talks.remove(second)  # it read the marks
+    return lab
+
+
+def prompt_logprobs_after_a_snapshot(model: Qwen3_5, **settings) -> Lab:
+    """A state is there, but all of the prompt's logits are wanted: everything is computed, over shared pages."""
+    lab = Lab(model, **settings)
+    prompt = text(1, 150)
+    lab.ask(prompt, [140])
+    talk = lab.ask(prompt, [], prompt_logprobs=0)
+    assert talk.reuse.reason == "PROMPT_LOGPROBS" and lab.admission(talk).match.kv_tokens == 128
+    assert lab.tokens_computed(talk) == 150
     return lab
 
 
@@ -250,6 +261,7 @@ SCENARIOS = (
     chunks,
     branch,
     shared_rows_stay,
+    prompt_logprobs_after_a_snapshot,
     aborts,
     namespaces,
     long_answer,
