@@ -1,0 +1,294 @@
+"""An engine under observation: its logits beside those of one uncached pass, and what its cache did."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from checkpoints import CPU, Shape, load, oracle
+from torch import Tensor
+
+from tokenspeed import ops
+from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
+from tokenspeed.engine.checkpoint import SHIPPED
+from tokenspeed.engine.core import Engine, Update
+from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.request import Request, SamplingParams
+from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.scheduler import Limits, Sequence
+from tokenspeed.engine.step import Row, Step
+from tokenspeed.engine.text.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4
+NEAR_TIE = 2e-5  # of router probabilities: below it two correct orders of summation may choose different experts
+ENDS = tuple(range(0, 300, 12))  # ids that end a generation: an untrained model samples one soon
+
+
+@cache
+def random_model(directory: Path) -> Qwen3_5:
+    """A dense model with random weights, by way of a checkpoint in `directory`. Its norms never divide by nearly
+    nothing, so that rounding stays far below the tolerance; its states forget slowly, so that a wrong one shows."""
+    made = oracle(Shape(), rms_norm_eps=1e-3)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("A_log"):
+                parameter.sub_(3)
+    made.save_pretrained(directory)
+    return load(directory)
+
+
+@cache
+def shipped_model() -> Qwen3_5:
+    return load(SHIPPED)
+
+
+@cache
+def shipped_tokenizer() -> Tokenizer:
+    return Tokenizer.from_directory(SHIPPED)
+
+
+@torch.inference_mode()
+def uncached_logits(model: Qwen3_5, tokens: list[int]) -> tuple[Tensor, int]:
+    """Logits of every position by one pass in fresh memory, [tokens, vocab], and how many of them no near-tie of a
+    router made arbitrary: from the first one on, two correct computations may differ."""
+    count = len(tokens)
+    pages = -(-count // 64)
+    runner = Runner(model, Memory(MemoryLayout(model.config, torch.float32), pages, 1, CPU), max_seqs=1)
+    clear, route = [count], ops.moe_route
+
+    def watch(scores: Tensor, top_k: int):
+        best = scores.float().softmax(-1).sort(descending=True).values
+        close = (best[:, top_k - 1] - best[:, top_k] < NEAR_TIE).nonzero()
+        clear.extend(close.flatten().tolist())
+        return route(scores, top_k)
+
+    with patch.object(ops, "moe_route", watch):
+        row = Row(tuple(tokens), 0, tuple(range(pages)), 0, 0, logits=count)
+        return runner.forward(Step(prefill=(row,))), min(clear)
+
+
+@dataclass
+class Talk:
+    """A request's outcome. outputs: ids by continuation."""
+
+    request: Request
+    sequences: list[Sequence]
+    outputs: list[list[int]]
+    reasons: dict[int, str] = field(default_factory=dict)
+    reuse: object = None
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.reasons) == len(self.outputs)
+
+    def take(self, update: Update) -> None:
+        self.outputs[update.index] += update.ids
+        self.reuse = self.reuse or update.reuse
+        if update.finish_reason:
+            self.reasons[update.index] = update.finish_reason
+        if update.error:
+            self.errors.append(update.error)
+
+    def history(self, child: int = 0) -> list[int]:
+        """Prompt and answer."""
+        return [*self.request.prompt, *self.outputs[child]]
+
+
+class Lab:
+    """One engine on the CPU, fp32, every Step and the cache validated.
+
+    admissions, forks, ends: what the cache answered and was told, by sequence id. computed: rows by sequence id, as
+    (first position, end). tamper: called at each admission, before its first Step is launched.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3_5,
+        *,
+        pages: int = 64,
+        slots: int = 16,
+        max_seqs: int = 4,
+        max_batch_tokens: int = 256,
+        ring_rows: int = 0,
+        validate: bool = True,
+        limits: dict | None = None,
+        **cache,
+    ):
+        self.model = model
+        layout = MemoryLayout(model.config, torch.float32, ring_rows=ring_rows)
+        longest = min(pages * 64, model.config.max_context)
+        self.memory = Memory(layout, pages, slots, CPU)
+        poison(self.memory)
+        self.runner = Runner(model, self.memory, max_seqs, longest)
+        self.cache = PrefixCache(CacheConfig(**{"pages": pages, "slots": slots, "ghost_nodes": 4 * pages} | cache))
+        bounds = Limits(max_seqs, max_batch_tokens, longest, **limits or {})
+        self.engine = Engine(self.runner, self.cache, bounds, shipped_tokenizer(), (), validate=validate)
+        self.scheduler = self.engine.scheduler
+        self.talks: list[Talk] = []
+        self.admissions: dict[int, list[Admission]] = {}
+        self.forks: dict[int, Fork] = {}
+        self.ends: dict[int, list[int]] = {}
+        self.computed: dict[int, list[tuple[int, int]]] = {}
+        self.page_copies = 0
+        self.tamper: Callable[[int, Admission], None] = lambda sequence, admission: None
+        self.compared = 0
+        self._logits: dict[int, dict[int, Tensor]] = {}  # by sequence id and position
+        self._planned: dict[int, tuple[Step, tuple[Sequence, ...]]] = {}
+        self._watch()
+
+    # ---- use
+
+    def submit(self, prompt: list[int], boundaries=None, name_space: str = "", **params) -> Talk:
+        """boundaries: before the last token where None."""
+        params = {"max_tokens": 8, "seed": len(self.talks)} | params
+        at = (len(prompt) - 1,) if boundaries is None else tuple(boundaries)
+        request = Request(str(len(self.talks)), tuple(prompt), SamplingParams(**params), at, name_space)
+        talk = Talk(request, [], [[] for _ in range(request.params.n)])
+        self.engine.submit(request, talk.take)
+        talk.sequences = [g.sequence for g in self.engine._requests[request.id]]
+        self.talks.append(talk)
+        return talk
+
+    def run(self, *talks: Talk, steps: int = 2000) -> None:
+        """Until these are done, or everything where none is named."""
+        for _ in range(steps):
+            if all(talk.finished for talk in talks) if talks else not self.engine.has_work:
+                return
+            self.engine.step()
+        raise AssertionError(f"not done after {steps} steps: {[t.request.id for t in self.talks if not t.finished]}")
+
+    def ask(self, prompt: list[int], boundaries=None, **params) -> Talk:
+        """One request from its submission until all memory is back."""
+        talk = self.submit(prompt, boundaries, **params)
+        self.run()
+        return talk
+
+    def admission(self, talk: Talk, child: int = 0) -> Admission:
+        """The last one of a continuation."""
+        return self.admissions[talk.sequences[child].id][-1]
+
+    def tokens_computed(self, talk: Talk) -> int:
+        """Of the prompt, by its first continuation."""
+        prompt = len(talk.request.prompt)
+        return sum(min(end, prompt) - start for start, end in self.computed[talk.sequences[0].id] if start < prompt)
+
+    def stats(self) -> dict[str, int]:
+        return self.cache.stats()
+
+    # ---- judgement
+
+    def difference(self) -> float:
+        """Largest difference between a logit the engine computed and the uncached one, near-ties excepted, in units of
+        the logits' spread where that exceeds 1. Also checks that every output was computed, that the arenas' pages were
+        copied as often as the cache says, and that nothing is held once all has ended."""
+        assert not self.engine.has_work
+        worst = 0.0
+        self.compared = 0
+        for talk in self.talks:
+            for sequence in talk.sequences:
+                tokens, found = list(sequence.tokens), self._logits.get(sequence.id, {})
+                # The first logits of a fork are its parent's.
+                given = {**self._logits.get(talk.sequences[0].id, {}), **found}
+                missing = [p for p in range(sequence.prompt_tokens - 1, len(tokens) - 1) if p not in given]
+                assert not missing, f"sequence {sequence.id}: no logits at {missing[:5]}"
+                if not found:
+                    continue
+                logits, clear = uncached_logits(self.model, tokens)
+                positions = [p for p in found if p < min(len(tokens), clear)]
+                if positions:
+                    error = (torch.stack([found[p] for p in positions]) - logits[positions]).abs().max()
+                    worst = max(worst, (error / logits.std().clamp(min=1)).nan_to_num(torch.inf).item())
+                    self.compared += len(positions)
+        assert self.compared > 0 or not self._logits, "every position lies behind a near-tie"
+        stats = self.stats()
+        held = {k: stats[k] for k in ("pages_held", "slots_working", "slots_planned", "slots_draining", "running")}
+        assert not any(held.values()), f"held by nobody: {held}"
+        assert self.page_copies == stats["page_copies"], "the cache counts other page copies than were made"
+        assert self.cache.check() == ""
+        return worst
+
+    # ---- observation
+
+    def _watch(self) -> None:
+        cache, runner, plan = self.cache, self.runner, self.scheduler.plan
+        admit, fork, finish, forward = cache.admit, cache.fork, cache.finish, runner.forward
+
+        def watched_admit(id, *args, **kwargs):
+            result = admit(id, *args, **kwargs)
+            if isinstance(result, Admission):
+                self.admissions.setdefault(id, []).append(result)
+                self.tamper(id, result)
+            return result
+
+        def watched_fork(parent, child, *args):
+            result = fork(parent, child, *args)
+            if isinstance(result, Fork):
+                self.forks[child] = result
+            return result
+
+        def watched_finish(id, tokens, count, **kwargs):
+            self.ends.setdefault(id, []).append(count)
+            return finish(id, tokens, count, **kwargs)
+
+        def watched_plan():
+            planned = plan()
+            if planned:
+                self._planned[id(planned.step)] = planned.step, planned.rows
+            return planned
+
+        def watched_forward(step):
+            with counted_copies() as count:
+                logits = forward(everywhere(step))
+            self.page_copies += count["copy_pages"]
+            assert count["copy_states"] == 0, "a state was copied"
+            _, sequences = self._planned.pop(id(step))
+            at, wanted = 0, []
+            for row, sequence in zip(step.rows, sequences, strict=True):
+                self.computed.setdefault(sequence.id, []).append((row.start, row.end))
+                for position in range(row.start, row.end):
+                    self._logits.setdefault(sequence.id, {})[position] = logits[at]
+                    if position >= row.end - row.logits:
+                        wanted.append(at)
+                    at += 1
+            return logits[wanted]
+
+        cache.admit, cache.fork, cache.finish = watched_admit, watched_fork, watched_finish
+        runner.forward, self.scheduler.plan = watched_forward, watched_plan
+
+
+def everywhere(step: Step) -> Step:
+    """The same Step with logits of every token."""
+    return replace(step, prefill=tuple(row._replace(logits=len(row.tokens)) for row in step.prefill))
+
+
+def poison(memory: Memory) -> None:
+    """What nothing has written reads as NaN, so that using it shows."""
+    memory.kv.fill_(float("nan"))
+    for layer in memory.layers:
+        if not isinstance(layer, Tensor):
+            layer.state.fill_(float("nan"))
+            layer.ring.fill_(float("nan"))
+            layer.window.fill_(float("nan"))
+            layer.cursor.fill_(0)
+
+
+@contextmanager
+def counted_copies() -> Iterator[dict[str, int]]:
+    """Pairs copied by the two copy operators."""
+    count = {"copy_pages": 0, "copy_states": 0}
+    originals = {name: getattr(ops, name) for name in count}
+
+    def counting(name):
+        def copy(arena, source, *rest):
+            count[name] += int((source >= 0).sum())
+            return originals[name](arena, source, *rest)
+
+        return copy
+
+    with patch.multiple(ops, **{name: counting(name) for name in count}):
+        yield count
