@@ -14,7 +14,8 @@ VOCAB = 24
 DRAWS = 3000
 LOGITS = torch.linspace(-2.5, 2.5, VOCAB, dtype=torch.float64)[torch.randperm(VOCAB, generator=torch.manual_seed(5))]
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
-PROMPT, OUTPUT = (1, 2, 2, 3), (3, 4, 4, 4, 5)
+FIRST, SECOND, THIRD = LOGITS.topk(3).indices.tolist()  # penalties of rare ids would not show
+PROMPT, OUTPUT = (FIRST, 2, 2, SECOND), (SECOND, THIRD, THIRD, THIRD, 5)
 
 
 def adjusted(begin: Begin, output: int = 0, edit: Edit | None = None) -> np.ndarray:
@@ -107,7 +108,7 @@ ASKED = {
         "temperature": 0.8,
         **PENALISED,
     },
-    "penalties come after biases": {"repetition_penalty": 2.0, "bias": ((3, 4.0), (4, -3.0)), **PENALISED},
+    "penalties come after biases": {"repetition_penalty": 2.0, "bias": ((SECOND, 4.0), (THIRD, -3.0)), **PENALISED},
     "bias": {"bias": ((0, 2.0), (7, -100.0), (7, 3.0))},
     "allowed": {"allowed": (2, 9, 17)},
     "a bias allows nothing": {"allowed": (2, 9), "bias": ((5, 100.0),)},
@@ -199,6 +200,16 @@ def test_a_sequence_gets_its_ids_in_any_batch_at_any_row_and_after_any_preemptio
             assert sampler._last_ids[at[i]] == id
     for begin, ids, rows in zip(begins, outputs, logits, strict=True):
         assert ids == sequence_alone(begin, rows)
+
+
+def test_a_new_sequence_at_an_index_brings_its_own_parameters():
+    hot, logits = Begin(0, **PLAIN), LOGITS.float().repeat(8, 1)
+    sampler = Sampler(1, VOCAB, torch.zeros(1, dtype=torch.int64))
+    sampler.begin([hot._replace(temperature=0.0)])
+    sampler.choose([Sample(0, 0, 0)], logits[:1], [])
+    sampler.begin([hot])
+    ids = [sampler.choose([Sample(0, 0, i)], logits[:1], [])[0].item() for i in range(8)]
+    assert ids == sequence_alone(hot, logits) and len(set(ids)) > 1
 
 
 def test_penalties_count_what_was_generated_since():
