@@ -9,7 +9,6 @@ from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.step import Begin, Row, Sample, Step
 
-
 SAMPLING = {"tokenspeed.sample.default", "aten.argmax.default"}
 
 
