@@ -133,6 +133,8 @@ class Bench:
         assert {name: stats[name] for name in held} == dict.fromkeys(held, 0), "memory is missing"
         assert stats["pages_free"] + stats["pages_evictable"] == self.setting.pages
         assert sorted(planner._free) == list(range(self.setting.seqs)), "an index is missing"
+        begins = sum(len(step.begins) for step in self.device.steps)
+        assert begins <= planner._next_id + planner.preemptions, "a sequence began more often than it gave way"
         assert not planner.running and not planner.waiting and not planner._children
         assert not self.engine._requests and not self.engine._generations
         assert self.cache.check() == ""

@@ -14,6 +14,8 @@ from .parallel.comm import ONE_RANK, Communicator
 from .request import TokenScores
 from .step import Begin, Edit, Sample
 
+_LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -82,6 +84,11 @@ class Vocabulary:
         return top, ids + self.first
 
 
+def _temperature(begin: Begin) -> float:
+    """Below the least temperature the likeliest id is as good as certain, and scaled logits leave fp32's range."""
+    return begin.temperature if begin.temperature >= _LEAST_TEMPERATURE else 0.0
+
+
 class Sampler:
     """Sampling parameters, penalty counts and the last id of every sequence index.
 
@@ -132,9 +139,10 @@ class Sampler:
     def _gather(self, indices: tuple[int, ...]) -> list[Tensor]:
         """The index and the arguments of `ops.sample` for these sequences, in its order."""
         begins = [self._begins[index] for index in indices]
-        integers = [[*indices], [b.seed for b in begins], [max(b.top_k, 0) for b in begins]]
+        # Beyond the vocabulary top-k cuts nothing, and an integer of any size would not fit the tensor.
+        integers = [[*indices], [b.seed for b in begins], [min(max(b.top_k, 0), self._vocabulary) for b in begins]]
         index, seed, top_k = to_device(np.array(integers, dtype=np.int64), self._device)
-        floats = [[b.temperature for b in begins], [b.top_p for b in begins], [b.min_p for b in begins]]
+        floats = [[_temperature(b) for b in begins], [b.top_p for b in begins], [b.min_p for b in begins]]
         temperature, top_p, min_p = to_device(np.array(floats, dtype=np.float32), self._device)
         return [index, temperature, top_k.int(), top_p, min_p, seed]
 

@@ -1,0 +1,61 @@
+"""A decode step starts as many operators for one sequence as for many: the host's work must not grow with the batch."""
+
+import pytest
+import torch
+from checkpoints import CPU, Shape, load, oracle
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.step import Begin, Row, Sample, Step
+
+SAMPLING = {"tokenspeed.sample.default", "aten.argmax.default"}
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def operators_of_a_decode_step(directory, batch: int, asked: dict) -> list[str]:
+    model = load(directory)
+    runner = Runner(model, Memory(MemoryLayout(model.config, torch.float32), batch, batch, CPU), batch, 64)
+    begins = tuple(Begin(i, top_k=5, top_p=0.9, min_p=0.0, seed=i, **asked) for i in range(batch))
+    prefill = tuple(Row((1 + i % 50, 2, 3), 0, (i,), i, i, i) for i in range(batch))
+    samples = tuple(Sample(i, i, 0) for i in range(batch))
+    first = runner.launch(Step(prefill=prefill, begins=begins, samples=samples))
+    first.sample()
+    first.read()
+    decode = tuple(Row((), 3, (), i, i, i) for i in range(batch))
+    second = runner.launch(Step(decode=decode, samples=tuple(Sample(i, i, 1, logprobs=2) for i in range(batch))))
+    second.sample()
+    with Operators() as operators:
+        assert len(second.read().ids) == batch
+    return operators.names
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "presence_penalty": 0.5, "prompt": (1, 2), "bias": ((3, 1.0),)},
+    ],
+    ids=["greedy", "sampled", "penalised"],
+)
+def test_a_decode_step_calls_as_many_operators_at_batch_1_and_64(moe, asked, tmp_path):
+    oracle(Shape(moe=moe)).save_pretrained(tmp_path)
+    one, two, many = (operators_of_a_decode_step(tmp_path, batch, asked) for batch in (1, 2, 64))
+    assert many == two
+    assert set(many) & SAMPLING, "the step ends with a choice"
+    # A write through an index of one element takes torch another view, which is no work of the device.
+    views = ("aten.view.default", "aten.resolve_conj.default", "aten.resolve_neg.default")
+    assert [name for name in many if name not in views] == [name for name in one if name not in views]
