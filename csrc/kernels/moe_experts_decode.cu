@@ -397,6 +397,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
 }
 
+constexpr int kRanksAtOnce = 8;  // rows in flight a thread
+
 // out of one tile: four columns of a token a thread.
 __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
     constexpr int kVectors = Down::kTileColumns / 4;
@@ -406,14 +408,21 @@ __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
         const float* rows = a.rows + int64_t{token} * p.top_k * p.hidden + column;
         const __nv_bfloat16* weights = p.weights + token * p.top_k;
         float sum[4] = {};
-#pragma unroll 8
-        for (int rank = 0; rank < p.top_k; ++rank) {
-            const uint4 row = ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden);
-            const float weight = to_float(weights[rank]);
-            sum[0] += weight * __uint_as_float(row.x);
-            sum[1] += weight * __uint_as_float(row.y);
-            sum[2] += weight * __uint_as_float(row.z);
-            sum[3] += weight * __uint_as_float(row.w);
+        for (int first = 0; first < p.top_k; first += kRanksAtOnce) {
+            uint4 row[kRanksAtOnce];
+#pragma unroll
+            for (int r = 0; r < kRanksAtOnce; ++r) {
+                if (first + r < p.top_k) row[r] = ptx::load_16_no_allocate(rows + int64_t{first + r} * p.hidden);
+            }
+#pragma unroll
+            for (int r = 0; r < kRanksAtOnce; ++r) {
+                if (first + r >= p.top_k) break;
+                const float weight = to_float(weights[first + r]);
+                sum[0] += weight * __uint_as_float(row[r].x);
+                sum[1] += weight * __uint_as_float(row[r].y);
+                sum[2] += weight * __uint_as_float(row[r].z);
+                sum[3] += weight * __uint_as_float(row[r].w);
+            }
         }
         *reinterpret_cast<uint2*>(p.out + int64_t{token} * p.hidden + column) =
             make_uint2(pack<__nv_bfloat16>(sum[0], sum[1]), pack<__nv_bfloat16>(sum[2], sum[3]));

@@ -48,6 +48,7 @@ constexpr int kTileRows = 256;         // of weights
 constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
 constexpr int kDepth = 64;             // of a stage: the 128 bytes that a row of a swizzled tile has
 constexpr int kStages = 4;
+constexpr int kTileSlots = 2 * kStages;  // more than the tiles under way, which have a stage each at least
 constexpr int kRowBytes = kDepth * 2;
 constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
 constexpr int kGroupChoices = kTileChoices / 2;  // that one warpgroup multiplies
@@ -57,11 +58,16 @@ constexpr int kOutputBytes = kOutputColumns * 2;
 
 constexpr int kWgmmaRegisters = 216, kCopyRegisters = 72;
 
+struct Tile {
+    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
+};
+
 struct Storage {  // of dynamic shared memory
     uint8_t choices[kStages][kChoiceBytes];
     uint8_t weights[kStages][kWeightBytes];
     uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
     uint64_t full[kStages], empty[kStages];
+    Tile tiles[kTileSlots];             // the block's latest, by turn; a tile lies there once its first stage is full
     int tiles_before[kMaxExperts + 1];  // tiles of rows of lower experts; the total past the last expert
     int warp_total[kThreads / 32];
 };
@@ -71,10 +77,6 @@ struct Arguments {
     MoeExperts p;
     __nv_bfloat16* activations;  // [choices, width], in the order of `order`
     __nv_bfloat16* rows;         // [choices, hidden], by token and rank
-};
-
-struct Tile {
-    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
 };
 
 // All tiles of one product, this block's in order.
@@ -209,8 +211,14 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Stora
     if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
 }
 
-// Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
-// columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
+// A warp stores 16 rows, two at once: the row that this lane has a part in at turn i.
+constexpr int kRowsOfLane = 8;
+__device__ __forceinline__ int stored_row(int i) {
+    return i * 2 + threadIdx.x % 32 / 16;
+}
+
+// Stores a warp's 16 rows x 128 columns. values(j, i): the packed pair of registers of rows 8 i and columns 8 j of the
+// fragments. `row_pointer(i)`: where the columns of stored_row(i) go, null to leave it out; `columns` of them exist.
 template <typename Values, typename RowPointer>
 __device__ __forceinline__ void store_rows(uint8_t* output, Values values, int columns, RowPointer row_pointer) {
     const int lane = threadIdx.x % 32;
@@ -225,9 +233,9 @@ __device__ __forceinline__ void store_rows(uint8_t* output, Values values, int c
     __syncwarp();
     const int piece = lane % 16;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int from = i * 2 + lane / 16;
-        __nv_bfloat16* to = row_pointer(from);
+    for (int i = 0; i < kRowsOfLane; ++i) {
+        const int from = stored_row(i);
+        __nv_bfloat16* to = row_pointer(i);
         if (to == nullptr || piece * 8 >= columns) continue;
         store_16(to + piece * 8,
                  *reinterpret_cast<const uint4*>(output + from * kOutputBytes + (piece ^ from % 8) * 16));
@@ -250,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (static_cast<int>(blockIdx.x) >= count) return;
         Tile tile = tiles.find(blockIdx.x);
         Gather gather(p, tile);
-        for (int index = blockIdx.x; index < count; index += step) {
+        int turn = 0;
+        for (int index = blockIdx.x; index < count; index += step, ++turn) {
             const __nv_bfloat16* source[Gather::kRows];
 #pragma unroll
             for (int i = 0; i < Gather::kRows; ++i) {
@@ -265,6 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int s = 0; s < stages; ++s) {
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
                 if (threadIdx.x == 0) {
+                    if (s == 0) storage.tiles[turn % kTileSlots] = current;
                     ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
                     ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
                                      {s * kDepth, current.column_tile * kPairs, 0, current.expert});
@@ -278,8 +288,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::register_increase<kWgmmaRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
+        int turn = 0;
+        for (int index = blockIdx.x; index < count; index += step, ++turn) {
+            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+            const Tile tile = storage.tiles[turn % kTileSlots];
             const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
             float sum[kTileRows / 2];
             multiply_tile<true>(sum, storage, at, stages, has_rows);
@@ -289,8 +301,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 return pack<__nv_bfloat16>(silu(sum[gate]) * sum[up], silu(sum[gate + 1]) * sum[up + 1]);
             };
             const int column = tile.column_tile * kPairs;
-            store_rows(output, activation, p.width - column, [&](int row) -> __nv_bfloat16* {
-                const int choice = row_of_warp + row;
+            store_rows(output, activation, p.width - column, [&](int i) -> __nv_bfloat16* {
+                const int choice = row_of_warp + stored_row(i);
                 if (choice >= tile.choices) return nullptr;
                 return a.activations + int64_t{tile.first + choice} * p.width + column;
             });
@@ -313,11 +325,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
         if (threadIdx.x >= 32) return;
-        for (int index = blockIdx.x; index < count; index += step) {
+        int turn = 0;
+        for (int index = blockIdx.x; index < count; index += step, ++turn) {
             const Tile tile = tiles.find(index);
             for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
                 uint64_t* full = &storage.full[at.slot];
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+                if (s == 0) storage.tiles[turn % kTileSlots] = tile;
                 ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
                 ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
                 ptx::tma_load<3>(storage.weights[at.slot], &down, full,
@@ -329,9 +343,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::register_increase<kWgmmaRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
+        int turn = 0;
+        for (int index = blockIdx.x; index < count; index += step, ++turn) {
+            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+            const Tile tile = storage.tiles[turn % kTileSlots];
             const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
+            int flat[kRowsOfLane];  // where the rows that this lane stores go; loaded while the tile is multiplied
+#pragma unroll
+            for (int i = 0; i < kRowsOfLane; ++i) {
+                const int choice = row_of_warp + stored_row(i);
+                flat[i] = choice < tile.choices ? p.order[tile.first + choice] : -1;
+            }
             float sum[kTileRows / 2];
             multiply_tile<false>(sum, storage, at, stages, has_rows);
             if (!has_rows) continue;
@@ -342,10 +364,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const int at_register = part * kOutputColumns / 2 + 4 * j + 2 * i;
                     return pack<__nv_bfloat16>(sum[at_register], sum[at_register + 1]);
                 };
-                store_rows(output, packed, p.hidden - column, [&](int row) -> __nv_bfloat16* {
-                    const int choice = row_of_warp + row;
-                    if (choice >= tile.choices) return nullptr;
-                    return a.rows + int64_t{p.order[tile.first + choice]} * p.hidden + column;
+                store_rows(output, packed, p.hidden - column, [&](int i) -> __nv_bfloat16* {
+                    return flat[i] < 0 ? nullptr : a.rows + int64_t{flat[i]} * p.hidden + column;
                 });
             }
         }
@@ -353,6 +373,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 constexpr int kSumThreads = 256;
+constexpr int kRanksAtOnce = 4;  // rows in flight a thread
 
 // out[token] = the sum over ranks of weight times row: a thread eight columns.
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Arguments a) {
@@ -366,12 +387,20 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
     const __nv_bfloat16* rows = a.rows + token * p.top_k * p.hidden + column;
     const __nv_bfloat16* weights = p.weights + token * p.top_k;
     Float8 sum{};
-#pragma unroll 8
-    for (int rank = 0; rank < p.top_k; ++rank) {
-        const Float8 row = unpack(ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden));
-        const float weight = to_float(weights[rank]);
+    for (int first = 0; first < p.top_k; first += kRanksAtOnce) {
+        uint4 row[kRanksAtOnce];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum.v[i] += weight * row.v[i];
+        for (int i = 0; i < kRanksAtOnce; ++i) {
+            if (first + i < p.top_k) row[i] = ptx::load_16_no_allocate(rows + int64_t{first + i} * p.hidden);
+        }
+#pragma unroll
+        for (int i = 0; i < kRanksAtOnce; ++i) {
+            if (first + i >= p.top_k) break;
+            const float weight = to_float(weights[first + i]);
+            const Float8 x = unpack(row[i]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum.v[j] += weight * x.v[j];
+        }
     }
     store_16(p.out + token * p.hidden + column, pack(sum));
 }
