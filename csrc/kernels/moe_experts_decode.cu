@@ -18,8 +18,8 @@
 // shared memory, and eight warps multiply: mma.sync with weights on M = 16 and choices on N = 8 or 16. A stage is 32
 // rows x 256 of depth (gate_up) or 64 x 128 (down): two or four warps share the rows, four or two the depth, whose sums
 // meet in shared memory at the end of the unit. Both operands are read 16 bytes a lane, eight consecutive columns: a
-// permutation of k that is the same for both, hence free. Rows of a fragment lie in the order 0, 4, 1, 5, ... of the
-// swizzled tile, which keeps the 8 lanes of a read on distinct banks.
+// permutation of k that is the same for both, hence free. Which rows of a tile form a fragment's is free too: an order
+// that keeps the 8 lanes of a read on distinct banks of the swizzled tile.
 //
 // A tile of the output is complete when its units of all entries are: each block adds the units it has done to the
 // tile's counter, and the block that completes it sums it. No float atomics: the same input gives the same bits.
@@ -250,15 +250,26 @@ __device__ void copy_rows(Control& control, uint8_t* rows, const Layout& layout,
     }
 }
 
+// The row of eight that the lanes of a quad read. Two quads share a read; their rows lie 512 bytes apart, four lines of
+// 128, so that the swizzle puts their pieces into different halves of a line.
+template <typename Product>
+__device__ __forceinline__ int row_of_quad(int quad) {
+    if constexpr (Shape<Product>::kDepthWarps == 4) return quad;
+    static_assert(Shape<Product>::kDepthWarps == 4 || Shape<Product>::kDepthWarps == 2);
+    return (quad & 4) | (quad & 1) << 1 | (quad & 2) >> 1;
+}
+
 // sum += the warp's 16 rows x 64 of depth of a stage times the same depth of the choices. `low` and `high`: the
-// fragment's first and last eight rows; `choices`: the slot's chunk.
+// fragment's first and last eight rows; `chunk`: of the stage; `choices`: the slot at that depth.
+template <typename Product>
 __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const uint8_t* low, const uint8_t* high,
-                                               const uint8_t* choices, int row_pitch, int groups) {
+                                               int chunk, const uint8_t* choices, int row_pitch, int groups) {
+    constexpr int kChunks = Shape<Product>::kDepthWarps;
     const int lane = threadIdx.x % 32, quad = lane / 4, piece = lane % 4;
-    const int row = quad / 2 + quad % 2 * 4;
+    const int line = row_of_quad<Product>(quad) * kChunks + chunk;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int offset = row * 128 + ((half * 4 + piece) ^ row) * 16;
+        const int offset = line * 128 + ((half * 4 + piece) ^ line % 8) * 16;
         const uint4 upper = *reinterpret_cast<const uint4*>(low + offset);
         const uint4 lower = *reinterpret_cast<const uint4*>(high + offset);
         const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
@@ -285,10 +296,11 @@ __device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* r
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
     const int row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps;
     const int chunks = depth / kChunk, stages_of_unit = (depth + S::kDepth - 1) / S::kDepth;
-    // Of gate_up all gate rows of a chunk come first, then its up rows; of down 16 rows of a warp are neighbours.
+    // A stage lies as [row][chunk]. Of gate_up all gate rows come first, then the up rows; of down 16 rows of a warp
+    // are neighbours.
     constexpr bool kPairs = std::is_same_v<Product, GateUp>;
-    const int low = depth_warp * S::kRows * 128 + row_warp * (kPairs ? 8 : 16) * 128;
-    const int high = low + (kPairs ? S::kRows / 2 : 8) * 128;
+    constexpr int kRowBytes = S::kDepth * 2;
+    const int low = row_warp * (kPairs ? 8 : 16) * kRowBytes, high = low + (kPairs ? S::kRows / 2 : 8) * kRowBytes;
     Cursor at, at_rows;
     int held = -1;
     for (int unit = work.begin; unit < work.end; ++unit) {
@@ -307,7 +319,8 @@ __device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* r
             const int chunk = s * S::kDepthWarps + depth_warp;
             const uint8_t* stage = ring + at.slot * kStageBytes;
             if (chunk < chunks) {
-                multiply_chunk(sum, stage + low, stage + high, choices + chunk * 128, layout.row_pitch, groups);
+                multiply_chunk<Product>(sum, stage + low, stage + high, depth_warp, choices + chunk * 128,
+                                        layout.row_pitch, groups);
             }
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
@@ -320,7 +333,7 @@ __device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* r
         }
 
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // the sums of the unit before are read
-        const int row = row_warp * 16 + quad / 2 + quad % 2 * 4;
+        const int row = row_warp * 16 + row_of_quad<Product>(quad);
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
@@ -365,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         stream_weights(control, ring, layout, work, p.hidden,
                        [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
                            const int chunk = s * Shape<GateUp>::kDepthWarps;
-                           ptx::tma_load<5>(stage, &gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
+                           ptx::tma_load<5>(stage, &gate_up, full, {0, chunk, tile * GateUp::kTileColumns, 0, expert});
                        });
         const Work<Down> next(entries, output_tiles);
         const int64_t tile_elements = int64_t{Down::kTileColumns} * p.width;
@@ -447,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         stream_weights(control, ring, layout, work, p.width,
                        [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
                            const int chunk = s * Shape<Down>::kDepthWarps;
-                           ptx::tma_load<4>(stage, &down, full, {0, tile * Down::kTileColumns, chunk, expert});
+                           ptx::tma_load<4>(stage, &down, full, {0, chunk, tile * Down::kTileColumns, expert});
                        });
         return;
     }
@@ -497,9 +510,9 @@ cudaError_t encode_gate_up(CUtensorMap* map, const MoeExperts& p) {
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     return encode_tensor_map<5>(map, TensorElement::kBf16,
                                 {.base = p.gate_up,
-                                 .sizes = {kChunk, width, 2, hidden / kChunk, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, hidden * 2, width * hidden * 2, kChunk * 2, 2 * width * hidden * 2},
-                                 .box = {kChunk, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
+                                 .sizes = {kChunk, hidden / kChunk, width, 2, static_cast<uint64_t>(p.experts)},
+                                 .strides = {2, kChunk * 2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
+                                 .box = {kChunk, Shape<GateUp>::kDepthWarps, GateUp::kTileColumns, 2, 1}},
                                 Swizzle::k128);
 }
 
@@ -507,9 +520,9 @@ cudaError_t encode_down(CUtensorMap* map, const MoeExperts& p) {
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     return encode_tensor_map<4>(map, TensorElement::kBf16,
                                 {.base = p.down,
-                                 .sizes = {kChunk, hidden, width / kChunk, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, width * 2, kChunk * 2, hidden * width * 2},
-                                 .box = {kChunk, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
+                                 .sizes = {kChunk, width / kChunk, hidden, static_cast<uint64_t>(p.experts)},
+                                 .strides = {2, kChunk * 2, width * 2, hidden * width * 2},
+                                 .box = {kChunk, Shape<Down>::kDepthWarps, Down::kTileColumns, 1}},
                                 Swizzle::k128);
 }
 
