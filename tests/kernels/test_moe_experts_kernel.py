@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.launches import emulator, torch_served
 from tests.ops import reference
-from tests.ops.backends import Backend, relative_error, same_bits
+from tests.ops.backends import Backend, bounded, relative_error, same_bits
 
 pytest_plugins = ["tests.kernels.schedules"]
 
@@ -65,6 +67,36 @@ def test_ragged_groups_with_empty_experts_between(scheduled, copies):
     chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
     chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)
     assert error(scheduled, inputs(scheduled, chosen, len(counts), 64, 64)) < TOLERANCE
+
+
+@bounded
+@given(st.data())
+def test_any_routing_under_any_schedule(backend, data):
+    experts = data.draw(st.integers(1, 12), "experts")
+    top_k = data.draw(st.integers(1, min(experts, 4)), "top_k")
+    tokens = data.draw(st.integers(1, 80), "tokens")
+    skew = data.draw(st.sampled_from([0.0, 1.0, 6.0]), "skew")  # of the experts' popularity
+    seed = data.draw(st.integers(0, 2**32 - 1), "seed")
+    torch.manual_seed(seed)
+    chosen = (torch.randn(tokens, experts) + skew * torch.randn(experts)).topk(top_k).indices.to(backend.device)
+    args = inputs(backend, chosen, experts, 64, 64)
+    if backend.emulated is None:
+        assert error(backend, args) < TOLERANCE
+        return
+    device = emulator()
+    device.emulator_seed(seed)
+    try:
+        assert error(backend, args) < TOLERANCE
+    finally:
+        device.emulator_seed(0)
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(3, 16), (66, 1)])
+def test_the_most_experts_and_the_most_choices(backend, tokens, top_k):
+    """512 experts fill the prefill's table of tiles; its last expert has choices too."""
+    chosen = random_choice(backend, tokens, 512, top_k)
+    chosen[0] = torch.arange(512 - top_k, 512, device=backend.device)
+    assert error(backend, inputs(backend, chosen, 512, 64, 64)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [5, 70])
@@ -144,8 +176,9 @@ def test_a_row_stride_is_fine(backend, tokens):
 
 def test_what_no_kernel_serves_goes_to_torch_and_is_right(backend):
     odd = inputs(backend, random_choice(backend, 3, 4, 2), 4, 64, 32)
-    exact = tuple(arg.float() if arg.dtype == backend.dtype else arg for arg in odd)
-    for args, tolerance in ((odd, 2e-2), (exact, 1e-5)):
+    fp32 = tuple(arg.float() if arg.dtype == backend.dtype else arg for arg in odd)
+    experts = inputs(backend, random_choice(backend, 66, 513, 1), 513, 64, 64)
+    for args, tolerance in ((odd, 2e-2), (fp32, 1e-5), (experts, 2e-2)):
         x, weights, experts, _, _, gate_up, down = args
         results = []
         served = torch_served(lambda args=args, results=results: results.append(backend.op("moe_experts")(*args)))
