@@ -48,6 +48,7 @@ constexpr int kTileRows = 256;         // of weights
 constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
 constexpr int kDepth = 64;             // of a stage: the 128 bytes that a row of a swizzled tile has
 constexpr int kStages = 4;
+constexpr int kWindow = 4;               // stages whose weights are asked into L2 together, 512 bytes a row
 constexpr int kTileSlots = 2 * kStages;  // more than the tiles under way, which have a stage each at least
 constexpr int kRowBytes = kDepth * 2;
 constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
@@ -59,7 +60,7 @@ constexpr int kOutputBytes = kOutputColumns * 2;
 constexpr int kWgmmaRegisters = 216, kCopyRegisters = 72;
 
 struct Tile {
-    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
+    int expert, first, choices, row_tile, column_tile;  // first: position in `order`; choices <= kTileChoices
 };
 
 struct Storage {  // of dynamic shared memory
@@ -97,8 +98,8 @@ class Tiles {
         const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles_ <= index));
         const int expert = coarse * kStride + within;
         const int local = index - before[expert] * column_tiles_, row_tiles = before[expert + 1] - before[expert];
-        const int first = offsets_[expert] + local % row_tiles * kTileChoices;
-        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), local / row_tiles};
+        const int row_tile = local % row_tiles, first = offsets_[expert] + row_tile * kTileChoices;
+        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), row_tile, local / row_tiles};
     }
 
   private:
@@ -167,7 +168,19 @@ struct Gather {
             choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
         }
     }
+
+    // Asks for whole rows of x, each of the tile's by one thread.
+    __device__ void prefetch(const MoeExperts& p) const {
+        const int piece = threadIdx.x % 8;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            if (i == piece && choice[i] >= 0) {
+                ptx::bulk_prefetch_l2(p.x + choice[i] / p.top_k * p.x_stride, p.hidden * 2);
+            }
+        }
+    }
 };
+static_assert(Gather::kRows == 8, "the eight threads that share rows ask for one each");
 
 // Copies one stage. Rows past the end keep what they held: they reach no row of the output but their own.
 __device__ __forceinline__ void copy_choices(uint8_t* choices, const __nv_bfloat16* const (&source)[Gather::kRows],
@@ -179,6 +192,24 @@ __device__ __forceinline__ void copy_choices(uint8_t* choices, const __nv_bfloat
         if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + depth);
     }
 }
+
+// A part of the weights that will be copied a window after stage s, of this tile or of the next: kPartRows rows of a
+// window's depth. Of the blocks that share a tile's weights one asks for them.
+constexpr int kPartRows = kTileRows / kWindow;
+struct Ahead {
+    bool valid;
+    int part, depth, column_tile, expert;
+
+    __device__ Ahead(int s, int stages, const Tile& tile, const Tile& next, bool has_next) {
+        const int window = s / kWindow * kWindow + kWindow;
+        const bool here = window < stages;
+        valid = here ? tile.row_tile == 0 : has_next && next.row_tile == 0;
+        part = s % kWindow;
+        depth = here ? window * kDepth : 0;
+        column_tile = here ? tile.column_tile : next.column_tile;
+        expert = here ? tile.expert : next.expert;
+    }
+};
 
 // sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. kGathered: the choices were written by
 // threads (cp.async), and the matrix unit must be let see it.
@@ -243,7 +274,8 @@ __device__ __forceinline__ void store_rows(uint8_t* output, Values values, int c
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
+    gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ CUtensorMap window,
+                   const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
     auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
@@ -267,7 +299,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 source[i] = gather.choice[i] >= 0 ? row + threadIdx.x % 8 * 8 : nullptr;
             }
             const Tile current = tile;
-            if (index + step < count) {  // the next tile's choices arrive while this one is copied
+            const bool has_next = index + step < count;
+            if (has_next) {  // the next tile's choices arrive while this one is copied
                 tile = tiles.find(index + step);
                 gather = Gather(p, tile);
             }
@@ -277,9 +310,17 @@ __global__ void __launch_bounds__(kThreads, 1)
                     if (s == 0) storage.tiles[turn % kTileSlots] = current;
                     ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
                     ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
-                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
+                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert},
+                                     ptx::CachePolicy::kEvictFirst);
+                    const Ahead ahead(s, stages, current, tile, has_next);
+                    if (ahead.valid) {
+                        const int row = ahead.part * kPartRows;  // gate rows, then up rows
+                        ptx::tma_prefetch_l2<4>(&window, {ahead.depth, ahead.column_tile * kPairs + row % kPairs,
+                                                          row / kPairs, ahead.expert});
+                    }
                 }
                 copy_choices(storage.choices[at.slot], source, s * kDepth);
+                if (s == 0 && has_next && tile.column_tile == 0) gather.prefetch(p);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
                 at.next();
             }
@@ -312,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap down,
-                const __grid_constant__ Arguments a) {
+                const __grid_constant__ CUtensorMap window, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
     auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
@@ -324,18 +365,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     Cursor at;
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
-        if (threadIdx.x >= 32) return;
+        if (threadIdx.x >= 32 || static_cast<int>(blockIdx.x) >= count) return;
+        Tile tile = tiles.find(blockIdx.x);
         int turn = 0;
         for (int index = blockIdx.x; index < count; index += step, ++turn) {
-            const Tile tile = tiles.find(index);
+            const Tile current = tile;
+            const bool has_next = index + step < count;
+            if (has_next) tile = tiles.find(index + step);
+            if (threadIdx.x == 0 && has_next && tile.column_tile == 0) {
+                ptx::bulk_prefetch_l2(a.activations + int64_t{tile.first} * p.width, tile.choices * p.width * 2);
+            }
             for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
                 uint64_t* full = &storage.full[at.slot];
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                if (s == 0) storage.tiles[turn % kTileSlots] = tile;
+                if (s == 0) storage.tiles[turn % kTileSlots] = current;
                 ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
+                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, current.first});
                 ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
+                                 {s * kDepth, current.column_tile * kTileRows, current.expert},
+                                 ptx::CachePolicy::kEvictFirst);
+                const Ahead ahead(s, stages, current, tile, has_next);
+                if (ahead.valid) {
+                    ptx::tma_prefetch_l2<3>(
+                        &window, {ahead.depth, ahead.column_tile * kTileRows + ahead.part * kPartRows, ahead.expert});
+                }
                 at.next();
             }
         }
@@ -426,26 +479,33 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     const Arguments arguments{p, rows + choices * p.hidden, rows};
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     const auto experts = static_cast<uint64_t>(p.experts);
-    CUtensorMap gate_up, activations, down;
-    const cudaError_t encoded[] = {
-        encode_tensor_map<4>(&gate_up, TensorElement::kBf16,
-                             {.base = p.gate_up,
-                              .sizes = {hidden, width, 2, experts},
-                              .strides = {2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
-                              .box = {kDepth, kPairs, 2, 1}},
-                             Swizzle::k128),
-        encode_tensor_map<2>(&activations, TensorElement::kBf16,
-                             {.base = arguments.activations,
-                              .sizes = {width, static_cast<uint64_t>(choices)},
-                              .strides = {2, width * 2},
-                              .box = {kDepth, kTileChoices}},
-                             Swizzle::k128),
-        encode_tensor_map<3>(&down, TensorElement::kBf16,
-                             {.base = p.down,
-                              .sizes = {width, hidden, experts},
-                              .strides = {2, width * 2, hidden * width * 2},
-                              .box = {kDepth, kTileRows, 1}},
-                             Swizzle::k128)};
+    const auto of_gate_up = [&](CUtensorMap* map, uint32_t depth, uint32_t rows, uint32_t halves, Swizzle swizzle) {
+        return encode_tensor_map<4>(map, TensorElement::kBf16,
+                                    {.base = p.gate_up,
+                                     .sizes = {hidden, width, 2, experts},
+                                     .strides = {2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
+                                     .box = {depth, rows, halves, 1}},
+                                    swizzle);
+    };
+    const auto of_down = [&](CUtensorMap* map, uint32_t depth, uint32_t rows, Swizzle swizzle) {
+        return encode_tensor_map<3>(map, TensorElement::kBf16,
+                                    {.base = p.down,
+                                     .sizes = {width, hidden, experts},
+                                     .strides = {2, width * 2, hidden * width * 2},
+                                     .box = {depth, rows, 1}},
+                                    swizzle);
+    };
+    CUtensorMap gate_up, gate_up_window, activations, down, down_window;
+    const cudaError_t encoded[] = {of_gate_up(&gate_up, kDepth, kPairs, 2, Swizzle::k128),
+                                   of_gate_up(&gate_up_window, kWindow * kDepth, kPartRows, 1, Swizzle::kNone),
+                                   of_down(&down, kDepth, kTileRows, Swizzle::k128),
+                                   of_down(&down_window, kWindow * kDepth, kPartRows, Swizzle::kNone),
+                                   encode_tensor_map<2>(&activations, TensorElement::kBf16,
+                                                        {.base = arguments.activations,
+                                                         .sizes = {width, static_cast<uint64_t>(choices)},
+                                                         .strides = {2, width * 2},
+                                                         .box = {kDepth, kTileChoices}},
+                                                        Swizzle::k128)};
     for (const cudaError_t status : encoded) {
         if (status != cudaSuccess) return status;
     }
@@ -454,9 +514,9 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
                            .shared_bytes = sizeof(Storage),
                            .stream = stream,
                            .programmatic = true};
-    cudaError_t status = launch(gate_up_kernel, config, gate_up, arguments);
+    cudaError_t status = launch(gate_up_kernel, config, gate_up, gate_up_window, arguments);
     if (status != cudaSuccess) return status;
-    status = launch(down_kernel, config, activations, down, arguments);
+    status = launch(down_kernel, config, activations, down, down_window, arguments);
     if (status != cudaSuccess) return status;
     const int64_t vectors = int64_t{p.tokens} * p.hidden / 8;
     config.grid = dim3(static_cast<unsigned>((vectors + kSumThreads - 1) / kSumThreads));

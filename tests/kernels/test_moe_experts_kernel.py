@@ -157,6 +157,25 @@ def test_a_token_has_the_same_bits_whoever_shares_its_experts(backend, tokens):
     assert same_bits(run(backwards)[backwards], run(backwards.flip(0)))
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tokens", [5, 66])
+def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, seed):
+    """Of one call: queued, so that each kernel may run up to its wait before the one before it has begun."""
+    if backend.emulated is None:
+        pytest.skip("only the emulated device always starts the successor first")
+    args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, 64)
+    expected, device = backend.op("moe_experts")(*args), emulator()
+    device.emulator_seed(seed)
+    device.emulator_defer(1)
+    try:
+        result = backend.op("moe_experts")(*args)
+        assert device.emulator_synchronize() == 0
+    finally:
+        device.emulator_defer(0)
+        device.emulator_seed(0)
+    assert same_bits(result, expected)
+
+
 @pytest.mark.parametrize("tokens", [9, 66])
 def test_a_row_of_nan_stays_in_its_row(backend, tokens):
     args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, 64)
@@ -204,9 +223,7 @@ def inputs_on_card(experts: int, top_k: int, hidden: int, width: int, tokens: in
     return draw(tokens, hidden), *routing, gate_up, down
 
 
-def mixture_by_expert(
-    x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
+def mixture_by_expert(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`reference.mixture` in fp64, an expert at a time, on the card."""
     width, out = down.shape[2], torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in experts.unique().tolist():
@@ -217,13 +234,16 @@ def mixture_by_expert(
     return out
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 65, 4096])
 @pytest.mark.parametrize(("experts", "top_k", "hidden", "width"), PUBLISHED)
 def test_the_published_models_on_a_card(card, experts, top_k, hidden, width, tokens):
-    args = inputs_on_card(experts, top_k, hidden, width, tokens)
+    x, weights, chosen, *rest = inputs_on_card(experts, top_k, hidden, width, tokens)
     results = []
-    assert torch_served(lambda: results.append(torch.ops.tokenspeed.moe_experts(*args))) == []
-    assert relative_error(results[0], mixture_by_expert(*args)) < TOLERANCE
+    assert torch_served(lambda: results.append(torch.ops.tokenspeed.moe_experts(x, weights, chosen, *rest))) == []
+    assert results[0].isfinite().all()
+    rows = torch.randperm(tokens, device="cuda")[:12]  # fp64 takes a while
+    expected = mixture_by_expert(x[rows], weights[rows], chosen[rows], *rest[2:])
+    assert relative_error(results[0][rows], expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 64, 300])
