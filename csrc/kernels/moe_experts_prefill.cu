@@ -21,8 +21,15 @@
 // tile in a table of tiles before each expert, which it makes at its start. The two multiplying warpgroups drift apart
 // by up to the ring, so that one stores while the other multiplies.
 //
-// Predicted (not run): H200, 35B, 8192 tokens routed at random: 0.66 ms and 0.24 ms of products at 620 TFLOP/s raw (89%
-// of rows useful), 0.08 ms of summing; 397B: 3.1 ms.
+// Depth walks in stages of 128 bytes a row, over all rows of some ten experts at once: strips that memory serves badly.
+// So, a window of 4 stages ahead, one of the blocks that share a tile asks for its weights by 512 bytes a row into L2,
+// and for the next tile's choices by whole rows. Weights are read evict-first, which leaves L2 to x.
+//
+// Measured on an H100 (read 3071 GB/s, product 802 TFLOP/s) before that: 8192 tokens of 35B 1303 us, 316 TFLOP/s of
+// useful products; of 397B (160 choices an expert) 10.6 ms, 194 TFLOP/s. A stage took two to three times as long as its
+// products. Memory alone would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the kernels 0.7 / 1.7
+// GB, x once an expert. Predicted now, there: 0.95 and 7 ms. Next: a cluster of two blocks that share an expert's
+// weights by multicast, for L2 hands out 45 KB a stage and multiprocessor.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
@@ -50,6 +57,7 @@ constexpr int kDepth = 64;             // of a stage: the 128 bytes that a row o
 constexpr int kStages = 4;
 constexpr int kWindow = 4;               // stages whose weights are asked into L2 together, 512 bytes a row
 constexpr int kTileSlots = 2 * kStages;  // more than the tiles under way, which have a stage each at least
+constexpr int kRowsAStage = 4;           // rows of x of the next tile that are asked into L2: a few at a time
 constexpr int kRowBytes = kDepth * 2;
 constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
 constexpr int kGroupChoices = kTileChoices / 2;  // that one warpgroup multiplies
@@ -169,7 +177,7 @@ struct Gather {
         }
     }
 
-    // Asks for whole rows of x, each of the tile's by one thread.
+    // Asks for one whole row of x: every thread has another of the tile's.
     __device__ void prefetch(const MoeExperts& p) const {
         const int piece = threadIdx.x % 8;
 #pragma unroll
@@ -320,7 +328,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                     }
                 }
                 copy_choices(storage.choices[at.slot], source, s * kDepth);
-                if (s == 0 && has_next && tile.column_tile == 0) gather.prefetch(p);
+                if (has_next && tile.column_tile == 0 && static_cast<int>(threadIdx.x) / kRowsAStage == s) {
+                    gather.prefetch(p);
+                }
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
                 at.next();
             }
@@ -372,9 +382,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             const Tile current = tile;
             const bool has_next = index + step < count;
             if (has_next) tile = tiles.find(index + step);
-            if (threadIdx.x == 0 && has_next && tile.column_tile == 0) {
-                ptx::bulk_prefetch_l2(a.activations + int64_t{tile.first} * p.width, tile.choices * p.width * 2);
-            }
+            // The next tile's choices are asked into L2 by as many bytes a stage as the stage copies.
+            const int next_bytes = has_next && tile.column_tile == 0 ? tile.choices * p.width * 2 : 0;
+            const auto* next_choices = reinterpret_cast<const uint8_t*>(a.activations + int64_t{tile.first} * p.width);
             for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
                 uint64_t* full = &storage.full[at.slot];
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
@@ -384,6 +394,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                 ptx::tma_load<3>(storage.weights[at.slot], &down, full,
                                  {s * kDepth, current.column_tile * kTileRows, current.expert},
                                  ptx::CachePolicy::kEvictFirst);
+                const int asked = s * kChoiceBytes;
+                if (asked < next_bytes)
+                    ptx::bulk_prefetch_l2(next_choices + asked, min(kChoiceBytes, next_bytes - asked));
                 const Ahead ahead(s, stages, current, tile, has_next);
                 if (ahead.valid) {
                     ptx::tma_prefetch_l2<3>(
