@@ -18,8 +18,8 @@
 // shared memory, and eight warps multiply: mma.sync with weights on M = 16 and choices on N = 8 or 16. A stage is 32
 // rows x 256 of depth (gate_up) or 64 x 128 (down): two or four warps share the rows, four or two the depth, whose sums
 // meet in shared memory at the end of the unit. Both operands are read 16 bytes a lane, eight consecutive columns: a
-// permutation of k that is the same for both, hence free. Rows of a fragment lie in the order 0, 4, 1, 5, ... of the
-// swizzled tile, which keeps the 8 lanes of a read on distinct banks.
+// permutation of k that is the same for both, hence free. Which rows of a tile form a fragment's is free too: an order
+// that keeps the 8 lanes of a read on distinct banks of the swizzled tile.
 //
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, are in no
 // entry, and the sum over ranks leaves their rows out. With no entry at all, blocks write zeros.
@@ -28,202 +28,46 @@
 // tile's counter, and the block that completes it sums it. No float atomics: the same input gives the same bits.
 //
 // Programmatic launch. down_kernel lists its entries and fills its ring before it waits for the activations: gate_up
-// has let it start only after moe_route was complete. The weights that it will read first, gate_up's blocks ask into L2
-// when they have started their own last copies, so memory does not rest between the two.
+// has let it start only after moe_route was complete. Up to about four tokens need so little room for their rows that a
+// block of either kernel fits on one multiprocessor, and down's ring fills while gate_up runs. The weights that come
+// next, gate_up's blocks ask into L2 when they have started their own last copies: memory does not rest between the
+// two.
 //
-// Predicted (not run): H200, 35B 1 / 8 / 64 tokens 16 / 96 / 350 us; 397B 66 / 470 / 2250 us.
+// Measured on an H100 (read 3071 GB/s), when each kernel had the multiprocessors to itself: 35B 1 / 8 / 64 tokens 28.4
+// / 143.9 / 485.4 us, 58 / 87 / 93% of read; 397B 97.0 / 645 / 2978 us, 85 / 97 / 99%. One token of 35B took 12 us more
+// than its bytes; estimated, the first list and the first bytes 2 us, each change of kernel with its refill of the
+// rings 3 to 4. Predicted now, there: 23 us.
 //
-// budget: gate_up_kernel registers<=128 shared<=0 hot sass=HMMA
+// Both blocks on one multiprocessor also share its 64 K registers, hence the budgets.
+//
+// budget: gate_up_kernel registers<=72 shared<=0 hot sass=HMMA
 // budget: down_kernel registers<=128 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
 #include <launch.h>
 #include <ptx.h>
 #include <ptx_tma.h>
 
-#include <algorithm>
-
 #include "kernels.h"
+#include "moe_experts_decode.h"
 
 namespace tokenspeed {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kConsumers = 8;  // warps that multiply; they come first
-constexpr int kConsumerThreads = kConsumers * 32;
-constexpr int kWeightWarp = kConsumers, kRowWarp = kConsumers + 1;
-constexpr int kThreads = kConsumerThreads + 64;
-constexpr int kWarps = kThreads / 32;
-constexpr uint32_t kConsumerBarrier = 1;  // named barrier of the warps that multiply
-
-constexpr int kEntryChoices = 16;
-constexpr int kGroups = kEntryChoices / 8;  // N = 8 of one mma
-constexpr int kMaxEntries = kMoeDecodeTokens * kMaxTopK;
-constexpr int kChunk = 64;  // of depth: the 128 bytes that a TMA row swizzles
-constexpr int kStageBytes = 16384;
-constexpr int kMaxStages = 12, kLeastStages = 4;
-constexpr int kRowPadding = 64;  // bytes after a row of choices: two rows meet no bank twice
-constexpr int kMaxRowSlots = 2;
-constexpr int kSharedLimit = 227 * 1024;
-constexpr int kPrefetchBytes = 128 * 1024;  // of down, by each block of gate_up
-
-// The two products differ in the shape of a tile, in the order of their units and in what becomes of the sums.
-struct GateUp {
-    static constexpr int kRowWarps = 2;      // of 16 rows each: 8 gate rows and their 8 up rows
-    static constexpr int kTileColumns = 16;  // of the activations
-    static constexpr int kRowSlots = 1;      // an entry lasts for many units: the ring covers the change
-};
-struct Down {
-    static constexpr int kRowWarps = 4;
-    static constexpr int kTileColumns = 64;  // of the output
-    static constexpr int kRowSlots = 2;
-};
-
-template <typename Product>
-struct Shape {
-    static constexpr int kRows = 16 * Product::kRowWarps;  // of weights in a stage
-    static constexpr int kDepthWarps = kConsumers / Product::kRowWarps;
-    static constexpr int kDepth = kDepthWarps * kChunk;  // of a stage; each of these warps takes a chunk
-    static constexpr int kPitch = kRows + 4;  // floats of a choice's sums: distinct banks for a warp's stores
-    static_assert(kRows * kDepth * 2 == kStageBytes);
-};
-
-struct Entry {
-    int first;  // position in `order`
-    uint16_t expert, choices;
-};
-
-struct Control {
-    Entry entries[kMaxEntries];
-    float sums[4 * kEntryChoices * Shape<GateUp>::kPitch];  // [depth warp, choice, row]
-    uint64_t full[kMaxStages], empty[kMaxStages];
-    uint64_t rows_full[kMaxRowSlots], rows_empty[kMaxRowSlots];
-    int warp_total[kWarps];
-    int completes_tile;
-};
-static_assert(2 * Shape<Down>::kPitch <= 4 * Shape<GateUp>::kPitch, "both products use the same buffer of sums");
-
-// Dynamic shared memory: the ring, row slots, control.
-struct Layout {
-    int stages, row_pitch, row_slots;  // row_pitch in bytes
-
-    __host__ __device__ int rows_offset() const { return stages * kStageBytes; }
-    __host__ __device__ int control_offset() const { return rows_offset() + row_slots * kEntryChoices * row_pitch; }
-    __host__ __device__ int bytes() const { return control_offset() + static_cast<int>(sizeof(Control)); }
-};
-
-// The deepest ring that fits beside the rows; fewer than kLeastStages say that the depth is too long.
-template <typename Product>
-Layout layout_for(int depth) {
-    Layout layout{0, depth * 2 + kRowPadding, Product::kRowSlots};
-    layout.stages = std::min((kSharedLimit - layout.bytes()) / kStageBytes, kMaxStages);
-    return layout;
-}
-
-struct Arguments {
-    MoeExperts p;
-    __nv_bfloat16* activations;  // [choices, width], in the order of `order`
-    float* rows;                 // [choices, hidden], by token and rank
-    uint32_t* done;              // [hidden / 64] units of the tile that are complete
-    Layout layout;
-};
-
-// A block's share of the units, and which unit is which.
-template <typename Product>
-struct Work {
-    int entries, tiles, begin, end;
-
-    __device__ Work(int entry_count, int tile_count) : entries(entry_count), tiles(tile_count) {
-        const int units = entries * tiles, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-        begin = static_cast<int>(int64_t{units} * block / blocks);
-        end = static_cast<int>(int64_t{units} * (block + 1) / blocks);
-    }
-    __device__ int entry(int unit) const;
-    __device__ int tile(int unit) const;
-};
-template <>
-__device__ int Work<GateUp>::entry(int unit) const {
-    return unit / tiles;
-}
-template <>
-__device__ int Work<GateUp>::tile(int unit) const {
-    return unit % tiles;
-}
-template <>
-__device__ int Work<Down>::entry(int unit) const {
-    return unit % entries;
-}
-template <>
-__device__ int Work<Down>::tile(int unit) const {
-    return unit / entries;
-}
-
-// A place in a ring of `size` slots and the parity of its phase.
-struct Cursor {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void next(int size) {
-        if (++slot == size) slot = 0, phase ^= 1;
-    }
-};
-
-__device__ void initialise_barriers(Control& control, const Layout& layout) {
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < layout.stages; ++i) {
-            ptx::mbarrier_init(&control.full[i], 1);
-            ptx::mbarrier_init(&control.empty[i], kConsumers);
-        }
-        for (int i = 0; i < layout.row_slots; ++i) {
-            ptx::mbarrier_init(&control.rows_full[i], 1);
-            ptx::mbarrier_init(&control.rows_empty[i], kConsumers);
-        }
-        ptx::fence_mbarrier_init();
-    }
-}
-
-// Lists the entries of the experts that were hit, by rising expert, and returns their count. Called by the whole block;
-// ends with a barrier.
-__device__ int list_entries(Control& control, const int32_t* offsets, int experts) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int share = (experts + kThreads - 1) / kThreads;
-    const int begin = min(static_cast<int>(threadIdx.x) * share, experts), end = min(begin + share, experts);
-    int mine = 0;
-    for (int e = begin; e < end; ++e) mine += (offsets[e + 1] - offsets[e] + kEntryChoices - 1) / kEntryChoices;
-    int through = mine;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, distance);
-        if (lane >= distance) through += other;
-    }
-    if (lane == 31) control.warp_total[warp] = through;
-    __syncthreads();
-    int place = through - mine, total = 0;
-    for (int w = 0; w < kWarps; ++w) {
-        if (w < warp) place += control.warp_total[w];
-        total += control.warp_total[w];
-    }
-    for (int e = begin; e < end; ++e) {
-        for (int first = offsets[e]; first < offsets[e + 1]; first += kEntryChoices) {
-            const int choices = min(offsets[e + 1] - first, kEntryChoices);
-            control.entries[place++] = {first, static_cast<uint16_t>(e), static_cast<uint16_t>(choices)};
-        }
-    }
-    __syncthreads();
-    return total;
-}
+using namespace expert_decode;
 
 // Streams the weights of the block's units: one thread. `load` starts the copy of one stage.
 template <typename Product, typename Load>
-__device__ void stream_weights(Control& control, uint8_t* ring, const Layout& layout, const Work<Product>& work,
-                               int depth, Load load) {
+__device__ void stream_weights(const Memory& memory, const Layout& layout, const Work<Product>& work, int depth,
+                               Load load) {
+    Control& control = memory.control;
     const int stages_of_unit = (depth + Shape<Product>::kDepth - 1) / Shape<Product>::kDepth;
     Cursor at;
     for (int unit = work.begin; unit < work.end; ++unit) {
-        const int expert = control.entries[work.entry(unit)].expert, tile = work.tile(unit);
+        const int expert = memory.entries[work.entry(unit)].expert, tile = work.tile(unit);
         for (int s = 0; s < stages_of_unit; ++s) {
             ptx::mbarrier_wait(&control.empty[at.slot], at.phase ^ 1);
             ptx::mbarrier_arrive_expect_tx(&control.full[at.slot], kStageBytes);
-            load(ring + at.slot * kStageBytes, &control.full[at.slot], expert, tile, s);
+            load(memory.ring + at.slot * kStageBytes, &control.full[at.slot], expert, tile, s);
             at.next(layout.stages);
         }
     }
@@ -231,8 +75,9 @@ __device__ void stream_weights(Control& control, uint8_t* ring, const Layout& la
 
 // Copies the choices' rows whenever the entry changes: one warp, a lane a row. `row_of` gives the row of a position.
 template <typename Product, typename RowOf>
-__device__ void copy_rows(Control& control, uint8_t* rows, const Layout& layout, const Work<Product>& work, int depth,
+__device__ void copy_rows(const Memory& memory, const Layout& layout, const Work<Product>& work, int depth,
                           RowOf row_of) {
+    Control& control = memory.control;
     const int lane = threadIdx.x % 32;
     const uint32_t row_bytes = static_cast<uint32_t>(depth) * 2;
     Cursor at;
@@ -241,27 +86,40 @@ __device__ void copy_rows(Control& control, uint8_t* rows, const Layout& layout,
         const int index = work.entry(unit);
         if (index == loaded) continue;
         loaded = index;
-        const Entry entry = control.entries[index];
+        const Entry entry = memory.entries[index];
         ptx::mbarrier_wait(&control.rows_empty[at.slot], at.phase ^ 1);
         if (lane == 0) ptx::mbarrier_arrive_expect_tx(&control.rows_full[at.slot], entry.choices * row_bytes);
         __syncwarp();
         if (lane < entry.choices) {
-            uint8_t* to = rows + (at.slot * kEntryChoices + lane) * layout.row_pitch;
+            uint8_t* to = memory.rows + (at.slot * layout.slot_rows + lane) * layout.row_pitch;
             ptx::bulk_load(to, row_of(entry.first + lane), row_bytes, &control.rows_full[at.slot]);
         }
         at.next(layout.row_slots);
     }
 }
 
+// The row of eight that the lanes of a quad read. Two quads share a read; their rows lie 512 bytes apart, four lines of
+// 128, so that the swizzle puts their pieces into different halves of a line.
+template <typename Product>
+__device__ __forceinline__ int row_of_quad(int quad) {
+    if constexpr (Shape<Product>::kDepthWarps == 4) return quad;
+    static_assert(Shape<Product>::kDepthWarps == 4 || Shape<Product>::kDepthWarps == 2);
+    return (quad & 4) | (quad & 1) << 1 | (quad & 2) >> 1;
+}
+
 // sum += the warp's 16 rows x 64 of depth of a stage times the same depth of the choices. `low` and `high`: the
-// fragment's first and last eight rows; `choices`: the slot's chunk.
+// fragment's first and last eight rows; `chunk`: of the stage; `choices`: the slot at that
+// depth; `row_of_group`: where the lane's choice of each group lies in it.
+template <typename Product>
 __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const uint8_t* low, const uint8_t* high,
-                                               const uint8_t* choices, int row_pitch, int groups) {
+                                               int chunk, const uint8_t* choices, const int (&row_of_group)[kGroups],
+                                               int groups) {
+    constexpr int kChunks = Shape<Product>::kDepthWarps;
     const int lane = threadIdx.x % 32, quad = lane / 4, piece = lane % 4;
-    const int row = quad / 2 + quad % 2 * 4;
+    const int line = row_of_quad<Product>(quad) * kChunks + chunk;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int offset = row * 128 + ((half * 4 + piece) ^ row) * 16;
+        const int offset = line * 128 + ((half * 4 + piece) ^ line % 8) * 16;
         const uint4 upper = *reinterpret_cast<const uint4*>(low + offset);
         const uint4 lower = *reinterpret_cast<const uint4*>(high + offset);
         const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
@@ -269,7 +127,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
             if (n < groups) {
-                const auto* at = choices + (n * 8 + quad) * row_pitch + half * 64 + piece * 16;
+                const auto* at = choices + row_of_group[n] + half * 64 + piece * 16;
                 const uint4 b = *reinterpret_cast<const uint4*>(at);
                 ptx::mma_m16n8k16<__nv_bfloat16>(sum[n], first, b.x, b.y);
                 ptx::mma_m16n8k16<__nv_bfloat16>(sum[n], second, b.z, b.w);
@@ -279,38 +137,44 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
 }
 
 // Multiplies the units of the block: the warps kConsumers. `begin(unit, entry)` runs before a unit's products,
-// `finish(unit, entry)` after its sums lie in control.sums; both by all these threads.
+// `finish(unit, entry)` after its sums lie in memory.sums; both by all these threads.
 template <typename Product, typename Begin, typename Finish>
-__device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* rows, const Layout& layout,
-                         const Work<Product>& work, int depth, Begin begin, Finish finish) {
+__device__ void multiply(const Memory& memory, const Layout& layout, const Work<Product>& work, int depth, Begin begin,
+                         Finish finish) {
+    Control& control = memory.control;
     constexpr int kRowWarps = Product::kRowWarps;
     using S = Shape<Product>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
     const int row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps;
     const int chunks = depth / kChunk, stages_of_unit = (depth + S::kDepth - 1) / S::kDepth;
-    // Of gate_up all gate rows of a chunk come first, then its up rows; of down 16 rows of a warp are neighbours.
+    // A stage lies as [row][chunk]. Of gate_up all gate rows come first, then the up rows; of down 16 rows of a warp
+    // are neighbours.
     constexpr bool kPairs = std::is_same_v<Product, GateUp>;
-    const int low = depth_warp * S::kRows * 128 + row_warp * (kPairs ? 8 : 16) * 128;
-    const int high = low + (kPairs ? S::kRows / 2 : 8) * 128;
+    constexpr int kRowBytes = S::kDepth * 2;
+    const int low = row_warp * (kPairs ? 8 : 16) * kRowBytes, high = low + (kPairs ? S::kRows / 2 : 8) * kRowBytes;
+    int row_of_group[kGroups];  // a choice past the slot's end may read any other: it reaches no sum but its own
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) row_of_group[n] = min(n * 8 + quad, layout.slot_rows - 1) * layout.row_pitch;
     Cursor at, at_rows;
     int held = -1;
     for (int unit = work.begin; unit < work.end; ++unit) {
         const int index = work.entry(unit);
-        const Entry entry = control.entries[index];
+        const Entry entry = memory.entries[index];
         const int groups = (entry.choices + 7) / 8;
         begin(unit, entry);
         if (index != held) {
             ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
             held = index;
         }
-        const uint8_t* choices = rows + at_rows.slot * kEntryChoices * layout.row_pitch;
+        const uint8_t* choices = memory.rows + at_rows.slot * layout.slot_rows * layout.row_pitch;
         float sum[kGroups][4] = {};
         for (int s = 0; s < stages_of_unit; ++s) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
             const int chunk = s * S::kDepthWarps + depth_warp;
-            const uint8_t* stage = ring + at.slot * kStageBytes;
+            const uint8_t* stage = memory.ring + at.slot * kStageBytes;
             if (chunk < chunks) {
-                multiply_chunk(sum, stage + low, stage + high, choices + chunk * 128, layout.row_pitch, groups);
+                multiply_chunk<Product>(sum, stage + low, stage + high, depth_warp, choices + chunk * 128, row_of_group,
+                                        groups);
             }
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
@@ -323,13 +187,14 @@ __device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* r
         }
 
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // the sums of the unit before are read
-        const int row = row_warp * 16 + quad / 2 + quad % 2 * 4;
+        const int row = row_warp * 16 + row_of_quad<Product>(quad);
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
+            if (n >= groups) break;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int choice = n * 8 + lane % 4 * 2 + i % 2;
-                control.sums[(depth_warp * kEntryChoices + choice) * S::kPitch + row + i / 2 * 8] = sum[n][i];
+                memory.sums[(depth_warp * layout.sum_choices() + choice) * S::kPitch + row + i / 2 * 8] = sum[n][i];
             }
         }
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
@@ -339,49 +204,50 @@ __device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* r
 
 // A row's sum of a choice over the warps that shared the depth.
 template <typename Product>
-__device__ __forceinline__ float total(const Control& control, int choice, int row) {
+__device__ __forceinline__ float total(const Memory& memory, const Layout& layout, int choice, int row) {
     float value = 0;
 #pragma unroll
     for (int i = 0; i < Shape<Product>::kDepthWarps; ++i) {
-        value += control.sums[(i * kEntryChoices + choice) * Shape<Product>::kPitch + row];
+        value += memory.sums[(i * layout.sum_choices() + choice) * Shape<Product>::kPitch + row];
     }
     return value;
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
-    DYNAMIC_SHARED(ring);
+    DYNAMIC_SHARED(shared);
     const Layout& layout = a.layout;
     const MoeExperts& p = a.p;
-    uint8_t* rows = ring + layout.rows_offset();
-    auto& control = *reinterpret_cast<Control*>(ring + layout.control_offset());
+    const Memory memory(shared, layout);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == kWeightWarp * 32) ptx::prefetch_tensor_map(&gate_up);
-    initialise_barriers(control, layout);
+    initialise_barriers(memory.control, layout);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const int entries = list_entries(control, p.offsets, p.experts), output_tiles = p.hidden / Down::kTileColumns;
+    const int entries = list_entries(memory, p.offsets, p.experts), output_tiles = p.hidden / Down::kTileColumns;
     const Work<GateUp> work(entries, p.width / GateUp::kTileColumns);
 
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        stream_weights(control, ring, layout, work, p.hidden,
+        stream_weights(memory, layout, work, p.hidden,
                        [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
                            const int chunk = s * Shape<GateUp>::kDepthWarps;
-                           ptx::tma_load<5>(stage, &gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
+                           ptx::tma_load<5>(stage, &gate_up, full, {0, chunk, tile * GateUp::kTileColumns, 0, expert});
                        });
         const Work<Down> next(entries, output_tiles);
         const int64_t tile_elements = int64_t{Down::kTileColumns} * p.width;
         const auto tile_bytes = static_cast<uint32_t>(tile_elements * 2);
-        uint32_t asked = 0;
-        for (int unit = next.begin; unit < next.end && asked < kPrefetchBytes; ++unit, asked += tile_bytes) {
-            const int64_t expert = control.entries[next.entry(unit)].expert;
+        int passed = 0;
+        for (int unit = next.begin; unit < next.end && passed < a.down_ring + kPrefetchBytes; ++unit) {
+            passed += static_cast<int>(tile_bytes);
+            if (passed <= a.down_ring) continue;
+            const int64_t expert = memory.entries[next.entry(unit)].expert;
             ptx::bulk_prefetch_l2(p.down + (expert * output_tiles + next.tile(unit)) * tile_elements, tile_bytes);
         }
         return;
     }
     if (warp == kRowWarp) {
-        copy_rows(control, rows, layout, work, p.hidden,
+        copy_rows(memory, layout, work, p.hidden,
                   [&](int position) { return p.x + p.order[position] / p.top_k * p.x_stride; });
         return;
     }
@@ -389,16 +255,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = threadIdx.x; i < output_tiles; i += kConsumerThreads) a.done[i] = 0;
     }
     multiply(
-        control, ring, rows, layout, work, p.hidden, [](int, const Entry&) {},
+        memory, layout, work, p.hidden, [](int, const Entry&) {},
         [&](int unit, const Entry& entry) {
             const int choice = threadIdx.x / 16, column = threadIdx.x % 16;
             const int row = column / 8 * 16 + column % 8;  // each warp's gate rows, then its up rows
             if (choice >= entry.choices) return;
-            const float gate = total<GateUp>(control, choice, row), up = total<GateUp>(control, choice, row + 8);
+            const float gate = total<GateUp>(memory, layout, choice, row),
+                        up = total<GateUp>(memory, layout, choice, row + 8);
             a.activations[int64_t{entry.first + choice} * p.width + work.tile(unit) * 16 + column] =
                 __float2bfloat16(silu(gate) * up);
         });
 }
+
+constexpr int kRanksAtOnce = 8;  // rows in flight a thread
 
 // out of one tile: four columns of a token a thread.
 __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
@@ -410,16 +279,24 @@ __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
         const __nv_bfloat16* weights = p.weights + token * p.top_k;
         const int32_t* chosen = p.chosen + token * p.top_k;
         float sum[4] = {};
-#pragma unroll 8
-        for (int rank = 0; rank < p.top_k; ++rank) {
-            const uint4 row = ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden);
-            const float weight = to_float(weights[rank]);
-            // Loaded in any case, not to wait for `chosen` first; a row of an expert elsewhere holds anything.
-            if (static_cast<uint32_t>(chosen[rank] - p.first_expert) >= static_cast<uint32_t>(p.experts)) continue;
-            sum[0] += weight * __uint_as_float(row.x);
-            sum[1] += weight * __uint_as_float(row.y);
-            sum[2] += weight * __uint_as_float(row.z);
-            sum[3] += weight * __uint_as_float(row.w);
+        for (int first = 0; first < p.top_k; first += kRanksAtOnce) {
+            uint4 row[kRanksAtOnce];
+#pragma unroll
+            for (int r = 0; r < kRanksAtOnce; ++r) {
+                if (first + r < p.top_k) row[r] = ptx::load_16_no_allocate(rows + int64_t{first + r} * p.hidden);
+            }
+#pragma unroll
+            for (int r = 0; r < kRanksAtOnce; ++r) {
+                if (first + r >= p.top_k) break;
+                // Loaded in any case, not to wait for `chosen` first; a row of an expert elsewhere holds anything.
+                const auto expert = static_cast<uint32_t>(chosen[first + r] - p.first_expert);
+                if (expert >= static_cast<uint32_t>(p.experts)) continue;
+                const float weight = to_float(weights[first + r]);
+                sum[0] += weight * __uint_as_float(row[r].x);
+                sum[1] += weight * __uint_as_float(row[r].y);
+                sum[2] += weight * __uint_as_float(row[r].z);
+                sum[3] += weight * __uint_as_float(row[r].w);
+            }
         }
         *reinterpret_cast<uint2*>(p.out + int64_t{token} * p.hidden + column) =
             make_uint2(pack<__nv_bfloat16>(sum[0], sum[1]), pack<__nv_bfloat16>(sum[2], sum[3]));
@@ -428,30 +305,28 @@ __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
 
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ CUtensorMap down, const __grid_constant__ Arguments a) {
-    DYNAMIC_SHARED(ring);
+    DYNAMIC_SHARED(shared);
     const Layout& layout = a.layout;
     const MoeExperts& p = a.p;
-    uint8_t* rows = ring + layout.rows_offset();
-    auto& control = *reinterpret_cast<Control*>(ring + layout.control_offset());
+    const Memory memory(shared, layout);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == kWeightWarp * 32) ptx::prefetch_tensor_map(&down);
-    initialise_barriers(control, layout);
-    const int entries = list_entries(control, p.offsets, p.experts);
+    initialise_barriers(memory.control, layout);
+    const int entries = list_entries(memory, p.offsets, p.experts);
     const Work<Down> work(entries, p.hidden / Down::kTileColumns);
 
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        stream_weights(control, ring, layout, work, p.width,
-                       [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
-                           const int chunk = s * Shape<Down>::kDepthWarps;
-                           ptx::tma_load<4>(stage, &down, full, {0, tile * Down::kTileColumns, chunk, expert});
-                       });
+        stream_weights(memory, layout, work, p.width, [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
+            const int chunk = s * Shape<Down>::kDepthWarps;
+            ptx::tma_load<4>(stage, &down, full, {0, chunk, tile * Down::kTileColumns, expert});
+        });
         return;
     }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     if (warp == kRowWarp) {
-        copy_rows(control, rows, layout, work, p.width,
+        copy_rows(memory, layout, work, p.width,
                   [&](int position) { return a.activations + int64_t{position} * p.width; });
         return;
     }
@@ -465,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     int flat[kPerThread];  // choices that this thread finishes, loaded while the weights come
     int units_done = 0;    // of the tile at hand
     multiply(
-        control, ring, rows, layout, work, p.width,
+        memory, layout, work, p.width,
         [&](int, const Entry& entry) {
 #pragma unroll
             for (int i = 0; i < kPerThread; ++i) {
@@ -479,18 +354,18 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int i = 0; i < kPerThread; ++i) {
                 if (flat[i] < 0) continue;
                 a.rows[int64_t{flat[i]} * p.hidden + tile * Down::kTileColumns + column] =
-                    total<Down>(control, first_choice + i * kChoicesAtOnce, column);
+                    total<Down>(memory, layout, first_choice + i * kChoicesAtOnce, column);
             }
             ++units_done;
             if (unit + 1 < work.end && work.tile(unit + 1) == tile) return;
             ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // all of the block's rows are stored
             if (threadIdx.x == 0) {
                 const auto others = static_cast<int>(ptx::fetch_add_acq_rel(a.done + tile, units_done));
-                control.completes_tile = others + units_done == work.entries;
+                memory.control.completes_tile = others + units_done == work.entries;
             }
             units_done = 0;
             ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
-            if (control.completes_tile) sum_ranks(a, tile);
+            if (memory.control.completes_tile) sum_ranks(a, tile);
         });
 }
 
@@ -498,9 +373,9 @@ cudaError_t encode_gate_up(CUtensorMap* map, const MoeExperts& p) {
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     return encode_tensor_map<5>(map, TensorElement::kBf16,
                                 {.base = p.gate_up,
-                                 .sizes = {kChunk, width, 2, hidden / kChunk, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, hidden * 2, width * hidden * 2, kChunk * 2, 2 * width * hidden * 2},
-                                 .box = {kChunk, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
+                                 .sizes = {kChunk, hidden / kChunk, width, 2, static_cast<uint64_t>(p.experts)},
+                                 .strides = {2, kChunk * 2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
+                                 .box = {kChunk, Shape<GateUp>::kDepthWarps, GateUp::kTileColumns, 2, 1}},
                                 Swizzle::k128);
 }
 
@@ -508,9 +383,9 @@ cudaError_t encode_down(CUtensorMap* map, const MoeExperts& p) {
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     return encode_tensor_map<4>(map, TensorElement::kBf16,
                                 {.base = p.down,
-                                 .sizes = {kChunk, hidden, width / kChunk, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, width * 2, kChunk * 2, hidden * width * 2},
-                                 .box = {kChunk, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
+                                 .sizes = {kChunk, width / kChunk, hidden, static_cast<uint64_t>(p.experts)},
+                                 .strides = {2, kChunk * 2, width * 2, hidden * width * 2},
+                                 .box = {kChunk, Shape<Down>::kDepthWarps, Down::kTileColumns, 1}},
                                 Swizzle::k128);
 }
 
@@ -521,7 +396,8 @@ bool moe_experts_decode_supported(const MoeExperts& p) {
     return p.tokens >= 1 && p.tokens <= kMoeDecodeTokens && p.top_k >= 1 && p.top_k <= kMaxTopK && p.experts >= 1 &&
            p.experts <= UINT16_MAX && p.hidden >= kChunk && p.hidden % kChunk == 0 && p.width >= kChunk &&
            p.width % kChunk == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
-           layout_for<GateUp>(p.hidden).stages >= kLeastStages && layout_for<Down>(p.width).stages >= kLeastStages;
+           p.hidden <= kMaxDepth && p.width <= kMaxDepth && Layouts(p).gate_up.stages >= kLeastStages &&
+           Layouts(p).down.stages >= kLeastStages;
 }
 
 size_t moe_experts_decode_workspace(const MoeExperts& p) {
@@ -533,7 +409,9 @@ size_t moe_experts_decode_workspace(const MoeExperts& p) {
 cudaError_t moe_experts_decode(const MoeExperts& p, cudaStream_t stream) {
     if (!moe_experts_decode_supported(p)) return cudaErrorInvalidValue;
     const int64_t choices = int64_t{p.tokens} * p.top_k;
-    Arguments arguments{p, nullptr, reinterpret_cast<float*>(p.workspace), nullptr, layout_for<GateUp>(p.hidden)};
+    const Layouts layouts(p);
+    Arguments arguments{p,       nullptr,         reinterpret_cast<float*>(p.workspace),
+                        nullptr, layouts.gate_up, layouts.together ? layouts.down.stages * kStageBytes : 0};
     arguments.activations = reinterpret_cast<__nv_bfloat16*>(arguments.rows + choices * p.hidden);
     arguments.done = reinterpret_cast<uint32_t*>(arguments.activations + choices * p.width);
     CUtensorMap gate_up, down;
@@ -549,7 +427,7 @@ cudaError_t moe_experts_decode(const MoeExperts& p, cudaStream_t stream) {
                            .programmatic = true};
     status = launch(gate_up_kernel, config, gate_up, arguments);
     if (status != cudaSuccess) return status;
-    arguments.layout = layout_for<Down>(p.width);
+    arguments.layout = layouts.down;
     config.shared_bytes = static_cast<size_t>(arguments.layout.bytes());
     return launch(down_kernel, config, down, arguments);
 }

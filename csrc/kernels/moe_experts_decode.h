@@ -1,0 +1,218 @@
+// What the two kernels of moe_experts_decode.cu share: entries, units and their order, the plan of shared memory.
+#pragma once
+#include <launch.h>
+#include <ptx.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace tokenspeed::expert_decode {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kConsumers = 8;  // warps that multiply; they come first
+constexpr int kConsumerThreads = kConsumers * 32;
+constexpr int kWeightWarp = kConsumers, kRowWarp = kConsumers + 1;
+constexpr int kThreads = kConsumerThreads + 64;
+constexpr int kWarps = kThreads / 32;
+constexpr uint32_t kConsumerBarrier = 1;  // named barrier of the warps that multiply
+
+constexpr int kEntryChoices = 16;
+constexpr int kGroups = kEntryChoices / 8;  // N = 8 of one mma
+constexpr int kChunk = 64;                  // of depth: the 128 bytes that a TMA row swizzles
+constexpr int kStageBytes = 16384;
+constexpr int kMaxStages = 12, kLeastStages = 4;
+constexpr int kLeastTogether = 5;  // stages, where two blocks share a multiprocessor
+constexpr int kRowPadding = 64;    // bytes after a row of choices: two rows meet no bank twice
+constexpr int kMaxRowSlots = 2;
+constexpr int kMaxDepth = 65536;  // far past what the rings leave room for
+constexpr int kSharedLimit = 227 * 1024;
+constexpr int kHalfShared = 113 * 1024;     // of each of two blocks on a multiprocessor
+constexpr int kPrefetchBytes = 128 * 1024;  // of down, by each block of gate_up
+
+// The two products differ in the shape of a tile, in the order of their units and in what becomes of the sums.
+struct GateUp {
+    static constexpr int kRowWarps = 2;      // of 16 rows each: 8 gate rows and their 8 up rows
+    static constexpr int kTileColumns = 16;  // of the activations
+    static constexpr int kRowSlots = 1;      // an entry lasts for many units: the ring covers the change
+};
+struct Down {
+    static constexpr int kRowWarps = 4;
+    static constexpr int kTileColumns = 64;  // of the output
+    static constexpr int kRowSlots = 2;
+};
+
+template <typename Product>
+struct Shape {
+    static constexpr int kRows = 16 * Product::kRowWarps;  // of weights in a stage
+    static constexpr int kDepthWarps = kConsumers / Product::kRowWarps;
+    static constexpr int kDepth = kDepthWarps * kChunk;  // of a stage; each of these warps takes a chunk
+    static constexpr int kPitch = kRows + 4;  // floats of a choice's sums: distinct banks for a warp's stores
+    static_assert(kRows * kDepth * 2 == kStageBytes);
+};
+
+struct Entry {
+    int first;  // position in `order`
+    uint16_t expert, choices;
+};
+
+struct Control {
+    uint64_t full[kMaxStages], empty[kMaxStages];
+    uint64_t rows_full[kMaxRowSlots], rows_empty[kMaxRowSlots];
+    int warp_total[kWarps];
+    int completes_tile;
+};
+
+constexpr int kSumFloats = 4 * Shape<GateUp>::kPitch;  // of a choice: [depth warp, row]
+static_assert(2 * Shape<Down>::kPitch <= kSumFloats, "both products use the same buffer of sums");
+
+// Dynamic shared memory: the ring, rows of choices, sums, entries, control. Few tokens need few rows.
+struct Layout {
+    int stages, row_pitch, row_slots, slot_rows, max_entries;  // row_pitch in bytes
+
+    __host__ __device__ int sum_choices() const { return (slot_rows + 7) / 8 * 8; }
+    __host__ __device__ int rows_offset() const { return stages * kStageBytes; }
+    __host__ __device__ int sums_offset() const { return rows_offset() + row_slots * slot_rows * row_pitch; }
+    __host__ __device__ int entries_offset() const {
+        return sums_offset() + sum_choices() * kSumFloats * static_cast<int>(sizeof(float));
+    }
+    __host__ __device__ int control_offset() const {
+        return entries_offset() + max_entries * static_cast<int>(sizeof(Entry));
+    }
+    __host__ __device__ int bytes() const { return control_offset() + static_cast<int>(sizeof(Control)); }
+};
+
+struct Memory {
+    uint8_t *ring, *rows;
+    float* sums;  // [depth warp, choice, row]
+    Entry* entries;
+    Control& control;
+
+    __device__ Memory(uint8_t* shared, const Layout& layout)
+        : ring(shared),
+          rows(shared + layout.rows_offset()),
+          sums(reinterpret_cast<float*>(shared + layout.sums_offset())),
+          entries(reinterpret_cast<Entry*>(shared + layout.entries_offset())),
+          control(*reinterpret_cast<Control*>(shared + layout.control_offset())) {}
+};
+
+// The deepest ring that fits into `limit` bytes beside the rest.
+template <typename Product>
+Layout layout_within(const MoeExperts& p, int depth, int limit) {
+    Layout layout{0, depth * 2 + kRowPadding, Product::kRowSlots, std::min(p.tokens, kEntryChoices),
+                  p.tokens * p.top_k};
+    layout.stages = std::min((limit - layout.bytes()) / kStageBytes, kMaxStages);
+    return layout;
+}
+
+struct Layouts {
+    Layout gate_up, down;
+    bool together;  // a block of either fits on one multiprocessor
+
+    explicit Layouts(const MoeExperts& p)
+        : gate_up(layout_within<GateUp>(p, p.hidden, kHalfShared)),
+          down(layout_within<Down>(p, p.width, kHalfShared)),
+          together(std::min(gate_up.stages, down.stages) >= kLeastTogether) {
+        if (together) return;
+        gate_up = layout_within<GateUp>(p, p.hidden, kSharedLimit);
+        down = layout_within<Down>(p, p.width, kSharedLimit);
+    }
+};
+
+struct Arguments {
+    MoeExperts p;
+    __nv_bfloat16* activations;  // [choices, width], in the order of `order`
+    float* rows;                 // [choices, hidden], by token and rank
+    uint32_t* done;              // [hidden / 64] units of the tile that are complete
+    Layout layout;
+    int down_ring;  // bytes of its share of down that a block of the next kernel reads beside this one
+};
+
+// A block's share of the units, and which unit is which.
+template <typename Product>
+struct Work {
+    int entries, tiles, begin, end;
+
+    __device__ Work(int entry_count, int tile_count) : entries(entry_count), tiles(tile_count) {
+        const int units = entries * tiles, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+        begin = static_cast<int>(int64_t{units} * block / blocks);
+        end = static_cast<int>(int64_t{units} * (block + 1) / blocks);
+    }
+    __device__ int entry(int unit) const;
+    __device__ int tile(int unit) const;
+};
+template <>
+__device__ inline int Work<GateUp>::entry(int unit) const {
+    return unit / tiles;
+}
+template <>
+__device__ inline int Work<GateUp>::tile(int unit) const {
+    return unit % tiles;
+}
+template <>
+__device__ inline int Work<Down>::entry(int unit) const {
+    return unit % entries;
+}
+template <>
+__device__ inline int Work<Down>::tile(int unit) const {
+    return unit / entries;
+}
+
+// A place in a ring of `size` slots and the parity of its phase.
+struct Cursor {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void next(int size) {
+        if (++slot == size) slot = 0, phase ^= 1;
+    }
+};
+
+__device__ inline void initialise_barriers(Control& control, const Layout& layout) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < layout.stages; ++i) {
+            ptx::mbarrier_init(&control.full[i], 1);
+            ptx::mbarrier_init(&control.empty[i], kConsumers);
+        }
+        for (int i = 0; i < layout.row_slots; ++i) {
+            ptx::mbarrier_init(&control.rows_full[i], 1);
+            ptx::mbarrier_init(&control.rows_empty[i], kConsumers);
+        }
+        ptx::fence_mbarrier_init();
+    }
+}
+
+// Lists the entries of the experts that were hit, by rising expert, and returns their count. Called by the whole block;
+// ends with a barrier.
+__device__ inline int list_entries(const Memory& memory, const int32_t* offsets, int experts) {
+    Control& control = memory.control;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int share = (experts + kThreads - 1) / kThreads;
+    const int begin = min(static_cast<int>(threadIdx.x) * share, experts), end = min(begin + share, experts);
+    int mine = 0;
+    for (int e = begin; e < end; ++e) mine += (offsets[e + 1] - offsets[e] + kEntryChoices - 1) / kEntryChoices;
+    int through = mine;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, through, distance);
+        if (lane >= distance) through += other;
+    }
+    if (lane == 31) control.warp_total[warp] = through;
+    __syncthreads();
+    int place = through - mine, total = 0;
+    for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) place += control.warp_total[w];
+        total += control.warp_total[w];
+    }
+    for (int e = begin; e < end; ++e) {
+        for (int first = offsets[e]; first < offsets[e + 1]; first += kEntryChoices) {
+            const int choices = min(offsets[e + 1] - first, kEntryChoices);
+            memory.entries[place++] = {first, static_cast<uint16_t>(e), static_cast<uint16_t>(choices)};
+        }
+    }
+    __syncthreads();
+    return total;
+}
+
+}  // namespace tokenspeed::expert_decode
