@@ -34,6 +34,9 @@
 // 1 x 32768 545 us; 16:64: 1 x 8192 140 us, 4 x 8192 (four waves) 550 us.
 //
 // budget: prefill_kernel registers<=128 shared<=0 hot sass=HGMMA
+#include <launch.h>
+#include <ptx_tma.h>
+
 #include "gated_delta_rule_prefill.h"
 
 namespace tokenspeed {

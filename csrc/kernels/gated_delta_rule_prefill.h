@@ -4,11 +4,11 @@
 #include <cuda_fp16.h>
 #include <ptx.h>
 #include <ptx_wgmma.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include "bf16x8.h"
 #include "kernels.h"
-#include "reduce.h"
 
 namespace tokenspeed::delta_rule_prefill {
 
@@ -17,7 +17,6 @@ constexpr int kDim = 128;     // dk = dv
 constexpr int kColumns = 64;  // value columns of a block: half a value head
 constexpr int kStages = 3;
 constexpr int kGroupThreads = 128;  // a warpgroup
-constexpr int kPreparers = 2;       // warpgroups that prepare chunks in turn
 constexpr uint32_t kKeysBarrier = 1, kPreparersBarrier = 2;
 constexpr int kPanel = kChunk * 64;  // elements of 64 rows of 128 bytes, the widest that one swizzle spans
 constexpr float kLog2E = 1.44269504f;
