@@ -161,6 +161,19 @@ __device__ __forceinline__ uint32_t columns_of_warp(const void* tile, int j) {
     return ptx::shared_address(tile) + place(token, threadIdx.x / 32 * 2 + lane / 8 % 2);
 }
 
+// Zeroes the values outside the sequence: rows there may be another's, and beta = 0 would not hide an infinite one.
+__device__ __forceinline__ void mask_values(uint32_t (&value)[8][2], int begin, int end) {
+    const Lane lane;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int token = 8 * j + lane.column;
+        const uint32_t left = token >= begin && token < end ? 0x0000ffffu : 0;
+        const uint32_t right = token + 1 >= begin && token + 1 < end ? 0xffff0000u : 0;
+        value[j][0] &= left | right;
+        value[j][1] &= left | right;
+    }
+}
+
 // No block exits while the other may still write to its shared memory.
 __device__ __forceinline__ void leave_cluster() {
     ptx::cluster_arrive();
@@ -213,7 +226,9 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             for (int i = 0; i < 4; ++i) value[j + i / 2][i % 2] = blocks[i];
         }
 
-        // The right-hand side beta (v - e^G S k), transposed. Where beta is 0 the value may be another sequence's.
+        if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(value, at.begin(chunk), at.end(chunk));
+
+        // The right-hand side beta (v - e^G S k), transposed.
         ptx::wgmma_wait<1>(x);
         uint32_t operand[4][4];
 #pragma unroll
@@ -222,8 +237,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             const float2 carried = *reinterpret_cast<const float2*>(factors.carried + 8 * j + lane.column);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float left = beta.x > 0 ? beta.x * __uint_as_float(value[j][h] << 16) : 0.0f;
-                const float right = beta.y > 0 ? beta.y * __uint_as_float(value[j][h] & 0xffff0000u) : 0.0f;
+                const float left = beta.x * __uint_as_float(value[j][h] << 16);
+                const float right = beta.y * __uint_as_float(value[j][h] & 0xffff0000u);
                 operand[j / 2][j % 2 * 2 + h] =
                     pack<__half>(left - carried.x * x[4 * j + 2 * h], right - carried.y * x[4 * j + 2 * h + 1]);
             }
@@ -271,7 +286,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             snapshot = next_snapshot(p, at, last);
         }
         __syncwarp();
-        if (threadIdx.x % 32 < 2) ptx::mbarrier_arrive_cluster(&shared.empty[chunk % kStages], threadIdx.x % 32);
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.read[chunk % kStages]);
 
         if (chunk > 0) ptx::mbarrier_wait(&shared.output_empty, (chunk - 1) & 1);
 #pragma unroll
@@ -299,6 +314,9 @@ __device__ __forceinline__ void wait_until_empty(Shared& shared, int chunk) {
 // Two warpgroups, keys and queries, prepare every second chunk for both blocks.
 __device__ __forceinline__ void prepare_chunks(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
     const bool keys = threadIdx.x / kGroupThreads == 1;
+    if (keys) {
+        for (Stage& stage : shared.stages) clear_upper(stage);
+    }
 #pragma unroll 1
     for (int chunk = at.rank; chunk < at.chunks; chunk += 2) {
         Stage& stage = shared.stages[chunk % kStages];
@@ -345,6 +363,16 @@ __device__ __forceinline__ void load_values(const GatedDeltaRulePrefill& p, cons
     }
 }
 
+// By two lanes, one for each block: passes on that this block's scan has read a stage. The scan itself does not wait
+// for the fence that an arrival in another block takes.
+__device__ __forceinline__ void release_stages(const Work& at, Shared& shared) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        ptx::mbarrier_wait(&shared.read[chunk % kStages], chunk / kStages & 1);
+        ptx::mbarrier_arrive_cluster(&shared.empty[chunk % kStages], threadIdx.x % 32);
+    }
+}
+
 __device__ __forceinline__ void store_outputs(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
     const int lane = threadIdx.x % 32, piece = lane % 8;
     const int64_t stride = static_cast<int64_t>(p.value_heads) * kDim;
@@ -372,7 +400,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             ptx::mbarrier_init(&shared.full[i], 2);
-            ptx::mbarrier_init(&shared.empty[i], 2 * kGroupThreads / 32);
+            ptx::mbarrier_init(&shared.read[i], kGroupThreads / 32);
+            ptx::mbarrier_init(&shared.empty[i], 2);
         }
         ptx::mbarrier_init(&shared.raw_full, 1);
         ptx::mbarrier_init(&shared.raw_empty, 1);
@@ -397,6 +426,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (warp == 0) store_outputs(p, at, shared);
         if (warp == 1 && threadIdx.x % 32 == 0) load_keys(p, at, rows, shared);
         if (warp == 2 && threadIdx.x % 32 == 0) load_values(p, at, rows, shared);
+        if (warp == 3 && threadIdx.x % 32 < 2) release_stages(at, shared);
         leave_cluster();
     }
 }

@@ -20,6 +20,7 @@ constexpr int kGroupThreads = 128;  // a warpgroup
 constexpr uint32_t kKeysBarrier = 1, kPreparersBarrier = 2;
 constexpr int kPanel = kChunk * 64;  // elements of 64 rows of 128 bytes, the widest that one swizzle spans
 constexpr float kLog2E = 1.44269504f;
+constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
 
 // Per token of a chunk; t is the token's place in it. Places outside the sequence have g = beta = 0 and k = q = 0.
@@ -59,8 +60,9 @@ struct alignas(1024) Shared {
     Scratch scratch;
     __nv_bfloat16 output[kPanel];
     // A stage is full with two arrivals, of whoever loads the values and of whoever made the rest, and the bytes that
-    // both announced; it is empty when the scan of either block has read it, since one prepares it for both.
-    uint64_t full[kStages], empty[kStages];
+    // both announced; it is read when the scan has read it, and empty when both blocks say so, since one prepares it
+    // for both.
+    uint64_t full[kStages], read[kStages], empty[kStages];
     uint64_t raw_full, raw_empty, output_full, output_empty;
 };
 static_assert(sizeof(Shared) <= 227 * 1024 && sizeof(TokenFactors) % 16 == 0);
@@ -120,32 +122,40 @@ struct Split {
     }
 };
 
+// The power of two at or below a positive x.
+__device__ __forceinline__ float power_below(float x) {
+    return __uint_as_float(__float_as_uint(x) & 0x7f800000u);
+}
+
 // Raw rows of 128 bf16 elements in two panels -> fp16 rows of norm 1/2 to 1, and what makes them unit vectors, times
 // `factor`. The elements are only multiplied by a power of two, so they stay exact; the rest of the norm waits in fp32.
 // Rows outside the sequence become zeros.
 __device__ __forceinline__ void normalise_rows(const __nv_bfloat16* raw, __half* tile, int begin, int end, float* scale,
                                                float factor) {
-    const int t = threadIdx.x % kGroupThreads, piece = t % 16;  // sixteen lanes a row
+    constexpr int kPasses = 8, kRows = kChunk / kPasses;  // sixteen lanes a row
+    const int t = threadIdx.x % kGroupThreads, piece = t % 16;
     const auto* from = reinterpret_cast<const uint8_t*>(raw + piece / 8 * kPanel);
     auto* to = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
+    float of_pass = 0;  // sum of squares of the row that this lane meets in pass `piece`
 #pragma unroll 4
-    for (int row = t / 16; row < kChunk; row += kGroupThreads / 16) {
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRows + t / 16;
         const uint32_t offset = place(row, piece % 8);
         const uint4 packed = *reinterpret_cast<const uint4*>(from + offset);
         const Float8 x = unpack(row >= begin && row < end ? packed : uint4{});
         const float squares = warp_sum<16>(sum_of_squares(x));
-        const uint32_t exponent = __float_as_uint(rsqrtf(max(squares, 1e-30f))) & 0x7f800000u;
-        const float power = __uint_as_float(exponent);
+        const float power = power_below(rsqrtf(max(squares, kLeastSquares)));
         uint4 scaled;
         scaled.x = pack<__half>(x.v[0] * power, x.v[1] * power);
         scaled.y = pack<__half>(x.v[2] * power, x.v[3] * power);
         scaled.z = pack<__half>(x.v[4] * power, x.v[5] * power);
         scaled.w = pack<__half>(x.v[6] * power, x.v[7] * power);
         *reinterpret_cast<uint4*>(to + offset) = scaled;
-        if (piece == 0) {
-            const float inverse_power = __uint_as_float(0x7f000000u - exponent);
-            scale[row] = factor * rsqrtf(squares + 1e-6f) * inverse_power;
-        }
+        of_pass = piece == pass ? squares : of_pass;
+    }
+    if (piece < kPasses) {
+        const float power = power_below(rsqrtf(max(of_pass, kLeastSquares)));
+        scale[piece * kRows + t / 16] = factor * rsqrtf(of_pass + 1e-6f) / power;
     }
 }
 
@@ -190,29 +200,66 @@ __device__ __forceinline__ void derive(TokenFactors& factors, int token) {
     if (token == kChunk - 1) factors.decay[0] = from_start;
 }
 
+// The blocks above the diagonal stay zero from here on.
+__device__ __forceinline__ void clear_upper(Stage& stage) {
+    const int t = threadIdx.x % kGroupThreads;
+    for (int i = t; i < kChunk * kChunk / 8; i += kGroupThreads) {
+        const int row = i / 8, piece = i % 8;
+        if (piece / 2 <= row / 16) continue;
+        for (__half* tile : {stage.solve, stage.attention}) {
+            *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(tile) + place(row, piece)) = uint4{};
+        }
+    }
+}
+
+// What the products of a thread with 8 columns need: row factors, differences of G, and where they lie.
+struct Decays {
+    int row[2];
+    float total[2], scale[2];
+
+    __device__ __forceinline__ Decays(const TokenFactors& factors) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            row[h] = threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+            total[h] = factors.total[row[h]];
+        }
+    }
+    // The pair's products with scales and decays; `beyond`: how many columns right of the row count.
+    template <bool kMasked>
+    __device__ __forceinline__ float2 apply(const float* products, float2 totals, float2 scales, int h, int column,
+                                            int beyond) const {
+        const float left = products[0] * (scale[h] * scales.x) * ptx::exp2_approximate(total[h] - totals.x);
+        const float right = products[1] * (scale[h] * scales.y) * ptx::exp2_approximate(total[h] - totals.y);
+        if constexpr (!kMasked) return {left, right};
+        return {column < row[h] + beyond ? left : 0.0f, column + 1 < row[h] + beyond ? right : 0.0f};
+    }
+};
+
 // k k^T -> L, strictly lower: fp16 pairs beside the diagonal blocks, fp32 within them. All rows of a thread lie in the
 // block row of its warp.
 __device__ __forceinline__ void store_lower(const float (&kk)[32], Stage& stage, Scratch& scratch) {
-    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
     const TokenFactors& factors = stage.factors;
+    Decays decays(factors);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int row = 16 * warp + 8 * h + lane / 4;
-        const float total = factors.total[row], scale = factors.beta[row] * factors.key_scale[row];
+    for (int h = 0; h < 2; ++h) decays.scale[h] = factors.beta[decays.row[h]] * factors.key_scale[decays.row[h]];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int column = 8 * j + lane % 4 * 2;
-            const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
-            const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
-            const float left = kk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
-            const float right = kk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
-            const float2 lower = {column < row ? left : 0.0f, column + 1 < row ? right : 0.0f};
+    for (int j = 0; j < 8; ++j) {
+        if (j / 2 > warp) continue;
+        const int column = 8 * j + threadIdx.x % 4 * 2;
+        const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
+        const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float* products = kk + 4 * j + 2 * h;
             if (j / 2 == warp) {
-                *reinterpret_cast<float2*>(scratch.diagonal[warp] + row % 16 * 16 + column % 16) = lower;
+                const float2 lower = decays.apply<true>(products, totals, scales, h, column, 0);
+                *reinterpret_cast<float2*>(scratch.diagonal[warp] + decays.row[h] % 16 * 16 + column % 16) = lower;
             } else {
+                const float2 lower = decays.apply<false>(products, totals, scales, h, column, 0);
                 const Split split(lower.x, lower.y);
-                pair_at(stage.solve, row, column) = split.high;
-                pair_at(scratch.low, row, column) = split.low;
+                pair_at(stage.solve, decays.row[h], column) = split.high;
+                pair_at(scratch.low, decays.row[h], column) = split.low;
             }
         }
     }
@@ -220,21 +267,21 @@ __device__ __forceinline__ void store_lower(const float (&kk)[32], Stage& stage,
 
 // q k^T -> P, lower with its diagonal.
 __device__ __forceinline__ void store_attention(const float (&qk)[32], Stage& stage) {
-    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
     const TokenFactors& factors = stage.factors;
+    Decays decays(factors);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int row = 16 * warp + 8 * h + lane / 4;
-        const float total = factors.total[row], scale = factors.query_scale[row];
+    for (int h = 0; h < 2; ++h) decays.scale[h] = factors.query_scale[decays.row[h]];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int column = 8 * j + lane % 4 * 2;
-            const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
-            const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
-            const float left = qk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
-            const float right = qk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
-            pair_at(stage.attention, row, column) =
-                pack<__half>(column <= row ? left : 0.0f, column < row ? right : 0.0f);
+    for (int j = 0; j < 8; ++j) {
+        if (j / 2 > warp) continue;
+        const int column = 8 * j + threadIdx.x % 4 * 2;
+        const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
+        const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float2 pair = decays.apply<true>(qk + 4 * j + 2 * h, totals, scales, h, column, 1);
+            pair_at(stage.attention, decays.row[h], column) = pack<__half>(pair.x, pair.y);
         }
     }
 }
