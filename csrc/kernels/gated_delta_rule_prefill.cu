@@ -180,43 +180,68 @@ __device__ __forceinline__ void leave_cluster() {
     ptx::cluster_wait();
 }
 
-// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers.
+// d (+)= a times the rows of a tile with two panels, over kCount of its eight steps of sixteen elements from kFirst on.
+template <int kFirst, int kCount>
+__device__ __forceinline__ void multiply_state(float (&d)[32], const uint32_t (&state)[8][4], const __half* tile) {
+#pragma unroll
+    for (int k = kFirst; k < kFirst + kCount; ++k) {
+        const uint64_t rows = panel_descriptor(tile) + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4);
+        ptx::wgmma<__half, 64>(d, state[k], rows, k > 0);
+    }
+    ptx::wgmma_commit();
+}
+
+// The same with a tile of one panel.
+__device__ __forceinline__ void multiply_chunk(float (&d)[32], const uint32_t (&a)[4][4], const __half* tile,
+                                               bool accumulate) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        ptx::wgmma<__half, 64>(d, a[k], panel_descriptor(tile) + (k * 32 >> 4), accumulate || k > 0);
+    }
+    ptx::wgmma_commit();
+}
+
+// Hands the finished outputs of a chunk, [64 value columns x 64 tokens], to the warp that stores them.
+__device__ __forceinline__ void put_outputs(const float (&out)[32], int chunk, Shared& shared) {
+    if (chunk > 0) ptx::mbarrier_wait(&shared.output_empty, (chunk - 1) & 1);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        uint32_t blocks[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) blocks[i] = pack<__nv_bfloat16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
+        ptx::stmatrix_x4_transposed(columns_of_warp(shared.output, j), blocks);
+    }
+    ptx::mbarrier_arrive(&shared.output_full);
+}
+
+// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. What the chain does
+// not wait for runs where the matrix unit would idle: S Q^T in two parts beside the arithmetic on X = S K^T and on V',
+// the product with P and the outputs of a chunk beside the next chunk's X. The compiler follows products over the end
+// of a loop only if the next wait is for all of them: there, X alone is under way.
 __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
     const Lane lane;
-    float s[64];
+    float s[64], x[32], out[32];
+    uint32_t state[8][4];  // S in fp16
     load_state(p, at, s);
     int snapshot = next_snapshot(p, at, 0);
-
-#pragma unroll 1
-    for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        Stage& stage = shared.stages[chunk % kStages];
-        const TokenFactors& factors = stage.factors;
-        const int first = (at.first_chunk + chunk) * kChunk, last = first + kChunk;
-        const bool has_snapshot = snapshot <= last;
-        if (has_snapshot) {
+    const auto first_token = [&](int chunk) { return (at.first_chunk + chunk) * kChunk; };
+    const auto start = [&](int chunk) {
+        const int first = first_token(chunk), last = first + kChunk;
+        if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
         }
-        uint32_t state[8][4];
 #pragma unroll
         for (int i = 0; i < 32; ++i) state[i / 4][i % 4] = pack<__half>(s[2 * i], s[2 * i + 1]);
         ptx::mbarrier_wait(&shared.full[chunk % kStages], chunk / kStages & 1);
+        ptx::wgmma_fence(x);
+        multiply_state<0, 8>(x, state, shared.stages[chunk % kStages].key);
+    };
 
-        float x[32], out[32];
-        const uint64_t key = panel_descriptor(stage.key), query = panel_descriptor(stage.query);
-        ptx::wgmma_fence(x, out);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            ptx::wgmma<__half, 64>(x, state[k], key + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4), k > 0);
-        }
-        ptx::wgmma_commit();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            ptx::wgmma<__half, 64>(out, state[k], query + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4), k > 0);
-        }
-        ptx::wgmma_commit();
-        const float decay = factors.decay[0];
-#pragma unroll
-        for (int i = 0; i < 64; ++i) s[i] *= decay;
+    if (at.chunks > 0) start(0);
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        const Stage& stage = shared.stages[chunk % kStages];
+        const TokenFactors& factors = stage.factors;
         uint32_t value[8][2];
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
@@ -225,10 +250,12 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
 #pragma unroll
             for (int i = 0; i < 4; ++i) value[j + i / 2][i % 2] = blocks[i];
         }
-
         if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(value, at.begin(chunk), at.end(chunk));
+        ptx::wgmma_wait<0>(x);
+        ptx::wgmma_fence(out);
+        multiply_state<0, 4>(out, state, stage.query);
 
-        // The right-hand side beta (v - e^G S k), transposed.
+        // The right-hand side beta (v - e^G S k), transposed, and V' = A times it.
         ptx::wgmma_wait<1>(x);
         uint32_t operand[4][4];
 #pragma unroll
@@ -244,62 +271,60 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             }
         }
         ptx::wgmma_fence(x);
+        multiply_chunk(x, operand, stage.solve, false);
+        multiply_state<4, 4>(out, state, stage.query);
+        const float decay = factors.decay[0];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 64>(x, operand[k], panel_descriptor(stage.solve) + (k * 32 >> 4), k > 0);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>(x, out);
+        for (int i = 0; i < 64; ++i) s[i] *= decay;
+        ptx::wgmma_wait<1>(x);
 
         uint32_t to_end[4][4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const float2 weight = *reinterpret_cast<const float2*>(factors.to_end + 8 * j + lane.column);
-            const float2 scale = *reinterpret_cast<const float2*>(factors.query + 8 * j + lane.column);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float left = x[4 * j + 2 * h], right = x[4 * j + 2 * h + 1];
                 to_end[j / 2][j % 2 * 2 + h] = pack<__half>(left * weight.x, right * weight.y);
-                operand[j / 2][j % 2 * 2 + h] = pack<__half>(left, right);
+            }
+        }
+        ptx::wgmma_fence(s);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 128, true>(s, to_end[k], panel_descriptor(stage.key) + (k * 16 * 128 >> 4), true);
+        }
+        ptx::wgmma_commit();
+
+        ptx::wgmma_wait<1>(out);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float2 scale = *reinterpret_cast<const float2*>(factors.query + 8 * j + lane.column);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                operand[j / 2][j % 2 * 2 + h] = pack<__half>(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]);
                 out[4 * j + 2 * h] *= scale.x;
                 out[4 * j + 2 * h + 1] *= scale.y;
             }
         }
-        ptx::wgmma_fence(s, out);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 128, true>(s, to_end[k], key + (k * 16 * 128 >> 4), true);
-        }
-        ptx::wgmma_commit();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 64>(out, operand[k], panel_descriptor(stage.attention) + (k * 32 >> 4), true);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>(s, out);
+        ptx::wgmma_fence(out);
+        multiply_chunk(out, operand, stage.attention, true);
+        ptx::wgmma_wait<1>(s);
 
-        if (has_snapshot) {
+        const int first = first_token(chunk), last = first + kChunk;
+        if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int count, int slot) {
                 finish_snapshot(stage, x, count - 1 - first, state_of(p, at, slot));
                 if (threadIdx.x == 0 && at.column == 0) p.cursor[slot * p.cursor_stride + at.value_head] = count;
             });
             snapshot = next_snapshot(p, at, last);
         }
+        start(min(chunk + 1, at.chunks - 1));  // after the last chunk, in vain
+        ptx::wgmma_wait<1>(out);
         __syncwarp();
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.read[chunk % kStages]);
-
-        if (chunk > 0) ptx::mbarrier_wait(&shared.output_empty, (chunk - 1) & 1);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            uint32_t blocks[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                blocks[i] = pack<__nv_bfloat16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
-            }
-            ptx::stmatrix_x4_transposed(columns_of_warp(shared.output, j), blocks);
-        }
-        ptx::mbarrier_arrive(&shared.output_full);
+        put_outputs(out, chunk, shared);
     }
+    ptx::wgmma_wait<0>(x);
     if (at.write_slot >= 0) store_state(state_of(p, at, at.write_slot), s);
     leave_cluster();  // in place, the other half has read the cursor too
     if (at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
@@ -314,9 +339,6 @@ __device__ __forceinline__ void wait_until_empty(Shared& shared, int chunk) {
 // Two warpgroups, keys and queries, prepare every second chunk for both blocks.
 __device__ __forceinline__ void prepare_chunks(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
     const bool keys = threadIdx.x / kGroupThreads == 1;
-    if (keys) {
-        for (Stage& stage : shared.stages) clear_upper(stage);
-    }
 #pragma unroll 1
     for (int chunk = at.rank; chunk < at.chunks; chunk += 2) {
         Stage& stage = shared.stages[chunk % kStages];
@@ -409,6 +431,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::mbarrier_init(&shared.output_empty, 1);
         ptx::fence_mbarrier_init();
     }
+    for (Stage& stage : shared.stages) clear_upper(stage);
+    ptx::fence_async_shared();
     ptx::cluster_sync();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();

@@ -200,10 +200,9 @@ __device__ __forceinline__ void derive(TokenFactors& factors, int token) {
     if (token == kChunk - 1) factors.decay[0] = from_start;
 }
 
-// The blocks above the diagonal stay zero from here on.
+// By the whole block: the parts above the diagonal blocks, which stay zero from here on.
 __device__ __forceinline__ void clear_upper(Stage& stage) {
-    const int t = threadIdx.x % kGroupThreads;
-    for (int i = t; i < kChunk * kChunk / 8; i += kGroupThreads) {
+    for (int i = threadIdx.x; i < kChunk * kChunk / 8; i += blockDim.x) {
         const int row = i / 8, piece = i % 8;
         if (piece / 2 <= row / 16) continue;
         for (__half* tile : {stage.solve, stage.attention}) {
