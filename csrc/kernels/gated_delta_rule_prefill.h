@@ -136,26 +136,31 @@ __device__ __forceinline__ void normalise_rows(const __nv_bfloat16* raw, __half*
     const int t = threadIdx.x % kGroupThreads, piece = t % 16;
     const auto* from = reinterpret_cast<const uint8_t*>(raw + piece / 8 * kPanel);
     auto* to = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
-    float of_pass = 0;  // sum of squares of the row that this lane meets in pass `piece`
-#pragma unroll 4
+    uint4 rows[kPasses];
+    float squares[kPasses];
+#pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
         const int row = pass * kRows + t / 16;
-        const uint32_t offset = place(row, piece % 8);
-        const uint4 packed = *reinterpret_cast<const uint4*>(from + offset);
-        const Float8 x = unpack(row >= begin && row < end ? packed : uint4{});
-        const float squares = warp_sum<16>(sum_of_squares(x));
-        const float power = power_below(rsqrtf(max(squares, kLeastSquares)));
+        const uint4 packed = *reinterpret_cast<const uint4*>(from + place(row, piece % 8));
+        rows[pass] = row >= begin && row < end ? packed : uint4{};
+        squares[pass] = sum_of_squares(unpack(rows[pass]));
+    }
+    butterfly<8, kPasses>(squares);  // two neighbouring lanes are left with a row's sum
+    const float power_of_lane = power_below(rsqrtf(max(squares[0], kLeastSquares)));
+    if (piece % 2 == 0) {
+        scale[piece / 2 * kRows + t / 16] = factor * rsqrtf(squares[0] + 1e-6f) / power_of_lane;
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRows + t / 16;
+        const float power = __shfl_sync(0xffffffffu, power_of_lane, 2 * pass, 16);
+        const Float8 x = unpack(rows[pass]);
         uint4 scaled;
         scaled.x = pack<__half>(x.v[0] * power, x.v[1] * power);
         scaled.y = pack<__half>(x.v[2] * power, x.v[3] * power);
         scaled.z = pack<__half>(x.v[4] * power, x.v[5] * power);
         scaled.w = pack<__half>(x.v[6] * power, x.v[7] * power);
-        *reinterpret_cast<uint4*>(to + offset) = scaled;
-        of_pass = piece == pass ? squares : of_pass;
-    }
-    if (piece < kPasses) {
-        const float power = power_below(rsqrtf(max(of_pass, kLeastSquares)));
-        scale[piece * kRows + t / 16] = factor * rsqrtf(of_pass + 1e-6f) / power;
+        *reinterpret_cast<uint4*>(to + place(row, piece % 8)) = scaled;
     }
 }
 
