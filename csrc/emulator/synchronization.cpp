@@ -319,8 +319,10 @@ void set_registers(int count, bool increase) {
             machine().fail("register_%s to %d from %d", increase ? "increase" : "decrease", count, warp.registers);
         }
         const int wanted = (count - warp.registers) * 32;
-        machine().wait_until("registers", nullptr, static_cast<uint64_t>(count),
-                             [&] { return block.free_registers >= wanted; });
+        while (block.free_registers < wanted) {  // another warp may be first to take what has become free
+            machine().wait_until("registers", nullptr, static_cast<uint64_t>(count),
+                                 [&] { return block.free_registers >= wanted; });
+        }
         block.free_registers -= wanted;
         warp.registers = count;
     }

@@ -10,11 +10,11 @@
 // whose results, combined with the values, are the A operand of the product with A^T, and that of V'^T K, accumulated
 // onto S. Nothing on the chain passes through shared memory but the operands that were made before.
 //
-// Tiling. A block owns 64 value columns of one head and sequence, a cluster the head. Warpgroup 0 is the chain: 28
-// wgmma, 1,024 tensor cycles a chunk. Warpgroups 1 and 2 prepare: unit q and k, k k^T and q k^T, the decays, the
+// Tiling. A block owns 64 value columns of one head and sequence, a cluster of two the head. Warpgroup 0 is the chain:
+// 28 wgmma, 1,024 tensor cycles a chunk. Warpgroups 1 and 2 prepare: unit k and q, k k^T and q k^T, the decays, the
 // inverse by 16 x 16 blocks. Both halves need the same, so each block prepares every second chunk and copies it to the
 // other's shared memory. Warpgroup 3 moves raw rows in (TMA; a row outside the sequence counts as zero) and outputs
-// out. Three stages of 57 KB.
+// out. Three stages of 58 KB, and room for the raw keys and queries of the chunk to be prepared next.
 //
 // Snapshots. V' is causal, so the state after token p is e^{G_p} S + sum_{t <= p} e^{G_p - G_t} v'_t k_t^T: the chain
 // stores S as it enters the chunk and adds that sum afterwards, with mma.sync. Its own values pass by untouched:
@@ -26,12 +26,17 @@
 // 65504 in magnitude, the range of fp16; below 6e-5 they lose digits one by one.
 //
 // Bytes: q, k, v, o once, 2 x 128 x (2 / ratio + 2) a token and value head, and each state once: 47 us at 8192 tokens
-// of 32 heads, 4.3 TB/s. Flops: 164 k a token and head, 56 us there. The chain: S -> fp16 32 instructions, K product
-// 320 cycles, right-hand side 130, A product 190, scaling 100, K product 320 and the Q product's 256 that do not hide:
-// 1,350. Issue slots a chunk and scheduler: chain 700, half a preparation 1,100: 1,800.
+// of 32 heads, 4.3 TB/s. Flops: 164 k a token and head, 56 us there. The chain a chunk, in cycles: S to fp16 60, X 320,
+// right-hand side 180, A 190, V' to fp16 100, update 320: about 1,200, and S Q^T (2 x 128) and P V' (128) fit in its
+// gaps. Issue slots a chunk of the busiest scheduler, counted in the machine code: the chain 560, half a preparation
+// 1,150: 1,700, so the preparation rather than the chain is expected to set the pace.
 //
 // Predicted (not run yet), at 1,800 cycles a chunk and 1.7 GHz, heads 16:32: 1 x 2048 tokens 37 us, 1 x 8192 140 us,
 // 1 x 32768 545 us; 16:64: 1 x 8192 140 us, 4 x 8192 (four waves) 550 us.
+//
+// Tried and lost, at compile time: P V' under way over the end of the loop (ptxas serialises every wgmma, C7514);
+// warpgroups that prepare whole chunks in turn for their own block alone (2,900 issue slots a chunk); raw rows loaded
+// into registers (spills at 128).
 //
 // budget: prefill_kernel registers<=128 shared<=0 hot sass=HGMMA
 #include <launch.h>
