@@ -319,8 +319,7 @@ void set_registers(int count, bool increase) {
             machine().fail("register_%s to %d from %d", increase ? "increase" : "decrease", count, warp.registers);
         }
         const int wanted = (count - warp.registers) * 32;
-        // Again after each wait: another warp may have taken what this one was woken for.
-        while (increase && block.free_registers < wanted) {
+        while (block.free_registers < wanted) {  // another warp may be first to take what has become free
             machine().wait_until("registers", nullptr, static_cast<uint64_t>(count),
                                  [&] { return block.free_registers >= wanted; });
         }

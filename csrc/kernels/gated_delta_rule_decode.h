@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "kernels.h"
 
@@ -66,28 +67,6 @@ struct Shared {
         bytes = reinterpret_cast<uint8_t*>(next) - base;
     }
 };
-
-// Sums every x[i] over the 2 kOffset lanes that differ in the bits below 2 kOffset, and scatters the sums: with n =
-// kCount / (2 kOffset), lane l is left with sums n l .. n l + n - 1 in x[0] .. x[n - 1], or for n < 1 with sum floor(n
-// l) in x[0].
-template <int kOffset, int kCount, int kSize>
-__device__ __forceinline__ void butterfly(float (&x)[kSize]) {
-    if constexpr (kOffset == 0) {
-        return;
-    } else if constexpr (kCount > 1) {
-        const bool upper = threadIdx.x & kOffset;
-#pragma unroll
-        for (int i = 0; i < kCount / 2; ++i) {
-            const float sent = upper ? x[i] : x[i + kCount / 2];
-            const float kept = upper ? x[i + kCount / 2] : x[i];
-            x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kOffset);
-        }
-        butterfly<kOffset / 2, kCount / 2>(x);
-    } else {
-        x[0] += __shfl_xor_sync(0xffffffffu, x[0], kOffset);
-        butterfly<kOffset / 2, 1>(x);
-    }
-}
 
 __device__ __forceinline__ float dot(float4 a, float4 b) {
     return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;

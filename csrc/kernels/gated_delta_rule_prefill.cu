@@ -1,4 +1,42 @@
-// HEADER
+// The gated delta rule over ragged prefills, from convolved q | k | v and raw gates to outputs and states, in one
+// launch. Contract: tokenspeed/ops/delta_rule.py.
+//
+// Algorithm. Per value head and chunk of 64 tokens, G_t = g_0 + ... + g_t in the chunk and decays only as exponentials
+// of differences (Yang et al. 2024):
+//     L = strict_lower(beta_i k_i.k_j e^{G_i - G_j}),  A = (I + L)^-1,  P = lower(q_i.k_j e^{G_i - G_j}) dk^-0.5
+//     V' = A (beta (V - e^G K S^T)),  O = e^G dk^-0.5 Q S^T + P V',  S <- e^{G_end} S + V'^T (e^{G_end - G} K)
+// Everything but the three products with S depends on the chunk alone. What is serial is the chain over chunks, so it
+// works on S itself, [value columns x 128] in fp32 registers: rounded to fp16 it is the A operand of S K^T and S Q^T,
+// whose results, combined with the values, are the A operand of the product with A^T, and that of V'^T K, accumulated
+// onto S. Nothing on the chain passes through shared memory but the operands that were made before.
+//
+// Tiling. A block owns 64 value columns of one head and sequence, a cluster of two the head. Warpgroup 0 is the chain:
+// 28 wgmma, 1,024 tensor cycles a chunk. Warpgroups 1 and 2 prepare: unit k and q, k k^T and q k^T, the decays, the
+// inverse by 16 x 16 blocks. Both halves need the same, so each block prepares every second chunk and copies it to the
+// other's shared memory. Warpgroup 3 moves raw rows in (TMA; a row outside the sequence counts as zero) and outputs
+// out. Three stages of 58 KB, and room for the raw keys and queries of the chunk to be prepared next.
+//
+// Snapshots. V' is causal, so the state after token p is e^{G_p} S + sum_{t <= p} e^{G_p - G_t} v'_t k_t^T: the chain
+// stores S as it enters the chunk and adds that sum afterwards, with mma.sync. Its own values pass by untouched:
+// outputs are the same bits. Half a block's state is 32 KB; a snapshot costs the chain a microsecond or two.
+//
+// Precision. Operands are fp16, sums fp32, and two things are kept exact: q and k are only multiplied by a power of two
+// (bf16 fits in fp16 then), their norms are applied in fp32 to what they are multiplied with; and the inverse is made
+// of fp16 pairs. With keys of cosine 0.9975 and no decay that halves the error of the state. Values and states up to
+// 65504 in magnitude, the range of fp16; below 6e-5 they lose digits one by one.
+//
+// Bytes: q, k, v, o once, 2 x 128 x (2 / ratio + 2) a token and value head, and each state once: 47 us at 8192 tokens
+// of 32 heads, 4.3 TB/s. Flops: 164 k a token and head, 56 us there. The chain a chunk, in cycles: S to fp16 60, X 320,
+// right-hand side 180, A 190, V' to fp16 100, update 320: about 1,200, and S Q^T (2 x 128) and P V' (128) fit in its
+// gaps. Issue slots a chunk of the busiest scheduler, counted in the machine code: the chain 560, half a preparation
+// 1,150: 1,700, so the preparation rather than the chain is expected to set the pace.
+//
+// Predicted (not run yet), at 1,800 cycles a chunk and 1.7 GHz, heads 16:32: 1 x 2048 tokens 37 us, 1 x 8192 140 us,
+// 1 x 32768 545 us; 16:64: 1 x 8192 140 us, 4 x 8192 (four waves) 550 us.
+//
+// Tried and lost, at compile time: P V' under way over the end of the loop (ptxas serialises every wgmma, C7514);
+// warpgroups that prepare whole chunks in turn for their own block alone (2,900 issue slots a chunk); raw rows loaded
+// into registers (spills at 128).
 //
 // budget: prefill_kernel registers<=128 shared<=0 hot sass=HGMMA
 #include <launch.h>
@@ -11,8 +49,8 @@ namespace {
 
 using namespace delta_rule_prefill;
 
-constexpr int kThreads = 512;  // scan, two preparing warpgroups, and one of which two warps work
-constexpr int kScanRegisters = 208, kPrepareRegisters = 128, kMoveRegisters = 40;  // per thread; 512 in all
+constexpr int kThreads = 512;  // warpgroups: scan, keys, queries, and one whose warps move data
+constexpr int kScanRegisters = 208, kMoveRegisters = 40;  // per thread, of 128 at the start: 504 with 2 x 128
 constexpr int kNoSnapshot = INT32_MAX;
 
 // Place of a thread in an accumulator: rows `row` and `row` + 8 are value columns, pairs of columns start at `column`.
@@ -128,44 +166,87 @@ __device__ __forceinline__ uint32_t columns_of_warp(const void* tile, int j) {
     return ptx::shared_address(tile) + place(token, threadIdx.x / 32 * 2 + lane / 8 % 2);
 }
 
-// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers.
+// Zeroes the values outside the sequence: rows there may be another's, and beta = 0 would not hide an infinite one.
+__device__ __forceinline__ void mask_values(uint32_t (&value)[8][2], int begin, int end) {
+    const Lane lane;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int token = 8 * j + lane.column;
+        const uint32_t left = token >= begin && token < end ? 0x0000ffffu : 0;
+        const uint32_t right = token + 1 >= begin && token + 1 < end ? 0xffff0000u : 0;
+        value[j][0] &= left | right;
+        value[j][1] &= left | right;
+    }
+}
+
+// No block exits while the other may still write to its shared memory.
+__device__ __forceinline__ void leave_cluster() {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+}
+
+// d (+)= a times the rows of a tile with two panels, over kCount of its eight steps of sixteen elements from kFirst on.
+template <int kFirst, int kCount>
+__device__ __forceinline__ void multiply_state(float (&d)[32], const uint32_t (&state)[8][4], const __half* tile) {
+#pragma unroll
+    for (int k = kFirst; k < kFirst + kCount; ++k) {
+        const uint64_t rows = panel_descriptor(tile) + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4);
+        ptx::wgmma<__half, 64>(d, state[k], rows, k > 0);
+    }
+    ptx::wgmma_commit();
+}
+
+// The same with a tile of one panel.
+__device__ __forceinline__ void multiply_chunk(float (&d)[32], const uint32_t (&a)[4][4], const __half* tile,
+                                               bool accumulate) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        ptx::wgmma<__half, 64>(d, a[k], panel_descriptor(tile) + (k * 32 >> 4), accumulate || k > 0);
+    }
+    ptx::wgmma_commit();
+}
+
+// Hands the finished outputs of a chunk, [64 value columns x 64 tokens], to the warp that stores them.
+__device__ __forceinline__ void put_outputs(const float (&out)[32], int chunk, Shared& shared) {
+    if (chunk > 0) ptx::mbarrier_wait(&shared.output_empty, (chunk - 1) & 1);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        uint32_t blocks[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) blocks[i] = pack<__nv_bfloat16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
+        ptx::stmatrix_x4_transposed(columns_of_warp(shared.output, j), blocks);
+    }
+    ptx::mbarrier_arrive(&shared.output_full);
+}
+
+// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. What the chain does
+// not wait for runs where the matrix unit would idle: S Q^T in two parts beside the arithmetic on X = S K^T and on V',
+// the product with P and the outputs of a chunk beside the next chunk's X. The compiler follows products over the end
+// of a loop only if the next wait is for all of them: there, X alone is under way.
 __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
     const Lane lane;
-    float s[64];
+    float s[64], x[32], out[32];
+    uint32_t state[8][4];  // S in fp16
     load_state(p, at, s);
-    ptx::cluster_arrive();  // the cursor has been read
     int snapshot = next_snapshot(p, at, 0);
-
-#pragma unroll 1
-    for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        Stage& stage = shared.stages[chunk % kStages];
-        const TokenFactors& factors = stage.factors;
-        const int first = (at.first_chunk + chunk) * kChunk, last = first + kChunk;
-        const bool has_snapshot = snapshot <= last;
-        if (has_snapshot) {
+    const auto first_token = [&](int chunk) { return (at.first_chunk + chunk) * kChunk; };
+    const auto start = [&](int chunk) {
+        const int first = first_token(chunk), last = first + kChunk;
+        if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
         }
-        uint32_t state[8][4];
 #pragma unroll
         for (int i = 0; i < 32; ++i) state[i / 4][i % 4] = pack<__half>(s[2 * i], s[2 * i + 1]);
         ptx::mbarrier_wait(&shared.full[chunk % kStages], chunk / kStages & 1);
+        ptx::wgmma_fence(x);
+        multiply_state<0, 8>(x, state, shared.stages[chunk % kStages].key);
+    };
 
-        float x[32], out[32];
-        const uint64_t key = panel_descriptor(stage.key), query = panel_descriptor(stage.query);
-        ptx::wgmma_fence(x, out);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            ptx::wgmma<__half, 64>(x, state[k], key + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4), k > 0);
-        }
-        ptx::wgmma_commit();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            ptx::wgmma<__half, 64>(out, state[k], query + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4), k > 0);
-        }
-        ptx::wgmma_commit();
-        const float decay = factors.decay;
-#pragma unroll
-        for (int i = 0; i < 64; ++i) s[i] *= decay;
+    if (at.chunks > 0) start(0);
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        const Stage& stage = shared.stages[chunk % kStages];
+        const TokenFactors& factors = stage.factors;
         uint32_t value[8][2];
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
@@ -174,8 +255,12 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
 #pragma unroll
             for (int i = 0; i < 4; ++i) value[j + i / 2][i % 2] = blocks[i];
         }
+        if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(value, at.begin(chunk), at.end(chunk));
+        ptx::wgmma_wait<0>(x);
+        ptx::wgmma_fence(out);
+        multiply_state<0, 4>(out, state, stage.query);
 
-        // The right-hand side beta (v - e^G S k), transposed. Where beta is 0 the value may be another sequence's.
+        // The right-hand side beta (v - e^G S k), transposed, and V' = A times it.
         ptx::wgmma_wait<1>(x);
         uint32_t operand[4][4];
 #pragma unroll
@@ -184,112 +269,134 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             const float2 carried = *reinterpret_cast<const float2*>(factors.carried + 8 * j + lane.column);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float left = beta.x > 0 ? beta.x * __uint_as_float(value[j][h] << 16) : 0.0f;
-                const float right = beta.y > 0 ? beta.y * __uint_as_float(value[j][h] & 0xffff0000u) : 0.0f;
+                const float left = beta.x * __uint_as_float(value[j][h] << 16);
+                const float right = beta.y * __uint_as_float(value[j][h] & 0xffff0000u);
                 operand[j / 2][j % 2 * 2 + h] =
                     pack<__half>(left - carried.x * x[4 * j + 2 * h], right - carried.y * x[4 * j + 2 * h + 1]);
             }
         }
         ptx::wgmma_fence(x);
+        multiply_chunk(x, operand, stage.solve, false);
+        multiply_state<4, 4>(out, state, stage.query);
+        const float decay = factors.decay[0];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 64>(x, operand[k], panel_descriptor(stage.solve) + (k * 32 >> 4), k > 0);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>(x, out);
+        for (int i = 0; i < 64; ++i) s[i] *= decay;
+        ptx::wgmma_wait<1>(x);
 
         uint32_t to_end[4][4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const float2 weight = *reinterpret_cast<const float2*>(factors.to_end + 8 * j + lane.column);
-            const float2 scale = *reinterpret_cast<const float2*>(factors.query + 8 * j + lane.column);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float left = x[4 * j + 2 * h], right = x[4 * j + 2 * h + 1];
                 to_end[j / 2][j % 2 * 2 + h] = pack<__half>(left * weight.x, right * weight.y);
-                operand[j / 2][j % 2 * 2 + h] = pack<__half>(left, right);
+            }
+        }
+        ptx::wgmma_fence(s);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 128, true>(s, to_end[k], panel_descriptor(stage.key) + (k * 16 * 128 >> 4), true);
+        }
+        ptx::wgmma_commit();
+
+        ptx::wgmma_wait<1>(out);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float2 scale = *reinterpret_cast<const float2*>(factors.query + 8 * j + lane.column);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                operand[j / 2][j % 2 * 2 + h] = pack<__half>(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]);
                 out[4 * j + 2 * h] *= scale.x;
                 out[4 * j + 2 * h + 1] *= scale.y;
             }
         }
-        ptx::wgmma_fence(s, out);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 128, true>(s, to_end[k], key + (k * 16 * 128 >> 4), true);
-        }
-        ptx::wgmma_commit();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 64>(out, operand[k], panel_descriptor(stage.attention) + (k * 32 >> 4), true);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>(s, out);
+        ptx::wgmma_fence(out);
+        multiply_chunk(out, operand, stage.attention, true);
+        ptx::wgmma_wait<1>(s);
 
-        if (has_snapshot) {
+        const int first = first_token(chunk), last = first + kChunk;
+        if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int count, int slot) {
                 finish_snapshot(stage, x, count - 1 - first, state_of(p, at, slot));
                 if (threadIdx.x == 0 && at.column == 0) p.cursor[slot * p.cursor_stride + at.value_head] = count;
             });
             snapshot = next_snapshot(p, at, last);
         }
+        start(min(chunk + 1, at.chunks - 1));  // after the last chunk, in vain
+        ptx::wgmma_wait<1>(out);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty[chunk % kStages]);
-
-        const int buffer = chunk % 2;
-        if (chunk >= 2) ptx::mbarrier_wait(&shared.output_empty[buffer], (chunk / 2 - 1) & 1);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            uint32_t blocks[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                blocks[i] = pack<__nv_bfloat16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
-            }
-            ptx::stmatrix_x4_transposed(columns_of_warp(shared.output[buffer], j), blocks);
-        }
-        ptx::mbarrier_arrive(&shared.output_full[buffer]);
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.read[chunk % kStages]);
+        put_outputs(out, chunk, shared);
     }
+    ptx::wgmma_wait<0>(x);
     if (at.write_slot >= 0) store_state(state_of(p, at, at.write_slot), s);
-    ptx::cluster_wait();  // in place, the other half has read the cursor too
+    leave_cluster();  // in place, the other half has read the cursor too
     if (at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
         p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
     }
 }
 
-// A preparing warpgroup takes every kPreparers-th chunk.
+__device__ __forceinline__ void wait_until_empty(Shared& shared, int chunk) {
+    if (chunk >= kStages) ptx::mbarrier_wait_cluster(&shared.empty[chunk % kStages], (chunk / kStages - 1) & 1);
+}
+
+// Two warpgroups, keys and queries, prepare every second chunk for both blocks.
 __device__ __forceinline__ void prepare_chunks(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
-    const int preparer = threadIdx.x / kGroupThreads - 1;
+    const bool keys = threadIdx.x / kGroupThreads == 1;
 #pragma unroll 1
-    for (int chunk = preparer; chunk < at.chunks; chunk += kPreparers) {
-        const int stage = chunk % kStages;
-        // The stage's last chunk was perhaps another preparer's: only `empty` tells that its `raw` phase is over.
-        if (chunk >= kStages) ptx::mbarrier_wait(&shared.empty[stage], (chunk / kStages - 1) & 1);
-        if (threadIdx.x % kGroupThreads < 32) gates(p, at, chunk, shared.stages[stage].factors);
-        ptx::mbarrier_wait(&shared.raw[stage], chunk / kStages & 1);
-        prepare(p, at, chunk, shared.stages[stage], shared.scratch[preparer], 1 + preparer);
-        ptx::mbarrier_arrive(&shared.full[stage]);
+    for (int chunk = at.rank; chunk < at.chunks; chunk += 2) {
+        Stage& stage = shared.stages[chunk % kStages];
+        wait_until_empty(shared, chunk);
+        // The gates come first: their loads are under way while the keys arrive.
+        if (!keys && threadIdx.x % kGroupThreads < 32) gates(p, at, chunk, stage.factors);
+        ptx::mbarrier_wait(&shared.raw_full, chunk / 2 & 1);
+        if (keys) {
+            prepare_keys(at, chunk, shared, stage);
+        } else {
+            prepare_queries(at, chunk, shared, stage);
+        }
     }
 }
 
-// By one thread: the chunk's keys and queries for the preparers, its values for the scan. Rows outside the sequence are
-// other sequences' or zero.
-__device__ __forceinline__ void load_rows(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
+// By one thread: the raw keys and queries of the chunks that this block prepares. Rows outside the sequence are other
+// sequences' or zero.
+__device__ __forceinline__ void load_keys(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
                                           Shared& shared) {
-    constexpr int kPanelColumns = 64;
     const int query = at.key_head * kDim, key = query + p.key_heads * kDim;
+#pragma unroll 1
+    for (int chunk = at.rank; chunk < at.chunks; chunk += 2) {
+        const int row = at.row(chunk);
+        if (chunk >= 2) ptx::mbarrier_wait(&shared.raw_empty, (chunk / 2 - 1) & 1);
+        ptx::mbarrier_arrive_expect_tx(&shared.raw_full, kKeyQueryBytes);
+        for (int panel = 0; panel < 2; ++panel) {
+            ptx::tma_load(shared.raw_key + panel * kPanel, &map, &shared.raw_full, {key + panel * kColumns, row});
+            ptx::tma_load(shared.raw_query + panel * kPanel, &map, &shared.raw_full, {query + panel * kColumns, row});
+        }
+    }
+}
+
+// By one thread: the values of every chunk, and the announcement of what the other block sends.
+__device__ __forceinline__ void load_values(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
+                                            Shared& shared) {
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
 #pragma unroll 1
     for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        const int stage = chunk % kStages, row = at.row(chunk);
-        Stage& tiles = shared.stages[stage];
-        uint64_t *raw = &shared.raw[stage], *full = &shared.full[stage];
-        if (chunk >= kStages) ptx::mbarrier_wait(&shared.empty[stage], (chunk / kStages - 1) & 1);
-        ptx::mbarrier_arrive_expect_tx(raw, sizeof(Stage::key) + sizeof(Stage::query));
-        for (int panel = 0; panel < 2; ++panel) {
-            ptx::tma_load(tiles.key + panel * kPanel, &map, raw, {key + panel * kPanelColumns, row});
-            ptx::tma_load(tiles.query + panel * kPanel, &map, raw, {query + panel * kPanelColumns, row});
-        }
+        uint64_t* full = &shared.full[chunk % kStages];
+        wait_until_empty(shared, chunk);
+        if (chunk % 2 != at.rank) ptx::mbarrier_arrive_expect_tx(full, kKeyQueryBytes + kRestBytes);
         ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage::value));
-        ptx::tma_load(tiles.value, &map, full, {value, row});
+        ptx::tma_load(shared.stages[chunk % kStages].value, &map, full, {value, at.row(chunk)});
+    }
+}
+
+// By two lanes, one for each block: passes on that this block's scan has read a stage. The scan itself does not wait
+// for the fence that an arrival in another block takes.
+__device__ __forceinline__ void release_stages(const Work& at, Shared& shared) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        ptx::mbarrier_wait(&shared.read[chunk % kStages], chunk / kStages & 1);
+        ptx::mbarrier_arrive_cluster(&shared.empty[chunk % kStages], threadIdx.x % 32);
     }
 }
 
@@ -299,17 +406,17 @@ __device__ __forceinline__ void store_outputs(const GatedDeltaRulePrefill& p, co
     auto* columns = p.out + at.value_head * kDim + at.column + piece * 8;
 #pragma unroll 1
     for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        const int buffer = chunk % 2, begin = at.begin(chunk), end = at.end(chunk);
+        const int begin = at.begin(chunk), end = at.end(chunk);
         auto* rows = columns + at.row(chunk) * stride;
-        const auto* tile = reinterpret_cast<const uint8_t*>(shared.output[buffer]);
-        ptx::mbarrier_wait(&shared.output_full[buffer], chunk / 2 & 1);
+        const auto* tile = reinterpret_cast<const uint8_t*>(shared.output);
+        ptx::mbarrier_wait(&shared.output_full, chunk & 1);
 #pragma unroll 4
         for (int token = lane / 8; token < kChunk; token += 4) {
             const uint4 packed = *reinterpret_cast<const uint4*>(tile + place(token, piece));
             if (token >= begin && token < end) store_16(rows + token * stride, packed);
         }
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&shared.output_empty[buffer]);
+        if (lane == 0) ptx::mbarrier_arrive(&shared.output_empty);
     }
 }
 
@@ -319,17 +426,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&shared.raw[i], 1);
-            ptx::mbarrier_init(&shared.full[i], kGroupThreads + 1);
-            ptx::mbarrier_init(&shared.empty[i], kGroupThreads / 32);
+            ptx::mbarrier_init(&shared.full[i], 2);
+            ptx::mbarrier_init(&shared.read[i], kGroupThreads / 32);
+            ptx::mbarrier_init(&shared.empty[i], 2);
         }
-        for (int i = 0; i < 2; ++i) {
-            ptx::mbarrier_init(&shared.output_full[i], kGroupThreads);
-            ptx::mbarrier_init(&shared.output_empty[i], 1);
-        }
+        ptx::mbarrier_init(&shared.raw_full, 1);
+        ptx::mbarrier_init(&shared.raw_empty, 1);
+        ptx::mbarrier_init(&shared.output_full, kGroupThreads);
+        ptx::mbarrier_init(&shared.output_empty, 1);
         ptx::fence_mbarrier_init();
     }
-    __syncthreads();
+    for (Stage& stage : shared.stages) clear_upper(stage);
+    ptx::fence_async_shared();
+    ptx::cluster_sync();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const Work at(p);
@@ -337,17 +446,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (group == 0) {
         ptx::register_increase<kScanRegisters>();
         scan(p, at, shared);
-    } else if (group <= kPreparers) {
-        ptx::register_decrease<kPrepareRegisters>();
+    } else if (group < 3) {
         prepare_chunks(p, at, shared);
-        ptx::cluster_arrive();
-        ptx::cluster_wait();
+        leave_cluster();
     } else {
         ptx::register_decrease<kMoveRegisters>();
-        if (threadIdx.x == kThreads - kGroupThreads) load_rows(p, at, rows, shared);
-        if (ptx::warp_id() == kThreads / 32 - 1) store_outputs(p, at, shared);
-        ptx::cluster_arrive();
-        ptx::cluster_wait();
+        const uint32_t warp = ptx::warp_id() % 4;
+        if (warp == 0) store_outputs(p, at, shared);
+        if (warp == 1 && threadIdx.x % 32 == 0) load_keys(p, at, rows, shared);
+        if (warp == 2 && threadIdx.x % 32 == 0) load_values(p, at, rows, shared);
+        if (warp == 3 && threadIdx.x % 32 < 2) release_stages(at, shared);
+        leave_cluster();
     }
 }
 

@@ -4,11 +4,11 @@
 #include <cuda_fp16.h>
 #include <ptx.h>
 #include <ptx_wgmma.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include "bf16x8.h"
 #include "kernels.h"
-#include "reduce.h"
 
 namespace tokenspeed::delta_rule_prefill {
 
@@ -16,10 +16,11 @@ constexpr int kChunk = 64;    // tokens
 constexpr int kDim = 128;     // dk = dv
 constexpr int kColumns = 64;  // value columns of a block: half a value head
 constexpr int kStages = 3;
-constexpr int kGroupThreads = 128;   // a warpgroup
-constexpr int kPreparers = 2;        // warpgroups that prepare chunks in turn
+constexpr int kGroupThreads = 128;  // a warpgroup
+constexpr uint32_t kKeysBarrier = 1, kPreparersBarrier = 2;
 constexpr int kPanel = kChunk * 64;  // elements of 64 rows of 128 bytes, the widest that one swizzle spans
 constexpr float kLog2E = 1.44269504f;
+constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
 
 // Per token of a chunk; t is the token's place in it. Places outside the sequence have g = beta = 0 and k = q = 0.
@@ -31,32 +32,40 @@ struct TokenFactors {
     float carried[kChunk];      // beta e^{G_t} r of k
     float query[kChunk];        // e^{G_t} r dk^-0.5 of q
     float to_end[kChunk];       // e^{G_end - G_t} r of k
-    float decay;                // e^{G_end}
+    float decay[4];             // e^{G_end}, and filling
 };
 
 // The operands of one chunk. Tiles are [token][...] in rows of 128 bytes whose 16-byte pieces are swizzled: see
-// `place`. Keys and queries have two panels of 64 elements.
+// `place`. Keys and queries have two panels of 64 elements. All but the values are the same for both halves of a head.
 struct alignas(1024) Stage {
     __half key[2 * kPanel];
     __half query[2 * kPanel];
     __half solve[kPanel];      // A = (I + L)^-1
-    __half attention[kPanel];  // P = lower(q k^T e^{G_i - G_j}), without the scale of q'
-    __nv_bfloat16 value[kPanel];
-    TokenFactors factors;
+    __half attention[kPanel];  // P = lower(q k^T e^{G_i - G_j})
+    alignas(1024) TokenFactors factors;
+    alignas(1024) __nv_bfloat16 value[kPanel];
 };
+constexpr uint32_t kKeyQueryBytes = sizeof(Stage::key) + sizeof(Stage::query);
+constexpr uint32_t kRestBytes = sizeof(Stage::solve) + sizeof(Stage::attention) + sizeof(TokenFactors);
 
-struct alignas(1024) Scratch {
+struct Scratch {
     __half low[kPanel];          // what rounding to fp16 takes from L, then from A
     float diagonal[4][16 * 16];  // a 16 x 16 block of L a warp, then its inverse
 };
 
-struct Shared {
+struct alignas(1024) Shared {
     Stage stages[kStages];
-    Scratch scratch[kPreparers];
-    __nv_bfloat16 output[2][kPanel];
-    uint64_t raw[kStages], full[kStages], empty[kStages];
-    uint64_t output_full[2], output_empty[2];
+    __nv_bfloat16 raw_key[2 * kPanel];  // of the next chunk that this block prepares
+    __nv_bfloat16 raw_query[2 * kPanel];
+    Scratch scratch;
+    __nv_bfloat16 output[kPanel];
+    // A stage is full with two arrivals, of whoever loads the values and of whoever made the rest, and the bytes that
+    // both announced; it is read when the scan has read it, and empty when both blocks say so, since one prepares it
+    // for both.
+    uint64_t full[kStages], read[kStages], empty[kStages];
+    uint64_t raw_full, raw_empty, output_full, output_empty;
 };
+static_assert(sizeof(Shared) <= 227 * 1024 && sizeof(TokenFactors) % 16 == 0);
 
 // Byte offset of a 16-byte piece of a row of 128 bytes, as TMA writes it and wgmma reads it with a 128-byte swizzle.
 __device__ __forceinline__ uint32_t place(int row, int piece) {
@@ -79,12 +88,14 @@ struct Work {
     int sequence, value_head, key_head, column;
     int start, length, context, read_slot, write_slot;
     int first_chunk, chunks;  // absolute number of the first chunk, and how many
+    int rank;                 // of this block among the two halves: it prepares every second chunk
 
     __device__ explicit Work(const GatedDeltaRulePrefill& p) {
         sequence = blockIdx.z;
         value_head = blockIdx.y;
         key_head = value_head / (p.value_heads / p.key_heads);
-        column = blockIdx.x * kColumns;
+        rank = blockIdx.x;
+        column = rank * kColumns;
         start = p.cu_seqlens[sequence];
         length = p.cu_seqlens[sequence + 1] - start;
         context = p.context_lens[sequence];
@@ -111,27 +122,45 @@ struct Split {
     }
 };
 
-// Turns the raw rows of a tile, 128 bf16 elements each in two panels, into fp16 rows of norm 1/2 to 1 in place, and
-// leaves what makes them unit vectors, times `factor`. The elements are only multiplied by a power of two, so they stay
-// exact; the rest of the norm waits in fp32. Rows outside the sequence become zeros.
-__device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end, float* scale, float factor) {
-    const int t = threadIdx.x % kGroupThreads, piece = t % 16;  // sixteen lanes a row
-    auto* panel = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
-#pragma unroll 4
-    for (int row = t / 16; row < kChunk; row += kGroupThreads / 16) {
-        auto& packed = *reinterpret_cast<uint4*>(panel + place(row, piece % 8));
-        const Float8 x = unpack(row >= begin && row < end ? packed : uint4{});
-        const float squares = warp_sum<16>(sum_of_squares(x));
-        const uint32_t exponent = __float_as_uint(rsqrtf(max(squares, 1e-30f))) & 0x7f800000u;
-        const float power = __uint_as_float(exponent);
-        packed.x = pack<__half>(x.v[0] * power, x.v[1] * power);
-        packed.y = pack<__half>(x.v[2] * power, x.v[3] * power);
-        packed.z = pack<__half>(x.v[4] * power, x.v[5] * power);
-        packed.w = pack<__half>(x.v[6] * power, x.v[7] * power);
-        if (piece == 0) {
-            const float inverse_power = __uint_as_float(0x7f000000u - exponent);
-            scale[row] = factor * rsqrtf(squares + 1e-6f) * inverse_power;
-        }
+// The power of two at or below a positive x.
+__device__ __forceinline__ float power_below(float x) {
+    return __uint_as_float(__float_as_uint(x) & 0x7f800000u);
+}
+
+// Raw rows of 128 bf16 elements in two panels -> fp16 rows of norm 1/2 to 1, and what makes them unit vectors, times
+// `factor`. The elements are only multiplied by a power of two, so they stay exact; the rest of the norm waits in fp32.
+// Rows outside the sequence become zeros.
+__device__ __forceinline__ void normalise_rows(const __nv_bfloat16* raw, __half* tile, int begin, int end, float* scale,
+                                               float factor) {
+    constexpr int kPasses = 8, kRows = kChunk / kPasses;  // sixteen lanes a row
+    const int t = threadIdx.x % kGroupThreads, piece = t % 16;
+    const auto* from = reinterpret_cast<const uint8_t*>(raw + piece / 8 * kPanel);
+    auto* to = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
+    uint4 rows[kPasses];
+    float squares[kPasses];
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRows + t / 16;
+        const uint4 packed = *reinterpret_cast<const uint4*>(from + place(row, piece % 8));
+        rows[pass] = row >= begin && row < end ? packed : uint4{};
+        squares[pass] = sum_of_squares(unpack(rows[pass]));
+    }
+    butterfly<8, kPasses>(squares);  // two neighbouring lanes are left with a row's sum
+    const float power_of_lane = power_below(rsqrtf(max(squares[0], kLeastSquares)));
+    if (piece % 2 == 0) {
+        scale[piece / 2 * kRows + t / 16] = factor * rsqrtf(squares[0] + 1e-6f) / power_of_lane;
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRows + t / 16;
+        const float power = __shfl_sync(0xffffffffu, power_of_lane, 2 * pass, 16);
+        const Float8 x = unpack(rows[pass]);
+        uint4 scaled;
+        scaled.x = pack<__half>(x.v[0] * power, x.v[1] * power);
+        scaled.y = pack<__half>(x.v[2] * power, x.v[3] * power);
+        scaled.z = pack<__half>(x.v[4] * power, x.v[5] * power);
+        scaled.w = pack<__half>(x.v[6] * power, x.v[7] * power);
+        *reinterpret_cast<uint4*>(to + place(row, piece % 8)) = scaled;
     }
 }
 
@@ -173,32 +202,68 @@ __device__ __forceinline__ void derive(TokenFactors& factors, int token) {
     factors.carried[token] = factors.beta[token] * from_start * factors.key_scale[token];
     factors.query[token] = from_start * factors.query_scale[token];
     factors.to_end[token] = ptx::exp2_approximate(last - total) * factors.key_scale[token];
-    if (token == kChunk - 1) factors.decay = from_start;
+    if (token == kChunk - 1) factors.decay[0] = from_start;
 }
+
+// By the whole block: the parts above the diagonal blocks, which stay zero from here on.
+__device__ __forceinline__ void clear_upper(Stage& stage) {
+    for (int i = threadIdx.x; i < kChunk * kChunk / 8; i += blockDim.x) {
+        const int row = i / 8, piece = i % 8;
+        if (piece / 2 <= row / 16) continue;
+        for (__half* tile : {stage.solve, stage.attention}) {
+            *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(tile) + place(row, piece)) = uint4{};
+        }
+    }
+}
+
+// What the products of a thread with 8 columns need: row factors, differences of G, and where they lie.
+struct Decays {
+    int row[2];
+    float total[2], scale[2];
+
+    __device__ __forceinline__ Decays(const TokenFactors& factors) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            row[h] = threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+            total[h] = factors.total[row[h]];
+        }
+    }
+    // The pair's products with scales and decays; `beyond`: how many columns right of the row count.
+    template <bool kMasked>
+    __device__ __forceinline__ float2 apply(const float* products, float2 totals, float2 scales, int h, int column,
+                                            int beyond) const {
+        const float left = products[0] * (scale[h] * scales.x) * ptx::exp2_approximate(total[h] - totals.x);
+        const float right = products[1] * (scale[h] * scales.y) * ptx::exp2_approximate(total[h] - totals.y);
+        if constexpr (!kMasked) return {left, right};
+        return {column < row[h] + beyond ? left : 0.0f, column + 1 < row[h] + beyond ? right : 0.0f};
+    }
+};
 
 // k k^T -> L, strictly lower: fp16 pairs beside the diagonal blocks, fp32 within them. All rows of a thread lie in the
 // block row of its warp.
 __device__ __forceinline__ void store_lower(const float (&kk)[32], Stage& stage, Scratch& scratch) {
-    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
     const TokenFactors& factors = stage.factors;
+    Decays decays(factors);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int row = 16 * warp + 8 * h + lane / 4;
-        const float total = factors.total[row], scale = factors.beta[row] * factors.key_scale[row];
+    for (int h = 0; h < 2; ++h) decays.scale[h] = factors.beta[decays.row[h]] * factors.key_scale[decays.row[h]];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int column = 8 * j + lane % 4 * 2;
-            const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
-            const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
-            const float left = kk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
-            const float right = kk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
-            const float2 lower = {column < row ? left : 0.0f, column + 1 < row ? right : 0.0f};
+    for (int j = 0; j < 8; ++j) {
+        if (j / 2 > warp) continue;
+        const int column = 8 * j + threadIdx.x % 4 * 2;
+        const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
+        const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float* products = kk + 4 * j + 2 * h;
             if (j / 2 == warp) {
-                *reinterpret_cast<float2*>(scratch.diagonal[warp] + row % 16 * 16 + column % 16) = lower;
+                const float2 lower = decays.apply<true>(products, totals, scales, h, column, 0);
+                *reinterpret_cast<float2*>(scratch.diagonal[warp] + decays.row[h] % 16 * 16 + column % 16) = lower;
             } else {
+                const float2 lower = decays.apply<false>(products, totals, scales, h, column, 0);
                 const Split split(lower.x, lower.y);
-                pair_at(stage.solve, row, column) = split.high;
-                pair_at(scratch.low, row, column) = split.low;
+                pair_at(stage.solve, decays.row[h], column) = split.high;
+                pair_at(scratch.low, decays.row[h], column) = split.low;
             }
         }
     }
@@ -206,21 +271,21 @@ __device__ __forceinline__ void store_lower(const float (&kk)[32], Stage& stage,
 
 // q k^T -> P, lower with its diagonal.
 __device__ __forceinline__ void store_attention(const float (&qk)[32], Stage& stage) {
-    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x % kGroupThreads / 32;
     const TokenFactors& factors = stage.factors;
+    Decays decays(factors);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int row = 16 * warp + 8 * h + lane / 4;
-        const float total = factors.total[row], scale = factors.query_scale[row];
+    for (int h = 0; h < 2; ++h) decays.scale[h] = factors.query_scale[decays.row[h]];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int column = 8 * j + lane % 4 * 2;
-            const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
-            const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
-            const float left = qk[4 * j + 2 * h] * (scale * scales.x) * ptx::exp2_approximate(total - totals.x);
-            const float right = qk[4 * j + 2 * h + 1] * (scale * scales.y) * ptx::exp2_approximate(total - totals.y);
-            pair_at(stage.attention, row, column) =
-                pack<__half>(column <= row ? left : 0.0f, column < row ? right : 0.0f);
+    for (int j = 0; j < 8; ++j) {
+        if (j / 2 > warp) continue;
+        const int column = 8 * j + threadIdx.x % 4 * 2;
+        const float2 totals = *reinterpret_cast<const float2*>(factors.total + column);
+        const float2 scales = *reinterpret_cast<const float2*>(factors.key_scale + column);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float2 pair = decays.apply<true>(qk + 4 * j + 2 * h, totals, scales, h, column, 1);
+            pair_at(stage.attention, decays.row[h], column) = pack<__half>(pair.x, pair.y);
         }
     }
 }
@@ -280,8 +345,8 @@ __device__ __forceinline__ void negated_operand(const float (&d)[2][4], uint32_t
 }
 
 // A = (I + L)^-1 by 16 x 16 blocks: D_i the inverse of a diagonal block, E_ik = D_i L_ik, then row by row
-// A_ii = D_i, A_ij = -sum_{j <= k < i} E_ik A_kj. Warp i owns block row i; `barrier` synchronises the four.
-__device__ __forceinline__ void invert(Stage& stage, Scratch& scratch, uint32_t barrier) {
+// A_ii = D_i, A_ij = -sum_{j <= k < i} E_ik A_kj. Warp i owns block row i.
+__device__ __forceinline__ void invert(Stage& stage, Scratch& scratch) {
     const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
     const int row = lane / 4, column = lane % 4 * 2;
     float* block = scratch.diagonal[warp];
@@ -312,7 +377,7 @@ __device__ __forceinline__ void invert(Stage& stage, Scratch& scratch, uint32_t 
     }
 #pragma unroll 1
     for (int step = 1; step < 4; ++step) {
-        ptx::named_barrier_sync(barrier, kGroupThreads);  // the block rows above are complete
+        ptx::named_barrier_sync(kKeysBarrier, kGroupThreads);  // the block rows above are complete
         if (step != warp) continue;
 #pragma unroll
         for (int j = 0; j < 3; ++j) {
@@ -337,37 +402,53 @@ __device__ __forceinline__ void invert(Stage& stage, Scratch& scratch, uint32_t 
     }
 }
 
-// One chunk, by one warpgroup: turns the raw keys and queries of the stage into all that the scan needs but the values.
-__device__ __forceinline__ void prepare(const GatedDeltaRulePrefill& p, const Work& at, int chunk, Stage& stage,
-                                        Scratch& scratch, uint32_t barrier) {
-    const int t = threadIdx.x % kGroupThreads, begin = at.begin(chunk), end = at.end(chunk);
-    normalise_rows(stage.key, begin, end, stage.factors.key_scale, 1.0f);
-    normalise_rows(stage.query, begin, end, stage.factors.query_scale, kQueryScale);
-    ptx::fence_async_shared();
-    ptx::named_barrier_sync(barrier, kGroupThreads);
+// d[64 x 64] = a b^T over the 128 elements of rows.
+__device__ __forceinline__ void multiply_rows(float (&d)[32], uint64_t a, uint64_t b) {
+    ptx::wgmma_fence(d);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        const uint64_t step = (k / 4 * kPanel * 2 + k % 4 * 32) >> 4;
+        ptx::wgmma<__half, 64>(d, a + step, b + step, k > 0);
+    }
+    ptx::wgmma_commit();
+}
 
-    float kk[32], qk[32];
-    const uint64_t key = panel_descriptor(stage.key), query = panel_descriptor(stage.query);
-    ptx::wgmma_fence(kk, qk);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        const uint64_t step = (k / 4 * kPanel * 2 + k % 4 * 32) >> 4;
-        ptx::wgmma<__half, 64>(kk, key + step, key + step, k > 0);
+__device__ __forceinline__ void synchronise_preparers() {
+    ptx::fence_async_shared();
+    ptx::named_barrier_sync(kPreparersBarrier, 2 * kGroupThreads);
+}
+
+// The two warpgroups that prepare a chunk meet when keys and queries are unit vectors, and when all is done.
+__device__ __forceinline__ void prepare_keys(const Work& at, int chunk, Shared& shared, Stage& stage) {
+    normalise_rows(shared.raw_key, stage.key, at.begin(chunk), at.end(chunk), stage.factors.key_scale, 1.0f);
+    synchronise_preparers();
+    float kk[32];
+    multiply_rows(kk, panel_descriptor(stage.key), panel_descriptor(stage.key));
+    if (threadIdx.x % kGroupThreads == 0) {
+        ptx::mbarrier_arrive(&shared.raw_empty);
+        ptx::bulk_copy_cluster(stage.key, stage.key, kKeyQueryBytes, &shared.full[chunk % kStages], at.rank ^ 1);
     }
-    ptx::wgmma_commit();
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        const uint64_t step = (k / 4 * kPanel * 2 + k % 4 * 32) >> 4;
-        ptx::wgmma<__half, 64>(qk, query + step, key + step, k > 0);
+    ptx::wgmma_wait<0>(kk);
+    store_lower(kk, stage, shared.scratch);
+    invert(stage, shared.scratch);
+    synchronise_preparers();
+    if (threadIdx.x % kGroupThreads == 0) {
+        ptx::mbarrier_arrive(&shared.full[chunk % kStages]);
+        ptx::bulk_copy_cluster(stage.solve, stage.solve, kRestBytes, &shared.full[chunk % kStages], at.rank ^ 1);
     }
-    ptx::wgmma_commit();
-    if (t < kChunk) derive(stage.factors, t);
-    ptx::wgmma_wait<1>(kk);
-    store_lower(kk, stage, scratch);
+}
+
+__device__ __forceinline__ void prepare_queries(const Work& at, int chunk, Shared& shared, Stage& stage) {
+    normalise_rows(shared.raw_query, stage.query, at.begin(chunk), at.end(chunk), stage.factors.query_scale,
+                   kQueryScale);
+    synchronise_preparers();
+    float qk[32];
+    multiply_rows(qk, panel_descriptor(stage.query), panel_descriptor(stage.key));
+    const int token = threadIdx.x % kGroupThreads;
+    if (token < kChunk) derive(stage.factors, token);
     ptx::wgmma_wait<0>(qk);
     store_attention(qk, stage);
-    invert(stage, scratch, barrier);
-    ptx::fence_async_shared();
+    synchronise_preparers();
 }
 
 }  // namespace tokenspeed::delta_rule_prefill

@@ -42,6 +42,28 @@ __device__ __forceinline__ T warp_maximum(T value) {
     return warp_reduce<kWidth>(value, Maximum{});
 }
 
+// Sums every x[i] over the 2 kOffset lanes that differ in the bits below 2 kOffset, and scatters the sums: with n =
+// kCount / (2 kOffset), lane l is left with sums n l .. n l + n - 1 in x[0] .. x[n - 1], or for n < 1 with sum floor(n
+// l) in x[0].
+template <int kOffset, int kCount, int kSize>
+__device__ __forceinline__ void butterfly(float (&x)[kSize]) {
+    if constexpr (kOffset == 0) {
+        return;
+    } else if constexpr (kCount > 1) {
+        const bool upper = threadIdx.x & kOffset;
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            const float sent = upper ? x[i] : x[i + kCount / 2];
+            const float kept = upper ? x[i + kCount / 2] : x[i];
+            x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kOffset);
+        }
+        butterfly<kOffset / 2, kCount / 2>(x);
+    } else {
+        x[0] += __shfl_xor_sync(0xffffffffu, x[0], kOffset);
+        butterfly<kOffset / 2, 1>(x);
+    }
+}
+
 // Over a one-dimensional block of kThreads threads (a multiple of 32); every thread gets the result. `scratch` is
 // kThreads / 32 elements of shared memory, free again after the next __syncthreads.
 template <int kThreads, typename T, typename Operation>

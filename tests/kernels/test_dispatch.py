@@ -19,6 +19,7 @@ KERNELS = (
     "add_sigmoid_gated",
     "attention_prologue",
     "causal_conv1d",
+    "gated_delta_rule_prefill",
     "copy_states",
     "copy_pages",
     "moe_route",

@@ -15,6 +15,10 @@ pytest_plugins = ["tests.kernels.schedules"]
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(11)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the reference's operands are small
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -24,12 +28,9 @@ def card(backend):
     return backend
 
 
-@pytest.mark.parametrize("context", [0, 5])
-@pytest.mark.parametrize("tokens", [1, 200, 449])
-def test_more_chunks_than_stages_under_any_schedule(scheduled, tokens, context):
-    """449 tokens after 5 are eight chunks: every stage is filled again, twice."""
-    if tokens > 200 and context:
-        tokens = 65
+@pytest.mark.parametrize(("context", "tokens"), [(0, 1), (60, 129), (5, 330)])
+def test_more_chunks_than_stages_under_any_schedule(scheduled, context, tokens):
+    """330 tokens after 5 are six chunks: every stage is filled twice."""
     snapshots = [(0, context + tokens, 2), (0, context + (tokens + 1) // 2, 0)]
     check(Layer(scheduled, published(1), slots=3), [Sequence(context, tokens, 1, 1, min(context, 2))], snapshots)
 
@@ -180,5 +181,5 @@ def test_a_thousand_calls_give_the_same_bits(card):
 
 
 def test_a_batch_of_more_blocks_than_the_card_holds(card):
-    layer = Layer(card, Heads(16, 32), slots=12)
-    check(layer, [Sequence(65 * i, 60 + 9 * i, i, i, i % 3) for i in range(12)])
+    layer = Layer(card, Heads(2, 4), slots=40)
+    check(layer, [Sequence(13 * i, 20 + i, i, i, i % 3) for i in range(40)])

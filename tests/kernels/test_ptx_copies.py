@@ -109,6 +109,14 @@ def test_registers_move_between_warpgroups(shuffled):
     assert (out[0] == 40).all() and (out[1:] == 232).all()
 
 
+def test_a_warp_waits_until_registers_are_free(emulated):
+    for seed in range(20):
+        emulated.seed(seed)
+        out = np.zeros((4, 128), np.int32)
+        emulated.call("self_test_share_registers", out)
+        assert (out == np.array([[208], [128], [128], [40]])).all()
+
+
 def test_a_grid_too_large_to_be_resident_is_refused_by_its_launcher(emulated):
     emulated.multiprocessors(1)
     arrays = [np.zeros(64, np.uint32) for _ in range(4)]

@@ -25,7 +25,7 @@ def inputs(layer, tokens):
     return qkv.contiguous(), a, b
 
 
-def check(layer, sequences, snapshots=(), spare=0, data=None):
+def check(layer, sequences, snapshots=(), spare=0, data=None, state_tolerance=1e-3):
     """Run a batch and hold it to the recurrence; everything that the contract does not name stays bit-identical."""
     backend = layer.backend
     initial = [layer.prepare(s.read, s.context, s.pending) for s in sequences]
@@ -45,7 +45,7 @@ def check(layer, sequences, snapshots=(), spare=0, data=None):
     written = {slot for slot in stored if slot >= 0}
     for slot in written:
         state, count = stored[slot]
-        backend.assert_state_close(layer.state[slot], state)
+        backend.assert_state_close(layer.state[slot], state, state_tolerance)
         assert layer.cursor[slot].tolist() == [count] * layer.heads.nv
     assert layer.untouched(before, written, WRITES)
     return out
@@ -190,7 +190,8 @@ def test_correlated_keys_written_at_full_strength(backend):
     keys = qkv[:, 128:256]
     keys[:] = keys[:1] + 0.05 * keys
     a[:], b[:] = -10, 6
-    check(layer, [Sequence(0, 130, 1, 1)], snapshots=[(0, 90, 0)], data=(qkv, a, b))
+    # The state is what the keys differ by, a twentieth of them: fp16 operands lose so much more of it.
+    check(layer, [Sequence(0, 130, 1, 1)], snapshots=[(0, 90, 0)], data=(qkv, a, b), state_tolerance=4e-3)
 
 
 def test_zero_keys_and_values_change_only_by_decay(fp32):

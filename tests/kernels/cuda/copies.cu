@@ -187,6 +187,21 @@ __global__ void __launch_bounds__(384, 1) move_registers(int* out) {
     }
 }
 
+// Of 512 threads with 128 registers each, the last warpgroup gives up 88 and the first, which takes 80, may have to
+// wait for each warp's share.
+__global__ void __launch_bounds__(512, 1) share_registers(int* out) {
+    if (threadIdx.x < 128) {
+        ptx::register_increase<208>();
+        out[threadIdx.x] = 208;
+    } else if (threadIdx.x < 384) {
+        out[threadIdx.x] = 128;
+    } else {
+        for (uint32_t i = 0; i < threadIdx.x / 32 % 4 * 4; ++i) __syncwarp();  // one share after the other
+        ptx::register_decrease<40>();
+        out[threadIdx.x] = 40;
+    }
+}
+
 }  // namespace tokenspeed
 
 using namespace tokenspeed;
@@ -214,6 +229,9 @@ int self_test_flag_chain(uint32_t* flags, uint32_t* value, uint32_t* arrivals, u
 }
 int self_test_chain(const uint32_t* weights, uint32_t* buffers, int blocks, int links, int wait) {
     return launch_chain(weights, buffers, blocks, links, wait != 0);
+}
+int self_test_share_registers(int* out) {
+    return launch(share_registers, {.grid = 1, .block = 512}, out);
 }
 int self_test_move_registers(int* out) {
     return launch(move_registers, {.grid = 1, .block = 384}, out);
