@@ -149,26 +149,18 @@ class Consumer {
 
   public:
     __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionDecode& p)
-        : storage_(storage),
-          p_(p),
-          warp_(ptx::warp_id()),
-          lane_(threadIdx.x % 32),
-          log2_scale_(p.scale * kLog2E),
-          heads_(p.q_heads / p.kv_heads) {}
+        : storage_(storage), p_(p), warp_(ptx::warp_id()), lane_(threadIdx.x % 32) {}
 
     __device__ __forceinline__ void run(const Segment& segment) {
-        const int context = p_.context_lens[segment.sequence];
-        end_ = context + p_.tokens;
+        context_ = p_.context_lens[segment.sequence];
         first_row_ = segment.group % p_.row_groups * kRows;
         load_query(segment);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = first_row_ + row_of(tile, half);
                 maximum_[tile][half] = -INFINITY;
                 sum_[tile][half] = 0;
-                visible_[tile][half] = context + min(row / heads_, p_.tokens - 1) + 1;
             }
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
@@ -187,20 +179,29 @@ class Consumer {
     // The rows of the accumulators that a lane holds.
     __device__ __forceinline__ int row_of(int tile, int half) const { return tile * kTileRows + half * 8 + lane_ / 4; }
 
-    __device__ __forceinline__ int rows_left() const { return p_.tokens * heads_ - first_row_; }
+    // How many tokens of the sequence a row sees.
+    __device__ __forceinline__ int visible(int tile, int half) const {
+        return context_ + min(place_of_row(p_, first_row_ + row_of(tile, half)).token, p_.tokens - 1) + 1;
+    }
 
-    // Row r of a sequence is token r / heads, query head r % heads of the group; missing rows become zero.
+    __device__ __forceinline__ int rows_left() const { return p_.tokens * p_.group - first_row_; }
+
+    __device__ __forceinline__ int64_t first_token(const Segment& segment) const {
+        return static_cast<int64_t>(segment.sequence) * p_.tokens;
+    }
+
+    // Row r of a sequence is token r / group, query head r % group of the KV head; missing rows become zero.
     __device__ __forceinline__ void load_query(const Segment& segment) {
         constexpr int kChunks = kDim / 8;
-        const int head = segment.group / p_.row_groups * heads_;
+        const int head = segment.group / p_.row_groups * p_.group;
 #pragma unroll 2
         for (int i = threadIdx.x; i < kRows * kChunks; i += kConsumers) {
             const int row = i / kChunks, chunk = i % kChunks;
             uint4 values{};
             if (row < rows_left()) {
-                const int64_t token = static_cast<int64_t>(segment.sequence) * p_.tokens + (first_row_ + row) / heads_;
-                values = *reinterpret_cast<const uint4*>(p_.q + token * p_.q_stride +
-                                                         (head + (first_row_ + row) % heads_) * kDim + chunk * 8);
+                const auto [token, query_head] = place_of_row(p_, first_row_ + row);
+                values = *reinterpret_cast<const uint4*>(p_.q + (first_token(segment) + token) * p_.q_stride +
+                                                         (head + query_head) * kDim + chunk * 8);
             }
             *reinterpret_cast<uint4*>(storage_.query + (row * kChunks + (chunk ^ (row & 7))) * 16) = values;
         }
@@ -266,17 +267,18 @@ class Consumer {
 
     // The page's weights into shared memory, and by how much what was summed so far shrinks.
     __device__ __forceinline__ void softmax(float (&scores)[kTiles][2][4], float (&rescale)[kTiles][2], int position) {
-        const int token = position + warp_ * 16 + lane_ % 4 * 2;
+        const bool masked = position + kPage > context_ + 1;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
+                // The first column that the row does not see. What is there, NaN included, is overwritten.
+                const int invisible = masked ? visible(tile, half) - position - warp_ * 16 - lane_ % 4 * 2 : kPage;
                 float maximum = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float& score = scores[tile][i / 2][half * 2 + i % 2];
-                    // Whatever lies beyond a row's last token, NaN included, is overwritten.
-                    score = token + i / 2 * 8 + i % 2 < visible_[tile][half] ? score * log2_scale_ : -INFINITY;
+                    score = i / 2 * 8 + i % 2 < invisible ? score * p_.log2_scale : -INFINITY;
                     maximum = fmaxf(maximum, score);
                 }
                 maximum = warp_maximum<4>(maximum);
@@ -344,7 +346,8 @@ class Consumer {
 
     // Which halves of a register with the values of `token` and the next belong to tokens of the sequence.
     __device__ __forceinline__ uint32_t existing(int token) const {
-        return token + 1 < end_ ? 0xffffffffu : token < end_ ? 0x0000ffffu : 0u;
+        const int end = context_ + p_.tokens;
+        return token + 1 < end ? 0xffffffffu : token < end ? 0x0000ffffu : 0u;
     }
 
     // Gates and stores a whole sequence, or leaves its part in the workspace.
@@ -360,7 +363,7 @@ class Consumer {
         barrier();
         const bool entered_here = segments_++ == 0;
         const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (entered_here ? 0 : 1);
-        const int head = segment.group / p_.row_groups * heads_;
+        const int head = segment.group / p_.row_groups * p_.group;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -372,12 +375,11 @@ class Consumer {
                 for (int warp = 0; warp < kWarps; ++warp) sum += storage_.sum[warp][row];
                 const int column = warp_ * kColumnGroup + lane_ % 4 * 2;
                 if (segment.whole) {
-                    const int64_t token =
-                        static_cast<int64_t>(segment.sequence) * p_.tokens + (first_row_ + row) / heads_;
+                    const auto [token, query_head] = place_of_row(p_, first_row_ + row);
                     const float inverse = 1 / sum;
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
-                        store_pair(p_, token, head + (first_row_ + row) % heads_, column + n * 8,
+                        store_pair(p_, first_token(segment) + token, head + query_head, column + n * 8,
                                    output_[tile][n][half * 2] * inverse, output_[tile][n][half * 2 + 1] * inverse);
                     }
                 } else {
@@ -398,14 +400,11 @@ class Consumer {
     Shared& storage_;
     const PagedAttentionDecode& p_;
     const int warp_, lane_;
-    const float log2_scale_;
-    const int heads_;  // query heads to a KV head
-    int end_ = 0;      // tokens of the sequence
+    int context_ = 0;
     int first_row_ = 0;
     int segments_ = 0;
     RingPosition<Shared::kStages> at_;
     float maximum_[kTiles][2], sum_[kTiles][2];  // sum_: over the lane's own tokens
-    int visible_[kTiles][2];                     // tokens that a row sees
     float output_[kTiles][8][4];
 };
 
@@ -441,16 +440,15 @@ __global__ void __launch_bounds__(kMergeThreads)
     DYNAMIC_SHARED(raw);
     auto* sums = reinterpret_cast<float4*>(raw);  // [kMergeLanes][kDim / 4]
     auto* weights = reinterpret_cast<float*>(sums + kMergeThreads);
-    const int sequence = blockIdx.x, heads = p.q_heads / p.kv_heads;
-    const int kv_head = blockIdx.y / (p.tokens * heads), row = blockIdx.y % (p.tokens * heads);
+    const int sequence = blockIdx.x, kv_head = blockIdx.z, row = blockIdx.y;
     const int quad = threadIdx.x % (kDim / 4), share = threadIdx.x / (kDim / 4);
-    const int head = kv_head * heads + row % heads, column = quad * 4;
-    const int64_t token = static_cast<int64_t>(sequence) * p.tokens + row / heads;
-    auto* out = reinterpret_cast<uint2*>(p.out + (token * p.q_heads + head) * kDim + column);
+    const RowPlace place = place_of_row(p, row);
+    const int head = kv_head * p.group + place.head, column = quad * 4;
+    const int64_t token = static_cast<int64_t>(sequence) * p.tokens + place.token;
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     if (p.context_lens[sequence] < 0) {
-        if (share == 0) *out = uint2{};
+        if (share == 0) *reinterpret_cast<uint2*>(out_of(p, token, head, column)) = uint2{};
         return;
     }
     const Line line = line_of(p, blocks);
@@ -496,8 +494,8 @@ __global__ void __launch_bounds__(kMergeThreads)
         weight_sum += weights[other];
     }
     const float inverse = 1 / weight_sum;
-    store_pair(p, token, head, column, sum.x * inverse, sum.y * inverse);
-    store_pair(p, token, head, column + 2, sum.z * inverse, sum.w * inverse);
+    store_quad(p, token, head, column, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse),
+               load_gates(p, token, head, column));
 }
 
 template <int kTiles>
@@ -512,9 +510,9 @@ cudaError_t launch_tiles(const PagedAttentionDecode& p, int blocks, cudaStream_t
                                 .programmatic = true},
                                map, p);
     if (status != cudaSuccess) return status;
-    const auto rows = static_cast<unsigned>(p.tokens * p.q_heads);
     return launch(merge_kernel,
-                  {.grid = dim3(static_cast<unsigned>(p.sequences), rows),
+                  {.grid = dim3(static_cast<unsigned>(p.sequences), static_cast<unsigned>(p.tokens * p.group),
+                                static_cast<unsigned>(p.kv_heads)),
                    .block = kMergeThreads,
                    .shared_bytes = kMergeThreads * sizeof(float4) + kMergeLanes * sizeof(float),
                    .stream = stream,
@@ -536,6 +534,7 @@ PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecod
 cudaError_t paged_attention_decode(PagedAttentionDecode p, cudaStream_t stream) {
     const PagedAttentionDecodeShape shape = paged_attention_decode_shape(p);
     const int rows = p.tokens * (p.q_heads / p.kv_heads), rows_of_group = shape.tiles * kTileRows;
+    complete(p);
     p.row_groups = (rows + rows_of_group - 1) / rows_of_group;
     if (shape.tiles == 1) return launch_tiles<1>(p, shape.blocks, stream);
     return shape.tiles == 2 ? launch_tiles<2>(p, shape.blocks, stream) : launch_tiles<4>(p, shape.blocks, stream);
