@@ -44,8 +44,9 @@ constexpr int kTileRows = 16;
 constexpr int kWarps = 4;
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 32;
-constexpr int kMergeLanes = 4;  // threads that share the parts of a quad of columns
+constexpr int kMergeLanes = 8;  // threads that share the parts of a quad of columns
 constexpr int kMergeThreads = kDim / 4 * kMergeLanes;
+constexpr float kLowest = -3e38f;  // below any score; two of them may be subtracted, unlike two infinities
 constexpr uint32_t kConsumerBarrier = 1;
 
 template <int kTiles>
@@ -434,68 +435,75 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
+// sum = kept sum + weight values
+__device__ __forceinline__ void add_scaled(float4& sum, float kept, const float4& values, float weight) {
+    sum.x = kept * sum.x + weight * values.x;
+    sum.y = kept * sum.y + weight * values.y;
+    sum.z = kept * sum.z + weight * values.z;
+    sum.w = kept * sum.w + weight * values.w;
+}
+
 // One output row: merges the parts that the blocks left, or writes zeros for padding. Nothing where a block had it all.
+// Lengths and gates are older than the decode kernel, so they are read, and the parts are found, while it still runs.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const __grid_constant__ PagedAttentionDecode p, int blocks, int rows_of_part) {
     DYNAMIC_SHARED(raw);
-    auto* sums = reinterpret_cast<float4*>(raw);  // [kMergeLanes][kDim / 4]
-    auto* weights = reinterpret_cast<float*>(sums + kMergeThreads);
+    auto* sums = reinterpret_cast<float4*>(raw);                     // [kMergeLanes][kDim / 4]
+    auto* states = reinterpret_cast<float2*>(sums + kMergeThreads);  // [kMergeLanes]: maximum, sum
     const int sequence = blockIdx.x, kv_head = blockIdx.z, row = blockIdx.y;
     const int quad = threadIdx.x % (kDim / 4), share = threadIdx.x / (kDim / 4);
     const RowPlace place = place_of_row(p, row);
     const int head = kv_head * p.group + place.head, column = quad * 4;
     const int64_t token = static_cast<int64_t>(sequence) * p.tokens + place.token;
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    if (p.context_lens[sequence] < 0) {
-        if (share == 0) *reinterpret_cast<uint2*>(out_of(p, token, head, column)) = uint2{};
-        return;
-    }
+    const bool padding = p.context_lens[sequence] < 0;
+    Vector<__nv_bfloat16, 4> gates{};
+    if (!padding && share == 0) gates = load_gates(p, token, head, column);
     const Line line = line_of(p, blocks);
     const int group = kv_head * p.row_groups + row / rows_of_part;
     const int first_unit = group * line.pages + count_all(sequence, [&](int before) { return pages_of(p, before); });
-    const int first = line.owner_of(first_unit), last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
-    if (first == last) return;
-    // The first block may have entered its range in another sequence; all others entered it in this one.
-    const auto part_of = [&](int block) {
-        const int slot = 2 * block + (block == first && line.start_of(first) != first_unit ? 1 : 0);
-        return static_cast<int64_t>(slot) * rows_of_part + row % rows_of_part;
-    };
-    float maximum = -INFINITY;
-    for (int block = first + static_cast<int>(threadIdx.x % 32); block <= last; block += 32) {
-        maximum = fmaxf(maximum, p.part_sums[part_of(block)].x);
+    int first = 0, last = 0;
+    bool entered_earlier = false;
+    if (!padding) {
+        first = line.owner_of(first_unit);
+        last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
+        entered_earlier = line.start_of(first) != first_unit;
     }
-    maximum = warp_maximum(maximum);  // finite: every row sees the first token
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    if (padding && share == 0) *reinterpret_cast<uint2*>(out_of(p, token, head, column)) = uint2{};
+    if (first == last) return;
+    float maximum = kLowest, weight_sum = 0;
     float4 sum{};
-    float weight_sum = 0;
 #pragma unroll 8
     for (int block = first + share; block <= last; block += kMergeLanes) {
-        const int64_t part = part_of(block);
+        // The first block may have entered its range in another sequence; all others entered it in this one.
+        const int slot = 2 * block + (block == first && entered_earlier ? 1 : 0);
+        const int64_t part = static_cast<int64_t>(slot) * rows_of_part + row % rows_of_part;
         const float2 state = p.part_sums[part];
         const float4 values = *reinterpret_cast<const float4*>(p.parts + part * kDim + column);
-        const float weight = ptx::exp2_approximate(state.x - maximum);
-        weight_sum += weight * state.y;
-        sum.x += weight * values.x;
-        sum.y += weight * values.y;
-        sum.z += weight * values.z;
-        sum.w += weight * values.w;
+        const float larger = fmaxf(maximum, state.x);
+        const float kept = ptx::exp2_approximate(maximum - larger), weight = ptx::exp2_approximate(state.x - larger);
+        maximum = larger;
+        weight_sum = kept * weight_sum + weight * state.y;
+        add_scaled(sum, kept, values, weight);
     }
     sums[threadIdx.x] = sum;
-    if (quad == 0) weights[share] = weight_sum;
+    if (quad == 0) states[share] = make_float2(maximum, weight_sum);
     __syncthreads();
     if (share > 0) return;
 #pragma unroll
-    for (int other = 1; other < kMergeLanes; ++other) {
-        const float4 more = sums[other * (kDim / 4) + quad];
-        sum.x += more.x;
-        sum.y += more.y;
-        sum.z += more.z;
-        sum.w += more.w;
-        weight_sum += weights[other];
+    for (int other = 1; other < kMergeLanes; ++other) maximum = fmaxf(maximum, states[other].x);
+    sum = float4{};
+    weight_sum = 0;
+#pragma unroll
+    for (int other = 0; other < kMergeLanes; ++other) {
+        const float weight = ptx::exp2_approximate(states[other].x - maximum);
+        weight_sum += weight * states[other].y;
+        add_scaled(sum, 1, sums[other * (kDim / 4) + quad], weight);
     }
     const float inverse = 1 / weight_sum;
     store_quad(p, token, head, column, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse),
-               load_gates(p, token, head, column));
+               gates);
 }
 
 template <int kTiles>
@@ -514,7 +522,7 @@ cudaError_t launch_tiles(const PagedAttentionDecode& p, int blocks, cudaStream_t
                   {.grid = dim3(static_cast<unsigned>(p.sequences), static_cast<unsigned>(p.tokens * p.group),
                                 static_cast<unsigned>(p.kv_heads)),
                    .block = kMergeThreads,
-                   .shared_bytes = kMergeThreads * sizeof(float4) + kMergeLanes * sizeof(float),
+                   .shared_bytes = kMergeThreads * sizeof(float4) + kMergeLanes * sizeof(float2),
                    .stream = stream,
                    .programmatic = true},
                   p, blocks, Storage<kTiles>::kRows);
