@@ -42,12 +42,11 @@ std::optional<PagedAttention> shared_arguments(const Tensor& q, const Tensor& ga
                           .scale = static_cast<float>(scale)};
 }
 
-std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
-                                             const Tensor& page_table, const Tensor& context_lens, double scale) {
+// The decode kernel, for sequences of q.size(0) / sequences tokens each.
+std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared) {
     constexpr int64_t kMaxGrid = 65535;  // of its other dimensions: rows of a sequence and KV head, KV heads
-    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
-    if (!shared || q.size(0) % shared->sequences != 0) return std::nullopt;
-    PagedAttentionDecode arguments{*shared, static_cast<int>(q.size(0) / shared->sequences), nullptr, nullptr};
+    if (q.size(0) % shared.sequences != 0) return std::nullopt;
+    PagedAttentionDecode arguments{shared, static_cast<int>(q.size(0) / shared.sequences), nullptr, nullptr};
     const int64_t rows = int64_t{arguments.tokens} * arguments.q_heads;
     if (rows > kMaxGrid || rows * arguments.sequences * arguments.table_width > kMaxIndex) return std::nullopt;
     const int64_t slots = paged_attention_decode_shape(arguments).slots;
@@ -64,6 +63,12 @@ std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate
     return out;
 }
 
+std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
+                                             const Tensor& page_table, const Tensor& context_lens, double scale) {
+    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
+    return shared ? decode(q, *shared) : std::nullopt;
+}
+
 std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gate, const Tensor& kv,
                                               const Tensor& page_table, const Tensor& cu_seqlens,
                                               const Tensor& context_lens, int64_t /*max_seqlen*/, double scale) {
@@ -71,6 +76,9 @@ std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gat
     const bool fits =
         shared && is_int32(cu_seqlens) && cu_seqlens.is_contiguous() && has_shape(cu_seqlens, {shared->sequences + 1});
     if (!fits) return std::nullopt;
+    if (shared->sequences == 1 && paged_attention_prefill_is_short(*shared, q.size(0))) {
+        if (auto out = decode(q, *shared)) return out;
+    }
     PagedAttentionPrefill arguments{*shared, data<int32_t>(cu_seqlens), q.size(0)};
     Tensor out = new_tensor(q, {q.size(0), q.size(1) * q.size(2)});
     arguments.out = data(out);

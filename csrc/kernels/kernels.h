@@ -195,6 +195,9 @@ struct PagedAttentionPrefill : PagedAttention {
     const int32_t* cu_seqlens;  // [sequences + 1]
     int64_t tokens;             // of all sequences
 };
+// Whether the tiles of a lone sequence of that many tokens leave so much of the card idle that the decode kernel, which
+// splits the keys, is faster.
+bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t tokens);
 cudaError_t paged_attention_prefill(PagedAttentionPrefill arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

@@ -398,6 +398,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+bool paged_attention_prefill_is_short(const PagedAttention& p, int64_t tokens) {
+    // Predicted: a page takes 128 rows here 1.3 us, 64 rows there 1.7 us, and there all multiprocessors share it. So at
+    // a quarter of the card, 66 groups of 64 rows against 33 tiles, splitting takes 0.85 us a page against 1.3.
+    const int64_t tiles = (tokens * (p.q_heads / p.kv_heads) + kRows - 1) / kRows * p.kv_heads;
+    return tiles <= multiprocessor_count() / 4;
+}
+
 cudaError_t paged_attention_prefill(PagedAttentionPrefill p, cudaStream_t stream) {
     complete(p);
     CUtensorMap map;
