@@ -15,11 +15,12 @@ std::optional<PagedAttention> shared_arguments(const Tensor& q, const Tensor& ga
     const int64_t sequences = context_lens.size(0);
     fits = is_bf16(q) && is_bf16(gate) && is_bf16(kv) && is_int32(page_table) && is_int32(context_lens) &&
            q.size(2) == kHeadDim && kv.size(1) == 2 && kv.size(3) == kPageTokens && kv.size(4) == kHeadDim &&
-           kv_heads > 0 && q_heads > 0 && q_heads % kv_heads == 0 && has_shape(gate, {tokens, q_heads, kHeadDim}) &&
-           page_table.size(0) == sequences && page_table.size(1) <= kMaxIndex && context_lens.is_contiguous() &&
-           scale > 0 && tokens > 0 && tokens * q_heads <= kMaxIndex && sequences > 0 && pages > 0 &&
-           is_dense_from(q, 1) && has_vector_rows(q) && is_dense_from(kv, 1) && has_vector_rows(kv) &&
-           kv.stride(0) * 2 < kMaxStrideBytes && (page_table.size(1) <= 1 || page_table.stride(1) == 1);
+           kv_heads > 0 && q_heads > kv_heads && q_heads % kv_heads == 0 &&
+           has_shape(gate, {tokens, q_heads, kHeadDim}) && page_table.size(0) == sequences &&
+           page_table.size(1) <= kMaxIndex && context_lens.is_contiguous() && scale > 0 && tokens > 0 &&
+           tokens * q_heads * (q_heads / kv_heads) <= kMaxIndex && sequences > 0 && pages > 0 && is_dense_from(q, 1) &&
+           has_vector_rows(q) && is_dense_from(kv, 1) && has_vector_rows(kv) && kv.stride(0) * 2 < kMaxStrideBytes &&
+           (page_table.size(1) <= 1 || page_table.stride(1) == 1);
     if (!fits) return std::nullopt;
     return PagedAttention{.q = data(q),
                           .q_stride = q.stride(0),
@@ -41,12 +42,11 @@ std::optional<PagedAttention> shared_arguments(const Tensor& q, const Tensor& ga
                           .scale = static_cast<float>(scale)};
 }
 
-std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
-                                             const Tensor& page_table, const Tensor& context_lens, double scale) {
-    constexpr int64_t kMaxGrid = 65535;  // of its second dimension: rows of a sequence
-    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
-    if (!shared || q.size(0) % shared->sequences != 0) return std::nullopt;
-    PagedAttentionDecode arguments{*shared, static_cast<int>(q.size(0) / shared->sequences), nullptr, nullptr};
+// The decode kernel, for sequences of q.size(0) / sequences tokens each.
+std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared) {
+    constexpr int64_t kMaxGrid = 65535;  // of its other dimensions: rows of a sequence and KV head, KV heads
+    if (q.size(0) % shared.sequences != 0) return std::nullopt;
+    PagedAttentionDecode arguments{shared, static_cast<int>(q.size(0) / shared.sequences), nullptr, nullptr};
     const int64_t rows = int64_t{arguments.tokens} * arguments.q_heads;
     if (rows > kMaxGrid || rows * arguments.sequences * arguments.table_width > kMaxIndex) return std::nullopt;
     const int64_t slots = paged_attention_decode_shape(arguments).slots;
@@ -63,14 +63,22 @@ std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate
     return out;
 }
 
+std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
+                                             const Tensor& page_table, const Tensor& context_lens, double scale) {
+    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
+    return shared ? decode(q, *shared) : std::nullopt;
+}
+
 std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gate, const Tensor& kv,
                                               const Tensor& page_table, const Tensor& cu_seqlens,
                                               const Tensor& context_lens, int64_t /*max_seqlen*/, double scale) {
-    constexpr int64_t kMaxGrid = 65535;  // of its second dimension: KV heads
     const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
-    const bool fits = shared && is_int32(cu_seqlens) && cu_seqlens.is_contiguous() &&
-                      has_shape(cu_seqlens, {shared->sequences + 1}) && shared->kv_heads <= kMaxGrid;
+    const bool fits =
+        shared && is_int32(cu_seqlens) && cu_seqlens.is_contiguous() && has_shape(cu_seqlens, {shared->sequences + 1});
     if (!fits) return std::nullopt;
+    if (shared->sequences == 1 && paged_attention_prefill_is_short(*shared, q.size(0))) {
+        if (auto out = decode(q, *shared)) return out;
+    }
     PagedAttentionPrefill arguments{*shared, data<int32_t>(cu_seqlens), q.size(0)};
     Tensor out = new_tensor(q, {q.size(0), q.size(1) * q.size(2)});
     arguments.out = data(out);

@@ -195,6 +195,11 @@ struct PagedAttention {
     __nv_bfloat16* out;           // [tokens, q_heads, D] contiguous
     int sequences, table_width, q_heads, kv_heads;
     float scale;
+    // The launcher sets them.
+    int group = 0;  // query heads to a KV head
+    uint32_t group_inverse = 0;
+    float log2_scale = 0;       // scale, for scores in units of log 2
+    bool gate_vectors = false;  // gates may be read four at a time
 };
 struct PagedAttentionDecode : PagedAttention {
     int tokens;          // of each sequence
@@ -214,7 +219,11 @@ struct PagedAttentionPrefill : PagedAttention {
     const int32_t* cu_seqlens;  // [sequences + 1]
     int64_t tokens;             // of all sequences
 };
-cudaError_t paged_attention_prefill(const PagedAttentionPrefill& arguments, cudaStream_t stream);
+// Whether the tiles of a lone sequence of that many tokens leave so much of the card idle that the decode kernel, which
+// splits the keys, is faster.
+bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t tokens);
+cudaError_t paged_attention_prefill(PagedAttentionPrefill arguments, cudaStream_t stream);
+
 // ---- moe_experts_decode.cu and moe_experts_prefill.cu: see the operator moe_experts; hidden and width multiples
 // of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any number.
 constexpr int kMoeDecodeTokens = 64;

@@ -41,6 +41,26 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
     ptx::tma_load<5>(shared, map, barrier, {0, 0, 0, part * kv_heads + head, page});
 }
 
+// What kernels read of the arguments beyond what the caller knows.
+inline void complete(PagedAttention& p) {
+    p.group = p.q_heads / p.kv_heads;
+    p.group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + static_cast<uint32_t>(p.group) - 1) / p.group);
+    p.log2_scale = p.scale * kLog2E;
+    p.gate_vectors = p.gate_stride == 1 && p.gate_token_stride % 4 == 0 && p.gate_head_stride % 4 == 0 &&
+                     reinterpret_cast<uintptr_t>(p.gate) % 8 == 0;
+}
+
+// A row of a sequence is a token and one of the query heads that share a KV head.
+struct RowPlace {
+    int token, head;
+};
+
+// Exact below 2^32 / group rows: the inverse is less than group / 2^32 too large.
+__device__ __forceinline__ RowPlace place_of_row(const PagedAttention& p, int row) {
+    const int token = static_cast<int>(__umulhi(static_cast<uint32_t>(row), p.group_inverse));
+    return {token, row - token * p.group};
+}
+
 // The sum over the sequences of count(sequence). By whole warps.
 template <typename Count>
 __device__ __forceinline__ int count_all(int sequences, Count count) {
@@ -108,18 +128,39 @@ class PageIds {
     int first_, last_, ids_ = 0;
 };
 
-// The sigmoid of the gate of `column` of a query head.
-__device__ __forceinline__ float output_gate(const PagedAttention& p, int64_t token, int head, int column) {
-    return sigmoid(
-        __bfloat162float(p.gate[token * p.gate_token_stride + head * p.gate_head_stride + column * p.gate_stride]));
+__device__ __forceinline__ float output_gate(__nv_bfloat16 gate) {
+    return sigmoid(__bfloat162float(gate));
 }
 
-// Two neighbouring columns of an output row, normalised and gated.
+__device__ __forceinline__ const __nv_bfloat16* gate_of(const PagedAttention& p, int64_t token, int head, int column) {
+    return p.gate + token * p.gate_token_stride + head * p.gate_head_stride + column * p.gate_stride;
+}
+
+__device__ __forceinline__ __nv_bfloat16* out_of(const PagedAttention& p, int64_t token, int head, int column) {
+    return p.out + (token * p.q_heads + head) * kDim + column;
+}
+
+// Two neighbouring columns of an output row, gated.
 __device__ __forceinline__ void store_pair(const PagedAttention& p, int64_t token, int head, int column, float first,
                                            float second) {
-    const uint32_t both = pack<__nv_bfloat16>(first * output_gate(p, token, head, column),
-                                              second * output_gate(p, token, head, column + 1));
-    *reinterpret_cast<uint32_t*>(p.out + (token * p.q_heads + head) * kDim + column) = both;
+    const __nv_bfloat16* gate = gate_of(p, token, head, column);
+    *reinterpret_cast<uint32_t*>(out_of(p, token, head, column)) =
+        pack<__nv_bfloat16>(first * output_gate(gate[0]), second * output_gate(gate[p.gate_stride]));
+}
+
+// The gates of four neighbouring columns.
+__device__ __forceinline__ Vector<__nv_bfloat16, 4> load_gates(const PagedAttention& p, int64_t token, int head,
+                                                               int column) {
+    const __nv_bfloat16* gate = gate_of(p, token, head, column);
+    if (p.gate_vectors) return load_vector<4>(gate);
+    return {gate[0], gate[p.gate_stride], gate[2 * p.gate_stride], gate[3 * p.gate_stride]};
+}
+
+__device__ __forceinline__ void store_quad(const PagedAttention& p, int64_t token, int head, int column,
+                                           const float4& values, const Vector<__nv_bfloat16, 4>& gates) {
+    *reinterpret_cast<uint2*>(out_of(p, token, head, column)) =
+        make_uint2(pack<__nv_bfloat16>(values.x * output_gate(gates[0]), values.y * output_gate(gates[1])),
+                   pack<__nv_bfloat16>(values.z * output_gate(gates[2]), values.w * output_gate(gates[3])));
 }
 
 }  // namespace tokenspeed::attention

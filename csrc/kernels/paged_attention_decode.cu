@@ -5,8 +5,8 @@
 // and Gimelshein 2018), the context is split over blocks (flash-decoding, Dao et al. 2023) and the parts are merged:
 //     O = sum_i 2^{m_i - m} O_i / sum_i 2^{m_i - m} l_i,  m = max_i m_i, scores in units of log 2.
 //
-// Split. All (row group, sequence, page) stand in one line; block c of C takes units [c W / C, (c + 1) W / C). So every
-// block streams the same number of pages whatever the lengths, the grid depends on the shapes alone, and the work
+// Split. All (row group, sequence, page) stand in one line, which is cut into one range a block. So every block streams
+// the same number of pages, give or take one, whatever the lengths, the grid depends on the shapes alone, and the work
 // follows from context_lens on the device: a captured graph stays right when they change. A range holds whole sequences
 // but for its ends, so a block leaves at most two parts in the workspace: slot 2 c for the sequence that it enters in
 // the middle or at its start, 2 c + 1 for the one that it leaves unfinished. Whole sequences are finished at once. A
@@ -22,8 +22,11 @@
 // own and nothing is merged between warps; the price is two barriers of four warps a page. (Warps that own tokens to
 // the end, as in FlashMLA, need 128 registers a 16 rows and a merge of four outputs a sequence.)
 //
-// Predicted (not run yet): 16:2 heads, batch 64 x 8192: 275 us; batch 1 x 32768: 64 MB in 15.6 us + start 2 us + merge
-// 2 us = 20 us.
+// Measured on an H100 (read 3,071 GB/s in that run), one token, 16:2 heads: 64 x 8192 keys 374 us = 94% of the read
+// ceiling; 8 x 8192 64 us = 68%; 1 x 32768 36.3 us = 60%, level with cuDNN (0.99x) and 1.5 times as fast as flash, both
+// on contiguous keys; 1 x 1024 8.9 us. So about 8 us of a call are latency: the chain lengths, page ids, pages at the
+// start, and the merge at the end. That merge read its parts twice and found them only after its wait; one pass, with
+// the search and the gates ahead of the wait, is predicted to save 2 us, and has not been measured.
 //
 // budget: decode_kernel registers<=255 hot sass=HMMA
 // budget: merge_kernel registers<=64 hot
@@ -44,8 +47,9 @@ constexpr int kTileRows = 16;
 constexpr int kWarps = 4;
 constexpr int kConsumers = kWarps * 32;
 constexpr int kThreads = kConsumers + 32;
-constexpr int kMergeLanes = 4;  // threads that share the parts of a quad of columns
+constexpr int kMergeLanes = 8;  // threads that share the parts of a quad of columns
 constexpr int kMergeThreads = kDim / 4 * kMergeLanes;
+constexpr float kLowest = -3e38f;  // below any score; two of them may be subtracted, unlike two infinities
 constexpr uint32_t kConsumerBarrier = 1;
 
 template <int kTiles>
@@ -149,26 +153,18 @@ class Consumer {
 
   public:
     __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionDecode& p)
-        : storage_(storage),
-          p_(p),
-          warp_(ptx::warp_id()),
-          lane_(threadIdx.x % 32),
-          log2_scale_(p.scale * kLog2E),
-          heads_(p.q_heads / p.kv_heads) {}
+        : storage_(storage), p_(p), warp_(ptx::warp_id()), lane_(threadIdx.x % 32) {}
 
     __device__ __forceinline__ void run(const Segment& segment) {
-        const int context = p_.context_lens[segment.sequence];
-        end_ = context + p_.tokens;
+        context_ = p_.context_lens[segment.sequence];
         first_row_ = segment.group % p_.row_groups * kRows;
         load_query(segment);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = first_row_ + row_of(tile, half);
                 maximum_[tile][half] = -INFINITY;
                 sum_[tile][half] = 0;
-                visible_[tile][half] = context + min(row / heads_, p_.tokens - 1) + 1;
             }
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
@@ -187,20 +183,29 @@ class Consumer {
     // The rows of the accumulators that a lane holds.
     __device__ __forceinline__ int row_of(int tile, int half) const { return tile * kTileRows + half * 8 + lane_ / 4; }
 
-    __device__ __forceinline__ int rows_left() const { return p_.tokens * heads_ - first_row_; }
+    // How many tokens of the sequence a row sees.
+    __device__ __forceinline__ int visible(int tile, int half) const {
+        return context_ + min(place_of_row(p_, first_row_ + row_of(tile, half)).token, p_.tokens - 1) + 1;
+    }
 
-    // Row r of a sequence is token r / heads, query head r % heads of the group; missing rows become zero.
+    __device__ __forceinline__ int rows_left() const { return p_.tokens * p_.group - first_row_; }
+
+    __device__ __forceinline__ int64_t first_token(const Segment& segment) const {
+        return static_cast<int64_t>(segment.sequence) * p_.tokens;
+    }
+
+    // Row r of a sequence is token r / group, query head r % group of the KV head; missing rows become zero.
     __device__ __forceinline__ void load_query(const Segment& segment) {
         constexpr int kChunks = kDim / 8;
-        const int head = segment.group / p_.row_groups * heads_;
+        const int head = segment.group / p_.row_groups * p_.group;
 #pragma unroll 2
         for (int i = threadIdx.x; i < kRows * kChunks; i += kConsumers) {
             const int row = i / kChunks, chunk = i % kChunks;
             uint4 values{};
             if (row < rows_left()) {
-                const int64_t token = static_cast<int64_t>(segment.sequence) * p_.tokens + (first_row_ + row) / heads_;
-                values = *reinterpret_cast<const uint4*>(p_.q + token * p_.q_stride +
-                                                         (head + (first_row_ + row) % heads_) * kDim + chunk * 8);
+                const auto [token, query_head] = place_of_row(p_, first_row_ + row);
+                values = *reinterpret_cast<const uint4*>(p_.q + (first_token(segment) + token) * p_.q_stride +
+                                                         (head + query_head) * kDim + chunk * 8);
             }
             *reinterpret_cast<uint4*>(storage_.query + (row * kChunks + (chunk ^ (row & 7))) * 16) = values;
         }
@@ -266,17 +271,18 @@ class Consumer {
 
     // The page's weights into shared memory, and by how much what was summed so far shrinks.
     __device__ __forceinline__ void softmax(float (&scores)[kTiles][2][4], float (&rescale)[kTiles][2], int position) {
-        const int token = position + warp_ * 16 + lane_ % 4 * 2;
+        const bool masked = position + kPage > context_ + 1;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
+                // The first column that the row does not see. What is there, NaN included, is overwritten.
+                const int invisible = masked ? visible(tile, half) - position - warp_ * 16 - lane_ % 4 * 2 : kPage;
                 float maximum = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float& score = scores[tile][i / 2][half * 2 + i % 2];
-                    // Whatever lies beyond a row's last token, NaN included, is overwritten.
-                    score = token + i / 2 * 8 + i % 2 < visible_[tile][half] ? score * log2_scale_ : -INFINITY;
+                    score = i / 2 * 8 + i % 2 < invisible ? score * p_.log2_scale : -INFINITY;
                     maximum = fmaxf(maximum, score);
                 }
                 maximum = warp_maximum<4>(maximum);
@@ -344,7 +350,8 @@ class Consumer {
 
     // Which halves of a register with the values of `token` and the next belong to tokens of the sequence.
     __device__ __forceinline__ uint32_t existing(int token) const {
-        return token + 1 < end_ ? 0xffffffffu : token < end_ ? 0x0000ffffu : 0u;
+        const int end = context_ + p_.tokens;
+        return token + 1 < end ? 0xffffffffu : token < end ? 0x0000ffffu : 0u;
     }
 
     // Gates and stores a whole sequence, or leaves its part in the workspace.
@@ -360,7 +367,7 @@ class Consumer {
         barrier();
         const bool entered_here = segments_++ == 0;
         const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (entered_here ? 0 : 1);
-        const int head = segment.group / p_.row_groups * heads_;
+        const int head = segment.group / p_.row_groups * p_.group;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -372,12 +379,11 @@ class Consumer {
                 for (int warp = 0; warp < kWarps; ++warp) sum += storage_.sum[warp][row];
                 const int column = warp_ * kColumnGroup + lane_ % 4 * 2;
                 if (segment.whole) {
-                    const int64_t token =
-                        static_cast<int64_t>(segment.sequence) * p_.tokens + (first_row_ + row) / heads_;
+                    const auto [token, query_head] = place_of_row(p_, first_row_ + row);
                     const float inverse = 1 / sum;
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
-                        store_pair(p_, token, head + (first_row_ + row) % heads_, column + n * 8,
+                        store_pair(p_, first_token(segment) + token, head + query_head, column + n * 8,
                                    output_[tile][n][half * 2] * inverse, output_[tile][n][half * 2 + 1] * inverse);
                     }
                 } else {
@@ -398,14 +404,11 @@ class Consumer {
     Shared& storage_;
     const PagedAttentionDecode& p_;
     const int warp_, lane_;
-    const float log2_scale_;
-    const int heads_;  // query heads to a KV head
-    int end_ = 0;      // tokens of the sequence
+    int context_ = 0;
     int first_row_ = 0;
     int segments_ = 0;
     RingPosition<Shared::kStages> at_;
     float maximum_[kTiles][2], sum_[kTiles][2];  // sum_: over the lane's own tokens
-    int visible_[kTiles][2];                     // tokens that a row sees
     float output_[kTiles][8][4];
 };
 
@@ -435,69 +438,75 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
+// sum = kept sum + weight values
+__device__ __forceinline__ void add_scaled(float4& sum, float kept, const float4& values, float weight) {
+    sum.x = kept * sum.x + weight * values.x;
+    sum.y = kept * sum.y + weight * values.y;
+    sum.z = kept * sum.z + weight * values.z;
+    sum.w = kept * sum.w + weight * values.w;
+}
+
 // One output row: merges the parts that the blocks left, or writes zeros for padding. Nothing where a block had it all.
+// Lengths and gates are older than the decode kernel, so they are read, and the parts are found, while it still runs.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const __grid_constant__ PagedAttentionDecode p, int blocks, int rows_of_part) {
     DYNAMIC_SHARED(raw);
-    auto* sums = reinterpret_cast<float4*>(raw);  // [kMergeLanes][kDim / 4]
-    auto* weights = reinterpret_cast<float*>(sums + kMergeThreads);
-    const int sequence = blockIdx.x, heads = p.q_heads / p.kv_heads;
-    const int kv_head = blockIdx.y / (p.tokens * heads), row = blockIdx.y % (p.tokens * heads);
+    auto* sums = reinterpret_cast<float4*>(raw);                     // [kMergeLanes][kDim / 4]
+    auto* states = reinterpret_cast<float2*>(sums + kMergeThreads);  // [kMergeLanes]: maximum, sum
+    const int sequence = blockIdx.x, kv_head = blockIdx.z, row = blockIdx.y;
     const int quad = threadIdx.x % (kDim / 4), share = threadIdx.x / (kDim / 4);
-    const int head = kv_head * heads + row % heads, column = quad * 4;
-    const int64_t token = static_cast<int64_t>(sequence) * p.tokens + row / heads;
-    auto* out = reinterpret_cast<uint2*>(p.out + (token * p.q_heads + head) * kDim + column);
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    if (p.context_lens[sequence] < 0) {
-        if (share == 0) *out = uint2{};
-        return;
-    }
+    const RowPlace place = place_of_row(p, row);
+    const int head = kv_head * p.group + place.head, column = quad * 4;
+    const int64_t token = static_cast<int64_t>(sequence) * p.tokens + place.token;
+    const bool padding = p.context_lens[sequence] < 0;
+    Vector<__nv_bfloat16, 4> gates{};
+    if (!padding && share == 0) gates = load_gates(p, token, head, column);
     const Line line = line_of(p, blocks);
     const int group = kv_head * p.row_groups + row / rows_of_part;
     const int first_unit = group * line.pages + count_all(sequence, [&](int before) { return pages_of(p, before); });
-    const int first = line.owner_of(first_unit), last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
-    if (first == last) return;
-    // The first block may have entered its range in another sequence; all others entered it in this one.
-    const auto part_of = [&](int block) {
-        const int slot = 2 * block + (block == first && line.start_of(first) != first_unit ? 1 : 0);
-        return static_cast<int64_t>(slot) * rows_of_part + row % rows_of_part;
-    };
-    float maximum = -INFINITY;
-    for (int block = first + static_cast<int>(threadIdx.x % 32); block <= last; block += 32) {
-        maximum = fmaxf(maximum, p.part_sums[part_of(block)].x);
+    int first = 0, last = 0;
+    bool entered_earlier = false;
+    if (!padding) {
+        first = line.owner_of(first_unit);
+        last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
+        entered_earlier = line.start_of(first) != first_unit;
     }
-    maximum = warp_maximum(maximum);  // finite: every row sees the first token
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    if (padding && share == 0) *reinterpret_cast<uint2*>(out_of(p, token, head, column)) = uint2{};
+    if (first == last) return;
+    float maximum = kLowest, weight_sum = 0;
     float4 sum{};
-    float weight_sum = 0;
 #pragma unroll 8
     for (int block = first + share; block <= last; block += kMergeLanes) {
-        const int64_t part = part_of(block);
+        // The first block may have entered its range in another sequence; all others entered it in this one.
+        const int slot = 2 * block + (block == first && entered_earlier ? 1 : 0);
+        const int64_t part = static_cast<int64_t>(slot) * rows_of_part + row % rows_of_part;
         const float2 state = p.part_sums[part];
         const float4 values = *reinterpret_cast<const float4*>(p.parts + part * kDim + column);
-        const float weight = ptx::exp2_approximate(state.x - maximum);
-        weight_sum += weight * state.y;
-        sum.x += weight * values.x;
-        sum.y += weight * values.y;
-        sum.z += weight * values.z;
-        sum.w += weight * values.w;
+        const float larger = fmaxf(maximum, state.x);
+        const float kept = ptx::exp2_approximate(maximum - larger), weight = ptx::exp2_approximate(state.x - larger);
+        maximum = larger;
+        weight_sum = kept * weight_sum + weight * state.y;
+        add_scaled(sum, kept, values, weight);
     }
     sums[threadIdx.x] = sum;
-    if (quad == 0) weights[share] = weight_sum;
+    if (quad == 0) states[share] = make_float2(maximum, weight_sum);
     __syncthreads();
     if (share > 0) return;
 #pragma unroll
-    for (int other = 1; other < kMergeLanes; ++other) {
-        const float4 more = sums[other * (kDim / 4) + quad];
-        sum.x += more.x;
-        sum.y += more.y;
-        sum.z += more.z;
-        sum.w += more.w;
-        weight_sum += weights[other];
+    for (int other = 1; other < kMergeLanes; ++other) maximum = fmaxf(maximum, states[other].x);
+    sum = float4{};
+    weight_sum = 0;
+#pragma unroll
+    for (int other = 0; other < kMergeLanes; ++other) {
+        const float weight = ptx::exp2_approximate(states[other].x - maximum);
+        weight_sum += weight * states[other].y;
+        add_scaled(sum, 1, sums[other * (kDim / 4) + quad], weight);
     }
     const float inverse = 1 / weight_sum;
-    store_pair(p, token, head, column, sum.x * inverse, sum.y * inverse);
-    store_pair(p, token, head, column + 2, sum.z * inverse, sum.w * inverse);
+    store_quad(p, token, head, column, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse),
+               gates);
 }
 
 template <int kTiles>
@@ -512,11 +521,11 @@ cudaError_t launch_tiles(const PagedAttentionDecode& p, int blocks, cudaStream_t
                                 .programmatic = true},
                                map, p);
     if (status != cudaSuccess) return status;
-    const auto rows = static_cast<unsigned>(p.tokens * p.q_heads);
     return launch(merge_kernel,
-                  {.grid = dim3(static_cast<unsigned>(p.sequences), rows),
+                  {.grid = dim3(static_cast<unsigned>(p.sequences), static_cast<unsigned>(p.tokens * p.group),
+                                static_cast<unsigned>(p.kv_heads)),
                    .block = kMergeThreads,
-                   .shared_bytes = kMergeThreads * sizeof(float4) + kMergeLanes * sizeof(float),
+                   .shared_bytes = kMergeThreads * sizeof(float4) + kMergeLanes * sizeof(float2),
                    .stream = stream,
                    .programmatic = true},
                   p, blocks, Storage<kTiles>::kRows);
@@ -536,6 +545,7 @@ PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecod
 cudaError_t paged_attention_decode(PagedAttentionDecode p, cudaStream_t stream) {
     const PagedAttentionDecodeShape shape = paged_attention_decode_shape(p);
     const int rows = p.tokens * (p.q_heads / p.kv_heads), rows_of_group = shape.tiles * kTileRows;
+    complete(p);
     p.row_groups = (rows + rows_of_group - 1) / rows_of_group;
     if (shape.tiles == 1) return launch_tiles<1>(p, shape.blocks, stream);
     return shape.tiles == 2 ? launch_tiles<2>(p, shape.blocks, stream) : launch_tiles<4>(p, shape.blocks, stream);

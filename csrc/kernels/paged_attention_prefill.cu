@@ -6,14 +6,16 @@
 // tile are (token, query head of one KV head) pairs, token first: 128 rows are 8 to 32 tokens, so a short chunk fills
 // tiles, and every head that reads a page reads it from the same copy.
 //
-// Tiles. Their list follows from cu_seqlens on the device: the grid is what the shapes allow at most, a block finds its
-// tile by a scan, surplus blocks leave. The last tiles of a sequence, which see most keys, start first.
+// Tiles. Their list follows from cu_seqlens on the device. A block a multiprocessor takes one tile in each round, the
+// longest first and forwards and backwards by turns, and runs through them without a pause: the producer is ahead in
+// the next tile while one consumer group stores the last and the other still computes.
 //
 // Flops: 4 x 256 a (row, key) pair; 8192 tokens, 16 heads, causal: 0.55 TFLOP = 0.70 ms at 790 TFLOP/s. Bytes: a tile
-// streams its keys and values from L2, 64 KB a page against 33.6 MFLOP.
+// streams its keys and values from L2, 64 KB a page against 8.4 MFLOP: 4.7 TB/s at 600 TFLOP/s, near what L2 gives.
+// (Two tiles in a cluster that share their boxes by multicast would halve that.)
 //
-// Roles. A producer warp (its warpgroup keeps 24 registers) fills a ring of five 32 KB boxes, one TMA instruction each,
-// in the order in which they are used: K0 K1 V0 K2 V1 ... Two consumer warpgroups (240 registers) own 64 rows each: O
+// Roles. A producer warp (its warpgroup keeps 40 registers) fills a ring of five 32 KB boxes, one TMA instruction each,
+// in the order in which they are used: K0 K1 V0 K2 V1 ... Two consumer warpgroups (232 registers) own 64 rows each: O
 // takes 128 registers, S 32, P 16. The product with the next keys is under way while P V of the page before runs, and
 // the softmax of the next scores runs beside P V. Boxes lie in shared memory with the 128-byte swizzle that wgmma wants
 // and plain bulk copies cannot make, hence the tensor map. Pages beyond the diagonal are not read; a page on it is
@@ -29,6 +31,8 @@
 #include <ptx.h>
 #include <ptx_wgmma.h>
 
+#include <algorithm>
+
 #include "paged_attention.h"
 
 namespace tokenspeed {
@@ -42,91 +46,100 @@ constexpr int kRows = kGroupRows * kConsumerGroups;
 constexpr int kConsumers = kConsumerGroups * 128;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kStages = 5;
-constexpr int kQueryGroupBytes = kRows * kColumnGroup * 2;
+constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
 constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3;
 
 struct Storage {
-    alignas(1024) uint8_t query[kColumnGroups * kQueryGroupBytes];  // per column group 128 rows of 128 bytes, swizzled
+    alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
     alignas(1024) uint8_t ring[kStages][kBoxBytes];
     uint64_t full[kStages], empty[kStages];
 };
 static_assert(sizeof(Storage) <= 227 * 1024);
+static_assert(kQueryBytes == kBoxBytes);
 
 // 128 rows of one sequence and KV head.
 struct Tile {
     int sequence, head;
     int first_row, rows;  // rows: of the whole sequence, (query heads to a KV head) x tokens
-    int64_t first_token;  // of the sequence, in q
+    int first_token;      // of the sequence, in q
     int context;          // tokens before this call
-    int end;              // tokens of the sequence with this call's
     int pages;            // that the tile sees
 };
 
-__device__ __forceinline__ bool find_tile(const PagedAttentionPrefill& p, Tile& tile) {
-    const int heads = p.q_heads / p.kv_heads;
+// Calls visit(tile) for the tiles of this block: the list is dealt out forwards and backwards by turns, so that nobody
+// always gets the longer ones. By whole warps.
+template <typename Visit>
+__device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, Visit visit) {
     const auto tiles_of = [&](int sequence) {
-        return ((p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence]) * heads + kRows - 1) / kRows;
+        return ((p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence]) * p.group + kRows - 1) / kRows;
     };
-    const int tiles = count_all(p.sequences, tiles_of), from_last = blockIdx.x;
-    if (from_last >= tiles) return false;
-    const auto [sequence, index] = locate(p.sequences, tiles - 1 - from_last, tiles_of);
-    const int begin = p.cu_seqlens[sequence], tokens = p.cu_seqlens[sequence + 1] - begin;
-    tile.sequence = sequence;
-    tile.head = blockIdx.y;
-    tile.first_row = index * kRows;
-    tile.rows = tokens * heads;
-    tile.first_token = begin;
-    tile.context = p.context_lens[sequence];
-    tile.end = tile.context + tokens;
-    const int last_token = (min(tile.first_row + kRows, tile.rows) - 1) / heads;
-    tile.pages = (tile.context + last_token) / kPage + 1;
-    return true;
+    const int tiles = count_all(p.sequences, tiles_of), blocks = gridDim.x, block = blockIdx.x;
+    int step = 2 * (blocks - block) - 1;
+    for (int item = block; item < tiles * p.kv_heads; item += step, step = 2 * blocks - step) {
+        const auto [sequence, index] = locate(p.sequences, tiles - 1 - item / p.kv_heads, tiles_of);
+        Tile tile;
+        tile.sequence = sequence;
+        tile.head = item % p.kv_heads;
+        tile.first_token = p.cu_seqlens[sequence];
+        tile.first_row = index * kRows;
+        const int tokens = p.cu_seqlens[sequence + 1] - tile.first_token;
+        tile.rows = tokens * p.group;
+        tile.context = p.context_lens[sequence];
+        const int last_token = place_of_row(p, min(tile.first_row + kRows, tile.rows) - 1).token;
+        tile.pages = (tile.context + last_token) / kPage + 1;
+        visit(tile);
+    }
 }
 
-__device__ __forceinline__ void produce(Storage& storage, const CUtensorMap* map, const PagedAttentionPrefill& p,
-                                        const Tile& tile) {
-    RingPosition<kStages> at;
-    const auto load = [&](int part, int id) {
-        ptx::mbarrier_wait(&storage.empty[at.stage], at.parity ^ 1);
-        if (ptx::elect_one()) {
-            load_box(storage.ring[at.stage], map, &storage.full[at.stage], part, tile.head, p.kv_heads, id);
+class Producer {
+  public:
+    __device__ __forceinline__ Producer(Storage& storage, const CUtensorMap* map, const PagedAttentionPrefill& p)
+        : storage_(storage), map_(map), p_(p) {}
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+        PageIds ids(p_, tile.sequence, 0, tile.pages);
+        int id = ids.id(0);
+        load(kKeys, tile.head, id);
+        for (int page = 1; page < tile.pages; ++page) {
+            const int next = ids.id(page);
+            load(kKeys, tile.head, next);
+            load(kValues, tile.head, id);
+            id = next;
         }
-        at.next();
-    };
-    PageIds ids(p, tile.sequence, 0, tile.pages);
-    int id = ids.id(0);
-    load(kKeys, id);
-    for (int page = 1; page < tile.pages; ++page) {
-        const int next = ids.id(page);
-        load(kKeys, next);
-        load(kValues, id);
-        id = next;
+        load(kValues, tile.head, id);
     }
-    load(kValues, id);
-}
+
+  private:
+    __device__ __forceinline__ void load(int part, int head, int id) {
+        ptx::mbarrier_wait(&storage_.empty[at_.stage], at_.parity ^ 1);
+        if (ptx::elect_one()) {
+            load_box(storage_.ring[at_.stage], map_, &storage_.full[at_.stage], part, head, p_.kv_heads, id);
+        }
+        at_.next();
+    }
+
+    Storage& storage_;
+    const CUtensorMap* map_;
+    const PagedAttentionPrefill& p_;
+    RingPosition<kStages> at_;
+};
 
 class Consumer {
   public:
-    __device__ __forceinline__ Consumer(Storage& storage, const PagedAttentionPrefill& p, const Tile& tile)
-        : storage_(storage),
-          p_(p),
-          tile_(tile),
-          group_(ptx::warp_id() / 4),
-          heads_(p.q_heads / p.kv_heads),
-          log2_scale_(p.scale * kLog2E) {
-        const int first_row = tile.first_row + group_ * kGroupRows;
-        row_ = first_row + static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
-        masked_from_ = tile.context + min(first_row, tile.rows - 1) / heads_ + 1;
+    __device__ __forceinline__ Consumer(Storage& storage, const PagedAttentionPrefill& p)
+        : storage_(storage), p_(p), group_(ptx::warp_id() / 4), warp_(ptx::warp_id() % 4), lane_(threadIdx.x % 32) {}
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+        tile_ = tile;
+        first_row_ = tile.first_row + group_ * kGroupRows;
+        masked_from_ = tile.context + place_of_row(p_, min(first_row_, tile.rows - 1)).token + 1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            visible_[half] = tile.context + min(row_ + half * 8, tile.rows - 1) / heads_ + 1;
             maximum_[half] = -INFINITY;
             sum_[half] = 0;
         }
-    }
-
-    __device__ __forceinline__ void run() {
         load_query();
+        prefetch_gates();
         float scores[kPage / 2], output[kDim / 2];
         uint32_t weights[kPage / 16][4];
         float rescale[2];
@@ -151,8 +164,11 @@ class Consumer {
             softmax(scores, rescale, page);
             ptx::wgmma_wait<0>(output);
             release_box();
+            // From some page on the maxima hardly change.
+            if (__any_sync(0xffffffffu, rescale[0] != 1 || rescale[1] != 1)) {
 #pragma unroll
-            for (int i = 0; i < kDim / 2; ++i) output[i] *= rescale[i / 2 % 2];
+                for (int i = 0; i < kDim / 2; ++i) output[i] *= rescale[i / 2 % 2];
+            }
             pack_weights(weights, scores);
         }
         wait_for_box();
@@ -160,28 +176,43 @@ class Consumer {
         ptx::wgmma_fence(output);
         multiply_values(output, weights, tile_.pages > 1);
         ptx::wgmma_wait<0>(output);
+        release_box();
         store(output);
     }
 
   private:
-    // The group's rows; missing ones become zero.
+    __device__ __forceinline__ void barrier() const { ptx::named_barrier_sync(kFirstGroupBarrier + group_, 128); }
+
+    // The group's rows; missing ones become zero. All loads are under way at once.
     __device__ __forceinline__ void load_query() {
         constexpr int kChunks = kDim / 8;
-#pragma unroll 4
-        for (int i = threadIdx.x % 128; i < kGroupRows * kChunks; i += 128) {
-            const int row = group_ * kGroupRows + i / kChunks, chunk = i % kChunks;
-            const int of_sequence = tile_.first_row + row;
+#pragma unroll
+        for (int i = 0; i < kGroupRows * kChunks / 128; ++i) {
+            const int at = i * 128 + static_cast<int>(threadIdx.x % 128), row = at / kChunks, chunk = at % kChunks;
+            const int of_sequence = first_row_ + row;
             uint4 values{};
             if (of_sequence < tile_.rows) {
-                values =
-                    *reinterpret_cast<const uint4*>(p_.q + (tile_.first_token + of_sequence / heads_) * p_.q_stride +
-                                                    (tile_.head * heads_ + of_sequence % heads_) * kDim + chunk * 8);
+                const auto [token, head] = place_of_row(p_, of_sequence);
+                values = ptx::load_16_no_allocate(p_.q + (tile_.first_token + token) * p_.q_stride +
+                                                  (tile_.head * p_.group + head) * kDim + chunk * 8);
             }
-            *reinterpret_cast<uint4*>(storage_.query + chunk / 8 * kQueryGroupBytes +
+            *reinterpret_cast<uint4*>(storage_.query[group_] + chunk / 8 * kGroupBytes +
                                       (row * 8 + (chunk % 8 ^ (row & 7))) * 16) = values;
         }
         ptx::fence_async_shared();
-        ptx::named_barrier_sync(kFirstGroupBarrier + group_, 128);
+        barrier();
+    }
+
+    // Into L2: the end of the tile waits for them.
+    __device__ __forceinline__ void prefetch_gates() const {
+        constexpr int kLines = kDim * 2 / 128;
+        if (!p_.gate_vectors) return;
+#pragma unroll
+        for (int i = 0; i < kGroupRows * kLines / 128; ++i) {
+            const int at = i * 128 + static_cast<int>(threadIdx.x % 128);
+            const auto [token, head] = place_of_row(p_, min(first_row_ + at / kLines, tile_.rows - 1));
+            ptx::prefetch_l2(gate_of(p_, tile_.first_token + token, tile_.head * p_.group + head, at % kLines * 64));
+        }
     }
 
     __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.stage], at_.parity); }
@@ -197,13 +228,13 @@ class Consumer {
 
     // scores = Q K^T, started and committed.
     __device__ __forceinline__ void multiply_keys(float (&scores)[kPage / 2]) {
-        const uint64_t query = ptx::matrix_descriptor(
-            ptx::shared_address(storage_.query) + group_ * kGroupRows * kColumnGroup * 2, Swizzle::k128, 16, 1024);
+        const uint64_t query =
+            ptx::matrix_descriptor(ptx::shared_address(storage_.query[group_]), Swizzle::k128, 16, 1024);
         const uint64_t keys =
             ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.stage]), Swizzle::k128, 16, 1024);
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) {  // addresses in a descriptor count 16 bytes
-            ptx::wgmma<__nv_bfloat16, kPage>(scores, query + (k / 4 * kQueryGroupBytes + k % 4 * 32) / 16,
+            ptx::wgmma<__nv_bfloat16, kPage>(scores, query + (k / 4 * kGroupBytes + k % 4 * 32) / 16,
                                              keys + (k / 4 * kGroupBytes + k % 4 * 32) / 16, k > 0);
         }
         ptx::wgmma_commit();
@@ -225,10 +256,15 @@ class Consumer {
     // Scores become weights; rescale says by how much what was summed before shrinks.
     __device__ __forceinline__ void softmax(float (&scores)[kPage / 2], float (&rescale)[2], int page) {
         if ((page + 1) * kPage > masked_from_) {
-            const int token = page * kPage + static_cast<int>(threadIdx.x % 4 * 2);
+            int invisible[2];  // the first column that a row does not see
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = min(first_row_ + warp_ * 16 + lane_ / 4 + half * 8, tile_.rows - 1);
+                invisible[half] = tile_.context + place_of_row(p_, row).token + 1 - page * kPage;
+            }
 #pragma unroll
             for (int i = 0; i < kPage / 2; ++i) {
-                if (token + i / 4 * 8 + i % 2 >= visible_[i / 2 % 2]) scores[i] = -INFINITY;
+                if (lane_ % 4 * 2 + i / 4 * 8 + i % 2 >= invisible[i / 2 % 2]) scores[i] = -INFINITY;
             }
         }
 #pragma unroll
@@ -237,14 +273,14 @@ class Consumer {
 #pragma unroll
             for (int i = 0; i < kPage / 4; ++i) maximum = fmaxf(maximum, scores[i / 2 * 4 + half * 2 + i % 2]);
             maximum = warp_maximum<4>(maximum);
-            const float base = maximum * log2_scale_;
-            rescale[half] = ptx::exp2_approximate(maximum_[half] * log2_scale_ - base);
+            const float base = maximum * p_.log2_scale;
+            rescale[half] = ptx::exp2_approximate(maximum_[half] * p_.log2_scale - base);
             maximum_[half] = maximum;
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < kPage / 4; ++i) {
                 float& score = scores[i / 2 * 4 + half * 2 + i % 2];
-                score = ptx::exp2_approximate(score * log2_scale_ - base);
+                score = ptx::exp2_approximate(score * p_.log2_scale - base);
                 sum += score;
             }
             sum_[half] = sum_[half] * rescale[half] + sum;
@@ -263,8 +299,10 @@ class Consumer {
 
     // The rows of the last page beyond the sequence may hold NaN, which a weight of zero would not silence.
     __device__ __forceinline__ void silence_missing_values() {
-        const int first = tile_.end - (tile_.pages - 1) * kPage;
+        const int end = tile_.context + place_of_row(p_, tile_.rows).token;
+        const int first = end - (tile_.pages - 1) * kPage;
         if (first >= kPage) return;
+#pragma unroll 1
         for (int i = threadIdx.x; i < (kPage - first) * (kDim / 8); i += kConsumers) {
             const int row = first + i / (kDim / 8), chunk = i % (kDim / 8);
             *reinterpret_cast<uint4*>(storage_.ring[at_.stage] + chunk / 8 * kGroupBytes + (row * 8 + chunk % 8) * 16) =
@@ -274,31 +312,60 @@ class Consumer {
         ptx::named_barrier_sync(kConsumerBarrier, kConsumers);
     }
 
+    // Through shared memory, where the queries lay, half the columns at a time: a warp then stores 256 bytes of a row.
     __device__ __forceinline__ void store(const float (&output)[kDim / 2]) {
+        constexpr int kHalf = kDim / 2, kUnroll = 4;
+        // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the
+        // products.
+        const int lane = __shfl_sync(0xffffffffu, lane_, lane_);
+        uint8_t* staging = storage_.query[group_] + warp_ * (kQueryBytes / 4);  // 16 rows of 512 bytes
+        // A row's 16-byte chunks are permuted so that neither the writes nor the reads collide in a bank.
+        const auto place = [&](int row, int chunk) { return staging + (row * 32 + (chunk ^ (row & 3) * 2)) * 16; };
+        float inverse[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float inverse = 1 / warp_sum<4>(sum_[half]);
-            const int row = row_ + half * 8;
-            if (row >= tile_.rows) continue;
-            const int64_t token = tile_.first_token + row / heads_;
-            const int head = tile_.head * heads_ + row % heads_, column = threadIdx.x % 4 * 2;
+        for (int half = 0; half < 2; ++half) inverse[half] = 1 / warp_sum<4>(sum_[half]);
+        barrier();  // nobody in the group reads queries any more
 #pragma unroll
-            for (int n = 0; n < kDim / 8; ++n) {
-                store_pair(p_, token, head, n * 8 + column, output[n * 4 + half * 2] * inverse,
-                           output[n * 4 + half * 2 + 1] * inverse);
+        for (int columns = 0; columns < 2; ++columns) {
+#pragma unroll
+            for (int n = 0; n < kHalf / 8; ++n) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float* pair = output + (columns * (kHalf / 8) + n) * 4 + half * 2;
+                    uint8_t* chunk = place(lane / 4 + half * 8, n * 2 + lane % 4 / 2);
+                    reinterpret_cast<float2*>(chunk)[lane % 2] =
+                        make_float2(pair[0] * inverse[half], pair[1] * inverse[half]);
+                }
             }
+            __syncwarp();
+            const int first = first_row_ + warp_ * 16, column = columns * kHalf + lane * 4;
+#pragma unroll 1
+            for (int row = 0; row < min(16, tile_.rows - first); row += kUnroll) {
+                Vector<__nv_bfloat16, 4> gates[kUnroll];
+#pragma unroll
+                for (int i = 0; i < kUnroll; ++i) {  // a row that does not exist reads the last one's
+                    const auto [token, head] = place_of_row(p_, min(first + row + i, tile_.rows - 1));
+                    gates[i] = load_gates(p_, tile_.first_token + token, tile_.head * p_.group + head, column);
+                }
+#pragma unroll
+                for (int i = 0; i < kUnroll; ++i) {
+                    if (first + row + i >= tile_.rows) break;
+                    const auto [token, head] = place_of_row(p_, first + row + i);
+                    store_quad(p_, tile_.first_token + token, tile_.head * p_.group + head, column,
+                               *reinterpret_cast<const float4*>(place(row + i, lane)), gates[i]);
+                }
+            }
+            __syncwarp();
         }
+        barrier();  // the next queries may come
     }
 
     Storage& storage_;
     const PagedAttentionPrefill& p_;
-    const Tile& tile_;
-    const int group_;
-    const int heads_;  // query heads to a KV head
-    const float log2_scale_;
-    int row_;                    // the first of the lane's two, in the sequence
+    const int group_, warp_, lane_;
+    Tile tile_;
+    int first_row_;              // of the group, in the sequence
     int masked_from_;            // tokens that all rows of the group see
-    int visible_[2];             // tokens that a row sees
     float maximum_[2], sum_[2];  // sum_: over the lane's own columns
     RingPosition<kStages> at_;
 };
@@ -319,25 +386,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    Tile tile;
-    if (!find_tile(p, tile)) return;
     if (warp >= kConsumers / 32) {
-        ptx::register_decrease<24>();
-        if (warp == kConsumers / 32) produce(storage, &map, p, tile);
+        ptx::register_decrease<40>();
+        if (warp > kConsumers / 32) return;
+        Producer producer(storage, &map, p);
+        each_tile(p, [&](const Tile& tile) { producer.run(tile); });
     } else {
-        ptx::register_increase<240>();
-        Consumer(storage, p, tile).run();
+        ptx::register_increase<232>();
+        Consumer consumer(storage, p);
+        each_tile(p, [&](const Tile& tile) { consumer.run(tile); });
     }
 }
 
 }  // namespace
 
-cudaError_t paged_attention_prefill(const PagedAttentionPrefill& p, cudaStream_t stream) {
+bool paged_attention_prefill_is_short(const PagedAttention& p, int64_t tokens) {
+    // Predicted: a page takes 128 rows here 1.3 us, 64 rows there 1.7 us, and there all multiprocessors share it. So at
+    // a quarter of the card, 66 groups of 64 rows against 33 tiles, splitting takes 0.85 us a page against 1.3.
+    const int64_t tiles = (tokens * (p.q_heads / p.kv_heads) + kRows - 1) / kRows * p.kv_heads;
+    return tiles <= multiprocessor_count() / 4;
+}
+
+cudaError_t paged_attention_prefill(PagedAttentionPrefill p, cudaStream_t stream) {
+    complete(p);
     CUtensorMap map;
     if (const auto status = encode_boxes(&map, p); status != cudaSuccess) return status;
     const int64_t most_tiles = p.tokens * (p.q_heads / p.kv_heads) / kRows + p.sequences;
+    const int64_t blocks = std::min<int64_t>(multiprocessor_count(), most_tiles * p.kv_heads);
     return launch(prefill_kernel,
-                  {.grid = dim3(static_cast<unsigned>(most_tiles), static_cast<unsigned>(p.kv_heads)),
+                  {.grid = static_cast<unsigned>(blocks),
                    .block = kThreads,
                    .shared_bytes = sizeof(Storage),
                    .stream = stream,

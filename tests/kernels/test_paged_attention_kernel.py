@@ -17,7 +17,7 @@ from tests.ops.test_paged_attention import check_decode, check_prefill, decode, 
 pytest_plugins = ["tests.kernels.schedules"]
 
 GROUPS = [4, 6, 8, 16]
-BORDERS = [0, 62, 63, 64, -1, 127, 128]
+BORDERS = [0, 62, 63, -1, 128]
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,18 @@ def fresh_inputs():
     seed = random.SystemRandom().randrange(2**32)
     print(f"torch.manual_seed({seed})")  # pytest shows it beside a failure
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def three_multiprocessors(request):
+    """So few that the emulated prefill of one sequence never goes to the decode kernel."""
+    names = [name for name in ("backend", "scheduled") if name in request.fixturenames]
+    if not names or request.getfixturevalue(names[0]).emulated is None:
+        yield
+        return
+    emulator().emulator_multiprocessors(3)
+    yield
+    emulator().emulator_multiprocessors(4)
 
 
 @pytest.fixture
@@ -37,26 +49,26 @@ def blocks():
 
 
 # One, two and four tiles of 16 rows, and two row groups: (group, tokens).
-@pytest.mark.parametrize(("group", "tokens"), [(4, 1), (6, 3), (8, 2), (16, 1), (16, 2), (16, 3), (8, 9), (16, 5)])
+@pytest.mark.parametrize(("group", "tokens"), [(4, 1), (6, 3), (8, 4), (16, 3), (16, 5)])
 def test_decode_of_every_number_of_rows_at_page_borders_under_every_schedule(scheduled, group, tokens):
     check_decode(scheduled, KvHeads(1, group), BORDERS, tokens)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 16, 64])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 64])
 def test_every_way_to_cut_the_pages_among_blocks(blocks, count):
     """Up to one page a block, and blocks without any; at 64 a block may hold a page that some tokens do not see."""
     blocks(count)
-    check_decode(make_backend("emulated"), KvHeads(2, 8), [300, -1, 5, 62], 4)
+    check_decode(make_backend("emulated"), KvHeads(2, 8), [200, -1, 5, 62], 4)
 
 
 def test_a_batch_of_more_sequences_than_a_warp_has_lanes(backend):
-    contexts = [(7 * i) % 130 - 10 for i in range(70)]
+    contexts = [(7 * i) % 70 - 5 for i in range(40)]
     check_decode(backend, KvHeads(1, 4), contexts, 1)
     check_prefill(backend, KvHeads(1, 4), [(max(context, 0), i % 3) for i, context in enumerate(contexts)])
 
 
 # Rows that fill a tile of 128 exactly, miss it by a token, and leave a token for the next: (group, tokens).
-@pytest.mark.parametrize(("group", "tokens"), [(4, 31), (4, 33), (6, 21), (6, 22), (8, 16), (16, 8), (16, 9)])
+@pytest.mark.parametrize(("group", "tokens"), [(4, 33), (6, 21), (6, 22), (8, 16), (16, 9)])
 def test_prefill_at_tile_borders_under_every_schedule(scheduled, group, tokens):
     check_prefill(scheduled, KvHeads(1, group), [(40, tokens), (0, 1), (64, tokens)])
 
@@ -64,6 +76,19 @@ def test_prefill_at_tile_borders_under_every_schedule(scheduled, group, tokens):
 @pytest.mark.parametrize("context", [0, 1, 40, 62, 63, 64, 127])
 def test_prefill_whose_diagonal_crosses_pages_anywhere(backend, context):
     check_prefill(backend, KvHeads(1, 4), [(context, 66)])
+
+
+@pytest.mark.parametrize("tokens", [1, 31])
+def test_a_short_prefill_whose_keys_are_split_among_the_blocks(blocks, tokens):
+    """One sequence of a few tiles: row groups of the decode kernel, and the same answer as in a batch of two."""
+    blocks(24)
+    backend, heads = make_backend("emulated"), KvHeads(1, 8)
+    check_prefill(backend, heads, [(100, tokens)])
+    pages = Pages(backend, heads, 6)
+    row, _, _ = pages.store(100 + tokens)
+    q, gate = pages.queries(tokens)
+    alone = prefill(pages, q, gate, [row], [100], [tokens])
+    backend.assert_close(alone, prefill(pages, q, gate, [row, []], [100, 0], [tokens, 0]).double())
 
 
 @pytest.mark.parametrize("factor", [-4096.0, 512.0, 2.0**-100])
@@ -206,8 +231,7 @@ def exact_rows(q: Tensor, gate: Tensor, k: Tensor, v: Tensor, rows: Tensor, cont
     return (out * gate[rows].double().sigmoid()).flatten(1)
 
 
-@pytest.mark.parametrize("tokens", [4096, 65536])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("group", "tokens"), [(4, 4096), (6, 4096), (8, 4096), (16, 4096), (6, 65536), (16, 65536)])
 def test_long_contexts_on_a_card(card, group, tokens):
     pages, row, k, v = filled(card, PUBLISHED[group], tokens)
     for new in (1, 4):
