@@ -25,11 +25,11 @@
 // So, a window of 4 stages ahead, one of the blocks that share a tile asks for its weights by 512 bytes a row into L2,
 // and for the next tile's choices by whole rows. Weights are read evict-first, which leaves L2 to x.
 //
-// Measured on an H100 (read 3071 GB/s, product 802 TFLOP/s) before that: 8192 tokens of 35B 1303 us, 316 TFLOP/s of
-// useful products; of 397B (160 choices an expert) 10.6 ms, 194 TFLOP/s. A stage took two to three times as long as its
-// products. Memory alone would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the kernels 0.7 / 1.7
-// GB, x once an expert. Predicted now, there: 0.95 and 7 ms. Next: a cluster of two blocks that share an expert's
-// weights by multicast, for L2 hands out 45 KB a stage and multiprocessor.
+// Measured on an H100 (read 3071 GB/s, product 802 TFLOP/s) before that, and when both multiplying warpgroups searched
+// for their tile and down looked up the places of its rows after the products, one load behind the other: 8192 tokens
+// of 35B 1303 us, 316 TFLOP/s of useful products; of 397B (160 choices an expert) 10.6 ms, 194 TFLOP/s. Memory alone
+// would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the kernels 0.7 / 1.7 GB, x once an expert.
+// Predicted now, there: 0.9 and 7 ms. Next: a cluster of two blocks that share an expert's weights by multicast.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
