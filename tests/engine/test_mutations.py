@@ -182,15 +182,15 @@ BUGS = (
     Bug(
         "min_tokens for text ignored",
         "core",
-        "if sequence.outputs >= params.min_tokens:\n                update",
+        "if outputs >= params.min_tokens:\n                update",
         "if True:\n                update",
         loop.test_nothing_ends_before_min_tokens,
     ),
     Bug(
         "length before stop",
         "core",
-        "if reason is None and sequence.outputs >= sequence.limit:",
-        "if sequence.outputs >= sequence.limit:",
+        "if reason is None and outputs >= sequence.limit:",
+        "if outputs >= sequence.limit:",
     ),
     Bug(
         "prompt scores shifted",

@@ -204,6 +204,7 @@ class Engine:
     def _accept(self, generation: _Generation, id: int, score: TokenScores | None, now: float) -> bool:
         """An output of a continuation is known. Returns whether it is the last."""
         sequence, params = generation.sequence, generation.sequence.request.params
+        outputs = sequence.outputs
         for constraint in generation.constraints:
             constraint.accept(id)
         update = Update(sequence.request.id, sequence.child, [id], scores=[score] if score else [])
@@ -211,20 +212,20 @@ class Engine:
             generation.first_token = now
             update.reuse, update.prompt_scores = sequence.reuse, generation.prompt_scores
         reason = stop = None
-        if sequence.outputs >= params.min_tokens:
+        if outputs >= params.min_tokens:
             if id in params.stop_token_ids:
                 reason, stop = "stop", id
             elif id in self.eos_ids and not params.ignore_eos:
                 reason = "stop"
         if reason is None or params.include_stop_str_in_output:
             text = generation.detokenizer.push(id)
-            if sequence.outputs >= params.min_tokens:
+            if outputs >= params.min_tokens:
                 update.text, found = generation.stops.push(text)
                 if found is not None and reason is None:
                     reason, stop = "stop", found
             else:
                 update.text = text
-        if reason is None and sequence.outputs >= sequence.limit:
+        if reason is None and outputs >= sequence.limit:
             reason = "length"
         if reason is None:
             self._updates.append((generation, update))

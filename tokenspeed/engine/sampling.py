@@ -40,12 +40,14 @@ class Scores:
 class Vocabulary:
     """The ids whose logits a rank holds: all of them, or a slice of the vocabulary that is split over the tp group.
 
-    first, width: of the slice. Whole logits are never gathered: sums, maxima and a few alternatives a row are.
+    first, width: of the slice; size: of the whole. Whole logits are never gathered: sums, maxima and a few alternatives
+    of each row are.
     """
 
     def __init__(self, width: int, communicator: Communicator = ONE_RANK):
         self.width, self.first = width, width * communicator.mesh.index("tp")
         self._ranks, self._communicator = communicator.mesh.size("tp"), communicator
+        self.size = width * self._ranks
 
     def holds(self, id: int) -> bool:
         return self.first <= id < self.first + self.width
@@ -140,7 +142,7 @@ class Sampler:
         """The index and the arguments of `ops.sample` for these sequences, in its order."""
         begins = [self._begins[index] for index in indices]
         # Beyond the vocabulary top-k cuts nothing, and an integer of any size would not fit the tensor.
-        integers = [[*indices], [b.seed for b in begins], [min(max(b.top_k, 0), self._vocabulary) for b in begins]]
+        integers = [[*indices], [b.seed for b in begins], [min(max(b.top_k, 0), self._vocabulary.size) for b in begins]]
         index, seed, top_k = to_device(np.array(integers, dtype=np.int64), self._device)
         floats = [[_temperature(b) for b in begins], [b.top_p for b in begins], [b.min_p for b in begins]]
         temperature, top_p, min_p = to_device(np.array(floats, dtype=np.float32), self._device)

@@ -201,9 +201,9 @@ class Scheduler:
             sequence.first_page,
             sequence.kv_tokens,
         )
-        params = sequence.request.params
-        draft.decode.append((row, sequence))
-        draft.sample(sequence, sequence, -1 if params.logprobs is None else params.logprobs)
+        draft.decode.append(row)
+        draft.add(row, sequence)
+        draft.sample(sequence)
         self._consumed(sequence, 1)
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -258,11 +258,11 @@ class Scheduler:
             tuple(tokens[1:]) if scored else (),
             params.prompt_logprobs if scored else 0,
         )
-        draft.prefill.append((row, sequence))
+        draft.prefill.append(row)
+        draft.add(row, sequence)
         self._consumed(sequence, end - start)
         if last:
-            logprobs = -1 if params.logprobs is None else params.logprobs
-            draft.sample(sequence, sequence, logprobs)
+            draft.sample(sequence)
             for child in self._children.get(sequence.id, ()):
                 if child.ending is None:
                     child.index, child.target, child.consumed = self._free.pop(), sequence.target, sequence.target
@@ -270,7 +270,7 @@ class Scheduler:
                     child.reuse = sequence.reuse
                     self.running.append(child)
                     draft.begins.append(self._begin(child))
-                    draft.sample(sequence, child, logprobs)
+                    draft.sample(child)
         return end - start
 
     def _consumed(self, sequence: Sequence, count: int) -> None:
@@ -404,32 +404,35 @@ class _Draft:
 
     def __init__(self, number: int, edited: Callable[[Sequence], bool]):
         self.number, self._edited = number, edited
-        self.decode: list[tuple[Row, Sequence]] = []
-        self.prefill: list[tuple[Row, Sequence]] = []
+        self.decode: list[Row] = []
+        self.prefill: list[Row] = []
         self.begins: list[Begin] = []
         self.copies: list[tuple[int, int, int]] = []
-        self.samples: list[tuple[Sequence, Sequence, Sample]] = []  # from whose logits, for whom
+        self.samples: list[Sample] = []
+        self._rows_of: list[Sequence] = []
+        self._samples_of: list[Sequence] = []
+        self._logits = 0  # rows of logits so far; decode rows are all planned before the first prefill row
 
     @property
     def empty(self) -> bool:
         return not self.decode and not self.prefill
 
-    def sample(self, source: Sequence, sequence: Sequence, logprobs: int) -> None:
-        sample = Sample(-1, sequence.index, sequence.sampled, logprobs, self._edited(sequence))
-        self.samples.append((source, sequence, sample))
+    def add(self, row: Row, sequence: Sequence) -> None:
+        """A row that was just put behind its kind belongs to the sequence."""
+        self._rows_of.append(sequence)
+        self._logits += row.logits
+
+    def sample(self, sequence: Sequence) -> None:
+        """An id for the sequence, from the last logits of the row that was just added."""
+        logprobs = sequence.request.params.logprobs
+        alternatives = -1 if logprobs is None else logprobs
+        edited = self._edited(sequence)
+        self.samples.append(Sample(self._logits - 1, sequence.index, sequence.sampled, alternatives, edited))
+        self._samples_of.append(sequence)
         sequence.sampled += 1
 
     def finish(self) -> Planned:
-        last_logits, logits = {}, -1
-        for row, sequence in (*self.decode, *self.prefill):
-            logits += row.logits
-            last_logits[sequence.id] = logits
         step = Step(
-            tuple(row for row, _ in self.decode),
-            tuple(row for row, _ in self.prefill),
-            tuple(self.begins),
-            tuple(self.copies),
-            tuple(sample._replace(logits=last_logits[source.id]) for source, _, sample in self.samples),
+            tuple(self.decode), tuple(self.prefill), tuple(self.begins), tuple(self.copies), tuple(self.samples)
         )
-        sequences = tuple(sequence for _, sequence in (*self.decode, *self.prefill))
-        return Planned(self.number, step, sequences, tuple(sequence for _, sequence, _ in self.samples))
+        return Planned(self.number, step, tuple(self._rows_of), tuple(self._samples_of))
