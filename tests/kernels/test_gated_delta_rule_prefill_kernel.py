@@ -97,17 +97,20 @@ def test_a_ring_of_any_row_width_is_folded(backend):
     check(Layer(backend, Heads(1, 3), slots=2, ring_rows=8), [Sequence(13, 3, 1, 1, 8)])
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_every_schedule_gives_the_same_bits(backend, seed):
+# Schedules that show what others do not: 7 that block rows of the inverse wait for each other, 46 that the outputs of a
+# chunk wait until those before are stored; both, that no cursor is written before both halves of a head have read it.
+@pytest.mark.parametrize("seed", [7, 46])
+@pytest.mark.parametrize("sequence", [Sequence(30, 100, 1, 1, 2), Sequence(13, 0, 1, 1, 2)])
+def test_every_schedule_gives_the_same_bits(backend, sequence, seed):
     if backend.emulated is None:
         pytest.skip("a card takes no seed")
     results, device = [], emulator()
     for order in (0, seed):
-        torch.manual_seed(3)
-        layer = Layer(backend, published(2), slots=3)
-        layer.prepare(0, 30)
+        torch.manual_seed(11)
+        layer = Layer(backend, published(1), slots=3)
+        layer.prepare(1, sequence.context, sequence.pending)
         device.emulator_seed(order)
-        out = prefill(layer, *inputs(layer, 150), [Sequence(30, 150, 0, 1)], [(0, 90, 2)])
+        out = prefill(layer, *inputs(layer, sequence.length + 4), [sequence, Sequence(0, 4, 2, 2)])
         results.append((out, layer.state[1:].clone()))
     device.emulator_seed(0)
     assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
