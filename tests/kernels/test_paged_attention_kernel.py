@@ -73,6 +73,17 @@ def test_prefill_at_tile_borders_under_every_schedule(scheduled, group, tokens):
     check_prefill(scheduled, KvHeads(1, group), [(40, tokens), (0, 1), (64, tokens)])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_one_block_runs_through_all_tiles(blocks, seed):
+    """Queries of the next tile arrive where outputs of the last are staged."""
+    blocks(1)
+    emulator().emulator_seed(seed)
+    try:
+        check_prefill(make_backend("emulated"), KvHeads(1, 16), [(3, 9), (0, 20)])
+    finally:
+        emulator().emulator_seed(0)
+
+
 @pytest.mark.parametrize("context", [0, 1, 40, 62, 63, 64, 127])
 def test_prefill_whose_diagonal_crosses_pages_anywhere(backend, context):
     check_prefill(backend, KvHeads(1, 4), [(context, 66)])
