@@ -48,17 +48,18 @@ def main() -> None:
     llm = LLM()
     params = SamplingParams(temperature=0, max_tokens=160)
     messages = [{"role": "system", "content": SYSTEM}]
-    meters = []
+    meters, cached = [], 0
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
         print(f"\nuser       {question}")
         for _ in range(4):  # a question needs at most a few calls
-            tokens = llm.encode_chat(messages, TOOLS)
-            meters.append(Meter(len(tokens)))
+            request = llm.frontend.chat_request(str(len(meters)), messages, params, TOOLS)
+            meters.append(Meter(len(request.prompt)))
             print("assistant  ", end="", flush=True)
             text = ""
-            for _, update in llm.stream([tokens], params):
+            for _, update in llm.follow([request]):
                 meters[-1].count()
+                cached += update.reuse.cached_tokens if update.reuse else 0
                 text += update.text
                 print(update.text.replace("\n", "\n           "), end="", flush=True)
             print()
@@ -73,8 +74,9 @@ def main() -> None:
     tokens, seconds = sum(m.tokens for m in meters), sum(m.decode_s for m in meters)
     first = sorted(m.first_s for m in meters)[len(meters) // 2]
     print(
-        f"\n{len(meters)} assistant turns, {sum(m.prompt_tokens for m in meters)} prompt tokens, {tokens} generated: "
-        f"{(tokens - len(meters)) / seconds:.0f} tok/s, first token after {first * 1000:.0f} ms (median)."
+        f"\n{len(meters)} assistant turns, {sum(m.prompt_tokens for m in meters)} prompt tokens, {cached} of them resumed "
+        f"from the prefix cache, {tokens} generated: {(tokens - len(meters)) / seconds:.0f} tok/s, first token after "
+        f"{first * 1000:.0f} ms (median)."
     )
 
 

@@ -8,7 +8,7 @@ from .config import ModelConfig
 from .errors import RequestError
 from .request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams, TokenScores, Update
 from .text.generation_config import GenerationDefaults
-from .text.template import ChatTemplate
+from .text.template import ChatTemplate, EncodedPrompt
 from .text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -64,6 +64,19 @@ class Frontend:
         except (TypeError, ValueError):
             raise RequestError(f"the prompt is {type(prompt).__name__}; it must be text or token ids.") from None
         return Request(id, ids, params, (len(ids) - 1,) if boundaries is None else tuple(boundaries), **rest)
+
+    def chat_request(
+        self, id: str, messages: list[dict], params: SamplingParams, tools: list[dict] | None = None, **options
+    ) -> Request:
+        """A request for a conversation; options as `ChatTemplate.encode` takes them. States are kept at the template's
+        stable boundaries and before the last token."""
+        encoded = self.template.encode(messages, tools, **options)
+        return self.request(id, encoded.ids, params, chat_boundaries(encoded))
+
+
+def chat_boundaries(encoded: EncodedPrompt) -> tuple[int, ...]:
+    """Where later prompts will leave a conversation, the same one again among them."""
+    return tuple(sorted({*encoded.boundaries, len(encoded.ids) - 1} - {0}))
 
 
 class Collector:

@@ -95,10 +95,14 @@ class LLM:
         tools: list[dict] | None = None,
         **template_options,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several. tools: OpenAI definitions; template_options: as `ChatTemplate.render`."""
+        """Answer one conversation or several. tools: OpenAI definitions; template_options: as `ChatTemplate.encode`."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [self.encode_chat(conversation, tools, **template_options) for conversation in conversations]
-        return self.generate(prompts, sampling_params, progress)
+        params = self._params(sampling_params, len(conversations))
+        requests = [
+            self.frontend.chat_request(self._id(), *pair, tools, **template_options)
+            for pair in zip(conversations, params, strict=True)
+        ]
+        return self._run(requests, [None] * len(requests), progress)
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[tuple[int, Update]]:
         """Continue prompts side by side and yield the news as they come: (which prompt, update).
@@ -199,8 +203,30 @@ class AsyncLLM:
         Raises RequestError or CapacityError for what cannot be taken, EngineError where the engine failed.
         """
         params = sampling_params or self.frontend.sampling_params()
-        request = self.frontend.request(request_id or f"async-{self._llm._id()}", prompt, params)
-        collector = Collector(self.frontend, request, prompt if isinstance(prompt, str) else None)
+        request = self.frontend.request(request_id or self._id(), prompt, params)
+        async for output in self.follow(request, prompt if isinstance(prompt, str) else None):
+            yield output
+
+    async def chat(
+        self,
+        messages: list[dict],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        tools: list[dict] | None = None,
+        **template_options,
+    ) -> AsyncIterator[RequestOutput]:
+        """The growing answer to a conversation; as `LLM.chat` and `generate`."""
+        params = sampling_params or self.frontend.sampling_params()
+        request = self.frontend.chat_request(request_id or self._id(), messages, params, tools, **template_options)
+        async for output in self.follow(request):
+            yield output
+
+    def _id(self) -> str:
+        return f"async-{self._llm._id()}"
+
+    async def follow(self, request: Request, prompt: str | None = None) -> AsyncIterator[RequestOutput]:
+        """As `generate`, for a request that the caller made; prompt: its text, for the result."""
+        collector = Collector(self.frontend, request, prompt)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
         def tell(what: Update | Exception) -> None:

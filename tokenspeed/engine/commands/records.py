@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..core import Sink, Update
 from ..errors import ConfigError, RequestError, TokenSpeedError
-from ..frontend import Collector, Frontend
+from ..frontend import Collector, Frontend, chat_boundaries
 from ..llm import LLM
 from ..request import Request, RequestOutput, SamplingParams
 from ..text.tools import parse_answer
@@ -168,9 +168,7 @@ def encode_dialogue(
     """Ids, the boundaries at which other prompts will leave them, the last token among them, for the same prompt again,
     and how to read the answer."""
     encoded = frontend.template.encode(messages, tools, enable_thinking=thinking)
-    last = len(encoded.ids) - 1
-    boundaries = tuple(sorted({*encoded.boundaries, last} - {0}))
-    return encoded.ids, boundaries, Dialogue(tools, encoded.reasoning_open)
+    return encoded.ids, chat_boundaries(encoded), Dialogue(tools, encoded.reasoning_open)
 
 
 def json_sampling(fields: dict) -> dict:
