@@ -74,7 +74,7 @@ def main() -> None:
     tokens, seconds = sum(m.tokens for m in meters), sum(m.decode_s for m in meters)
     first = sorted(m.first_s for m in meters)[len(meters) // 2]
     print(
-        f"\n{len(meters)} assistant turns, {sum(m.prompt_tokens for m in meters)} prompt tokens, {cached} of them resumed "
+        f"\n{len(meters)} assistant turns, {sum(m.prompt_tokens for m in meters)} prompt tokens, {cached} resumed "
         f"from the prefix cache, {tokens} generated: {(tokens - len(meters)) / seconds:.0f} tok/s, first token after "
         f"{first * 1000:.0f} ms (median)."
     )
