@@ -103,6 +103,8 @@ class Events:
         if len(self._rest) + len(self._data) + len(piece) > _MOST_EVENT_BYTES:
             raise Failure("malformed stream", f"an event is larger than {_MOST_EVENT_BYTES} bytes")
         self._rest += piece
+        if b"\n" not in piece:
+            return
         *lines, self._rest = self._rest.split(b"\n")
         for line in lines:
             line = line.removesuffix(b"\r")

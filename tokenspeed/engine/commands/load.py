@@ -1,6 +1,7 @@
 """Load on an endpoint: users who hold conversations, and what their waiting came to."""
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ class Figures:
         prompts = [a.prompt_tokens for a in good if a.prompt_tokens is not None]
         told = [a for a in good if a.cached_tokens is not None and a.prompt_tokens]
         output = sum(a.generated for a in good)
-        gaps = [1e3 * (b - a) for answer in good for a, b in zip(answer.texts, answer.texts[1:], strict=False)]
+        gaps = [1e3 * (b - a) for answer in good for a, b in itertools.pairwise(answer.texts)]
         mean = _mean(tpot)
         return cls(
             level=run.level,
