@@ -104,7 +104,8 @@ def run(options: argparse.Namespace) -> int:
     endpoint = Endpoint(options.url, _key(options), most, options.request_timeout)
     seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
     measured: list[Figures] = []
-    settings: dict[str, Any] = {"url": endpoint.url, "preset": options.preset, "scale": options.scale, "seed": seed}
+    settings: dict[str, Any] = {"url": endpoint.url, "seed": seed}
+    settings |= {name: getattr(options, name) for name in ("preset", "scale", "prefix_len", "extra_body")}
     try:
         asyncio.run(_measure(options, endpoint, preset, levels, seed, settings, measured))
     finally:  # a Ctrl-C, too, shows what was measured
