@@ -6,7 +6,8 @@ import random
 import pytest
 
 from tokenspeed.engine.__main__ import main
-from tokenspeed.engine.commands.measure import Case, Spread, measure
+from tokenspeed.engine.commands.measure import Case, measure
+from tokenspeed.engine.commands.spread import Spread
 from tokenspeed.engine.llm import LLM
 
 SMALL = ["--max-num-seqs", "4", "--quiet"]
@@ -57,14 +58,20 @@ def test_the_clock_counts_from_submission_to_each_token(monkeypatch):
     llm.engine.step = slow
     measured = measure(llm, Case(8, 5, 1, 0, requests=2, warm_up=0), random.Random(0))
     # A step is read one step late; the next request comes when the one before has ended.
-    assert measured.ttft_ms == (1000, 1000)
-    assert measured.itl_ms == measured.tpot_ms == (500, 500)
+    assert measured.ttft_ms == (1000, 1000, 1000)
+    assert measured.itl_ms == measured.tpot_ms == (500, 500, 500)
     assert measured.output_tok_s == pytest.approx(10 / (2 * 3.0))
 
 
 @pytest.mark.parametrize(
     ("values", "spread"),
-    [([], (0, 0)), ([3], (3, 3)), ([2, 1], (1, 2)), (range(1, 101), (50, 99)), (range(1, 102), (51, 100))],
+    [
+        ([], (0, 0, 0)),
+        ([3], (3, 3, 3)),
+        ([2, 1], (1, 2, 2)),
+        (range(1, 101), (50, 90, 99)),
+        (range(1, 102), (51, 91, 100)),
+    ],
 )
 def test_percentiles_are_by_the_nearest_rank(values, spread):
     assert Spread.of(values) == spread

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 1 for an error that is explained, 130 for Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments, argparse.Namespace(environment=os.environ))
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started the ranks, and brings them together
             options.rendezvous, rank = "env://", int(os.environ["RANK"])

@@ -1,26 +1,29 @@
-"""`bench`: throughput and latency of the engine in this process; `bench replay`: a step log, bit for bit."""
+"""`bench`: throughput and latency of the engine in this process, `bench serve` those of an endpoint; `bench replay`: a
+step log, bit for bit."""
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..checkpoint import resolve
-from ..errors import ConfigError, RequestError
+from ..errors import RequestError
 from ..llm import LLM
 from ..step_log import replay
+from . import bench_serve
 from .measure import Case, Measured, measure
 from .options import add_engine_options, add_run_options, note, open_model
+from .results import panels, save, write_json
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "bench",
-        help="measure throughput and latency; replay a step log",
+        help="measure throughput and latency, here or of an endpoint; replay a step log",
         description="Throughput and latency at given lengths and concurrency, one row for each combination, greedy and "
-        "without end token; `bench replay FILE` runs a step log again and compares every bit of its logits.",
+        "without end token; `bench serve --url URL` measures an endpoint, `bench replay FILE` runs a step log again "
+        "and compares every bit of its logits.",
     )
     add = parser.add_argument
     add("--input-len", type=int, nargs="+", default=[128], metavar="TOKENS", help="prompt lengths (default 128)")
@@ -40,7 +43,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE", help="draw throughput and latency to this PNG (default: none)")
     add_engine_options(parser)
     add_run_options(parser)
-    actions = parser.add_subparsers(dest="action", metavar="replay FILE", title="in place of measuring")
+    actions = parser.add_subparsers(dest="action", metavar="serve | replay FILE", title="in place of measuring here")
+    bench_serve.add_parser(actions)
     again = actions.add_parser(
         "replay",
         help="run a step log again, bit for bit",
@@ -55,6 +59,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.action == "serve":
+        return bench_serve.run(options)
     if options.action == "replay":
         return _replay(options)
     cases = _cases(options)
@@ -69,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
                 rows.append(measure(llm, case, vary, bar.update))
             print(rows[-1].row(), flush=True)
     if options.json:
-        _write(options.json, json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+        write_json(options.json, [row.as_dict() for row in rows])
     if options.plot:
         _plot(rows, options.plot)
     return 0
@@ -134,23 +140,9 @@ def _replay(options: argparse.Namespace) -> int:
     return 1
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
-
-
 def _plot(rows: list[Measured], path: Path) -> None:
     """Throughput, and latency between tokens, over concurrency; a line for each pair of lengths."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib.") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.5))
+    figure, axes = panels(("generated tok/s", "first token, p50 [ms]", "between tokens [ms]"), "requests at once")
     lengths = dict.fromkeys((row.case.prompt_tokens, row.case.output_tokens) for row in rows)
     for prompt, output in lengths:
         own = [row for row in rows if (row.case.prompt_tokens, row.case.output_tokens) == (prompt, output)]
@@ -160,13 +152,4 @@ def _plot(rows: list[Measured], path: Path) -> None:
         axes[1].plot(x, [row.ttft_ms.p50 for row in own], marker="o", label=label)
         (line,) = axes[2].plot(x, [row.itl_ms.p50 for row in own], marker="o", label=f"{label}, p50")
         axes[2].plot(x, [row.itl_ms.p99 for row in own], "--", color=line.get_color(), label=f"{label}, p99")
-    for axis, name in zip(axes, ("generated tok/s", "first token, p50 [ms]", "between tokens [ms]"), strict=True):
-        axis.set(xlabel="requests at once", ylabel=name, ylim=(0, None))
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot: {path} cannot be written: {error}") from None
-    finally:
-        plt.close(figure)
+    save(figure, axes, path)

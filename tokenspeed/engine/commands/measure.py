@@ -2,14 +2,14 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 from ..core import Sink, Update
 from ..llm import LLM
 from ..request import Request, SamplingParams
 from .drive import drive
+from .spread import Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +27,6 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.prompt_tokens} + {self.output_tokens} tokens, {self.concurrency} at once"
-
-
-class Spread(NamedTuple):
-    """The 50th and the 99th percentile."""
-
-    p50: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """By the nearest rank; 0 where there are none."""
-        ordered = sorted(values) or [0.0]
-        return cls(*(ordered[max(-(-len(ordered) * percent // 100) - 1, 0)] for percent in (50, 99)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +57,7 @@ class Measured:
 
     def row(self) -> str:
         c = self.case
-        times = (*self.ttft_ms, self.tpot_ms.p50, *self.itl_ms)
+        times = (self.ttft_ms.p50, self.ttft_ms.p99, self.tpot_ms.p50, self.itl_ms.p50, self.itl_ms.p99)
         return (
             f"{c.prompt_tokens:9d}{c.output_tokens:9d}{c.concurrency:9d}"
             + "".join(f"{value:9.2f}" for value in times)
