@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from ..core import Engine
-from ..errors import EngineError, TokenSpeedError
+from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..llm import load_engine
 from ..request import Update
@@ -71,7 +71,9 @@ class EngineProcess:
                 else:  # compiling may take long, and others should not wait for it
                     self._compiling[request.id] = self._worker.submit(self._engine_grammar, grammar), message
             case Abort(request_id):
-                self._compiling.pop(request_id, None)
+                if waiting := self._compiling.pop(request_id, None):
+                    continuations = range(waiting[1].request.params.n)
+                    self._news += [Update(request_id, i, finish_reason="abort") for i in continuations]
                 self._engine.abort(request_id)
                 self._tell()
             case Clear():
@@ -115,7 +117,7 @@ def main() -> int:
         frontend = Frontend.from_directory(Path(settings.directory))
         EngineProcess(load_engine(frontend, settings.config, settings.progress), socket).run()
         return 0
-    except (TokenSpeedError, EngineError) as error:
+    except TokenSpeedError as error:
         socket.send(encode(Failed(str(error))))
         return 1
     except KeyboardInterrupt:  # Ctrl-C goes to the whole group; the HTTP process decides what follows
