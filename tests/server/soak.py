@@ -23,10 +23,13 @@ from tqdm import tqdm
 
 from tests.server.launch import Server
 
-SAMPLE_SECONDS = 0.5
-GROWTH_KIB_PER_MINUTE = 1536  # the most that counts as flat, by the steady half's slope
+SAMPLE_SECONDS, WARM_UP_SECONDS = 0.5, 6
+# The most that counts as flat: the slope of the second half. A short run is noisier, and still warming up.
+GROWTH_KIB_PER_MINUTE, SHORT_GROWTH_KIB_PER_MINUTE = 1536, 12288
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
-OPTIONS = ("--max-num-seqs", "64", "--max-requests", "480", "--max-body-mib", "1")
+# Small arenas: they fill in the first seconds, and untouched memory would look like growth for as long as it lasts.
+ARENAS = ("--kv-pages", "512", "--state-slots", "160", "--max-num-seqs", "64")
+OPTIONS = (*ARENAS, "--max-requests", "480", "--max-body-mib", "1")
 
 
 @dataclass
@@ -55,7 +58,9 @@ def soak(server: Server, seconds: float, streams: int, seed: int = 0, progress: 
 async def _soak(server: Server, seconds: float, streams: int, seed: int, progress: bool) -> Report:
     report, host = Report(), urlsplit(server.url).netloc
     processes = {"server": server.process.pid, "engine": server.engine_pid()}
-    await _clients(host, 3, streams, random.Random(seed), Report(), None)  # imports, pools and tables fill up
+    await _clients(
+        host, WARM_UP_SECONDS, streams, random.Random(seed), Report(), None
+    )  # imports, pools and tables fill up
     before = await _idle(server, processes)
     stop = asyncio.Event()
     sampler = asyncio.create_task(_sample(processes, report, stop))
@@ -70,17 +75,24 @@ async def _soak(server: Server, seconds: float, streams: int, seed: int, progres
 
 
 async def _clients(host: str, seconds: float, streams: int, luck: random.Random, report: Report, bar) -> None:
-    end = time.monotonic() + seconds
+    """Clients for a time; those that still read then hang up all at once."""
 
     async def client(own: random.Random) -> None:
-        while time.monotonic() < end:
+        while True:
             report.outcomes[await _visit(host, own)] += 1
-            if bar is not None:
-                bar.n = min(int(seconds - (end - time.monotonic())), bar.total)
-                bar.set_postfix(answers=report.outcomes.total(), refresh=False)
-                bar.refresh()
 
-    await asyncio.gather(*(client(random.Random(luck.random())) for _ in range(streams)))
+    clients = [asyncio.create_task(client(random.Random(luck.random()))) for _ in range(streams)]
+    start = time.monotonic()
+    while (passed := time.monotonic() - start) < seconds and not any(task.done() for task in clients):
+        await asyncio.sleep(min(SAMPLE_SECONDS, seconds - passed))
+        if bar is not None:
+            bar.set_postfix(answers=report.outcomes.total(), refresh=False)
+            bar.update(min(int(time.monotonic() - start), bar.total) - bar.n)
+    for task in clients:
+        task.cancel()
+    for result in await asyncio.gather(*clients, return_exceptions=True):
+        if not isinstance(result, asyncio.CancelledError):
+            raise result  # a client was answered otherwise than it may be
 
 
 async def _visit(host: str, luck: random.Random) -> str:
@@ -90,7 +102,7 @@ async def _visit(host: str, luck: random.Random) -> str:
     id = f"soak-{luck.getrandbits(64):x}"
     body = {
         "messages": [{"role": "user", "content": " ".join(luck.choices(WORDS, k=luck.randrange(1, 60)))}],
-        "max_tokens": luck.choice((1, 4, 16, 200)),
+        "max_tokens": luck.choice((1, 4, 16, 100)),
         "ignore_eos": True,
         "stream": luck.random() < 0.9,
         "temperature": 1,

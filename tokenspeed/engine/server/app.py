@@ -18,6 +18,7 @@ from .anthropic import Message
 from .client import DeadlineExceeded
 from .openai_chat import Chat
 from .openai_completions import Completion
+from .page import page
 from .protocol import (
     AbortRequest,
     AnthropicRequest,
@@ -139,6 +140,12 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
         if service.history is not None:
             service.history.clear()
         return {"reset": True}
+
+    front = page()
+
+    @app.get("/", include_in_schema=False)
+    async def index():
+        return front
 
     @app.get("/health")
     async def health():
