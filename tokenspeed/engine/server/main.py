@@ -38,6 +38,7 @@ class ServerOptions:
     timeout: float | None = None
     drain_seconds: float = 30
     exact_history: bool = True
+    kv_events: str | None = None
 
 
 def serve(options: ServerOptions, config: EngineConfig) -> int:
@@ -48,7 +49,9 @@ def serve(options: ServerOptions, config: EngineConfig) -> int:
     listener = _listen(options.host, options.port)
     loop = _new_loop()
     try:
-        return loop.run_until_complete(_serve(options, Settings(str(directory), config), frontend, listener))
+        return loop.run_until_complete(
+            _serve(options, Settings(str(directory), config, options.kv_events), frontend, listener)
+        )
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
