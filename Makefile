@@ -4,11 +4,12 @@ VENV := .venv/bin
 CUDA_PACKAGES := nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
 
-.PHONY: help demo test lint format build kernels emulator-asan fuzz gpu-check clean
+.PHONY: help demo test soak lint format build kernels emulator-asan fuzz gpu-check clean
 
 help:
 	@echo "make demo           set up, then a short conversation with the shipped model"
 	@echo "make test           set up, then run the tests"
+	@echo "make soak           20 minutes of 500 unruly clients against the server, then a look at what is left"
 	@echo "make lint           ruff, clang-format, and the rules kernels are held to"
 	@echo "make format         let ruff and clang-format rewrite the sources"
 	@echo "make build          set up and compile; TOKENSPEED_CUDA=1 forces the CUDA kernels, 0 forbids them"
@@ -44,6 +45,9 @@ demo: build
 
 test: build
 	@$(VENV)/python -m pytest
+
+soak: build
+	@$(VENV)/python -m tests.server.soak
 
 lint: .venv/installed
 	@$(VENV)/ruff check .

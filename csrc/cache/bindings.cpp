@@ -64,6 +64,18 @@ py::object outcome(Result<std::span<const PageId>> result) {
     return py::cast(std::get<Error>(result));
 }
 
+py::tuple as_tuple(const Event& event) {
+    switch (event.kind) {
+        case Event::Kind::kCleared:
+            return py::make_tuple("cleared");
+        case Event::Kind::kRemoved:
+            return py::make_tuple("removed", event.block);
+        default:
+            py::object parent = event.parent == kNoNode ? py::object(py::none()) : py::cast(event.parent);
+            return py::make_tuple("stored", event.block, std::move(parent), event.name_space, py::cast(event.tokens));
+    }
+}
+
 py::dict as_dict(const Stats& s) {
     py::dict d;
 #define FIELD(name) d[#name] = s.name
@@ -177,6 +189,8 @@ PYBIND11_MODULE(_cache, m) {
                           bool donate) { return outcome(c.finish(id, TokenBuffer(tokens).span(), count, donate)); })
         .def("abort", [](Cache& c, RequestId id) { return outcome(c.abort(id)); })
         .def("clear", &Cache::clear)
+        .def("log_events", &Cache::log_events)
+        .def("drain_events", [](Cache& c) { return tuple_of(c.drain_events(), as_tuple); })
         .def("stats", [](const Cache& c) { return as_dict(c.stats()); })
         .def("check", &Cache::check);
 }

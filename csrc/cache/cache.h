@@ -138,6 +138,17 @@ template <class T>
 using Result = std::variant<T, NoRoom, Error>;
 struct Done {};
 
+// What became of a whole page of tokens, for whoever routes prompts to where their prefix is. A block is named by its
+// node until it is let go; then the name may come again. Parents come before their children, and go after them.
+struct Event {
+    enum class Kind : uint8_t { kStored, kRemoved, kCleared };
+    Kind kind;                  // kCleared: forget every block; those that are there follow
+    NodeId block = kNoNode;     // not for kCleared
+    NodeId parent = kNoNode;    // of a stored block; kNoNode for the first of its prompt
+    std::string name_space;     // of a stored block without a parent
+    std::vector<Token> tokens;  // of a stored block: page_tokens of them
+};
+
 struct Stats {
     // Counters since construction.
     int64_t admissions = 0, no_room = 0, forks = 0, finished = 0, aborted = 0;
@@ -176,6 +187,12 @@ class Cache {
     Result<Done> abort(RequestId id);
     // Forgets a namespace. Running sequences go on and leave nothing behind. True if it existed.
     bool clear(std::string_view name_space);
+
+    // Keeps a log of blocks that become matchable or are let go, of at most `entries` events; 0 stops it. A log that
+    // overflows starts over: the next drain says kCleared and then what is there.
+    void log_events(int32_t entries);
+    // The events since the last drain, oldest first.
+    std::vector<Event> drain_events();
 
     Stats stats() const;
     const Config& config() const { return config_; }
@@ -273,6 +290,12 @@ class Cache {
     void purge(NodeId root);
     void forget_if_empty(NodeId root);
 
+    // events.cpp
+    void announce(NodeId node, NodeId root);
+    void withdraw(NodeId node);
+    void log(Event event);
+    Event stored(NodeId node, NodeId root) const;
+
     int32_t pages_for(int32_t tokens) const {
         return tokens / config_.page_tokens + (tokens % config_.page_tokens != 0);
     }
@@ -287,6 +310,9 @@ class Cache {
     std::map<RequestId, Request> requests_;
     int32_t planned_ = 0;  // slots promised to snapshots that are not written yet
     Stats counters_;
+    int32_t most_events_ = 0;  // 0: no log is kept
+    bool events_lost_ = false;
+    std::vector<Event> events_;
 };
 
 }  // namespace tokenspeed::cache

@@ -83,6 +83,8 @@ std::string Cache::check() const {
     if (planned != planned_) return "the count of planned slots is wrong";
 
     std::vector<NodeId> nodes(roots.begin(), roots.end());
+    std::vector<bool> forgotten;  // beside `nodes`: below the root of a namespace that was cleared
+    for (NodeId root : nodes) forgotten.push_back(tree_[root].cleared);
     int32_t idle = 0, ghosts = 0, snapshots = 0;
     for (size_t i = 0; i < nodes.size(); ++i) {
         const Node& node = tree_[nodes[i]];
@@ -92,6 +94,10 @@ std::string Cache::check() const {
             const Node& child = tree_[child_id];
             const std::string who = "node " + std::to_string(child_id) + ": ";
             nodes.push_back(child_id);
+            forgotten.push_back(forgotten[i]);
+            bool block = child.resident() && child.length == config_.page_tokens && !forgotten[i];
+            if (most_events_ > 0 && !events_lost_ && child.announced != block)
+                return who + (block ? "a page nobody was told of" : "announced, but not to be matched");
             if (child.parent != nodes[i]) return who + "its parent does not know it";
             if (child.end != node.end + child.length || child.length == 0) return who + "wrong length";
             if (child.length < config_.page_tokens && child.children.size() > 0) return who + "a tail with children";

@@ -62,6 +62,7 @@ void Cache::make_resident(NodeId id, PageId page) {
 void Cache::make_ghost(NodeId id) {
     Node& node = tree_[id];
     assert(node.locks == 0 && node.resident_children == 0 && !node.has_snapshot());
+    withdraw(id);
     pages_.remove(node.page, false);
     node.page = -1;
     --tree_[node.parent].resident_children;
@@ -199,6 +200,7 @@ void Cache::purge(NodeId root) {
             snapshots_.remove(tree_, id);
             refresh(id);
         }
+        withdraw(id);
         if (tree_[id].locks > 0 || id == root) continue;
         if (tree_[id].resident()) make_ghost(id);
         if (tree_[id].keeps > 0) continue;

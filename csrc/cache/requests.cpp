@@ -110,7 +110,10 @@ void Cache::publish(Request& request, Tokens tokens, int32_t count) {
         for (; request.published < full; ++request.published) {
             NodeId node = request.path[request.published];
             // Another sequence may have published the same tokens first; then ours stays private.
-            if (!tree_[node].resident()) make_resident(node, request.pages[request.published]);
+            if (!tree_[node].resident()) {
+                make_resident(node, request.pages[request.published]);
+                announce(node, request.root);
+            }
             request.duplicates += tree_[node].page != request.pages[request.published];
         }
         lock(locked_node(request));

@@ -62,6 +62,7 @@ struct Node {
     bool snapshot_lost = false;  // a snapshot here was evicted or declined
     bool superseded = false;     // its snapshot was resumed from or passed: later ones look past it
     bool cleared = false;        // root of a forgotten namespace that still runs
+    bool announced = false;      // a whole page that the event log has told of
 
     bool resident() const { return page >= 0; }
     bool has_snapshot() const { return snapshot != kNoSnapshot; }

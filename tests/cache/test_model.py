@@ -18,10 +18,12 @@ def array(values) -> np.ndarray:
 
 
 class CacheLife(RuleBasedStateMachine):
-    @initialize(slots=st.integers(1, 7), grid=st.sampled_from([0, 0, 5]))
-    def start(self, slots, grid):
+    @initialize(slots=st.integers(1, 7), grid=st.sampled_from([0, 0, 5]), log=st.sampled_from([3, 1000]))
+    def start(self, slots, grid, log):
         shape = {"pages": 4096, "slots": slots, "page_tokens": PAGE, "ghost_nodes": 1 << 20, "grid_tokens": grid}
         self.cache = PrefixCache(CacheConfig(**shape, policy=Policy.LRU))
+        self.cache.log_events(log)
+        self.blocks = {}  # as a listener to the log knows them: block -> (name space, tokens up to its end)
         self.model = Naive(PAGE, slots, grid)
         self.history = [()]
         self.next = 1
@@ -122,6 +124,17 @@ class CacheLife(RuleBasedStateMachine):
         assert stats["slots_snapshot"] == len(self.model.snapshots)
         assert stats["slots_planned"] == self.model.planned()
         assert stats["running"] == len(self.model.running)
+        for kind, *what in self.cache.drain_events():
+            if kind == "cleared":
+                self.blocks.clear()
+            elif kind == "removed":
+                del self.blocks[what[0]]
+            else:
+                block, parent, name, tokens = what
+                name, before = (name, ()) if parent is None else self.blocks[parent]
+                assert block not in self.blocks and len(tokens) == PAGE
+                self.blocks[block] = name, (*before, *tokens)
+        assert sorted(self.blocks.values()) == sorted(self.model.kv)
 
     def teardown(self):
         for request in list(self.model.running) if hasattr(self, "cache") else []:

@@ -7,10 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from launch import ROOT, Server
+
+from tokenspeed.engine.request import Request, SamplingParams
+from tokenspeed.engine.server.messages import Abort, Submit, decode_from_engine
+from tokenspeed.engine.server.process import EngineProcess
+from tokenspeed.engine.text import grammar
 
 LONG = {
     "messages": [{"role": "user", "content": "Hello!"}],
@@ -53,6 +59,39 @@ def test_abort_by_id_closes_the_stream_with_its_reason(server):
         events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert events[-1]["choices"][0]["finish_reason"] == "abort"
     assert httpx.post(f"{server.url}/v1/abort", json={"request_id": "doomed"}).json() == {"aborted": False}
+
+
+def test_an_id_in_use_is_refused_and_its_owner_goes_on(server):
+    body = LONG | {"request_id": "twin", "max_tokens": 100}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        next(lines)
+        second = httpx.post(f"{server.url}/v1/chat/completions", json=body | {"stream": False}, timeout=30)
+        assert second.status_code == 400 and "twin" in second.json()["error"]["message"]
+        assert list(lines)[-2] == "data: [DONE]"
+    again = httpx.post(f"{server.url}/v1/chat/completions", json=body | {"stream": False, "max_tokens": 1}, timeout=30)
+    assert again.status_code == 200, "an id that has ended is free again"
+
+
+def test_an_abort_while_the_grammar_compiles_is_told():
+    sent = []
+
+    class Socket:
+        def send(self, data: bytes) -> None:
+            sent.append(decode_from_engine(data))
+
+    class Engine:
+        grammars = SimpleNamespace(compile=lambda grammar: time.sleep(0.2))
+
+        def abort(self, id: str) -> bool:
+            return False
+
+    process = EngineProcess(Engine(), Socket())
+    request = Request("slow", (1,), SamplingParams(n=2))
+    process._take(Submit(request, grammar.response_format({"type": "json_object"})))
+    process._take(Abort("slow"))
+    (news,) = sent
+    assert [(update.index, update.finish_reason) for update in news.updates] == [(0, "abort"), (1, "abort")]
 
 
 def test_a_deadline_ends_a_request(server):

@@ -107,6 +107,18 @@ class PrefixCache:
         """Forgets a namespace; its running sequences go on and leave nothing. False if there was none."""
         return self._cache.clear(name_space)
 
+    def log_events(self, entries: int) -> None:
+        """Keep a log of whole pages that become matchable or are let go, of at most `entries`; 0 stops it."""
+        self._cache.log_events(entries)
+
+    def drain_events(self) -> tuple[tuple, ...]:
+        """The log since the last call, oldest first, and empties it.
+
+        ("stored", block, parent block or None, name space where there is no parent, tokens); ("removed", block), after
+        which that block number may come again; ("cleared",): forget every block, those that are there follow.
+        """
+        return self._cache.drain_events()
+
     def stats(self) -> dict[str, int]:
         """Counters since construction and gauges of now; `csrc/cache/cache.h`, `Stats`, explains each."""
         return self._cache.stats()

@@ -28,6 +28,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--request-timeout", type=float, metavar="S", help="seconds after which a request ends (default: no limit)")
     add("--drain-seconds", type=float, default=30, metavar="S", help="to finish what runs at the end (default 30 s)")
     add("--no-exact-history", action="store_true", help="encode known turns anew when they come back (default off)")
+    add(
+        "--kv-events",
+        metavar="ENDPOINT",
+        help="publish what the prefix cache stores and lets go, with its tokens, as vLLM's KV events on a ZeroMQ PUB "
+        "socket, for routers: tcp://HOST:PORT; anyone who reaches it can read it (default: none)",
+    )
     add_engine_options(parser)
     return parser
 
@@ -55,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         timeout=options.request_timeout,
         drain_seconds=options.drain_seconds,
         exact_history=not options.no_exact_history,
+        kv_events=options.kv_events,
     )
     return serve(server, config)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from ..errors import RequestError
@@ -134,13 +135,14 @@ class Message:
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
         request = self._prepared.request
-        async for update in self._service.run(request, self._prepared.grammar):
-            if update.reuse:
-                self._cached = update.reuse.cached_tokens
-            events = self._parser.push(update)
-            if update.finish_reason == "stop":
-                self._service.remember(request, self._parser.ids)
-            yield update, events
+        async with aclosing(self._service.run(request, self._prepared.grammar)) as updates:
+            async for update in updates:
+                if update.reuse:
+                    self._cached = update.reuse.cached_tokens
+                events = self._parser.push(update)
+                if update.finish_reason == "stop":
+                    self._service.remember(request, self._parser.ids)
+                yield update, events
 
     def _usage(self) -> dict[str, int]:
         prompt = len(self._prepared.request.prompt)
@@ -209,30 +211,31 @@ class Message:
         def delta(content: dict[str, Any]) -> bytes:
             return event({"type": "content_block_delta", "index": index, "delta": content}, "content_block_delta")
 
-        async for update, events in self._updates():
-            if not yielded:
-                yielded = True
-                yield event({"type": "message_start", "message": self._frame([])}, "message_start")
-            for found in events:
-                wanted, start = _block(found)
-                if wanted is not None and (wanted != kind or wanted == "tool_use"):
+        async with aclosing(self._updates()) as updates:
+            async for update, events in updates:
+                if not yielded:
+                    yielded = True
+                    yield event({"type": "message_start", "message": self._frame([])}, "message_start")
+                for found in events:
+                    wanted, start = _block(found)
+                    if wanted is not None and (wanted != kind or wanted == "tool_use"):
+                        if kind is not None:
+                            yield close()
+                        index, kind = index + 1, wanted
+                        started = {"type": "content_block_start", "index": index, "content_block": start}
+                        yield event(started, "content_block_start")
+                    match found:
+                        case Reasoning(text):
+                            yield delta({"type": "thinking_delta", "thinking": text})
+                        case Content(text) | CallCut(_, text):
+                            yield delta({"type": "text_delta", "text": text})
+                        case Arguments(_, piece):
+                            yield delta({"type": "input_json_delta", "partial_json": piece})
+                if update.finish_reason:
                     if kind is not None:
                         yield close()
-                    index, kind = index + 1, wanted
-                    started = {"type": "content_block_start", "index": index, "content_block": start}
-                    yield event(started, "content_block_start")
-                match found:
-                    case Reasoning(text):
-                        yield delta({"type": "thinking_delta", "thinking": text})
-                    case Content(text) | CallCut(_, text):
-                        yield delta({"type": "text_delta", "text": text})
-                    case Arguments(_, piece):
-                        yield delta({"type": "input_json_delta", "partial_json": piece})
-            if update.finish_reason:
-                if kind is not None:
-                    yield close()
-                end = {"type": "message_delta", "delta": self._stopped(update), "usage": self._usage()}
-                yield event(end, "message_delta")
+                    end = {"type": "message_delta", "delta": self._stopped(update), "usage": self._usage()}
+                    yield event(end, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
 
 

@@ -4,18 +4,21 @@ import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from ... import __version__
 from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
 from .anthropic import Message
+from .client import DeadlineExceeded
 from .openai_chat import Chat
 from .openai_completions import Completion
+from .page import page
 from .protocol import (
     AbortRequest,
     AnthropicRequest,
@@ -24,8 +27,8 @@ from .protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from .service import DeadlineExceeded, Overloaded, Service
-from .sse import event
+from .service import Overloaded, Service
+from .sse import EventStream, disconnected, event
 
 _LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
 _PING_SECONDS = 10.0
@@ -35,7 +38,9 @@ log = logging.getLogger("tokenspeed.server")
 
 def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes: int = 64 << 20) -> FastAPI:
     """The application over a running service. most_body_bytes: a larger request is refused with 413."""
-    app = FastAPI(title="TokenSpeed", description="OpenAI-compatible inference for the Qwen3.5 family.", version="1")
+    # No /docs: those pages would load scripts from elsewhere. The schema is at /openapi.json.
+    about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
+    app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, most_bytes=most_body_bytes)
     _errors(app)
 
@@ -52,28 +57,42 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
             raise HTTPException(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
         return given
 
-    async def answer(request: Request, make: Callable[[], Any], size: int, stream: bool, count: int = 1) -> Response:
+    async def answer(request: Request, make: Callable[[], Any], stream: bool, count: int = 1) -> Response:
         """Prepare a job where it disturbs nobody, then stream it or wait for it while the client is there."""
         service.admit(count)
-        job = await asyncio.to_thread(make) if size > _LONG_TEXT else make()
-        if stream:
-            first = _started(job.stream())
-            return StreamingResponse(await first, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        return JSONResponse(await _while_connected(request, job.whole()))
+        streaming = False
+        try:
+            job = await elsewhere(request, make)
+            if not stream:
+                return JSONResponse(await _while_connected(request, job.whole()))
+            pieces = job.stream()
+            # Until the first piece is there, a refusal is still a status of its own.
+            first = await _while_connected(request, anext(pieces))
+            streaming = True
+            return EventStream(first, pieces, _last_event, lambda: service.release(count))
+        finally:
+            if not streaming:
+                service.release(count)
+
+    async def elsewhere(request: Request, work: Callable[[], Any]) -> Any:
+        """Long texts are rendered and tokenised beside the event loop."""
+        announced = request.headers.get("content-length")
+        short = announced is not None and int(announced) <= _LONG_TEXT
+        return work() if short else await asyncio.to_thread(work)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: Chat(service, body, key), _size(request), body.stream)
+        return await answer(request, lambda: Chat(service, body, key), body.stream)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request, key: str | None = Depends(key)):
         several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
         count = len(body.prompt) if several else 1
-        return await answer(request, lambda: Completion(service, body, key), _size(request), body.stream, count)
+        return await answer(request, lambda: Completion(service, body, key), body.stream, count)
 
     @app.post("/v1/messages")
     async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: Message(service, body, key), _size(request), body.stream)
+        return await answer(request, lambda: Message(service, body, key), body.stream)
 
     @app.get("/v1/models", dependencies=[Depends(key)])
     async def models():
@@ -86,19 +105,22 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
         return {"object": "list", "data": [card]}
 
     @app.post("/tokenize", dependencies=[Depends(key)])
-    async def tokenize(body: TokenizeRequest):
-        frontend = service.frontend
+    async def tokenize(body: TokenizeRequest, request: Request):
+        tokenizer = service.frontend.tokenizer
+
+        def work() -> list[int]:
+            if body.messages is None:
+                return tokenizer.encode(body.prompt)
+            options = {"add_generation_prompt": body.add_generation_prompt}
+            return service.frontend.encode_chat(body.messages, body.tools, **options)
+
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages.")
-        if body.messages is None:
-            ids = frontend.tokenizer.encode(body.prompt)
-        else:
-            options = {"add_generation_prompt": body.add_generation_prompt}
-            ids = frontend.encode_chat(body.messages, body.tools, **options)
-        strings = [frontend.tokenizer.decode([id], skip_special_tokens=False) for id in ids]
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.room} | (
-            {"token_strs": strings} if body.return_token_strs else {}
-        )
+        ids = await elsewhere(request, work)
+        found = {"tokens": ids, "count": len(ids), "max_model_len": service.room}
+        if body.return_token_strs:
+            found["token_strs"] = [tokenizer.decode([id], skip_special_tokens=False) for id in ids]
+        return found
 
     @app.post("/detokenize", dependencies=[Depends(key)])
     async def detokenize(body: DetokenizeRequest):
@@ -119,6 +141,12 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
             service.history.clear()
         return {"reset": True}
 
+    front = page()
+
+    @app.get("/", include_in_schema=False)
+    async def index():
+        return front
+
     @app.get("/health")
     async def health():
         await service.engine.stats(_PING_SECONDS)
@@ -126,43 +154,24 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
 
     @app.get("/metrics")
     async def metrics():
-        text = service.metrics.render(await service.engine.stats(_PING_SECONDS))
+        text = service.metrics.render(await service.stats(_PING_SECONDS))
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
 
-def _size(request: Request) -> int:
-    return int(request.headers.get("content-length") or _LONG_TEXT + 1)
-
-
-async def _started(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The stream once its first piece is there: until then a refusal is still a status of its own. Later errors are
-    the stream's last event."""
-    first = await anext(stream)
-
-    async def rest() -> AsyncIterator[bytes]:
-        try:
-            yield first
-            async for piece in stream:
-                yield piece
-        except TokenSpeedError as error:
-            yield event({"error": _error_body(error)})
-        finally:
-            await stream.aclose()
-
-    return rest()
+def _last_event(error: Exception) -> bytes:
+    """How a stream that fails on its way ends. `type` at the top and the event's name are for Anthropic's clients."""
+    if not isinstance(error, TokenSpeedError):
+        log.error("unexpected error", exc_info=error)
+    return event({"type": "error", "error": _error_body(error)}, "error")
 
 
 async def _while_connected(request: Request, work) -> Any:
     """The result of `work`, which is cancelled when the client goes away."""
     task = asyncio.ensure_future(work)
 
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    watch = asyncio.ensure_future(gone())
+    watch = asyncio.ensure_future(disconnected(request.receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -172,7 +181,7 @@ async def _while_connected(request: Request, work) -> Any:
         watch.cancel()
         if not task.done():
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, TokenSpeedError):
+            with contextlib.suppress(asyncio.CancelledError, TokenSpeedError, StopAsyncIteration):
                 await task
 
 
@@ -187,7 +196,8 @@ _STATUS = {
 
 def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
     found, kind = _STATUS.get(type(error), (500, "internal_error"))
-    return {"message": str(error), "type": kind, "code": status or found, "param": None}
+    message = str(error) if isinstance(error, TokenSpeedError) else "internal error"
+    return {"message": message, "type": kind, "code": status or found, "param": None}
 
 
 def _errors(app: FastAPI) -> None:
@@ -218,8 +228,8 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception):
-        log.exception("unexpected error")
-        return respond(500, {"message": "internal error", "type": "internal_error", "code": 500, "param": None})
+        log.error("unexpected error", exc_info=error)
+        return respond(500, _error_body(error))
 
 
 class BodyLimit:

@@ -15,7 +15,7 @@ import zmq
 import zmq.asyncio
 
 from .. import errors
-from ..errors import EngineError
+from ..errors import EngineError, RequestError, TokenSpeedError
 from ..request import Request, Update
 from ..text.grammar import GrammarSpec
 from .messages import (
@@ -37,6 +37,10 @@ from .messages import (
 _STOP_SECONDS = 5.0
 
 
+class DeadlineExceeded(TokenSpeedError):
+    """A request took longer than its deadline."""
+
+
 class EngineClient:
     """Starts the engine process and speaks with it. One event loop uses it.
 
@@ -51,6 +55,7 @@ class EngineClient:
         self._folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))  # mode 0700
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._socket.linger = 0
+        self._socket.sndhwm = 0  # what is said is small and never dropped: a lost abort would leave a request running
         self._queues: dict[str, asyncio.Queue[Update | Exception]] = {}
         self._pongs: dict[int, asyncio.Future[Pong]] = {}
         self._pings = itertools.count()
@@ -75,19 +80,29 @@ class EngineClient:
         if self.failed is not None:
             raise EngineError(self.failed)
 
-    async def generate(self, request: Request, grammar: GrammarSpec | None = None) -> AsyncIterator[Update]:
-        """The news of a request; leaving early aborts it. Raises what the engine refuses it with, EngineError where the
-        engine fails."""
-        if self.failed is not None:
-            raise EngineError(self.failed)
+    async def generate(
+        self, request: Request, grammar: GrammarSpec | None = None, timeout: float | None = None
+    ) -> AsyncIterator[Update]:
+        """The news of a request; leaving early aborts it.
+
+        Raises what the engine refuses it with, RequestError for an id that is in use, DeadlineExceeded after `timeout`
+        seconds, EngineError where the engine fails.
+        """
+        if request.id in self._queues:
+            raise RequestError(f"request id {request.id!r} is in use; ids must be unique among running requests.")
         news = self._queues[request.id] = asyncio.Queue()
+        timer = None
+        if timeout is not None:
+            late = DeadlineExceeded(f"the request took longer than its deadline of {timeout:g} s.")
+            timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, late)
         left = request.params.n
         try:
-            await self._socket.send(encode(Submit(request, grammar)))
+            await self._send(Submit(request, grammar))
             while left:
                 what = await news.get()
                 if isinstance(what, Exception):
-                    left = 0
+                    if not isinstance(what, DeadlineExceeded):
+                        left = 0  # it does not run any more
                     raise what
                 if what.error:
                     left = 0
@@ -95,30 +110,32 @@ class EngineClient:
                 left -= what.finish_reason is not None
                 yield what
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._queues[request.id]
-            if left and self.failed is None:
-                await self._socket.send(encode(Abort(request.id)))
+            if left:
+                with contextlib.suppress(EngineError):  # then nothing runs that could be aborted
+                    await self._send(Abort(request.id))
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request: its news close with the reason "abort". False where none of that id runs."""
         known = request_id in self._queues
-        if known and self.failed is None:
-            await self._socket.send(encode(Abort(request_id)))
+        if known:
+            await self._send(Abort(request_id))
         return known
 
     async def clear_cache(self) -> None:
-        await self._socket.send(encode(Clear()))
+        """Forgets every cached prefix."""
+        await self._send(Clear())
 
     async def stats(self, timeout: float) -> dict[str, float]:
         """The engine's counters. Raises EngineError where it does not answer in time (seconds)."""
-        if self.failed is not None:
-            raise EngineError(self.failed)
         number = next(self._pings)
         self._pongs[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._socket.send(encode(Ping(number)))
+            await self._send(Ping(number))
             return (await asyncio.wait_for(self._pongs[number], timeout)).stats
-        except TimeoutError:
+        except asyncio.TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} s") from None
         finally:
             del self._pongs[number]
@@ -126,17 +143,26 @@ class EngineClient:
     async def close(self) -> None:
         """Ends the engine process; harmless when it has ended."""
         if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(zmq.ZMQError):
-                await self._socket.send(encode(Stop()), flags=zmq.DONTWAIT)
+            with contextlib.suppress(EngineError):
+                await self._send(Stop())
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
-            except TimeoutError:
+            except asyncio.TimeoutError:
                 self._process.kill()
                 await self._process.wait()
         for task in self._tasks:
             task.cancel()
         self._socket.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _send(self, message) -> None:
+        """Raises EngineError where nobody listens any more, instead of waiting for somebody."""
+        if self.failed is not None:
+            raise EngineError(self.failed)
+        try:
+            await self._socket.send(encode(message), flags=zmq.DONTWAIT)
+        except zmq.Again:
+            raise EngineError("the engine process ended") from None
 
     async def _receive(self, started: asyncio.Event) -> None:
         while True:

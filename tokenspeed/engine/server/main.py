@@ -38,6 +38,7 @@ class ServerOptions:
     timeout: float | None = None
     drain_seconds: float = 30
     exact_history: bool = True
+    kv_events: str | None = None
 
 
 def serve(options: ServerOptions, config: EngineConfig) -> int:
@@ -46,8 +47,14 @@ def serve(options: ServerOptions, config: EngineConfig) -> int:
     directory = resolve(options.model)
     frontend = Frontend.from_directory(directory)
     listener = _listen(options.host, options.port)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(options, Settings(str(directory), config), frontend, listener))
+    loop = _new_loop()
+    try:
+        return loop.run_until_complete(
+            _serve(options, Settings(str(directory), config, options.kv_events), frontend, listener)
+        )
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
 
 
 async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend, listener: socket.socket) -> int:
@@ -133,9 +140,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _loop_factory():
+def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
     except ImportError:  # not on every platform; asyncio's own loop serves
-        return None
-    return uvloop.new_event_loop
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -8,10 +8,11 @@ from ..text.grammar import GrammarSpec
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What the engine process is started with."""
+    """What the engine process is started with. kv_events: the endpoint to publish cache events at, None for none."""
 
     directory: str
     config: EngineConfig
+    kv_events: str | None = None
     progress: bool = True
 
 

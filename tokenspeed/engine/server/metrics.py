@@ -1,12 +1,15 @@
 """Prometheus metrics: what the HTTP process times itself, and the engine's counters as they are asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-# The engine's own names (Engine.stats) with their help.
+# The names of Engine.stats, and the server's own, with their help.
 _GAUGES = {
+    "requests_in_flight": "requests that are prepared, wait or run",
+    "server_tasks": "asyncio tasks of the HTTP process",
     "waiting_requests": "requests in the engine's queue",
     "running_sequences": "sequences on the device",
     "kv_pages": "KV pages in all",
@@ -15,6 +18,8 @@ _GAUGES = {
     "pages_evictable": "KV pages kept for later prompts",
     "state_slots": "state slots in all",
     "slots_free": "state slots that hold nothing",
+    "slots_planned": "state slots promised to snapshots that are not written yet",
+    "slots_draining": "state slots still read by sequences whose snapshot is gone",
     "slots_working": "state slots of running sequences",
     "slots_snapshot": "state slots kept for later prompts",
 }
@@ -48,23 +53,29 @@ class Metrics:
         self.requests = labelled("requests", "requests by how they ended", "outcome")
         self.generated = Counter("tokenspeed_generation_tokens", "tokens generated", registry=self.registry)
         self.restored = Counter("tokenspeed_restored_turns", "turns of a history put back", registry=self.registry)
-        self._reasons = Gauge(
-            "tokenspeed_prefix_reuse", "admissions by why no more was reused", ["reason"], registry=self.registry
-        )
         self._gauges = {
             name: Gauge(f"tokenspeed_{name}", help, registry=self.registry) for name, help in _GAUGES.items()
         }
-        self._totals = {
-            name: Gauge(f"tokenspeed_{name}_total", help, registry=self.registry) for name, help in _COUNTERS.items()
-        }
+        self._stats: Mapping[str, float] = {}
+        self.registry.register(self)
         self._hit_rate = Gauge("tokenspeed_prefix_hit_rate", "cached tokens / prompt tokens", registry=self.registry)
 
-    def render(self, stats: Mapping[str, float]) -> bytes:
-        """The exposition text, with the engine's counters as of now."""
-        for name, gauge in (self._gauges | self._totals).items():
-            gauge.set(stats.get(name, 0))
-        for name, value in stats.items():
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The engine's counters, for the registry."""
+        for name, help in _COUNTERS.items():
+            yield CounterMetricFamily(f"tokenspeed_{name}", help, value=self._stats.get(name, 0))
+        reuse = CounterMetricFamily(
+            "tokenspeed_prefix_reuse", "admissions by why no more was reused", labels=["reason"]
+        )
+        for name, value in self._stats.items():
             if name.startswith(_REASON):
-                self._reasons.labels(name.removeprefix(_REASON)).set(value)
+                reuse.add_metric([name.removeprefix(_REASON)], value)
+        yield reuse
+
+    def render(self, stats: Mapping[str, float]) -> bytes:
+        """The exposition text. stats: the engine's and the server's numbers as of now."""
+        self._stats = stats
+        for name, gauge in self._gauges.items():
+            gauge.set(stats.get(name, 0))
         self._hit_rate.set(stats.get("cached_tokens", 0) / max(stats.get("prompt_tokens", 0), 1))
         return generate_latest(self.registry)

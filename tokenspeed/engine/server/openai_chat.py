@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from ..errors import RequestError
@@ -72,14 +73,16 @@ class Chat:
         return self._prepared.request
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
-        async for update in self._service.run(self._request, self._prepared.grammar, self._body.timeout):
-            if update.reuse:
-                self._cached = update.reuse.cached_tokens
-            parser = self._parsers[update.index]
-            events = parser.push(update)
-            if update.finish_reason == "stop":
-                self._service.remember(self._request, parser.ids)
-            yield update, events
+        run = self._service.run(self._request, self._prepared.grammar, self._body.timeout)
+        async with aclosing(run) as updates:
+            async for update in updates:
+                if update.reuse:
+                    self._cached = update.reuse.cached_tokens
+                parser = self._parsers[update.index]
+                events = parser.push(update)
+                if update.finish_reason == "stop":
+                    self._service.remember(self._request, parser.ids)
+                yield update, events
 
     def _usage(self) -> dict[str, Any]:
         generated = sum(len(parser.ids) for parser in self._parsers)
@@ -138,27 +141,28 @@ class Chat:
             return event(frame | ({"usage": self._usage()} if continuous else {}))
 
         started: set[int] = set()
-        async for update, events in self._updates():
-            i = update.index
-            if i not in started:
-                started.add(i)
-                first = {"prompt_token_ids": list(self._request.prompt)} if self._body.return_token_ids else {}
-                yield chunk(i, {"role": "assistant", "content": ""}, **first)
-            extra: dict[str, Any] = {}
-            if self._body.logprobs and update.scores:
-                extra["logprobs"] = {
-                    "content": [chat_logprob(self._service.frontend.tokenizer, scores) for scores in update.scores]
-                }
-            if self._body.return_token_ids:
-                extra["token_ids"] = update.ids
-            deltas = [delta for found in events if (delta := _delta(found))]
-            if not deltas and extra:
-                deltas = [{}]
-            for delta in deltas:
-                yield chunk(i, delta, **extra)
-                extra = {}
-            if update.finish_reason:
-                yield chunk(i, {}, self._finish(update), stop_reason=update.stop_reason)
+        async with aclosing(self._updates()) as updates:
+            async for update, events in updates:
+                i = update.index
+                if i not in started:
+                    started.add(i)
+                    first = {"prompt_token_ids": list(self._request.prompt)} if self._body.return_token_ids else {}
+                    yield chunk(i, {"role": "assistant", "content": ""}, **first)
+                extra: dict[str, Any] = {}
+                if self._body.logprobs and update.scores:
+                    extra["logprobs"] = {
+                        "content": [chat_logprob(self._service.frontend.tokenizer, scores) for scores in update.scores]
+                    }
+                if self._body.return_token_ids:
+                    extra["token_ids"] = update.ids
+                deltas = [delta for found in events if (delta := _delta(found))]
+                if not deltas and extra:
+                    deltas = [{}]
+                for delta in deltas:
+                    yield chunk(i, delta, **extra)
+                    extra = {}
+                if update.finish_reason:
+                    yield chunk(i, {}, self._finish(update), stop_reason=update.stop_reason)
         if options and options.include_usage:
             yield event(self._frame("chat.completion.chunk", []) | {"usage": self._usage()})
         yield DONE

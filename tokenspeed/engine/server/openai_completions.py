@@ -1,5 +1,7 @@
 """OpenAI's text completions over the service: dictionaries out, streamed or whole."""
 
+import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -47,21 +49,24 @@ class Completion:
         self._cached = self._generated = 0
 
     async def whole(self) -> dict[str, Any]:
-        choices: list[dict[str, Any]] = []
-        for number, request in enumerate(self.requests):
-            outputs = [CompletionOutput(i) for i in range(self._body.n)]
-            scores: list[list[TokenScores]] = [[] for _ in outputs]
-            prompt_scores: list[TokenScores] | None = None
-            async for update in self._run(request):
-                output = outputs[update.index]
-                output.text += update.text
-                output.token_ids += update.ids
-                scores[update.index] += update.scores
-                prompt_scores = update.prompt_scores if update.prompt_scores is not None else prompt_scores
-                output.finish_reason = update.finish_reason or output.finish_reason
-                output.stop_reason = update.stop_reason
-            for output, found in zip(outputs, scores, strict=True):
-                choices.append(self._choice(number, request, output, found, prompt_scores))
+        """The response object. Raises as `Service.run` does."""
+        outputs = [[CompletionOutput(i) for i in range(self._body.n)] for _ in self.requests]
+        scores: list[list[list[TokenScores]]] = [[[] for _ in own] for own in outputs]
+        prompt_scores: list[list[TokenScores] | None] = [None] * len(self.requests)
+        async for number, update in self._updates():
+            output = outputs[number][update.index]
+            output.text += update.text
+            output.token_ids += update.ids
+            scores[number][update.index] += update.scores
+            if update.prompt_scores is not None:
+                prompt_scores[number] = update.prompt_scores
+            output.finish_reason = update.finish_reason or output.finish_reason
+            output.stop_reason = update.stop_reason
+        choices = [
+            self._choice(number, request, output, found, prompt_scores[number])
+            for number, request in enumerate(self.requests)
+            for output, found in zip(outputs[number], scores[number], strict=True)
+        ]
         return self._frame(choices) | {"usage": self._usage()}
 
     def _choice(
@@ -94,14 +99,16 @@ class Completion:
         return choice
 
     async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events: chunks of all prompts as they come, the usage where it is asked for, and the end."""
         options = self._body.stream_options
-        for number, request in enumerate(self.requests):
-            echoed: set[int] = set()
-            async for update in self._run(request):
+        echoed: set[int] = set()
+        async with contextlib.aclosing(self._updates()) as updates:
+            async for number, update in updates:
+                prompt = self.requests[number].prompt
                 text, index = update.text, number * self._body.n + update.index
                 if self._body.echo and index not in echoed:
                     echoed.add(index)
-                    text = self._service.frontend.tokenizer.decode(list(request.prompt)) + text
+                    text = self._service.frontend.tokenizer.decode(list(prompt)) + text
                 logprobs = None
                 if self._body.logprobs is not None and update.scores:
                     logprobs = completion_logprobs(self._service.frontend.tokenizer, update.ids, update.scores)
@@ -118,11 +125,46 @@ class Completion:
             yield event(self._frame([]) | {"usage": self._usage()})
         yield DONE
 
+    async def _updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """The updates of every prompt, each with the prompt's number. The prompts run side by side."""
+        if len(self.requests) == 1:
+            async with contextlib.aclosing(self._run(self.requests[0])) as updates:
+                async for update in updates:
+                    yield 0, update
+            return
+        news: asyncio.Queue[tuple[int, Update | Exception | None]] = asyncio.Queue()
+
+        async def pump(number: int, request: Request) -> None:
+            try:
+                async for update in self._run(request):
+                    news.put_nowait((number, update))
+                news.put_nowait((number, None))
+            except Exception as error:  # raised below, where the others are ended too
+                news.put_nowait((number, error))
+
+        tasks = [asyncio.ensure_future(pump(number, request)) for number, request in enumerate(self.requests)]
+        try:
+            running = len(tasks)
+            while running:
+                number, what = await news.get()
+                if isinstance(what, Exception):
+                    raise what
+                if what is None:
+                    running -= 1
+                else:
+                    yield number, what
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _run(self, request: Request) -> AsyncIterator[Update]:
-        async for update in self._service.run(request, self._grammar, self._body.timeout):
-            self._generated += len(update.ids)
-            self._cached += update.reuse.cached_tokens if update.reuse else 0
-            yield update
+        run = self._service.run(request, self._grammar, self._body.timeout)
+        async with contextlib.aclosing(run) as updates:
+            async for update in updates:
+                self._generated += len(update.ids)
+                self._cached += update.reuse.cached_tokens if update.reuse else 0
+                yield update
 
     def _usage(self) -> dict[str, Any]:
         return usage(sum(len(request.prompt) for request in self.requests), self._generated, self._cached)

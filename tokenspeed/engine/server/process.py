@@ -13,11 +13,12 @@ import msgspec
 import zmq
 
 from ..core import Engine
-from ..errors import EngineError, TokenSpeedError
+from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..llm import load_engine
 from ..request import Update
 from ..text.grammar import GrammarSpec
+from .kv_events import KvEventPublisher
 from .messages import (
     Abort,
     Clear,
@@ -40,8 +41,8 @@ _ORPHAN_CHECK_MS, _COMPILE_CHECK_MS = 1000, 2
 class EngineProcess:
     """The loop around an engine: messages, a step, its news."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket):
-        self._engine, self._socket = engine, socket
+    def __init__(self, engine: Engine, socket: zmq.Socket, publisher: KvEventPublisher | None = None):
+        self._engine, self._socket, self._publisher = engine, socket, publisher
         self._news: list[Update] = []
         self._parent = os.getppid()
         self._worker = ThreadPoolExecutor(1)
@@ -54,14 +55,24 @@ class EngineProcess:
         self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs))
         while not self._stopped and os.getppid() == self._parent:
             self._submit_compiled()
-            if self._socket.poll(0 if engine.has_work else _COMPILE_CHECK_MS if self._compiling else _ORPHAN_CHECK_MS):
-                self._take(decode_to_engine(self._socket.recv()))
+            if message := self._receive():
+                self._take(message)
                 continue
             if engine.has_work:
                 try:
                     engine.step()
                 finally:
                     self._tell()
+                self._publish()
+
+    def _receive(self):
+        """The next message; waits for one while there is nothing else to do."""
+        if not self._engine.has_work:
+            self._socket.poll(_COMPILE_CHECK_MS if self._compiling else _ORPHAN_CHECK_MS)
+        try:
+            return decode_to_engine(self._socket.recv(zmq.DONTWAIT))
+        except zmq.Again:
+            return None
 
     def _take(self, message) -> None:
         match message:
@@ -71,11 +82,14 @@ class EngineProcess:
                 else:  # compiling may take long, and others should not wait for it
                     self._compiling[request.id] = self._worker.submit(self._engine_grammar, grammar), message
             case Abort(request_id):
-                self._compiling.pop(request_id, None)
+                if waiting := self._compiling.pop(request_id, None):
+                    continuations = range(waiting[1].request.params.n)
+                    self._news += [Update(request_id, i, finish_reason="abort") for i in continuations]
                 self._engine.abort(request_id)
                 self._tell()
             case Clear():
                 self._engine.clear_cache()
+                self._publish()
             case Ping(number):
                 self._send(Pong(number, self._engine.stats()))
             case Stop():
@@ -102,6 +116,10 @@ class EngineProcess:
             self._send(News(self._news))
             self._news.clear()
 
+    def _publish(self) -> None:
+        if self._publisher is not None:
+            self._publisher.publish()
+
     def _send(self, message) -> None:
         self._socket.send(encode(message))
 
@@ -113,9 +131,11 @@ def main() -> int:
     socket.connect(sys.argv[1])
     try:
         frontend = Frontend.from_directory(Path(settings.directory))
-        EngineProcess(load_engine(frontend, settings.config, settings.progress), socket).run()
+        engine = load_engine(frontend, settings.config, settings.progress)
+        publisher = KvEventPublisher(engine.cache, settings.kv_events) if settings.kv_events else None
+        EngineProcess(engine, socket, publisher).run()
         return 0
-    except (TokenSpeedError, EngineError) as error:
+    except TokenSpeedError as error:
         socket.send(encode(Failed(str(error))))
         return 1
     except KeyboardInterrupt:  # Ctrl-C goes to the whole group; the HTTP process decides what follows

@@ -11,7 +11,11 @@ MOST_TOOLS = 512
 
 Text = Annotated[str, Field(max_length=64 << 20)]
 Strings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MOST_STRINGS)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MOST_BIASES)]
+# Whatever counts or names tokens fits 32 bits, so that no later stage meets a number it cannot hold.
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = CountFromZero
+TokenIds = Annotated[list[TokenId], Field(max_length=MOST_BIASES)]
 
 
 class StreamOptions(BaseModel):
@@ -27,7 +31,7 @@ class Sampling(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
     n: int = Field(1, ge=1, le=MOST_SEQUENCES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -37,13 +41,13 @@ class Sampling(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
     user: str | None = None
     # Beyond OpenAI, by vLLM's names.
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=1000)
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: CountFromZero | None = None
     stop_token_ids: TokenIds | None = None
     bad_words: Strings | None = None
     allowed_token_ids: TokenIds | None = None
@@ -51,12 +55,14 @@ class Sampling(BaseModel):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    thinking_token_budget: int | None = Field(None, ge=0)
-    truncate_prompt_tokens: int | None = Field(None, ge=1)
+    thinking_token_budget: CountFromZero | None = None
+    truncate_prompt_tokens: Count | None = None
     return_token_ids: bool = False
     cache_salt: str | None = Field(None, max_length=256)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
-    timeout: float | None = Field(None, gt=0, description="seconds after which the request is ended")
+    timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="seconds after which the request is ended"
+    )
     request_id: str | None = Field(None, min_length=1, max_length=128)
 
     def sampling(self, **more: Any) -> dict[str, Any]:
@@ -92,7 +98,7 @@ class ChatRequest(Sampling):
     tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool = True
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
@@ -107,11 +113,11 @@ class CompletionRequest(Sampling):
 
     prompt: (
         Text
-        | list[int]
+        | list[TokenId]
         | Annotated[list[Text], Field(max_length=64)]
-        | Annotated[list[list[int]], Field(max_length=64)]
+        | Annotated[list[list[TokenId]], Field(max_length=64)]
     )
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: Count | None = 16
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = False
     response_format: ResponseFormat | None = None
@@ -130,7 +136,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
-    tokens: list[int] = Field(max_length=1 << 20)
+    tokens: list[TokenId] = Field(max_length=1 << 20)
 
 
 class AbortRequest(BaseModel):
@@ -146,12 +152,12 @@ class AnthropicRequest(BaseModel):
 
     model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
-    max_tokens: int = Field(ge=1)
+    max_tokens: Count
     system: Text | list[dict[str, Any]] | None = None
     stop_sequences: Strings | None = None
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from ..errors import TokenSpeedError
@@ -13,7 +14,7 @@ from ..request import Request, Update
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
 from ..text.tool_grammar import ToolGrammars
-from .client import EngineClient
+from .client import DeadlineExceeded, EngineClient
 from .metrics import Metrics
 
 
@@ -23,10 +24,6 @@ class Overloaded(TokenSpeedError):
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
         self.retry_after = retry_after
-
-
-class DeadlineExceeded(TokenSpeedError):
-    """A request took longer than its deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,10 @@ class Service:
         return hashlib.blake2b(f"{key or ''}\0{salt or ''}".encode(), digest_size=12).hexdigest()
 
     def admit(self, requests: int = 1) -> None:
-        """Raises Overloaded where that many more requests are too many, before anything is computed for them."""
+        """Count requests as in flight, before anything is computed for them; whoever calls owes a `release`.
+
+        Raises Overloaded where that many more are too many.
+        """
         if self.draining:
             raise Overloaded("the server is shutting down; use another one.", 5)
         if self.in_flight + requests > self.config.most_requests:
@@ -71,6 +71,11 @@ class Service:
                 f"{self.in_flight} requests are in flight of at most {self.config.most_requests}; try again later.",
                 1,
             )
+        self.in_flight += requests
+
+    def release(self, requests: int = 1) -> None:
+        """These requests are answered, or given up."""
+        self.in_flight -= requests
 
     async def run(
         self, request: Request, grammar: GrammarSpec | None = None, timeout: float | None = None
@@ -82,10 +87,9 @@ class Service:
         limits = [limit for limit in (timeout, self.config.timeout) if limit is not None]
         start = last = time.monotonic()
         outcome, first = "aborted", True
-        self.in_flight += 1
         try:
-            async with asyncio.timeout(min(limits, default=None)):
-                async for update in self.engine.generate(request, grammar):
+            async with aclosing(self.engine.generate(request, grammar, min(limits, default=None))) as updates:
+                async for update in updates:
                     now = time.monotonic()
                     if update.ids:
                         (self.metrics.first_token if first else self.metrics.inter_token).observe(now - last)
@@ -93,16 +97,20 @@ class Service:
                         first, last = False, now
                     outcome = update.finish_reason or outcome
                     yield update
-                self.metrics.request.observe(time.monotonic() - start)
-        except TimeoutError:
+            self.metrics.request.observe(time.monotonic() - start)
+        except DeadlineExceeded:
             outcome = "timeout"
-            raise DeadlineExceeded(f"the request took longer than its deadline of {min(limits):g} s.") from None
+            raise
         except TokenSpeedError:
             outcome = "refused"
             raise
         finally:
-            self.in_flight -= 1
             self.metrics.requests.labels(outcome).inc()
+
+    async def stats(self, timeout: float) -> dict[str, float]:
+        """The engine's numbers (`Engine.stats`) and this process's. Raises EngineError as `EngineClient.stats`."""
+        own = {"requests_in_flight": self.in_flight, "server_tasks": len(asyncio.all_tasks())}
+        return await self.engine.stats(timeout) | own
 
     def remember(self, request: Request, ids: list[int]) -> None:
         """A turn that was answered to its end, for the prompts that send it back."""

@@ -5,6 +5,7 @@ llguidance does the work: a grammar is Lark text with JSON schemas inside, and a
 
 import json
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,20 +122,24 @@ def _depth(text: str) -> int:
 
 
 class Latest(Generic[T]):
-    """Values by key, of which the `count` used last are kept."""
+    """Values by key, of which the `count` used last are kept. Any thread may call."""
 
     def __init__(self, count: int):
         self._count = count
         self._values: OrderedDict[Hashable, T] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key in self._values:
-            self._values.move_to_end(key)
-        else:
-            self._values[key] = make()
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        made = make()  # outside the lock: it may take seconds
+        with self._lock:
+            value = self._values.setdefault(key, made)
             if len(self._values) > self._count:
                 self._values.popitem(last=False)
-        return self._values[key]
+        return value
 
 
 class GrammarCompiler:

@@ -7,6 +7,7 @@ the same turn after them.
 """
 
 import hashlib
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -24,7 +25,7 @@ class _Turn:
 
 
 class TurnHistory:
-    """The latest turns, bounded in number and in ids; what is used again stays longer."""
+    """The latest turns, bounded in number and in ids; what is used again stays longer. Any thread may call."""
 
     def __init__(self, end_ids: Collection[int], most_turns: int = 4096, most_ids: int = 1 << 22):
         """end_ids: the ids that end a turn."""
@@ -32,6 +33,7 @@ class TurnHistory:
         self._most_turns, self._most_ids = most_turns, most_ids
         self._turns: OrderedDict[tuple[str, bytes], _Turn] = OrderedDict()
         self._ids = 0
+        self._lock = threading.Lock()
 
     def store(self, name_space: str, prompt: Sequence[int], generated: Sequence[int]) -> None:
         """A turn that was generated to its end after `prompt`. One that was cut short is no turn to come back."""
@@ -39,11 +41,12 @@ class TurnHistory:
             return
         digest = _digest(prompt)
         turn = _Turn(len(prompt), tuple(prompt[-_TAIL:]), digest, tuple(generated))
-        self._drop((name_space, digest))
-        self._turns[name_space, digest] = turn
-        self._ids += len(generated)
-        while len(self._turns) > self._most_turns or self._ids > self._most_ids:
-            self._drop(next(iter(self._turns)))
+        with self._lock:
+            self._drop((name_space, digest))
+            self._turns[name_space, digest] = turn
+            self._ids += len(generated)
+            while len(self._turns) > self._most_turns or self._ids > self._most_ids:
+                self._drop(next(iter(self._turns)))
 
     def restore(
         self,
@@ -58,12 +61,16 @@ class TurnHistory:
         say the same. Returns the ids, the counts and how many turns were put back.
         """
         ids, counts, done = list(ids), list(counts), 0
-        lengths = sorted({turn.length for (space, _), turn in self._turns.items() if space == name_space})
+        tails: dict[int, set[tuple[int, ...]]] = {}  # of the known prompts, by their length
+        with self._lock:
+            for (space, _), turn in self._turns.items():
+                if space == name_space:
+                    tails.setdefault(turn.length, set()).add(turn.tail)
         position = 0  # turns before it are settled
-        for length in lengths:
-            if not position <= length < len(ids):
+        for length in sorted(tails):
+            if not position <= length < len(ids) or tuple(ids[max(length - _TAIL, 0) : length]) not in tails[length]:
                 continue
-            turn = self._find(name_space, ids, length)
+            turn = self._find(name_space, ids[:length])
             end = next((i for i in range(length, len(ids)) if ids[i] in self._ends), None) if turn else None
             if end is None:
                 continue
@@ -79,17 +86,16 @@ class TurnHistory:
         return ids, counts, done
 
     def clear(self) -> None:
-        self._turns.clear()
-        self._ids = 0
+        with self._lock:
+            self._turns.clear()
+            self._ids = 0
 
-    def _find(self, name_space: str, ids: list[int], length: int) -> _Turn | None:
-        tail = tuple(ids[max(length - _TAIL, 0) : length])
-        if not any(turn.length == length and turn.tail == tail for turn in self._turns.values()):
-            return None
-        key = (name_space, _digest(ids[:length]))
-        if key in self._turns:
-            self._turns.move_to_end(key)
-        return self._turns.get(key)
+    def _find(self, name_space: str, prompt: list[int]) -> _Turn | None:
+        key = (name_space, _digest(prompt))
+        with self._lock:
+            if key in self._turns:
+                self._turns.move_to_end(key)
+            return self._turns.get(key)
 
     def _drop(self, key: tuple[str, bytes]) -> None:
         turn = self._turns.pop(key, None)

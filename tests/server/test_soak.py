@@ -1,0 +1,27 @@
+"""The short form of the soak: the same clients, half a minute."""
+
+import sys
+
+import pytest
+
+from tests.server import soak
+from tests.server.launch import Server
+
+
+@pytest.fixture(scope="module")
+def report():
+    server = Server(*soak.OPTIONS)
+    found = soak.soak(server, seconds=16, streams=500, progress=sys.stderr.isatty())
+    yield found
+    assert server.stop() == 0, "".join(server.log[-20:])
+
+
+def test_nothing_is_left_of_500_clients_that_come_and_go(report):
+    assert report.left == []
+    for kind in ("whole", "hang up", "abort", "413", "400", "429"):
+        assert report.outcomes[kind] >= 20, report.outcomes
+
+
+@pytest.mark.parametrize("process", ["server", "engine"])
+def test_memory_stays_flat(report, process):
+    assert report.growth(process) < soak.SHORT_GROWTH_KIB_PER_MINUTE, report.memory[process]
