@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <set>
 #include <string>
 
@@ -100,6 +101,8 @@ class Episode {
         cache_ = Cache::create(config_);
         REQUIRE(cache_ != nullptr, "configuration refused");
         if (random_.chance(25)) twin_ = Cache::create(config_);
+        // Decided by the seed, so that episodes stay what they were; the twin keeps none: a log changes nothing.
+        if (seed % 2 == 1) cache_->log_events(static_cast<int32_t>(1 + seed / 2 % 100));
         rows_.assign(config_.pages, std::vector<uint64_t>(config_.page_tokens, 0));
         slots_.assign(config_.slots, 0);
         alphabet_ = 1 + random_.below(3);
@@ -122,6 +125,7 @@ class Episode {
         stats = cache_->stats();
         REQUIRE(stats.pages_free == config_.pages && stats.slots_free == config_.slots && stats.nodes == 0,
                 "something survived clear: %lld nodes", static_cast<long long>(stats.nodes));
+        REQUIRE(blocks_.empty(), "%zu blocks were never said to be gone", blocks_.size());
         hits += stats.snapshot_hits, copies += stats.page_copies, appended += stats.pages_appended_in_place;
         evicted += stats.snapshots_evicted, no_room += stats.no_room, consumed += stats.snapshots_consumed;
         forks += stats.forks;
@@ -130,9 +134,37 @@ class Episode {
     static inline int64_t hits = 0, copies = 0, appended = 0, evicted = 0, no_room = 0, consumed = 0, forks = 0;
 
   private:
+    // The log as a listener sees it: blocks and how many children each has.
+    void replay_events() {
+        for (const Event& event : cache_->drain_events()) {
+            auto known = blocks_.find(event.block);
+            switch (event.kind) {
+                case Event::Kind::kCleared:
+                    blocks_.clear();
+                    break;
+                case Event::Kind::kStored:
+                    REQUIRE(known == blocks_.end(), "block %u is stored twice", event.block);
+                    REQUIRE(static_cast<int32_t>(event.tokens.size()) == config_.page_tokens, "a block of %zu tokens",
+                            event.tokens.size());
+                    if (event.parent != kNoNode) {
+                        REQUIRE(blocks_.contains(event.parent), "block %u before its parent", event.block);
+                        ++blocks_[event.parent].second;
+                    }
+                    blocks_[event.block] = {event.parent, 0};
+                    break;
+                default:
+                    REQUIRE(known != blocks_.end(), "block %u goes, but never came", event.block);
+                    REQUIRE(known->second.second == 0, "block %u goes before its children", event.block);
+                    if (known->second.first != kNoNode) --blocks_[known->second.first].second;
+                    blocks_.erase(known);
+            }
+        }
+    }
+
     void check() {
         std::string broken = cache_->check();
         REQUIRE(broken.empty(), "%s", broken.c_str());
+        replay_events();
     }
 
     void act() {
@@ -398,6 +430,7 @@ class Episode {
     std::vector<std::vector<uint64_t>> rows_;  // [page][row]: identity of the prefix that ends there
     std::vector<uint64_t> slots_;              // [slot]: identity of the prefix consumed
     std::vector<Sequence> running_;
+    std::map<NodeId, std::pair<NodeId, int32_t>> blocks_;
     std::vector<std::vector<Token>> history_;
     int32_t alphabet_ = 2;
     RequestId next_id_ = 1;

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from .. import errors
 from ..errors import EngineError, RequestError, TokenSpeedError
@@ -53,14 +52,15 @@ class EngineClient:
         self.failed: str | None = None
         self.done = asyncio.Event()
         self._folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))  # mode 0700
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.linger = 0
         self._socket.sndhwm = 0  # what is said is small and never dropped: a lost abort would leave a request running
         self._queues: dict[str, asyncio.Queue[Update | Exception]] = {}
         self._pongs: dict[int, asyncio.Future[Pong]] = {}
         self._pings = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task] = []
+        self._started = asyncio.Event()
+        self._watcher: asyncio.Task | None = None
 
     async def start(self) -> None:
         """Returns when the engine takes requests. Raises EngineError with its reason where it cannot."""
@@ -71,9 +71,10 @@ class EngineClient:
         self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
         self._process.stdin.write(msgspec.json.encode(self._settings))
         self._process.stdin.close()
-        started = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._receive(started)), asyncio.create_task(self._watch())]
-        waits = [asyncio.create_task(started.wait()), asyncio.create_task(self.done.wait())]
+        self._watcher = asyncio.create_task(self._watch())
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
+        self._receive()
+        waits = [asyncio.create_task(event.wait()) for event in (self._started, self.done)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
@@ -97,7 +98,7 @@ class EngineClient:
             timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, late)
         left = request.params.n
         try:
-            await self._send(Submit(request, grammar))
+            self._send(Submit(request, grammar))
             while left:
                 what = await news.get()
                 if isinstance(what, Exception):
@@ -115,25 +116,25 @@ class EngineClient:
             del self._queues[request.id]
             if left:
                 with contextlib.suppress(EngineError):  # then nothing runs that could be aborted
-                    await self._send(Abort(request.id))
+                    self._send(Abort(request.id))
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request: its news close with the reason "abort". False where none of that id runs."""
         known = request_id in self._queues
         if known:
-            await self._send(Abort(request_id))
+            self._send(Abort(request_id))
         return known
 
     async def clear_cache(self) -> None:
         """Forgets every cached prefix."""
-        await self._send(Clear())
+        self._send(Clear())
 
     async def stats(self, timeout: float) -> dict[str, float]:
         """The engine's counters. Raises EngineError where it does not answer in time (seconds)."""
         number = next(self._pings)
         self._pongs[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._send(Ping(number))
+            self._send(Ping(number))
             return (await asyncio.wait_for(self._pongs[number], timeout)).stats
         except asyncio.TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} s") from None
@@ -144,45 +145,56 @@ class EngineClient:
         """Ends the engine process; harmless when it has ended."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(EngineError):
-                await self._send(Stop())
+                self._send(Stop())
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
             except asyncio.TimeoutError:
                 self._process.kill()
                 await self._process.wait()
-        for task in self._tasks:
-            task.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _send(self, message) -> None:
+    def _send(self, message) -> None:
         """Raises EngineError where nobody listens any more, instead of waiting for somebody."""
         if self.failed is not None:
             raise EngineError(self.failed)
         try:
-            await self._socket.send(encode(message), flags=zmq.DONTWAIT)
+            self._socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again:
             raise EngineError("the engine process ended") from None
+        # Sending may take the edge that would have announced a message: look once more.
+        asyncio.get_running_loop().call_soon(self._receive)
 
-    async def _receive(self, started: asyncio.Event) -> None:
-        while True:
-            match decode_from_engine(await self._socket.recv()):
-                case News(updates):
-                    for update in updates:
-                        if queue := self._queues.get(update.request_id):
-                            queue.put_nowait(update)
-                case Pong() as pong:
-                    future = self._pongs.get(pong.number)
-                    if future and not future.done():
-                        future.set_result(pong)
-                case Refused(request_id, kind, message):
-                    if queue := self._queues.get(request_id):
-                        queue.put_nowait(getattr(errors, kind)(message))
-                case Ready() as ready:
-                    self.ready = ready
-                    started.set()
-                case Failed(reason):
-                    self._fail(reason)
+    def _receive(self) -> None:
+        """Take what has come. The descriptor announces by edges, so everything is taken each time."""
+        while not self._socket.closed:
+            try:
+                data = self._socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._take(decode_from_engine(data))
+
+    def _take(self, message) -> None:
+        match message:
+            case News(updates):
+                for update in updates:
+                    if queue := self._queues.get(update.request_id):
+                        queue.put_nowait(update)
+            case Pong() as pong:
+                future = self._pongs.get(pong.number)
+                if future and not future.done():
+                    future.set_result(pong)
+            case Refused(request_id, kind, message):
+                if queue := self._queues.get(request_id):
+                    queue.put_nowait(getattr(errors, kind)(message))
+            case Ready() as ready:
+                self.ready = ready
+                self._started.set()
+            case Failed(reason):
+                self._fail(reason)
 
     async def _watch(self) -> None:
         code = await self._process.wait()
