@@ -31,12 +31,6 @@ void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
 }
 
 template <int kRank>
-void tma_prefetch_l2(const CUtensorMap* map, const int32_t (&c)[kRank], CachePolicy = CachePolicy::kNormal) {
-    static_assert(kRank == 3 || kRank == 4);
-    emulator::tensor_prefetch(map, kRank, c);
-}
-
-template <int kRank>
 void tma_store(const CUtensorMap* map, const void* shared, const int32_t (&c)[kRank]) {
     emulator::tensor_store(map, shared_address(shared), kRank, c);
 }

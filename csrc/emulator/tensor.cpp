@@ -178,8 +178,4 @@ void tensor_store(const CUtensorMap* map, uint32_t shared, int rank, const int32
     machine().start_copy(std::move(copy));
 }
 
-void tensor_prefetch(const CUtensorMap* map, int rank, const int32_t* coordinates) {
-    checked(decode(map, rank), coordinates);  // nothing moves: there is no L2 here
-}
-
 }  // namespace tokenspeed::emulator

@@ -16,6 +16,5 @@ cudaError_t encode(CUtensorMap* map, TensorElement element, int rank, const void
 void tensor_load(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int rank, const int32_t* coordinates,
                  uint16_t mask);
 void tensor_store(const CUtensorMap* map, uint32_t shared, int rank, const int32_t* coordinates);
-void tensor_prefetch(const CUtensorMap* map, int rank, const int32_t* coordinates);
 
 }  // namespace tokenspeed::emulator

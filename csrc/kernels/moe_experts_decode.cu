@@ -18,8 +18,8 @@
 // shared memory, and eight warps multiply: mma.sync with weights on M = 16 and choices on N = 8 or 16. A stage is 32
 // rows x 256 of depth (gate_up) or 64 x 128 (down): two or four warps share the rows, four or two the depth, whose sums
 // meet in shared memory at the end of the unit. Both operands are read 16 bytes a lane, eight consecutive columns: a
-// permutation of k that is the same for both, hence free. Which rows of a tile form a fragment's is free too: an order
-// that keeps the 8 lanes of a read on distinct banks of the swizzled tile.
+// permutation of k that is the same for both, hence free. Rows of a fragment lie in the order 0, 4, 1, 5, ... of the
+// swizzled tile, which keeps the 8 lanes of a read on distinct banks.
 //
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, are in no
 // entry, and the sum over ranks leaves their rows out. With no entry at all, blocks write zeros.
@@ -28,19 +28,24 @@
 // tile's counter, and the block that completes it sums it. No float atomics: the same input gives the same bits.
 //
 // Programmatic launch. down_kernel lists its entries and fills its ring before it waits for the activations: gate_up
-// has let it start only after moe_route was complete. Up to about four tokens need so little room for their rows that a
-// block of either kernel fits on one multiprocessor, and down's ring fills while gate_up runs. The weights that come
-// next, gate_up's blocks ask into L2 when they have started their own last copies: memory does not rest between the
-// two.
+// has let it start only after moe_route was complete. The weights that it will read first, gate_up's blocks ask into L2
+// when they have started their own last copies, so memory does not rest between the two.
 //
-// Measured on an H100 (read 3071 GB/s), when each kernel had the multiprocessors to itself: 35B 1 / 8 / 64 tokens 28.4
-// / 143.9 / 485.4 us, 58 / 87 / 93% of read; 397B 97.0 / 645 / 2978 us, 85 / 97 / 99%. One token of 35B took 12 us more
-// than its bytes; estimated, the first list and the first bytes 2 us, each change of kernel with its refill of the
-// rings 3 to 4. Predicted now, there: 23 us.
+// Measured on an H100 (24 November 2026; read 3071 GB/s), share of read in brackets. 35B, 1 / 8 / 64 tokens: 28.4 us
+// (58%), 143.9 (87%), 485.4 (93%); 397B: 97.0 us (85%), 645.2 (97%), 2978 (99%). The torch implementation takes 2.2,
+// 1.4, 1.2 and 1.6, 1.2, 1.1 times as long. One token of 35B takes 12 us more than its bytes; estimated, the first list
+// and the first bytes 2 us, each change of kernel with its refill of the rings 3 to 4.
 //
-// Both blocks on one multiprocessor also share its 64 K registers, hence the budgets.
+// Tried and lost, measured together in a second run (same kind of card, read 3021 GB/s): 35B 30.3 / 143.6 / 494.1 us,
+// 397B 106.1 / 646.3 / 2998:
+//   - both kernels on one multiprocessor at up to about four tokens, each with half the shared memory, so that down's
+//     ring fills while gate_up runs;
+//   - a stage that lies by rows and not by chunks of depth, so that its copy walks memory in order.
+// How much each cost was not measured; one token, which alone had the first, lost most (7 and 9%, of which the slower
+// memory of that run is 2). Next: one persistent launch with a counter barrier between the products, whose ring runs on
+// into down's weights.
 //
-// budget: gate_up_kernel registers<=72 shared<=0 hot sass=HMMA
+// budget: gate_up_kernel registers<=128 shared<=0 hot sass=HMMA
 // budget: down_kernel registers<=128 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
 #include <launch.h>
@@ -57,17 +62,16 @@ using namespace expert_decode;
 
 // Streams the weights of the block's units: one thread. `load` starts the copy of one stage.
 template <typename Product, typename Load>
-__device__ void stream_weights(const Memory& memory, const Layout& layout, const Work<Product>& work, int depth,
-                               Load load) {
-    Control& control = memory.control;
+__device__ void stream_weights(Control& control, uint8_t* ring, const Layout& layout, const Work<Product>& work,
+                               int depth, Load load) {
     const int stages_of_unit = (depth + Shape<Product>::kDepth - 1) / Shape<Product>::kDepth;
     Cursor at;
     for (int unit = work.begin; unit < work.end; ++unit) {
-        const int expert = memory.entries[work.entry(unit)].expert, tile = work.tile(unit);
+        const int expert = control.entries[work.entry(unit)].expert, tile = work.tile(unit);
         for (int s = 0; s < stages_of_unit; ++s) {
             ptx::mbarrier_wait(&control.empty[at.slot], at.phase ^ 1);
             ptx::mbarrier_arrive_expect_tx(&control.full[at.slot], kStageBytes);
-            load(memory.ring + at.slot * kStageBytes, &control.full[at.slot], expert, tile, s);
+            load(ring + at.slot * kStageBytes, &control.full[at.slot], expert, tile, s);
             at.next(layout.stages);
         }
     }
@@ -75,9 +79,8 @@ __device__ void stream_weights(const Memory& memory, const Layout& layout, const
 
 // Copies the choices' rows whenever the entry changes: one warp, a lane a row. `row_of` gives the row of a position.
 template <typename Product, typename RowOf>
-__device__ void copy_rows(const Memory& memory, const Layout& layout, const Work<Product>& work, int depth,
+__device__ void copy_rows(Control& control, uint8_t* rows, const Layout& layout, const Work<Product>& work, int depth,
                           RowOf row_of) {
-    Control& control = memory.control;
     const int lane = threadIdx.x % 32;
     const uint32_t row_bytes = static_cast<uint32_t>(depth) * 2;
     Cursor at;
@@ -86,40 +89,27 @@ __device__ void copy_rows(const Memory& memory, const Layout& layout, const Work
         const int index = work.entry(unit);
         if (index == loaded) continue;
         loaded = index;
-        const Entry entry = memory.entries[index];
+        const Entry entry = control.entries[index];
         ptx::mbarrier_wait(&control.rows_empty[at.slot], at.phase ^ 1);
         if (lane == 0) ptx::mbarrier_arrive_expect_tx(&control.rows_full[at.slot], entry.choices * row_bytes);
         __syncwarp();
         if (lane < entry.choices) {
-            uint8_t* to = memory.rows + (at.slot * layout.slot_rows + lane) * layout.row_pitch;
+            uint8_t* to = rows + (at.slot * kEntryChoices + lane) * layout.row_pitch;
             ptx::bulk_load(to, row_of(entry.first + lane), row_bytes, &control.rows_full[at.slot]);
         }
         at.next(layout.row_slots);
     }
 }
 
-// The row of eight that the lanes of a quad read. Two quads share a read; their rows lie 512 bytes apart, four lines of
-// 128, so that the swizzle puts their pieces into different halves of a line.
-template <typename Product>
-__device__ __forceinline__ int row_of_quad(int quad) {
-    if constexpr (Shape<Product>::kDepthWarps == 4) return quad;
-    static_assert(Shape<Product>::kDepthWarps == 4 || Shape<Product>::kDepthWarps == 2);
-    return (quad & 4) | (quad & 1) << 1 | (quad & 2) >> 1;
-}
-
 // sum += the warp's 16 rows x 64 of depth of a stage times the same depth of the choices. `low` and `high`: the
-// fragment's first and last eight rows; `chunk`: of the stage; `choices`: the slot at that
-// depth; `row_of_group`: where the lane's choice of each group lies in it.
-template <typename Product>
+// fragment's first and last eight rows; `choices`: the slot's chunk.
 __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const uint8_t* low, const uint8_t* high,
-                                               int chunk, const uint8_t* choices, const int (&row_of_group)[kGroups],
-                                               int groups) {
-    constexpr int kChunks = Shape<Product>::kDepthWarps;
+                                               const uint8_t* choices, int row_pitch, int groups) {
     const int lane = threadIdx.x % 32, quad = lane / 4, piece = lane % 4;
-    const int line = row_of_quad<Product>(quad) * kChunks + chunk;
+    const int row = quad / 2 + quad % 2 * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int offset = line * 128 + ((half * 4 + piece) ^ line % 8) * 16;
+        const int offset = row * 128 + ((half * 4 + piece) ^ row) * 16;
         const uint4 upper = *reinterpret_cast<const uint4*>(low + offset);
         const uint4 lower = *reinterpret_cast<const uint4*>(high + offset);
         const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
@@ -127,7 +117,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
             if (n < groups) {
-                const auto* at = choices + row_of_group[n] + half * 64 + piece * 16;
+                const auto* at = choices + (n * 8 + quad) * row_pitch + half * 64 + piece * 16;
                 const uint4 b = *reinterpret_cast<const uint4*>(at);
                 ptx::mma_m16n8k16<__nv_bfloat16>(sum[n], first, b.x, b.y);
                 ptx::mma_m16n8k16<__nv_bfloat16>(sum[n], second, b.z, b.w);
@@ -137,44 +127,38 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
 }
 
 // Multiplies the units of the block: the warps kConsumers. `begin(unit, entry)` runs before a unit's products,
-// `finish(unit, entry)` after its sums lie in memory.sums; both by all these threads.
+// `finish(unit, entry)` after its sums lie in control.sums; both by all these threads.
 template <typename Product, typename Begin, typename Finish>
-__device__ void multiply(const Memory& memory, const Layout& layout, const Work<Product>& work, int depth, Begin begin,
-                         Finish finish) {
-    Control& control = memory.control;
+__device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* rows, const Layout& layout,
+                         const Work<Product>& work, int depth, Begin begin, Finish finish) {
     constexpr int kRowWarps = Product::kRowWarps;
     using S = Shape<Product>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
     const int row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps;
     const int chunks = depth / kChunk, stages_of_unit = (depth + S::kDepth - 1) / S::kDepth;
-    // A stage lies as [row][chunk]. Of gate_up all gate rows come first, then the up rows; of down 16 rows of a warp
-    // are neighbours.
+    // Of gate_up all gate rows of a chunk come first, then its up rows; of down 16 rows of a warp are neighbours.
     constexpr bool kPairs = std::is_same_v<Product, GateUp>;
-    constexpr int kRowBytes = S::kDepth * 2;
-    const int low = row_warp * (kPairs ? 8 : 16) * kRowBytes, high = low + (kPairs ? S::kRows / 2 : 8) * kRowBytes;
-    int row_of_group[kGroups];  // a choice past the slot's end may read any other: it reaches no sum but its own
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) row_of_group[n] = min(n * 8 + quad, layout.slot_rows - 1) * layout.row_pitch;
+    const int low = depth_warp * S::kRows * 128 + row_warp * (kPairs ? 8 : 16) * 128;
+    const int high = low + (kPairs ? S::kRows / 2 : 8) * 128;
     Cursor at, at_rows;
     int held = -1;
     for (int unit = work.begin; unit < work.end; ++unit) {
         const int index = work.entry(unit);
-        const Entry entry = memory.entries[index];
+        const Entry entry = control.entries[index];
         const int groups = (entry.choices + 7) / 8;
         begin(unit, entry);
         if (index != held) {
             ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
             held = index;
         }
-        const uint8_t* choices = memory.rows + at_rows.slot * layout.slot_rows * layout.row_pitch;
+        const uint8_t* choices = rows + at_rows.slot * kEntryChoices * layout.row_pitch;
         float sum[kGroups][4] = {};
         for (int s = 0; s < stages_of_unit; ++s) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
             const int chunk = s * S::kDepthWarps + depth_warp;
-            const uint8_t* stage = memory.ring + at.slot * kStageBytes;
+            const uint8_t* stage = ring + at.slot * kStageBytes;
             if (chunk < chunks) {
-                multiply_chunk<Product>(sum, stage + low, stage + high, depth_warp, choices + chunk * 128, row_of_group,
-                                        groups);
+                multiply_chunk(sum, stage + low, stage + high, choices + chunk * 128, layout.row_pitch, groups);
             }
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
@@ -187,14 +171,13 @@ __device__ void multiply(const Memory& memory, const Layout& layout, const Work<
         }
 
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // the sums of the unit before are read
-        const int row = row_warp * 16 + row_of_quad<Product>(quad);
+        const int row = row_warp * 16 + quad / 2 + quad % 2 * 4;
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
-            if (n >= groups) break;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int choice = n * 8 + lane % 4 * 2 + i % 2;
-                memory.sums[(depth_warp * layout.sum_choices() + choice) * S::kPitch + row + i / 2 * 8] = sum[n][i];
+                control.sums[(depth_warp * kEntryChoices + choice) * S::kPitch + row + i / 2 * 8] = sum[n][i];
             }
         }
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
@@ -204,50 +187,49 @@ __device__ void multiply(const Memory& memory, const Layout& layout, const Work<
 
 // A row's sum of a choice over the warps that shared the depth.
 template <typename Product>
-__device__ __forceinline__ float total(const Memory& memory, const Layout& layout, int choice, int row) {
+__device__ __forceinline__ float total(const Control& control, int choice, int row) {
     float value = 0;
 #pragma unroll
     for (int i = 0; i < Shape<Product>::kDepthWarps; ++i) {
-        value += memory.sums[(i * layout.sum_choices() + choice) * Shape<Product>::kPitch + row];
+        value += control.sums[(i * kEntryChoices + choice) * Shape<Product>::kPitch + row];
     }
     return value;
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
-    DYNAMIC_SHARED(shared);
+    DYNAMIC_SHARED(ring);
     const Layout& layout = a.layout;
     const MoeExperts& p = a.p;
-    const Memory memory(shared, layout);
+    uint8_t* rows = ring + layout.rows_offset();
+    auto& control = *reinterpret_cast<Control*>(ring + layout.control_offset());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == kWeightWarp * 32) ptx::prefetch_tensor_map(&gate_up);
-    initialise_barriers(memory.control, layout);
+    initialise_barriers(control, layout);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const int entries = list_entries(memory, p.offsets, p.experts), output_tiles = p.hidden / Down::kTileColumns;
+    const int entries = list_entries(control, p.offsets, p.experts), output_tiles = p.hidden / Down::kTileColumns;
     const Work<GateUp> work(entries, p.width / GateUp::kTileColumns);
 
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        stream_weights(memory, layout, work, p.hidden,
+        stream_weights(control, ring, layout, work, p.hidden,
                        [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
                            const int chunk = s * Shape<GateUp>::kDepthWarps;
-                           ptx::tma_load<5>(stage, &gate_up, full, {0, chunk, tile * GateUp::kTileColumns, 0, expert});
+                           ptx::tma_load<5>(stage, &gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
                        });
         const Work<Down> next(entries, output_tiles);
         const int64_t tile_elements = int64_t{Down::kTileColumns} * p.width;
         const auto tile_bytes = static_cast<uint32_t>(tile_elements * 2);
-        int passed = 0;
-        for (int unit = next.begin; unit < next.end && passed < a.down_ring + kPrefetchBytes; ++unit) {
-            passed += static_cast<int>(tile_bytes);
-            if (passed <= a.down_ring) continue;
-            const int64_t expert = memory.entries[next.entry(unit)].expert;
+        uint32_t asked = 0;
+        for (int unit = next.begin; unit < next.end && asked < kPrefetchBytes; ++unit, asked += tile_bytes) {
+            const int64_t expert = control.entries[next.entry(unit)].expert;
             ptx::bulk_prefetch_l2(p.down + (expert * output_tiles + next.tile(unit)) * tile_elements, tile_bytes);
         }
         return;
     }
     if (warp == kRowWarp) {
-        copy_rows(memory, layout, work, p.hidden,
+        copy_rows(control, rows, layout, work, p.hidden,
                   [&](int position) { return p.x + p.order[position] / p.top_k * p.x_stride; });
         return;
     }
@@ -255,19 +237,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = threadIdx.x; i < output_tiles; i += kConsumerThreads) a.done[i] = 0;
     }
     multiply(
-        memory, layout, work, p.hidden, [](int, const Entry&) {},
+        control, ring, rows, layout, work, p.hidden, [](int, const Entry&) {},
         [&](int unit, const Entry& entry) {
             const int choice = threadIdx.x / 16, column = threadIdx.x % 16;
             const int row = column / 8 * 16 + column % 8;  // each warp's gate rows, then its up rows
             if (choice >= entry.choices) return;
-            const float gate = total<GateUp>(memory, layout, choice, row),
-                        up = total<GateUp>(memory, layout, choice, row + 8);
+            const float gate = total<GateUp>(control, choice, row), up = total<GateUp>(control, choice, row + 8);
             a.activations[int64_t{entry.first + choice} * p.width + work.tile(unit) * 16 + column] =
                 __float2bfloat16(silu(gate) * up);
         });
 }
-
-constexpr int kRanksAtOnce = 8;  // rows in flight a thread
 
 // out of one tile: four columns of a token a thread.
 __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
@@ -279,24 +258,16 @@ __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
         const __nv_bfloat16* weights = p.weights + token * p.top_k;
         const int32_t* chosen = p.chosen + token * p.top_k;
         float sum[4] = {};
-        for (int first = 0; first < p.top_k; first += kRanksAtOnce) {
-            uint4 row[kRanksAtOnce];
-#pragma unroll
-            for (int r = 0; r < kRanksAtOnce; ++r) {
-                if (first + r < p.top_k) row[r] = ptx::load_16_no_allocate(rows + int64_t{first + r} * p.hidden);
-            }
-#pragma unroll
-            for (int r = 0; r < kRanksAtOnce; ++r) {
-                if (first + r >= p.top_k) break;
-                // Loaded in any case, not to wait for `chosen` first; a row of an expert elsewhere holds anything.
-                const auto expert = static_cast<uint32_t>(chosen[first + r] - p.first_expert);
-                if (expert >= static_cast<uint32_t>(p.experts)) continue;
-                const float weight = to_float(weights[first + r]);
-                sum[0] += weight * __uint_as_float(row[r].x);
-                sum[1] += weight * __uint_as_float(row[r].y);
-                sum[2] += weight * __uint_as_float(row[r].z);
-                sum[3] += weight * __uint_as_float(row[r].w);
-            }
+#pragma unroll 8
+        for (int rank = 0; rank < p.top_k; ++rank) {
+            const uint4 row = ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden);
+            const float weight = to_float(weights[rank]);
+            // Loaded in any case, not to wait for `chosen` first; a row of an expert elsewhere holds anything.
+            if (static_cast<uint32_t>(chosen[rank] - p.first_expert) >= static_cast<uint32_t>(p.experts)) continue;
+            sum[0] += weight * __uint_as_float(row.x);
+            sum[1] += weight * __uint_as_float(row.y);
+            sum[2] += weight * __uint_as_float(row.z);
+            sum[3] += weight * __uint_as_float(row.w);
         }
         *reinterpret_cast<uint2*>(p.out + int64_t{token} * p.hidden + column) =
             make_uint2(pack<__nv_bfloat16>(sum[0], sum[1]), pack<__nv_bfloat16>(sum[2], sum[3]));
@@ -305,28 +276,30 @@ __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
 
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ CUtensorMap down, const __grid_constant__ Arguments a) {
-    DYNAMIC_SHARED(shared);
+    DYNAMIC_SHARED(ring);
     const Layout& layout = a.layout;
     const MoeExperts& p = a.p;
-    const Memory memory(shared, layout);
+    uint8_t* rows = ring + layout.rows_offset();
+    auto& control = *reinterpret_cast<Control*>(ring + layout.control_offset());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == kWeightWarp * 32) ptx::prefetch_tensor_map(&down);
-    initialise_barriers(memory.control, layout);
-    const int entries = list_entries(memory, p.offsets, p.experts);
+    initialise_barriers(control, layout);
+    const int entries = list_entries(control, p.offsets, p.experts);
     const Work<Down> work(entries, p.hidden / Down::kTileColumns);
 
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        stream_weights(memory, layout, work, p.width, [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
-            const int chunk = s * Shape<Down>::kDepthWarps;
-            ptx::tma_load<4>(stage, &down, full, {0, chunk, tile * Down::kTileColumns, expert});
-        });
+        stream_weights(control, ring, layout, work, p.width,
+                       [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
+                           const int chunk = s * Shape<Down>::kDepthWarps;
+                           ptx::tma_load<4>(stage, &down, full, {0, tile * Down::kTileColumns, chunk, expert});
+                       });
         return;
     }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     if (warp == kRowWarp) {
-        copy_rows(memory, layout, work, p.width,
+        copy_rows(control, rows, layout, work, p.width,
                   [&](int position) { return a.activations + int64_t{position} * p.width; });
         return;
     }
@@ -340,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     int flat[kPerThread];  // choices that this thread finishes, loaded while the weights come
     int units_done = 0;    // of the tile at hand
     multiply(
-        memory, layout, work, p.width,
+        control, ring, rows, layout, work, p.width,
         [&](int, const Entry& entry) {
 #pragma unroll
             for (int i = 0; i < kPerThread; ++i) {
@@ -354,18 +327,18 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int i = 0; i < kPerThread; ++i) {
                 if (flat[i] < 0) continue;
                 a.rows[int64_t{flat[i]} * p.hidden + tile * Down::kTileColumns + column] =
-                    total<Down>(memory, layout, first_choice + i * kChoicesAtOnce, column);
+                    total<Down>(control, first_choice + i * kChoicesAtOnce, column);
             }
             ++units_done;
             if (unit + 1 < work.end && work.tile(unit + 1) == tile) return;
             ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // all of the block's rows are stored
             if (threadIdx.x == 0) {
                 const auto others = static_cast<int>(ptx::fetch_add_acq_rel(a.done + tile, units_done));
-                memory.control.completes_tile = others + units_done == work.entries;
+                control.completes_tile = others + units_done == work.entries;
             }
             units_done = 0;
             ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
-            if (memory.control.completes_tile) sum_ranks(a, tile);
+            if (control.completes_tile) sum_ranks(a, tile);
         });
 }
 
@@ -373,9 +346,9 @@ cudaError_t encode_gate_up(CUtensorMap* map, const MoeExperts& p) {
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     return encode_tensor_map<5>(map, TensorElement::kBf16,
                                 {.base = p.gate_up,
-                                 .sizes = {kChunk, hidden / kChunk, width, 2, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, kChunk * 2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
-                                 .box = {kChunk, Shape<GateUp>::kDepthWarps, GateUp::kTileColumns, 2, 1}},
+                                 .sizes = {kChunk, width, 2, hidden / kChunk, static_cast<uint64_t>(p.experts)},
+                                 .strides = {2, hidden * 2, width * hidden * 2, kChunk * 2, 2 * width * hidden * 2},
+                                 .box = {kChunk, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
                                 Swizzle::k128);
 }
 
@@ -383,9 +356,9 @@ cudaError_t encode_down(CUtensorMap* map, const MoeExperts& p) {
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     return encode_tensor_map<4>(map, TensorElement::kBf16,
                                 {.base = p.down,
-                                 .sizes = {kChunk, width / kChunk, hidden, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, kChunk * 2, width * 2, hidden * width * 2},
-                                 .box = {kChunk, Shape<Down>::kDepthWarps, Down::kTileColumns, 1}},
+                                 .sizes = {kChunk, hidden, width / kChunk, static_cast<uint64_t>(p.experts)},
+                                 .strides = {2, width * 2, kChunk * 2, hidden * width * 2},
+                                 .box = {kChunk, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
                                 Swizzle::k128);
 }
 
@@ -396,8 +369,8 @@ bool moe_experts_decode_supported(const MoeExperts& p) {
     return p.tokens >= 1 && p.tokens <= kMoeDecodeTokens && p.top_k >= 1 && p.top_k <= kMaxTopK && p.experts >= 1 &&
            p.experts <= UINT16_MAX && p.hidden >= kChunk && p.hidden % kChunk == 0 && p.width >= kChunk &&
            p.width % kChunk == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
-           p.hidden <= kMaxDepth && p.width <= kMaxDepth && Layouts(p).gate_up.stages >= kLeastStages &&
-           Layouts(p).down.stages >= kLeastStages;
+           p.hidden <= kMaxDepth && p.width <= kMaxDepth && layout_for<GateUp>(p.hidden).stages >= kLeastStages &&
+           layout_for<Down>(p.width).stages >= kLeastStages;
 }
 
 size_t moe_experts_decode_workspace(const MoeExperts& p) {
@@ -409,9 +382,7 @@ size_t moe_experts_decode_workspace(const MoeExperts& p) {
 cudaError_t moe_experts_decode(const MoeExperts& p, cudaStream_t stream) {
     if (!moe_experts_decode_supported(p)) return cudaErrorInvalidValue;
     const int64_t choices = int64_t{p.tokens} * p.top_k;
-    const Layouts layouts(p);
-    Arguments arguments{p,       nullptr,         reinterpret_cast<float*>(p.workspace),
-                        nullptr, layouts.gate_up, layouts.together ? layouts.down.stages * kStageBytes : 0};
+    Arguments arguments{p, nullptr, reinterpret_cast<float*>(p.workspace), nullptr, layout_for<GateUp>(p.hidden)};
     arguments.activations = reinterpret_cast<__nv_bfloat16*>(arguments.rows + choices * p.hidden);
     arguments.done = reinterpret_cast<uint32_t*>(arguments.activations + choices * p.width);
     CUtensorMap gate_up, down;
@@ -427,7 +398,7 @@ cudaError_t moe_experts_decode(const MoeExperts& p, cudaStream_t stream) {
                            .programmatic = true};
     status = launch(gate_up_kernel, config, gate_up, arguments);
     if (status != cudaSuccess) return status;
-    arguments.layout = layouts.down;
+    arguments.layout = layout_for<Down>(p.width);
     config.shared_bytes = static_cast<size_t>(arguments.layout.bytes());
     return launch(down_kernel, config, down, arguments);
 }

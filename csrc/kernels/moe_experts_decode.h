@@ -20,15 +20,14 @@ constexpr uint32_t kConsumerBarrier = 1;  // named barrier of the warps that mul
 
 constexpr int kEntryChoices = 16;
 constexpr int kGroups = kEntryChoices / 8;  // N = 8 of one mma
-constexpr int kChunk = 64;                  // of depth: the 128 bytes that a TMA row swizzles
+constexpr int kMaxEntries = kMoeDecodeTokens * kMaxTopK;
+constexpr int kChunk = 64;  // of depth: the 128 bytes that a TMA row swizzles
 constexpr int kStageBytes = 16384;
 constexpr int kMaxStages = 12, kLeastStages = 4;
-constexpr int kLeastTogether = 5;  // stages, where two blocks share a multiprocessor
-constexpr int kRowPadding = 64;    // bytes after a row of choices: two rows meet no bank twice
+constexpr int kRowPadding = 64;  // bytes after a row of choices: two rows meet no bank twice
 constexpr int kMaxRowSlots = 2;
-constexpr int kMaxDepth = 65536;  // far past what the rings leave room for
+constexpr int kMaxDepth = 65536;  // far past what the ring leaves room for
 constexpr int kSharedLimit = 227 * 1024;
-constexpr int kHalfShared = 113 * 1024;     // of each of two blocks on a multiprocessor
 constexpr int kPrefetchBytes = 128 * 1024;  // of down, by each block of gate_up
 
 // The two products differ in the shape of a tile, in the order of their units and in what becomes of the sums.
@@ -58,67 +57,31 @@ struct Entry {
 };
 
 struct Control {
+    Entry entries[kMaxEntries];
+    float sums[4 * kEntryChoices * Shape<GateUp>::kPitch];  // [depth warp, choice, row]
     uint64_t full[kMaxStages], empty[kMaxStages];
     uint64_t rows_full[kMaxRowSlots], rows_empty[kMaxRowSlots];
     int warp_total[kWarps];
     int completes_tile;
 };
+static_assert(2 * Shape<Down>::kPitch <= 4 * Shape<GateUp>::kPitch, "both products use the same buffer of sums");
 
-constexpr int kSumFloats = 4 * Shape<GateUp>::kPitch;  // of a choice: [depth warp, row]
-static_assert(2 * Shape<Down>::kPitch <= kSumFloats, "both products use the same buffer of sums");
-
-// Dynamic shared memory: the ring, rows of choices, sums, entries, control. Few tokens need few rows.
+// Dynamic shared memory: the ring, row slots, control.
 struct Layout {
-    int stages, row_pitch, row_slots, slot_rows, max_entries;  // row_pitch in bytes
+    int stages, row_pitch, row_slots;  // row_pitch in bytes
 
-    __host__ __device__ int sum_choices() const { return (slot_rows + 7) / 8 * 8; }
     __host__ __device__ int rows_offset() const { return stages * kStageBytes; }
-    __host__ __device__ int sums_offset() const { return rows_offset() + row_slots * slot_rows * row_pitch; }
-    __host__ __device__ int entries_offset() const {
-        return sums_offset() + sum_choices() * kSumFloats * static_cast<int>(sizeof(float));
-    }
-    __host__ __device__ int control_offset() const {
-        return entries_offset() + max_entries * static_cast<int>(sizeof(Entry));
-    }
+    __host__ __device__ int control_offset() const { return rows_offset() + row_slots * kEntryChoices * row_pitch; }
     __host__ __device__ int bytes() const { return control_offset() + static_cast<int>(sizeof(Control)); }
 };
 
-struct Memory {
-    uint8_t *ring, *rows;
-    float* sums;  // [depth warp, choice, row]
-    Entry* entries;
-    Control& control;
-
-    __device__ Memory(uint8_t* shared, const Layout& layout)
-        : ring(shared),
-          rows(shared + layout.rows_offset()),
-          sums(reinterpret_cast<float*>(shared + layout.sums_offset())),
-          entries(reinterpret_cast<Entry*>(shared + layout.entries_offset())),
-          control(*reinterpret_cast<Control*>(shared + layout.control_offset())) {}
-};
-
-// The deepest ring that fits into `limit` bytes beside the rest.
+// The deepest ring that fits beside the rows; fewer than kLeastStages say that the depth is too long.
 template <typename Product>
-Layout layout_within(const MoeExperts& p, int depth, int limit) {
-    Layout layout{0, depth * 2 + kRowPadding, Product::kRowSlots, std::min(p.tokens, kEntryChoices),
-                  p.tokens * p.top_k};
-    layout.stages = std::min((limit - layout.bytes()) / kStageBytes, kMaxStages);
+Layout layout_for(int depth) {
+    Layout layout{0, depth * 2 + kRowPadding, Product::kRowSlots};
+    layout.stages = std::min((kSharedLimit - layout.bytes()) / kStageBytes, kMaxStages);
     return layout;
 }
-
-struct Layouts {
-    Layout gate_up, down;
-    bool together;  // a block of either fits on one multiprocessor
-
-    explicit Layouts(const MoeExperts& p)
-        : gate_up(layout_within<GateUp>(p, p.hidden, kHalfShared)),
-          down(layout_within<Down>(p, p.width, kHalfShared)),
-          together(std::min(gate_up.stages, down.stages) >= kLeastTogether) {
-        if (together) return;
-        gate_up = layout_within<GateUp>(p, p.hidden, kSharedLimit);
-        down = layout_within<Down>(p, p.width, kSharedLimit);
-    }
-};
 
 struct Arguments {
     MoeExperts p;
@@ -126,7 +89,6 @@ struct Arguments {
     float* rows;                 // [choices, hidden], by token and rank
     uint32_t* done;              // [hidden / 64] units of the tile that are complete
     Layout layout;
-    int down_ring;  // bytes of its share of down that a block of the next kernel reads beside this one
 };
 
 // A block's share of the units, and which unit is which.
@@ -185,8 +147,7 @@ __device__ inline void initialise_barriers(Control& control, const Layout& layou
 
 // Lists the entries of the experts that were hit, by rising expert, and returns their count. Called by the whole block;
 // ends with a barrier.
-__device__ inline int list_entries(const Memory& memory, const int32_t* offsets, int experts) {
-    Control& control = memory.control;
+__device__ inline int list_entries(Control& control, const int32_t* offsets, int experts) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int share = (experts + kThreads - 1) / kThreads;
     const int begin = min(static_cast<int>(threadIdx.x) * share, experts), end = min(begin + share, experts);
@@ -208,7 +169,7 @@ __device__ inline int list_entries(const Memory& memory, const int32_t* offsets,
     for (int e = begin; e < end; ++e) {
         for (int first = offsets[e]; first < offsets[e + 1]; first += kEntryChoices) {
             const int choices = min(offsets[e + 1] - first, kEntryChoices);
-            memory.entries[place++] = {first, static_cast<uint16_t>(e), static_cast<uint16_t>(choices)};
+            control.entries[place++] = {first, static_cast<uint16_t>(e), static_cast<uint16_t>(choices)};
         }
     }
     __syncthreads();

@@ -21,15 +21,21 @@
 // tile in a table of tiles before each expert, which it makes at its start. The two multiplying warpgroups drift apart
 // by up to the ring, so that one stores while the other multiplies.
 //
-// Depth walks in stages of 128 bytes a row, over all rows of some ten experts at once: strips that memory serves badly.
-// So, a window of 4 stages ahead, one of the blocks that share a tile asks for its weights by 512 bytes a row into L2,
-// and for the next tile's choices by whole rows. Weights are read evict-first, which leaves L2 to x.
+// Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
+// written for them, and the sum leaves them out.
 //
-// Measured on an H100 (read 3071 GB/s, product 802 TFLOP/s) before that, and when both multiplying warpgroups searched
-// for their tile and down looked up the places of its rows after the products, one load behind the other: 8192 tokens
-// of 35B 1303 us, 316 TFLOP/s of useful products; of 397B (160 choices an expert) 10.6 ms, 194 TFLOP/s. Memory alone
-// would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the kernels 0.7 / 1.7 GB, x once an expert.
-// Predicted now, there: 0.9 and 7 ms. Next: a cluster of two blocks that share an expert's weights by multicast.
+// Measured on an H100 (24 November 2026; read 3071 GB/s, product 802 TFLOP/s): 8192 tokens of 35B 1303 us, 317 TFLOP/s
+// of useful products (39%); of 397B, 160 choices an expert, 10.6 ms, 194 TFLOP/s (24%). The torch implementation: 2.39
+// and 1.00 times as long. Memory alone would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the
+// kernels 0.7 / 1.7 GB, x once an expert.
+//
+// Tried and lost, measured together in a second run (same kind of card, product 775 TFLOP/s), 1985 us and 12.7 ms:
+//   - a window of four stages ahead, one of the blocks that share a tile asks for its weights, 512 bytes a row, into
+//     L2, and for the next tile's choices by whole rows;
+//   - weights read evict-first, to leave L2 to x;
+//   - tiles left in shared memory by who copies, so that who multiplies need not search for them, and the places of
+//     down's rows looked up before the products.
+// How much each cost was not measured. Next: a cluster of two blocks that share an expert's weights by multicast.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
@@ -55,9 +61,6 @@ constexpr int kTileRows = 256;         // of weights
 constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
 constexpr int kDepth = 64;             // of a stage: the 128 bytes that a row of a swizzled tile has
 constexpr int kStages = 4;
-constexpr int kWindow = 4;               // stages whose weights are asked into L2 together, 512 bytes a row
-constexpr int kTileSlots = 2 * kStages;  // more than the tiles under way, which have a stage each at least
-constexpr int kRowsAStage = 4;           // rows of x of the next tile that are asked into L2: a few at a time
 constexpr int kRowBytes = kDepth * 2;
 constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
 constexpr int kGroupChoices = kTileChoices / 2;  // that one warpgroup multiplies
@@ -67,16 +70,11 @@ constexpr int kOutputBytes = kOutputColumns * 2;
 
 constexpr int kWgmmaRegisters = 216, kCopyRegisters = 72;
 
-struct Tile {
-    int expert, first, choices, row_tile, column_tile;  // first: position in `order`; choices <= kTileChoices
-};
-
 struct Storage {  // of dynamic shared memory
     uint8_t choices[kStages][kChoiceBytes];
     uint8_t weights[kStages][kWeightBytes];
     uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
     uint64_t full[kStages], empty[kStages];
-    Tile tiles[kTileSlots];             // the block's latest, by turn; a tile lies there once its first stage is full
     int tiles_before[kMaxExperts + 1];  // tiles of rows of lower experts; the total past the last expert
     int warp_total[kThreads / 32];
 };
@@ -86,6 +84,10 @@ struct Arguments {
     MoeExperts p;
     __nv_bfloat16* activations;  // [choices, width], in the order of `order`
     __nv_bfloat16* rows;         // [choices, hidden], by token and rank
+};
+
+struct Tile {
+    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
 };
 
 // All tiles of one product, this block's in order.
@@ -106,8 +108,8 @@ class Tiles {
         const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles_ <= index));
         const int expert = coarse * kStride + within;
         const int local = index - before[expert] * column_tiles_, row_tiles = before[expert + 1] - before[expert];
-        const int row_tile = local % row_tiles, first = offsets_[expert] + row_tile * kTileChoices;
-        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), row_tile, local / row_tiles};
+        const int first = offsets_[expert] + local % row_tiles * kTileChoices;
+        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), local / row_tiles};
     }
 
   private:
@@ -176,19 +178,7 @@ struct Gather {
             choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
         }
     }
-
-    // Asks for one whole row of x: every thread has another of the tile's.
-    __device__ void prefetch(const MoeExperts& p) const {
-        const int piece = threadIdx.x % 8;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            if (i == piece && choice[i] >= 0) {
-                ptx::bulk_prefetch_l2(p.x + choice[i] / p.top_k * p.x_stride, p.hidden * 2);
-            }
-        }
-    }
 };
-static_assert(Gather::kRows == 8, "the eight threads that share rows ask for one each");
 
 // Copies one stage. Rows past the end keep what they held: they reach no row of the output but their own.
 __device__ __forceinline__ void copy_choices(uint8_t* choices, const __nv_bfloat16* const (&source)[Gather::kRows],
@@ -200,24 +190,6 @@ __device__ __forceinline__ void copy_choices(uint8_t* choices, const __nv_bfloat
         if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + depth);
     }
 }
-
-// A part of the weights that will be copied a window after stage s, of this tile or of the next: kPartRows rows of a
-// window's depth. Of the blocks that share a tile's weights one asks for them.
-constexpr int kPartRows = kTileRows / kWindow;
-struct Ahead {
-    bool valid;
-    int part, depth, column_tile, expert;
-
-    __device__ Ahead(int s, int stages, const Tile& tile, const Tile& next, bool has_next) {
-        const int window = s / kWindow * kWindow + kWindow;
-        const bool here = window < stages;
-        valid = here ? tile.row_tile == 0 : has_next && next.row_tile == 0;
-        part = s % kWindow;
-        depth = here ? window * kDepth : 0;
-        column_tile = here ? tile.column_tile : next.column_tile;
-        expert = here ? tile.expert : next.expert;
-    }
-};
 
 // sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. kGathered: the choices were written by
 // threads (cp.async), and the matrix unit must be let see it.
@@ -250,14 +222,8 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Stora
     if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
 }
 
-// A warp stores 16 rows, two at once: the row that this lane has a part in at turn i.
-constexpr int kRowsOfLane = 8;
-__device__ __forceinline__ int stored_row(int i) {
-    return i * 2 + threadIdx.x % 32 / 16;
-}
-
-// Stores a warp's 16 rows x 128 columns. values(j, i): the packed pair of registers of rows 8 i and columns 8 j of the
-// fragments. `row_pointer(i)`: where the columns of stored_row(i) go, null to leave it out; `columns` of them exist.
+// Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
+// columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
 template <typename Values, typename RowPointer>
 __device__ __forceinline__ void store_rows(uint8_t* output, Values values, int columns, RowPointer row_pointer) {
     const int lane = threadIdx.x % 32;
@@ -272,9 +238,9 @@ __device__ __forceinline__ void store_rows(uint8_t* output, Values values, int c
     __syncwarp();
     const int piece = lane % 16;
 #pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i) {
-        const int from = stored_row(i);
-        __nv_bfloat16* to = row_pointer(i);
+    for (int i = 0; i < 8; ++i) {
+        const int from = i * 2 + lane / 16;
+        __nv_bfloat16* to = row_pointer(from);
         if (to == nullptr || piece * 8 >= columns) continue;
         store_16(to + piece * 8,
                  *reinterpret_cast<const uint4*>(output + from * kOutputBytes + (piece ^ from % 8) * 16));
@@ -282,8 +248,7 @@ __device__ __forceinline__ void store_rows(uint8_t* output, Values values, int c
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ CUtensorMap window,
-                   const __grid_constant__ Arguments a) {
+    gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
     auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
@@ -298,8 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (static_cast<int>(blockIdx.x) >= count) return;
         Tile tile = tiles.find(blockIdx.x);
         Gather gather(p, tile);
-        int turn = 0;
-        for (int index = blockIdx.x; index < count; index += step, ++turn) {
+        for (int index = blockIdx.x; index < count; index += step) {
             const __nv_bfloat16* source[Gather::kRows];
 #pragma unroll
             for (int i = 0; i < Gather::kRows; ++i) {
@@ -307,30 +271,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                 source[i] = gather.choice[i] >= 0 ? row + threadIdx.x % 8 * 8 : nullptr;
             }
             const Tile current = tile;
-            const bool has_next = index + step < count;
-            if (has_next) {  // the next tile's choices arrive while this one is copied
+            if (index + step < count) {  // the next tile's choices arrive while this one is copied
                 tile = tiles.find(index + step);
                 gather = Gather(p, tile);
             }
             for (int s = 0; s < stages; ++s) {
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
                 if (threadIdx.x == 0) {
-                    if (s == 0) storage.tiles[turn % kTileSlots] = current;
                     ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
                     ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
-                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert},
-                                     ptx::CachePolicy::kEvictFirst);
-                    const Ahead ahead(s, stages, current, tile, has_next);
-                    if (ahead.valid) {
-                        const int row = ahead.part * kPartRows;  // gate rows, then up rows
-                        ptx::tma_prefetch_l2<4>(&window, {ahead.depth, ahead.column_tile * kPairs + row % kPairs,
-                                                          row / kPairs, ahead.expert});
-                    }
+                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
                 }
                 copy_choices(storage.choices[at.slot], source, s * kDepth);
-                if (has_next && tile.column_tile == 0 && static_cast<int>(threadIdx.x) / kRowsAStage == s) {
-                    gather.prefetch(p);
-                }
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
                 at.next();
             }
@@ -339,10 +291,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::register_increase<kWgmmaRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        int turn = 0;
-        for (int index = blockIdx.x; index < count; index += step, ++turn) {
-            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-            const Tile tile = storage.tiles[turn % kTileSlots];
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
             const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
             float sum[kTileRows / 2];
             multiply_tile<true>(sum, storage, at, stages, has_rows);
@@ -352,8 +302,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 return pack<__nv_bfloat16>(silu(sum[gate]) * sum[up], silu(sum[gate + 1]) * sum[up + 1]);
             };
             const int column = tile.column_tile * kPairs;
-            store_rows(output, activation, p.width - column, [&](int i) -> __nv_bfloat16* {
-                const int choice = row_of_warp + stored_row(i);
+            store_rows(output, activation, p.width - column, [&](int row) -> __nv_bfloat16* {
+                const int choice = row_of_warp + row;
                 if (choice >= tile.choices) return nullptr;
                 return a.activations + int64_t{tile.first + choice} * p.width + column;
             });
@@ -363,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap down,
-                const __grid_constant__ CUtensorMap window, const __grid_constant__ Arguments a) {
+                const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
     auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
@@ -375,33 +325,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     Cursor at;
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
-        if (threadIdx.x >= 32 || static_cast<int>(blockIdx.x) >= count) return;
-        Tile tile = tiles.find(blockIdx.x);
-        int turn = 0;
-        for (int index = blockIdx.x; index < count; index += step, ++turn) {
-            const Tile current = tile;
-            const bool has_next = index + step < count;
-            if (has_next) tile = tiles.find(index + step);
-            // The next tile's choices are asked into L2 by as many bytes a stage as the stage copies.
-            const int next_bytes = has_next && tile.column_tile == 0 ? tile.choices * p.width * 2 : 0;
-            const auto* next_choices = reinterpret_cast<const uint8_t*>(a.activations + int64_t{tile.first} * p.width);
+        if (threadIdx.x >= 32) return;
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
             for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
                 uint64_t* full = &storage.full[at.slot];
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                if (s == 0) storage.tiles[turn % kTileSlots] = current;
                 ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, current.first});
+                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
                 ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, current.column_tile * kTileRows, current.expert},
-                                 ptx::CachePolicy::kEvictFirst);
-                const int asked = s * kChoiceBytes;
-                if (asked < next_bytes)
-                    ptx::bulk_prefetch_l2(next_choices + asked, min(kChoiceBytes, next_bytes - asked));
-                const Ahead ahead(s, stages, current, tile, has_next);
-                if (ahead.valid) {
-                    ptx::tma_prefetch_l2<3>(
-                        &window, {ahead.depth, ahead.column_tile * kTileRows + ahead.part * kPartRows, ahead.expert});
-                }
+                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
                 at.next();
             }
         }
@@ -409,17 +342,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::register_increase<kWgmmaRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        int turn = 0;
-        for (int index = blockIdx.x; index < count; index += step, ++turn) {
-            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-            const Tile tile = storage.tiles[turn % kTileSlots];
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
             const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
-            int flat[kRowsOfLane];  // where the rows that this lane stores go; loaded while the tile is multiplied
-#pragma unroll
-            for (int i = 0; i < kRowsOfLane; ++i) {
-                const int choice = row_of_warp + stored_row(i);
-                flat[i] = choice < tile.choices ? p.order[tile.first + choice] : -1;
-            }
             float sum[kTileRows / 2];
             multiply_tile<false>(sum, storage, at, stages, has_rows);
             if (!has_rows) continue;
@@ -430,8 +355,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const int at_register = part * kOutputColumns / 2 + 4 * j + 2 * i;
                     return pack<__nv_bfloat16>(sum[at_register], sum[at_register + 1]);
                 };
-                store_rows(output, packed, p.hidden - column, [&](int i) -> __nv_bfloat16* {
-                    return flat[i] < 0 ? nullptr : a.rows + int64_t{flat[i]} * p.hidden + column;
+                store_rows(output, packed, p.hidden - column, [&](int row) -> __nv_bfloat16* {
+                    const int choice = row_of_warp + row;
+                    if (choice >= tile.choices) return nullptr;
+                    return a.rows + int64_t{p.order[tile.first + choice]} * p.hidden + column;
                 });
             }
         }
@@ -439,7 +366,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 constexpr int kSumThreads = 256;
-constexpr int kRanksAtOnce = 4;  // rows in flight a thread
 
 // out[token] = the sum over ranks of weight times row: a thread eight columns.
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Arguments a) {
@@ -454,23 +380,14 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
     const __nv_bfloat16* weights = p.weights + token * p.top_k;
     const int32_t* chosen = p.chosen + token * p.top_k;
     Float8 sum{};
-    for (int first = 0; first < p.top_k; first += kRanksAtOnce) {
-        uint4 row[kRanksAtOnce];
+#pragma unroll 8
+    for (int rank = 0; rank < p.top_k; ++rank) {
+        // The row of an expert that another rank holds was not written.
+        if (static_cast<uint32_t>(chosen[rank] - p.first_expert) >= static_cast<uint32_t>(p.experts)) continue;
+        const Float8 row = unpack(ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden));
+        const float weight = to_float(weights[rank]);
 #pragma unroll
-        for (int i = 0; i < kRanksAtOnce; ++i) {
-            if (first + i < p.top_k) row[i] = ptx::load_16_no_allocate(rows + int64_t{first + i} * p.hidden);
-        }
-#pragma unroll
-        for (int i = 0; i < kRanksAtOnce; ++i) {
-            if (first + i >= p.top_k) break;
-            // Loaded in any case, not to wait for `chosen` first; a row of an expert elsewhere holds anything.
-            const auto expert = static_cast<uint32_t>(chosen[first + i] - p.first_expert);
-            if (expert >= static_cast<uint32_t>(p.experts)) continue;
-            const float weight = to_float(weights[first + i]);
-            const Float8 x = unpack(row[i]);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum.v[j] += weight * x.v[j];
-        }
+        for (int i = 0; i < 8; ++i) sum.v[i] += weight * row.v[i];
     }
     store_16(p.out + token * p.hidden + column, pack(sum));
 }
@@ -496,33 +413,26 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     const Arguments arguments{p, rows + choices * p.hidden, rows};
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     const auto experts = static_cast<uint64_t>(p.experts);
-    const auto of_gate_up = [&](CUtensorMap* map, uint32_t depth, uint32_t rows, uint32_t halves, Swizzle swizzle) {
-        return encode_tensor_map<4>(map, TensorElement::kBf16,
-                                    {.base = p.gate_up,
-                                     .sizes = {hidden, width, 2, experts},
-                                     .strides = {2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
-                                     .box = {depth, rows, halves, 1}},
-                                    swizzle);
-    };
-    const auto of_down = [&](CUtensorMap* map, uint32_t depth, uint32_t rows, Swizzle swizzle) {
-        return encode_tensor_map<3>(map, TensorElement::kBf16,
-                                    {.base = p.down,
-                                     .sizes = {width, hidden, experts},
-                                     .strides = {2, width * 2, hidden * width * 2},
-                                     .box = {depth, rows, 1}},
-                                    swizzle);
-    };
-    CUtensorMap gate_up, gate_up_window, activations, down, down_window;
-    const cudaError_t encoded[] = {of_gate_up(&gate_up, kDepth, kPairs, 2, Swizzle::k128),
-                                   of_gate_up(&gate_up_window, kWindow * kDepth, kPartRows, 1, Swizzle::kNone),
-                                   of_down(&down, kDepth, kTileRows, Swizzle::k128),
-                                   of_down(&down_window, kWindow * kDepth, kPartRows, Swizzle::kNone),
-                                   encode_tensor_map<2>(&activations, TensorElement::kBf16,
-                                                        {.base = arguments.activations,
-                                                         .sizes = {width, static_cast<uint64_t>(choices)},
-                                                         .strides = {2, width * 2},
-                                                         .box = {kDepth, kTileChoices}},
-                                                        Swizzle::k128)};
+    CUtensorMap gate_up, activations, down;
+    const cudaError_t encoded[] = {
+        encode_tensor_map<4>(&gate_up, TensorElement::kBf16,
+                             {.base = p.gate_up,
+                              .sizes = {hidden, width, 2, experts},
+                              .strides = {2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
+                              .box = {kDepth, kPairs, 2, 1}},
+                             Swizzle::k128),
+        encode_tensor_map<2>(&activations, TensorElement::kBf16,
+                             {.base = arguments.activations,
+                              .sizes = {width, static_cast<uint64_t>(choices)},
+                              .strides = {2, width * 2},
+                              .box = {kDepth, kTileChoices}},
+                             Swizzle::k128),
+        encode_tensor_map<3>(&down, TensorElement::kBf16,
+                             {.base = p.down,
+                              .sizes = {width, hidden, experts},
+                              .strides = {2, width * 2, hidden * width * 2},
+                              .box = {kDepth, kTileRows, 1}},
+                             Swizzle::k128)};
     for (const cudaError_t status : encoded) {
         if (status != cudaSuccess) return status;
     }
@@ -531,9 +441,9 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
                            .shared_bytes = sizeof(Storage),
                            .stream = stream,
                            .programmatic = true};
-    cudaError_t status = launch(gate_up_kernel, config, gate_up, gate_up_window, arguments);
+    cudaError_t status = launch(gate_up_kernel, config, gate_up, arguments);
     if (status != cudaSuccess) return status;
-    status = launch(down_kernel, config, activations, down, down_window, arguments);
+    status = launch(down_kernel, config, activations, down, arguments);
     if (status != cudaSuccess) return status;
     const int64_t vectors = int64_t{p.tokens} * p.hidden / 8;
     config.grid = dim3(static_cast<unsigned>((vectors + kSumThreads - 1) / kSumThreads));

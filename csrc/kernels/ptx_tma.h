@@ -128,25 +128,6 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorM
     }
 }
 
-// Asks for the box at c to be in L2; a hint that nothing waits for.
-template <int kRank>
-__device__ __forceinline__ void tma_prefetch_l2(const CUtensorMap* map, const int32_t (&c)[kRank],
-                                                CachePolicy policy = CachePolicy::kNormal) {
-    static_assert(kRank == 3 || kRank == 4);
-    const auto hint = static_cast<uint64_t>(policy);
-    if constexpr (kRank == 3) {
-        asm volatile(
-            "cp.async.bulk.prefetch.tensor.3d.L2.global.tile.L2::cache_hint [%0, {%2, %3, %4}], %1;" ::"l"(map),
-            "l"(hint), "r"(c[0]), "r"(c[1]), "r"(c[2])
-            : "memory");
-    } else {
-        asm volatile(
-            "cp.async.bulk.prefetch.tensor.4d.L2.global.tile.L2::cache_hint [%0, {%2, %3, %4, %5}], %1;" ::"l"(map),
-            "l"(hint), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
-            : "memory");
-    }
-}
-
 // Shared memory to the box at c, in the calling thread's current bulk group (bulk_commit, bulk_wait); what lies outside
 // the tensor is not written.
 template <int kRank>

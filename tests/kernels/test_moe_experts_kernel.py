@@ -47,10 +47,10 @@ def error(backend: Backend, args: tuple[Tensor, ...]) -> float:
     return relative_error(results[0], reference.mixture(x, weights, experts, gate_up, down))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 65])
 def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
-    chosen = random_choice(scheduled, tokens, 9, 3)
-    assert error(scheduled, inputs(scheduled, chosen, 9, 128, 64)) < TOLERANCE
+    chosen = random_choice(scheduled, tokens, 4, 2)
+    assert error(scheduled, inputs(scheduled, chosen, 4, 128, 64)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [16, 17, 33, DECODE_TOKENS, 65, 129, 200])
@@ -100,13 +100,14 @@ def test_the_most_experts_and_the_most_choices(backend, tokens, top_k):
 
 
 @pytest.mark.parametrize("tokens", [5, 70])
-@pytest.mark.parametrize(("hidden", "width"), [(64, 64), (192, 320), (320, 192), (576, 64)])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 64), (192, 320), (320, 192)])
 def test_sizes_need_not_fill_stages_and_tiles(backend, tokens, hidden, width):
-    chosen = random_choice(backend, tokens, 3, 2)
-    assert error(backend, inputs(backend, chosen, 3, hidden, width)) < TOLERANCE
+    """Five stages wrap the prefill's ring of four; 192 and 320 end inside a stage of 256, a tile of 128 and of 256."""
+    chosen = random_choice(backend, tokens, 2, 1)
+    assert error(backend, inputs(backend, chosen, 2, hidden, width)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("hidden", "width"), [(2048, 512), (3072, 1024), (4096, 1024)])
+@pytest.mark.parametrize(("hidden", "width"), [(2048, 512), (4096, 1024)])
 def test_the_published_sizes_of_one_expert(backend, hidden, width):
     """The ring wraps many times, and the rows of x leave it its fewest stages."""
     chosen = torch.zeros(2, 1, dtype=torch.int64, device=backend.device)
@@ -157,12 +158,12 @@ def test_a_token_has_the_same_bits_whoever_shares_its_experts(backend, tokens):
     assert same_bits(run(backwards)[backwards], run(backwards.flip(0)))
 
 
-@pytest.mark.parametrize("held", [(0, 3), (3, 4), (4, 12), (10, 12)])
+@pytest.mark.parametrize("held", [(0, 2), (2, 3), (3, 6), (5, 6)])
 @pytest.mark.parametrize("tokens", [1, 9, 66])
 def test_a_share_of_the_experts_adds_its_choices_and_no_other(scheduled, tokens, held):
     """Choices of experts elsewhere, in front and behind, and tokens (or all of them) that chose none of these."""
-    chosen = random_choice(scheduled, tokens, 10, 3)  # nobody chooses the last two
-    x, weights, experts, order, offsets, gate_up, down = inputs(scheduled, chosen, 12, 128, 64)
+    chosen = random_choice(scheduled, tokens, 5, 2)  # nobody chooses the last
+    x, weights, experts, order, offsets, gate_up, down = inputs(scheduled, chosen, 6, 64, 64)
     first, last = held
     share = (gate_up[first:last].clone(), down[first:last].clone())
     results = []
