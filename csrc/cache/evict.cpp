@@ -165,13 +165,18 @@ NoRoom Cache::missing(int32_t pages, int32_t slots) const {
 // one's sequence has ended, the tree takes the other's: nothing is locked that no running sequence uses.
 void Cache::drop_duplicates() {
     for (auto& [id, request] : requests_) {
-        for (int32_t i = 0; request.duplicates > 0 && i < request.published; ++i) {
+        if (request.duplicates == 0) continue;
+        request.duplicates = 0;
+        for (int32_t i = 0; i < request.published; ++i) {
             Node& node = tree_[request.path[i]];
-            if (node.page == request.pages[i] || pages_.holds(node.page) > 1) continue;
+            if (node.page == request.pages[i]) continue;
+            if (pages_.holds(node.page) > 1) {
+                ++request.duplicates;
+                continue;
+            }
             pages_.add(request.pages[i], true);
             pages_.raise_fill(request.pages[i], node.length);
             pages_.remove(std::exchange(node.page, request.pages[i]), true);
-            --request.duplicates;
         }
     }
 }
