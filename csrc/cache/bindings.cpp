@@ -177,6 +177,7 @@ PYBIND11_MODULE(_cache, m) {
                           bool donate) { return outcome(c.finish(id, TokenBuffer(tokens).span(), count, donate)); })
         .def("abort", [](Cache& c, RequestId id) { return outcome(c.abort(id)); })
         .def("clear", &Cache::clear)
+        .def("clear_all", &Cache::clear_all)
         .def("stats", [](const Cache& c) { return as_dict(c.stats()); })
         .def("check", &Cache::check);
 }

@@ -217,10 +217,21 @@ bool Cache::clear(std::string_view name_space) {
     if (it == roots_.end()) return false;
     NodeId root = it->second;
     roots_.erase(it);
+    forget(root);
+    return true;
+}
+
+int64_t Cache::clear_all() {
+    auto roots = std::exchange(roots_, {});
+    for (const auto& [name, root] : roots) forget(root);
+    return static_cast<int64_t>(roots.size());
+}
+
+// Its name is gone from `roots_` already: a prompt of that name starts a tree of its own.
+void Cache::forget(NodeId root) {
     tree_[root].cleared = true;
     purge(root);
     forget_if_empty(root);
-    return true;
 }
 
 }  // namespace tokenspeed::cache

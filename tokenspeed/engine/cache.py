@@ -107,6 +107,10 @@ class PrefixCache:
         """Forgets a namespace; its running sequences go on and leave nothing. False if there was none."""
         return self._cache.clear(name_space)
 
+    def clear_all(self) -> int:
+        """`clear` of every namespace. Returns how many there were."""
+        return self._cache.clear_all()
+
     def stats(self) -> dict[str, int]:
         """Counters since construction and gauges of now; `csrc/cache/cache.h`, `Stats`, explains each."""
         return self._cache.stats()
