@@ -191,6 +191,7 @@ PYBIND11_MODULE(_cache, m) {
         .def("clear", &Cache::clear)
         .def("log_events", &Cache::log_events)
         .def("drain_events", [](Cache& c) { return tuple_of(c.drain_events(), as_tuple); })
+        .def("clear_all", &Cache::clear_all)
         .def("stats", [](const Cache& c) { return as_dict(c.stats()); })
         .def("check", &Cache::check);
 }

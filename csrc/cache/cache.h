@@ -22,6 +22,9 @@
 //   finish    commit(count), then the working slot becomes a snapshot at exactly `count` and everything else returns.
 //             Preemption is finish, and later admit with prompt + output as the prompt.
 //   abort     everything returns; what was committed stays in the tree.
+//   clear     forgets a namespace, clear_all every one: a later prompt finds nothing of it. Sequences that run keep
+//             their pages, slots and plan, and may be forked; what they commit or donate from then on is found by
+//             nobody, and returns with the last of them.
 //
 // WHO MAY TOUCH WHAT, AND WHEN (the engine plans one step ahead of the device)
 //   - commit, finish and abort are called when the last launched step that holds the sequence is reconciled. What they
@@ -185,8 +188,10 @@ class Cache {
     Result<Fork> fork(RequestId parent, RequestId child, Tokens tokens, int32_t count);
     Result<Done> finish(RequestId id, Tokens tokens, int32_t count, bool donate = true);
     Result<Done> abort(RequestId id);
-    // Forgets a namespace. Running sequences go on and leave nothing behind. True if it existed.
+    // True if the namespace existed.
     bool clear(std::string_view name_space);
+    // The same for every namespace. How many there were.
+    int64_t clear_all();
 
     // Keeps a log of blocks that become matchable or are let go, of at most `entries` events; 0 stops it. A log that
     // overflows starts over: the next drain says kCleared and then what is there.
@@ -289,6 +294,7 @@ class Cache {
     void refresh(NodeId node);
     void purge(NodeId root);
     void forget_if_empty(NodeId root);
+    void forget(NodeId root);
 
     // events.cpp
     void announce(NodeId node, NodeId root);

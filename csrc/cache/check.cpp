@@ -63,7 +63,10 @@ std::string Cache::check() const {
         for (size_t i = 0; i < request.pages.size(); ++i) {
             ++references[request.pages[i]];
             ++holds[request.pages[i]];
-            if (static_cast<int32_t>(i) >= request.writes_from) ++writers[request.pages[i]];
+            if (static_cast<int32_t>(i) >= request.writes_from)
+                ++writers[request.pages[i]];
+            else if (pages_.fill(request.pages[i]) < config_.page_tokens)
+                return who + "shares rows that somebody may store again";
         }
         if (request.source_page >= 0) {
             ++references[request.source_page];

@@ -166,13 +166,18 @@ NoRoom Cache::missing(int32_t pages, int32_t slots) const {
 // one's sequence has ended, the tree takes the other's: nothing is locked that no running sequence uses.
 void Cache::drop_duplicates() {
     for (auto& [id, request] : requests_) {
-        for (int32_t i = 0; request.duplicates > 0 && i < request.published; ++i) {
+        if (request.duplicates == 0) continue;
+        request.duplicates = 0;
+        for (int32_t i = 0; i < request.published; ++i) {
             Node& node = tree_[request.path[i]];
-            if (node.page == request.pages[i] || pages_.holds(node.page) > 1) continue;
+            if (node.page == request.pages[i]) continue;
+            if (pages_.holds(node.page) > 1) {
+                ++request.duplicates;
+                continue;
+            }
             pages_.add(request.pages[i], true);
             pages_.raise_fill(request.pages[i], node.length);
             pages_.remove(std::exchange(node.page, request.pages[i]), true);
-            --request.duplicates;
         }
     }
 }
@@ -214,10 +219,21 @@ bool Cache::clear(std::string_view name_space) {
     if (it == roots_.end()) return false;
     NodeId root = it->second;
     roots_.erase(it);
+    forget(root);
+    return true;
+}
+
+int64_t Cache::clear_all() {
+    auto roots = std::exchange(roots_, {});
+    for (const auto& [name, root] : roots) forget(root);
+    return static_cast<int64_t>(roots.size());
+}
+
+// Its name is gone from `roots_` already: a prompt of that name starts a tree of its own.
+void Cache::forget(NodeId root) {
     tree_[root].cleared = true;
     purge(root);
     forget_if_empty(root);
-    return true;
 }
 
 }  // namespace tokenspeed::cache

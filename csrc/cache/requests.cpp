@@ -184,14 +184,18 @@ Result<Fork> Cache::fork(RequestId parent_id, RequestId child_id, Tokens tokens,
     if (config_.enabled) {
         child.path.assign(parent.path.begin(), parent.path.begin() + full);
         child.published = std::min(parent.published, full);
+        for (int32_t i = 0; i < child.published; ++i) child.duplicates += tree_[child.path[i]].page != parent.pages[i];
         lock(locked_node(child));
         keep(kept_node(child));
     }
     child.admission = parent.admission;
     child.resume = child.committed = count;
     child.writes_from = full;
+    // The child relies on rows that may not be published yet: should the parent be aborted, nobody may append over
+    // them.
     for (int32_t i = 0; i < full; ++i) {
         pages_.add(parent.pages[i], true);
+        pages_.raise_fill(parent.pages[i], page);
         child.pages.push_back(parent.pages[i]);
     }
     take_page(child);

@@ -54,6 +54,7 @@ struct Sequence {
     std::vector<Token> tokens;
     std::vector<uint64_t> identity;  // [tokens + 1], of each prefix
     int32_t prompt = 0, launched = 0, committed = 0, resume = 0, kv = 0;
+    bool cleared = false;  // its namespace was: it leaves nothing
     std::vector<PageId> pages;
     SlotId read = -1, write = -1;
     std::vector<PlannedSnapshot> plan;
@@ -120,7 +121,7 @@ class Episode {
             stats.pages_held == 0 && stats.slots_working == 0 && stats.slots_planned == 0 && stats.slots_draining == 0,
             "leak: %lld pages, %lld draining slots", static_cast<long long>(stats.pages_held),
             static_cast<long long>(stats.slots_draining));
-        for (const char* name : kNames) clear(name);
+        clear_all();
         check();
         stats = cache_->stats();
         REQUIRE(stats.pages_free == config_.pages && stats.slots_free == config_.slots && stats.nodes == 0,
@@ -174,9 +175,10 @@ class Episode {
         if (dice < 55) return launch(running_[which]);
         if (dice < 80) return commit(running_[which]);
         if (dice < 90) return end(which, dice < 87);
-        if (dice < 95) return fork(which);
+        if (dice < 97) return fork(which);
         if (dice < 99) return misuse(running_[which]);
-        clear(kNames[random_.below(3)]);
+        if (random_.chance(30)) return clear_all();
+        clear(random_.below(3));
     }
 
     // A prompt is often the beginning of something seen before, with a new end.
@@ -308,7 +310,11 @@ class Episode {
                 return;
             }
             auto added = std::get<std::span<const PageId>>(grown);
+            const auto held = static_cast<int32_t>(sequence.pages.size());
             sequence.pages.insert(sequence.pages.end(), added.begin(), added.end());
+            REQUIRE(static_cast<int32_t>(sequence.pages.size()) ==
+                        std::max(held, sequence.launched / config_.page_tokens + 1),
+                    "%d pages for %d tokens", static_cast<int32_t>(sequence.pages.size()), sequence.launched + 1);
             sequence.push(random_.below(alphabet_));
         }
         uint64_t state = sequence.launched == sequence.resume
@@ -334,6 +340,10 @@ class Episode {
             REQUIRE(cache_->commit(sequence.id, sequence.tokens, sequence.committed).index() == 0, "commit");
             if (twin_) twin_->commit(sequence.id, sequence.tokens, sequence.committed);
         }
+        int32_t snapshot = 0;
+        for (const auto& planned : sequence.plan)
+            if (planned.tokens <= sequence.committed) snapshot = planned.tokens;
+        found(sequence, sequence.committed, snapshot);
         std::erase_if(sequence.plan, [&](const auto& planned) { return planned.tokens <= sequence.committed; });
     }
 
@@ -343,6 +353,7 @@ class Episode {
             bool donate = random_.chance(80);
             REQUIRE(cache_->finish(sequence.id, sequence.tokens, sequence.launched, donate).index() == 0, "finish");
             if (twin_) twin_->finish(sequence.id, sequence.tokens, sequence.launched, donate);
+            found(sequence, sequence.launched, donate && sequence.launched > sequence.resume ? sequence.launched : 0);
         } else {
             REQUIRE(cache_->abort(sequence.id).index() == 0, "abort");
             if (twin_) twin_->abort(sequence.id);
@@ -380,6 +391,7 @@ class Episode {
         running_.push_back(child);
         accept(running_.back(), made.child);
         own(running_[which].write, running_[which]);
+        if (random_.chance(50)) end(which, false);  // its child relies on rows that nobody published
     }
 
     void misuse(Sequence& sequence) {
@@ -417,11 +429,37 @@ class Episode {
         }
     }
 
-    void clear(const char* name) {
-        cache_->clear(name);
-        if (twin_) twin_->clear(name);
-        Match match = cache_->probe(name, std::vector<Token>{0, 0, 0});
-        REQUIRE(match.known_tokens == 0, "a cleared namespace matches");
+    // The first `count` tokens were published just now, and a state at `snapshot` of them: a prompt that goes on from
+    // there finds them.
+    void found(const Sequence& sequence, int32_t count, int32_t snapshot) {
+        if (!config_.enabled || sequence.cleared) return;
+        std::vector<Token> prompt(sequence.tokens.begin(), sequence.tokens.begin() + count);
+        prompt.push_back(alphabet_);
+        Match match = cache_->probe(kNames[sequence.name_space], prompt);
+        REQUIRE(match.kv_tokens >= count / config_.page_tokens * config_.page_tokens && match.state_tokens >= snapshot,
+                "kv %d, state %d of %d and %d", match.kv_tokens, match.state_tokens, count, snapshot);
+    }
+
+    void clear(int name) {
+        for (Sequence& sequence : running_) sequence.cleared |= sequence.name_space == name;
+        cache_->clear(kNames[name]);
+        if (twin_) twin_->clear(kNames[name]);
+        forgotten(name);
+    }
+
+    void clear_all() {
+        for (Sequence& sequence : running_) sequence.cleared = true;
+        cache_->clear_all();
+        if (twin_) twin_->clear_all();
+        for (int name = 0; name < 3; ++name) forgotten(name);
+        REQUIRE(cache_->stats().namespaces == 0 && cache_->clear_all() == 0, "a namespace survives");
+    }
+
+    void forgotten(int name) {
+        for (Token token = 0; token < alphabet_; ++token) {
+            Match match = cache_->probe(kNames[name], std::vector<Token>{token, 0, 0});
+            REQUIRE(match.known_tokens == 0, "a cleared namespace matches");
+        }
     }
 
     Random random_;
@@ -458,4 +496,5 @@ int main(int argc, char** argv) {
         static_cast<long long>(Episode::copies), static_cast<long long>(Episode::appended),
         static_cast<long long>(Episode::evicted), static_cast<long long>(Episode::consumed),
         static_cast<long long>(Episode::forks), static_cast<long long>(Episode::no_room));
+    return 0;
 }

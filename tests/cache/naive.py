@@ -33,6 +33,7 @@ class Sequence:
     source: Slot | None = None  # read in the first step
     plan: dict[int, Slot] = field(default_factory=dict)
     pages: list[int] = field(default_factory=list)
+    leaves_nothing: bool = False  # its namespace was cleared
 
 
 class Naive:
@@ -43,7 +44,7 @@ class Naive:
         self.kv: dict[tuple[str, Prefix], int] = {}  # published whole pages -> page id
         self.snapshots: dict[tuple[str, Prefix], Snapshot] = {}
         self.lost: set[tuple[str, Prefix]] = set()
-        self.clock = 0
+        self.clock = self.cleared = 0
 
     # --- what is held
 
@@ -183,7 +184,7 @@ class Naive:
 
     def publish(self, sequence: Sequence, count: int, slot: Slot) -> None:
         key = (sequence.name, tuple(sequence.tokens[:count]))
-        if key not in self.snapshots:
+        if key not in self.snapshots and not sequence.leaves_nothing:
             self.clock += 1
             self.snapshots[key] = Snapshot(slot, self.clock)
             self.lost.discard(key)
@@ -211,6 +212,7 @@ class Naive:
             parent.plan[count], parent.working = parent.working, Slot()
             self.known.add((parent.name, tuple(parent.tokens[:count])))
         child = Sequence(parent.name, parent.tokens[:count], count, count, count, count, Slot(), parent.plan[count])
+        child.leaves_nothing = parent.leaves_nothing
         self.running[child_id] = child
         self.commit(parent_id, parent.committed)
         return True
@@ -221,3 +223,13 @@ class Naive:
         for table in (self.kv, self.snapshots):
             for key in [key for key in table if key[0] == name]:
                 del table[key]
+        self.cleared += 1
+        for sequence in self.running.values():
+            if sequence.name == name:  # goes on under a name that no prompt has
+                sequence.name, sequence.leaves_nothing = f"{name} cleared {self.cleared}", True
+
+    def clear_all(self) -> None:
+        for name in {sequence.name for sequence in self.running.values() if not sequence.leaves_nothing}:
+            self.clear(name)
+        for name in {name for name, _ in self.known}:
+            self.clear(name)

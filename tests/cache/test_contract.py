@@ -132,6 +132,28 @@ def test_clearing_under_a_running_sequence_leaves_it_running_and_nothing_behind(
     assert stats["pages_free"] == 64 and stats["slots_free"] == 16 and stats["nodes"] == 0
 
 
+def test_clearing_all_forgets_every_namespace_and_what_runs_goes_on_and_leaves_nothing():
+    cache = make()
+    for request, name in enumerate(("a", "b")):
+        cache.admit(request, name, text(0, 9), [8])
+        cache.finish(request, text(0, 9), 9)
+    running = cache.admit(7, "b", text(0, 13), [11])
+    assert running.match.state_tokens == 9
+    assert cache.clear_all() == 2 and cache.clear_all() == 0
+    assert [cache.probe(name, text(0, 9)).reason for name in ("a", "b")] == [Reason.COLD] * 2
+    later = cache.admit(8, "b", text(0, 13), [11])
+    assert later.match.known_tokens == 0 and not set(later.pages.tolist()) & set(running.pages.tolist())
+    cache.commit(7, text(0, 13), 13)
+    cache.fork(7, 9, text(0, 13), 13)
+    assert cache.probe("b", text(0, 13)).kv_tokens == 0, "what it commits is found by nobody"
+    for request in (7, 8, 9):
+        cache.finish(request, text(0, 13), 13)
+    assert cache.probe("b", text(0, 14)).state_tokens == 13, "a sequence that came after is kept"
+    assert cache.clear_all() == 1
+    stats = cache.stats()
+    assert stats["pages_free"] == 64 and stats["slots_free"] == 16 and stats["nodes"] == 0
+
+
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +220,32 @@ def test_two_sequences_that_compute_the_same_tokens_pin_no_page_twice_once_one_h
     whole = join(prompt, text(40, 17))
     assert not isinstance(cache.extend(2, 24), NoRoom), "all six pages are its own"
     cache.commit(2, whole, 24)
+
+
+def test_rows_that_a_fork_relies_on_are_never_appended_over_though_its_parent_is_aborted():
+    cache = make()
+    prompt = text(0, 7)
+    cache.admit(1, "", prompt, [1])
+    cache.commit(1, prompt, 2)  # the snapshot at 1 is published, the rows after it are not
+    child = cache.fork(1, 2, prompt, 7).child
+    cache.abort(1)
+    other = cache.admit(3, "", join(text(0, 1), text(70, 5)))
+    assert other.match.state_tokens == 1 and other.copies == ((child.pages[0], other.pages[0], 1),)
+    assert not set(other.pages.tolist()) & set(child.pages.tolist())
+
+
+def test_a_fork_pins_no_page_twice_once_those_it_came_from_have_ended():
+    cache = make(pages=6, slots=8, ghost_nodes=0)
+    prompt = text(0, 7)
+    for request in (1, 2):
+        cache.admit(request, "", prompt)
+    for request in (1, 2):
+        cache.commit(request, prompt, 7)
+    cache.fork(2, 3, prompt, 7)
+    cache.finish(2, prompt, 7)
+    cache.finish(1, prompt, 7)
+    cache.commit(3, join(prompt, text(40, 1)), 8)  # its rows are copied
+    assert not isinstance(cache.extend(3, 24), NoRoom), "all six pages are its own"
 
 
 # --- slots and the plan ----------------------------------------------------------------------------------------------

@@ -110,9 +110,14 @@ class CacheLife(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def clear(self, name):
-        if all(sequence.name != name for sequence in self.model.running.values()):
-            self.cache.clear(name)
-            self.model.clear(name)
+        self.cache.clear(name)
+        self.model.clear(name)
+
+    @rule()
+    def clear_all(self):
+        self.cache.clear_all()
+        self.model.clear_all()
+        assert self.cache.clear_all() == self.cache.stats()["namespaces"] == 0
 
     @invariant()
     def holds(self):

@@ -119,6 +119,10 @@ class PrefixCache:
         """
         return self._cache.drain_events()
 
+    def clear_all(self) -> int:
+        """`clear` of every namespace. Returns how many there were."""
+        return self._cache.clear_all()
+
     def stats(self) -> dict[str, int]:
         """Counters since construction and gauges of now; `csrc/cache/cache.h`, `Stats`, explains each."""
         return self._cache.stats()

@@ -71,7 +71,6 @@ class Engine:
         self._generations: dict[int, _Generation] = {}  # by sequence id
         self._in_flight: deque[tuple[Planned, Launched]] = deque()
         self._updates: deque[tuple[_Generation, Update]] = deque()
-        self._name_spaces: set[str] = set()
 
     # ---- requests
 
@@ -105,7 +104,6 @@ class Engine:
             self._generations[sequence.id] = generation
             generations.append(generation)
         self._requests[request.id] = generations
-        self._name_spaces.add(request.name_space)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at any moment; its memory returns as soon as no launched Step uses it. False if it does not
@@ -126,9 +124,7 @@ class Engine:
 
     def clear_cache(self) -> None:
         """Forgets every prefix; what runs goes on."""
-        for name_space in self._name_spaces:
-            self.cache.clear(name_space)
-        self._name_spaces.clear()
+        self.cache.clear_all()
 
     def stats(self) -> dict[str, float]:
         """Gauges of the scheduler and the cache's own counters and gauges (`csrc/cache/cache.h`, `Stats`)."""
