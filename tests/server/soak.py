@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from tests.server.launch import Server
 
-SAMPLE_SECONDS, WARM_UP_SECONDS = 0.5, 6
+SAMPLE_SECONDS, WARM_UP_SECONDS = 0.5, 8
 # The most that counts as flat: the slope of the second half. A short run is noisier, and still warming up.
 GROWTH_KIB_PER_MINUTE, SHORT_GROWTH_KIB_PER_MINUTE = 1536, 12288
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 # Small arenas: they fill in the first seconds, and untouched memory would look like growth for as long as it lasts.
-ARENAS = ("--kv-pages", "512", "--state-slots", "160", "--max-num-seqs", "64")
+ARENAS = ("--kv-pages", "192", "--state-slots", "48", "--max-num-seqs", "32")
 OPTIONS = (*ARENAS, "--max-requests", "480", "--max-body-mib", "1")
 
 
