@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from tests.server.launch import Server
 
-SAMPLE_SECONDS, WARM_UP_SECONDS = 0.5, 6
+SAMPLE_SECONDS, WARM_UP_SECONDS, MOST_WARM_UPS, STEADY_KIB = 0.5, 4, 6, 2048
 # The most that counts as flat: the slope of the second half. A short run is still warming up on a slow machine: it finds
 # what leaks at every request, not more.
 GROWTH_KIB_PER_MINUTE, SHORT_GROWTH_KIB_PER_MINUTE = 1536, 262144
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 # Small arenas: they fill in the first seconds, and untouched memory would look like growth for as long as it lasts.
-ARENAS = ("--kv-pages", "512", "--state-slots", "160", "--max-num-seqs", "64")
+ARENAS = ("--kv-pages", "192", "--state-slots", "48", "--max-num-seqs", "32")
 OPTIONS = (*ARENAS, "--max-requests", "480", "--max-body-mib", "1")
 
 
@@ -52,16 +52,18 @@ class Report:
 
 
 def soak(server: Server, seconds: float, streams: int, seed: int = 0, progress: bool = True) -> Report:
-    """Run `streams` clients against a server for a time. A quiet round first sets the levels to come back to."""
+    """Run `streams` clients against a server for a time. Rounds before it set the levels to come back to."""
     return asyncio.run(_soak(server, seconds, streams, seed, progress))
 
 
 async def _soak(server: Server, seconds: float, streams: int, seed: int, progress: bool) -> Report:
     report, host = Report(), urlsplit(server.url).netloc
     processes = {"server": server.process.pid, "engine": server.engine_pid()}
-    await _clients(
-        host, WARM_UP_SECONDS, streams, random.Random(seed), Report(), None
-    )  # imports, pools and tables fill up
+    for warm_up in range(MOST_WARM_UPS):  # pools, tables and arenas fill up
+        resident = {pid: _resident_kib(pid) for pid in processes.values()}
+        await _clients(host, WARM_UP_SECONDS, streams, random.Random(seed - warm_up), Report(), None)
+        if all(_resident_kib(pid) - resident[pid] < STEADY_KIB for pid in resident):
+            break
     before = await _idle(server, processes)
     stop = asyncio.Event()
     sampler = asyncio.create_task(_sample(processes, report, stop))
@@ -161,9 +163,12 @@ async def _abort(name: str, port: str, id: str) -> None:
 async def _sample(processes: dict[str, int], report: Report, stop: asyncio.Event) -> None:
     while not stop.is_set():
         for name, pid in processes.items():
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            report.memory[name].append((time.monotonic(), pages * PAGE_KIB))
+            report.memory[name].append((time.monotonic(), _resident_kib(pid)))
         await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def _resident_kib(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_KIB
 
 
 async def _idle(server: Server, processes: dict[str, int], patience: float = 30) -> dict[str, int]:
