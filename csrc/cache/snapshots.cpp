@@ -13,10 +13,10 @@ constexpr int64_t kForget = 100'000'000;  // tokens of evidence after which the 
 
 }  // namespace
 
-double Snapshots::value(int32_t gain, int32_t hits, Kind kind, bool superseded) const {
+double Snapshots::value(int32_t gain, int32_t hits, Kind kind, int superseded) const {
     // One resume is what every turn does to the one before it.
     double weight = kind == Kind::kBranch ? kBranchWeight * (1 + hits) : std::max(1, hits);
-    if (superseded) weight *= superseded_weight();
+    if (superseded) weight *= superseded_weight(superseded);
     return gain * weight / (slot_cost_ + page_cost_ * gain);
 }
 
@@ -57,21 +57,32 @@ void Snapshots::step_aside(const Tree& tree, const Record& record) {
 void Snapshots::supersede(Tree& tree, Record& record) {
     Node& node = tree[record.node];
     if (record.kind == Kind::kBranch || node.superseded) return;
-    node.superseded = true;
-    ++superseded_;
+    node.superseded = 1;
+    ++superseded_[0];
     step_aside(tree, record);
     revalue(tree, record);
 }
 
+void Snapshots::pass_again(Tree& tree, const Record& record) {
+    for (Record& earlier : records_)
+        if (tree[earlier.node].superseded == 1 && earlier.tokens < record.tokens &&
+            tree.is_prefix(earlier.node, record.node)) {
+            tree[earlier.node].superseded = 2;
+            earlier.counted = false;
+            ++superseded_[1];
+            revalue(tree, earlier);
+        }
+}
+
 void Snapshots::missed(Node& node, int32_t gain) {
     learn(node.last_used, gain);
-    ++(node.superseded ? superseded_hits_ : fresh_hits_);
+    ++(node.superseded ? superseded_hits_[node.superseded - 1] : fresh_hits_);
     node.last_used = now_;
 }
 
 void Snapshots::declined(Node& node) {
     node.snapshot_lost = true;
-    node.superseded = false;
+    node.superseded = 0;
     node.last_used = now_;
     ++fresh_;
 }
@@ -88,7 +99,8 @@ void Snapshots::add(Tree& tree, NodeId id, Kind kind, uint32_t owner, SlotRef sl
     auto tokens = static_cast<int32_t>(node.end);
     int32_t gain = tokens - (base == kNoNode ? 0 : static_cast<int32_t>(tree[base].end));
     node.snapshot = static_cast<uint32_t>(records_.size());
-    node.snapshot_lost = node.superseded = false;
+    node.snapshot_lost = false;
+    node.superseded = 0;
     ++fresh_;
     records_.push_back({id, base, tokens, gain, 0, owner, now_, kind, false, ++sequence_, value(gain, 0, kind, false),
                         std::move(slot)});
@@ -118,12 +130,13 @@ void Snapshots::hit(Tree& tree, NodeId id) {
     if (!tree[id].superseded) {
         fresh_hits_ += record.hits == 0;
     } else {
-        superseded_hits_ += !record.counted;
+        superseded_hits_[tree[id].superseded - 1] += !record.counted;
         record.counted = true;
     }
     ++record.hits;
     record.used = now_;
     record.sequence = ++sequence_;
+    pass_again(tree, record);
     supersede(tree, record);
     revalue(tree, record);
     for (NodeId passed = record.base; passed != kNoNode;) {

@@ -10,7 +10,8 @@
 //   - A snapshot that a conversation resumed from or has passed is *superseded*: a later one is about to stand for it.
 //   It
 //     weighs less, by as much as such snapshots are used less often (learned too), and later ones are credited with the
-//     distance behind it. Branch points are never superseded.
+//     distance behind it. When the conversation passes once more it stands where few will go back to, and weighs
+//     less again (learned as well). Branch points are never superseded.
 // kLru is the baseline. Ties break on the sequence number of the last use, so equal calls give equal answers.
 #pragma once
 
@@ -39,7 +40,7 @@ class Snapshots {
         uint32_t owner;  // admission number of its writer
         uint32_t used;   // admission number of the last use
         Kind kind;
-        bool counted;       // its first use after it was superseded is in the evidence
+        bool counted;       // its first use since `Node::superseded` last grew is in the evidence
         uint64_t sequence;  // of the last use
         double value;       // all of the score but the time
         SlotRef slot;
@@ -74,19 +75,20 @@ class Snapshots {
     const Record& operator[](uint32_t index) const { return records_[index]; }
     int32_t size() const { return static_cast<int32_t>(records_.size()); }
     int64_t bytes() const { return static_cast<int64_t>(records_.capacity() * sizeof(Record)); }
-    // How likely a superseded snapshot is used again, to how likely a fresh one is.
-    double superseded_weight() const {
-        return std::min(1.0, (superseded_hits_ / superseded_) / (fresh_hits_ / fresh_));
+    // How likely a snapshot that was superseded once or (2) passed since is used again, to how likely a fresh one is.
+    double superseded_weight(int times = 1) const {
+        return std::min(1.0, (superseded_hits_[times - 1] / superseded_[times - 1]) / (fresh_hits_ / fresh_));
     }
     double usual_reuse_time() const { return static_cast<double>(weighted_time_) / static_cast<double>(weight_); }
 
   private:
     void learn(uint32_t used, int32_t gain);
-    double value(int32_t gain, int32_t hits, Kind kind, bool superseded) const;
+    double value(int32_t gain, int32_t hits, Kind kind, int superseded) const;
     void revalue(const Tree& tree, Record& record) {
         record.value = value(record.gain, record.hits, record.kind, tree[record.node].superseded);
     }
     void supersede(Tree& tree, Record& record);
+    void pass_again(Tree& tree, const Record& record);
     // Those beyond a snapshot are measured from it, or from what is before it.
     void stand(Tree& tree, const Record& record);
     void step_aside(const Tree& tree, const Record& record);
@@ -96,7 +98,8 @@ class Snapshots {
     std::vector<Record> records_;
     uint64_t sequence_ = 0;
     uint32_t now_ = 0;
-    double fresh_ = 40, fresh_hits_ = 20, superseded_ = 40, superseded_hits_ = 6;  // before anything is learned: 0.3
+    // Weights before anything is learned: 0.3 once superseded, 0.09 when passed since.
+    double fresh_ = 40, fresh_hits_ = 20, superseded_[2] = {40, 40}, superseded_hits_[2] = {6, 1.8};
     int64_t weight_ = 50'000, weighted_time_ = 100 * 50'000;  // before anything is learned: 100 admissions
 };
 

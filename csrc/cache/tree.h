@@ -60,7 +60,7 @@ struct Node {
     uint8_t length = 0;               // tokens in this node
     ListName list = ListName::kNone;
     bool snapshot_lost = false;  // a snapshot here was evicted or declined
-    bool superseded = false;     // its snapshot was resumed from or passed: later ones look past it
+    uint8_t superseded = 0;      // its snapshot was resumed from or passed: later ones look past it. 2: passed since
     bool cleared = false;        // root of a forgotten namespace that still runs
     bool announced = false;      // a whole page that the event log has told of
 
