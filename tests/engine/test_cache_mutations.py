@@ -37,16 +37,16 @@ BUGS = (
     ),
     (
         "shared pages are stored to, whatever the Step says",
-        (runner, "build_batch"),
-        "kv_slots.masked_fill_(positions < kv_tokens[row_of_token], -1)",
-        "pass",
+        (batch, "_batch"),
+        "kv_slots.masked_fill_(positions < kv_tokens, -1)",
+        "kv_slots",
         "shared_rows_stay",
     ),
     (
         "rows above the shared ones are not stored",
-        (runner, "build_batch"),
-        "positions < kv_tokens[row_of_token]",
-        "positions < kv_tokens[row_of_token] + 1",
+        (batch, "_batch"),
+        "positions < kv_tokens",
+        "positions < kv_tokens + 1",
         "mid_page_hit",
     ),
     (
@@ -94,15 +94,15 @@ BUGS = (
     (
         "snapshots are written one token late",
         (runner, "build_batch"),
-        "(i, count_, slot)",
-        "(i, min(count_ + 1, row.end), slot)",
+        "(i, tokens, slot)",
+        "(i, min(tokens + 1, row.end), slot)",
         "chunks",
     ),
     (
         "snapshots are all taken from the first prompt",
         (runner, "build_batch"),
-        "(i, count_, slot)",
-        "(0, count_, slot)",
+        "(i, tokens, slot)",
+        "(0, tokens, slot)",
         "chunks",
     ),
     (
@@ -164,7 +164,7 @@ BUGS = (
     (
         "prompt log-probabilities are resumed over",
         (scheduler.Scheduler, "_admit"),
-        "prompt_logprobs=scored",
+        "prompt_logprobs=sequence.scored",
         "prompt_logprobs=False",
         "prompt_logprobs_after_a_snapshot",
     ),
