@@ -24,8 +24,8 @@ from tqdm import tqdm
 from tests.server.launch import Server
 
 SAMPLE_SECONDS, WARM_UP_SECONDS, MOST_WARM_UPS, STEADY_KIB = 0.5, 4, 6, 2048
-# The most that counts as flat: the slope of the second half. A short run is still warming up on a slow machine: it finds
-# what leaks at every request, not more.
+# The most that counts as flat: the slope of the second half. A short run is still warming up on a slow machine: it
+# finds what leaks at every request, not more.
 GROWTH_KIB_PER_MINUTE, SHORT_GROWTH_KIB_PER_MINUTE = 1536, 262144
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 # Small arenas: they fill in the first seconds, and untouched memory would look like growth for as long as it lasts.
