@@ -22,11 +22,11 @@
 // own and nothing is merged between warps; the price is two barriers of four warps a page. (Warps that own tokens to
 // the end, as in FlashMLA, need 128 registers a 16 rows and a merge of four outputs a sequence.)
 //
-// Measured on an H100 (read 3,071 GB/s in that run), one token, 16:2 heads: 64 x 8192 keys 374 us = 94% of the read
-// ceiling; 8 x 8192 64 us = 68%; 1 x 32768 36.3 us = 60%, level with cuDNN (0.99x) and 1.5 times as fast as flash, both
-// on contiguous keys; 1 x 1024 8.9 us. So about 8 us of a call are latency: the chain lengths, page ids, pages at the
-// start, and the merge at the end. That merge read its parts twice and found them only after its wait; one pass, with
-// the search and the gates ahead of the wait, is predicted to save 2 us, and has not been measured.
+// Measured on an H100 (read 3,021 GB/s in that run), one token, 16:2 heads: 64 x 8192 keys 378 us = 94% of the read
+// ceiling; 8 x 8192 56.9 us = 78%; 1 x 32768 31.1 us = 72%, 1.18 times as fast as cuDNN and 1.8 times as flash, both on
+// contiguous keys; 1 x 1024 6.5 us. So about 6 us of a call are latency: the chain lengths, page ids, pages at the
+// start, and the merge at the end. Tried and lost: a merge that reads its parts twice and finds them only after its
+// wait, 36.3 us at 1 x 32768, 64 us at 8 x 8192.
 //
 // budget: decode_kernel registers<=255 hot sass=HMMA
 // budget: merge_kernel registers<=64 hot
