@@ -28,7 +28,7 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         "wait for. Only the given URL is contacted. A failed request is counted, and ends its conversation.",
     )
     add = parser.add_argument
-    add("--url", required=True, help="the endpoint, as http://HOST:PORT")
+    add("--url", default="http://127.0.0.1:8000", help="the endpoint (default http://127.0.0.1:8000, as of `serve`)")
     add("--model", metavar="NAME", help="model to ask (default: the first of /v1/models)")
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--api-key", metavar="KEY", help="key of the endpoint (default: none)")
