@@ -40,7 +40,7 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         help="lengths in tokens. agentic: 50,000 first, 800 more a turn, 10 to 15 turns, 500 out; long: 128k, 256k, "
         "512k, 1M in rotation, 1,024 out; chat: 500 first, 100 more a turn, 3 to 6 turns, 200 out (default agentic)",
     )
-    add("--scale", type=float, default=1.0, metavar="X", help="times every length of the preset (default 1)")
+    add("--scale", type=float, default=1, metavar="X", help="times every length of the preset (default 1)")
     add(
         "--prefix-len",
         type=int,
@@ -71,7 +71,7 @@ def add_parser(actions: argparse._SubParsersAction) -> None:
         help="of each measurement (default: 2 for each user, at least 4; 16 in an open loop)",
     )
     add("--max-connections", type=int, default=256, metavar="N", help="at once; more requests wait (default 256)")
-    add("--request-timeout", type=float, default=600.0, metavar="S", help="a request fails after S (default 600 s)")
+    add("--request-timeout", type=float, default=600, metavar="S", help="a request fails after S (default 600 s)")
     add(
         "--extra-body",
         type=_object,
