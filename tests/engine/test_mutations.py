@@ -271,11 +271,11 @@ BUGS = (
     Bug(
         "outputs not counted",
         "sampling",
-        "self._counts[index[rows], ids[rows]] += 1",
+        "self._counts[index[rows], local] += here",
         "pass",
         sampling.test_penalties_count_what_was_generated_since,
     ),
-    Bug("outputs not seen", "sampling", "self._seen[index[rows], ids[rows]] = True", "pass", sampled_side_by_side),
+    Bug("outputs not seen", "sampling", "self._seen[index[rows], local] |= here.bool()", "pass", sampled_side_by_side),
     Bug(
         "counts of the predecessor",
         "sampling",
@@ -291,7 +291,7 @@ BUGS = (
         "x / repetition, x / repetition), x)",
         distribution("repetition"),
     ),
-    Bug("prompt not seen", "sampling", "seen[self._integers(begin.prompt)] = True", "pass", distribution("repetition")),
+    Bug("prompt not seen", "sampling", "seen[self._local(begin.prompt)] = True", "pass", distribution("repetition")),
     Bug(
         "penalties before biases",
         "sampling",
@@ -309,15 +309,15 @@ BUGS = (
     Bug(
         "scores after penalties",
         "sampling",
-        "Scores.of(logits, ids, most)",
-        "Scores.of(x, ids, most)",
+        "self._vocabulary.scores(logits, ids, most)",
+        "self._vocabulary.scores(x, ids, most)",
         sampling.test_log_probabilities_are_those_of_the_models_own_logits,
     ),
     Bug(
         "rank from 0",
         "sampling",
-        ".sum(-1) + 1)",
-        ".sum(-1))",
+        "rank = (logprobs > own).sum(-1) + 1",
+        "rank = (logprobs > own).sum(-1)",
         sampling.test_log_probabilities_are_those_of_the_models_own_logits,
     ),
 )

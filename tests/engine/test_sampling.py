@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenspeed.engine.sampling import Sampler, Scores
+from tokenspeed.engine.sampling import Sampler, Vocabulary
 from tokenspeed.engine.step import Begin, Edit, Sample
 
 VOCAB = 24
@@ -57,7 +57,7 @@ def distribution(begin: Begin, output: int = 0, edit: Edit | None = None) -> np.
 
 def draw(begin: Begin, output: int = 0, edit: Edit | None = None, draws: int = DRAWS) -> np.ndarray:
     """One id for each of as many seeds, as sequences that are sampled side by side."""
-    sampler = Sampler(draws, VOCAB, torch.zeros(draws, dtype=torch.int64))
+    sampler = Sampler(draws, Vocabulary(VOCAB), torch.zeros(draws, dtype=torch.int64))
     sampler.begin([begin._replace(index=i, seed=1000 + i) for i in range(draws)])
     samples = [Sample(0, i, output, edited=edit is not None) for i in range(draws)]
     edits = [edit._replace(sample=i) for i in range(draws)] if edit else []
@@ -169,7 +169,7 @@ def random_begin(random: Random) -> Begin:
 
 def sequence_alone(begin: Begin, logits: torch.Tensor) -> list[int]:
     """The ids that a sequence gets when it always has the device for itself. logits: [T, V], of its steps."""
-    sampler = Sampler(1, VOCAB, torch.zeros(1, dtype=torch.int64))
+    sampler = Sampler(1, Vocabulary(VOCAB), torch.zeros(1, dtype=torch.int64))
     sampler.begin([begin])
     return [sampler.choose([Sample(0, 0, i)], row[None], [])[0].item() for i, row in enumerate(logits)]
 
@@ -181,7 +181,7 @@ def test_a_sequence_gets_its_ids_in_any_batch_at_any_row_and_after_any_preemptio
     logits = torch.randn(len(begins), steps, VOCAB, generator=torch.manual_seed(seed))
     free = list(range(len(begins) + 3))
     random.shuffle(free)
-    sampler = Sampler(len(free), VOCAB, torch.full((len(free),), -1))
+    sampler = Sampler(len(free), Vocabulary(VOCAB), torch.full((len(free),), -1))
     at, outputs = {}, [[] for _ in begins]
     while any(len(ids) < steps for ids in outputs):
         unfinished = [i for i, ids in enumerate(outputs) if len(ids) < steps]
@@ -204,7 +204,7 @@ def test_a_sequence_gets_its_ids_in_any_batch_at_any_row_and_after_any_preemptio
 
 def test_a_new_sequence_at_an_index_brings_its_own_parameters():
     hot, logits = Begin(0, **PLAIN), LOGITS.float().repeat(8, 1)
-    sampler = Sampler(1, VOCAB, torch.zeros(1, dtype=torch.int64))
+    sampler = Sampler(1, Vocabulary(VOCAB), torch.zeros(1, dtype=torch.int64))
     sampler.begin([hot._replace(temperature=0.0)])
     sampler.choose([Sample(0, 0, 0)], logits[:1], [])
     sampler.begin([hot])
@@ -230,7 +230,7 @@ def greedy_with_frequency(penalty: float, steps: int) -> list[int]:
 
 def test_log_probabilities_are_those_of_the_models_own_logits():
     begin = Begin(0, **PLAIN | {"temperature": 0.3, "top_k": 2}, bias=((7, 50.0),), repetition_penalty=2.0, prompt=(7,))
-    sampler = Sampler(2, VOCAB, torch.zeros(2, dtype=torch.int64))
+    sampler = Sampler(2, Vocabulary(VOCAB), torch.zeros(2, dtype=torch.int64))
     sampler.begin([begin, begin._replace(index=1, seed=4)])
     logits = torch.stack([LOGITS.flip(0), LOGITS]).float()
     samples = [Sample(1, 0, 0, logprobs=3), Sample(0, 1, 0, logprobs=0)]
@@ -248,7 +248,7 @@ def test_log_probabilities_are_those_of_the_models_own_logits():
 def test_scores_of_given_tokens_are_log_softmax_in_bf16_too():
     logits = torch.randn(5, VOCAB, generator=torch.manual_seed(1)).bfloat16()
     chosen = torch.tensor([3, 0, 23, 7, 7])
-    for row, found in enumerate(Scores.of(logits, chosen, 2).rows([2] * 5)):
+    for row, found in enumerate(Vocabulary(VOCAB).scores(logits, chosen, 2).rows([2] * 5)):
         exact = logits[row].double().log_softmax(-1)
         assert np.allclose(found.logprobs, exact[list(found.ids)], atol=1e-6)
         assert found.ids[0] == chosen[row] and found.logprobs[1] >= found.logprobs[2]
@@ -257,7 +257,7 @@ def test_scores_of_given_tokens_are_log_softmax_in_bf16_too():
 def test_sampling_leaves_the_logits_as_they_are():
     logits = LOGITS[None].float()
     before = logits.clone()
-    sampler = Sampler(1, VOCAB, torch.zeros(1, dtype=torch.int64))
+    sampler = Sampler(1, Vocabulary(VOCAB), torch.zeros(1, dtype=torch.int64))
     sampler.begin([Begin(0, **PLAIN, repetition_penalty=2.0, bias=((1, 2.0),), allowed=(1, 2), prompt=PROMPT)])
     sampler.choose([Sample(0, 0, 0)], logits, [Edit(0, BITS)])
     assert torch.equal(logits, before)
