@@ -167,6 +167,6 @@ class StepChecker:
         before = self.consumed.get(row.index, -1)
         assert before in (-1, row.start), f"index {row.index} goes on at {row.start}, not {before}"
         self.consumed[row.index] = row.end
-        assert decode == (not row.tokens) or len(row.tokens) == 1 or not decode, "a decode row has one token"
+        assert len(row.tokens) <= 1 if decode else row.tokens, f"a decode row has one token, a prefill row some: {row}"
         assert all(row.start < count <= row.end for count, _ in row.snapshots), f"snapshots outside the row: {row}"
         assert 0 <= row.logits <= row.end - row.start and len(row.scored) <= row.logits

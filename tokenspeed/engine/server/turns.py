@@ -13,7 +13,7 @@ from ..text.history import TurnHistory
 from ..text.messages import check_tools
 from ..text.reasoning import CLOSE, ReasoningSplitter
 from ..text.tool_grammar import ToolGrammars
-from ..text.tools import CallCut, CallFinished, CallStarted, Content, Event, ToolCallParser, parse_answer
+from ..text.tools import CallFinished, Content, Event, ToolCallParser, parse_answer
 
 TOOL_CALL = "<tool_call>"
 
@@ -145,17 +145,3 @@ class TurnParser:
         if split.content:
             events += self._calls.push(split.content) if self._calls else [Content(split.content)]
         return events
-
-
-__all__ = [
-    "CallCut",
-    "CallFinished",
-    "CallStarted",
-    "Content",
-    "Conversation",
-    "PreparedTurn",
-    "Reasoning",
-    "TurnEvent",
-    "TurnParser",
-    "prepare",
-]
