@@ -9,7 +9,7 @@ std::optional<Tensor> gated_delta_rule_prefill(const Tensor& qkv, const Tensor& 
                                                const Tensor& dt_bias, const Tensor& state, const Tensor& ring,
                                                const Tensor& cursor, const Tensor& cu_seqlens,
                                                const Tensor& context_lens, const Tensor& read_slot,
-                                               const Tensor& write_slot, const Tensor& snapshots, int64_t) {
+                                               const Tensor& write_slot, const Tensor& snapshots, int64_t longest) {
     const auto row_stride = [](const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); };
     const int64_t tokens = qkv.size(0), channels = qkv.size(1), sequences = context_lens.size(0);
     const int64_t slots = state.size(0), value_heads = state.size(1);
@@ -58,11 +58,16 @@ std::optional<Tensor> gated_delta_rule_prefill(const Tensor& qkv, const Tensor& 
                                     .ring_rows = static_cast<int>(ring.size(1)),
                                     .ring_width = static_cast<int>(ring.size(2)),
                                     .sequences = static_cast<int>(sequences),
-                                    .snapshot_count = static_cast<int>(snapshots.size(0))};
+                                    .snapshot_count = static_cast<int>(snapshots.size(0)),
+                                    .longest = std::min(longest, tokens),
+                                    .workspace = nullptr};
     if (!gated_delta_rule_prefill_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(qkv, {tokens, value_heads, 128});
     arguments.out = data(out);
+    Tensor workspace = new_tensor(qkv, {gated_delta_rule_prefill_workspace(arguments)}, ScalarType::Byte);
+    arguments.workspace = data<uint8_t>(workspace);
     const Launch launch(qkv);
+    launch.keep(workspace);
     check_launch(tokenspeed::gated_delta_rule_prefill(arguments, launch.stream()), "gated_delta_rule_prefill");
     return out;
 }

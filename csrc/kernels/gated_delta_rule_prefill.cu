@@ -1,20 +1,25 @@
-// The gated delta rule over ragged prefills, from convolved q | k | v and raw gates to outputs and states, in one
-// launch. Contract: tokenspeed/ops/delta_rule.py.
+// The gated delta rule over ragged prefills, from convolved q | k | v and raw gates to outputs and states. Contract:
+// tokenspeed/ops/delta_rule.py. This file holds the scan over chunks, gated_delta_rule_prepare.cu what comes before it.
 //
 // Algorithm. Per value head and chunk of 64 tokens, G_t = g_0 + ... + g_t in the chunk and decays only as exponentials
 // of differences (Yang et al. 2024):
 //     L = strict_lower(beta_i k_i.k_j e^{G_i - G_j}),  A = (I + L)^-1,  P = lower(q_i.k_j e^{G_i - G_j}) dk^-0.5
 //     V' = A (beta (V - e^G K S^T)),  O = e^G dk^-0.5 Q S^T + P V',  S <- e^{G_end} S + V'^T (e^{G_end - G} K)
-// Everything but the three products with S depends on the chunk alone. What is serial is the chain over chunks, so it
-// works on S itself, [value columns x 128] in fp32 registers: rounded to fp16 it is the A operand of S K^T and S Q^T,
-// whose results, combined with the values, are the A operand of the product with A^T, and that of V'^T K, accumulated
-// onto S. Nothing on the chain passes through shared memory but the operands that were made before.
+// Everything but the three products with S depends on the chunk alone: a first kernel makes it for all chunks at once.
+// What is serial is the chain over chunks, so it works on S itself, [value columns x 128] in fp32 registers: rounded to
+// fp16 it is the A operand of S K^T, whose result, combined with the values, is the A operand of the product with A^T,
+// and that of V'^T K, accumulated onto S. Nothing on the chain waits for shared memory but for what was made before.
 //
 // Tiling. A block owns 64 value columns of one head and sequence, a cluster of two the head. Warpgroup 0 is the chain:
-// 28 wgmma, 1,024 tensor cycles a chunk. Warpgroups 1 and 2 prepare: unit k and q, k k^T and q k^T, the decays, the
-// inverse by 16 x 16 blocks. Both halves need the same, so each block prepares every second chunk and copies it to the
-// other's shared memory. Warpgroup 3 moves raw rows in (TMA; a row outside the sequence counts as zero) and outputs
-// out. Three stages of 58 KB, and room for the raw keys and queries of the chunk to be prepared next.
+// 20 wgmma, 640 tensor cycles a chunk. It leaves S and V' in shared memory, in fp16, for warpgroup 1, which makes the
+// outputs of the chunk (12 wgmma, 384 cycles) while the chain goes on. One warp brings the tiles of the next chunks,
+// one bulk copy for both blocks of the cluster, each block half of them, and its own values by TMA (a row outside the
+// sequence counts as zero). Three stages of 58 KB.
+//
+// Windows. The first kernel fills a workspace of kWindowChunks chunks of every sequence; the scan consumes it, while,
+// under programmatic launch, the first kernel fills a second one on the multiprocessors that the scan leaves free. The
+// scan of a window waits for that kernel, whose last act is to wait for the scan before. A sequence that goes on leaves
+// its state in the workspace.
 //
 // Snapshots. V' is causal, so the state after token p is e^{G_p} S + sum_{t <= p} e^{G_p - G_t} v'_t k_t^T: the chain
 // stores S as it enters the chunk and adds that sum afterwards, with mma.sync. Its own values pass by untouched:
@@ -26,25 +31,24 @@
 // 65504 in magnitude, the range of fp16; below 6e-5 they lose digits one by one.
 //
 // Bytes: q, k, v, o once, 2 x 128 x (2 / ratio + 2) a token and value head, and each state once: 47 us at 8192 tokens
-// of 32 heads, 4.3 TB/s. Flops: 164 k a token and head, 56 us there. The chain a chunk, in cycles: S to fp16 60, X 320,
-// right-hand side 180, A 190, V' to fp16 100, update 320: about 1,200, and S Q^T (2 x 128) and P V' (128) fit in its
-// gaps. Issue slots a chunk of the busiest scheduler, counted in the machine code: the chain 560, half a preparation
-// 1,150: 1,700 cycles a chunk were predicted.
+// of 32 heads, 4.3 TB/s; the workspace, written and read, is twice as much again where it does not stay in L2. Flops:
+// 164 k a token and head, 56 us there. The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190,
+// V' to fp16 110, update 320: 1,150, or 0.6 us; with 12 us of preparation ahead of the first window and 3 us to begin
+// each, 105 us are predicted for 1 x 8192 tokens of 16:32 heads.
 //
-// Measured on an H100, heads 16:32: 1 x 2048 tokens 154 us, 1 x 8192 598 us, 1 x 32768 2.32 ms; 16:64: 1 x 8192 630 us,
-// 4 x 8192 2.47 ms; 16:16: 1 x 8192 504 us. That is 4.7 us a chunk whatever the heads, 8,500 cycles, five times the
-// prediction and five times the goal: what is waited for, not what is issued. Next: time it with stages left out
-// (preparation alone, chain alone, without the copies between the two blocks) before anything is changed.
+// Tried and lost, on the card: all in one kernel, where each of the two blocks prepared every second chunk for both,
+// 598 us at 1 x 8192: one preparation took 12,000 to 16,000 cycles from its first load to its last store, chain and
+// preparations shared the schedulers, and the values came too late (the chain alone 215 us). Outputs made by the
+// chain's own warpgroup: 850 cycles a chunk longer. A block that prepares for itself alone, raw rows by 16-byte loads,
+// 697 us. At compile time: P V' under way over the end of the loop (ptxas serialises every wgmma, C7514).
 //
-// Tried and lost, at compile time: P V' under way over the end of the loop (ptxas serialises every wgmma, C7514);
-// warpgroups that prepare whole chunks in turn for their own block alone (2,900 issue slots a chunk); raw rows loaded
-// into registers (spills at 128). On the card: a block that prepares for itself alone, raw rows by 16-byte loads, 697
-// us at 1 x 8192.
-//
-// budget: prefill_kernel registers<=128 shared<=0 hot sass=HGMMA
+// budget: prefill_kernel registers<=168 shared<=0 hot sass=HGMMA
 #include <launch.h>
 #include <ptx_tma.h>
 
+#include <algorithm>
+
+#include "bf16x8.h"
 #include "gated_delta_rule_prefill.h"
 
 namespace tokenspeed {
@@ -52,19 +56,74 @@ namespace {
 
 using namespace delta_rule_prefill;
 
-constexpr int kThreads = 512;  // warpgroups: scan, keys, queries, and one whose warps move data
-constexpr int kScanRegisters = 208, kMoveRegisters = 40;  // per thread, of 128 at the start: 504 with 2 x 128
+constexpr int kThreads = 384;                              // warpgroups: chain, outputs, and one whose warps move data
+constexpr int kChainRegisters = 240, kMoveRegisters = 40;  // per thread, of 168 at the start
+constexpr int kStages = 3;
+constexpr int kWindowChunks = 32;
+constexpr int kWarps = kGroupThreads / 32;
+constexpr uint32_t kOutputBarrier = 1;
 constexpr int kNoSnapshot = INT32_MAX;
+
+// The operands of one chunk. All but the values are the same for both halves of a head.
+struct Stage {
+    KeyTiles keys;
+    HeadTiles head;
+    alignas(1024) __nv_bfloat16 value[kPanel];
+};
+constexpr uint32_t kStageBytes = sizeof(KeyTiles) + kHeadBytes + sizeof(Stage::value);
+
+struct Shared {
+    Stage stages[kStages];
+    __half state[2 * kPanel];         // S before the chunk, [value columns x 128]
+    __half update[kPanel];            // V'^T, [value columns x tokens]
+    __nv_bfloat16 output[2][kPanel];  // chunks take turns
+    // A stage is full when its bytes are there; it is read when the chain and the outputs have read it, and empty when
+    // that holds in both blocks, since each fills half of it for both.
+    uint64_t full[kStages], read[kStages], empty[kStages];
+    uint64_t state_full, state_empty, update_full, update_empty;
+};
+static_assert(sizeof(Shared) <= 227 * 1024);
+
+// What a block works on: half a value head of one sequence, the chunks of one window.
+struct Work : Chunks {
+    int sequence, value_head, key_head, rank, column;
+    int read_slot, write_slot;
+    int first, chunks;     // of the window: the first chunk of the sequence, and how many
+    int slot;              // of the window: where its chunks begin
+    bool begins, goes_on;  // whether the sequence does, in and beyond this window
+
+    __device__ Work(const GatedDeltaRulePrefill& p, const Window& window) : Chunks(p, blockIdx.z) {
+        sequence = blockIdx.z;
+        value_head = blockIdx.y;
+        key_head = value_head / (p.value_heads / p.key_heads);
+        rank = blockIdx.x;
+        column = rank * kColumns;
+        read_slot = max(p.read_slot[sequence], 0);
+        write_slot = p.write_slot[sequence];
+        first = window.first;
+        chunks = window.count(count);
+        slot = first_slot(p, window, sequence);
+        begins = first == 0;
+        goes_on = first + chunks < count;
+    }
+    __device__ bool idle() const { return chunks == 0 && !begins; }
+};
 
 // Place of a thread in an accumulator: rows `row` and `row` + 8 are value columns, pairs of columns start at `column`.
 struct Lane {
     int row, column;
-    __device__ Lane() : row(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4), column(threadIdx.x % 4 * 2) {}
+    __device__ Lane() : row(threadIdx.x / 32 % kWarps * 16 + threadIdx.x % 32 / 4), column(threadIdx.x % 4 * 2) {}
 };
 
 // The 64 x 128 part of a slot's state that belongs to the block.
 __device__ __forceinline__ float* state_of(const GatedDeltaRulePrefill& p, const Work& at, int slot) {
     return p.state + slot * p.state_stride + (static_cast<int64_t>(at.value_head) * kDim + at.column) * kDim;
+}
+
+// The same of the workspace, between two windows.
+__device__ __forceinline__ float* carried_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window) {
+    const int64_t place = at.start / Window::carry_distance(window.chunks);
+    return window.carry + ((place * p.value_heads + at.value_head) * kDim + at.column) * kDim;
 }
 
 __device__ __forceinline__ float2& pair_of(float* state, const Lane& lane, int j, int h) {
@@ -77,19 +136,22 @@ __device__ __forceinline__ void store_state(float* state, const float (&s)[64]) 
     for (int i = 0; i < 32; ++i) pair_of(state, lane, i / 2, i % 2) = float2{s[2 * i], s[2 * i + 1]};
 }
 
-// The state after `context` tokens: the slot's, then the updates that still wait in its ring, oldest first.
-__device__ __forceinline__ void load_state(const GatedDeltaRulePrefill& p, const Work& at, float (&s)[64]) {
+// What the window before left, or the state after `context` tokens: the slot's, then the updates that still wait in its
+// ring, oldest first.
+__device__ __forceinline__ void load_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+                                           float (&s)[64]) {
     const Lane lane;
 #pragma unroll
     for (int i = 0; i < 64; ++i) s[i] = 0;
-    if (at.context == 0) return;
-    float* state = state_of(p, at, at.read_slot);
+    if (at.begins && at.context == 0) return;
+    float* state = at.begins ? state_of(p, at, at.read_slot) : carried_state(p, at, window);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
         const float2 pair = pair_of(state, lane, i / 2, i % 2);
         s[2 * i] = pair.x;
         s[2 * i + 1] = pair.y;
     }
+    if (!at.begins) return;
     const int cursor = p.cursor[at.read_slot * p.cursor_stride + at.value_head];
 #pragma unroll 1
     for (int token = max(max(cursor, at.context - p.ring_rows), 0); token < at.context; ++token) {
@@ -129,7 +191,7 @@ __device__ __forceinline__ void for_snapshots(const GatedDeltaRulePrefill& p, co
 __device__ __forceinline__ void finish_snapshot(const Stage& stage, const float (&updates)[32], int last,
                                                 float* state) {
     const Lane lane;
-    const TokenFactors& factors = stage.factors;
+    const TokenFactors& factors = stage.head.factors;
     const float total = factors.total[last];
     uint32_t weighted[4][4];
 #pragma unroll
@@ -150,7 +212,7 @@ __device__ __forceinline__ void finish_snapshot(const Stage& stage, const float 
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             uint32_t key[4];
-            load_block(key, stage.key + block / 4 * kPanel, k, block % 4);
+            load_block(threadIdx.x % 32, key, stage.keys.key + block / 4 * kPanel, k, block % 4);
             ptx::mma_m16n8k16<__half>(sum[0], weighted[k], key[0], key[1]);
             ptx::mma_m16n8k16<__half>(sum[1], weighted[k], key[2], key[3]);
         }
@@ -165,8 +227,14 @@ __device__ __forceinline__ void finish_snapshot(const Stage& stage, const float 
 // Shared address of the 8 x 8 blocks that the thread's lane names for ldmatrix / stmatrix with four of them: tokens 8 j
 // .. 8 j + 15, the sixteen value columns of its warp. Transposed, they are accumulators 4 j .. 4 j + 7 of the thread.
 __device__ __forceinline__ uint32_t columns_of_warp(const void* tile, int j) {
-    const int lane = threadIdx.x % 32, token = 8 * (j + lane / 16) + lane % 8;
-    return ptx::shared_address(tile) + place(token, threadIdx.x / 32 * 2 + lane / 8 % 2);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps, token = 8 * (j + lane / 16) + lane % 8;
+    return ptx::shared_address(tile) + place(token, warp * 2 + lane / 8 % 2);
+}
+
+// The same for the four blocks of an A operand in a tile of [value columns x ...]: step k of sixteen columns.
+__device__ __forceinline__ uint32_t rows_of_warp(const __half* tile, int k) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % kWarps * 16 + lane % 16;
+    return ptx::shared_address(tile + k / 4 * kPanel) + place(row, k % 4 * 2 + lane / 16);
 }
 
 // Zeroes the values outside the sequence: rows there may be another's, and beta = 0 would not hide an infinite one.
@@ -188,137 +256,123 @@ __device__ __forceinline__ void leave_cluster() {
     ptx::cluster_wait();
 }
 
-// d (+)= a times the rows of a tile with two panels, over kCount of its eight steps of sixteen elements from kFirst on.
-template <int kFirst, int kCount>
-__device__ __forceinline__ void multiply_state(float (&d)[32], const uint32_t (&state)[8][4], const __half* tile) {
-#pragma unroll
-    for (int k = kFirst; k < kFirst + kCount; ++k) {
-        const uint64_t rows = panel_descriptor(tile) + ((k / 4 * kPanel * 2 + k % 4 * 32) >> 4);
-        ptx::wgmma<__half, 64>(d, state[k], rows, k > 0);
-    }
-    ptx::wgmma_commit();
+// The warp's part of something is in shared memory, or has been read there; `async`: the matrix unit will read it.
+template <bool kAsync>
+__device__ __forceinline__ void arrive_with_warp(uint64_t* barrier) {
+    if constexpr (kAsync) ptx::fence_async_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
-// The same with a tile of one panel.
-__device__ __forceinline__ void multiply_chunk(float (&d)[32], const uint32_t (&a)[4][4], const __half* tile,
-                                               bool accumulate) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        ptx::wgmma<__half, 64>(d, a[k], panel_descriptor(tile) + (k * 32 >> 4), accumulate || k > 0);
-    }
-    ptx::wgmma_commit();
-}
-
-// Hands the finished outputs of a chunk, [64 value columns x 64 tokens], to the warp that stores them.
-__device__ __forceinline__ void put_outputs(const float (&out)[32], int chunk, Shared& shared) {
-    if (chunk > 0) ptx::mbarrier_wait(&shared.output_empty, (chunk - 1) & 1);
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-        uint32_t blocks[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) blocks[i] = pack<__nv_bfloat16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
-        ptx::stmatrix_x4_transposed(columns_of_warp(shared.output, j), blocks);
-    }
-    ptx::mbarrier_arrive(&shared.output_full);
-}
-
-// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. What the chain does
-// not wait for runs where the matrix unit would idle: S Q^T in two parts beside the arithmetic on X = S K^T and on V',
-// the product with P and the outputs of a chunk beside the next chunk's X. The compiler follows products over the end
-// of a loop only if the next wait is for all of them: there, X alone is under way.
-__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
+// The factors of the eight pairs of tokens that are a thread's columns.
+__device__ __forceinline__ void load_factors(float2 (&pairs)[8], const float* factors) {
     const Lane lane;
-    float s[64], x[32], out[32];
-    uint32_t state[8][4];  // S in fp16
-    load_state(p, at, s);
-    int snapshot = next_snapshot(p, at, 0);
-    const auto first_token = [&](int chunk) { return (at.first_chunk + chunk) * kChunk; };
-    const auto start = [&](int chunk) {
-        const int first = first_token(chunk), last = first + kChunk;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) pairs[j] = *reinterpret_cast<const float2*>(factors + 8 * j + lane.column);
+}
+
+// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
+// wait for stands where it waits for a product.
+__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+                                     Shared& shared) {
+    const Lane lane;
+    float s[64], x[32];
+    load_state(p, at, window, s);
+    int snapshot = next_snapshot(p, at, at.first_token(at.first));
+#pragma unroll 1
+    for (int i = 0; i < at.chunks; ++i) {
+        const Stage& stage = shared.stages[i % kStages];
+        const TokenFactors& factors = stage.head.factors;
+        const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
         if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
         }
+        uint32_t state[8][4];
 #pragma unroll
-        for (int i = 0; i < 32; ++i) state[i / 4][i % 4] = pack<__half>(s[2 * i], s[2 * i + 1]);
-        ptx::mbarrier_wait(&shared.full[chunk % kStages], chunk / kStages & 1);
+        for (int k = 0; k < 32; ++k) state[k / 4][k % 4] = pack<__half>(s[2 * k], s[2 * k + 1]);
+        ptx::mbarrier_wait(&shared.full[i % kStages], i / kStages & 1);
         ptx::wgmma_fence(x);
-        multiply_state<0, 8>(x, state, shared.stages[chunk % kStages].key);
-    };
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            ptx::wgmma<__half, 64>(x, state[k], panel_descriptor(stage.keys.key) + step_of_panels(k), k > 0);
+        }
+        ptx::wgmma_commit();
 
-    if (at.chunks > 0) start(0);
-#pragma unroll 1
-    for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        const Stage& stage = shared.stages[chunk % kStages];
-        const TokenFactors& factors = stage.factors;
-        uint32_t value[8][2];
+        // Meanwhile S goes to the outputs, and beta v comes.
+        float2 values[8][2], weights[8];
+        load_factors(weights, factors.beta);
+        uint32_t raw[8][2];
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
             uint32_t blocks[4];
             ptx::ldmatrix_x4_transposed(blocks, columns_of_warp(stage.value, j));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) value[j + i / 2][i % 2] = blocks[i];
+            for (int b = 0; b < 4; ++b) raw[j + b / 2][b % 2] = blocks[b];
         }
-        if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(value, at.begin(chunk), at.end(chunk));
+        if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(raw, at.begin(chunk), at.end(chunk));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                values[j][h] = {weights[j].x * __uint_as_float(raw[j][h] << 16),
+                                weights[j].y * __uint_as_float(raw[j][h] & 0xffff0000u)};
+            }
+        }
+        load_factors(weights, factors.carried);
+        if (i > 0) ptx::mbarrier_wait(&shared.state_empty, (i - 1) & 1);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) ptx::stmatrix_x4(rows_of_warp(shared.state, k), state[k]);
+        arrive_with_warp<true>(&shared.state_full);
         ptx::wgmma_wait<0>(x);
-        ptx::wgmma_fence(out);
-        multiply_state<0, 4>(out, state, stage.query);
 
         // The right-hand side beta (v - e^G S k), transposed, and V' = A times it.
-        ptx::wgmma_wait<1>(x);
         uint32_t operand[4][4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const float2 beta = *reinterpret_cast<const float2*>(factors.beta + 8 * j + lane.column);
-            const float2 carried = *reinterpret_cast<const float2*>(factors.carried + 8 * j + lane.column);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float left = beta.x * __uint_as_float(value[j][h] << 16);
-                const float right = beta.y * __uint_as_float(value[j][h] & 0xffff0000u);
-                operand[j / 2][j % 2 * 2 + h] =
-                    pack<__half>(left - carried.x * x[4 * j + 2 * h], right - carried.y * x[4 * j + 2 * h + 1]);
+                operand[j / 2][j % 2 * 2 + h] = pack<__half>(values[j][h].x - weights[j].x * x[4 * j + 2 * h],
+                                                             values[j][h].y - weights[j].y * x[4 * j + 2 * h + 1]);
             }
         }
         ptx::wgmma_fence(x);
-        multiply_chunk(x, operand, stage.solve, false);
-        multiply_state<4, 4>(out, state, stage.query);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 64>(x, operand[k], panel_descriptor(stage.head.solve) + step_of_panels(k), k > 0);
+        }
+        ptx::wgmma_commit();
         const float decay = factors.decay[0];
 #pragma unroll
-        for (int i = 0; i < 64; ++i) s[i] *= decay;
-        ptx::wgmma_wait<1>(x);
+        for (int k = 0; k < 64; ++k) s[k] *= decay;
+        load_factors(weights, factors.to_end);
+        ptx::wgmma_wait<0>(x);
 
         uint32_t to_end[4][4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const float2 weight = *reinterpret_cast<const float2*>(factors.to_end + 8 * j + lane.column);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float left = x[4 * j + 2 * h], right = x[4 * j + 2 * h + 1];
-                to_end[j / 2][j % 2 * 2 + h] = pack<__half>(left * weight.x, right * weight.y);
+                to_end[j / 2][j % 2 * 2 + h] =
+                    pack<__half>(x[4 * j + 2 * h] * weights[j].x, x[4 * j + 2 * h + 1] * weights[j].y);
             }
         }
         ptx::wgmma_fence(s);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 128, true>(s, to_end[k], panel_descriptor(stage.key) + (k * 16 * 128 >> 4), true);
+            ptx::wgmma<__half, 128, true>(s, to_end[k], panel_descriptor(stage.keys.key) + (k * 16 * 128 >> 4), true);
         }
         ptx::wgmma_commit();
-
-        ptx::wgmma_wait<1>(out);
+        if (i > 0) ptx::mbarrier_wait(&shared.update_empty, (i - 1) & 1);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float2 scale = *reinterpret_cast<const float2*>(factors.query + 8 * j + lane.column);
+        for (int k = 0; k < 4; ++k) {
+            uint32_t blocks[4];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                operand[j / 2][j % 2 * 2 + h] = pack<__half>(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]);
-                out[4 * j + 2 * h] *= scale.x;
-                out[4 * j + 2 * h + 1] *= scale.y;
-            }
+            for (int b = 0; b < 4; ++b) blocks[b] = pack<__half>(x[8 * k + 2 * b], x[8 * k + 2 * b + 1]);
+            ptx::stmatrix_x4(rows_of_warp(shared.update, k), blocks);
         }
-        ptx::wgmma_fence(out);
-        multiply_chunk(out, operand, stage.attention, true);
-        ptx::wgmma_wait<1>(s);
+        arrive_with_warp<true>(&shared.update_full);
+        ptx::wgmma_wait<0>(s);
 
-        const int first = first_token(chunk), last = first + kChunk;
         if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int count, int slot) {
                 finish_snapshot(stage, x, count - 1 - first, state_of(p, at, slot));
@@ -326,149 +380,187 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             });
             snapshot = next_snapshot(p, at, last);
         }
-        start(min(chunk + 1, at.chunks - 1));  // after the last chunk, in vain
-        ptx::wgmma_wait<1>(out);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.read[chunk % kStages]);
-        put_outputs(out, chunk, shared);
+        arrive_with_warp<false>(&shared.read[i % kStages]);
     }
-    ptx::wgmma_wait<0>(x);
-    if (at.write_slot >= 0) store_state(state_of(p, at, at.write_slot), s);
+    if (at.goes_on) {
+        store_state(carried_state(p, at, window), s);
+    } else if (at.write_slot >= 0) {
+        store_state(state_of(p, at, at.write_slot), s);
+    }
     leave_cluster();  // in place, the other half has read the cursor too
-    if (at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
+    if (!at.goes_on && at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
         p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
     }
 }
 
-__device__ __forceinline__ void wait_until_empty(Shared& shared, int chunk) {
-    if (chunk >= kStages) ptx::mbarrier_wait_cluster(&shared.empty[chunk % kStages], (chunk / kStages - 1) & 1);
-}
-
-// Two warpgroups, keys and queries, prepare every second chunk for both blocks.
-__device__ __forceinline__ void prepare_chunks(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
-    const bool keys = threadIdx.x / kGroupThreads == 1;
-#pragma unroll 1
-    for (int chunk = at.rank; chunk < at.chunks; chunk += 2) {
-        Stage& stage = shared.stages[chunk % kStages];
-        wait_until_empty(shared, chunk);
-        // The gates come first: their loads are under way while the keys arrive.
-        if (!keys && threadIdx.x % kGroupThreads < 32) gates(p, at, chunk, stage.factors);
-        ptx::mbarrier_wait(&shared.raw_full, chunk / 2 & 1);
-        if (keys) {
-            prepare_keys(at, chunk, shared, stage);
-        } else {
-            prepare_queries(at, chunk, shared, stage);
-        }
-    }
-}
-
-// By one thread: the raw keys and queries of the chunks that this block prepares. Rows outside the sequence are other
-// sequences' or zero.
-__device__ __forceinline__ void load_keys(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
-                                          Shared& shared) {
-    const int query = at.key_head * kDim, key = query + p.key_heads * kDim;
-#pragma unroll 1
-    for (int chunk = at.rank; chunk < at.chunks; chunk += 2) {
-        const int row = at.row(chunk);
-        if (chunk >= 2) ptx::mbarrier_wait(&shared.raw_empty, (chunk / 2 - 1) & 1);
-        ptx::mbarrier_arrive_expect_tx(&shared.raw_full, kKeyQueryBytes);
-        for (int panel = 0; panel < 2; ++panel) {
-            ptx::tma_load(shared.raw_key + panel * kPanel, &map, &shared.raw_full, {key + panel * kColumns, row});
-            ptx::tma_load(shared.raw_query + panel * kPanel, &map, &shared.raw_full, {query + panel * kColumns, row});
-        }
-    }
-}
-
-// By one thread: the values of every chunk, and the announcement of what the other block sends.
-__device__ __forceinline__ void load_values(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& map,
-                                            Shared& shared) {
-    const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
-#pragma unroll 1
-    for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        uint64_t* full = &shared.full[chunk % kStages];
-        wait_until_empty(shared, chunk);
-        if (chunk % 2 != at.rank) ptx::mbarrier_arrive_expect_tx(full, kKeyQueryBytes + kRestBytes);
-        ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage::value));
-        ptx::tma_load(shared.stages[chunk % kStages].value, &map, full, {value, at.row(chunk)});
-    }
-}
-
-// By two lanes, one for each block: passes on that this block's scan has read a stage. The scan itself does not wait
-// for the fence that an arrival in another block takes.
-__device__ __forceinline__ void release_stages(const Work& at, Shared& shared) {
-#pragma unroll 1
-    for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        ptx::mbarrier_wait(&shared.read[chunk % kStages], chunk / kStages & 1);
-        ptx::mbarrier_arrive_cluster(&shared.empty[chunk % kStages], threadIdx.x % 32);
-    }
-}
-
-__device__ __forceinline__ void store_outputs(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
-    const int lane = threadIdx.x % 32, piece = lane % 8;
+// The outputs: O^T = (S Q^T) e^G dk^-0.5 + V'^T P^T, [64 value columns x 64 tokens], and their rows to memory.
+__device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
+    const int thread = threadIdx.x % kGroupThreads, piece = thread % 8;
     const int64_t stride = static_cast<int64_t>(p.value_heads) * kDim;
     auto* columns = p.out + at.value_head * kDim + at.column + piece * 8;
 #pragma unroll 1
-    for (int chunk = 0; chunk < at.chunks; ++chunk) {
-        const int begin = at.begin(chunk), end = at.end(chunk);
-        auto* rows = columns + at.row(chunk) * stride;
-        const auto* tile = reinterpret_cast<const uint8_t*>(shared.output);
-        ptx::mbarrier_wait(&shared.output_full, chunk & 1);
-#pragma unroll 4
-        for (int token = lane / 8; token < kChunk; token += 4) {
-            const uint4 packed = *reinterpret_cast<const uint4*>(tile + place(token, piece));
-            if (token >= begin && token < end) store_16(rows + token * stride, packed);
+    for (int i = 0; i < at.chunks; ++i) {
+        const Stage& stage = shared.stages[i % kStages];
+        float out[32];
+        ptx::mbarrier_wait(&shared.full[i % kStages], i / kStages & 1);
+        ptx::mbarrier_wait(&shared.state_full, i & 1);
+        ptx::wgmma_fence(out);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            ptx::wgmma<__half, 64>(out, panel_descriptor(shared.state) + step_of_panels(k),
+                                   panel_descriptor(stage.keys.query) + step_of_panels(k), k > 0);
         }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&shared.output_empty);
+        ptx::wgmma_commit();
+        float2 scales[8];
+        load_factors(scales, stage.head.factors.query);
+        ptx::wgmma_wait<0>(out);
+        arrive_with_warp<false>(&shared.state_empty);
+#pragma unroll
+        for (int k = 0; k < 32; ++k) out[k] *= k % 2 == 0 ? scales[k / 4].x : scales[k / 4].y;
+        ptx::mbarrier_wait(&shared.update_full, i & 1);
+        ptx::wgmma_fence(out);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 64>(out, panel_descriptor(shared.update) + step_of_panels(k),
+                                   panel_descriptor(stage.head.attention) + step_of_panels(k), true);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>(out);
+        arrive_with_warp<false>(&shared.update_empty);
+        arrive_with_warp<false>(&shared.read[i % kStages]);
+
+        __nv_bfloat16* tile = shared.output[i % 2];
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            uint32_t blocks[4];
+#pragma unroll
+            for (int b = 0; b < 4; ++b) blocks[b] = pack<__nv_bfloat16>(out[4 * j + 2 * b], out[4 * j + 2 * b + 1]);
+            ptx::stmatrix_x4_transposed(columns_of_warp(tile, j), blocks);
+        }
+        ptx::named_barrier_sync(kOutputBarrier, kGroupThreads);
+        const int chunk = at.first + i, begin = at.begin(chunk), end = at.end(chunk);
+        auto* rows = columns + at.row(chunk) * stride;
+#pragma unroll
+        for (int token = thread / 8; token < kChunk; token += kGroupThreads / 8) {
+            const auto* from = reinterpret_cast<const uint8_t*>(tile) + place(token, piece);
+            if (token >= begin && token < end) store_16(rows + token * stride, *reinterpret_cast<const uint4*>(from));
+        }
+    }
+}
+
+// By one thread: the operands of every chunk. Of what both blocks need, each brings half, for both.
+__device__ __forceinline__ void load_stages(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+                                            const CUtensorMap& map, Shared& shared) {
+    constexpr uint16_t kBoth = 3;
+    const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
+#pragma unroll 1
+    for (int i = 0; i < at.chunks; ++i) {
+        Stage& stage = shared.stages[i % kStages];
+        uint64_t* full = &shared.full[i % kStages];
+        if (i >= kStages) ptx::mbarrier_wait_cluster(&shared.empty[i % kStages], (i / kStages - 1) & 1);
+        ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
+        const KeyTiles& keys = window.keys[int64_t{at.slot + i} * p.key_heads + at.key_head];
+        const HeadTiles& head = window.heads[int64_t{at.slot + i} * p.value_heads + at.value_head];
+        if (at.rank == 0) {
+            ptx::bulk_load_multicast(stage.keys.key, keys.key, sizeof(keys.key), full, kBoth);
+            ptx::bulk_load_multicast(stage.head.solve, head.solve, sizeof(head.solve), full, kBoth);
+        } else {
+            constexpr uint32_t kRest = kHeadBytes - sizeof(head.solve);
+            ptx::bulk_load_multicast(stage.keys.query, keys.query, sizeof(keys.query), full, kBoth);
+            ptx::bulk_load_multicast(stage.head.attention, head.attention, kRest, full, kBoth);
+        }
+        ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)});
+    }
+}
+
+// By two lanes, one for each block: passes on that this block has read a stage. The chain itself does not wait for the
+// fence that an arrival in another block takes.
+__device__ __forceinline__ void release_stages(const Work& at, Shared& shared) {
+#pragma unroll 1
+    for (int i = 0; i < at.chunks; ++i) {
+        ptx::mbarrier_wait(&shared.read[i % kStages], i / kStages & 1);
+        ptx::mbarrier_arrive_cluster(&shared.empty[i % kStages], threadIdx.x % 32);
     }
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows) {
+    prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
+                   const __grid_constant__ Window window) {
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&shared.full[i], 2);
-            ptx::mbarrier_init(&shared.read[i], kGroupThreads / 32);
+            ptx::mbarrier_init(&shared.full[i], 1);
+            ptx::mbarrier_init(&shared.read[i], 2 * kWarps);
             ptx::mbarrier_init(&shared.empty[i], 2);
         }
-        ptx::mbarrier_init(&shared.raw_full, 1);
-        ptx::mbarrier_init(&shared.raw_empty, 1);
-        ptx::mbarrier_init(&shared.output_full, kGroupThreads);
-        ptx::mbarrier_init(&shared.output_empty, 1);
+        for (uint64_t* barrier : {&shared.state_full, &shared.state_empty, &shared.update_full, &shared.update_empty}) {
+            ptx::mbarrier_init(barrier, kWarps);
+        }
         ptx::fence_mbarrier_init();
     }
-    for (Stage& stage : shared.stages) clear_upper(stage);
-    ptx::fence_async_shared();
     ptx::cluster_sync();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Work at(p);
-    const uint32_t group = ptx::warp_id() / 4;
+    const Work at(p, window);
+    if (at.idle()) return;
+    const uint32_t group = ptx::warp_id() / kWarps;
     if (group == 0) {
-        ptx::register_increase<kScanRegisters>();
-        scan(p, at, shared);
-    } else if (group < 3) {
-        prepare_chunks(p, at, shared);
+        ptx::register_increase<kChainRegisters>();
+        scan(p, at, window, shared);
+    } else if (group == 1) {
+        make_outputs(p, at, shared);
         leave_cluster();
     } else {
         ptx::register_decrease<kMoveRegisters>();
-        const uint32_t warp = ptx::warp_id() % 4;
-        if (warp == 0) store_outputs(p, at, shared);
-        if (warp == 1 && threadIdx.x % 32 == 0) load_keys(p, at, rows, shared);
-        if (warp == 2 && threadIdx.x % 32 == 0) load_values(p, at, rows, shared);
-        if (warp == 3 && threadIdx.x % 32 < 2) release_stages(at, shared);
+        const uint32_t warp = ptx::warp_id() % kWarps;
+        if (warp == 0 && threadIdx.x % 32 == 0) load_stages(p, at, window, rows, shared);
+        if (warp == 1 && threadIdx.x % 32 < 2) release_stages(at, shared);
         leave_cluster();
     }
 }
+
+// Chunks of a sequence of so many tokens, wherever in a chunk it begins.
+int most_chunks(int64_t tokens) {
+    return tokens > 0 ? static_cast<int>((tokens + kChunk - 2) / kChunk) + 1 : 0;
+}
+
+// Chunks of a batch that a window may hold, from chunk `first` of its sequences on.
+int64_t most_slots(const GatedDeltaRulePrefill& p, int first) {
+    const int64_t everywhere = std::min<int64_t>(p.tokens / kChunk + 2 * int64_t{p.sequences}, p.tokens);
+    // Who reaches the window has more than the chunks before it, all of them full but the first.
+    const int64_t sequences = first == 0 ? p.sequences : p.tokens / ((first - 1) * kChunk);
+    return std::min(everywhere, std::min<int64_t>(sequences, p.sequences) * kWindowChunks);
+}
+
+// How the workspace is laid out: two sets of tiles, or one if one window does, then what sequences carry between them.
+struct Workspace {
+    int64_t slots, keys, heads, sets, carry, bytes;
+
+    explicit Workspace(const GatedDeltaRulePrefill& p) {
+        const bool one = most_chunks(p.longest) <= kWindowChunks;
+        slots = most_slots(p, 0);
+        keys = slots * p.key_heads * sizeof(KeyTiles);
+        heads = slots * p.value_heads * sizeof(HeadTiles);
+        sets = one ? 1 : 2;
+        const int64_t carried = one ? 0 : p.tokens / Window::carry_distance(kWindowChunks) + 1;
+        carry = sets * (keys + heads);
+        bytes = carry + carried * p.value_heads * kDim * kDim * sizeof(float);
+    }
+};
 
 }  // namespace
 
 bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& p) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    return p.key_heads > 0 && p.value_heads % p.key_heads == 0 && p.value_heads <= 65535 && p.sequences <= 65535 &&
-           p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && aligned(p.qkv) && aligned(p.state) && aligned(p.out);
+    return p.key_heads > 0 && p.value_heads % p.key_heads == 0 &&
+           p.value_heads / p.key_heads <= kMaxValueHeadsPerKeyHead && p.value_heads <= 65535 && p.sequences <= 65535 &&
+           most_slots(p, 0) <= 65535 && p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && aligned(p.qkv) &&
+           aligned(p.state) && aligned(p.out);
+}
+
+int64_t gated_delta_rule_prefill_workspace(const GatedDeltaRulePrefill& p) {
+    return Workspace(p).bytes;
 }
 
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_t stream) {
@@ -476,11 +568,11 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
     CUtensorMap rows{};
     if (p.tokens > 0) {
         const auto channels = static_cast<uint64_t>(2 * p.key_heads + p.value_heads) * kDim;
-        const TensorLayout<2> layout{.base = p.qkv,
-                                     .sizes = {channels, static_cast<uint64_t>(p.tokens)},
-                                     .strides = {2, static_cast<uint64_t>(p.qkv_stride) * 2},
-                                     .box = {kColumns, kChunk}};
-        const auto status = encode_tensor_map(&rows, TensorElement::kBf16, layout, Swizzle::k128);
+        const TensorLayout<2> boxes{.base = p.qkv,
+                                    .sizes = {channels, static_cast<uint64_t>(p.tokens)},
+                                    .strides = {2, static_cast<uint64_t>(p.qkv_stride) * 2},
+                                    .box = {kColumns, kChunk}};
+        const auto status = encode_tensor_map(&rows, TensorElement::kBf16, boxes, Swizzle::k128);
         if (status != cudaSuccess) return status;
     }
     const LaunchConfig config{.grid = dim3(kDim / kColumns, p.value_heads, p.sequences),
@@ -489,7 +581,21 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
                               .stream = stream,
                               .cluster = dim3(kDim / kColumns),
                               .programmatic = true};
-    return launch(prefill_kernel, config, p, rows);
+    const Workspace layout(p);
+    auto* workspace = static_cast<uint8_t*>(p.workspace);
+    for (int first = 0, set = 0; first == 0 || first < most_chunks(p.longest); first += kWindowChunks, set ^= 1) {
+        uint8_t* tiles = workspace + set * (layout.keys + layout.heads);
+        const Window window{.first = first,
+                            .chunks = kWindowChunks,
+                            .slots = static_cast<int>(most_slots(p, first)),
+                            .keys = reinterpret_cast<KeyTiles*>(tiles),
+                            .heads = reinterpret_cast<HeadTiles*>(tiles + layout.keys),
+                            .carry = reinterpret_cast<float*>(workspace + layout.carry)};
+        auto status = gated_delta_rule_prepare(p, rows, window, stream);
+        if (status == cudaSuccess) status = launch(prefill_kernel, config, p, rows, window);
+        if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
 }
 
 }  // namespace tokenspeed

@@ -175,8 +175,11 @@ struct GatedDeltaRulePrefill {
     const int32_t* snapshots;     // [snapshot_count, 3]: sequence, token count, slot
     __nv_bfloat16* out;           // [tokens, value_heads, 128] contiguous
     int tokens, key_heads, value_heads, ring_rows, ring_width, sequences, snapshot_count;
+    int64_t longest;  // no sequence has more tokens
+    void* workspace;  // aligned to 16 bytes
 };
 bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& arguments);
+int64_t gated_delta_rule_prefill_workspace(const GatedDeltaRulePrefill& arguments);  // bytes, from the sizes alone
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& arguments, cudaStream_t stream);
 
 // ---- paged_attention_decode.cu, paged_attention_prefill.cu: see the operators of those names; head_dim 256, pages of
