@@ -12,9 +12,9 @@
 //
 // Tiling. A block owns 64 value columns of one head and sequence, a cluster of two the head. Warpgroup 0 is the chain:
 // 20 wgmma, 640 tensor cycles a chunk. It leaves S and V' in shared memory, in fp16, for warpgroup 1, which makes the
-// outputs of the chunk (12 wgmma, 384 cycles) while the chain goes on. One warp brings the tiles of the next chunks,
-// one bulk copy for both blocks of the cluster, each block half of them, and its own values by TMA (a row outside the
-// sequence counts as zero). Three stages of 58 KB.
+// outputs of the chunk (12 wgmma, 384 cycles) while the chain goes on. Two threads bring the tiles of the next chunks:
+// bulk copies for both blocks of the cluster at once, and each block's own values by TMA (a row outside the sequence
+// counts as zero). Three stages for the chain, 34 KB each, and three for the outputs, 25 KB each.
 //
 // Windows. The first kernel fills a workspace of kWindowChunks chunks of every sequence; the scan consumes it, while,
 // under programmatic launch, the first kernel fills a second one on the multiprocessors that the scan leaves free. The
@@ -64,23 +64,35 @@ constexpr int kWarps = kGroupThreads / 32;
 constexpr uint32_t kOutputBarrier = 1;
 constexpr int kNoSnapshot = INT32_MAX;
 
-// The operands of one chunk. All but the values are the same for both halves of a head.
-struct Stage {
-    KeyTiles keys;
-    HeadTiles head;
-    alignas(1024) __nv_bfloat16 value[kPanel];
+// The operands of one chunk, for the chain and for the outputs. All but the values are the same for both halves of a
+// head.
+struct ChainStage {
+    __half key[2 * kPanel], solve[kPanel];
+    __nv_bfloat16 value[kPanel];
+    alignas(1024) TokenFactors factors;
 };
-constexpr uint32_t kStageBytes = sizeof(KeyTiles) + kHeadBytes + sizeof(Stage::value);
+struct OutputStage {
+    __half query[2 * kPanel], attention[kPanel];
+    alignas(1024) float factors[kChunk];
+};
+constexpr uint32_t kChainBytes = offsetof(ChainStage, factors) + sizeof(TokenFactors);
+constexpr uint32_t kOutputBytes = offsetof(OutputStage, factors) + sizeof(OutputStage::factors);
+
+// A stage is full when its bytes are there, read when the warpgroup is done with it, and empty when that holds in both
+// blocks, since one of them fills it for both.
+struct Ring {
+    uint64_t full[kStages], read[kStages], empty[kStages];
+};
 
 struct Shared {
-    Stage stages[kStages];
-    __half state[2 * kPanel];         // S before the chunk, [value columns x 128]
-    __half update[kPanel];            // V'^T, [value columns x tokens]
+    ChainStage chain[kStages];
+    OutputStage outputs[kStages];
+    // For the outputs: S before the chunk and V'^T, fp16 in registers of the chain's threads. The same thread of the
+    // other warpgroup has them as its A operands.
+    uint4 state[8][kGroupThreads], update[4][kGroupThreads];
     __nv_bfloat16 output[2][kPanel];  // chunks take turns
-    // A stage is full when its bytes are there; it is read when the chain and the outputs have read it, and empty when
-    // that holds in both blocks, since each fills half of it for both.
-    uint64_t full[kStages], read[kStages], empty[kStages];
-    uint64_t state_full, state_empty, update_full, update_empty;
+    Ring chain_ring, output_ring;
+    uint64_t state_given, update_given, taken;
 };
 static_assert(sizeof(Shared) <= 227 * 1024);
 
@@ -188,10 +200,10 @@ __device__ __forceinline__ void for_snapshots(const GatedDeltaRulePrefill& p, co
 
 // Turns the state before the chunk, which this thread has stored at `state`, into that after the token at place `last`:
 // e^{G_last} S + sum_{t <= last} e^{G_last - G_t} v'_t k_t^T. `updates` are the chunk's V' transposed.
-__device__ __forceinline__ void finish_snapshot(const Stage& stage, const float (&updates)[32], int last,
+__device__ __forceinline__ void finish_snapshot(const ChainStage& stage, const float (&updates)[32], int last,
                                                 float* state) {
     const Lane lane;
-    const TokenFactors& factors = stage.head.factors;
+    const TokenFactors& factors = stage.factors;
     const float total = factors.total[last];
     uint32_t weighted[4][4];
 #pragma unroll
@@ -212,7 +224,7 @@ __device__ __forceinline__ void finish_snapshot(const Stage& stage, const float 
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             uint32_t key[4];
-            load_block(threadIdx.x % 32, key, stage.keys.key + block / 4 * kPanel, k, block % 4);
+            load_block(threadIdx.x % 32, key, stage.key + block / 4 * kPanel, k, block % 4);
             ptx::mma_m16n8k16<__half>(sum[0], weighted[k], key[0], key[1]);
             ptx::mma_m16n8k16<__half>(sum[1], weighted[k], key[2], key[3]);
         }
@@ -229,12 +241,6 @@ __device__ __forceinline__ void finish_snapshot(const Stage& stage, const float 
 __device__ __forceinline__ uint32_t columns_of_warp(const void* tile, int j) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps, token = 8 * (j + lane / 16) + lane % 8;
     return ptx::shared_address(tile) + place(token, warp * 2 + lane / 8 % 2);
-}
-
-// The same for the four blocks of an A operand in a tile of [value columns x ...]: step k of sixteen columns.
-__device__ __forceinline__ uint32_t rows_of_warp(const __half* tile, int k) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % kWarps * 16 + lane % 16;
-    return ptx::shared_address(tile + k / 4 * kPanel) + place(row, k % 4 * 2 + lane / 16);
 }
 
 // Zeroes the values outside the sequence: rows there may be another's, and beta = 0 would not hide an infinite one.
@@ -256,10 +262,7 @@ __device__ __forceinline__ void leave_cluster() {
     ptx::cluster_wait();
 }
 
-// The warp's part of something is in shared memory, or has been read there; `async`: the matrix unit will read it.
-template <bool kAsync>
 __device__ __forceinline__ void arrive_with_warp(uint64_t* barrier) {
-    if constexpr (kAsync) ptx::fence_async_shared();
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
@@ -272,17 +275,18 @@ __device__ __forceinline__ void load_factors(float2 (&pairs)[8], const float* fa
 }
 
 // The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
-// wait for stands where it waits for a product.
+// wait for stands where it waits for a product. An mbarrier's answer takes some 80 cycles, so it is asked early.
 __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
                                      Shared& shared) {
     const Lane lane;
     float s[64], x[32];
     load_state(p, at, window, s);
     int snapshot = next_snapshot(p, at, at.first_token(at.first));
+    bool full = false;
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        const Stage& stage = shared.stages[i % kStages];
-        const TokenFactors& factors = stage.head.factors;
+        const ChainStage& stage = shared.chain[i % kStages];
+        const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
         if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
@@ -290,15 +294,16 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         uint32_t state[8][4];
 #pragma unroll
         for (int k = 0; k < 32; ++k) state[k / 4][k % 4] = pack<__half>(s[2 * k], s[2 * k + 1]);
-        ptx::mbarrier_wait(&shared.full[i % kStages], i / kStages & 1);
+        if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[i % kStages], i / kStages & 1);
+        const bool taken = i == 0 || ptx::mbarrier_test(&shared.taken, (i - 1) & 1);
         ptx::wgmma_fence(x);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            ptx::wgmma<__half, 64>(x, state[k], panel_descriptor(stage.keys.key) + step_of_panels(k), k > 0);
+            ptx::wgmma<__half, 64>(x, state[k], panel_descriptor(stage.key) + step_of_panels(k), k > 0);
         }
         ptx::wgmma_commit();
 
-        // Meanwhile S goes to the outputs, and beta v comes.
+        // Meanwhile beta v comes, and S goes to the outputs.
         float2 values[8][2], weights[8];
         load_factors(weights, factors.beta);
         uint32_t raw[8][2];
@@ -319,10 +324,12 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             }
         }
         load_factors(weights, factors.carried);
-        if (i > 0) ptx::mbarrier_wait(&shared.state_empty, (i - 1) & 1);
+        if (!taken) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) ptx::stmatrix_x4(rows_of_warp(shared.state, k), state[k]);
-        arrive_with_warp<true>(&shared.state_full);
+        for (int k = 0; k < 8; ++k) {
+            shared.state[k][threadIdx.x] = uint4{state[k][0], state[k][1], state[k][2], state[k][3]};
+        }
+        arrive_with_warp(&shared.state_given);
         ptx::wgmma_wait<0>(x);
 
         // The right-hand side beta (v - e^G S k), transposed, and V' = A times it.
@@ -338,39 +345,38 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         ptx::wgmma_fence(x);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 64>(x, operand[k], panel_descriptor(stage.head.solve) + step_of_panels(k), k > 0);
+            ptx::wgmma<__half, 64>(x, operand[k], panel_descriptor(stage.solve) + step_of_panels(k), k > 0);
         }
         ptx::wgmma_commit();
+        load_factors(weights, factors.to_end);
         const float decay = factors.decay[0];
 #pragma unroll
         for (int k = 0; k < 64; ++k) s[k] *= decay;
-        load_factors(weights, factors.to_end);
         ptx::wgmma_wait<0>(x);
 
-        uint32_t to_end[4][4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                to_end[j / 2][j % 2 * 2 + h] =
+                operand[j / 2][j % 2 * 2 + h] =
                     pack<__half>(x[4 * j + 2 * h] * weights[j].x, x[4 * j + 2 * h + 1] * weights[j].y);
             }
         }
         ptx::wgmma_fence(s);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 128, true>(s, to_end[k], panel_descriptor(stage.keys.key) + (k * 16 * 128 >> 4), true);
+            ptx::wgmma<__half, 128, true>(s, operand[k], panel_descriptor(stage.key) + (k * 16 * 128 >> 4), true);
         }
         ptx::wgmma_commit();
-        if (i > 0) ptx::mbarrier_wait(&shared.update_empty, (i - 1) & 1);
+        full =
+            i + 1 < at.chunks && ptx::mbarrier_test(&shared.chain_ring.full[(i + 1) % kStages], (i + 1) / kStages & 1);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            uint32_t blocks[4];
-#pragma unroll
-            for (int b = 0; b < 4; ++b) blocks[b] = pack<__half>(x[8 * k + 2 * b], x[8 * k + 2 * b + 1]);
-            ptx::stmatrix_x4(rows_of_warp(shared.update, k), blocks);
+            shared.update[k][threadIdx.x] =
+                uint4{pack<__half>(x[8 * k], x[8 * k + 1]), pack<__half>(x[8 * k + 2], x[8 * k + 3]),
+                      pack<__half>(x[8 * k + 4], x[8 * k + 5]), pack<__half>(x[8 * k + 6], x[8 * k + 7])};
         }
-        arrive_with_warp<true>(&shared.update_full);
+        arrive_with_warp(&shared.update_given);
         ptx::wgmma_wait<0>(s);
 
         if (snapshot <= last) {
@@ -380,7 +386,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             });
             snapshot = next_snapshot(p, at, last);
         }
-        arrive_with_warp<false>(&shared.read[i % kStages]);
+        arrive_with_warp(&shared.chain_ring.read[i % kStages]);
     }
     if (at.goes_on) {
         store_state(carried_state(p, at, window), s);
@@ -400,34 +406,37 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
     auto* columns = p.out + at.value_head * kDim + at.column + piece * 8;
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        const Stage& stage = shared.stages[i % kStages];
-        float out[32];
-        ptx::mbarrier_wait(&shared.full[i % kStages], i / kStages & 1);
-        ptx::mbarrier_wait(&shared.state_full, i & 1);
-        ptx::wgmma_fence(out);
+        const OutputStage& stage = shared.outputs[i % kStages];
+        float of_state[32], out[32];
+        uint32_t state[8][4], update[4][4];
+        float2 scales[8];
+        const auto take = [&](uint32_t (&operand)[4], const uint4& from) {
+            operand[0] = from.x, operand[1] = from.y, operand[2] = from.z, operand[3] = from.w;
+        };
+        ptx::mbarrier_wait(&shared.output_ring.full[i % kStages], i / kStages & 1);
+        load_factors(scales, stage.factors);
+        ptx::mbarrier_wait(&shared.state_given, i & 1);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) take(state[k], shared.state[k][thread]);
+        // Only now that the chain needs the matrix unit least.
+        ptx::mbarrier_wait(&shared.update_given, i & 1);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) take(update[k], shared.update[k][thread]);
+        arrive_with_warp(&shared.taken);
+        ptx::wgmma_fence(of_state, out);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            ptx::wgmma<__half, 64>(out, panel_descriptor(shared.state) + step_of_panels(k),
-                                   panel_descriptor(stage.keys.query) + step_of_panels(k), k > 0);
+            ptx::wgmma<__half, 64>(of_state, state[k], panel_descriptor(stage.query) + step_of_panels(k), k > 0);
         }
-        ptx::wgmma_commit();
-        float2 scales[8];
-        load_factors(scales, stage.head.factors.query);
-        ptx::wgmma_wait<0>(out);
-        arrive_with_warp<false>(&shared.state_empty);
-#pragma unroll
-        for (int k = 0; k < 32; ++k) out[k] *= k % 2 == 0 ? scales[k / 4].x : scales[k / 4].y;
-        ptx::mbarrier_wait(&shared.update_full, i & 1);
-        ptx::wgmma_fence(out);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 64>(out, panel_descriptor(shared.update) + step_of_panels(k),
-                                   panel_descriptor(stage.head.attention) + step_of_panels(k), true);
+            ptx::wgmma<__half, 64>(out, update[k], panel_descriptor(stage.attention) + step_of_panels(k), k > 0);
         }
         ptx::wgmma_commit();
-        ptx::wgmma_wait<0>(out);
-        arrive_with_warp<false>(&shared.update_empty);
-        arrive_with_warp<false>(&shared.read[i % kStages]);
+        ptx::wgmma_wait<0>(of_state, out);
+        arrive_with_warp(&shared.output_ring.read[i % kStages]);
+#pragma unroll
+        for (int k = 0; k < 32; ++k) out[k] += of_state[k] * (k % 2 == 0 ? scales[k / 4].x : scales[k / 4].y);
 
         __nv_bfloat16* tile = shared.output[i % 2];
 #pragma unroll
@@ -448,38 +457,57 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
     }
 }
 
-// By one thread: the operands of every chunk. Of what both blocks need, each brings half, for both.
-__device__ __forceinline__ void load_stages(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                            const CUtensorMap& map, Shared& shared) {
-    constexpr uint16_t kBoth = 3;
+constexpr uint16_t kBothBlocks = 3;
+
+__device__ __forceinline__ void wait_until_empty(Ring& ring, int i) {
+    if (i >= kStages) ptx::mbarrier_wait_cluster(&ring.empty[i % kStages], (i / kStages - 1) & 1);
+}
+
+// By one thread: the chain's operands. The first block brings what both need, each its own values.
+__device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+                                           const CUtensorMap& map, Shared& shared) {
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        Stage& stage = shared.stages[i % kStages];
-        uint64_t* full = &shared.full[i % kStages];
-        if (i >= kStages) ptx::mbarrier_wait_cluster(&shared.empty[i % kStages], (i / kStages - 1) & 1);
-        ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
-        const KeyTiles& keys = window.keys[int64_t{at.slot + i} * p.key_heads + at.key_head];
-        const HeadTiles& head = window.heads[int64_t{at.slot + i} * p.value_heads + at.value_head];
-        if (at.rank == 0) {
-            ptx::bulk_load_multicast(stage.keys.key, keys.key, sizeof(keys.key), full, kBoth);
-            ptx::bulk_load_multicast(stage.head.solve, head.solve, sizeof(head.solve), full, kBoth);
-        } else {
-            constexpr uint32_t kRest = kHeadBytes - sizeof(head.solve);
-            ptx::bulk_load_multicast(stage.keys.query, keys.query, sizeof(keys.query), full, kBoth);
-            ptx::bulk_load_multicast(stage.head.attention, head.attention, kRest, full, kBoth);
-        }
+        ChainStage& stage = shared.chain[i % kStages];
+        uint64_t* full = &shared.chain_ring.full[i % kStages];
+        wait_until_empty(shared.chain_ring, i);
+        ptx::mbarrier_arrive_expect_tx(full, kChainBytes);
         ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)});
+        if (at.rank != 0) continue;
+        const auto& key = window.keys[int64_t{at.slot + i} * p.key_heads + at.key_head].key;
+        const HeadTiles& head = window.heads[int64_t{at.slot + i} * p.value_heads + at.value_head];
+        ptx::bulk_load_multicast(stage.key, key, sizeof(key), full, kBothBlocks);
+        ptx::bulk_load_multicast(stage.solve, head.solve, sizeof(head.solve), full, kBothBlocks);
+        ptx::bulk_load_multicast(&stage.factors, &head.factors, sizeof(head.factors), full, kBothBlocks);
+    }
+}
+
+// By one thread: those of the outputs, by the second block for both.
+__device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+                                             Shared& shared) {
+#pragma unroll 1
+    for (int i = 0; i < at.chunks; ++i) {
+        OutputStage& stage = shared.outputs[i % kStages];
+        uint64_t* full = &shared.output_ring.full[i % kStages];
+        wait_until_empty(shared.output_ring, i);
+        ptx::mbarrier_arrive_expect_tx(full, kOutputBytes);
+        if (at.rank == 0) continue;
+        const auto& query = window.keys[int64_t{at.slot + i} * p.key_heads + at.key_head].query;
+        const HeadTiles& head = window.heads[int64_t{at.slot + i} * p.value_heads + at.value_head];
+        ptx::bulk_load_multicast(stage.query, query, sizeof(query), full, kBothBlocks);
+        ptx::bulk_load_multicast(stage.attention, head.attention, sizeof(head.attention), full, kBothBlocks);
+        ptx::bulk_load_multicast(stage.factors, head.query_factors, sizeof(stage.factors), full, kBothBlocks);
     }
 }
 
 // By two lanes, one for each block: passes on that this block has read a stage. The chain itself does not wait for the
 // fence that an arrival in another block takes.
-__device__ __forceinline__ void release_stages(const Work& at, Shared& shared) {
+__device__ __forceinline__ void release_stages(const Work& at, Ring& ring) {
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        ptx::mbarrier_wait(&shared.read[i % kStages], i / kStages & 1);
-        ptx::mbarrier_arrive_cluster(&shared.empty[i % kStages], threadIdx.x % 32);
+        ptx::mbarrier_wait(&ring.read[i % kStages], i / kStages & 1);
+        ptx::mbarrier_arrive_cluster(&ring.empty[i % kStages], threadIdx.x % 32);
     }
 }
 
@@ -489,12 +517,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&shared.full[i], 1);
-            ptx::mbarrier_init(&shared.read[i], 2 * kWarps);
-            ptx::mbarrier_init(&shared.empty[i], 2);
+        for (Ring* ring : {&shared.chain_ring, &shared.output_ring}) {
+            for (int i = 0; i < kStages; ++i) {
+                ptx::mbarrier_init(&ring->full[i], 1);
+                ptx::mbarrier_init(&ring->read[i], kWarps);
+                ptx::mbarrier_init(&ring->empty[i], 2);
+            }
         }
-        for (uint64_t* barrier : {&shared.state_full, &shared.state_empty, &shared.update_full, &shared.update_empty}) {
+        for (uint64_t* barrier : {&shared.state_given, &shared.update_given, &shared.taken}) {
             ptx::mbarrier_init(barrier, kWarps);
         }
         ptx::fence_mbarrier_init();
@@ -513,9 +543,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         leave_cluster();
     } else {
         ptx::register_decrease<kMoveRegisters>();
-        const uint32_t warp = ptx::warp_id() % kWarps;
-        if (warp == 0 && threadIdx.x % 32 == 0) load_stages(p, at, window, rows, shared);
-        if (warp == 1 && threadIdx.x % 32 < 2) release_stages(at, shared);
+        const uint32_t warp = ptx::warp_id() % kWarps, lane = threadIdx.x % 32;
+        if (warp == 0 && lane == 0) load_chain(p, at, window, rows, shared);
+        if (warp == 1 && lane == 0) load_outputs(p, at, window, shared);
+        if (warp == 2 && lane < 2) release_stages(at, shared.chain_ring);
+        if (warp == 3 && lane < 2) release_stages(at, shared.output_ring);
         leave_cluster();
     }
 }

@@ -22,7 +22,6 @@ struct TokenFactors {
     float beta[kChunk];       //
     float key_scale[kChunk];  // r: k = r k', k' what the key tile holds
     float carried[kChunk];    // beta e^{G_t} r of k
-    float query[kChunk];      // e^{G_t} r dk^-0.5 of q
     float to_end[kChunk];     // e^{G_end - G_t} r of k
     float decay[4];           // e^{G_end}, and filling
 };
@@ -37,9 +36,10 @@ struct alignas(1024) HeadTiles {  // of a chunk and value head
     __half solve[kPanel];         // A = (I + L)^-1
     __half attention[kPanel];     // P = lower(q k^T e^{G_i - G_j})
     TokenFactors factors;
+    float query_factors[kChunk];  // e^{G_t} r dk^-0.5 of q
 };
-constexpr uint32_t kHeadBytes = offsetof(HeadTiles, factors) + sizeof(TokenFactors);  // without the filling
-static_assert(kHeadBytes % 16 == 0);
+constexpr uint32_t kHeadBytes = offsetof(HeadTiles, query_factors) + sizeof(HeadTiles::query_factors);  // no filling
+static_assert(kHeadBytes % 16 == 0 && offsetof(HeadTiles, query_factors) % 16 == 0);
 
 // A sequence of the batch, cut into chunks that begin at multiples of 64 tokens of the whole context.
 struct Chunks {

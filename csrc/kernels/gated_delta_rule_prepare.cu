@@ -1,10 +1,10 @@
 // Before the scan of gated_delta_rule_prefill.cu: what follows from a chunk of 64 tokens alone, for all chunks of a
 // window at once. See there for the algorithm and for what the tiles hold.
 //
-// A block takes a chunk and a key head: unit keys and queries as fp16 in place of the raw rows that TMA brought, k k^T
-// and q k^T by wgmma, and then, for each value head of the key head, L and P from these products and the head's decays,
-// and A = (I + L)^-1. One warpgroup owns L and A, the other P and the factors of the tokens. Finished tiles leave by
-// bulk stores, in the layout that the scan's bulk loads find again; two sets of a head's tiles take turns.
+// A block takes a chunk and a key head: unit keys and queries as fp16 in place of the raw rows that TMA brought, and
+// then, for each value head of the key head, L and P from k k^T, q k^T (wgmma) and the head's decays, and A = (I +
+// L)^-1. Two heads at a time: each of the two warpgroups makes P of one and A of the other. Finished tiles leave by
+// bulk stores, in the layout that the scan's bulk loads find again.
 //
 // The inverse, by blocks of 16 x 16: diagonal blocks by substitution in fp32, a warp each, then pairs of blocks (32 x
 // 32), then pairs of these: A21 = -(A22 L21) A11, both factors in fp16 pairs (high and low part), the product in
@@ -25,8 +25,7 @@ namespace {
 
 using namespace delta_rule_prefill;
 
-constexpr int kThreads = 2 * kGroupThreads;  // warpgroups: keys, queries
-constexpr uint32_t kKeysBarrier = 1;
+constexpr int kThreads = 2 * kGroupThreads, kGroupWarps = kGroupThreads / 32;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
@@ -35,11 +34,15 @@ struct Gates {  // of a value head
     float total[kChunk], beta[kChunk];
 };
 
-struct Shared {
-    KeyTiles keys;  // raw rows in bf16 first
-    HeadTiles heads[2];
+struct Inverse {                 // in the making, by one warpgroup
     __half low[kPanel];          // what rounding to fp16 takes from L, then from A
     float diagonal[4][16 * 16];  // a 16 x 16 block of L a warp, then its inverse
+};
+
+struct Shared {
+    KeyTiles keys;       // raw rows in bf16 first
+    HeadTiles heads[2];  // a pair of value heads
+    Inverse inverses[2];
     Gates gates[kMaxValueHeadsPerKeyHead];
     float key_scale[kChunk], query_scale[kChunk];
     uint64_t raw_full;
@@ -135,15 +138,15 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
 }
 
 // What the scan needs of one token.
-__device__ __forceinline__ void store_factors(const Gates& gates, const Shared& shared, TokenFactors& factors,
-                                              int token) {
+__device__ __forceinline__ void store_factors(const Gates& gates, const Shared& shared, HeadTiles& head, int token) {
     const float total = gates.total[token], last = gates.total[kChunk - 1], beta = gates.beta[token];
     const float from_start = ptx::exp2_approximate(total), key_scale = shared.key_scale[token];
+    TokenFactors& factors = head.factors;
     factors.total[token] = total;
     factors.beta[token] = beta;
     factors.key_scale[token] = key_scale;
     factors.carried[token] = beta * from_start * key_scale;
-    factors.query[token] = from_start * shared.query_scale[token];
+    head.query_factors[token] = from_start * shared.query_scale[token];
     factors.to_end[token] = ptx::exp2_approximate(last - total) * key_scale;
     if (token == kChunk - 1) factors.decay[0] = from_start;
 }
@@ -165,7 +168,7 @@ struct Thread {
     int warp, lane;
 
     __device__ __forceinline__ Thread()
-        : warp(ptx::warp_id() % 4), lane(__shfl_sync(0xffffffffu, threadIdx.x % 32, threadIdx.x % 32)) {}
+        : warp(ptx::warp_id() % kGroupWarps), lane(__shfl_sync(0xffffffffu, threadIdx.x % 32, threadIdx.x % 32)) {}
 };
 
 // What the products of a thread with 8 columns need: row factors, differences of G, and where they lie.
@@ -194,28 +197,28 @@ struct Decays {
 // k k^T -> L, strictly lower: fp16 pairs beside the diagonal blocks, fp32 within them. All rows of a thread lie in the
 // block row of its warp.
 __device__ __forceinline__ void store_lower(const Thread& thread, const float (&kk)[32], const Gates& gates,
-                                            HeadTiles& head, Shared& shared) {
+                                            const float* key_scale, HeadTiles& head, Inverse& inverse) {
     const int warp = thread.warp;
     Decays decays(thread, gates.total);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) decays.scale[h] = gates.beta[decays.row[h]] * shared.key_scale[decays.row[h]];
+    for (int h = 0; h < 2; ++h) decays.scale[h] = gates.beta[decays.row[h]] * key_scale[decays.row[h]];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         if (j / 2 > warp) continue;
         const int column = 8 * j + thread.lane % 4 * 2;
         const float2 totals = *reinterpret_cast<const float2*>(gates.total + column);
-        const float2 scales = *reinterpret_cast<const float2*>(shared.key_scale + column);
+        const float2 scales = *reinterpret_cast<const float2*>(key_scale + column);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float* products = kk + 4 * j + 2 * h;
             if (j / 2 == warp) {
                 const float2 lower = decays.apply<true>(products, totals, scales, h, column, 0);
-                *reinterpret_cast<float2*>(shared.diagonal[warp] + decays.row[h] % 16 * 16 + column % 16) = lower;
+                *reinterpret_cast<float2*>(inverse.diagonal[warp] + decays.row[h] % 16 * 16 + column % 16) = lower;
             } else {
                 const float2 lower = decays.apply<false>(products, totals, scales, h, column, 0);
                 const Split split(lower.x, lower.y);
                 pair_at(head.solve, decays.row[h], column) = split.high;
-                pair_at(shared.low, decays.row[h], column) = split.low;
+                pair_at(inverse.low, decays.row[h], column) = split.low;
             }
         }
     }
@@ -269,14 +272,14 @@ __device__ __forceinline__ void invert_diagonal(const Thread& thread, float* blo
 
 // A 16 x 16 block of products, or of A: to the tiles of the high and of the low parts.
 __device__ __forceinline__ void store_block(const Thread& thread, const float (&d)[2][4], HeadTiles& head,
-                                            Shared& shared, int row_block, int column_block) {
+                                            Inverse& inverse, int row_block, int column_block) {
     const int lane = thread.lane;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const Split split(d[i / 2][i % 2 * 2], d[i / 2][i % 2 * 2 + 1]);
         const int row = 16 * row_block + lane / 4 + i % 2 * 8, column = 16 * column_block + lane % 4 * 2 + i / 2 * 8;
         pair_at(head.solve, row, column) = split.high;
-        pair_at(shared.low, row, column) = split.low;
+        pair_at(inverse.low, row, column) = split.low;
     }
 }
 
@@ -286,10 +289,10 @@ struct Operand {
 
     // d[16 x 16] += this times a block of the tiles, but for the product of the two low parts.
     __device__ __forceinline__ void multiply(const Thread& thread, float (&d)[2][4], const HeadTiles& head,
-                                             const Shared& shared, int row_block, int column_block) const {
+                                             const Inverse& inverse, int row_block, int column_block) const {
         uint32_t of_high[4], of_low[4];
         load_block(thread.lane, of_high, head.solve, row_block, column_block);
-        load_block(thread.lane, of_low, shared.low, row_block, column_block);
+        load_block(thread.lane, of_low, inverse.low, row_block, column_block);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             ptx::mma_m16n8k16<__half>(d[n], high, of_high[2 * n], of_high[2 * n + 1]);
@@ -308,11 +311,20 @@ struct Operand {
     }
 };
 
-// L -> A = (I + L)^-1 in the tiles of high and low parts, by the keys' warpgroup. Warp i owns block row i; all but the
+// The threads of a warpgroup. Constant numbers: for others a block would take all sixteen barriers.
+__device__ __forceinline__ void synchronise_group() {
+    if (threadIdx.x < kGroupThreads) {
+        ptx::named_barrier_sync(1, kGroupThreads);
+    } else {
+        ptx::named_barrier_sync(2, kGroupThreads);
+    }
+}
+
+// L -> A = (I + L)^-1 in the tiles of high and low parts, by one warpgroup. Warp i owns block row i; all but the
 // diagonal blocks of L are in the tiles already.
-__device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, Shared& shared) {
+__device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, Inverse& inverse) {
     const int warp = thread.warp, lane = thread.lane;
-    float* block = shared.diagonal[warp];
+    float* block = inverse.diagonal[warp];
     __syncwarp();
     invert_diagonal(thread, block);
     float d[2][4];
@@ -323,19 +335,19 @@ __device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, Sh
         d[i / 2][i % 2 * 2] = pair.x;
         d[i / 2][i % 2 * 2 + 1] = pair.y;
     }
-    store_block(thread, d, head, shared, warp, warp);
+    store_block(thread, d, head, inverse, warp, warp);
     Operand diagonal, beside;  // of A: its block (warp, warp), and that left of it in the pair
     diagonal.set(d, 1.0f);
     if (warp % 2 == 1) {
         float e[2][4] = {};
-        diagonal.multiply(thread, e, head, shared, warp, warp - 1);
+        diagonal.multiply(thread, e, head, inverse, warp, warp - 1);
         beside.set(e, -1.0f);
     }
-    ptx::named_barrier_sync(kKeysBarrier, kGroupThreads);
+    synchronise_group();
     if (warp % 2 == 1) {
         float a[2][4] = {};
-        beside.multiply(thread, a, head, shared, warp - 1, warp - 1);
-        store_block(thread, a, head, shared, warp, warp - 1);
+        beside.multiply(thread, a, head, inverse, warp - 1, warp - 1);
+        store_block(thread, a, head, inverse, warp, warp - 1);
         beside.set(a, 1.0f);
     }
     Operand lower[2];  // -A22 L21, a block row of the lower half
@@ -343,19 +355,19 @@ __device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, Sh
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             float e[2][4] = {};
-            if (warp == 3) beside.multiply(thread, e, head, shared, 2, k);
-            diagonal.multiply(thread, e, head, shared, warp, k);
+            if (warp == 3) beside.multiply(thread, e, head, inverse, 2, k);
+            diagonal.multiply(thread, e, head, inverse, warp, k);
             lower[k].set(e, -1.0f);
         }
     }
-    ptx::named_barrier_sync(kKeysBarrier, kGroupThreads);
+    synchronise_group();
     if (warp >= 2) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             float a[2][4] = {};
-            if (j == 0) lower[0].multiply(thread, a, head, shared, 0, 0);
-            lower[1].multiply(thread, a, head, shared, 1, j);
-            store_block(thread, a, head, shared, warp, j);
+            if (j == 0) lower[0].multiply(thread, a, head, inverse, 0, 0);
+            lower[1].multiply(thread, a, head, inverse, 1, j);
+            store_block(thread, a, head, inverse, warp, j);
         }
     }
 }
@@ -372,8 +384,8 @@ __device__ __forceinline__ void multiply_rows(float (&d)[32], uint64_t a, uint64
 
 // Values of the key head's value heads to L2, where the scan will look for them: a row a thread.
 __device__ __forceinline__ void prefetch_values(const GatedDeltaRulePrefill& p, int key_head, int64_t first_row,
-                                                int begin, int end) {
-    const int token = threadIdx.x, heads = p.value_heads / p.key_heads;
+                                                int begin, int end, int token) {
+    const int heads = p.value_heads / p.key_heads;
     if (token < begin || token >= end) return;
     const auto* row = p.qkv + (first_row + token) * p.qkv_stride + (2 * p.key_heads + key_head * heads) * kDim;
     ptx::bulk_prefetch_l2(row, heads * kDim * sizeof(*row));
@@ -385,6 +397,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
+        ptx::prefetch_tensor_map(&rows);
         ptx::mbarrier_init(&shared.raw_full, 1);
         ptx::fence_mbarrier_init();
     }
@@ -408,54 +421,64 @@ __global__ void __launch_bounds__(kThreads, 2)
                 ptx::tma_load(shared.keys.query + offset, &rows, &shared.raw_full, {query + column, row});
             }
         }
-        const int warp = ptx::warp_id();
-        for (int head = warp; head < heads; head += kThreads / 32) {
+        // While the rows arrive: gates by the second warpgroup, a head a warp, and values by half of the first.
+        const int group = threadIdx.x / kGroupThreads, warp = ptx::warp_id() % kGroupWarps;
+        for (int head = group == 1 ? warp : heads; head < heads; head += kGroupWarps) {
             compute_gates(p, key_head * heads + head, row, begin, end, shared.gates[head]);
         }
-        prefetch_values(p, key_head, row, begin, end);
-        const bool keys = warp < kGroupThreads / 32;
+        if (group == 0 && warp >= 2) prefetch_values(p, key_head, row, begin, end, threadIdx.x - kChunk);
         ptx::mbarrier_wait(&shared.raw_full, 0);
-        if (keys) {
+        if (group == 0) {
             normalise_rows(shared.keys.key, begin, end, shared.key_scale, 1.0f);
         } else {
             normalise_rows(shared.keys.query, begin, end, shared.query_scale, kQueryScale);
         }
         ptx::fence_async_shared();
         __syncthreads();
-        float products[32];  // of the keys, or of the queries, with the keys
-        multiply_rows(products, panel_descriptor(keys ? shared.keys.key : shared.keys.query),
-                      panel_descriptor(shared.keys.key));
         if (threadIdx.x == 0) {
             ptx::bulk_store(window.keys + int64_t{slot} * p.key_heads + key_head, &shared.keys, sizeof(KeyTiles));
             ptx::bulk_commit();
         }
-        ptx::wgmma_wait<0>(products);
         HeadTiles* out = window.heads + int64_t{slot} * p.value_heads + key_head * heads;
+        const uint64_t keys = panel_descriptor(shared.keys.key), queries = panel_descriptor(shared.keys.query);
 #pragma unroll 1
-        for (int head = 0; head < heads; ++head) {
-            HeadTiles& tiles = shared.heads[head % 2];
-            const Gates& gates = shared.gates[head];
+        for (int first = 0; first < heads; first += 2) {
+            if (first > 0) {
+                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
+                __syncthreads();
+            }
             const Thread thread;
-            if (keys) {
-                store_lower(thread, products, gates, tiles, shared);
-                invert(thread, tiles, shared);
-            } else {
-                const int token = threadIdx.x - kGroupThreads;
-                if (token < kChunk) store_factors(gates, shared, tiles.factors, token);
+            float products[32];
+            if (first + (group ^ 1) < heads) {
+                HeadTiles& tiles = shared.heads[group ^ 1];
+                const Gates& gates = shared.gates[first + (group ^ 1)];
+                multiply_rows(products, queries, keys);
+                const int token = threadIdx.x % kGroupThreads;
+                if (token < kChunk) store_factors(gates, shared, tiles, token);
+                ptx::wgmma_wait<0>(products);
                 store_attention(thread, products, gates, tiles, shared);
             }
+            if (first + group < heads) {
+                HeadTiles& tiles = shared.heads[group];
+                multiply_rows(products, keys, keys);
+                ptx::wgmma_wait<0>(products);
+                store_lower(thread, products, shared.gates[first + group], shared.key_scale, tiles,
+                            shared.inverses[group]);
+                invert(thread, tiles, shared.inverses[group]);
+            }
             ptx::fence_async_shared();
-            if (threadIdx.x == 0) ptx::bulk_wait_read<0>();  // so the other set of tiles may be written again
             __syncthreads();
             if (threadIdx.x == 0) {
-                ptx::bulk_store(out + head, &tiles, kHeadBytes);
+                for (int head = first; head < min(first + 2, heads); ++head) {
+                    ptx::bulk_store(out + head, &shared.heads[head - first], kHeadBytes);
+                }
                 ptx::bulk_commit();
             }
         }
         if (threadIdx.x == 0) ptx::bulk_wait<0>();
     }
-    // The scan that waits for this grid may count on all kernels ahead of it.
-    if (window.first > 0) ptx::grid_dependency_wait();
+    // One block for all: the scan that waits for this grid may count on all kernels ahead of it.
+    if (window.first > 0 && slot == 0 && key_head == 0) ptx::grid_dependency_wait();
 }
 
 }  // namespace
