@@ -109,6 +109,9 @@ T* cluster_map(T* shared, uint32_t rank) {
 inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
     emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, 0);
 }
+inline void mbarrier_arrive_cluster_relaxed(uint64_t* barrier, uint32_t rank) {
+    emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, 0);
+}
 inline void mbarrier_arrive_expect_tx_cluster(uint64_t* barrier, uint32_t rank, uint32_t bytes) {
     emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, bytes);
 }

@@ -17,6 +17,7 @@ cudaError_t encode_tensor_map(CUtensorMap* map, TensorElement element, const Ten
 namespace ptx {
 
 inline void prefetch_tensor_map(const CUtensorMap*) {}
+inline void tma_prefetch_l2(const CUtensorMap*, const int32_t (&)[2]) {}
 
 template <int kRank>
 void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, const int32_t (&c)[kRank],

@@ -60,6 +60,7 @@ constexpr int kThreads = 384;                              // warpgroups: chain,
 constexpr int kChainRegisters = 240, kMoveRegisters = 40;  // per thread, of 168 at the start
 constexpr int kStages = 3;
 constexpr int kWindowChunks = 32;
+constexpr int kAhead = 6;  // chunks, of asking memory for them
 constexpr int kWarps = kGroupThreads / 32;
 constexpr uint32_t kOutputBarrier = 1;
 constexpr int kNoSnapshot = INT32_MAX;
@@ -78,10 +79,10 @@ struct OutputStage {
 constexpr uint32_t kChainBytes = offsetof(ChainStage, factors) + sizeof(TokenFactors);
 constexpr uint32_t kOutputBytes = offsetof(OutputStage, factors) + sizeof(OutputStage::factors);
 
-// A stage is full when its bytes are there, read when the warpgroup is done with it, and empty when that holds in both
-// blocks, since one of them fills it for both.
+// A stage is full when its bytes are there, and empty when the warps of both blocks that read it are done, since one
+// block fills it for both.
 struct Ring {
-    uint64_t full[kStages], read[kStages], empty[kStages];
+    uint64_t full[kStages], empty[kStages];
 };
 
 struct Shared {
@@ -274,62 +275,75 @@ __device__ __forceinline__ void load_factors(float2 (&pairs)[8], const float* fa
     for (int j = 0; j < 8; ++j) pairs[j] = *reinterpret_cast<const float2*>(factors + 8 * j + lane.column);
 }
 
+// By a warp that has read a stage: two of its lanes tell the two blocks.
+__device__ __forceinline__ void release_stage(Ring& ring, int i) {
+    __syncwarp();
+    if (threadIdx.x % 32 < 2) ptx::mbarrier_arrive_cluster_relaxed(&ring.empty[i % kStages], threadIdx.x % 32);
+}
+
+// beta v of a chunk, of a thread's two rows and eight pairs of tokens.
+__device__ __forceinline__ void load_values(const Work& at, int chunk, const ChainStage& stage,
+                                            float2 (&values)[8][2]) {
+    float2 beta[8];
+    load_factors(beta, stage.factors.beta);
+    uint32_t raw[8][2];
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        uint32_t blocks[4];
+        ptx::ldmatrix_x4_transposed(blocks, columns_of_warp(stage.value, j));
+#pragma unroll
+        for (int b = 0; b < 4; ++b) raw[j + b / 2][b % 2] = blocks[b];
+    }
+    if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(raw, at.begin(chunk), at.end(chunk));
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            values[j][h] = {beta[j].x * __uint_as_float(raw[j][h] << 16),
+                            beta[j].y * __uint_as_float(raw[j][h] & 0xffff0000u)};
+        }
+    }
+}
+
 // The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
-// wait for stands where it waits for a product. An mbarrier's answer takes some 80 cycles, so it is asked early.
+// wait for stands where it waits for a product; the next chunk's values come while S takes up this one's. One warp a
+// scheduler runs here: an instruction more is a cycle more, and one whose result is used at once many.
 __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
                                      Shared& shared) {
     const Lane lane;
     float s[64], x[32];
+    float2 values[8][2];
     load_state(p, at, window, s);
     int snapshot = next_snapshot(p, at, at.first_token(at.first));
-    bool full = false;
+    if (at.chunks > 0) {
+        ptx::mbarrier_wait(&shared.chain_ring.full[0], 0);
+        load_values(at, at.first, shared.chain[0], values);
+    }
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
         const ChainStage& stage = shared.chain[i % kStages];
         const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
-        if (snapshot <= last) {
-            for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
-        }
         uint32_t state[8][4];
 #pragma unroll
         for (int k = 0; k < 32; ++k) state[k / 4][k % 4] = pack<__half>(s[2 * k], s[2 * k + 1]);
-        if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[i % kStages], i / kStages & 1);
-        const bool taken = i == 0 || ptx::mbarrier_test(&shared.taken, (i - 1) & 1);
         ptx::wgmma_fence(x);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             ptx::wgmma<__half, 64>(x, state[k], panel_descriptor(stage.key) + step_of_panels(k), k > 0);
         }
         ptx::wgmma_commit();
-
-        // Meanwhile beta v comes, and S goes to the outputs.
-        float2 values[8][2], weights[8];
-        load_factors(weights, factors.beta);
-        uint32_t raw[8][2];
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            uint32_t blocks[4];
-            ptx::ldmatrix_x4_transposed(blocks, columns_of_warp(stage.value, j));
-#pragma unroll
-            for (int b = 0; b < 4; ++b) raw[j + b / 2][b % 2] = blocks[b];
-        }
-        if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(raw, at.begin(chunk), at.end(chunk));
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                values[j][h] = {weights[j].x * __uint_as_float(raw[j][h] << 16),
-                                weights[j].y * __uint_as_float(raw[j][h] & 0xffff0000u)};
-            }
-        }
+        float2 weights[8];
         load_factors(weights, factors.carried);
-        if (!taken) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
+        if (i > 0) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             shared.state[k][threadIdx.x] = uint4{state[k][0], state[k][1], state[k][2], state[k][3]};
         }
         arrive_with_warp(&shared.state_given);
+        if (snapshot <= last) {
+            for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
+        }
         ptx::wgmma_wait<0>(x);
 
         // The right-hand side beta (v - e^G S k), transposed, and V' = A times it.
@@ -368,8 +382,6 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             ptx::wgmma<__half, 128, true>(s, operand[k], panel_descriptor(stage.key) + (k * 16 * 128 >> 4), true);
         }
         ptx::wgmma_commit();
-        full =
-            i + 1 < at.chunks && ptx::mbarrier_test(&shared.chain_ring.full[(i + 1) % kStages], (i + 1) / kStages & 1);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             shared.update[k][threadIdx.x] =
@@ -377,6 +389,10 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
                       pack<__half>(x[8 * k + 4], x[8 * k + 5]), pack<__half>(x[8 * k + 6], x[8 * k + 7])};
         }
         arrive_with_warp(&shared.update_given);
+        if (i + 1 < at.chunks) {
+            ptx::mbarrier_wait(&shared.chain_ring.full[(i + 1) % kStages], (i + 1) / kStages & 1);
+            load_values(at, chunk + 1, shared.chain[(i + 1) % kStages], values);
+        }
         ptx::wgmma_wait<0>(s);
 
         if (snapshot <= last) {
@@ -386,7 +402,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             });
             snapshot = next_snapshot(p, at, last);
         }
-        arrive_with_warp(&shared.chain_ring.read[i % kStages]);
+        release_stage(shared.chain_ring, i);
     }
     if (at.goes_on) {
         store_state(carried_state(p, at, window), s);
@@ -434,7 +450,7 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>(of_state, out);
-        arrive_with_warp(&shared.output_ring.read[i % kStages]);
+        release_stage(shared.output_ring, i);
 #pragma unroll
         for (int k = 0; k < 32; ++k) out[k] += of_state[k] * (k % 2 == 0 ? scales[k / 4].x : scales[k / 4].y);
 
@@ -463,20 +479,32 @@ __device__ __forceinline__ void wait_until_empty(Ring& ring, int i) {
     if (i >= kStages) ptx::mbarrier_wait_cluster(&ring.empty[i % kStages], (i / kStages - 1) & 1);
 }
 
-// By one thread: the chain's operands. The first block brings what both need, each its own values.
+// By one thread: the chain's operands. The first block brings what both need, each its own values; chunks further on
+// are asked for from memory.
 __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
                                            const CUtensorMap& map, Shared& shared) {
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
+    const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head;
+    const HeadTiles* heads = window.heads + int64_t{at.slot} * p.value_heads + at.value_head;
+    const auto ask_for = [&](int i) {
+        if (i >= at.chunks) return;
+        ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)});
+        if (at.rank != 0) return;
+        ptx::bulk_prefetch_l2(keys + int64_t{i} * p.key_heads, sizeof(KeyTiles));
+        ptx::bulk_prefetch_l2(heads + int64_t{i} * p.value_heads, kHeadBytes);
+    };
+    for (int i = 0; i < kAhead; ++i) ask_for(i);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
+        ask_for(i + kAhead);
         ChainStage& stage = shared.chain[i % kStages];
         uint64_t* full = &shared.chain_ring.full[i % kStages];
         wait_until_empty(shared.chain_ring, i);
         ptx::mbarrier_arrive_expect_tx(full, kChainBytes);
         ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)});
         if (at.rank != 0) continue;
-        const auto& key = window.keys[int64_t{at.slot + i} * p.key_heads + at.key_head].key;
-        const HeadTiles& head = window.heads[int64_t{at.slot + i} * p.value_heads + at.value_head];
+        const auto& key = keys[int64_t{i} * p.key_heads].key;
+        const HeadTiles& head = heads[int64_t{i} * p.value_heads];
         ptx::bulk_load_multicast(stage.key, key, sizeof(key), full, kBothBlocks);
         ptx::bulk_load_multicast(stage.solve, head.solve, sizeof(head.solve), full, kBothBlocks);
         ptx::bulk_load_multicast(&stage.factors, &head.factors, sizeof(head.factors), full, kBothBlocks);
@@ -501,16 +529,6 @@ __device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, con
     }
 }
 
-// By two lanes, one for each block: passes on that this block has read a stage. The chain itself does not wait for the
-// fence that an arrival in another block takes.
-__device__ __forceinline__ void release_stages(const Work& at, Ring& ring) {
-#pragma unroll 1
-    for (int i = 0; i < at.chunks; ++i) {
-        ptx::mbarrier_wait(&ring.read[i % kStages], i / kStages & 1);
-        ptx::mbarrier_arrive_cluster(&ring.empty[i % kStages], threadIdx.x % 32);
-    }
-}
-
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
                    const __grid_constant__ Window window) {
@@ -520,8 +538,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (Ring* ring : {&shared.chain_ring, &shared.output_ring}) {
             for (int i = 0; i < kStages; ++i) {
                 ptx::mbarrier_init(&ring->full[i], 1);
-                ptx::mbarrier_init(&ring->read[i], kWarps);
-                ptx::mbarrier_init(&ring->empty[i], 2);
+                ptx::mbarrier_init(&ring->empty[i], 2 * kWarps);
             }
         }
         for (uint64_t* barrier : {&shared.state_given, &shared.update_given, &shared.taken}) {
@@ -546,8 +563,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint32_t warp = ptx::warp_id() % kWarps, lane = threadIdx.x % 32;
         if (warp == 0 && lane == 0) load_chain(p, at, window, rows, shared);
         if (warp == 1 && lane == 0) load_outputs(p, at, window, shared);
-        if (warp == 2 && lane < 2) release_stages(at, shared.chain_ring);
-        if (warp == 3 && lane < 2) release_stages(at, shared.output_ring);
         leave_cluster();
     }
 }

@@ -382,15 +382,6 @@ __device__ __forceinline__ void multiply_rows(float (&d)[32], uint64_t a, uint64
     ptx::wgmma_commit();
 }
 
-// Values of the key head's value heads to L2, where the scan will look for them: a row a thread.
-__device__ __forceinline__ void prefetch_values(const GatedDeltaRulePrefill& p, int key_head, int64_t first_row,
-                                                int begin, int end, int token) {
-    const int heads = p.value_heads / p.key_heads;
-    if (token < begin || token >= end) return;
-    const auto* row = p.qkv + (first_row + token) * p.qkv_stride + (2 * p.key_heads + key_head * heads) * kDim;
-    ptx::bulk_prefetch_l2(row, heads * kDim * sizeof(*row));
-}
-
 __global__ void __launch_bounds__(kThreads, 2)
     prepare_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
                    const __grid_constant__ Window window) {
@@ -421,12 +412,11 @@ __global__ void __launch_bounds__(kThreads, 2)
                 ptx::tma_load(shared.keys.query + offset, &rows, &shared.raw_full, {query + column, row});
             }
         }
-        // While the rows arrive: gates by the second warpgroup, a head a warp, and values by half of the first.
+        // While the rows arrive: gates, a head a warp.
         const int group = threadIdx.x / kGroupThreads, warp = ptx::warp_id() % kGroupWarps;
         for (int head = group == 1 ? warp : heads; head < heads; head += kGroupWarps) {
             compute_gates(p, key_head * heads + head, row, begin, end, shared.gates[head]);
         }
-        if (group == 0 && warp >= 2) prefetch_values(p, key_head, row, begin, end, threadIdx.x - kChunk);
         ptx::mbarrier_wait(&shared.raw_full, 0);
         if (group == 0) {
             normalise_rows(shared.keys.key, begin, end, shared.key_scale, 1.0f);

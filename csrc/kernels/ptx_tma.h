@@ -45,6 +45,12 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Asks for the box at coordinates c to be in L2 soon.
+__device__ __forceinline__ void tma_prefetch_l2(const CUtensorMap* map, const int32_t (&c)[2]) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(c[0]), "r"(c[1])
+                 : "memory");
+}
+
 // The box at coordinates c (elements, innermost first) to shared memory aligned to 128 bytes. The innermost coordinate
 // is a multiple of 16 bytes: the card answers another with an illegal instruction. A box may reach outside the tensor,
 // where it reads zeros. Completes the bytes of the whole box on the barrier.

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(64)
         ptx::fence_mbarrier_init();
         int32_t c[kRank];
         for (int i = 0; i < kRank; ++i) c[i] = at[i];
+        if constexpr (kRank == 2) ptx::tma_prefetch_l2(&source, c);
         ptx::mbarrier_arrive_expect_tx(barrier, bytes);
         ptx::tma_load(raw, &source, barrier, c);
     }
