@@ -4,7 +4,7 @@
 // Algorithm. Per value head and chunk of 64 tokens, G_t = g_0 + ... + g_t in the chunk and decays only as exponentials
 // of differences (Yang et al. 2024):
 //     L = strict_lower(beta_i k_i.k_j e^{G_i - G_j}),  A = (I + L)^-1,  P = lower(q_i.k_j e^{G_i - G_j}) dk^-0.5
-//     V' = A (beta (V - e^G K S^T)),  O = e^G dk^-0.5 Q S^T + P V',  S <- e^{G_end} S + V'^T (e^{G_end - G} K)
+//     V' = A beta (V - e^G K S^T),  O = e^G dk^-0.5 Q S^T + P V',  S <- e^{G_end} S + V'^T (e^{G_end - G} K)
 // Everything but the three products with S depends on the chunk alone: a first kernel makes it for all chunks at once.
 // What is serial is the chain over chunks, so it works on S itself, [value columns x 128] in fp32 registers: rounded to
 // fp16 it is the A operand of S K^T, whose result, combined with the values, is the A operand of the product with A^T,
@@ -281,28 +281,17 @@ __device__ __forceinline__ void release_stage(Ring& ring, int i) {
     if (threadIdx.x % 32 < 2) ptx::mbarrier_arrive_cluster_relaxed(&ring.empty[i % kStages], threadIdx.x % 32);
 }
 
-// beta v of a chunk, of a thread's two rows and eight pairs of tokens.
+// The values of a chunk, bf16, of a thread's two rows and eight pairs of tokens.
 __device__ __forceinline__ void load_values(const Work& at, int chunk, const ChainStage& stage,
-                                            float2 (&values)[8][2]) {
-    float2 beta[8];
-    load_factors(beta, stage.factors.beta);
-    uint32_t raw[8][2];
+                                            uint32_t (&values)[8][2]) {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
         uint32_t blocks[4];
         ptx::ldmatrix_x4_transposed(blocks, columns_of_warp(stage.value, j));
 #pragma unroll
-        for (int b = 0; b < 4; ++b) raw[j + b / 2][b % 2] = blocks[b];
+        for (int b = 0; b < 4; ++b) values[j + b / 2][b % 2] = blocks[b];
     }
-    if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(raw, at.begin(chunk), at.end(chunk));
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            values[j][h] = {beta[j].x * __uint_as_float(raw[j][h] << 16),
-                            beta[j].y * __uint_as_float(raw[j][h] & 0xffff0000u)};
-        }
-    }
+    if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(values, at.begin(chunk), at.end(chunk));
 }
 
 // The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
@@ -312,7 +301,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
                                      Shared& shared) {
     const Lane lane;
     float s[64], x[32];
-    float2 values[8][2];
+    uint32_t values[8][2];
     load_state(p, at, window, s);
     int snapshot = next_snapshot(p, at, at.first_token(at.first));
     if (at.chunks > 0) {
@@ -324,6 +313,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         const ChainStage& stage = shared.chain[i % kStages];
         const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
+        const bool taken = i == 0 || ptx::mbarrier_test(&shared.taken, (i - 1) & 1);
         uint32_t state[8][4];
 #pragma unroll
         for (int k = 0; k < 32; ++k) state[k / 4][k % 4] = pack<__half>(s[2 * k], s[2 * k + 1]);
@@ -335,7 +325,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         ptx::wgmma_commit();
         float2 weights[8];
         load_factors(weights, factors.carried);
-        if (i > 0) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
+        if (i > 0) release_stage(shared.chain_ring, i - 1);
+        if (!taken) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             shared.state[k][threadIdx.x] = uint4{state[k][0], state[k][1], state[k][2], state[k][3]};
@@ -346,14 +337,16 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         }
         ptx::wgmma_wait<0>(x);
 
-        // The right-hand side beta (v - e^G S k), transposed, and V' = A times it.
+        // The right-hand side v - e^G S k, transposed, and V' = A diag(beta) times it.
         uint32_t operand[4][4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                operand[j / 2][j % 2 * 2 + h] = pack<__half>(values[j][h].x - weights[j].x * x[4 * j + 2 * h],
-                                                             values[j][h].y - weights[j].y * x[4 * j + 2 * h + 1]);
+                const float left = __uint_as_float(values[j][h] << 16);
+                const float right = __uint_as_float(values[j][h] & 0xffff0000u);
+                operand[j / 2][j % 2 * 2 + h] =
+                    pack<__half>(left - weights[j].x * x[4 * j + 2 * h], right - weights[j].y * x[4 * j + 2 * h + 1]);
             }
         }
         ptx::wgmma_fence(x);
@@ -366,6 +359,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         const float decay = factors.decay[0];
 #pragma unroll
         for (int k = 0; k < 64; ++k) s[k] *= decay;
+        const int next = i + 1 < at.chunks ? i + 1 : i;
+        const bool full = ptx::mbarrier_test(&shared.chain_ring.full[next % kStages], next / kStages & 1);
         ptx::wgmma_wait<0>(x);
 
 #pragma unroll
@@ -389,10 +384,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
                       pack<__half>(x[8 * k + 4], x[8 * k + 5]), pack<__half>(x[8 * k + 6], x[8 * k + 7])};
         }
         arrive_with_warp(&shared.update_given);
-        if (i + 1 < at.chunks) {
-            ptx::mbarrier_wait(&shared.chain_ring.full[(i + 1) % kStages], (i + 1) / kStages & 1);
-            load_values(at, chunk + 1, shared.chain[(i + 1) % kStages], values);
-        }
+        if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[next % kStages], next / kStages & 1);
+        load_values(at, at.first + next, shared.chain[next % kStages], values);  // after the last chunk, in vain
         ptx::wgmma_wait<0>(s);
 
         if (snapshot <= last) {
@@ -402,8 +395,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             });
             snapshot = next_snapshot(p, at, last);
         }
-        release_stage(shared.chain_ring, i);
     }
+    if (at.chunks > 0) release_stage(shared.chain_ring, at.chunks - 1);
     if (at.goes_on) {
         store_state(carried_state(p, at, window), s);
     } else if (at.write_slot >= 0) {

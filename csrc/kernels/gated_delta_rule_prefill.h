@@ -19,9 +19,8 @@ constexpr int kPanel = kChunk * 64;  // elements of 64 rows of 128 bytes, the wi
 // Per token of a chunk; t is the token's place in it. Places outside the sequence have g = beta = 0 and k = q = 0.
 struct TokenFactors {
     float total[kChunk];      // G_t log2(e), G_t = g_0 + ... + g_t
-    float beta[kChunk];       //
     float key_scale[kChunk];  // r: k = r k', k' what the key tile holds
-    float carried[kChunk];    // beta e^{G_t} r of k
+    float carried[kChunk];    // e^{G_t} r of k
     float to_end[kChunk];     // e^{G_end - G_t} r of k
     float decay[4];           // e^{G_end}, and filling
 };
@@ -33,7 +32,7 @@ struct alignas(1024) KeyTiles {  // of a chunk and key head
     __half query[2 * kPanel];
 };
 struct alignas(1024) HeadTiles {  // of a chunk and value head
-    __half solve[kPanel];         // A = (I + L)^-1
+    __half solve[kPanel];         // (I + L)^-1 with its columns times beta
     __half attention[kPanel];     // P = lower(q k^T e^{G_i - G_j})
     TokenFactors factors;
     float query_factors[kChunk];  // e^{G_t} r dk^-0.5 of q

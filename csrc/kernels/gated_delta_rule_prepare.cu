@@ -15,7 +15,6 @@
 //
 // budget: prepare_kernel registers<=128 shared<=0 hot sass=HGMMA
 #include <launch.h>
-#include <reduce.h>
 
 #include "bf16x8.h"
 #include "gated_delta_rule_prefill.h"
@@ -64,43 +63,42 @@ struct Split {
     }
 };
 
-// The power of two at or below a positive x.
+// The power of two at or below a positive x, and its inverse.
 __device__ __forceinline__ float power_below(float x) {
     return __uint_as_float(__float_as_uint(x) & 0x7f800000u);
+}
+__device__ __forceinline__ float inverse_of_power(float x) {
+    return __uint_as_float(0x7f000000u - __float_as_uint(x));
 }
 
 // In place, raw rows of 128 bf16 elements in two panels -> fp16 rows of norm 1/2 to 1, and what makes them unit
 // vectors, times `factor`. The elements are only multiplied by a power of two, so they stay exact; the rest of the norm
-// waits in fp32. Rows outside the sequence become zeros.
+// waits in fp32. Rows outside the sequence become zeros. Two lanes a row, a panel each.
 __device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end, float* scale, float factor) {
-    constexpr int kPasses = 8, kRows = kChunk / kPasses;  // sixteen lanes a row
-    const int t = threadIdx.x % kGroupThreads, piece = t % 16;
-    auto* panel = reinterpret_cast<uint8_t*>(tile + piece / 8 * kPanel);
-    uint4 rows[kPasses];
-    float squares[kPasses];
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = pass * kRows + t / 16;
-        const uint4 packed = *reinterpret_cast<const uint4*>(panel + place(row, piece % 8));
-        rows[pass] = row >= begin && row < end ? packed : uint4{};
-        squares[pass] = sum_of_squares(unpack(rows[pass]));
+    const int row = threadIdx.x % kGroupThreads / 2;
+    auto* panel = reinterpret_cast<uint8_t*>(tile + threadIdx.x % 2 * kPanel);
+    const bool inside = row >= begin && row < end;
+    float squares = 0;
+#pragma unroll 2
+    for (int piece = 0; piece < 8; ++piece) {
+        squares += sum_of_squares(unpack(*reinterpret_cast<const uint4*>(panel + place(row, piece))));
     }
-    butterfly<8, kPasses>(squares);  // two neighbouring lanes are left with a row's sum
-    const float power_of_lane = power_below(rsqrtf(max(squares[0], kLeastSquares)));
-    if (piece % 2 == 0) {
-        scale[piece / 2 * kRows + t / 16] = factor * rsqrtf(squares[0] + 1e-6f) / power_of_lane;
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = pass * kRows + t / 16;
-        const float power = __shfl_sync(0xffffffffu, power_of_lane, 2 * pass, 16);
-        const Float8 x = unpack(rows[pass]);
-        uint4 scaled;
-        scaled.x = pack<__half>(x.v[0] * power, x.v[1] * power);
-        scaled.y = pack<__half>(x.v[2] * power, x.v[3] * power);
-        scaled.z = pack<__half>(x.v[4] * power, x.v[5] * power);
-        scaled.w = pack<__half>(x.v[6] * power, x.v[7] * power);
-        *reinterpret_cast<uint4*>(panel + place(row, piece % 8)) = scaled;
+    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+    squares = inside ? squares : 0.0f;
+    const float power = power_below(rsqrtf(max(squares, kLeastSquares)));
+    if (threadIdx.x % 2 == 0) scale[row] = factor * rsqrtf(squares + 1e-6f) * inverse_of_power(power);
+#pragma unroll 2
+    for (int piece = 0; piece < 8; ++piece) {
+        auto& packed = *reinterpret_cast<uint4*>(panel + place(row, piece));
+        const Float8 x = unpack(packed);
+        uint4 scaled{};
+        if (inside) {
+            scaled.x = pack<__half>(x.v[0] * power, x.v[1] * power);
+            scaled.y = pack<__half>(x.v[2] * power, x.v[3] * power);
+            scaled.z = pack<__half>(x.v[4] * power, x.v[5] * power);
+            scaled.w = pack<__half>(x.v[6] * power, x.v[7] * power);
+        }
+        packed = scaled;
     }
 }
 
@@ -124,7 +122,7 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
     for (int i = 0; i < 2; ++i) {
         const float x = a[i] + bias;
         g[i] = inside[i] ? rate * (x > 20.0f ? x : log1pf(expf(x))) : 0.0f;
-        gates.beta[2 * lane + i] = inside[i] ? 1.0f / (1.0f + expf(-b[i])) : 0.0f;
+        gates.beta[2 * lane + i] = inside[i] ? sigmoid(b[i]) : 0.0f;
     }
     float through = g[0] + g[1];
 #pragma unroll
@@ -139,13 +137,12 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
 
 // What the scan needs of one token.
 __device__ __forceinline__ void store_factors(const Gates& gates, const Shared& shared, HeadTiles& head, int token) {
-    const float total = gates.total[token], last = gates.total[kChunk - 1], beta = gates.beta[token];
+    const float total = gates.total[token], last = gates.total[kChunk - 1];
     const float from_start = ptx::exp2_approximate(total), key_scale = shared.key_scale[token];
     TokenFactors& factors = head.factors;
     factors.total[token] = total;
-    factors.beta[token] = beta;
     factors.key_scale[token] = key_scale;
-    factors.carried[token] = beta * from_start * key_scale;
+    factors.carried[token] = from_start * key_scale;
     head.query_factors[token] = from_start * shared.query_scale[token];
     factors.to_end[token] = ptx::exp2_approximate(last - total) * key_scale;
     if (token == kChunk - 1) factors.decay[0] = from_start;
@@ -153,6 +150,7 @@ __device__ __forceinline__ void store_factors(const Gates& gates, const Shared& 
 
 // By the whole block: the parts above the diagonal blocks, which stay zero from here on.
 __device__ __forceinline__ void clear_upper(HeadTiles& head) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < kChunk * kChunk / 8; i += kThreads) {
         const int row = i / 8, piece = i % 8;
         if (piece / 2 <= row / 16) continue;
@@ -184,18 +182,16 @@ struct Decays {
         }
     }
     // The pair's products with scales and decays; `beyond`: how many columns right of the row count.
-    template <bool kMasked>
     __device__ __forceinline__ float2 apply(const float* products, float2 totals, float2 scales, int h, int column,
                                             int beyond) const {
         const float left = products[0] * (scale[h] * scales.x) * ptx::exp2_approximate(total[h] - totals.x);
         const float right = products[1] * (scale[h] * scales.y) * ptx::exp2_approximate(total[h] - totals.y);
-        if constexpr (!kMasked) return {left, right};
         return {column < row[h] + beyond ? left : 0.0f, column + 1 < row[h] + beyond ? right : 0.0f};
     }
 };
 
-// k k^T -> L, strictly lower: fp16 pairs beside the diagonal blocks, fp32 within them. All rows of a thread lie in the
-// block row of its warp.
+// k k^T -> L, strictly lower, in fp16 pairs; the diagonal blocks in fp32 too. All rows of a thread lie in the block row
+// of its warp.
 __device__ __forceinline__ void store_lower(const Thread& thread, const float (&kk)[32], const Gates& gates,
                                             const float* key_scale, HeadTiles& head, Inverse& inverse) {
     const int warp = thread.warp;
@@ -210,15 +206,13 @@ __device__ __forceinline__ void store_lower(const Thread& thread, const float (&
         const float2 scales = *reinterpret_cast<const float2*>(key_scale + column);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float* products = kk + 4 * j + 2 * h;
+            const int row = decays.row[h];
+            const float2 lower = decays.apply(kk + 4 * j + 2 * h, totals, scales, h, column, 0);
+            const Split split(lower.x, lower.y);
+            pair_at(head.solve, row, column) = split.high;
+            pair_at(inverse.low, row, column) = split.low;
             if (j / 2 == warp) {
-                const float2 lower = decays.apply<true>(products, totals, scales, h, column, 0);
-                *reinterpret_cast<float2*>(inverse.diagonal[warp] + decays.row[h] % 16 * 16 + column % 16) = lower;
-            } else {
-                const float2 lower = decays.apply<false>(products, totals, scales, h, column, 0);
-                const Split split(lower.x, lower.y);
-                pair_at(head.solve, decays.row[h], column) = split.high;
-                pair_at(inverse.low, decays.row[h], column) = split.low;
+                *reinterpret_cast<float2*>(inverse.diagonal[warp] + row % 16 * 16 + column % 16) = lower;
             }
         }
     }
@@ -239,7 +233,7 @@ __device__ __forceinline__ void store_attention(const Thread& thread, const floa
         const float2 scales = *reinterpret_cast<const float2*>(shared.key_scale + column);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float2 pair = decays.apply<true>(qk + 4 * j + 2 * h, totals, scales, h, column, 1);
+            const float2 pair = decays.apply(qk + 4 * j + 2 * h, totals, scales, h, column, 1);
             pair_at(head.attention, decays.row[h], column) = pack<__half>(pair.x, pair.y);
         }
     }
@@ -372,6 +366,27 @@ __device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, In
     }
 }
 
+// Columns of A times beta, so that the scan's right-hand side need not know it; by one warpgroup.
+__device__ __forceinline__ void scale_columns(HeadTiles& head, const Inverse& inverse, const float* beta) {
+    const int thread = threadIdx.x % kGroupThreads, piece = thread % 8;
+    const float4 factors[2] = {*reinterpret_cast<const float4*>(beta + 8 * piece),
+                               *reinterpret_cast<const float4*>(beta + 8 * piece + 4)};
+    const auto scale = [](uint32_t high, uint32_t low, float left, float right) {
+        const float2 x = __half22float2(*reinterpret_cast<const __half2*>(&high));
+        const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&low));
+        return pack<__half>((x.x + y.x) * left, (x.y + y.y) * right);
+    };
+#pragma unroll 1
+    for (int row = thread / 8; row < kChunk; row += kGroupThreads / 8) {
+        if (piece / 2 > row / 16) continue;
+        const uint32_t at = place(row, piece);
+        auto& high = *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(head.solve) + at);
+        const uint4 low = *reinterpret_cast<const uint4*>(reinterpret_cast<const uint8_t*>(inverse.low) + at);
+        high = {scale(high.x, low.x, factors[0].x, factors[0].y), scale(high.y, low.y, factors[0].z, factors[0].w),
+                scale(high.z, low.z, factors[1].x, factors[1].y), scale(high.w, low.w, factors[1].z, factors[1].w)};
+    }
+}
+
 // d[64 x 64] = a b^T over the 128 elements of rows.
 __device__ __forceinline__ void multiply_rows(float (&d)[32], uint64_t a, uint64_t b) {
     ptx::wgmma_fence(d);
@@ -392,6 +407,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         ptx::mbarrier_init(&shared.raw_full, 1);
         ptx::fence_mbarrier_init();
     }
+#pragma unroll 1
     for (HeadTiles& head : shared.heads) clear_upper(head);
     __syncthreads();
     // Later windows read only what the kernels ahead of the first wrote, and write where nobody reads any more.
@@ -418,11 +434,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             compute_gates(p, key_head * heads + head, row, begin, end, shared.gates[head]);
         }
         ptx::mbarrier_wait(&shared.raw_full, 0);
-        if (group == 0) {
-            normalise_rows(shared.keys.key, begin, end, shared.key_scale, 1.0f);
-        } else {
-            normalise_rows(shared.keys.query, begin, end, shared.query_scale, kQueryScale);
-        }
+        normalise_rows(group == 0 ? shared.keys.key : shared.keys.query, begin, end,
+                       group == 0 ? shared.key_scale : shared.query_scale, group == 0 ? 1.0f : kQueryScale);
         ptx::fence_async_shared();
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -455,6 +468,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                 store_lower(thread, products, shared.gates[first + group], shared.key_scale, tiles,
                             shared.inverses[group]);
                 invert(thread, tiles, shared.inverses[group]);
+                synchronise_group();
+                scale_columns(tiles, shared.inverses[group], shared.gates[first + group].beta);
             }
             ptx::fence_async_shared();
             __syncthreads();
