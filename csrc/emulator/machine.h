@@ -144,6 +144,7 @@ struct Grid {
     dim3 grid, block, cluster;
     size_t shared_bytes = 0;
     bool programmatic = false;
+    int blocks_together = 1;
     std::function<void()> body;
     const void* kernel = nullptr;
 

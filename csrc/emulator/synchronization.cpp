@@ -301,11 +301,12 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
 constexpr int kRegisterFile = 64 * 1024;
 
 void prepare_registers(Block& block) {
-    // A kernel that moves registers is compiled for the most that its block size allows.
+    // A kernel that moves registers is compiled for the most that its block size allows, and gets no more at the start.
     const int warps = static_cast<int>(block.warps.size());
-    const int each = std::min(kRegisterFile / (warps * 32) / 8 * 8, 255);
+    const int file = kRegisterFile / block.cluster->grid->blocks_together;
+    const int each = std::min(file / (warps * 32) / 8 * 8, 255);
     for (Warp& warp : block.warps) warp.registers = each;
-    block.free_registers = kRegisterFile - warps * 32 * each;
+    block.free_registers = 0;
 }
 
 void set_registers(int count, bool increase) {

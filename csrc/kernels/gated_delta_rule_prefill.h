@@ -83,6 +83,7 @@ struct Place {
 
     __device__ Place(const GatedDeltaRulePrefill& p, const Window& window, int slot) {
         const int lane = threadIdx.x % 32;
+#pragma unroll 1
         for (int first = 0, before = 0; first < p.sequences && sequence < 0; first += 32) {
             const int count = first + lane < p.sequences ? window.count(Chunks(p, first + lane).count) : 0;
             int through = count;

@@ -1,10 +1,11 @@
 // Before the scan of gated_delta_rule_prefill.cu: what follows from a chunk of 64 tokens alone, for all chunks of a
 // window at once. See there for the algorithm and for what the tiles hold.
 //
-// A block takes a chunk and a key head: unit keys and queries as fp16 in place of the raw rows that TMA brought, and
-// then, for each value head of the key head, L and P from k k^T, q k^T (wgmma) and the head's decays, and A = (I +
-// L)^-1. Two heads at a time: each of the two warpgroups makes P of one and A of the other. Finished tiles leave by
-// bulk stores, in the layout that the scan's bulk loads find again.
+// A block takes chunks of a key head in turn: unit keys and queries as fp16 in place of the raw rows, and then, for
+// each value head of the key head, L and P from k k^T, q k^T (wgmma) and the head's decays, and A = (I + L)^-1. Two
+// heads at a time: each of two warpgroups makes P of one and A of the other. A ninth warp runs ahead: it brings the
+// rows by TMA and computes the gates. Finished tiles leave by bulk stores, in the layout that the scan's bulk loads
+// find again.
 //
 // The inverse, by blocks of 16 x 16: diagonal blocks by substitution in fp32, a warp each, then pairs of blocks (32 x
 // 32), then pairs of these: A21 = -(A22 L21) A11, both factors in fp16 pairs (high and low part), the product in
@@ -16,6 +17,8 @@
 // budget: prepare_kernel registers<=128 shared<=0 hot sass=HGMMA
 #include <launch.h>
 
+#include <algorithm>
+
 #include "bf16x8.h"
 #include "gated_delta_rule_prefill.h"
 
@@ -24,12 +27,15 @@ namespace {
 
 using namespace delta_rule_prefill;
 
-constexpr int kThreads = 2 * kGroupThreads, kGroupWarps = kGroupThreads / 32;
+constexpr int kWorkers = 2 * kGroupThreads, kThreads = 3 * kGroupThreads;
+constexpr int kBlocksTogether = 2;                         // on a multiprocessor
+constexpr int kWorkRegisters = 104, kAheadRegisters = 32;  // per thread, of 80 at the start
+constexpr uint32_t kWorkersBarrier = 3;                    // 1 and 2 are the warpgroups'
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
 
-struct Gates {  // of a value head
+struct alignas(16) Gates {  // of a value head
     float total[kChunk], beta[kChunk];
 };
 
@@ -38,13 +44,18 @@ struct Inverse {                 // in the making, by one warpgroup
     float diagonal[4][16 * 16];  // a 16 x 16 block of L a warp, then its inverse
 };
 
+struct Ahead {       // what the ninth warp leaves
+    int begin, end;  // the places of the chunk that the sequence fills; 0, 0: no chunk, and none after it
+    Gates gates[kMaxValueHeadsPerKeyHead];
+};
+
 struct Shared {
     KeyTiles keys;       // raw rows in bf16 first
     HeadTiles heads[2];  // a pair of value heads
     Inverse inverses[2];
-    Gates gates[kMaxValueHeadsPerKeyHead];
+    Ahead ahead[2];  // chunks take turns
     float key_scale[kChunk], query_scale[kChunk];
-    uint64_t raw_full;
+    uint64_t full, empty;  // the rows and what comes with them
 };
 
 template <typename T>
@@ -102,39 +113,6 @@ __device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end,
     }
 }
 
-// Log decays, their running sum and beta of the chunk, by one warp: two tokens a lane.
-__device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, int value_head, int64_t first_row,
-                                              int begin, int end, Gates& gates) {
-    const int lane = threadIdx.x % 32;
-    const float rate = -expf(p.a_log[value_head]) * kLog2E, bias = p.dt_bias[value_head];
-    float a[2], b[2];
-    bool inside[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int token = 2 * lane + i;
-        inside[i] = token >= begin && token < end;
-        const int64_t row = first_row + (inside[i] ? token : begin);
-        a[i] = __bfloat162float(p.a[row * p.a_stride + value_head]);
-        b[i] = __bfloat162float(p.b[row * p.b_stride + value_head]);
-    }
-    float g[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float x = a[i] + bias;
-        g[i] = inside[i] ? rate * (x > 20.0f ? x : log1pf(expf(x))) : 0.0f;
-        gates.beta[2 * lane + i] = inside[i] ? sigmoid(b[i]) : 0.0f;
-    }
-    float through = g[0] + g[1];
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const float other = __shfl_up_sync(0xffffffffu, through, distance);
-        if (lane >= distance) through += other;
-    }
-    const float before = __shfl_up_sync(0xffffffffu, through, 1);
-    gates.total[2 * lane] = (lane > 0 ? before : 0.0f) + g[0];
-    gates.total[2 * lane + 1] = through;
-}
-
 // What the scan needs of one token.
 __device__ __forceinline__ void store_factors(const Gates& gates, const Shared& shared, HeadTiles& head, int token) {
     const float total = gates.total[token], last = gates.total[kChunk - 1];
@@ -166,7 +144,7 @@ struct Thread {
     int warp, lane;
 
     __device__ __forceinline__ Thread()
-        : warp(ptx::warp_id() % kGroupWarps), lane(__shfl_sync(0xffffffffu, threadIdx.x % 32, threadIdx.x % 32)) {}
+        : warp(ptx::warp_id() % 4), lane(__shfl_sync(0xffffffffu, threadIdx.x % 32, threadIdx.x % 32)) {}
 };
 
 // What the products of a thread with 8 columns need: row factors, differences of G, and where they lie.
@@ -397,14 +375,163 @@ __device__ __forceinline__ void multiply_rows(float (&d)[32], uint64_t a, uint64
     ptx::wgmma_commit();
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+// Log decays, their running sum and beta of the chunk, by one warp: two tokens a lane.
+__device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, int value_head, int64_t first_row,
+                                              int begin, int end, Gates& gates) {
+    const int lane = threadIdx.x % 32;
+    const float rate = -expf(p.a_log[value_head]) * kLog2E, bias = p.dt_bias[value_head];
+    float a[2], b[2];
+    bool inside[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int token = 2 * lane + i;
+        inside[i] = token >= begin && token < end;
+        const int64_t row = first_row + (inside[i] ? token : begin);
+        a[i] = __bfloat162float(p.a[row * p.a_stride + value_head]);
+        b[i] = __bfloat162float(p.b[row * p.b_stride + value_head]);
+    }
+    float g[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float x = a[i] + bias;
+        g[i] = inside[i] ? rate * (x > 20.0f ? x : log1pf(expf(x))) : 0.0f;
+        gates.beta[2 * lane + i] = inside[i] ? sigmoid(b[i]) : 0.0f;
+    }
+    float through = g[0] + g[1];
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const float other = __shfl_up_sync(0xffffffffu, through, distance);
+        if (lane >= distance) through += other;
+    }
+    const float before = __shfl_up_sync(0xffffffffu, through, 1);
+    gates.total[2 * lane] = (lane > 0 ? before : 0.0f) + g[0];
+    gates.total[2 * lane + 1] = through;
+}
+
+// The slots of a block, one after the other.
+__device__ __forceinline__ int slot_of(int turn) {
+    return blockIdx.y + turn * gridDim.y;
+}
+
+// The ninth warp: rows and gates of the block's chunks.
+__device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const Window& window, const CUtensorMap& rows,
+                                          Shared& shared) {
+    const int key_head = blockIdx.x, heads = p.value_heads / p.key_heads;
+    const int query = key_head * kDim, key = query + p.key_heads * kDim;
+#pragma unroll 1
+    for (int turn = 0;; ++turn) {
+        const int slot = slot_of(turn);
+        Ahead& ahead = shared.ahead[turn % 2];
+        const Place place(p, window, slot < window.slots ? slot : INT32_MAX);
+        if (turn > 0) ptx::mbarrier_wait(&shared.empty, (turn - 1) & 1);
+        if (place.sequence < 0) {
+            if (threadIdx.x % 32 == 0) {
+                ahead.begin = ahead.end = 0;
+                ptx::mbarrier_arrive(&shared.full);
+            }
+            return;
+        }
+        const Chunks at(p, place.sequence);
+        const int chunk = window.first + slot - place.first_slot;
+        const int row = at.row(chunk), begin = at.begin(chunk), end = at.end(chunk);
+        if (threadIdx.x % 32 == 0) {
+            ptx::mbarrier_expect_tx(&shared.full, sizeof(KeyTiles));
+#pragma unroll 1
+            for (int panel = 0; panel < 2; ++panel) {
+                const int column = panel * kDim / 2, offset = panel * kPanel;
+                ptx::tma_load(shared.keys.key + offset, &rows, &shared.full, {key + column, row});
+                ptx::tma_load(shared.keys.query + offset, &rows, &shared.full, {query + column, row});
+            }
+            ahead.begin = begin;
+            ahead.end = end;
+        }
+#pragma unroll 1
+        for (int head = 0; head < heads; ++head) {
+            compute_gates(p, key_head * heads + head, row, begin, end, ahead.gates[head]);
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.full);
+    }
+}
+
+__device__ __forceinline__ void synchronise_workers() {
+    ptx::named_barrier_sync(kWorkersBarrier, kWorkers);
+}
+
+// The two warpgroups.
+__device__ __forceinline__ void work(const GatedDeltaRulePrefill& p, const Window& window, Shared& shared) {
+    const int group = ptx::warp_id() / 4, key_head = blockIdx.x, heads = p.value_heads / p.key_heads;
+#pragma unroll 1
+    for (int turn = 0;; ++turn) {
+        const Ahead& ahead = shared.ahead[turn % 2];
+        ptx::mbarrier_wait(&shared.full, turn & 1);
+        if (ahead.end == 0) break;
+        normalise_rows(group == 0 ? shared.keys.key : shared.keys.query, ahead.begin, ahead.end,
+                       group == 0 ? shared.key_scale : shared.query_scale, group == 0 ? 1.0f : kQueryScale);
+        ptx::fence_async_shared();
+        if (threadIdx.x == 0) ptx::bulk_wait_read<0>();  // the tiles of the heads may be written again
+        synchronise_workers();
+        if (threadIdx.x == 0) {
+            ptx::bulk_store(window.keys + int64_t{slot_of(turn)} * p.key_heads + key_head, &shared.keys,
+                            sizeof(KeyTiles));
+            ptx::bulk_commit();
+        }
+#pragma unroll 1
+        for (int first = 0; first < heads; first += 2) {
+            float products[32];
+            if (first > 0) {
+                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
+                synchronise_workers();
+            }
+            if (first + (group ^ 1) < heads) {
+                HeadTiles& tiles = shared.heads[group ^ 1];
+                const Gates& gates = ahead.gates[first + (group ^ 1)];
+                multiply_rows(products, panel_descriptor(shared.keys.query), panel_descriptor(shared.keys.key));
+                const int token = threadIdx.x % kGroupThreads;
+                if (token < kChunk) store_factors(gates, shared, tiles, token);
+                ptx::wgmma_wait<0>(products);
+                store_attention(Thread(), products, gates, tiles, shared);
+            }
+            HeadTiles& tiles = shared.heads[group];
+            const bool mine = first + group < heads;
+            if (mine) {
+                multiply_rows(products, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.key));
+                ptx::wgmma_wait<0>(products);
+            }
+            if (first + 2 >= heads) {  // all products are made
+                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
+                synchronise_workers();
+                if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.empty);
+            }
+            if (mine) {
+                const Gates& gates = ahead.gates[first + group];
+                store_lower(Thread(), products, gates, shared.key_scale, tiles, shared.inverses[group]);
+                invert(Thread(), tiles, shared.inverses[group]);
+                synchronise_group();
+                scale_columns(tiles, shared.inverses[group], gates.beta);
+            }
+            ptx::fence_async_shared();
+            synchronise_workers();
+            if (threadIdx.x == 0) {
+                HeadTiles* out = window.heads + int64_t{slot_of(turn)} * p.value_heads + key_head * heads + first;
+                ptx::bulk_store(out, &shared.heads[0], kHeadBytes);
+                if (first + 1 < heads) ptx::bulk_store(out + 1, &shared.heads[1], kHeadBytes);
+                ptx::bulk_commit();
+            }
+        }
+    }
+    if (threadIdx.x == 0) ptx::bulk_wait<0>();
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksTogether)
     prepare_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
                    const __grid_constant__ Window window) {
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&rows);
-        ptx::mbarrier_init(&shared.raw_full, 1);
+        ptx::mbarrier_init(&shared.full, 1);
+        ptx::mbarrier_init(&shared.empty, 1);
         ptx::fence_mbarrier_init();
     }
 #pragma unroll 1
@@ -413,88 +540,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Later windows read only what the kernels ahead of the first wrote, and write where nobody reads any more.
     if (window.first == 0) ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const int key_head = blockIdx.x, slot = blockIdx.y, heads = p.value_heads / p.key_heads;
-    const Place place(p, window, slot);
-    if (place.sequence >= 0) {
-        const Chunks at(p, place.sequence);
-        const int chunk = window.first + slot - place.first_slot;
-        const int row = at.row(chunk), begin = at.begin(chunk), end = at.end(chunk);
-        if (threadIdx.x == 0) {
-            ptx::mbarrier_arrive_expect_tx(&shared.raw_full, sizeof(KeyTiles));
-            const int query = key_head * kDim, key = query + p.key_heads * kDim;
-            for (int panel = 0; panel < 2; ++panel) {
-                const int column = panel * kDim / 2, offset = panel * kPanel;
-                ptx::tma_load(shared.keys.key + offset, &rows, &shared.raw_full, {key + column, row});
-                ptx::tma_load(shared.keys.query + offset, &rows, &shared.raw_full, {query + column, row});
-            }
-        }
-        // While the rows arrive: gates, a head a warp.
-        const int group = threadIdx.x / kGroupThreads, warp = ptx::warp_id() % kGroupWarps;
-        for (int head = group == 1 ? warp : heads; head < heads; head += kGroupWarps) {
-            compute_gates(p, key_head * heads + head, row, begin, end, shared.gates[head]);
-        }
-        ptx::mbarrier_wait(&shared.raw_full, 0);
-        normalise_rows(group == 0 ? shared.keys.key : shared.keys.query, begin, end,
-                       group == 0 ? shared.key_scale : shared.query_scale, group == 0 ? 1.0f : kQueryScale);
-        ptx::fence_async_shared();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            ptx::bulk_store(window.keys + int64_t{slot} * p.key_heads + key_head, &shared.keys, sizeof(KeyTiles));
-            ptx::bulk_commit();
-        }
-        HeadTiles* out = window.heads + int64_t{slot} * p.value_heads + key_head * heads;
-        const uint64_t keys = panel_descriptor(shared.keys.key), queries = panel_descriptor(shared.keys.query);
-#pragma unroll 1
-        for (int first = 0; first < heads; first += 2) {
-            if (first > 0) {
-                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
-                __syncthreads();
-            }
-            const Thread thread;
-            float products[32];
-            if (first + (group ^ 1) < heads) {
-                HeadTiles& tiles = shared.heads[group ^ 1];
-                const Gates& gates = shared.gates[first + (group ^ 1)];
-                multiply_rows(products, queries, keys);
-                const int token = threadIdx.x % kGroupThreads;
-                if (token < kChunk) store_factors(gates, shared, tiles, token);
-                ptx::wgmma_wait<0>(products);
-                store_attention(thread, products, gates, tiles, shared);
-            }
-            if (first + group < heads) {
-                HeadTiles& tiles = shared.heads[group];
-                multiply_rows(products, keys, keys);
-                ptx::wgmma_wait<0>(products);
-                store_lower(thread, products, shared.gates[first + group], shared.key_scale, tiles,
-                            shared.inverses[group]);
-                invert(thread, tiles, shared.inverses[group]);
-                synchronise_group();
-                scale_columns(tiles, shared.inverses[group], shared.gates[first + group].beta);
-            }
-            ptx::fence_async_shared();
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                for (int head = first; head < min(first + 2, heads); ++head) {
-                    ptx::bulk_store(out + head, &shared.heads[head - first], kHeadBytes);
-                }
-                ptx::bulk_commit();
-            }
-        }
-        if (threadIdx.x == 0) ptx::bulk_wait<0>();
+    if (ptx::warp_id() < kWorkers / 32) {
+        ptx::register_increase<kWorkRegisters>();
+        work(p, window, shared);
+    } else {
+        ptx::register_decrease<kAheadRegisters>();
+        if (ptx::warp_id() == kWorkers / 32) run_ahead(p, window, rows, shared);
     }
     // One block for all: the scan that waits for this grid may count on all kernels ahead of it.
-    if (window.first > 0 && slot == 0 && key_head == 0) ptx::grid_dependency_wait();
+    if (window.first > 0 && blockIdx.x == 0 && blockIdx.y == 0) ptx::grid_dependency_wait();
 }
 
 }  // namespace
 
 cudaError_t delta_rule_prefill::gated_delta_rule_prepare(const GatedDeltaRulePrefill& p, const CUtensorMap& rows,
                                                          const Window& window, cudaStream_t stream) {
-    const LaunchConfig config{.grid = dim3(p.key_heads, window.slots),
+    const int resident = std::max(kBlocksTogether * multiprocessor_count() / p.key_heads, 1);
+    const LaunchConfig config{.grid = dim3(p.key_heads, std::min(window.slots, resident)),
                               .block = kThreads,
                               .shared_bytes = sizeof(Shared),
                               .stream = stream,
-                              .programmatic = true};
+                              .programmatic = true,
+                              .blocks_together = kBlocksTogether};
     return launch(prepare_kernel, config, p, rows, window);
 }
 
