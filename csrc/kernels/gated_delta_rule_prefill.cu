@@ -16,10 +16,9 @@
 // bulk copies for both blocks of the cluster at once, and each block's own values by TMA (a row outside the sequence
 // counts as zero). Three stages for the chain, 34 KB each, and three for the outputs, 25 KB each.
 //
-// Windows. The first kernel fills a workspace of kWindowChunks chunks of every sequence; the scan consumes it, while,
-// under programmatic launch, the first kernel fills a second one on the multiprocessors that the scan leaves free. The
-// scan of a window waits for that kernel, whose last act is to wait for the scan before. A sequence that goes on leaves
-// its state in the workspace.
+// Windows. The first kernel fills a workspace of some chunks of every sequence, the scan consumes it, and so on; a
+// sequence that goes on leaves its state in the workspace. Few windows: an earlier form with two workspaces, where
+// under programmatic launch one was filled beside the scan of the other, gained nothing from 16 to 130 chunks a window.
 //
 // Snapshots. V' is causal, so the state after token p is e^{G_p} S + sum_{t <= p} e^{G_p - G_t} v'_t k_t^T: the chain
 // stores S as it enters the chunk and adds that sum afterwards, with mma.sync. Its own values pass by untouched:
@@ -31,16 +30,23 @@
 // 65504 in magnitude, the range of fp16; below 6e-5 they lose digits one by one.
 //
 // Bytes: q, k, v, o once, 2 x 128 x (2 / ratio + 2) a token and value head, and each state once: 47 us at 8192 tokens
-// of 32 heads, 4.3 TB/s; the workspace, written and read, is twice as much again where it does not stay in L2. Flops:
-// 164 k a token and head, 56 us there. The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190,
-// V' to fp16 110, update 320: 1,150, or 0.6 us; with 12 us of preparation ahead of the first window and 3 us to begin
-// each, 105 us are predicted for 1 x 8192 tokens of 16:32 heads.
+// of 32 heads, 4.3 TB/s; the workspace, written and read, is 290 MB more there. Flops: 164 k a token and head, 56 us.
+// The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190, V' to fp16 110, update 320: 1,150.
+//
+// Measured on an H100, with the preparation: heads 16:32, 1 x 512 tokens 33 us, 1 x 2048 78 us, 1 x 8192 252 us, 1 x
+// 32768 963 us; 16:64, 1 x 8192 371 us, 4 x 8192 1.41 ms; 16:16, 1 x 8192 234 us; 16:32, 16 x 128 102 us. The scan
+// takes 1.2 us a chunk, 2,050 cycles: without the products of the outputs 1.05, without anything of theirs 1.0. So the
+// chain's own instructions count, one warp a scheduler, each waiting for the one before, and shared memory, which 150
+// KB a chunk keep busy for 1,200 cycles. With 64 heads memory counts: without the stores of outputs 80 us less. Next:
+// fewer instructions between the products, and tiles of half the size (the triangles' other halves are zero).
 //
 // Tried and lost, on the card: all in one kernel, where each of the two blocks prepared every second chunk for both,
 // 598 us at 1 x 8192: one preparation took 12,000 to 16,000 cycles from its first load to its last store, chain and
 // preparations shared the schedulers, and the values came too late (the chain alone 215 us). Outputs made by the
-// chain's own warpgroup: 850 cycles a chunk longer. A block that prepares for itself alone, raw rows by 16-byte loads,
-// 697 us. At compile time: P V' under way over the end of the loop (ptxas serialises every wgmma, C7514).
+// chain's own warpgroup: 850 cycles a chunk longer. S and V' handed over as swizzled tiles: the fence for the matrix
+// unit's reads cost the chain 100 cycles each. Arrivals in the other block with release semantics: a fence of hundreds
+// of cycles. A block that prepares for itself alone, raw rows by 16-byte loads, 697 us. At compile time: P V' under way
+// over the end of the loop (ptxas serialises every wgmma, C7514).
 //
 // budget: prefill_kernel registers<=168 shared<=0 hot sass=HGMMA
 #include <launch.h>
@@ -49,7 +55,7 @@
 #include <algorithm>
 
 #include "bf16x8.h"
-#include "gated_delta_rule_prefill.h"
+#include "gated_delta_rule_state.h"
 
 namespace tokenspeed {
 namespace {
@@ -59,11 +65,10 @@ using namespace delta_rule_prefill;
 constexpr int kThreads = 384;                              // warpgroups: chain, outputs, and one whose warps move data
 constexpr int kChainRegisters = 240, kMoveRegisters = 40;  // per thread, of 168 at the start
 constexpr int kStages = 3;
-constexpr int kWindowChunks = 32;
-constexpr int kAhead = 6;  // chunks, of asking memory for them
+constexpr int kWindowSlots = 128, kLeastWindow = 8;  // chunks of all sequences in a window, and of one at least
+constexpr int kAhead = 6;                            // chunks, of asking memory for them
 constexpr int kWarps = kGroupThreads / 32;
 constexpr uint32_t kOutputBarrier = 1;
-constexpr int kNoSnapshot = INT32_MAX;
 
 // The operands of one chunk, for the chain and for the outputs. All but the values are the same for both halves of a
 // head.
@@ -96,108 +101,6 @@ struct Shared {
     uint64_t state_given, update_given, taken;
 };
 static_assert(sizeof(Shared) <= 227 * 1024);
-
-// What a block works on: half a value head of one sequence, the chunks of one window.
-struct Work : Chunks {
-    int sequence, value_head, key_head, rank, column;
-    int read_slot, write_slot;
-    int first, chunks;     // of the window: the first chunk of the sequence, and how many
-    int slot;              // of the window: where its chunks begin
-    bool begins, goes_on;  // whether the sequence does, in and beyond this window
-
-    __device__ Work(const GatedDeltaRulePrefill& p, const Window& window) : Chunks(p, blockIdx.z) {
-        sequence = blockIdx.z;
-        value_head = blockIdx.y;
-        key_head = value_head / (p.value_heads / p.key_heads);
-        rank = blockIdx.x;
-        column = rank * kColumns;
-        read_slot = max(p.read_slot[sequence], 0);
-        write_slot = p.write_slot[sequence];
-        first = window.first;
-        chunks = window.count(count);
-        slot = first_slot(p, window, sequence);
-        begins = first == 0;
-        goes_on = first + chunks < count;
-    }
-    __device__ bool idle() const { return chunks == 0 && !begins; }
-};
-
-// Place of a thread in an accumulator: rows `row` and `row` + 8 are value columns, pairs of columns start at `column`.
-struct Lane {
-    int row, column;
-    __device__ Lane() : row(threadIdx.x / 32 % kWarps * 16 + threadIdx.x % 32 / 4), column(threadIdx.x % 4 * 2) {}
-};
-
-// The 64 x 128 part of a slot's state that belongs to the block.
-__device__ __forceinline__ float* state_of(const GatedDeltaRulePrefill& p, const Work& at, int slot) {
-    return p.state + slot * p.state_stride + (static_cast<int64_t>(at.value_head) * kDim + at.column) * kDim;
-}
-
-// The same of the workspace, between two windows.
-__device__ __forceinline__ float* carried_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window) {
-    const int64_t place = at.start / Window::carry_distance(window.chunks);
-    return window.carry + ((place * p.value_heads + at.value_head) * kDim + at.column) * kDim;
-}
-
-__device__ __forceinline__ float2& pair_of(float* state, const Lane& lane, int j, int h) {
-    return *reinterpret_cast<float2*>(state + (lane.row + 8 * h) * kDim + 8 * j + lane.column);
-}
-
-__device__ __forceinline__ void store_state(float* state, const float (&s)[64]) {
-    const Lane lane;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) pair_of(state, lane, i / 2, i % 2) = float2{s[2 * i], s[2 * i + 1]};
-}
-
-// What the window before left, or the state after `context` tokens: the slot's, then the updates that still wait in its
-// ring, oldest first.
-__device__ __forceinline__ void load_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                           float (&s)[64]) {
-    const Lane lane;
-#pragma unroll
-    for (int i = 0; i < 64; ++i) s[i] = 0;
-    if (at.begins && at.context == 0) return;
-    float* state = at.begins ? state_of(p, at, at.read_slot) : carried_state(p, at, window);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-        const float2 pair = pair_of(state, lane, i / 2, i % 2);
-        s[2 * i] = pair.x;
-        s[2 * i + 1] = pair.y;
-    }
-    if (!at.begins) return;
-    const int cursor = p.cursor[at.read_slot * p.cursor_stride + at.value_head];
-#pragma unroll 1
-    for (int token = max(max(cursor, at.context - p.ring_rows), 0); token < at.context; ++token) {
-        const float* update = p.ring + at.read_slot * p.ring_stride + token % p.ring_rows * int64_t{p.ring_width};
-        const float* key = update + at.key_head * kDim + lane.column;
-        const float* u = update + (p.key_heads + at.value_head) * kDim + at.column + lane.row;
-        const float decay = expf(update[(p.key_heads + p.value_heads) * kDim + at.value_head]);
-        const float of_row[2] = {u[0], u[8]};
-#pragma unroll
-        for (int i = 0; i < 64; ++i) s[i] = decay * s[i] + of_row[i / 2 % 2] * key[i / 4 * 8 + i % 2];
-    }
-}
-
-// The smallest token count beyond `count` at which the sequence's state is asked for. By whole warps.
-__device__ __forceinline__ int next_snapshot(const GatedDeltaRulePrefill& p, const Work& at, int count) {
-    int next = kNoSnapshot;
-    for (int i = threadIdx.x % 32; i < p.snapshot_count; i += 32) {
-        const int32_t* row = p.snapshots + 3 * i;
-        if (row[0] == at.sequence && row[2] >= 0 && row[1] > count) next = min(next, row[1]);
-    }
-    return __reduce_min_sync(0xffffffffu, next);
-}
-
-// Calls what(token count, slot) for the sequence's snapshots with first < count <= last.
-template <typename Function>
-__device__ __forceinline__ void for_snapshots(const GatedDeltaRulePrefill& p, const Work& at, int first, int last,
-                                              Function what) {
-#pragma unroll 1
-    for (int i = 0; i < p.snapshot_count; ++i) {
-        const int32_t* row = p.snapshots + 3 * i;
-        if (row[0] == at.sequence && row[2] >= 0 && row[1] > first && row[1] <= last) what(row[1], row[2]);
-    }
-}
 
 // Turns the state before the chunk, which this thread has stored at `state`, into that after the token at place `last`:
 // e^{G_last} S + sum_{t <= last} e^{G_last - G_t} v'_t k_t^T. `updates` are the chunk's V' transposed.
@@ -461,7 +364,9 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
 #pragma unroll
         for (int token = thread / 8; token < kChunk; token += kGroupThreads / 8) {
             const auto* from = reinterpret_cast<const uint8_t*>(tile) + place(token, piece);
-            if (token >= begin && token < end) store_16(rows + token * stride, *reinterpret_cast<const uint4*>(from));
+            if (token >= begin && token < end) {
+                ptx::store_16_streaming(rows + token * stride, *reinterpret_cast<const uint4*>(from));
+            }
         }
     }
 }
@@ -494,7 +399,7 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
         uint64_t* full = &shared.chain_ring.full[i % kStages];
         wait_until_empty(shared.chain_ring, i);
         ptx::mbarrier_arrive_expect_tx(full, kChainBytes);
-        ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)});
+        ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)}, ptx::CachePolicy::kEvictFirst);
         if (at.rank != 0) continue;
         const auto& key = keys[int64_t{i} * p.key_heads].key;
         const HeadTiles& head = heads[int64_t{i} * p.value_heads];
@@ -565,27 +470,29 @@ int most_chunks(int64_t tokens) {
     return tokens > 0 ? static_cast<int>((tokens + kChunk - 2) / kChunk) + 1 : 0;
 }
 
+// Chunks that a window has of each sequence.
+int window_chunks(const GatedDeltaRulePrefill& p) {
+    return std::max(kWindowSlots / std::max(p.sequences, 1), kLeastWindow);
+}
+
 // Chunks of a batch that a window may hold, from chunk `first` of its sequences on.
 int64_t most_slots(const GatedDeltaRulePrefill& p, int first) {
     const int64_t everywhere = std::min<int64_t>(p.tokens / kChunk + 2 * int64_t{p.sequences}, p.tokens);
     // Who reaches the window has more than the chunks before it, all of them full but the first.
     const int64_t sequences = first == 0 ? p.sequences : p.tokens / ((first - 1) * kChunk);
-    return std::min(everywhere, std::min<int64_t>(sequences, p.sequences) * kWindowChunks);
+    return std::min(everywhere, std::min<int64_t>(sequences, p.sequences) * window_chunks(p));
 }
 
-// How the workspace is laid out: two sets of tiles, or one if one window does, then what sequences carry between them.
+// How the workspace is laid out: the tiles of a window, then what sequences carry from one to the next.
 struct Workspace {
-    int64_t slots, keys, heads, sets, carry, bytes;
+    int64_t keys, carry, bytes;  // bytes of the key tiles, of all tiles, of all
 
     explicit Workspace(const GatedDeltaRulePrefill& p) {
-        const bool one = most_chunks(p.longest) <= kWindowChunks;
-        slots = most_slots(p, 0);
+        const int64_t slots = most_slots(p, 0), distance = Window::carry_distance(window_chunks(p));
+        const bool one = most_chunks(p.longest) <= window_chunks(p);
         keys = slots * p.key_heads * sizeof(KeyTiles);
-        heads = slots * p.value_heads * sizeof(HeadTiles);
-        sets = one ? 1 : 2;
-        const int64_t carried = one ? 0 : p.tokens / Window::carry_distance(kWindowChunks) + 1;
-        carry = sets * (keys + heads);
-        bytes = carry + carried * p.value_heads * kDim * kDim * sizeof(float);
+        carry = keys + slots * p.value_heads * sizeof(HeadTiles);
+        bytes = carry + (one ? 0 : p.tokens / distance + 1) * p.value_heads * kDim * kDim * sizeof(float);
     }
 };
 
@@ -623,13 +530,13 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
                               .programmatic = true};
     const Workspace layout(p);
     auto* workspace = static_cast<uint8_t*>(p.workspace);
-    for (int first = 0, set = 0; first == 0 || first < most_chunks(p.longest); first += kWindowChunks, set ^= 1) {
-        uint8_t* tiles = workspace + set * (layout.keys + layout.heads);
+    const int chunks = window_chunks(p);
+    for (int first = 0; first == 0 || first < most_chunks(p.longest); first += chunks) {
         const Window window{.first = first,
-                            .chunks = kWindowChunks,
+                            .chunks = chunks,
                             .slots = static_cast<int>(most_slots(p, first)),
-                            .keys = reinterpret_cast<KeyTiles*>(tiles),
-                            .heads = reinterpret_cast<HeadTiles*>(tiles + layout.keys),
+                            .keys = reinterpret_cast<KeyTiles*>(workspace),
+                            .heads = reinterpret_cast<HeadTiles*>(workspace + layout.keys),
                             .carry = reinterpret_cast<float*>(workspace + layout.carry)};
         auto status = gated_delta_rule_prepare(p, rows, window, stream);
         if (status == cudaSuccess) status = launch(prefill_kernel, config, p, rows, window);

@@ -35,7 +35,18 @@ def test_more_chunks_than_stages_under_any_schedule(scheduled, context, tokens):
     check(Layer(scheduled, published(1), slots=3), [Sequence(context, tokens, 1, 1, min(context, 2))], snapshots)
 
 
-@pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 4), Heads(1, 3), Heads(2, 8)])
+@pytest.mark.parametrize("sequences", [16, 40])
+def test_a_batch_of_several_windows(backend, sequences):
+    """From sixteen sequences on a window has eight chunks of each: 900 tokens take two, and carry their state."""
+    layer = Layer(backend, published(1), slots=sequences + 2)
+    lengths = [900 if i in (3, 9) else i % 7 for i in range(sequences)]
+    batch = [Sequence(70 if i == 9 else 0, length, i, i) for i, length in enumerate(lengths)]
+    before = sum(lengths[:9])
+    assert before % 64, "the second long sequence begins within a tile of rows"
+    check(layer, batch, snapshots=[(3, 512, sequences), (9, 70 + 700, sequences + 1)])
+
+
+@pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 4), Heads(1, 3), Heads(2, 8), Heads(1, 8)])
 def test_each_value_head_takes_its_key_head(backend, heads):
     layer = Layer(backend, heads, slots=2)
     results = []
@@ -47,6 +58,10 @@ def test_each_value_head_takes_its_key_head(backend, heads):
     expected, states = reference.delta_rule(qkv, a, b, layer.a_log, layer.dt_bias, before)
     backend.assert_close(results[0], expected)
     backend.assert_state_close(layer.state[1], states[-1])
+
+
+def test_more_value_heads_to_a_key_head_than_the_kernel_takes(backend):
+    check(Layer(backend, Heads(1, 9), slots=1), [Sequence(0, 3, 0, 0)])
 
 
 def test_sequences_of_a_batch_do_not_see_each_other(backend):
