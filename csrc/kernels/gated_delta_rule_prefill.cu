@@ -46,7 +46,8 @@
 // chain's own warpgroup: 850 cycles a chunk longer. S and V' handed over as swizzled tiles: the fence for the matrix
 // unit's reads cost the chain 100 cycles each. Arrivals in the other block with release semantics: a fence of hundreds
 // of cycles. A block that prepares for itself alone, raw rows by 16-byte loads, 697 us. At compile time: P V' under way
-// over the end of the loop (ptxas serialises every wgmma, C7514).
+// over the end of the loop (ptxas serialises every wgmma, C7514); products with the triangles A and P in shapes that
+// shrink with each step (C7511).
 //
 // budget: prefill_kernel registers<=168 shared<=0 hot sass=HGMMA
 #include <launch.h>
