@@ -6,7 +6,7 @@ import torch
 from tests.kernels.launches import emulator, torch_served
 from tests.ops import reference
 from tests.ops.backends import relative_error, same_bits
-from tests.ops.gdn import Heads, Layer, Sequence, published
+from tests.ops.gdn import Heads, Layer, Sequence, columns, published, snapshot_rows
 from tests.ops.test_gdn_prefill import check, inputs, prefill
 
 pytest_plugins = ["tests.kernels.schedules"]
@@ -28,9 +28,9 @@ def card(backend):
     return backend
 
 
-@pytest.mark.parametrize(("context", "tokens"), [(0, 1), (60, 129), (5, 330)])
+@pytest.mark.parametrize(("context", "tokens"), [(0, 1), (60, 129), (5, 330), (5, 700)])
 def test_more_chunks_than_stages_under_any_schedule(scheduled, context, tokens):
-    """330 tokens after 5 are six chunks: every stage is filled twice."""
+    """330 tokens after 5 are six chunks: every stage is filled twice. 700 are twelve: blocks that prepare take two."""
     snapshots = [(0, context + tokens, 2), (0, context + (tokens + 1) // 2, 0)]
     check(Layer(scheduled, published(1), slots=3), [Sequence(context, tokens, 1, 1, min(context, 2))], snapshots)
 
@@ -44,6 +44,31 @@ def test_a_batch_of_several_windows(backend, sequences):
     before = sum(lengths[:9])
     assert before % 64, "the second long sequence begins within a tile of rows"
     check(layer, batch, snapshots=[(3, 512, sequences), (9, 70 + 700, sequences + 1)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_kernels_of_windows_wait_for_each_other(backend, seed):
+    """Queued, each may run up to its wait before the one before it has begun."""
+    if backend.emulated is None:
+        pytest.skip("only the emulated device always starts the successor first")
+    batch = [Sequence(0, 700 if i == 7 else 2, i, i) for i in range(16)]
+    results, device = [], emulator()
+    for deferred in (False, True):
+        torch.manual_seed(11)
+        layer = Layer(backend, published(1), slots=16)
+        data = inputs(layer, sum(s.length for s in batch))
+        arrays = *columns(backend, batch), snapshot_rows(backend, [])
+        records = (layer.a_log, layer.dt_bias, layer.state, layer.ring, layer.cursor)
+        device.emulator_seed(seed)
+        device.emulator_defer(deferred)
+        try:
+            out = backend.op("gated_delta_rule_prefill")(*data, *records, *arrays, 700)
+            assert device.emulator_synchronize() == 0
+        finally:
+            device.emulator_defer(0)
+            device.emulator_seed(0)
+        results.append((out, layer.state))
+    assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 4), Heads(1, 3), Heads(2, 8), Heads(1, 8)])
