@@ -203,13 +203,41 @@ def test_marks_that_name_no_message_or_are_too_many_are_a_request_error(template
         template.encode([SYSTEM, QUERY], marks=marks)
 
 
-def test_the_cost_is_four_renders_and_two_for_each_mark(made):
+def test_the_cost_is_two_renders_or_three_where_reasoning_is_dropped_and_one_for_each_mark(made):
     renders = []
 
-    def render(messages, add_generation_prompt):
+    def render(messages):
         renders.append(messages)
-        return "".join(f"<|im_start|>{message['content']}" for message in messages)
+        turns = [f"<|im_start|>{message['role']} {message.get('content', '')}<|im_end|>\n" for message in messages]
+        return "".join(turns)
+
+    def render_reasoning(messages):
+        queries = sum(message["role"] == "user" for message in messages)
+        return render(messages).replace("<|im_start|>assistant", "<|im_start|>" if queries > 1 else "<think>")
 
     messages = [SYSTEM, QUERY, *STEP]
-    stable_cuts(render(messages, True), messages, render, made.guard.pattern, [0, 1, 2])
-    assert len(renders) == 1 + 4 + 2 * 3
+    for renderer, marks, cost in ((render, [], 2), (render, [0, 1, 2], 5), (render_reasoning, [], 3)):
+        prompt = renderer(messages)
+        del renders[:]
+        stable_cuts(prompt, prompt, messages, renderer, made.guard.pattern, marks)
+        assert len(renders) == cost
+
+
+def test_a_prompt_is_rendered_once_and_twice_changed(made, made_checkpoint):
+    template = ChatTemplate.from_directory(made_checkpoint, made)
+    renders, render = [], template._environment.render
+    template._environment.render = lambda *arguments: renders.append(arguments) or render(*arguments)
+    template.encode([SYSTEM, QUERY])
+    del renders[:]
+    template.encode([SYSTEM, QUERY])
+    assert len(renders) == 3
+
+
+def test_a_generation_prompt_that_depends_on_the_conversation_is_not_guessed(made):
+    prompt = (
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '<think>' if 'think' in text(messages[-1]) }}{% endif %}"
+    )
+    template = ChatTemplate({"default": TEXT + TURNS + prompt}, made)
+    for content in ("next", "think", "no", "think more"):
+        found = template.encode([{"role": "user", "content": content}])
+        assert ends(made, found)[-1] == f"<|im_start|>user\n{content}<|im_end|>\n"

@@ -70,7 +70,7 @@ class Frontend:
     ) -> Request:
         """A request for a conversation; options as `ChatTemplate.encode` takes them. States are kept at the template's
         stable boundaries and before the last token."""
-        encoded = self.template.encode(messages, tools, **options)
+        encoded = self.template.encode(messages, tools, name_space="", **options)
         return self.request(id, encoded.ids, params, chat_boundaries(encoded))
 
 

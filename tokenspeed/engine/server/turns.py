@@ -78,6 +78,7 @@ def prepare(
         enable_thinking=chat.enable_thinking,
         template_kwargs=chat.template_kwargs,
         marks=chat.marks,
+        name_space=chat.name_space,
     )
     ids, boundaries, restored = encoded.ids, list(encoded.boundaries), 0
     if history is not None:

@@ -14,11 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Message = dict[str, Any]
-Render = Callable[[list[Message], bool], str | None]  # messages, generation prompt? -> text, None where it is refused
+Render = Callable[[list[Message]], str | None]  # without a generation prompt; None where the template refuses
 
 
 def stable_cuts(
-    prompt: str, messages: list[Message], render: Render, control: re.Pattern[str], marks: Sequence[int]
+    prompt: str,
+    bare: str | None,
+    messages: list[Message],
+    render: Render,
+    control: re.Pattern[str],
+    marks: Sequence[int],
 ) -> list[int]:
     """Ascending positions in `prompt`, each the start of a control token.
 
@@ -29,21 +34,26 @@ def stable_cuts(
     - For each of `marks`, the end of that message: what is shared with the conversation up to it, or with another turn
       put after it, whichever is more.
 
-    What the template refuses to render gives no place. 4 renders, and 2 for each mark.
+    bare: the conversation without a generation prompt, None where the template refuses that. What it refuses to render
+    gives no place. 2 or 3 renders, one of them of system and tools alone, and 1 or 2 for each mark.
     """
     compare = _Comparison(prompt, control)
     turns = _Turns(messages)
-    bare = render(messages, False)
     end = len(prompt) if bare is None else compare.common(bare)
 
     system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    found = {compare.cut(render([*messages[:system], turns.user], False), end)}
-    for turn in (turns.answer_and_query(), turns.call_and_result()):
-        found.add(compare.cut(render([*messages, *turn], False), end))
+    found = {compare.cut(render([*messages[:system], turns.user]), end)}
+    after_query = compare.cut(render([*messages, *turns.answer_and_query()]), end)
+    found.add(after_query)
+    if after_query < compare.last(end):  # a place further on may be left to find
+        found.add(compare.cut(render([*messages, *turns.call_and_result()]), end))
     for mark in marks:
         upto, rest = messages[: mark + 1], messages[mark + 1 :]
-        alone = compare.cut(render(upto, False), end, also_at_its_end=True)
-        found.add(max(alone, compare.cut(render([*upto, turns.user, *rest], False), end)))
+        text = render(upto)
+        place = compare.cut(text, end, also_at_its_end=True)
+        if text is None or place < len(text):  # else the other turn would begin where the prompt goes on
+            place = max(place, compare.cut(render([*upto, turns.user, *rest]), end))
+        found.add(place)
     return sorted(found - {0})
 
 
@@ -67,6 +77,11 @@ class _Comparison:
             else:
                 high = middle - 1
         return low
+
+    def last(self, limit: int) -> int:
+        """Where the last control token at or before `limit` starts; 0 where there is none."""
+        found = bisect_right(self._starts, limit)
+        return self._starts[found - 1] if found else 0
 
     def cut(self, other: str | None, limit: int, also_at_its_end: bool = False) -> int:
         """The last place at or before `limit` up to which the texts agree and where each has a control token.
