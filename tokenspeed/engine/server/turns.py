@@ -100,9 +100,8 @@ def prepare(
         sampling["max_tokens"] = max(room - len(ids), 1)
     if chat.tool_choice == "none":
         sampling["bad_words"] = [*(sampling.get("bad_words") or ()), TOOL_CALL]
-    request = frontend.request(
-        id, ids, frontend.sampling_params(**sampling), boundaries, name_space=chat.name_space, priority=chat.priority
-    )
+    params = frontend.sampling_params(**sampling)
+    request = Request(id, tuple(ids), params, tuple(boundaries), chat.name_space, chat.priority)
     parsed = chat.tools if chat.tools and chat.tool_choice != "none" else None
     return PreparedTurn(request, spec, encoded.reasoning_open, restored, parsed)
 

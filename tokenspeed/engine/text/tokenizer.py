@@ -13,8 +13,8 @@ from ..files import read_optional_json_object, read_text
 from .literals import LiteralGuard, Rendered, any_of
 from .sized_cache import SizedCache
 
-_PIECES_BYTES = 32 << 20  # of encoded text that is remembered, about 100 prompts of 50,000 tokens
-_ENTRY_BYTES = 300
+_PIECES_BYTES = 32 << 20  # of encoded text that is remembered, about 80 prompts of 50,000 tokens
+_ENTRY_BYTES = 450  # of a piece beside its characters and ids
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
