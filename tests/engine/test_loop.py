@@ -1,12 +1,15 @@
 """The loop's rules one by one, on a device that knows no tensors."""
 
+from array import array
 from itertools import pairwise
 
 import pytest
 from hash_device import EOS, VOCAB, Letters, expected
 from schedules import Bench, Setting
 
+from tokenspeed.engine.cache import CacheConfig, PrefixCache
 from tokenspeed.engine.request import Request, SamplingParams
+from tokenspeed.engine.step import NextStep
 
 NEVER_ENDS = {"ignore_eos": True, "temperature": 0.0}
 
@@ -132,6 +135,55 @@ def test_a_step_holds_no_more_tokens_than_it_may():
     bench = Bench(Setting(seqs=4, batch_tokens=64))
     finish(bench, *(request(str(i), prompt_of(150 + i, i), max_tokens=40) for i in range(8)))
     assert max(step.tokens for step in bench.device.steps) <= 64
+
+
+def test_where_the_same_go_on_a_step_says_no_more_than_that():
+    bench = Bench(Setting())
+    finish(bench, *(request(str(i), prompt_of(20 + i, i), max_tokens=100) for i in range(3)))
+    again = [step for step in bench.device.steps if isinstance(step, NextStep)]
+    assert len(again) > 90
+    assert sum(len(step.more_pages) for step in again) >= 3, "pages are asked for on the way"
+
+
+def test_a_request_that_comes_while_others_decode_is_prefilled_in_the_next_step():
+    bench = Bench(Setting())
+    bench.submit(request("a", prompt_of(20), max_tokens=100))
+    for _ in range(10):
+        bench.step()
+    assert isinstance(bench.device.steps[-1], NextStep)
+    bench.submit(request("b", prompt_of(30, 1), max_tokens=3))
+    bench.step()
+    assert bench.device.steps[-1].prefill and bench.device.steps[-1].decode
+
+
+def test_one_that_got_no_page_while_another_was_leaving_is_asked_again_in_the_next_step():
+    bench = Bench(Setting())
+    for id, length in (("a", 10), ("b", 60), ("c", 20)):
+        bench.submit(request(id, prompt_of(length, length), max_tokens=100))
+    while len(bench.news["b", 0]) < 3:
+        bench.step()
+    _, short, leaving = bench.engine.scheduler.running
+    full = PrefixCache(CacheConfig(pages=1, slots=1))
+    _, no_room = (full.admit(i, "", array("i", range(i, 20)), ()) for i in range(2))
+    extend = bench.cache.extend
+
+    def refuse_once(id, count):
+        if id != short.id or bench.engine.scheduler.steps > refused_at:
+            return extend(id, count)
+        leaving.ending = "finish"
+        return no_room
+
+    bench.cache.extend, refused_at = refuse_once, short.last_step + 65 - short.consumed
+    while bench.engine.scheduler.steps <= refused_at:
+        bench.step()
+    assert short.last_step < refused_at, "it was refused"
+    bench.step()
+    assert short.last_step == refused_at + 1
+
+
+def test_one_whose_outputs_are_enough_is_not_gone_on_with():
+    bench = finish(Bench(Setting()), *(request(str(i), prompt_of(20, i), max_tokens=10 + i) for i in range(3)))
+    assert sum(len(step.decode) for step in bench.device.steps) == sum(10 + i - 1 for i in range(3))
 
 
 def test_chunks_are_cut_at_whole_pages():

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
+
 from .errors import RequestError
 
 MOST_SEQUENCES = 64  # n of one request
@@ -229,8 +231,7 @@ class TokenScores(NamedTuple):
     ranks: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class Update:
+class Update(msgspec.Struct):
     """News of one continuation: index says which; ids and the text they complete, which may come later than they do.
 
     finish_reason: "stop", "length", "abort" or "error" with the last news of it; stop_reason: the stop string or id.
@@ -239,9 +240,9 @@ class Update:
 
     request_id: str
     index: int
-    ids: list[int] = field(default_factory=list)
+    ids: list[int] = []
     text: str = ""
-    scores: list[TokenScores] = field(default_factory=list)
+    scores: list[TokenScores] = []
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_scores: list[TokenScores] | None = None
