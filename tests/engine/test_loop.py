@@ -1,6 +1,7 @@
 """The loop's rules one by one, on a device that knows no tensors."""
 
 from array import array
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -57,6 +58,26 @@ def test_after_a_length_stop_the_last_id_was_not_consumed():
     history = prompt_of(20) + tuple(bench.outcome("a").ids)
     finish(bench, request("b", (*history, 1, 2), max_tokens=2))
     assert reuse_of(bench, "b").cached_tokens == len(history) - 1
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_an_end_that_will_not_come_back_is_kept_only_with_what_makes_it_come_back(held):
+    prompt = prompt_of(70)
+    ids = finish(Bench(Setting()), request("a", prompt, max_tokens=9)).outcome("a").ids
+    others = set(range(VOCAB)) - set(ids)
+    bench = Bench(Setting())
+    kept = replace(request("a", prompt, boundaries=(66,), max_tokens=9), kept_with=ids[4] if held else min(others))
+    finish(bench, kept, request("b", prompt_of(9, 1), max_tokens=2))
+    finish(bench, request("c", (*prompt, *ids, 1, 2), max_tokens=2))
+    assert reuse_of(bench, "c").cached_tokens == (len(prompt) + 8 if held else 66)
+
+
+def test_who_gives_way_keeps_its_state_whatever_will_come_back():
+    bench, donated = Bench(Setting(pages=4, seqs=2)), []
+    finish_in_cache = bench.cache.finish
+    bench.cache.finish = lambda *args, donate: donated.append(donate) or finish_in_cache(*args, donate=donate)
+    finish(bench, *(replace(request(str(i), prompt_of(60, i), max_tokens=120), kept_with=VOCAB) for i in range(2)))
+    assert sum(donated) == bench.engine.scheduler.preemptions > 0 and len(donated) == sum(donated) + 2
 
 
 def test_an_aborted_request_leaves_what_was_published_and_no_state_of_its_own():

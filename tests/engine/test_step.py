@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tokenspeed.engine.batch import DecodeColumns, pack_rows
 from tokenspeed.engine.step import NextStep, Row, Sample, Step
 
 COUNTS = st.integers(0, 200)
+# The mutation tests run these too, where making a failure smaller takes longer than all else.
+FEW = settings(max_examples=40, deadline=None, phases=[Phase.generate])
 
 
 @st.composite
@@ -25,7 +27,7 @@ def next_steps(draw) -> NextStep:
     return NextStep(Step(decode=tuple(rows), samples=tuple(samples)), draw(st.integers(1, 130)), more_pages)
 
 
-@settings(max_examples=100, deadline=None)
+@FEW
 @given(next_steps())
 def test_what_it_says_of_itself_is_what_its_rows_say(step):
     whole = step.whole()
@@ -38,7 +40,7 @@ def test_what_it_says_of_itself_is_what_its_rows_say(step):
     assert {whole.decode[i].pages for i, _, _ in step.more_pages} == {pages for _, _, pages in step.more_pages}
 
 
-@settings(max_examples=100, deadline=None)
+@FEW
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3), st.integers(0, 2)), max_size=8), st.data())
 def test_columns_are_those_of_the_rows_whatever_was_asked_before(asked, data):
     steps = [data.draw(next_steps()) for _ in range(2)]

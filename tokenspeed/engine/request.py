@@ -152,7 +152,8 @@ class Request:
     """One prompt and what is wanted of it.
 
     id: unique among the running; boundaries: token counts at which a later prompt is likely to leave this one;
-    name_space: prompts of different ones never share memory; priority: lower goes first, arrival breaks ties.
+    name_space: prompts of different ones never share memory; priority: lower goes first, arrival breaks ties;
+    kept_with: no later prompt begins with this one and its output unless the output holds this id; None: it may.
     """
 
     id: str
@@ -161,6 +162,7 @@ class Request:
     boundaries: tuple[int, ...] = ()
     name_space: str = ""
     priority: int = 0
+    kept_with: int | None = None
 
     def check(self, vocab: int, max_tokens: int) -> None:
         """Raises RequestError where a model of this vocabulary and this much room cannot take the request."""

@@ -426,7 +426,13 @@ class Scheduler:
             if sequence.ending == "abort":
                 self.cache.abort(sequence.id)
             else:
-                self.cache.finish(sequence.id, sequence.tokens, sequence.consumed)
+                kept_with = sequence.request.kept_with
+                donate = (
+                    kept_with is None
+                    or sequence.ending == "preempt"
+                    or kept_with in sequence.tokens[sequence.prompt_tokens :]
+                )
+                self.cache.finish(sequence.id, sequence.tokens, sequence.consumed, donate=donate)
         if sequence.ending == "preempt":
             sequence.ending = None
             self._enqueue(sequence)

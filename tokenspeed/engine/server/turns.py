@@ -10,12 +10,10 @@ from ..request import Request, Update
 from ..text import grammar
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
-from ..text.messages import check_tools
+from ..text.messages import TOOL_CALL, check_tools
 from ..text.reasoning import CLOSE, ReasoningSplitter
 from ..text.tool_grammar import ToolGrammars
 from ..text.tools import CallFinished, Content, Event, ToolCallParser, parse_answer
-
-TOOL_CALL = "<tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,7 @@ def prepare(
     if chat.tool_choice == "none":
         sampling["bad_words"] = [*(sampling.get("bad_words") or ()), TOOL_CALL]
     params = frontend.sampling_params(**sampling)
-    request = Request(id, tuple(ids), params, tuple(boundaries), chat.name_space, chat.priority)
+    request = Request(id, tuple(ids), params, tuple(boundaries), chat.name_space, chat.priority, encoded.kept_with)
     parsed = chat.tools if chat.tools and chat.tool_choice != "none" else None
     return PreparedTurn(request, spec, encoded.reasoning_open, restored, parsed)
 

@@ -13,6 +13,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .reasoning import leaves_reasoning_open
+
 Message = dict[str, Any]
 Render = Callable[[list[Message]], str | None]  # without a generation prompt; None where the template refuses
 
@@ -24,8 +26,8 @@ def stable_cuts(
     render: Render,
     control: re.Pattern[str],
     marks: Sequence[int],
-) -> list[int]:
-    """Ascending positions in `prompt`, each the start of a control token.
+) -> tuple[list[int], bool]:
+    """Ascending positions in `prompt`, each the start of a control token, and whether an answer comes back behind it.
 
     - The end of system and tools: what a conversation with another first user message shares.
     - Before the generation prompt, or as far before it as a template that drops earlier reasoning makes necessary: what
@@ -36,14 +38,18 @@ def stable_cuts(
 
     bare: the conversation without a generation prompt, None where the template refuses that. What it refuses to render
     gives no place. 2 or 3 renders, one of them of system and tools alone, and 1 or 2 for each mark.
+
+    An answer does not come back where the template takes something off that the prompt opens it with, as it does with
+    reasoning, once another user message follows.
     """
     compare = _Comparison(prompt, control)
-    turns = _Turns(messages)
+    turns = _Turns(messages, leaves_reasoning_open(prompt))
     end = len(prompt) if bare is None else compare.common(bare)
 
     system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     found = {compare.cut(render([*messages[:system], turns.user]), end)}
-    after_query = compare.cut(render([*messages, *turns.answer_and_query()]), end)
+    later = render([*messages, *turns.answer_and_query()])
+    after_query = compare.cut(later, end)
     found.add(after_query)
     if after_query < compare.last(end):  # a place further on may be left to find
         found.add(compare.cut(render([*messages, *turns.call_and_result()]), end))
@@ -54,7 +60,7 @@ def stable_cuts(
         if text is None or place < len(text):  # else the other turn would begin where the prompt goes on
             place = max(place, compare.cut(render([*upto, turns.user, *rest]), end))
         found.add(place)
-    return sorted(found - {0})
+    return sorted(found - {0}), later is None or later.startswith(prompt)
 
 
 class _Comparison:
@@ -108,7 +114,8 @@ def _content(message: Message) -> str:
 class _Turns:
     """Turns that a conversation might go on with, of a word that no message holds."""
 
-    def __init__(self, messages: list[Message]):
+    def __init__(self, messages: list[Message], reasoning: bool):
+        """reasoning: the answer brings some, as its prompt opens it."""
         text = "\n".join(_content(message) for message in messages)
         word = "next"
         while word in text:
@@ -118,6 +125,8 @@ class _Turns:
         call = {"id": "000000000", "type": "function", "function": function}  # nine digits: some templates insist
         self.user: Message = {"role": "user", "content": word}
         self._answer: Message = {"role": "assistant", "content": word}
+        if reasoning:
+            self._answer["reasoning_content"] = word
         self._call: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         self._result: Message = {"role": "tool", "content": word, "name": word, "tool_call_id": call["id"]}
 

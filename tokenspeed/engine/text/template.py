@@ -12,7 +12,7 @@ from ..errors import ConfigError, RequestError
 from ..files import read_optional_json_object, read_text
 from .boundaries import stable_cuts
 from .literals import Hidden, Rendered, strings_in
-from .messages import check_messages, check_tools, hide_literals
+from .messages import TOOL_CALL, check_messages, check_tools, hide_literals
 from .reasoning import leaves_reasoning_open
 from .sandbox import BoundedEnvironment, TemplateRefusal
 from .tokenizer import Tokenizer
@@ -27,12 +27,14 @@ class EncodedPrompt:
 
     ids: the prompt. boundaries: ascending token counts in (0, len(ids)) at which a later prompt is likely to leave this
     one (`boundaries.stable_cuts`); a control token follows each. reasoning_open: the turn to come begins inside
-    `<think>`.
+    `<think>`. kept_with: the end of that turn is worth a state only where the turn holds this id, the one that opens a
+    tool call, because the template will change any other answer; None: it always is.
     """
 
     ids: list[int]
     boundaries: tuple[int, ...]
     reasoning_open: bool
+    kept_with: int | None = None
 
 
 class ChatTemplate:
@@ -126,11 +128,13 @@ class ChatTemplate:
         if continue_final_message:
             text = _opened(text, conversation.messages[-1])
         control = self._tokenizer.guard.pattern
-        cuts = stable_cuts(text, bare, conversation.messages, conversation.text_or_none, control, marks)
+        cuts, comes_back = stable_cuts(text, bare, conversation.messages, conversation.text_or_none, control, marks)
         rendered = conversation.hidden.reveal(text)
         revealed = [len(conversation.hidden.reveal(text[:cut]).text) for cut in cuts]
         ids, counts = self._tokenizer.encode_with_counts(rendered, revealed, name_space)
-        return EncodedPrompt(ids, tuple(count for count in counts if count), leaves_reasoning_open(rendered.text))
+        boundaries = tuple(count for count in counts if count)
+        kept_with = None if comes_back else self._tokenizer.token_to_id(TOOL_CALL)
+        return EncodedPrompt(ids, boundaries, leaves_reasoning_open(rendered.text), kept_with)
 
 
 def _opened(text: str, message: Mapping[str, Any]) -> str:
