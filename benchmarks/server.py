@@ -72,7 +72,7 @@ def in_process(llm: LLM, tokens: int) -> list[float]:
     """Seconds from the call to each token."""
     begin = time.perf_counter()
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    encoded = llm.frontend.template.encode(MESSAGES, None, add_generation_prompt=True)
+    encoded = llm.frontend.template.encode(MESSAGES, None, name_space="")
     # The server's own boundaries: where states are kept decides how much of the prompt the next round computes.
     request = llm.frontend.request(f"{begin}", encoded.ids, params, encoded.boundaries)
     return [time.perf_counter() - begin for _ in llm.follow([request])]

@@ -13,7 +13,7 @@ from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.request import Request
 from tokenspeed.engine.runner import Result
 from tokenspeed.engine.sampling import TokenScores
-from tokenspeed.engine.step import Begin, Edit, Row, Sample, Step
+from tokenspeed.engine.step import Begin, Edit, NextStep, Row, Sample, Step
 
 VOCAB = 64
 EOS, THINK, END_THINK = 3, 60, 61
@@ -182,6 +182,8 @@ class HashDevice:
             self.plans += 1
             found = plan()
             self.planned = found is not None
+            if found and isinstance(found.step, NextStep):
+                assert not [s for s in scheduler.running if s.ending is None and s not in found.rows], "one is left out"
             return found
 
         scheduler.plan = watched

@@ -263,6 +263,8 @@ class Lab:
 
 def everywhere(step: Step) -> Step:
     """The same Step with logits of every token."""
+    if not step.prefill:
+        return step
     return replace(step, prefill=tuple(row._replace(logits=len(row.tokens)) for row in step.prefill))
 
 

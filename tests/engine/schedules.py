@@ -10,6 +10,7 @@ from tokenspeed.engine import core, scheduler
 from tokenspeed.engine.cache import CacheConfig, Policy, PrefixCache
 from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.request import Request, SamplingParams, Update
+from tokenspeed.engine.step import NextStep
 
 MOST_STEPS = 4000  # of a schedule: far more than any needs
 
@@ -96,6 +97,9 @@ class Bench:
         self.events["preemption"] += planner.preemptions - preemptions
         for step in self.device.steps[steps:]:
             self.events["copy"] += len(step.copies)
+            if isinstance(step, NextStep):
+                self.events["same again"] += 1
+                self.events["same again with a page"] += bool(step.more_pages)
             self.events["edited sample"] += any(sample.edited for sample in step.samples)
             self.events["snapshot while prefilling"] += sum(len(row.snapshots) for row in step.prefill)
             self.events["copy-on-write"] += sum(row.start > 0 and row.read_slot != row.write_slot for row in step.rows)

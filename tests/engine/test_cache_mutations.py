@@ -136,7 +136,7 @@ BUGS = (
     (
         "a prompt is published before it is computed",
         (scheduler.Scheduler, "reconcile"),
-        "sequence.tokens, row.end)",
+        "sequence.tokens, end)",
         "sequence.tokens, len(sequence.tokens))",
         "pending",
     ),
@@ -171,13 +171,13 @@ BUGS = (
     (
         "a page that a decode adds enters the table at its start",
         (batch.Tables, "update"),
-        "r.first_page + i",
-        "i",
+        "+ first + i",
+        "+ i",
         "long_answer",
     ),
     (
         "a page that a decode adds is counted twice",
-        (scheduler.Scheduler, "_grow"),
+        (scheduler.Scheduler, "_extend"),
         "sequence.held_pages += len(pages)",
         "sequence.held_pages += 2 * len(pages)",
         "long_answer",

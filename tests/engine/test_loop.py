@@ -1,12 +1,16 @@
 """The loop's rules one by one, on a device that knows no tensors."""
 
+from array import array
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hash_device import EOS, VOCAB, Letters, expected
 from schedules import Bench, Setting
 
+from tokenspeed.engine.cache import CacheConfig, PrefixCache
 from tokenspeed.engine.request import Request, SamplingParams
+from tokenspeed.engine.step import NextStep
 
 NEVER_ENDS = {"ignore_eos": True, "temperature": 0.0}
 
@@ -54,6 +58,26 @@ def test_after_a_length_stop_the_last_id_was_not_consumed():
     history = prompt_of(20) + tuple(bench.outcome("a").ids)
     finish(bench, request("b", (*history, 1, 2), max_tokens=2))
     assert reuse_of(bench, "b").cached_tokens == len(history) - 1
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_an_end_that_will_not_come_back_is_kept_only_with_what_makes_it_come_back(held):
+    prompt = prompt_of(70)
+    ids = finish(Bench(Setting()), request("a", prompt, max_tokens=9)).outcome("a").ids
+    others = set(range(VOCAB)) - set(ids)
+    bench = Bench(Setting())
+    kept = replace(request("a", prompt, boundaries=(66,), max_tokens=9), kept_with=ids[4] if held else min(others))
+    finish(bench, kept, request("b", prompt_of(9, 1), max_tokens=2))
+    finish(bench, request("c", (*prompt, *ids, 1, 2), max_tokens=2))
+    assert reuse_of(bench, "c").cached_tokens == (len(prompt) + 8 if held else 66)
+
+
+def test_who_gives_way_keeps_its_state_whatever_will_come_back():
+    bench, donated = Bench(Setting(pages=4, seqs=2)), []
+    finish_in_cache = bench.cache.finish
+    bench.cache.finish = lambda *args, donate: donated.append(donate) or finish_in_cache(*args, donate=donate)
+    finish(bench, *(replace(request(str(i), prompt_of(60, i), max_tokens=120), kept_with=VOCAB) for i in range(2)))
+    assert sum(donated) == bench.engine.scheduler.preemptions > 0 and len(donated) == sum(donated) + 2
 
 
 def test_an_aborted_request_leaves_what_was_published_and_no_state_of_its_own():
@@ -132,6 +156,55 @@ def test_a_step_holds_no_more_tokens_than_it_may():
     bench = Bench(Setting(seqs=4, batch_tokens=64))
     finish(bench, *(request(str(i), prompt_of(150 + i, i), max_tokens=40) for i in range(8)))
     assert max(step.tokens for step in bench.device.steps) <= 64
+
+
+def test_where_the_same_go_on_a_step_says_no_more_than_that():
+    bench = Bench(Setting())
+    finish(bench, *(request(str(i), prompt_of(20 + i, i), max_tokens=100) for i in range(3)))
+    again = [step for step in bench.device.steps if isinstance(step, NextStep)]
+    assert len(again) > 90
+    assert sum(len(step.more_pages) for step in again) >= 3, "pages are asked for on the way"
+
+
+def test_a_request_that_comes_while_others_decode_is_prefilled_in_the_next_step():
+    bench = Bench(Setting())
+    bench.submit(request("a", prompt_of(20), max_tokens=100))
+    for _ in range(10):
+        bench.step()
+    assert isinstance(bench.device.steps[-1], NextStep)
+    bench.submit(request("b", prompt_of(30, 1), max_tokens=3))
+    bench.step()
+    assert bench.device.steps[-1].prefill and bench.device.steps[-1].decode
+
+
+def test_one_that_got_no_page_while_another_was_leaving_is_asked_again_in_the_next_step():
+    bench = Bench(Setting())
+    for id, length in (("a", 10), ("b", 60), ("c", 20)):
+        bench.submit(request(id, prompt_of(length, length), max_tokens=100))
+    while len(bench.news["b", 0]) < 3:
+        bench.step()
+    _, short, leaving = bench.engine.scheduler.running
+    full = PrefixCache(CacheConfig(pages=1, slots=1))
+    _, no_room = (full.admit(i, "", array("i", range(i, 20)), ()) for i in range(2))
+    extend = bench.cache.extend
+
+    def refuse_once(id, count):
+        if id != short.id or bench.engine.scheduler.steps > refused_at:
+            return extend(id, count)
+        leaving.ending = "finish"
+        return no_room
+
+    bench.cache.extend, refused_at = refuse_once, short.last_step + 65 - short.consumed
+    while bench.engine.scheduler.steps <= refused_at:
+        bench.step()
+    assert short.last_step < refused_at, "it was refused"
+    bench.step()
+    assert short.last_step == refused_at + 1
+
+
+def test_one_whose_outputs_are_enough_is_not_gone_on_with():
+    bench = finish(Bench(Setting()), *(request(str(i), prompt_of(20, i), max_tokens=10 + i) for i in range(3)))
+    assert sum(len(step.decode) for step in bench.device.steps) == sum(10 + i - 1 for i in range(3))
 
 
 def test_chunks_are_cut_at_whole_pages():

@@ -12,6 +12,7 @@ import pytest
 import test_bad_input as bad_input
 import test_loop as loop
 import test_sampling as sampling
+import test_step as steps
 from schedules import run_schedule
 
 import tokenspeed.engine
@@ -60,7 +61,78 @@ BUGS = (
     Bug("copies forgotten", "scheduler", "draft.copies += admission.copies", "pass"),
     Bug("snapshot published early", "scheduler", "[0][0] <= end:", "[0][0] <= end + 8:"),
     Bug("snapshot never written", "scheduler", "            tuple(snapshots),\n", "            (),\n"),
-    Bug("commit beyond what is verified", "scheduler", "sequence.tokens, row.end)", "sequence.tokens, row.end + 1)"),
+    Bug("commit beyond what is verified", "scheduler", "sequence.tokens, end)", "sequence.tokens, end + 1)"),
+    # The same rows again.
+    Bug("ahead of its base by one", "scheduler", "NextStep(base, ahead + 1,", "NextStep(base, ahead,"),
+    Bug(
+        "the same for ever",
+        "scheduler",
+        "sequence.ending or sequence.sampled == sequence.limit:",
+        "sequence.ending:",
+        loop.test_one_whose_outputs_are_enough_is_not_gone_on_with,
+    ),
+    Bug("who is leaving goes on", "scheduler", "if sequence.ending or sequence.sampled ==", "if sequence.sampled =="),
+    Bug(
+        "one is left out",
+        "scheduler",
+        " or tuple(self.running) != last.rows:",
+        ":",
+        loop.test_one_that_got_no_page_while_another_was_leaving_is_asked_again_in_the_next_step,
+    ),
+    Bug("pages forgotten on the way", "scheduler", "more_pages.append((i, ", "[].append((i, "),
+    Bug(
+        "pages told twice", "scheduler", "            last.rows[i].new_pages, last.rows[i]", "            last.rows[i]"
+    ),
+    Bug(
+        "admission put off",
+        "scheduler",
+        " or (self.waiting and self._free) or",
+        " or",
+        loop.test_a_request_that_comes_while_others_decode_is_prefilled_in_the_next_step,
+    ),
+    Bug("the host's say is skipped", "scheduler", " and not any(sequence.constrained for", " and not any(False for"),
+    Bug(
+        "the slot before is read again",
+        "step",
+        "read_slot=row.write_slot, **",
+        "**",
+        steps.test_what_it_says_of_itself_is_what_its_rows_say,
+    ),
+    Bug(
+        "pages of the base again",
+        "step",
+        'none = {"pages": ()}',
+        "none = {}",
+        steps.test_what_it_says_of_itself_is_what_its_rows_say,
+    ),
+    Bug(
+        "published late",
+        "step",
+        "row.start + self.ahead + 1 for",
+        "row.start + self.ahead for",
+        steps.test_what_it_says_of_itself_is_what_its_rows_say,
+    ),
+    Bug(
+        "columns stand still",
+        "batch",
+        "start[: len(base.decode)] += ahead",
+        "pass",
+        steps.test_columns_are_those_of_the_rows_whatever_was_asked_before,
+    ),
+    Bug(
+        "columns of another base",
+        "batch",
+        "self._base[0] is not base or",
+        "",
+        steps.test_columns_are_those_of_the_rows_whatever_was_asked_before,
+    ),
+    Bug(
+        "columns spoiled by their user",
+        "batch",
+        "packed = self._packed.copy()",
+        "packed = self._packed",
+        steps.test_columns_are_those_of_the_rows_whatever_was_asked_before,
+    ),
     # Who leaves when.
     Bug(
         "early free",
@@ -86,14 +158,35 @@ BUGS = (
     Bug(
         "finish label of a length stop",
         "scheduler",
-        "sequence.tokens, sequence.consumed)",
-        "sequence.tokens, len(sequence.tokens))",
+        "sequence.tokens, sequence.consumed,",
+        "sequence.tokens, len(sequence.tokens),",
     ),
     Bug(
         "finish label after an end",
         "scheduler",
-        "sequence.tokens, sequence.consumed)",
-        "sequence.tokens, sequence.consumed - 1)",
+        "sequence.tokens, sequence.consumed,",
+        "sequence.tokens, sequence.consumed - 1,",
+    ),
+    Bug(
+        "an end kept for the prompt's sake",
+        "scheduler",
+        "in sequence.tokens[sequence.prompt_tokens :]",
+        "in sequence.tokens",
+        lambda: loop.test_an_end_that_will_not_come_back_is_kept_only_with_what_makes_it_come_back(False),
+    ),
+    Bug(
+        "an end never kept",
+        "scheduler",
+        "or kept_with in sequence.tokens[sequence.prompt_tokens :]",
+        "",
+        lambda: loop.test_an_end_that_will_not_come_back_is_kept_only_with_what_makes_it_come_back(True),
+    ),
+    Bug(
+        "who gives way loses its state",
+        "scheduler",
+        '                    or sequence.ending == "preempt"\n',
+        "",
+        loop.test_who_gives_way_keeps_its_state_whatever_will_come_back,
     ),
     Bug(
         "aborted state donated",
@@ -255,6 +348,21 @@ BUGS = (
         sampling.test_the_noise_of_one_output_says_nothing_about_the_next,
     ),
     Bug(
+        "noise stands still",
+        "sampling",
+        "prepared.outputs + ahead",
+        "prepared.outputs",
+        sampling.test_a_choice_some_outputs_ahead_is_that_of_samples_that_say_so,
+    ),
+    Bug(
+        "banned for ever",
+        "sampling",
+        "if sample.output + ahead <",
+        "if sample.output <",
+        sampling.test_a_choice_some_outputs_ahead_is_that_of_samples_that_say_so,
+    ),
+    Bug("prepared for others", "sampling", " or self._prepared.samples is not samples:", ":", sampled_side_by_side),
+    Bug(
         "columns of the last batch",
         "sampling",
         "if indices != self._columns[0]:",
@@ -264,8 +372,8 @@ BUGS = (
     Bug(
         "columns outlive an index",
         "sampling",
-        "            self._columns = ((), [])\n            if",
-        "            if",
+        "            self._columns = ((), [])\n",
+        "",
         sampling.test_a_new_sequence_at_an_index_brings_its_own_parameters,
     ),
     Bug(
@@ -302,9 +410,9 @@ BUGS = (
     Bug(
         "end ids always banned",
         "sampling",
-        "if sample.output < begin.min_tokens:",
+        "if sample.output + ahead < begin.min_tokens:",
         "if begin.banned:",
-        distribution("end ids from min_tokens on"),
+        sampling.test_a_choice_some_outputs_ahead_is_that_of_samples_that_say_so,
     ),
     Bug(
         "scores after penalties",
@@ -335,7 +443,7 @@ def planted(bug: Bug):
     users = [
         module
         for name, module in list(sys.modules.items())
-        if name.startswith("tokenspeed.engine.") or module in (sampling, loop, bad_input)
+        if name.startswith("tokenspeed.engine.") or module in (sampling, loop, bad_input, steps)
     ]
     replaced = []
     try:

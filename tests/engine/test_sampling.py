@@ -212,6 +212,23 @@ def test_a_new_sequence_at_an_index_brings_its_own_parameters():
     assert ids == sequence_alone(hot, logits) and len(set(ids)) > 1
 
 
+def test_a_choice_some_outputs_ahead_is_that_of_samples_that_say_so():
+    plain, min_tokens = Begin(0, **PLAIN), Begin(1, **PLAIN, min_tokens=3, banned=tuple(range(VOCAB - 2)))
+    begins = [plain, min_tokens, Begin(2, **PLAIN, frequency_penalty=1.0), Begin(3, **PLAIN, bias=((5, 3.0),))]
+    one, other = (Sampler(4, Vocabulary(VOCAB), torch.zeros(4, dtype=torch.int64)) for _ in range(2))
+    for sampler in (one, other):
+        sampler.begin(begins)
+    samples, logits, ends = [Sample(i, i, 0, logprobs=i - 1) for i in range(4)], LOGITS.float().repeat(4, 1), []
+    for ahead in range(8):
+        ids, scores = one.choose(samples, logits, [], ahead)
+        later = [sample._replace(output=ahead) for sample in samples]
+        expected, expected_scores = other.choose(later, logits, [])
+        assert ids.tolist() == expected.tolist()
+        assert torch.equal(scores.logprobs, expected_scores.logprobs)
+        ends.append(bool(ids[1] >= VOCAB - 2))
+    assert all(ends[:3]) and not all(ends[3:])
+
+
 def test_penalties_count_what_was_generated_since():
     begin = Begin(0, **PLAIN | {"temperature": 0.0}, frequency_penalty=2.0, prompt=PROMPT)
     assert sequence_alone(begin, LOGITS.float().repeat(4, 1)) == greedy_with_frequency(2.0, 4)

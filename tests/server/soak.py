@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 from tqdm import tqdm
 
 from tests.server.launch import Server
@@ -27,6 +28,7 @@ SAMPLE_SECONDS, WARM_UP_SECONDS, MOST_WARM_UPS, STEADY_KIB = 0.5, 4, 6, 2048
 # The most that counts as flat: the slope of the second half. A short run is still warming up on a slow machine: it
 # finds what leaks at every request, not more.
 GROWTH_KIB_PER_MINUTE, SHORT_GROWTH_KIB_PER_MINUTE = 1536, 262144
+FILLING_PROMPTS = 16
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 # Small arenas: they fill in the first seconds, and untouched memory would look like growth for as long as it lasts.
 ARENAS = ("--kv-pages", "192", "--state-slots", "48", "--max-num-seqs", "32")
@@ -49,6 +51,16 @@ class Report:
         middle, level = sum(times) / len(times), sum(sizes) / len(sizes)
         spread = sum((t - middle) ** 2 for t in times)
         return 60 * sum((t - middle) * (s - level) for t, s in samples) / spread
+
+
+def fill(server: Server) -> None:
+    """Prompts that the engine refuses as too long, once they are encoded. What was encoded lately is remembered up to
+    a size; that it grows to it would look like growth for many minutes."""
+    for _ in range(FILLING_PROMPTS):
+        words = " ".join(random.choices(WORDS, k=180_000))
+        body = {"messages": [{"role": "user", "content": words}]}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 400, answer.text
 
 
 def soak(server: Server, seconds: float, streams: int, seed: int = 0, progress: bool = True) -> Report:
@@ -199,6 +211,7 @@ def main() -> int:
     options = parser.parse_args()
     server = Server(*OPTIONS)
     try:
+        fill(server)
         report = soak(server, options.seconds, options.streams, options.seed)
     finally:
         status = server.stop()

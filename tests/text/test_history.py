@@ -1,5 +1,7 @@
 """Known turns in a prompt: the ids that were generated stand in for those the tokenizer spells."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,3 +76,17 @@ def test_a_conversation_comes_back_whole(turns, start):
         exact = [*exact, *generated, END, *question, 7]
         ids, counts, _ = history.restore("", returned, [len(returned)], same_sum)
         assert ids == exact and counts == [len(exact)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["", "a"]), st.lists(st.integers(0, 2), max_size=3), IDS), max_size=20))
+def test_the_index_of_known_prompts_holds_them_and_nothing_else(turns):
+    history = TurnHistory([END], most_turns=5, most_ids=20)
+    for name_space, prompt, generated in turns:
+        history.store(name_space, prompt, [*generated, END])
+        ends = [(turn.name_space, turn.length) for turn in history._turns.values()]
+        assert {place: tails.total() for place, tails in history._tails.items()} == Counter(ends)
+        indexed = {(space, length) for space, lengths in history._lengths.items() for length in lengths}
+        assert indexed == set(ends)
+    history.clear()
+    assert not (history._lengths or history._tails)

@@ -10,8 +10,11 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from tokenspeed.engine.errors import ConfigError, RequestError
 from tokenspeed.engine.text.literals import Hidden, LiteralGuard, Rendered
+from tokenspeed.engine.text.sized_cache import SizedCache
 from tokenspeed.engine.text.template import ChatTemplate
 from tokenspeed.engine.text.tokenizer import Tokenizer
+
+from .test_chat import conversations
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PIECES = ["<|im_start|>", "<think>", "</think>", "<|im_end", "|>", "é", "e\u0301", "🙂", " ", "\n", "x"]
@@ -120,6 +123,52 @@ def test_ids_are_counted_up_to_control_tokens_and_to_nothing_else(tokenizer):
     assert ids == tokenizer.encode_rendered(rendered)
     before = len(tokenizer.encode("né 🙂"))
     assert counts == [None, None, before, None, ids.index(tokenizer.token_to_id("</think>")), None, None, None]
+
+
+@FEW
+@given(conversation=conversations())
+def test_what_was_encoded_lately_is_encoded_the_same(tokenizer, template, conversation):
+    messages, tools = conversation
+    rendered = template.render(messages, tools)
+    backend = tokenizer._backend.encode(rendered.text, add_special_tokens=False)
+    for name_space in (None, "a", "a", "b"):
+        ids, _ = tokenizer.encode_with_counts(rendered, (), name_space)
+        assert ids == tokenizer.encode_rendered(rendered)
+        assert rendered.protected or ids == backend.ids
+
+
+def test_nobody_finds_what_another_has_encoded(made_checkpoint, monkeypatch):
+    tokenizer = Tokenizer.from_directory(made_checkpoint)
+    encoded, encode = [], tokenizer._encode
+    monkeypatch.setattr(tokenizer, "_encode", lambda *a, **k: encoded.append(a) or encode(*a, **k))
+    counts = []
+    for name_space in ("a", "a", "b", "b", None, None, "a"):
+        tokenizer.encode_with_counts(Rendered("<think>x</think>y"), (), name_space)
+        counts.append(len(encoded))
+        encoded.clear()
+    assert counts == [3, 0, 3, 0, 3, 3, 0]
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_control_tokens_that_look_around_them_are_found_as_in_one_piece(made_checkpoint, flag):
+    backend = tokenizers.Tokenizer.from_file(str(made_checkpoint / "tokenizer.json"))
+    backend.add_tokens([AddedToken("KEY", **{"normalized": False, flag: True})])
+    tokenizer = Tokenizer(backend)
+    for text in ("a KEY b", "aKEYb", "a  KEY  <think>", "<think> KEY<think>", "KEY", "<think>KEYb", "  KEY KEYKEY"):
+        assert tokenizer.encode_rendered(Rendered(text)) == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_a_cache_forgets_what_was_used_longest_ago_and_stays_within_its_size():
+    cache = SizedCache(10)
+    cache.put("a", 1, 4)
+    cache.put("b", 2, 4)
+    assert cache.get("a") == 1
+    cache.put("c", 3, 4)
+    assert [cache.get(key) for key in "abc"] == [1, None, 3]
+    cache.put("a", 5, 9)
+    assert [cache.get(key) for key in "abc"] == [5, None, None]
+    cache.put("d", 6, 11)
+    assert [cache.get(key) for key in "ad"] == [5, None], "what fits nowhere drives nothing out"
 
 
 def test_truncation_and_padding_in_tokenizer_json_do_not_apply(copied_checkpoint):

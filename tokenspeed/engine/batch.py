@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import PAGE_TOKENS
 from .memory import Memory
-from .step import Row, Step
+from .step import NextStep, Row, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ class Tables:
         self.pages = torch.zeros(indices, pages, dtype=torch.int32, device=device)
         self.last_ids = torch.zeros(indices, dtype=torch.int64, device=device)
 
-    def update(self, rows: Sequence[Row]) -> None:
-        """Enter the rows' new pages. Mutates the page table."""
-        width = self.pages.shape[1]
-        places = [r.index * width + r.first_page + i for r in rows if r.pages for i in range(len(r.pages))]
-        if places:
-            pages = [page for row in rows for page in row.pages]
+    def update(self, grown: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Enter new pages: (index, first page, pages) of each that got some. Mutates the page table."""
+        if grown:
+            width = self.pages.shape[1]
+            places = [index * width + first + i for index, first, pages in grown for i in range(len(pages))]
+            pages = [page for _, _, pages in grown for page in pages]
             places, pages = to_device(np.array([places, pages], dtype=np.int32), self.pages.device)
             self.pages.view(-1)[places.long()] = pages
 
@@ -87,6 +87,26 @@ def pack_rows(rows: Sequence[Row], padded: int) -> np.ndarray:
     return packed
 
 
+class DecodeColumns:
+    """The packed rows of Steps that only decode. Those of a NextStep follow from its base's, whatever their number."""
+
+    def __init__(self) -> None:
+        self._base: tuple[Step, int] | None = None
+        self._packed = np.empty((6, 0), dtype=np.int32)
+
+    def of(self, step: Step | NextStep, padded: int) -> np.ndarray:
+        """As `pack_rows` of the step's decode rows; the array is the caller's."""
+        base, ahead = (step.base, step.ahead) if isinstance(step, NextStep) else (step, 0)
+        if self._base is None or self._base[0] is not base or self._base[1] != padded:
+            self._base, self._packed = (base, padded), pack_rows(base.decode, padded)
+        packed = self._packed.copy()
+        if ahead:
+            _, start, read_slot, write_slot, _, token = packed
+            start[: len(base.decode)] += ahead
+            read_slot[:], token[:] = write_slot, -1
+        return packed
+
+
 def decode_batch(
     packed: Tensor, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float, width: int | None = None
 ) -> Batch:
@@ -110,12 +130,10 @@ def decode_batch(
 
 
 def build_batch(step: Step, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float) -> Batch:
-    """The tensors of a Step, whose pages are in the tables. inv_freq: [R / 2] fp32 on the device; see `model.rope`."""
+    """The tensors of a Step with prefill rows, whose pages are in the tables. inv_freq: [R / 2] fp32 on the device; see
+    `model.rope`."""
     device, rows, decodes = inv_freq.device, step.rows, len(step.decode)
     widths = [max((-(-row.end // PAGE_TOKENS) for row in part), default=0) for part in (step.decode, step.prefill)]
-    if not step.prefill:
-        packed = to_device(pack_rows(rows, decodes), device)
-        return decode_batch(packed, memory, tables, inv_freq, rope_scale, widths[0])
     count = len(rows)
     lengths = np.array([len(row.tokens) or 1 for row in rows], dtype=np.int32)
     ends = np.zeros(count + 1, dtype=np.int32)

@@ -40,6 +40,7 @@ class _Generation:
     detokenizer: Detokenizer
     stops: StopStrings
     constraints: list[Constraint]
+    banned: tuple[int, ...]
     submitted: float
     scheduled: float = 0.0
     first_token: float = 0.0
@@ -87,7 +88,8 @@ class Engine:
         params = request.params
         seed = next(self._seeds) if params.seed is None else params.seed
         compiled = self.grammars.compile(grammar) if grammar else None
-        own = [self._constraints(request, compiled) for _ in range(params.n)]
+        words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
+        own = [self._constraints(request, compiled, words) for _ in range(params.n)]
         seeds = [(seed + child * _SEED_STRIDE) % 2**63 for child in range(params.n)]
         now, generations = time.monotonic(), []
         for sequence, rules in zip(self.scheduler.submit(request, seeds), own, strict=True):
@@ -97,8 +99,10 @@ class Engine:
                 Detokenizer(self.tokenizer, params.skip_special_tokens),
                 StopStrings(params.stop, params.include_stop_str_in_output),
                 rules,
+                words.single if words else (),
                 now,
             )
+            sequence.constrained = bool(rules)
             if params.prompt_logprobs is not None and sequence.child == 0:
                 generation.prompt_scores = [None] * (len(request.prompt) - 1)
             self._generations[sequence.id] = generation
@@ -168,9 +172,9 @@ class Engine:
         planned, launched, waits = self.scheduler.plan(), None, False
         if planned:
             if self._checker:
-                self._checker.check(planned.step)
+                self._checker.check(planned.step.whole())
             launched = self.runner.launch(planned.step)
-            waits = any(sample.edited for sample in planned.step.samples)
+            waits = planned.step.edited
             if not waits:
                 launched.sample()
         if self._in_flight:
@@ -283,10 +287,7 @@ class Engine:
     def _begin(self, sequence: Continuation) -> Begin:
         generation, params = self._generations[sequence.id], sequence.request.params
         generation.scheduled = generation.scheduled or time.monotonic()
-        bias = params.logit_bias
-        for constraint in generation.constraints:
-            if isinstance(constraint, BadWords):
-                bias += tuple((id, float("-inf")) for id in constraint.single)
+        bias = params.logit_bias + tuple((id, float("-inf")) for id in generation.banned)
         begin = Begin(
             sequence.index,
             params.temperature,
@@ -326,12 +327,12 @@ class Engine:
                 edits.append(Edit(i, allowed, verdict.banned))
         return edits
 
-    def _constraints(self, request: Request, grammar: Grammar | None) -> list[Constraint]:
+    def _constraints(self, request: Request, grammar: Grammar | None, words: BadWords | None) -> list[Constraint]:
         params, constraints = request.params, []
         if grammar is not None:
             constraints.append(Format(grammar.matcher()))
-        if params.bad_words:
-            constraints.append(BadWords(params.bad_words, self.tokenizer))
+        if words and words.longer:
+            constraints.append(words)
         if params.thinking_token_budget is not None:
             start, end = (self.tokenizer.token_to_id(tag) for tag in ("<think>", "</think>"))
             if start is None or end is None:

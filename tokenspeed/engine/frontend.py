@@ -70,8 +70,8 @@ class Frontend:
     ) -> Request:
         """A request for a conversation; options as `ChatTemplate.encode` takes them. States are kept at the template's
         stable boundaries and before the last token."""
-        encoded = self.template.encode(messages, tools, **options)
-        return self.request(id, encoded.ids, params, chat_boundaries(encoded))
+        encoded = self.template.encode(messages, tools, name_space="", **options)
+        return self.request(id, encoded.ids, params, chat_boundaries(encoded), kept_with=encoded.kept_with)
 
 
 def chat_boundaries(encoded: EncodedPrompt) -> tuple[int, ...]:

@@ -1,15 +1,13 @@
 """Decode steps on a GPU as CUDA graphs: one launch in place of hundreds, with the batch padded to a few sizes."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .batch import Tables, decode_batch, pack_rows, to_device
+from .batch import DecodeColumns, Tables, decode_batch, pack_rows, to_device
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
-from .step import Row
+from .step import NextStep, Step
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -46,10 +44,10 @@ class DecodeGraphs:
             self._graphs[size] = graph, packed, logits
         self._sizes = sizes
 
-    def forward(self, rows: Sequence[Row]) -> Tensor:
-        """Logits of the rows, [B, vocab]; the next call overwrites them."""
-        size = next(size for size in self._sizes if size >= len(rows))
+    def forward(self, step: Step | NextStep, columns: DecodeColumns) -> Tensor:
+        """Logits of the step's B decode rows, [B, vocab]; the next call overwrites them."""
+        size = next(size for size in self._sizes if size >= step.tokens)
         graph, packed, logits = self._graphs[size]
-        packed.copy_(to_device(pack_rows(rows, size), self._device), non_blocking=True)
+        packed.copy_(to_device(columns.of(step, size), self._device), non_blocking=True)
         graph.replay()
-        return logits[: len(rows)]
+        return logits[: step.tokens]

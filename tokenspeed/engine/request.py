@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
+
 from .errors import RequestError
 
 MOST_SEQUENCES = 64  # n of one request
@@ -150,7 +152,8 @@ class Request:
     """One prompt and what is wanted of it.
 
     id: unique among the running; boundaries: token counts at which a later prompt is likely to leave this one;
-    name_space: prompts of different ones never share memory; priority: lower goes first, arrival breaks ties.
+    name_space: prompts of different ones never share memory; priority: lower goes first, arrival breaks ties;
+    kept_with: no later prompt begins with this one and its output unless the output holds this id; None: it may.
     """
 
     id: str
@@ -159,6 +162,7 @@ class Request:
     boundaries: tuple[int, ...] = ()
     name_space: str = ""
     priority: int = 0
+    kept_with: int | None = None
 
     def check(self, vocab: int, max_tokens: int) -> None:
         """Raises RequestError where a model of this vocabulary and this much room cannot take the request."""
@@ -229,8 +233,7 @@ class TokenScores(NamedTuple):
     ranks: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class Update:
+class Update(msgspec.Struct):
     """News of one continuation: index says which; ids and the text they complete, which may come later than they do.
 
     finish_reason: "stop", "length", "abort" or "error" with the last news of it; stop_reason: the stop string or id.
@@ -239,9 +242,9 @@ class Update:
 
     request_id: str
     index: int
-    ids: list[int] = field(default_factory=list)
+    ids: list[int] = []
     text: str = ""
-    scores: list[TokenScores] = field(default_factory=list)
+    scores: list[TokenScores] = []
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_scores: list[TokenScores] | None = None

@@ -11,14 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import ops
-from .batch import Tables, build_batch, to_device
+from .batch import DecodeColumns, Tables, build_batch, decode_batch, to_device
 from .config import PAGE_TOKENS
 from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
 from .request import TokenScores
 from .sampling import Sampler, Scores, Vocabulary
-from .step import Edit, Step
+from .step import Edit, NextStep, Step
 
 _DECODE_OPERATORS = {
     "attention_prologue",
@@ -41,7 +41,7 @@ class Result(NamedTuple):
 class Launched:
     """A Step on its way. `sample` must be called once before `read`."""
 
-    def __init__(self, runner: "Runner", step: Step):
+    def __init__(self, runner: "Runner", step: Step | NextStep):
         self._runner, self._step = runner, step
         self._logits: Tensor | None = None
         self._ids: Tensor | None = None
@@ -53,7 +53,7 @@ class Launched:
 
     def sample(self, edits: Sequence[Edit] = ()) -> None:
         """Choose the ids, once the forward pass is done; the edits concern samples that are marked `edited`."""
-        if any(sample.edited for sample in self._step.samples):
+        if self._step.edited:
             self._runner.announce(list(edits))
         self._runner.do(lambda: self._choose(edits))
 
@@ -63,16 +63,17 @@ class Launched:
             self._runner.queue.popleft()()
         if self._event is not None:
             self._event.synchronize()
-        samples, rows = self._step.samples, self._step.rows
         ids = [] if self._ids is None else self._ids.tolist()
-        scored: list[TokenScores] = []
+        scores: dict[int, TokenScores] = {}
         if self._scores is not None:
-            scored = self._scores.rows([max(sample.logprobs, 0) for sample in samples])
-        return Result(
-            ids,
-            {i: row for i, row in enumerate(scored) if samples[i].logprobs >= 0},
-            {i: s.rows([rows[i].alternatives] * len(s.rank)) for i, s in self._prompt_scores.items()},
-        )
+            wanted = [sample.logprobs for sample in self._step.samples]
+            scored = self._scores.rows([max(count, 0) for count in wanted])
+            scores = {i: found for i, found in enumerate(scored) if wanted[i] >= 0}
+        prompt_scores = {}
+        if self._prompt_scores:
+            rows = self._step.rows
+            prompt_scores = {i: s.rows([rows[i].alternatives] * len(s.rank)) for i, s in self._prompt_scores.items()}
+        return Result(ids, scores, prompt_scores)
 
     def _forward(self) -> None:
         self._logits = self._runner.forward(self._step)
@@ -80,15 +81,16 @@ class Launched:
     @torch.inference_mode()
     def _choose(self, edits: Sequence[Edit]) -> None:
         step, logits, at = self._step, self._logits, 0
-        for i, row in enumerate(step.rows):
+        for i, row in enumerate(step.rows if step.prefill else ()):
             if row.scored:
                 wanted = to_device(np.array(row.scored, dtype=np.int64), logits.device)
                 scored = logits[at : at + len(row.scored)]
                 scores = self._runner.vocabulary.scores(scored, wanted, row.alternatives)
                 self._prompt_scores[i] = scores.to("cpu")
             at += row.logits
-        if step.samples:
-            ids, scores = self._runner.sampler.choose(step.samples, logits, edits)
+        base, ahead = (step.base, step.ahead) if isinstance(step, NextStep) else (step, 0)
+        if base.samples:
+            ids, scores = self._runner.sampler.choose(base.samples, logits, edits, ahead)
             self._ids = ids.to("cpu", non_blocking=True)
             self._scores = scores and scores.to("cpu")
         if logits.is_cuda:
@@ -112,28 +114,35 @@ class Runner:
         self.tables = Tables(max_seqs, pages, self.device)
         self.vocabulary = Vocabulary(model.share.vocab, model.communicator)
         self.sampler = Sampler(max_seqs, self.vocabulary, self.tables.last_ids)
-        self.announce: Callable[[Step | list[Edit]], None] = lambda message: None  # to the other ranks, before it runs
-        self.observe: Callable[[Step, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
+        # To the other ranks, before it runs.
+        self.announce: Callable[[Step | NextStep | list[Edit]], None] = lambda message: None
+        self.observe: Callable[[Step | NextStep, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
         self._rotary = model.rotary(self.device)
+        self._columns = DecodeColumns()
         self._graphs: DecodeGraphs | None = None
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, step: Step | NextStep) -> Launched:
         """Start a Step behind those launched before it."""
         self.announce(step)
         return Launched(self, step)
 
     @torch.inference_mode()
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: Step | NextStep) -> Tensor:
         """Logits of the rows' last tokens, decode rows first, [L, vocab]. Mutates the arenas as the Step says."""
         self.sampler.begin(step.begins)
         if step.copies:
             source, target, rows = to_device(np.array(step.copies, dtype=np.int32).T.copy(), self.device)
             ops.copy_pages(self.memory.kv, source, target, rows)
-        self.tables.update(step.rows)
-        if self._graphs and not step.prefill:
-            return self._graphs.forward(step.decode)
-        return self.model(build_batch(step, self.memory, self.tables, *self._rotary))
+        self.tables.update(step.grown)
+        places = self.memory, self.tables, *self._rotary
+        if step.prefill:
+            return self.model(build_batch(step, *places))
+        if self._graphs:
+            return self._graphs.forward(step, self._columns)
+        packed = self._columns.of(step, step.tokens)
+        width = -(-(int(packed[1].max()) + 1) // PAGE_TOKENS)  # pages of the longest row, its new token among them
+        return self.model(decode_batch(to_device(packed, self.device), *places, width))
 
     @torch.inference_mode()
     def capture(self, progress: bool = True) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +92,21 @@ def _temperature(begin: Begin) -> float:
     return begin.temperature if begin.temperature >= _LEAST_TEMPERATURE else 0.0
 
 
+class _Prepared(NamedTuple):
+    """What choosing for some samples takes on the host, kept while the same are chosen for.
+
+    outputs: int64; in_order: sample i chooses from row i of the logits; adjusted: whether `Sampler._adjust` may have
+    something to do; penalised: places of those whose ids are counted; most: alternatives, -1 for no log-probabilities.
+    """
+
+    samples: Sequence[Sample]
+    outputs: np.ndarray
+    in_order: bool
+    adjusted: bool
+    penalised: list[int]
+    most: int
+
+
 class Sampler:
     """Sampling parameters, penalty counts and the last id of every sequence index.
 
@@ -106,37 +122,54 @@ class Sampler:
         self._counts: Tensor | None = None  # [indices, V] int32: of ids in the output, where a penalty asks for them
         self._seen: Tensor | None = None  # [indices, V] bool: ids in prompt or output
         self._columns: tuple[tuple[int, ...], list[Tensor]] = ((), [])  # of the last choice, by its indices
+        self._prepared: _Prepared | None = None  # the last choice
 
     def begin(self, begins: Sequence[Begin]) -> None:
         """Sequences take their indices. Mutates the tables."""
         for begin in begins:
             self._begins[begin.index] = begin
             self._columns = ((), [])
+            self._prepared = None
             if begin.penalised:
                 self._count_from_start(begin)
 
-    def choose(self, samples: Sequence[Sample], logits: Tensor, edits: Sequence[Edit]) -> tuple[Tensor, Scores | None]:
+    def choose(
+        self, samples: Sequence[Sample], logits: Tensor, edits: Sequence[Edit], ahead: int = 0
+    ) -> tuple[Tensor, Scores | None]:
         """An id for each sample, [S] int64, and log-probabilities where one asks for them. logits: [L, V], not changed.
-        Mutates the last ids and the counts."""
-        if [sample.logits for sample in samples] != list(range(len(logits))):
+        ahead: by how many each sample's output is later than it says. Mutates the last ids and the counts."""
+        if self._prepared is None or self._prepared.samples is not samples:
+            self._prepared = self._prepare(samples)
+        prepared = self._prepared
+        if not prepared.in_order or len(samples) != len(logits):
             logits = logits[self._integers([sample.logits for sample in samples])]
-        indices = tuple(sample.index for sample in samples)
-        if indices != self._columns[0]:
-            self._columns = (indices, self._gather(indices))
         index, *columns = self._columns[1]
-        x = self._adjust(samples, index, logits, edits)
-        ids = self._vocabulary.sample(x, *columns, self._integers([sample.output for sample in samples]))
+        x = self._adjust(samples, index, logits, edits, ahead) if prepared.adjusted or edits else logits
+        ids = self._vocabulary.sample(x, *columns, to_device(prepared.outputs + ahead, self._device))
         self._last_ids[index] = ids
-        penalised = [i for i, sample in enumerate(samples) if self._begins[sample.index].penalised]
-        if penalised:
-            rows = self._integers(penalised)
+        if prepared.penalised:
+            rows = self._integers(prepared.penalised)
             local = ids[rows] - self._vocabulary.first
             here = ((local >= 0) & (local < self._vocabulary.width)).int()
             local.clamp_(0, self._vocabulary.width - 1)
             self._counts[index[rows], local] += here
             self._seen[index[rows], local] |= here.bool()
-        most = max(sample.logprobs for sample in samples)
+        most = prepared.most
         return ids, self._vocabulary.scores(logits, ids, most) if most >= 0 else None
+
+    def _prepare(self, samples: Sequence[Sample]) -> "_Prepared":
+        indices = tuple(sample.index for sample in samples)
+        if indices != self._columns[0]:
+            self._columns = (indices, self._gather(indices))
+        begins = [self._begins[index] for index in indices]
+        return _Prepared(
+            samples,
+            np.array([sample.output for sample in samples], dtype=np.int64),
+            [sample.logits for sample in samples] == list(range(len(samples))),
+            any(b.bias or b.allowed or b.penalised or b.min_tokens for b in begins),
+            [i for i, begin in enumerate(begins) if begin.penalised],
+            max(sample.logprobs for sample in samples),
+        )
 
     def _gather(self, indices: tuple[int, ...]) -> list[Tensor]:
         """The index and the arguments of `ops.sample` for these sequences, in its order."""
@@ -148,7 +181,9 @@ class Sampler:
         temperature, top_p, min_p = to_device(np.array(floats, dtype=np.float32), self._device)
         return [index, temperature, top_k.int(), top_p, min_p, seed]
 
-    def _adjust(self, samples: Sequence[Sample], index: Tensor, logits: Tensor, edits: Sequence[Edit]) -> Tensor:
+    def _adjust(
+        self, samples: Sequence[Sample], index: Tensor, logits: Tensor, edits: Sequence[Edit], ahead: int
+    ) -> Tensor:
         """Logits with what is allowed, forbidden, biased and penalised; the same tensor where nothing is."""
         places: list[tuple[int, int]] = []  # (sample, id)
         values: list[float] = []
@@ -156,7 +191,7 @@ class Sampler:
         penalised: list[int] = []
         for i, sample in enumerate(samples):
             begin = self._begins[sample.index]
-            if sample.output < begin.min_tokens:
+            if sample.output + ahead < begin.min_tokens:
                 places += [(i, id) for id in begin.banned]
                 values += [-torch.inf] * len(begin.banned)
             places += [(i, id) for id, _ in begin.bias]

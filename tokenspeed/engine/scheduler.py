@@ -16,17 +16,18 @@ from .cache import Match, NoRoom, PrefixCache
 from .config import PAGE_TOKENS
 from .errors import CapacityError
 from .request import PrefixReuse, Request
-from .step import Begin, Row, Sample, Step
+from .step import Begin, NextStep, Row, Sample, Step
 
 _SCORED_TOKENS = 512  # of a prompt in one step where log-probabilities of all of them are wanted: they need all logits
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One continuation of a request, from submission to its end.
 
     id: the cache's name for it; child: which of the request's n; tokens: prompt and the outputs read so far; outputs of
-    it from prompt_tokens on; target: tokens to prefill before decoding; limit: outputs at most.
+    it from prompt_tokens on; target: tokens to prefill before decoding; limit: outputs at most; constrained: the host
+    may have a say in its outputs.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Sequence:
     limit: int
     tokens: array
     prompt_tokens: int
+    constrained: bool = False
     target: int = 0
     consumed: int = 0
     sampled: int = 0
@@ -91,7 +93,7 @@ class Planned:
     """A Step and the sequences behind it: of each row and of each sample, in order."""
 
     number: int
-    step: Step
+    step: Step | NextStep
     rows: tuple[Sequence, ...]
     samples: tuple[Sequence, ...]
 
@@ -115,6 +117,7 @@ class Scheduler:
         self.preemptions = 0
         self.reasons: Counter[str] = Counter()  # why prompts resumed where they did, by admissions
         self._reconciled = -1
+        self._last: Planned | None = None  # the Step before, where the next one may be the same again
         self._free = list(range(limits.max_seqs - 1, -1, -1))
         self._children: dict[int, list[Sequence]] = {}  # of a parent that has not forked yet, by its id
         self._next_id = self._passed = 0
@@ -162,6 +165,9 @@ class Scheduler:
 
     def plan(self) -> Planned | None:
         """The next Step, or None where nothing can be done before another Step is reconciled. Mutates the cache."""
+        if again := self._plan_again():
+            return again
+        self._last = None
         draft = _Draft(self.steps, self._edited)
         preemptions = self.preemptions
         self._plan_forks(draft)
@@ -178,7 +184,35 @@ class Scheduler:
             self._forget(draft)
             return None
         self.steps += 1
-        return draft.finish()
+        planned = draft.finish()
+        if draft.decode_alone and not any(sequence.constrained for sequence in planned.rows):
+            self._last = planned
+        return planned
+
+    def _plan_again(self) -> Planned | None:
+        """The rows of the Step before, one token on; None where there is more to do, or less."""
+        last = self._last
+        if last is None or (self.waiting and self._free) or tuple(self.running) != last.rows:
+            return None
+        more_pages = []
+        for i, sequence in enumerate(last.rows):
+            if sequence.ending or sequence.sampled == sequence.limit:
+                return None
+            if sequence.held_pages * PAGE_TOKENS <= sequence.consumed:
+                if not self._extend(sequence):
+                    return None  # somebody has to give way
+                more_pages.append((i, sequence.first_page, sequence.new_pages))
+        for i, _, _ in more_pages:
+            last.rows[i].new_pages, last.rows[i].first_page = (), last.rows[i].held_pages
+        for sequence in last.rows:
+            sequence.consumed += 1
+            sequence.sampled += 1
+            sequence.last_step = self.steps
+        base, ahead = (last.step.base, last.step.ahead) if isinstance(last.step, NextStep) else (last.step, 0)
+        step = NextStep(base, ahead + 1, tuple(more_pages))
+        self._last = Planned(self.steps, step, last.rows, last.samples)
+        self.steps += 1
+        return self._last
 
     def _forget(self, draft: "_Draft") -> None:
         """A Step that is not launched holds nobody."""
@@ -209,13 +243,20 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """One more page; where there is none the youngest sequence gives way, if need be this one. False: no page in
         this Step."""
-        while isinstance(pages := self.cache.extend(sequence.id, sequence.consumed + 1), NoRoom):
+        while not self._extend(sequence):
             if any(s.ending for s in self.running):
                 return False  # somebody's pages come back when a Step is reconciled
             victim = max((s for s in self.running if s.running), key=lambda s: s.id)
             self._preempt(victim)
             if victim is sequence:
                 return False
+        return True
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """A page for its next token, where there is one."""
+        pages = self.cache.extend(sequence.id, sequence.consumed + 1)
+        if isinstance(pages, NoRoom):
+            return False
         sequence.new_pages, sequence.first_page = pages, sequence.held_pages
         sequence.held_pages += len(pages)
         return True
@@ -362,12 +403,10 @@ class Scheduler:
         """The ids that a Step sampled are known. judge: sees each id that counts, in order, and says whether it ends
         its sequence. Publishes what was verified, and retires what was waiting for this Step. Mutates the cache."""
         self._reconciled = planned.number
-        for sequence, row in zip(planned.rows, planned.step.rows, strict=True):
-            # Publishing at each token would cost as much as planning does: pages and snapshots are what others see.
-            if sequence.ending != "abort" and (
-                row.tokens or row.end % PAGE_TOKENS == 0 or row.read_slot != row.write_slot
-            ):
-                self.cache.commit(sequence.id, sequence.tokens, row.end)
+        for row, end in planned.step.published:
+            sequence = planned.rows[row]
+            if sequence.ending != "abort":
+                self.cache.commit(sequence.id, sequence.tokens, end)
         for sequence, id in zip(planned.samples, ids, strict=True):
             if sequence.ending in ("finish", "abort"):
                 continue
@@ -387,7 +426,13 @@ class Scheduler:
             if sequence.ending == "abort":
                 self.cache.abort(sequence.id)
             else:
-                self.cache.finish(sequence.id, sequence.tokens, sequence.consumed)
+                kept_with = sequence.request.kept_with
+                donate = (
+                    kept_with is None
+                    or sequence.ending == "preempt"
+                    or kept_with in sequence.tokens[sequence.prompt_tokens :]
+                )
+                self.cache.finish(sequence.id, sequence.tokens, sequence.consumed, donate=donate)
         if sequence.ending == "preempt":
             sequence.ending = None
             self._enqueue(sequence)
@@ -417,6 +462,10 @@ class _Draft:
     def empty(self) -> bool:
         return not self.decode and not self.prefill
 
+    @property
+    def decode_alone(self) -> bool:
+        return not (self.prefill or self.begins or self.copies)
+
     def add(self, row: Row, sequence: Sequence) -> None:
         """A row that was just put behind its kind belongs to the sequence."""
         self._rows_of.append(sequence)
@@ -426,7 +475,7 @@ class _Draft:
         """An id for the sequence, from the last logits of the row that was just added."""
         logprobs = sequence.request.params.logprobs
         alternatives = -1 if logprobs is None else logprobs
-        edited = self._edited(sequence)
+        edited = sequence.constrained and self._edited(sequence)
         self.samples.append(Sample(self._logits - 1, sequence.index, sequence.sampled, alternatives, edited))
         self._samples_of.append(sequence)
         sequence.sampled += 1

@@ -111,6 +111,79 @@ class Step:
     def tokens(self) -> int:
         return len(self.decode) + sum(len(row.tokens) for row in self.prefill)
 
+    @property
+    def edited(self) -> bool:
+        """Whether an Edit for one of the samples comes between forward and sampling."""
+        return any(sample.edited for sample in self.samples)
+
+    @property
+    def grown(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """(index, first page, pages) of the rows that bring pages."""
+        return [(row.index, row.first_page, row.pages) for row in self.rows if row.pages]
+
+    @property
+    def published(self) -> list[tuple[int, int]]:
+        """(row, its end) where others shall see what it wrote. At each token that would cost as much as planning does:
+        at the ends of pages and of prefilled chunks, and where a state has left the slot that it was read from."""
+        return [
+            (i, row.end)
+            for i, row in enumerate(self.rows)
+            if row.tokens or row.end % PAGE_TOKENS == 0 or row.read_slot != row.write_slot
+        ]
+
+    def whole(self) -> "Step":
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """The decode rows and samples of a Step `ahead` tokens later, when nothing else has happened since.
+
+    It is told by what is new, so that a step costs the host little whatever the batch; `whole` spells it out.
+    base: a Step of decode rows alone, a sample for each in order, none of them edited; more_pages: (row, first page,
+    pages) of the rows that bring pages.
+    """
+
+    base: Step
+    ahead: int
+    more_pages: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+
+    prefill = begins = copies = ()
+    edited = False
+
+    @property
+    def decode(self) -> tuple[Row, ...]:
+        pages = {i: {"first_page": first, "pages": pages} for i, first, pages in self.more_pages}
+        none = {"pages": ()}
+        return tuple(
+            row._replace(tokens=(), start=row.start + self.ahead, read_slot=row.write_slot, **pages.get(i, none))
+            for i, row in enumerate(self.base.decode)
+        )
+
+    rows = decode
+
+    @property
+    def tokens(self) -> int:
+        return len(self.base.decode)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(sample._replace(output=sample.output + self.ahead) for sample in self.base.samples)
+
+    @property
+    def grown(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """As a Step's."""
+        return [(self.base.decode[i].index, first, pages) for i, first, pages in self.more_pages]
+
+    @property
+    def published(self) -> list[tuple[int, int]]:
+        """As a Step's."""
+        ends = [row.start + self.ahead + 1 for row in self.base.decode]
+        return [(i, end) for i, end in enumerate(ends) if end % PAGE_TOKENS == 0]
+
+    def whole(self) -> Step:
+        return Step(decode=self.decode, samples=self.samples)
+
 
 @dataclass(slots=True)
 class StepChecker:

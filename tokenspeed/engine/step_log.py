@@ -24,7 +24,7 @@ from .memory import Memory, MemoryLayout
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import load_weights
 from .runner import Runner
-from .step import Begin, Edit, Step, StepChecker
+from .step import Begin, Edit, NextStep, Step, StepChecker
 
 _Count = Annotated[int, Meta(ge=1)]
 _BIAS = Begin._fields.index("bias")
@@ -96,8 +96,8 @@ class StepLog:
     def close(self) -> None:
         self._file.close()
 
-    def _observe(self, step: Step, edits: Sequence[Edit], logits: Tensor) -> None:
-        self._write(Record(step, tuple(edits), hash_logits(logits)))
+    def _observe(self, step: Step | NextStep, edits: Sequence[Edit], logits: Tensor) -> None:
+        self._write(Record(step.whole(), tuple(edits), hash_logits(logits)))
 
     def _write(self, line: Header | Record) -> None:
         self._file.write(self._encoder.encode(line) + b"\n")

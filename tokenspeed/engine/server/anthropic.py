@@ -213,29 +213,32 @@ class Message:
 
         async with aclosing(self._updates()) as updates:
             async for update, events in updates:
+                pieces: list[bytes] = []
                 if not yielded:
                     yielded = True
-                    yield event({"type": "message_start", "message": self._frame([])}, "message_start")
+                    pieces.append(event({"type": "message_start", "message": self._frame([])}, "message_start"))
                 for found in events:
                     wanted, start = _block(found)
                     if wanted is not None and (wanted != kind or wanted == "tool_use"):
                         if kind is not None:
-                            yield close()
+                            pieces.append(close())
                         index, kind = index + 1, wanted
                         started = {"type": "content_block_start", "index": index, "content_block": start}
-                        yield event(started, "content_block_start")
+                        pieces.append(event(started, "content_block_start"))
                     match found:
                         case Reasoning(text):
-                            yield delta({"type": "thinking_delta", "thinking": text})
+                            pieces.append(delta({"type": "thinking_delta", "thinking": text}))
                         case Content(text) | CallCut(_, text):
-                            yield delta({"type": "text_delta", "text": text})
+                            pieces.append(delta({"type": "text_delta", "text": text}))
                         case Arguments(_, piece):
-                            yield delta({"type": "input_json_delta", "partial_json": piece})
+                            pieces.append(delta({"type": "input_json_delta", "partial_json": piece}))
                 if update.finish_reason:
                     if kind is not None:
-                        yield close()
+                        pieces.append(close())
                     end = {"type": "message_delta", "delta": self._stopped(update), "usage": self._usage()}
-                    yield event(end, "message_delta")
+                    pieces.append(event(end, "message_delta"))
+                if pieces:
+                    yield b"".join(pieces)
         yield event({"type": "message_stop"}, "message_stop")
 
 

@@ -44,7 +44,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
     app.add_middleware(BodyLimit, most_bytes=most_body_bytes)
     _errors(app)
 
-    def key(request: Request) -> str | None:
+    async def key(request: Request) -> str | None:  # async: FastAPI sends plain functions to a thread
         """The caller's key. Compared in constant time; every key is tried."""
         if not api_keys:
             return None

@@ -65,7 +65,7 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         service_config = ServiceConfig(name, options.most_requests, options.timeout, options.exact_history)
         service = Service(frontend, engine, service_config)
         app = AccessLog(create_app(service, options.api_keys, options.most_body_bytes))
-        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", proxy_headers=False))
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)

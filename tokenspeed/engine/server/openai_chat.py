@@ -143,11 +143,11 @@ class Chat:
         started: set[int] = set()
         async with aclosing(self._updates()) as updates:
             async for update, events in updates:
-                i = update.index
+                i, chunks = update.index, []
                 if i not in started:
                     started.add(i)
                     first = {"prompt_token_ids": list(self._request.prompt)} if self._body.return_token_ids else {}
-                    yield chunk(i, {"role": "assistant", "content": ""}, **first)
+                    chunks.append(chunk(i, {"role": "assistant", "content": ""}, **first))
                 extra: dict[str, Any] = {}
                 if self._body.logprobs and update.scores:
                     extra["logprobs"] = {
@@ -159,10 +159,12 @@ class Chat:
                 if not deltas and extra:
                     deltas = [{}]
                 for delta in deltas:
-                    yield chunk(i, delta, **extra)
+                    chunks.append(chunk(i, delta, **extra))
                     extra = {}
                 if update.finish_reason:
-                    yield chunk(i, {}, self._finish(update), stop_reason=update.stop_reason)
+                    chunks.append(chunk(i, {}, self._finish(update), stop_reason=update.stop_reason))
+                if chunks:
+                    yield b"".join(chunks)
         if options and options.include_usage:
             yield event(self._frame("chat.completion.chunk", []) | {"usage": self._usage()})
         yield DONE

@@ -10,12 +10,10 @@ from ..request import Request, Update
 from ..text import grammar
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
-from ..text.messages import check_tools
+from ..text.messages import TOOL_CALL, check_tools
 from ..text.reasoning import CLOSE, ReasoningSplitter
 from ..text.tool_grammar import ToolGrammars
 from ..text.tools import CallFinished, Content, Event, ToolCallParser, parse_answer
-
-TOOL_CALL = "<tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,7 @@ def prepare(
         enable_thinking=chat.enable_thinking,
         template_kwargs=chat.template_kwargs,
         marks=chat.marks,
+        name_space=chat.name_space,
     )
     ids, boundaries, restored = encoded.ids, list(encoded.boundaries), 0
     if history is not None:
@@ -99,9 +98,8 @@ def prepare(
         sampling["max_tokens"] = max(room - len(ids), 1)
     if chat.tool_choice == "none":
         sampling["bad_words"] = [*(sampling.get("bad_words") or ()), TOOL_CALL]
-    request = frontend.request(
-        id, ids, frontend.sampling_params(**sampling), boundaries, name_space=chat.name_space, priority=chat.priority
-    )
+    params = frontend.sampling_params(**sampling)
+    request = Request(id, tuple(ids), params, tuple(boundaries), chat.name_space, chat.priority, encoded.kept_with)
     parsed = chat.tools if chat.tools and chat.tool_choice != "none" else None
     return PreparedTurn(request, spec, encoded.reasoning_open, restored, parsed)
 

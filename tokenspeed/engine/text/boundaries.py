@@ -13,14 +13,21 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .reasoning import leaves_reasoning_open
+
 Message = dict[str, Any]
-Render = Callable[[list[Message], bool], str | None]  # messages, generation prompt? -> text, None where it is refused
+Render = Callable[[list[Message]], str | None]  # without a generation prompt; None where the template refuses
 
 
 def stable_cuts(
-    prompt: str, messages: list[Message], render: Render, control: re.Pattern[str], marks: Sequence[int]
-) -> list[int]:
-    """Ascending positions in `prompt`, each the start of a control token.
+    prompt: str,
+    bare: str | None,
+    messages: list[Message],
+    render: Render,
+    control: re.Pattern[str],
+    marks: Sequence[int],
+) -> tuple[list[int], bool]:
+    """Ascending positions in `prompt`, each the start of a control token, and whether an answer comes back behind it.
 
     - The end of system and tools: what a conversation with another first user message shares.
     - Before the generation prompt, or as far before it as a template that drops earlier reasoning makes necessary: what
@@ -29,22 +36,31 @@ def stable_cuts(
     - For each of `marks`, the end of that message: what is shared with the conversation up to it, or with another turn
       put after it, whichever is more.
 
-    What the template refuses to render gives no place. 4 renders, and 2 for each mark.
+    bare: the conversation without a generation prompt, None where the template refuses that. What it refuses to render
+    gives no place. 2 or 3 renders, one of them of system and tools alone, and 1 or 2 for each mark.
+
+    An answer does not come back where the template takes something off that the prompt opens it with, as it does with
+    reasoning, once another user message follows.
     """
     compare = _Comparison(prompt, control)
-    turns = _Turns(messages)
-    bare = render(messages, False)
+    turns = _Turns(messages, leaves_reasoning_open(prompt))
     end = len(prompt) if bare is None else compare.common(bare)
 
     system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    found = {compare.cut(render([*messages[:system], turns.user], False), end)}
-    for turn in (turns.answer_and_query(), turns.call_and_result()):
-        found.add(compare.cut(render([*messages, *turn], False), end))
+    found = {compare.cut(render([*messages[:system], turns.user]), end)}
+    later = render([*messages, *turns.answer_and_query()])
+    after_query = compare.cut(later, end)
+    found.add(after_query)
+    if after_query < compare.last(end):  # a place further on may be left to find
+        found.add(compare.cut(render([*messages, *turns.call_and_result()]), end))
     for mark in marks:
         upto, rest = messages[: mark + 1], messages[mark + 1 :]
-        alone = compare.cut(render(upto, False), end, also_at_its_end=True)
-        found.add(max(alone, compare.cut(render([*upto, turns.user, *rest], False), end)))
-    return sorted(found - {0})
+        text = render(upto)
+        place = compare.cut(text, end, also_at_its_end=True)
+        if text is None or place < len(text):  # else the other turn would begin where the prompt goes on
+            place = max(place, compare.cut(render([*upto, turns.user, *rest]), end))
+        found.add(place)
+    return sorted(found - {0}), later is None or later.startswith(prompt)
 
 
 class _Comparison:
@@ -67,6 +83,11 @@ class _Comparison:
             else:
                 high = middle - 1
         return low
+
+    def last(self, limit: int) -> int:
+        """Where the last control token at or before `limit` starts; 0 where there is none."""
+        found = bisect_right(self._starts, limit)
+        return self._starts[found - 1] if found else 0
 
     def cut(self, other: str | None, limit: int, also_at_its_end: bool = False) -> int:
         """The last place at or before `limit` up to which the texts agree and where each has a control token.
@@ -93,7 +114,8 @@ def _content(message: Message) -> str:
 class _Turns:
     """Turns that a conversation might go on with, of a word that no message holds."""
 
-    def __init__(self, messages: list[Message]):
+    def __init__(self, messages: list[Message], reasoning: bool):
+        """reasoning: the answer brings some, as its prompt opens it."""
         text = "\n".join(_content(message) for message in messages)
         word = "next"
         while word in text:
@@ -103,6 +125,8 @@ class _Turns:
         call = {"id": "000000000", "type": "function", "function": function}  # nine digits: some templates insist
         self.user: Message = {"role": "user", "content": word}
         self._answer: Message = {"role": "assistant", "content": word}
+        if reasoning:
+            self._answer["reasoning_content"] = word
         self._call: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         self._result: Message = {"role": "tool", "content": word, "name": word, "tool_call_id": call["id"]}
 

@@ -31,20 +31,21 @@ class Constraint(Protocol):
 
 
 class BadWords:
-    """Words that are never completed, each spelled as at the start of a text and after a space."""
+    """Words that are never completed, each spelled as at the start of a text and after a space.
+
+    single: ids that are words by themselves, forbidden whatever came before; longer: spellings of several ids.
+    """
 
     def __init__(self, words: Sequence[str], tokenizer: Tokenizer):
         spellings = {tuple(tokenizer.encode(text)) for word in words for text in (word, " " + word.lstrip())}
-        self.single = tuple(
-            sorted(ids[0] for ids in spellings if len(ids) == 1)
-        )  # always forbidden: no need to look back
-        self._longer = sorted(ids for ids in spellings if len(ids) > 1)
+        self.single = tuple(sorted(ids[0] for ids in spellings if len(ids) == 1))
+        self.longer = sorted(ids for ids in spellings if len(ids) > 1)
 
     def may_act(self, output: int) -> bool:
-        return bool(self._longer) and output > 0
+        return bool(self.longer) and output > 0
 
     def verdict(self, outputs: Sequence[int]) -> Verdict:
-        ends = [ids[-1] for ids in self._longer if tuple(outputs[-len(ids) + 1 :]) == ids[:-1]]
+        ends = [ids[-1] for ids in self.longer if tuple(outputs[-len(ids) + 1 :]) == ids[:-1]]
         return Verdict(banned=tuple(ends))
 
     def accept(self, id: int) -> None:

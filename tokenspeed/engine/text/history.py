@@ -9,18 +9,20 @@ the same turn after them.
 import hashlib
 import threading
 from array import array
-from collections import OrderedDict
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 _TAIL = 8  # ids compared before anything is hashed
+_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
+    name_space: str
     length: int  # of the prompt
     tail: tuple[int, ...]  # its last ids
-    digest: bytes  # of all of it
     generated: tuple[int, ...]
 
 
@@ -33,18 +35,26 @@ class TurnHistory:
         self._most_turns, self._most_ids = most_turns, most_ids
         self._turns: OrderedDict[tuple[str, bytes], _Turn] = OrderedDict()
         self._ids = 0
+        # Where the known prompts of a name space end, ascending, and what their last ids are there.
+        self._lengths: dict[str, list[int]] = {}
+        self._tails: dict[tuple[str, int], Counter[tuple[int, ...]]] = {}
         self._lock = threading.Lock()
 
     def store(self, name_space: str, prompt: Sequence[int], generated: Sequence[int]) -> None:
         """A turn that was generated to its end after `prompt`. One that was cut short is no turn to come back."""
         if not generated or generated[-1] not in self._ends or len(generated) > self._most_ids:
             return
-        digest = _digest(prompt)
-        turn = _Turn(len(prompt), tuple(prompt[-_TAIL:]), digest, tuple(generated))
+        key = name_space, hashlib.blake2b(array("i", prompt), digest_size=_DIGEST_BYTES).digest()
+        turn = _Turn(name_space, len(prompt), tuple(prompt[-_TAIL:]), tuple(generated))
         with self._lock:
-            self._drop((name_space, digest))
-            self._turns[name_space, digest] = turn
+            self._drop(key)
+            self._turns[key] = turn
             self._ids += len(generated)
+            place = name_space, turn.length
+            if place not in self._tails:
+                self._tails[place] = Counter()
+                insort(self._lengths.setdefault(name_space, []), turn.length)
+            self._tails[place][turn.tail] += 1
             while len(self._turns) > self._most_turns or self._ids > self._most_ids:
                 self._drop(next(iter(self._turns)))
 
@@ -61,16 +71,18 @@ class TurnHistory:
         say the same. Returns the ids, the counts and how many turns were put back.
         """
         ids, counts, done = list(ids), list(counts), 0
-        tails: dict[int, set[tuple[int, ...]]] = {}  # of the known prompts, by their length
         with self._lock:
-            for (space, _), turn in self._turns.items():
-                if space == name_space:
-                    tails.setdefault(turn.length, set()).add(turn.tail)
-        position = 0  # turns before it are settled
-        for length in sorted(tails):
-            if not position <= length < len(ids) or tuple(ids[max(length - _TAIL, 0) : length]) not in tails[length]:
+            lengths = list(self._lengths.get(name_space, ()))
+        position = hashed = 0  # turns before it are settled; ids that `digest` has seen
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for length in lengths:
+            if length >= len(ids):  # which grow where a turn is longer as generated
+                break
+            if length < position or not self._may_be(name_space, length, ids):
                 continue
-            turn = self._find(name_space, ids[:length])
+            digest.update(array("i", ids[hashed:length]))
+            hashed = length
+            turn = self._find(name_space, digest.digest())
             end = next((i for i in range(length, len(ids)) if ids[i] in self._ends), None) if turn else None
             if end is None:
                 continue
@@ -88,10 +100,17 @@ class TurnHistory:
     def clear(self) -> None:
         with self._lock:
             self._turns.clear()
+            self._lengths.clear()
+            self._tails.clear()
             self._ids = 0
 
-    def _find(self, name_space: str, prompt: list[int]) -> _Turn | None:
-        key = (name_space, _digest(prompt))
+    def _may_be(self, name_space: str, length: int, ids: list[int]) -> bool:
+        """Whether a known prompt ends like these ids at this length."""
+        tails = self._tails.get((name_space, length))  # None: forgotten meanwhile
+        return tails is not None and tuple(ids[max(length - _TAIL, 0) : length]) in tails
+
+    def _find(self, name_space: str, digest: bytes) -> _Turn | None:
+        key = name_space, digest
         with self._lock:
             if key in self._turns:
                 self._turns.move_to_end(key)
@@ -99,8 +118,15 @@ class TurnHistory:
 
     def _drop(self, key: tuple[str, bytes]) -> None:
         turn = self._turns.pop(key, None)
-        self._ids -= len(turn.generated) if turn else 0
-
-
-def _digest(ids: Sequence[int]) -> bytes:
-    return hashlib.blake2b(array("i", ids).tobytes(), digest_size=16).digest()
+        if turn is None:
+            return
+        self._ids -= len(turn.generated)
+        place = turn.name_space, turn.length
+        tails, lengths = self._tails[place], self._lengths[turn.name_space]
+        tails[turn.tail] -= 1
+        if not tails[turn.tail]:
+            del tails[turn.tail]
+        if not tails:
+            del self._tails[place], lengths[bisect_left(lengths, turn.length)]
+        if not lengths:
+            del self._lengths[turn.name_space]

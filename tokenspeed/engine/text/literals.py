@@ -15,7 +15,7 @@ rendering, `Hidden.reveal` puts the literals back and reports where they stand.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Rendered:
 class Hidden:
     """The marks of one conversation: which private-use character stands for which literal."""
 
-    def __init__(self, strings: Sequence[str]):
+    def __init__(self, strings: Iterable[str]):
         """strings: everything that a mark must not occur in; looked through once the first mark is needed."""
         self._unused = _unused_characters(strings)
         self._literal_of_mark: dict[str, str] = {}
@@ -86,12 +86,12 @@ class LiteralGuard:
     """
 
     def __init__(self, tokens: Sequence[str], normalize: Callable[[str], str] | None = None):
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.pattern = re.compile(any_of(tokens))
         self._normalize = normalize
-        self._heads = frozenset(token[:k] for token in tokens for k in range(1, len(token)))
-        self._tails = frozenset(token[k:] for token in tokens for k in range(1, len(token)))
-        self._longest_part = max(map(len, self._heads), default=0)
+        heads = {token[:k] for token in tokens for k in range(1, len(token))}
+        self._tail = re.compile(any_of({token[k:] for token in tokens for k in range(1, len(token))}))
+        self._head_at_end = re.compile(rf"(?:{any_of(heads)})\Z")
+        self._longest_head = max(map(len, heads), default=0)
 
     def normalized(self, text: str) -> str:
         return text if self._normalize is None else self._normalize(text)
@@ -113,11 +113,10 @@ class LiteralGuard:
         body = text.strip()  # templates trim: the break must stand inside the white space
         if not body:
             return text
-        sizes = range(1, min(len(body), self._longest_part) + 1)
         start = text.index(body)
         end = start + len(body)
-        before = hidden.mark("") if any(body[:k] in self._tails for k in sizes) else ""
-        after = hidden.mark("") if any(body[-k:] in self._heads for k in sizes) else ""
+        before = hidden.mark("") if self._tail.match(body) else ""
+        after = hidden.mark("") if self._head_at_end.search(body, max(len(body) - self._longest_head, 0)) else ""
         return f"{text[:start]}{before}{body}{after}{text[end:]}" if before or after else text
 
     def find(self, rendered: Rendered) -> tuple[list[Span], list[int]]:
@@ -139,6 +138,11 @@ class LiteralGuard:
         return controls, literals
 
 
+def any_of(texts: Collection[str]) -> str:
+    """A regular expression for the longest of the texts at a place; for none of them, one that matches nothing."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)"
+
+
 def strings_in(value: Any) -> Iterator[str]:
     """Every string in a JSON-like value, keys included."""
     if isinstance(value, str):
@@ -152,7 +156,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
-def _unused_characters(strings: Sequence[str]) -> Iterator[str]:
+def _unused_characters(strings: Iterable[str]) -> Iterator[str]:
     used: set[str] = set()
     for string in strings:
         used.update(string)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from ..errors import RequestError
 from .literals import Hidden, LiteralGuard, Span
 
+TOOL_CALL = "<tool_call>"  # opens one in the model's own markup
 ROLES = ("system", "user", "assistant", "tool")
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _MEDIA = ("image", "audio", "video", "file")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..errors import ConfigError, RequestError
 from ..files import read_optional_json_object, read_text
 from .boundaries import stable_cuts
 from .literals import Hidden, Rendered, strings_in
-from .messages import check_messages, check_tools, hide_literals
+from .messages import TOOL_CALL, check_messages, check_tools, hide_literals
 from .reasoning import leaves_reasoning_open
 from .sandbox import BoundedEnvironment, TemplateRefusal
 from .tokenizer import Tokenizer
@@ -26,12 +27,14 @@ class EncodedPrompt:
 
     ids: the prompt. boundaries: ascending token counts in (0, len(ids)) at which a later prompt is likely to leave this
     one (`boundaries.stable_cuts`); a control token follows each. reasoning_open: the turn to come begins inside
-    `<think>`.
+    `<think>`. kept_with: the end of that turn is worth a state only where the turn holds this id, the one that opens a
+    tool call, because the template will change any other answer; None: it always is.
     """
 
     ids: list[int]
     boundaries: tuple[int, ...]
     reasoning_open: bool
+    kept_with: int | None = None
 
 
 class ChatTemplate:
@@ -45,6 +48,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._sources = dict(sources)
         self._environment = BoundedEnvironment()
+        # By template name and options, of which there are few: all are flags.
+        self._generation_prompts: dict[tuple, str | None] = {}
         self._templates = {}
         for name, source in sources.items():
             try:
@@ -106,25 +111,30 @@ class ChatTemplate:
         template_kwargs: Mapping[str, bool] | None = None,
         marks: Sequence[int] = (),
         continue_final_message: bool = False,
+        name_space: str | None = None,
     ) -> EncodedPrompt:
         """The conversation as ids with its stable boundaries. Arguments and errors as in `render`.
 
         continue_final_message: leave the last message open, for the model to go on with its content.
         marks: indices of at most MAX_MARKS messages whose ends the caller wants boundaries at.
+        name_space: as in `Tokenizer.encode_with_counts`.
         """
         conversation = _Conversation(self, messages, tools, enable_thinking, template_kwargs)
         count = len(conversation.messages)
         if len(marks) > MAX_MARKS or not all(0 <= mark < count for mark in marks):
             raise RequestError(f"marks are {list(marks)}; give at most {MAX_MARKS} indices of the {count} messages")
         text = conversation.text(conversation.messages, add_generation_prompt)
+        bare = conversation.without_generation_prompt(text) if add_generation_prompt else text
         if continue_final_message:
             text = _opened(text, conversation.messages[-1])
         control = self._tokenizer.guard.pattern
-        cuts = stable_cuts(text, conversation.messages, conversation.text_or_none, control, marks)
+        cuts, comes_back = stable_cuts(text, bare, conversation.messages, conversation.text_or_none, control, marks)
         rendered = conversation.hidden.reveal(text)
         revealed = [len(conversation.hidden.reveal(text[:cut]).text) for cut in cuts]
-        ids, counts = self._tokenizer.encode_with_counts(rendered, revealed)
-        return EncodedPrompt(ids, tuple(count for count in counts if count), leaves_reasoning_open(rendered.text))
+        ids, counts = self._tokenizer.encode_with_counts(rendered, revealed, name_space)
+        boundaries = tuple(count for count in counts if count)
+        kept_with = None if comes_back else self._tokenizer.token_to_id(TOOL_CALL)
+        return EncodedPrompt(ids, boundaries, leaves_reasoning_open(rendered.text), kept_with)
 
 
 def _opened(text: str, message: Mapping[str, Any]) -> str:
@@ -162,8 +172,10 @@ class _Conversation:
         name = "tool_use" if tools is not None and "tool_use" in template._templates else "default"
         self._template = template._templates[name]
         self._environment = template._environment
-        self.hidden = Hidden((*strings_in(messages), *strings_in(tools), template._sources[name]))
+        self.hidden = Hidden(chain(strings_in(messages), strings_in(tools), (template._sources[name],)))
         self.messages = [hide_literals(message, tokenizer.guard, self.hidden) for message in messages]
+        self._options = (name, tuple(self._variables.items()))
+        self._generation_prompts = template._generation_prompts
         self._variables["tools"] = tokenizer.guard.hide(tools, self.hidden)
         self._variables["documents"] = None
 
@@ -177,11 +189,35 @@ class _Conversation:
         except Exception as error:  # the template is the checkpoint's program: whatever it makes Python raise
             raise RequestError(f"the chat template failed: {type(error).__name__}: {error}") from None
 
-    def text_or_none(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str | None:
+    def text_or_none(self, messages: list[dict[str, Any]]) -> str | None:
+        """Without a generation prompt; None where the template refuses or fails."""
         try:
-            return self.text(messages, add_generation_prompt)
+            return self.text(messages, False)
         except RequestError:
             return None
+
+    def without_generation_prompt(self, text: str) -> str | None:
+        """What `text` is without its generation prompt; None where the template refuses that.
+
+        Most templates put the same words there whatever was said, which spares a render: then they are known from a
+        conversation of a word.
+        """
+        known = self._generation_prompts
+        if self._options not in known:
+            known[self._options] = self._generation_prompt()
+        opening = known[self._options]
+        if opening is not None and text.endswith(opening):
+            return text.removesuffix(opening)
+        return self.text_or_none(self.messages)
+
+    def _generation_prompt(self) -> str | None:
+        word = [{"role": "user", "content": "next"}]
+        try:
+            text = self.text(word, True)
+        except RequestError:
+            return None
+        bare = self.text_or_none(word)
+        return text.removeprefix(bare) if bare is not None and text.startswith(bare) else None
 
 
 def _check_kwargs(kwargs: Mapping[str, bool] | None) -> dict[str, bool]:
