@@ -79,10 +79,19 @@ std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gat
     if (shared->sequences == 1 && paged_attention_prefill_is_short(*shared, q.size(0))) {
         if (auto out = decode(q, *shared)) return out;
     }
-    PagedAttentionPrefill arguments{*shared, data<int32_t>(cu_seqlens), q.size(0)};
+    const int parts = paged_attention_prefill_parts(*shared, q.size(0));
+    PagedAttentionPrefill arguments{*shared, data<int32_t>(cu_seqlens), q.size(0), parts, nullptr, nullptr};
     Tensor out = new_tensor(q, {q.size(0), q.size(1) * q.size(2)});
     arguments.out = data(out);
     const Launch launch(q);
+    if (parts > 0) {
+        Tensor outputs = new_tensor(q, {parts, kPrefillPartRows, kHeadDim}, ScalarType::Float);
+        Tensor sums = new_tensor(q, {parts, kPrefillPartRows, 2}, ScalarType::Float);
+        arguments.parts = data<float>(outputs);
+        arguments.part_sums = data<float2>(sums);
+        launch.keep(outputs);
+        launch.keep(sums);
+    }
     check_launch(tokenspeed::paged_attention_prefill(arguments, launch.stream()), "paged_attention_prefill");
     return out;
 }

@@ -221,10 +221,15 @@ cudaError_t paged_attention_decode(PagedAttentionDecode arguments, cudaStream_t 
 struct PagedAttentionPrefill : PagedAttention {
     const int32_t* cu_seqlens;  // [sequences + 1]
     int64_t tokens;             // of all sequences
+    int most_parts;             // of the workspace; see paged_attention_prefill_parts
+    float* parts;               // [most_parts, kPrefillPartRows, D]
+    float2* part_sums;          // [most_parts, kPrefillPartRows]: maximum in units of log 2, sum
 };
-// Whether the tiles of a lone sequence of that many tokens leave so much of the card idle that the decode kernel, which
-// splits the keys, is faster.
+constexpr int kPrefillPartRows = 128;
+// Whether a lone sequence of that many tokens has so few rows that the decode kernel is faster.
 bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t tokens);
+// How many parts the keys of that many tokens may be cut into, by the shapes alone; 0: they never are.
+int paged_attention_prefill_parts(const PagedAttention& arguments, int64_t tokens);
 cudaError_t paged_attention_prefill(PagedAttentionPrefill arguments, cudaStream_t stream);
 
 // ---- moe_experts_decode.cu and moe_experts_prefill.cu: see the operator moe_experts; hidden and width multiples

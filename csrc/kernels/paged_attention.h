@@ -156,11 +156,30 @@ __device__ __forceinline__ Vector<__nv_bfloat16, 4> load_gates(const PagedAttent
     return {gate[0], gate[p.gate_stride], gate[2 * p.gate_stride], gate[3 * p.gate_stride]};
 }
 
+__device__ __forceinline__ float4 unpack_gates(uint2 bits) {
+    return make_float4(__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u),
+                       __uint_as_float(bits.y << 16), __uint_as_float(bits.y & 0xffff0000u));
+}
+
+__device__ __forceinline__ void store_gated(__nv_bfloat16* out, const float4& values, const float4& gates) {
+    *reinterpret_cast<uint2*>(out) =
+        make_uint2(pack<__nv_bfloat16>(values.x * sigmoid(gates.x), values.y * sigmoid(gates.y)),
+                   pack<__nv_bfloat16>(values.z * sigmoid(gates.z), values.w * sigmoid(gates.w)));
+}
+
 __device__ __forceinline__ void store_quad(const PagedAttention& p, int64_t token, int head, int column,
                                            const float4& values, const Vector<__nv_bfloat16, 4>& gates) {
-    *reinterpret_cast<uint2*>(out_of(p, token, head, column)) =
-        make_uint2(pack<__nv_bfloat16>(values.x * output_gate(gates[0]), values.y * output_gate(gates[1])),
-                   pack<__nv_bfloat16>(values.z * output_gate(gates[2]), values.w * output_gate(gates[3])));
+    store_gated(out_of(p, token, head, column), values,
+                make_float4(__bfloat162float(gates[0]), __bfloat162float(gates[1]), __bfloat162float(gates[2]),
+                            __bfloat162float(gates[3])));
+}
+
+// sum = kept sum + weight values
+__device__ __forceinline__ void add_scaled(float4& sum, float kept, const float4& values, float weight) {
+    sum.x = kept * sum.x + weight * values.x;
+    sum.y = kept * sum.y + weight * values.y;
+    sum.z = kept * sum.z + weight * values.z;
+    sum.w = kept * sum.w + weight * values.w;
 }
 
 }  // namespace tokenspeed::attention

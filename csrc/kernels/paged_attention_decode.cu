@@ -438,14 +438,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// sum = kept sum + weight values
-__device__ __forceinline__ void add_scaled(float4& sum, float kept, const float4& values, float weight) {
-    sum.x = kept * sum.x + weight * values.x;
-    sum.y = kept * sum.y + weight * values.y;
-    sum.z = kept * sum.z + weight * values.z;
-    sum.w = kept * sum.w + weight * values.w;
-}
-
 // One output row: merges the parts that the blocks left, or writes zeros for padding. Nothing where a block had it all.
 // Lengths and gates are older than the decode kernel, so they are read, and the parts are found, while it still runs.
 __global__ void __launch_bounds__(kMergeThreads)

@@ -29,6 +29,7 @@
 // dense attention on contiguous keys at 8192 tokens, 2.1 to 2.4 times flash. 16 x 1024 tokens: 281 TFLOP/s.
 //
 // budget: prefill_kernel registers<=168 hot sass=HGMMA
+// budget: prefill_merge_kernel registers<=80 hot
 #include <launch.h>
 #include <ptx.h>
 #include <ptx_wgmma.h>
@@ -45,51 +46,148 @@ using namespace attention;
 constexpr int kGroupRows = 64;  // of a consumer warpgroup
 constexpr int kConsumerGroups = 2;
 constexpr int kRows = kGroupRows * kConsumerGroups;
+static_assert(kRows == kPrefillPartRows);
 constexpr int kConsumers = kConsumerGroups * 128;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kStages = 5;
+constexpr int kGateRows = 8;                        // whose gates a warp loads at a time
+constexpr int kWarpRows = 16;                       // of a warp
 constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
 constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3;
+constexpr int kWhole = 1 << 30;                  // more pages than any sequence has
+constexpr int kMostRanges = 128;                 // that a sequence is cut into
+constexpr int kSplitSequences = 32;              // with more of them, or
+constexpr int kSplitRounds = 2;                  // more tiles than two rounds, nothing is cut
+constexpr int kPartRounds = 3;                   // rounds that the parts of a cut list may take
+constexpr int kEntryPages = 4, kMergePages = 4;  // what an entry and the merge cost, as pages
+constexpr int kShortRows = 32;  // at most: the decode kernel streams the keys as fast, and starts faster
+constexpr int kMergeRows = 4, kMergeThreads = kMergeRows * kDim / 4;
+
+// What all blocks work through.
+struct List {
+    int entries;     // for one KV head
+    int most_pages;  // of an entry
+};
 
 struct Storage {
     alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
     alignas(1024) uint8_t ring[kStages][kBoxBytes];
     uint64_t full[kStages], empty[kStages];
+    List list;
 };
 static_assert(sizeof(Storage) <= 227 * 1024);
 static_assert(kQueryBytes == kBoxBytes);
 
-// 128 rows of one sequence and KV head.
+// A sequence's share of the list: its tiles of one KV head, and the pages that the last of them sees.
+struct Extent {
+    int tiles, pages;
+};
+
+__device__ __forceinline__ Extent extent_of(const PagedAttentionPrefill& p, int sequence) {
+    const int tokens = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
+    if (tokens == 0) return {0, 0};
+    return {(tokens * p.group + kRows - 1) / kRows, (p.context_lens[sequence] + tokens + kPage - 1) / kPage};
+}
+
+__device__ __forceinline__ int quotient_up(int dividend, int divisor) {
+    return static_cast<int>((static_cast<uint32_t>(dividend) + divisor - 1) / static_cast<uint32_t>(divisor));
+}
+
+__device__ __forceinline__ int ranges_of(const Extent& extent, int most_pages) {
+    return extent.pages <= most_pages ? 1 : quotient_up(extent.pages, most_pages);
+}
+
+__device__ __forceinline__ int entries_of(const Extent& extent, int most_pages) {
+    return extent.tiles * ranges_of(extent, most_pages);
+}
+
+// The most pages of one entry of the list: what ends first by the estimate of the file's head, in integers, so that
+// both kernels choose the same. By whole warps; each lane tries other numbers of ranges for the longest sequence.
+__device__ __forceinline__ int choose_most_pages(const PagedAttentionPrefill& p, int blocks) {
+    if (p.most_parts == 0) return kWhole;
+    const int lane = threadIdx.x % 32;
+    const Extent own = lane < p.sequences ? extent_of(p, lane) : Extent{0, 0};
+    const int own_tokens = lane < p.sequences ? p.cu_seqlens[lane + 1] - p.cu_seqlens[lane] : 0;
+    const int longest = warp_maximum(own.pages);
+    // Twice the mean pages of a tile: those of the last and of the first.
+    const int pages = warp_sum(own.tiles * (2 * own.pages - own_tokens / kPage)) * p.kv_heads / 2;
+    uint32_t least = ~0u;
+    int best = kWhole;
+#pragma unroll 1
+    for (int first = 1; first <= min(kMostRanges, longest); first += 32) {
+        const int ranges = first + lane, most_pages = max(quotient_up(longest, ranges), 1);
+        int entries = 0;
+#pragma unroll 1
+        for (int sequence = 0; sequence < p.sequences; ++sequence) {
+            const Extent extent{__shfl_sync(0xffffffffu, own.tiles, sequence),
+                                __shfl_sync(0xffffffffu, own.pages, sequence)};
+            entries += entries_of(extent, most_pages);
+        }
+        entries *= p.kv_heads;
+        const uint32_t rounds = quotient_up(entries, blocks);
+        const uint32_t mean = rounds * static_cast<uint32_t>(pages + kEntryPages * entries) / entries;
+        const uint32_t cost =
+            max(mean, static_cast<uint32_t>(most_pages + kEntryPages)) + (ranges > 1 ? kMergePages : 0);
+        const bool fits = ranges == 1 || (ranges <= longest && entries <= p.most_parts);
+        if (fits && cost < least) {
+            least = cost;
+            best = ranges > 1 ? most_pages : kWhole;
+        }
+    }
+    const uint32_t least_of_all = warp_reduce(least, [](uint32_t a, uint32_t b) { return min(a, b); });
+    const int chosen = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, least == least_of_all))) - 1;
+    return __shfl_sync(0xffffffffu, best, chosen);
+}
+
+// 128 rows of one sequence and KV head, and a range of the pages that they see.
 struct Tile {
     int sequence, head;
     int first_row, rows;  // rows: of the whole sequence, (query heads to a KV head) x tokens
     int first_token;      // of the sequence, in q
     int context;          // tokens before this call
-    int pages;            // that the tile sees
+    int first_page, last_page;
+    int part;  // its place in the workspace; negative: the range is all that the tile sees
 };
 
-// Calls visit(tile) for the tiles of this block: the list is dealt out forwards and backwards by turns, so that nobody
-// always gets the longer ones. By whole warps.
+// The pages that a tile sees.
+__device__ __forceinline__ int visible_pages(const PagedAttentionPrefill& p, int first_row, int rows, int context) {
+    return (context + place_of_row(p, min(first_row + kRows, rows) - 1).token) / kPage + 1;
+}
+
+// By whole warps.
+__device__ __forceinline__ List list_of(const PagedAttentionPrefill& p, int blocks) {
+    const int most_pages = choose_most_pages(p, blocks);
+    return {count_all(p.sequences, [&](int sequence) { return entries_of(extent_of(p, sequence), most_pages); }),
+            most_pages};
+}
+
+// Calls visit(tile) for the entries of this block. A sequence has (range, tile) entries, range by range, so that tiles
+// that run at a time read the same pages. The list is dealt out forwards and backwards by turns, so that nobody always
+// gets the longer ones. By whole warps.
 template <typename Visit>
-__device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, Visit visit) {
-    const auto tiles_of = [&](int sequence) {
-        return ((p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence]) * p.group + kRows - 1) / kRows;
-    };
-    const int tiles = count_all(p.sequences, tiles_of), blocks = gridDim.x, block = blockIdx.x;
-    int step = 2 * (blocks - block) - 1;
-    for (int item = block; item < tiles * p.kv_heads; item += step, step = 2 * blocks - step) {
-        const auto [sequence, index] = locate(p.sequences, tiles - 1 - item / p.kv_heads, tiles_of);
+__device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, const List& list, Visit visit) {
+    const int blocks = gridDim.x, block = blockIdx.x;
+    for (int round = 0;; ++round) {
+        const int item = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+        if (item >= list.entries * p.kv_heads) break;
+        const int entry = list.entries - 1 - item / p.kv_heads, most_pages = list.most_pages;
+        const auto [sequence, offset] =
+            locate(p.sequences, entry, [&](int candidate) { return entries_of(extent_of(p, candidate), most_pages); });
+        const Extent extent = extent_of(p, sequence);
+        const int ranges = ranges_of(extent, most_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
         Tile tile;
         tile.sequence = sequence;
         tile.head = item % p.kv_heads;
         tile.first_token = p.cu_seqlens[sequence];
-        tile.first_row = index * kRows;
-        const int tokens = p.cu_seqlens[sequence + 1] - tile.first_token;
-        tile.rows = tokens * p.group;
+        tile.first_row = (offset - range * extent.tiles) * kRows;
+        tile.rows = (p.cu_seqlens[sequence + 1] - tile.first_token) * p.group;
         tile.context = p.context_lens[sequence];
-        const int last_token = place_of_row(p, min(tile.first_row + kRows, tile.rows) - 1).token;
-        tile.pages = (tile.context + last_token) / kPage + 1;
-        visit(tile);
+        const int pages = visible_pages(p, tile.first_row, tile.rows, tile.context);
+        const int range_pages = quotient_up(extent.pages, ranges);
+        tile.first_page = range * range_pages;
+        tile.last_page = min(tile.first_page + range_pages, pages);
+        tile.part = tile.last_page - tile.first_page == pages ? -1 : entry * p.kv_heads + tile.head;
+        if (tile.first_page < tile.last_page) visit(tile);
     }
 }
 
@@ -99,10 +197,11 @@ class Producer {
         : storage_(storage), map_(map), p_(p) {}
 
     __device__ __forceinline__ void run(const Tile& tile) {
-        PageIds ids(p_, tile.sequence, 0, tile.pages);
-        int id = ids.id(0);
+        PageIds ids(p_, tile.sequence, tile.first_page, tile.last_page);
+        int id = ids.id(tile.first_page);
         load(kKeys, tile.head, id);
-        for (int page = 1; page < tile.pages; ++page) {
+        prefetch(tile);
+        for (int page = tile.first_page + 1; page < tile.last_page; ++page) {
             const int next = ids.id(page);
             load(kKeys, tile.head, next);
             load(kValues, tile.head, id);
@@ -112,6 +211,22 @@ class Producer {
     }
 
   private:
+    // Queries and gates into L2: the consumers are behind by the boxes of the ring.
+    __device__ __forceinline__ void prefetch(const Tile& tile) const {
+        constexpr int kLines = kDim * 2 / 128;
+        const bool gates = p_.gate_vectors && tile.part < 0;
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < kRows * kLines; i += 32) {
+            const int row = tile.first_row + i / kLines, column = i % kLines * (128 / 2);
+            if (row >= tile.rows) break;
+            const auto [token, query_head] = place_of_row(p_, row);
+            const int head = tile.head * p_.group + query_head;
+            ptx::prefetch_l2(p_.q + (tile.first_token + token) * p_.q_stride + head * kDim + column);
+            if (gates) ptx::prefetch_l2(gate_of(p_, tile.first_token + token, head, column));
+        }
+        __syncwarp();
+    }
+
     __device__ __forceinline__ void load(int part, int head, int id) {
         ptx::mbarrier_wait(&storage_.empty[at_.stage], at_.parity ^ 1);
         if (ptx::elect_one()) {
@@ -141,7 +256,6 @@ class Consumer {
             sum_[half] = 0;
         }
         load_query();
-        prefetch_gates();
         float scores[kPage / 2], output[kDim / 2];
         uint32_t weights[kPage / 16][4];
         float rescale[2];
@@ -150,9 +264,9 @@ class Consumer {
         multiply_keys(scores);
         ptx::wgmma_wait<0>(scores);
         release_box();
-        softmax(scores, rescale, 0);
+        softmax(scores, rescale, tile_.first_page);
         pack_weights(weights, scores);
-        for (int page = 1; page < tile_.pages; ++page) {
+        for (int page = tile_.first_page + 1; page < tile_.last_page; ++page) {
             wait_for_box();
             const int keys = at_.stage;
             ptx::wgmma_fence(scores, output);
@@ -160,7 +274,7 @@ class Consumer {
             at_.next();
             wait_for_box();
             ptx::wgmma_fence(output);  // without this second one ptxas inserts it, and serialises (C7520)
-            multiply_values(output, weights, page > 1);
+            multiply_values(output, weights, page > tile_.first_page + 1);
             ptx::wgmma_wait<1>(scores);
             release(keys);
             softmax(scores, rescale, page);
@@ -176,10 +290,16 @@ class Consumer {
         wait_for_box();
         silence_missing_values();
         ptx::wgmma_fence(output);
-        multiply_values(output, weights, tile_.pages > 1);
+        multiply_values(output, weights, tile_.last_page > tile_.first_page + 1);
+        uint2 gates[kGateRows];
+        if (tile_.part < 0 && p_.gate_vectors) load_rows_of_gates(gates, 0, lane_ * 4);
         ptx::wgmma_wait<0>(output);
         release_box();
-        store(output);
+        if (tile_.part < 0) {
+            store(output, gates);
+        } else {
+            leave_part(output);
+        }
     }
 
   private:
@@ -203,18 +323,6 @@ class Consumer {
         }
         ptx::fence_async_shared();
         barrier();
-    }
-
-    // Into L2: the end of the tile waits for them.
-    __device__ __forceinline__ void prefetch_gates() const {
-        constexpr int kLines = kDim * 2 / 128;
-        if (!p_.gate_vectors) return;
-#pragma unroll
-        for (int i = 0; i < kGroupRows * kLines / 128; ++i) {
-            const int at = i * 128 + static_cast<int>(threadIdx.x % 128);
-            const auto [token, head] = place_of_row(p_, min(first_row_ + at / kLines, tile_.rows - 1));
-            ptx::prefetch_l2(gate_of(p_, tile_.first_token + token, tile_.head * p_.group + head, at % kLines * 64));
-        }
     }
 
     __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.stage], at_.parity); }
@@ -275,7 +383,8 @@ class Consumer {
 #pragma unroll
             for (int i = 0; i < kPage / 4; ++i) maximum = fmaxf(maximum, scores[i / 2 * 4 + half * 2 + i % 2]);
             maximum = warp_maximum<4>(maximum);
-            const float base = maximum * p_.log2_scale;
+            // A row that sees nothing of the range so far: any finite number gives weights of zero.
+            const float base = maximum == -INFINITY ? 0 : maximum * p_.log2_scale;
             rescale[half] = ptx::exp2_approximate(maximum_[half] * p_.log2_scale - base);
             maximum_[half] = maximum;
             float sum = 0;
@@ -302,7 +411,7 @@ class Consumer {
     // The rows of the last page beyond the sequence may hold NaN, which a weight of zero would not silence.
     __device__ __forceinline__ void silence_missing_values() {
         const int end = tile_.context + place_of_row(p_, tile_.rows).token;
-        const int first = end - (tile_.pages - 1) * kPage;
+        const int first = end - (tile_.last_page - 1) * kPage;
         if (first >= kPage) return;
 #pragma unroll 1
         for (int i = threadIdx.x; i < (kPage - first) * (kDim / 8); i += kConsumers) {
@@ -314,9 +423,53 @@ class Consumer {
         ptx::named_barrier_sync(kConsumerBarrier, kConsumers);
     }
 
+    // The warp's rows one after the other, as offsets: a division for the first alone. It stays at the last row that
+    // exists.
+    class Rows {
+      public:
+        __device__ __forceinline__ Rows(const PagedAttentionPrefill& p, const Tile& tile, int first)
+            : p_(p), left_(tile.rows - 1 - first) {
+            const auto [token, head] = place_of_row(p, min(first, tile.rows - 1));
+            head_ = head;
+            gate = gate_of(p, tile.first_token + token, tile.head * p.group + head, 0);
+            out = out_of(p, tile.first_token + token, tile.head * p.group + head, 0);
+        }
+
+        __device__ __forceinline__ bool exists() const { return left_ >= 0; }
+
+        __device__ __forceinline__ void next() {
+            if (--left_ < 0) return;
+            gate += p_.gate_head_stride;
+            out += kDim;
+            if (++head_ == p_.group) {
+                head_ = 0;
+                gate += p_.gate_token_stride - p_.group * p_.gate_head_stride;
+                out += (p_.q_heads - p_.group) * kDim;
+            }
+        }
+
+        const __nv_bfloat16* gate;
+        __nv_bfloat16* out;
+
+      private:
+        const PagedAttentionPrefill& p_;
+        int left_, head_;
+    };
+
+    // The gates of some of the warp's rows, four columns a lane and as bits, or each would take a register. Only where
+    // they may be read so.
+    __device__ __forceinline__ void load_rows_of_gates(uint2 (&gates)[kGateRows], int first, int column) const {
+        Rows rows(p_, tile_, first_row_ + warp_ * kWarpRows + first);
+#pragma unroll
+        for (int row = 0; row < kGateRows; ++row, rows.next()) {
+            gates[row] = *reinterpret_cast<const uint2*>(rows.gate + column);
+        }
+    }
+
     // Through shared memory, where the queries lay, half the columns at a time: a warp then stores 256 bytes of a row.
-    __device__ __forceinline__ void store(const float (&output)[kDim / 2]) {
-        constexpr int kHalf = kDim / 2, kUnroll = 4;
+    // gates: of the first rows, if p.gate_vectors; those of the next are under way while some are stored.
+    __device__ __forceinline__ void store(const float (&output)[kDim / 2], uint2 (&gates)[kGateRows]) {
+        constexpr int kHalf = kDim / 2;
         // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the
         // products.
         const int lane = __shfl_sync(0xffffffffu, lane_, lane_);
@@ -340,26 +493,58 @@ class Consumer {
                 }
             }
             __syncwarp();
-            const int first = first_row_ + warp_ * 16, column = columns * kHalf + lane * 4;
-#pragma unroll 1
-            for (int row = 0; row < min(16, tile_.rows - first); row += kUnroll) {
-                Vector<__nv_bfloat16, 4> gates[kUnroll];
+            const int column = columns * kHalf + lane * 4;
+            Rows rows(p_, tile_, first_row_ + warp_ * kWarpRows);
+            const auto store_row = [&](int row, const float4& of_row) {
+                store_gated(rows.out + column, *reinterpret_cast<const float4*>(place(row, lane)), of_row);
+            };
+            if (p_.gate_vectors) {
 #pragma unroll
-                for (int i = 0; i < kUnroll; ++i) {  // a row that does not exist reads the last one's
-                    const auto [token, head] = place_of_row(p_, min(first + row + i, tile_.rows - 1));
-                    gates[i] = load_gates(p_, tile_.first_token + token, tile_.head * p_.group + head, column);
+                for (int first = 0; first < kWarpRows; first += kGateRows) {
+                    uint2 next[kGateRows];
+                    if (first + kGateRows < kWarpRows) {
+                        load_rows_of_gates(next, first + kGateRows, column);
+                    } else if (columns == 0) {
+                        load_rows_of_gates(next, 0, column + kHalf);
+                    }
+#pragma unroll
+                    for (int row = 0; row < kGateRows; ++row, rows.next()) {
+                        if (rows.exists()) store_row(first + row, unpack_gates(gates[row]));
+                        gates[row] = next[row];
+                    }
                 }
-#pragma unroll
-                for (int i = 0; i < kUnroll; ++i) {
-                    if (first + row + i >= tile_.rows) break;
-                    const auto [token, head] = place_of_row(p_, first + row + i);
-                    store_quad(p_, tile_.first_token + token, tile_.head * p_.group + head, column,
-                               *reinterpret_cast<const float4*>(place(row + i, lane)), gates[i]);
+            } else {
+#pragma unroll 1
+                for (int row = 0; row < kWarpRows && rows.exists(); ++row, rows.next()) {
+                    const __nv_bfloat16* gate = rows.gate + column * p_.gate_stride;
+                    store_row(row, make_float4(__bfloat162float(gate[0]), __bfloat162float(gate[p_.gate_stride]),
+                                               __bfloat162float(gate[2 * p_.gate_stride]),
+                                               __bfloat162float(gate[3 * p_.gate_stride])));
                 }
             }
             __syncwarp();
         }
         barrier();  // the next queries may come
+    }
+
+    // What a range of the pages adds, as it is, for the merge.
+    __device__ __forceinline__ void leave_part(const float (&output)[kDim / 2]) const {
+        const int lane = __shfl_sync(0xffffffffu, lane_, lane_);  // opaque, as above
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float sum = warp_sum<4>(sum_[half]);
+            const int row = group_ * kGroupRows + warp_ * kWarpRows + lane / 4 + half * 8;
+            if (tile_.first_row + row >= tile_.rows) continue;
+            const int64_t at = static_cast<int64_t>(tile_.part) * kRows + row;
+            float* part = p_.parts + at * kDim + lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < kDim / 8; ++n) {
+                *reinterpret_cast<float2*>(part + n * 8) =
+                    make_float2(output[n * 4 + half * 2], output[n * 4 + half * 2 + 1]);
+            }
+            if (lane % 4 == 0) p_.part_sums[at] = make_float2(maximum_[half] * p_.log2_scale, sum);
+        }
+        barrier();  // nobody in the group reads queries any more: the next ones may come
     }
 
     Storage& storage_;
@@ -385,43 +570,110 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         ptx::fence_mbarrier_init();
     }
-    __syncthreads();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
+    if (warp == 0) {
+        const List list = list_of(p, gridDim.x);
+        if (threadIdx.x == 0) storage.list = list;
+    }
+    __syncthreads();
     if (warp >= kConsumers / 32) {
         ptx::register_decrease<40>();
         if (warp > kConsumers / 32) return;
         Producer producer(storage, &map, p);
-        each_tile(p, [&](const Tile& tile) { producer.run(tile); });
+        each_tile(p, storage.list, [&](const Tile& tile) { producer.run(tile); });
     } else {
         ptx::register_increase<232>();
         Consumer consumer(storage, p);
-        each_tile(p, [&](const Tile& tile) { consumer.run(tile); });
+        each_tile(p, storage.list, [&](const Tile& tile) { consumer.run(tile); });
     }
+}
+
+// Output rows of tiles whose pages were cut, 64 lanes a row: O = sum_i 2^{m_i - m} O_i / sum_i 2^{m_i - m} l_i. Lengths
+// and gates are older than the prefill kernel, so they are read, and the parts are found, while it still runs.
+__global__ void __launch_bounds__(kMergeThreads)
+    prefill_merge_kernel(const __grid_constant__ PagedAttentionPrefill p, int blocks) {
+    const int most_pages = choose_most_pages(p, blocks), lane = threadIdx.x % 32;
+    const int64_t output_row = static_cast<int64_t>(blockIdx.x) * kMergeRows + threadIdx.x / (kDim / 4);
+    const int column = threadIdx.x % (kDim / 4) * 4;
+    const auto token = static_cast<int>(output_row / p.q_heads), query_head = static_cast<int>(output_row % p.q_heads);
+    // How many sequences end before it; the last of them may end before the last row.
+    const int sequence = __popc(__ballot_sync(0xffffffffu, lane < p.sequences && p.cu_seqlens[lane + 1] <= token));
+    int parts = 0, stride = 0;
+    int64_t part = 0;
+    Vector<__nv_bfloat16, 4> gates{};
+    if (sequence < p.sequences) {
+        const Extent extent = extent_of(p, sequence);
+        const int ranges = ranges_of(extent, most_pages), first_token = p.cu_seqlens[sequence];
+        const int head = query_head / p.group, row = (token - first_token) * p.group + query_head % p.group;
+        const int rows = (p.cu_seqlens[sequence + 1] - first_token) * p.group, tile = row / kRows;
+        const int before = count_all(sequence, [&](int s) { return entries_of(extent_of(p, s), most_pages); });
+        const int pages = visible_pages(p, tile * kRows, rows, p.context_lens[sequence]);
+        parts = quotient_up(pages, quotient_up(extent.pages, ranges));
+        part = (static_cast<int64_t>(before + tile) * p.kv_heads + head) * kRows + row % kRows;
+        stride = extent.tiles * p.kv_heads * kRows;
+        if (parts > 1) gates = load_gates(p, token, query_head, column);
+    }
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    if (parts < 2) return;
+    float maximum = -INFINITY, weight_sum = 0;
+    float4 sum{};
+#pragma unroll 8
+    for (int i = 0; i < parts; ++i, part += stride) {
+        const float2 state = p.part_sums[part];
+        const float4 values = *reinterpret_cast<const float4*>(p.parts + part * kDim + column);
+        // The first part sees token 0, so from it on the maximum is finite.
+        const float larger = fmaxf(maximum, state.x);
+        const float kept = ptx::exp2_approximate(maximum - larger), weight = ptx::exp2_approximate(state.x - larger);
+        maximum = larger;
+        weight_sum = kept * weight_sum + weight * state.y;
+        add_scaled(sum, kept, values, weight);
+    }
+    const float inverse = 1 / weight_sum;
+    store_quad(p, token, query_head, column,
+               make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse), gates);
+}
+
+// At most as many tiles as the sequences may have for one KV head.
+int64_t most_tiles(const PagedAttention& p, int64_t tokens) {
+    return tokens * (p.q_heads / p.kv_heads) / kRows + p.sequences;
 }
 
 }  // namespace
 
 bool paged_attention_prefill_is_short(const PagedAttention& p, int64_t tokens) {
-    // Predicted: a page takes 128 rows here 1.3 us, 64 rows there 1.7 us, and there all multiprocessors share it. So at
-    // a quarter of the card, 66 groups of 64 rows against 33 tiles, splitting takes 0.85 us a page against 1.3.
-    const int64_t tiles = (tokens * (p.q_heads / p.kv_heads) + kRows - 1) / kRows * p.kv_heads;
-    return tiles <= multiprocessor_count() / 4;
+    return tokens * (p.q_heads / p.kv_heads) <= kShortRows;
+}
+
+int paged_attention_prefill_parts(const PagedAttention& p, int64_t tokens) {
+    const int64_t tiles = most_tiles(p, tokens) * p.kv_heads;
+    const int blocks = multiprocessor_count();
+    if (p.sequences > kSplitSequences || tiles > kSplitRounds * blocks) return 0;
+    return static_cast<int>(std::min<int64_t>(kPartRounds * blocks, tiles * std::min(p.table_width, kMostRanges)));
 }
 
 cudaError_t paged_attention_prefill(PagedAttentionPrefill p, cudaStream_t stream) {
     complete(p);
     CUtensorMap map;
     if (const auto status = encode_boxes(&map, p); status != cudaSuccess) return status;
-    const int64_t most_tiles = p.tokens * (p.q_heads / p.kv_heads) / kRows + p.sequences;
-    const int64_t blocks = std::min<int64_t>(multiprocessor_count(), most_tiles * p.kv_heads);
-    return launch(prefill_kernel,
-                  {.grid = static_cast<unsigned>(blocks),
-                   .block = kThreads,
-                   .shared_bytes = sizeof(Storage),
+    const int64_t tiles = most_tiles(p, p.tokens) * p.kv_heads;
+    const auto blocks =
+        static_cast<int>(std::min<int64_t>(multiprocessor_count(), p.most_parts > 0 ? p.most_parts : tiles));
+    const auto status = launch(prefill_kernel,
+                               {.grid = static_cast<unsigned>(blocks),
+                                .block = kThreads,
+                                .shared_bytes = sizeof(Storage),
+                                .stream = stream,
+                                .programmatic = true},
+                               map, p);
+    if (status != cudaSuccess || p.most_parts == 0) return status;
+    return launch(prefill_merge_kernel,
+                  {.grid = static_cast<unsigned>((p.tokens * p.q_heads + kMergeRows - 1) / kMergeRows),
+                   .block = kMergeThreads,
                    .stream = stream,
                    .programmatic = true},
-                  map, p);
+                  p, blocks);
 }
 
 }  // namespace tokenspeed

@@ -5,11 +5,13 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.launches import emulator, torch_served
 from tests.ops import reference
-from tests.ops.backends import Backend, make_backend, relative_error, same_bits
+from tests.ops.backends import Backend, bounded, make_backend, relative_error, same_bits
 from tests.ops.gdn import cu_seqlens
 from tests.ops.paging import PUBLISHED, KvHeads, Pages
 from tests.ops.test_paged_attention import check_decode, check_prefill, decode, expected, prefill
@@ -29,7 +31,7 @@ def fresh_inputs():
 
 @pytest.fixture(autouse=True)
 def three_multiprocessors(request):
-    """So few that the emulated prefill of one sequence never goes to the decode kernel."""
+    """So few that a block has several tiles."""
     names = [name for name in ("backend", "scheduled") if name in request.fixturenames]
     if not names or request.getfixturevalue(names[0]).emulated is None:
         yield
@@ -46,6 +48,11 @@ def blocks():
     library = emulator()
     yield library.emulator_multiprocessors
     library.emulator_multiprocessors(4)
+
+
+def prefill_in_a_batch(pages: Pages, q: Tensor, gate: Tensor, row: list[int], context: int) -> Tensor:
+    """Beside a sequence without tokens: a lone sequence of few rows goes to the decode kernel."""
+    return prefill(pages, q, gate, [row, []], [context, 0], [len(q), 0])
 
 
 # One, two and four tiles of 16 rows, and two row groups: (group, tokens).
@@ -89,17 +96,57 @@ def test_prefill_whose_diagonal_crosses_pages_anywhere(backend, context):
     check_prefill(backend, KvHeads(1, 4), [(context, 66)])
 
 
-@pytest.mark.parametrize("tokens", [1, 31])
-def test_a_short_prefill_whose_keys_are_split_among_the_blocks(blocks, tokens):
-    """One sequence of a few tiles: row groups of the decode kernel, and the same answer as in a batch of two."""
-    blocks(24)
-    backend, heads = make_backend("emulated"), KvHeads(1, 8)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_short_prefill_equals_the_same_in_a_batch(backend, tokens):
+    """It goes to the decode kernel when it is alone."""
+    heads = KvHeads(1, 8)
     check_prefill(backend, heads, [(100, tokens)])
     pages = Pages(backend, heads, 6)
     row, _, _ = pages.store(100 + tokens)
     q, gate = pages.queries(tokens)
     alone = prefill(pages, q, gate, [row], [100], [tokens])
-    backend.assert_close(alone, prefill(pages, q, gate, [row, []], [100, 0], [tokens, 0]).double())
+    backend.assert_close(alone, prefill_in_a_batch(pages, q, gate, row, 100).double())
+
+
+# ---- prefill whose keys are cut: 13 pages in four ranges, of which the last is a page that half of the rows see
+
+
+def test_a_few_tokens_behind_a_long_prefix_are_split_among_the_blocks(blocks):
+    backend, heads, context = make_backend("emulated"), KvHeads(1, 8), 12 * 64 - 8
+    pages = Pages(backend, heads, 14)
+    row, k, v = pages.store(context + 16)
+    q, gate = pages.queries(16)
+    wanted, outs = expected(pages, q, gate, k, v), []
+    for count in (1, 4):
+        blocks(count)
+        outs.append(prefill(pages, q, gate, [row], [context], [16]))
+        backend.assert_close(outs[-1], wanted)
+    assert not same_bits(*outs)  # sums in another order: the keys were cut
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_split_turns_of_a_batch_under_every_schedule(blocks, seed):
+    """Cut and whole sequences side by side, more ranges than one round has blocks, one without tokens."""
+    blocks(7)
+    emulator().emulator_seed(seed)
+    try:
+        check_prefill(make_backend("emulated"), KvHeads(1, 16), [(700, 9), (0, 3), (90, 0), (440, 2), (64, 1)])
+    finally:
+        emulator().emulator_seed(0)
+
+
+@bounded
+@given(st.data())
+def test_any_split_equals_dense_attention(data):
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    library = emulator()
+    library.emulator_multiprocessors(data.draw(st.integers(2, 12), "multiprocessors"))
+    try:
+        heads = KvHeads(data.draw(st.integers(1, 2), "kv heads"), data.draw(st.sampled_from(GROUPS), "group"))
+        sequence = st.tuples(st.integers(0, 900), st.integers(0, 20))
+        check_prefill(make_backend("emulated"), heads, data.draw(st.lists(sequence, max_size=3), "batch"))
+    finally:
+        library.emulator_multiprocessors(4)
 
 
 @pytest.mark.parametrize("factor", [-4096.0, 512.0, 2.0**-100])
@@ -111,7 +158,7 @@ def test_scores_of_any_size(backend, factor):
     q, gate = pages.queries(2)
     wanted = expected(pages, q, gate, k.double() * factor, v)
     backend.assert_close(decode(pages, q, gate, [row], [198]), wanted)
-    backend.assert_close(prefill(pages, q, gate, [row], [198], [2]), wanted)
+    backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 198), wanted)
 
 
 def test_a_token_that_sees_only_itself_returns_its_value(backend):
@@ -119,7 +166,7 @@ def test_a_token_that_sees_only_itself_returns_its_value(backend):
     row, _, v = pages.store(1)
     q, gate = pages.queries(1)
     wanted = (v.repeat_interleave(4, dim=1).double() * reference.sigmoid(gate).to(v.device)).flatten(1)
-    for out in (decode(pages, q, gate, [row], [0]), prefill(pages, q, gate, [row], [0], [1])):
+    for out in (decode(pages, q, gate, [row], [0]), prefill_in_a_batch(pages, q, gate, row, 0)):
         assert relative_error(out, wanted) < 4e-3  # one rounding to bf16
 
 
@@ -141,7 +188,7 @@ def test_gates_of_any_stride(backend, kind):
     gate = gates(backend, 3, 6)[kind]
     wanted = expected(pages, q, gate, k, v)
     backend.assert_close(decode(pages, q, gate, [row], [67]), wanted)
-    backend.assert_close(prefill(pages, q, gate, [row], [67], [3]), wanted)
+    backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 67), wanted)
 
 
 def test_queries_and_page_tables_may_be_views_of_wider_tensors(backend):
@@ -153,7 +200,8 @@ def test_queries_and_page_tables_may_be_views_of_wider_tensors(backend):
     wanted = expected(pages, q, gate, k, v)
     out = backend.op("paged_attention_decode")(q, gate, pages.kv, table, contexts, scale)
     backend.assert_close(out, wanted)
-    ragged = (cu_seqlens(backend, [2]), contexts, 2)
+    ragged = (cu_seqlens(backend, [2, 0]), backend.tensor([128, 0]), 2)  # a lone one would be decoded
+    table = pages.table([row, []], spare=9)[:, : len(row)]
     backend.assert_close(backend.op("paged_attention_prefill")(q, gate, pages.kv, table, *ragged, scale), wanted)
 
 
@@ -174,21 +222,21 @@ def test_pages_further_apart_than_32_bits_count(backend):
     k, v = kv[[2, 0], :, 0].transpose(0, 1).reshape(2, 128, 1, 256)
     wanted = expected(pages, q, gate, k, v)
     backend.assert_close(decode(pages, q, gate, [[2, 0]], [126]), wanted)
-    backend.assert_close(prefill(pages, q, gate, [[2, 0]], [126], [2]), wanted)
+    backend.assert_close(prefill_in_a_batch(pages, q, gate, [2, 0], 126), wanted)
 
 
 def test_no_order_of_threads_changes_a_bit(blocks):
     backend, library = make_backend("emulated"), emulator()
-    blocks(3)
-    pages = Pages(backend, KvHeads(1, 8), 8)
-    row, _, _ = pages.store(310)
+    blocks(6)
+    pages = Pages(backend, KvHeads(1, 8), 14)
+    row, _, _ = pages.store(810)
     q, gate = pages.queries(18)
     results = []
     try:
         for seed in range(6):
             library.emulator_seed(seed)
-            decoded = decode(pages, q[:2], gate[:2], [row], [308])
-            results.append(torch.cat([decoded, prefill(pages, q, gate, [row], [292], [18])]))
+            decoded = decode(pages, q[:2], gate[:2], [row], [808])
+            results.append(torch.cat([decoded, prefill(pages, q, gate, [row], [792], [18])]))
     finally:
         library.emulator_seed(0)
     assert all(same_bits(result, results[0]) for result in results)
@@ -254,6 +302,30 @@ def test_long_contexts_on_a_card(card, group, tokens):
     out = prefill(pages, q, gate, [row], [tokens - chunk], [chunk])
     rows = torch.cat([torch.arange(40), torch.randint(chunk, (60,)), torch.arange(chunk - 40, chunk)]).cuda()
     card.assert_close(out[rows], exact_rows(q, gate, k, v, rows, tokens - chunk))
+
+
+@pytest.mark.parametrize(
+    ("group", "context", "tokens"), [(8, 30720, 128), (8, 30720, 768), (6, 30011, 77), (16, 60001, 3)]
+)
+def test_a_turn_behind_a_long_prefix_on_a_card(card, group, context, tokens):
+    pages, row, k, v = filled(card, PUBLISHED[group], context + tokens)
+    q, gate = pages.queries(tokens)
+    out = prefill(pages, q, gate, [row], [context], [tokens])
+    rows = torch.cat([torch.arange(min(40, tokens)), torch.arange(max(tokens - 40, 0), tokens)]).cuda()
+    card.assert_close(out[rows], exact_rows(q, gate, k, v, rows, context))
+
+
+def test_turns_of_a_batch_behind_long_prefixes_on_a_card(card):
+    lengths, contexts = [128, 1, 60, 0, 200], [16384, 9000, 0, 50, 30011]
+    pages, row, k, v = filled(card, PUBLISHED[8], 30211)
+    q, gate = pages.queries(sum(lengths))
+    out = prefill(pages, q, gate, [row] * len(lengths), contexts, lengths)
+    for rows, context in zip(torch.arange(sum(lengths)).split(lengths), contexts, strict=True):
+        if len(rows) == 0:
+            continue
+        one, own = slice(rows[0], rows[-1] + 1), torch.arange(len(rows), device="cuda")
+        length = context + len(rows)
+        card.assert_close(out[one], exact_rows(q[one], gate[one], k[:length], v[:length], own, context))
 
 
 def test_a_long_prompt_in_one_prefill_on_a_card(card):
