@@ -6,9 +6,19 @@
 // tile are (token, query head of one KV head) pairs, token first: 128 rows are 8 to 32 tokens, so a short chunk fills
 // tiles, and every head that reads a page reads it from the same copy.
 //
-// Tiles. Their list follows from cu_seqlens on the device. A block a multiprocessor takes one tile in each round, the
-// longest first and forwards and backwards by turns, and runs through them without a pause: the producer is ahead in
-// the next tile while one consumer group stores the last and the other still computes.
+// Tiles. Their list follows from the lengths on the device, the tiles that see most pages first, whatever sequence they
+// are of. A block a multiprocessor takes one tile in each round, forwards and backwards by turns, and runs through them
+// without a pause: the producer is ahead in the next tile while one consumer group stores the last and the other still
+// computes. (Sequence after sequence, 16 of 1024 tokens were dealt so that some blocks got only long tiles: 132 pages a
+// block on average, 200 at most.)
+//
+// Ranges. A short turn behind a long prefix has fewer tiles than the card has multiprocessors: 512 tokens of 16:2 heads
+// are 64. Then the pages of a tile are cut into ranges (flash-decoding, Dao et al. 2023), a part of each goes to the
+// workspace as it is, and a second launch merges and gates them. The cut is the same for all tiles of a sequence, so
+// those that run at a time read the same pages: the keys come from memory once. Its length is chosen on the device,
+// the same by both kernels, so a captured graph stays right: of 128 numbers of ranges for the longest sequence the one
+// that ends first, rounds x (mean pages of an entry + 4) + 4 for the merge, in pages, or the longest entry if that is
+// more. Parts: 128 KB an entry, at most three rounds of them. With more than two rounds of tiles nothing is cut.
 //
 // Flops: 4 x 256 a (row, key) pair; 8192 tokens, 16 heads, causal: 0.55 TFLOP = 0.70 ms at 790 TFLOP/s. Bytes: a tile
 // streams its keys and values from L2, 64 KB a page against 8.4 MFLOP: 4.7 TB/s at 600 TFLOP/s, near what L2 gives.
@@ -19,14 +29,19 @@
 // takes 128 registers, S 32, P 16. The product with the next keys is under way while P V of the page before runs, and
 // the softmax of the next scores runs beside P V. Boxes lie in shared memory with the 128-byte swizzle that wgmma wants
 // and plain bulk copies cannot make, hence the tensor map. Pages beyond the diagonal are not read; a page on it is
-// masked; the first page is always visible, so a maximum is finite from then on.
+// masked; the first page of a sequence is always visible, but a later range may hold nothing that a row sees.
 //
 // Shared memory: a warpgroup reads 16 x 4 KB for S and 4 x 8 KB for P V a page = 768 of its 1,024 matrix cycles at 128
 // bytes a cycle; with the copies in, shared memory is as busy as the matrix unit.
 //
-// Measured on an H100 (product 775 TFLOP/s in that run), 16:2 heads: 592 TFLOP/s at 1 x 8192, 617 at 1 x 16384, 636 for
-// 4096 tokens after 8192, 654 for 2048 after 30720; 589 with 32:2 and 24:4 heads, 608 with 8:2: .92 to 1.11 of cuDNN's
-// dense attention on contiguous keys at 8192 tokens, 2.1 to 2.4 times flash. 16 x 1024 tokens: 281 TFLOP/s.
+// Measured on an H100 (product 782 to 790 TFLOP/s in that run), 16:2 heads where not said otherwise. Behind 30720 keys:
+// 8 tokens 48 us (58 in the decode kernel), 128 tokens 115 us (371 there) = 561 TFLOP/s, 512 tokens 404 us = 644, 768
+// tokens 626 us = 625 (512 uncut: 761 us = 341); 256 behind 131072 856 us = 643; 4 x 128 behind 16384 269 us = 512.
+// 1 x 8192: 837 us alone, 913 us = 602 in turns with cuDNN's dense attention on contiguous keys, 1.06 of its rate; 32:2
+// heads .98, 24:4 1.00, 8:2 1.20. Since then the merge's grid is bounded, as before it cost a fresh prompt, uncut, by
+// estimate 12 us at 2048 tokens. Before cuts and gates that are under way ahead of the store: 654 TFLOP/s for 2048
+// tokens behind 30720, 617 for 1 x 16384. 16 x 1024: 439 us = 313, .62 of cuDNN, in the order of the sequences. At 1.67
+// us a page and 6 us a tile that order takes 430 us by arithmetic, the sorted one 323: predicted, not measured.
 //
 // budget: prefill_kernel registers<=168 hot sass=HGMMA
 // budget: prefill_merge_kernel registers<=80 hot
@@ -54,13 +69,14 @@ constexpr int kGateRows = 8;                        // whose gates a warp loads 
 constexpr int kWarpRows = 16;                       // of a warp
 constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
 constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3;
-constexpr int kWhole = 1 << 30;                  // more pages than any sequence has
-constexpr int kMostRanges = 128;                 // that a sequence is cut into
-constexpr int kSplitSequences = 32;              // with more of them, or
-constexpr int kSplitRounds = 2;                  // more tiles than two rounds, nothing is cut
-constexpr int kPartRounds = 3;                   // rounds that the parts of a cut list may take
+constexpr int kWhole = 1 << 30;     // more pages than any sequence has
+constexpr int kMostRanges = 128;    // that a sequence is cut into
+constexpr int kLaneSequences = 32;  // one a lane: with more of them tiles are not sorted, and nothing is cut
+constexpr int kSplitRounds = 2;     // nor with more tiles than that many rounds
+constexpr int kPartRounds = 3;      // rounds that the parts of a cut list may take
 constexpr int kEntryPages = 4, kMergePages = 4;  // what an entry and the merge cost, as pages
-constexpr int kShortRows = 32;  // at most: the decode kernel streams the keys as fast, and starts faster
+constexpr int kShortRows = 32;   // at most: the decode kernel streams the keys as fast, and starts faster
+constexpr int kMergeRounds = 8;  // blocks of the merge a multiprocessor
 constexpr int kMergeRows = 4, kMergeThreads = kMergeRows * kDim / 4;
 
 // What all blocks work through.
@@ -161,18 +177,46 @@ __device__ __forceinline__ List list_of(const PagedAttentionPrefill& p, int bloc
             most_pages};
 }
 
-// Calls visit(tile) for the entries of this block. A sequence has (range, tile) entries, range by range, so that tiles
-// that run at a time read the same pages. The list is dealt out forwards and backwards by turns, so that nobody always
-// gets the longer ones. By whole warps.
+// The tile at `index` of one KV head when the tiles of at most kLaneSequences sequences stand in the order of the
+// pages that they see, the most first. In tiles, a sequence reaches from its context to its end, so this counts down
+// from the longest end, and a step goes to the next end or context. By whole warps.
+__device__ __forceinline__ Located locate_longest(const PagedAttentionPrefill& p, int index) {
+    const int lane = threadIdx.x % 32;
+    int start = 0, end = 0;
+    if (lane < p.sequences) {
+        start = static_cast<int>(static_cast<int64_t>(p.context_lens[lane]) * p.group / kRows);
+        end = start + extent_of(p, lane).tiles;
+    }
+    for (int level = warp_maximum(end);;) {
+        const bool reaches = start < level && level <= end;
+        const uint32_t sequences = __ballot_sync(0xffffffffu, reaches);
+        const int next = warp_maximum(end < level ? end : start < level ? start : 0);
+        const int count = __popc(sequences), tiles = count * (level - next);
+        if (index < tiles) {
+            const bool chosen = reaches && __popc(sequences & ((1u << lane) - 1)) == index % count;
+            const int sequence = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, chosen))) - 1;
+            return {sequence, level - 1 - index / count - __shfl_sync(0xffffffffu, start, sequence)};
+        }
+        index -= tiles;
+        level = next;
+    }
+}
+
+// Calls visit(tile) for the entries of this block. Where keys are cut, a sequence has (range, tile) entries, range by
+// range, so that tiles that run at a time read the same pages. The list is dealt out forwards and backwards by turns,
+// so that nobody always gets the longer ones. By whole warps.
 template <typename Visit>
 __device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, const List& list, Visit visit) {
     const int blocks = gridDim.x, block = blockIdx.x;
     for (int round = 0;; ++round) {
         const int item = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
         if (item >= list.entries * p.kv_heads) break;
-        const int entry = list.entries - 1 - item / p.kv_heads, most_pages = list.most_pages;
+        const int most_pages = list.most_pages, entry = list.entries - 1 - item / p.kv_heads;
+        const bool sorted = most_pages == kWhole && p.sequences <= kLaneSequences;
         const auto [sequence, offset] =
-            locate(p.sequences, entry, [&](int candidate) { return entries_of(extent_of(p, candidate), most_pages); });
+            sorted ? locate_longest(p, item / p.kv_heads) : locate(p.sequences, entry, [&](int candidate) {
+                return entries_of(extent_of(p, candidate), most_pages);
+            });
         const Extent extent = extent_of(p, sequence);
         const int ranges = ranges_of(extent, most_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
         Tile tile;
@@ -589,50 +633,70 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
+// Where the parts of an output row lie.
+struct CutRow {
+    int parts;  // fewer than two where its tile was not cut
+    int64_t first, stride;
+    Vector<__nv_bfloat16, 4> gates;
+};
+
+// By whole warps.
+__device__ __forceinline__ CutRow find_row(const PagedAttentionPrefill& p, int most_pages, int token, int query_head,
+                                           int column) {
+    // How many sequences end before the token. There may be tokens behind the last one.
+    const int lane = threadIdx.x % 32;
+    const int sequence = __popc(__ballot_sync(0xffffffffu, lane < p.sequences && p.cu_seqlens[lane + 1] <= token));
+    if (sequence == p.sequences) return {};
+    const Extent extent = extent_of(p, sequence);
+    const int first_token = p.cu_seqlens[sequence], rows = (p.cu_seqlens[sequence + 1] - first_token) * p.group;
+    const int head = query_head / p.group, row = (token - first_token) * p.group + query_head % p.group;
+    const int tile = row / kRows, pages = visible_pages(p, tile * kRows, rows, p.context_lens[sequence]);
+    const int before = count_all(sequence, [&](int other) { return entries_of(extent_of(p, other), most_pages); });
+    CutRow found{quotient_up(pages, quotient_up(extent.pages, ranges_of(extent, most_pages))),
+                 (static_cast<int64_t>(before + tile) * p.kv_heads + head) * kRows + row % kRows,
+                 static_cast<int64_t>(extent.tiles) * p.kv_heads * kRows,
+                 {}};
+    if (found.parts > 1) found.gates = load_gates(p, token, query_head, column);
+    return found;
+}
+
 // Output rows of tiles whose pages were cut, 64 lanes a row: O = sum_i 2^{m_i - m} O_i / sum_i 2^{m_i - m} l_i. Lengths
-// and gates are older than the prefill kernel, so they are read, and the parts are found, while it still runs.
+// and gates are older than the prefill kernel, so a block finds its first row while that one still runs; and blocks are
+// few, as it may turn out that nothing was cut.
 __global__ void __launch_bounds__(kMergeThreads)
     prefill_merge_kernel(const __grid_constant__ PagedAttentionPrefill p, int blocks) {
-    const int most_pages = choose_most_pages(p, blocks), lane = threadIdx.x % 32;
-    const int64_t output_row = static_cast<int64_t>(blockIdx.x) * kMergeRows + threadIdx.x / (kDim / 4);
-    const int column = threadIdx.x % (kDim / 4) * 4;
-    const auto token = static_cast<int>(output_row / p.q_heads), query_head = static_cast<int>(output_row % p.q_heads);
-    // How many sequences end before it; the last of them may end before the last row.
-    const int sequence = __popc(__ballot_sync(0xffffffffu, lane < p.sequences && p.cu_seqlens[lane + 1] <= token));
-    int parts = 0, stride = 0;
-    int64_t part = 0;
-    Vector<__nv_bfloat16, 4> gates{};
-    if (sequence < p.sequences) {
-        const Extent extent = extent_of(p, sequence);
-        const int ranges = ranges_of(extent, most_pages), first_token = p.cu_seqlens[sequence];
-        const int head = query_head / p.group, row = (token - first_token) * p.group + query_head % p.group;
-        const int rows = (p.cu_seqlens[sequence + 1] - first_token) * p.group, tile = row / kRows;
-        const int before = count_all(sequence, [&](int s) { return entries_of(extent_of(p, s), most_pages); });
-        const int pages = visible_pages(p, tile * kRows, rows, p.context_lens[sequence]);
-        parts = quotient_up(pages, quotient_up(extent.pages, ranges));
-        part = (static_cast<int64_t>(before + tile) * p.kv_heads + head) * kRows + row % kRows;
-        stride = extent.tiles * p.kv_heads * kRows;
-        if (parts > 1) gates = load_gates(p, token, query_head, column);
-    }
+    const int most_pages = choose_most_pages(p, blocks), column = threadIdx.x % (kDim / 4) * 4;
+    const int rows = static_cast<int>(p.tokens) * p.q_heads, step = gridDim.x * kMergeRows;
+    int row = blockIdx.x * kMergeRows + threadIdx.x / (kDim / 4);
+    CutRow found{};
+    if (most_pages < kWhole && row < rows) found = find_row(p, most_pages, row / p.q_heads, row % p.q_heads, column);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    if (parts < 2) return;
-    float maximum = -INFINITY, weight_sum = 0;
-    float4 sum{};
+    if (most_pages == kWhole) return;
+    while (row < rows) {
+        if (found.parts > 1) {
+            float maximum = -INFINITY, weight_sum = 0;
+            float4 sum{};
 #pragma unroll 8
-    for (int i = 0; i < parts; ++i, part += stride) {
-        const float2 state = p.part_sums[part];
-        const float4 values = *reinterpret_cast<const float4*>(p.parts + part * kDim + column);
-        // The first part sees token 0, so from it on the maximum is finite.
-        const float larger = fmaxf(maximum, state.x);
-        const float kept = ptx::exp2_approximate(maximum - larger), weight = ptx::exp2_approximate(state.x - larger);
-        maximum = larger;
-        weight_sum = kept * weight_sum + weight * state.y;
-        add_scaled(sum, kept, values, weight);
+            for (int i = 0; i < found.parts; ++i) {
+                const int64_t part = found.first + i * found.stride;
+                const float2 state = p.part_sums[part];
+                const float4 values = *reinterpret_cast<const float4*>(p.parts + part * kDim + column);
+                // The first part sees token 0, so from it on the maximum is finite.
+                const float larger = fmaxf(maximum, state.x);
+                const float kept = ptx::exp2_approximate(maximum - larger);
+                const float weight = ptx::exp2_approximate(state.x - larger);
+                maximum = larger;
+                weight_sum = kept * weight_sum + weight * state.y;
+                add_scaled(sum, kept, values, weight);
+            }
+            const float inverse = 1 / weight_sum;
+            store_quad(p, row / p.q_heads, row % p.q_heads, column,
+                       make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse), found.gates);
+        }
+        row += step;
+        if (row < rows) found = find_row(p, most_pages, row / p.q_heads, row % p.q_heads, column);
     }
-    const float inverse = 1 / weight_sum;
-    store_quad(p, token, query_head, column,
-               make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse), gates);
 }
 
 // At most as many tiles as the sequences may have for one KV head.
@@ -649,7 +713,7 @@ bool paged_attention_prefill_is_short(const PagedAttention& p, int64_t tokens) {
 int paged_attention_prefill_parts(const PagedAttention& p, int64_t tokens) {
     const int64_t tiles = most_tiles(p, tokens) * p.kv_heads;
     const int blocks = multiprocessor_count();
-    if (p.sequences > kSplitSequences || tiles > kSplitRounds * blocks) return 0;
+    if (p.sequences > kLaneSequences || tiles > kSplitRounds * blocks) return 0;
     return static_cast<int>(std::min<int64_t>(kPartRounds * blocks, tiles * std::min(p.table_width, kMostRanges)));
 }
 
@@ -668,12 +732,14 @@ cudaError_t paged_attention_prefill(PagedAttentionPrefill p, cudaStream_t stream
                                 .programmatic = true},
                                map, p);
     if (status != cudaSuccess || p.most_parts == 0) return status;
-    return launch(prefill_merge_kernel,
-                  {.grid = static_cast<unsigned>((p.tokens * p.q_heads + kMergeRows - 1) / kMergeRows),
-                   .block = kMergeThreads,
-                   .stream = stream,
-                   .programmatic = true},
-                  p, blocks);
+    const int64_t merge_blocks = (p.tokens * p.q_heads + kMergeRows - 1) / kMergeRows;
+    return launch(
+        prefill_merge_kernel,
+        {.grid = static_cast<unsigned>(std::min<int64_t>(merge_blocks, kMergeRounds * multiprocessor_count())),
+         .block = kMergeThreads,
+         .stream = stream,
+         .programmatic = true},
+        p, blocks);
 }
 
 }  // namespace tokenspeed
