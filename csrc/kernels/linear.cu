@@ -16,9 +16,12 @@
 // Few tiles: a cluster of 2, 4 or 8 blocks shares the columns of its tiles and the sums meet in the shared memory of
 // one of them at the end, in a fixed order. The launcher picks the cluster that leaves the least idle time.
 //
-// Measured on an H100 (copy 2.99 TB/s), one row, staged against loaded: 17 MB (4096 -> 2048) 7.1 us against 8.6, 51 MB
-// 21.0 against 22.2, 1017 MB 332.5 (102% of copy) against 335.7. Staging 4 or 8 rows leaves a ring of four stages, and
-// lost: 9.7 us against 8.0 at 17 MB; the fused operands, which have no other place, pay that for a launch less.
+// Measured on an H100 (copy 2.99 TB/s), one row: 17 MB (4096 -> 2048) 7.1 us, 51 MB 21.1, 357 MB 122.9, 1017 MB 332.5
+// (102% of copy). With x through L1 instead these were 8.8, 22.4, 125.8 and 335.7. Staging 4 or 8 rows leaves a ring of
+// four stages, and lost: 9.7 us against 8.0 at 17 MB; the fused operands pay that where they have several rows.
+//
+// Tried and lost: x copied into the ring beside its weights, four stages: 8 rows from 6% slower (17 MB, 1024 -> 8192)
+// to 2% faster (357 MB).
 //
 // Tried and lost: a ring filled by one warp with bulk copies of 1 KB a row, mbarriers between it and the others: 0.66
 // us a slab whatever its depth, 3.2 TB/s at any size (77% of copy); the copies are too small for their engine.

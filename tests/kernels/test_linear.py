@@ -196,7 +196,7 @@ def test_more_rows_and_other_types_go_to_torch(backend):
 
 
 def test_a_chain_of_blocks_in_which_each_launch_starts_early_equals_one_at_a_time(emulator):
-    """Queued launches: sum, norm and product, then silu_mul and product, each on what the one before is still writing."""
+    """Queued launches: sum, norm and product, then silu_mul and product, on what the launch before still writes."""
     backend = make_backend("emulated")
     ops, norm = torch.ops.tokenspeed_emulated, backend.randn(512) * 0.1
     x, residual = backend.randn(3, 512), backend.randn(3, 512)

@@ -114,6 +114,8 @@ class LogitRows(Stage):
     picks_rows = True
 
     def forward(self, x, residual, batch):
+        if batch.logit_rows is None:
+            return x, residual
         return x[batch.logit_rows], residual[batch.logit_rows]
 
 
