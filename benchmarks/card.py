@@ -103,15 +103,16 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
 
 @contextmanager
 def operators(**replacements: Callable) -> Iterator[None]:
-    """Operators of the model replaced by functions of the same signature."""
-    before = {name: getattr(ops, name) for name in replacements}
+    """Operators of the model, and those that others are made of, replaced by functions of the same signature."""
+    modules = (ops, sys.modules[ops.linear.__module__])
+    before = [(module, name, vars(module)[name]) for module in modules for name in replacements if name in vars(module)]
     try:
-        for name, function in replacements.items():
-            setattr(ops, name, function)
+        for module, name, _ in before:
+            setattr(module, name, replacements[name])
         yield
     finally:
-        for name, function in before.items():
-            setattr(ops, name, function)
+        for module, name, function in before:
+            setattr(module, name, function)
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ class CannedModel:
         self._logits = torch.randn(SEQUENCES, config.vocab, generator=torch.Generator().manual_seed(0))
 
     def __call__(self, batch) -> torch.Tensor:
-        return self._logits[: len(batch.logit_rows)]
+        return self._logits[: len(batch.tokens if batch.logit_rows is None else batch.logit_rows)]
 
 
 class CannedGraphs:

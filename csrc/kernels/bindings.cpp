@@ -27,17 +27,19 @@ std::optional<Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps
     return out;
 }
 
-std::optional<Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+std::optional<std::tuple<Tensor, Tensor>> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                       double eps) {
     const bool fits = x.dim() == 2 && fits_norm(x, weight) && has_vector_rows(x) && is_bf16(residual) &&
                       has_shape(residual, {x.size(0), x.size(1)}) && residual.is_contiguous() &&
                       has_vector_rows(residual) && x.size(0) <= kMaxIndex;
     if (!fits) return std::nullopt;
-    Tensor out = torch::stable::new_empty(x, x.sizes());
+    Tensor out = torch::stable::new_empty(x, x.sizes()), total = torch::stable::new_empty(x, x.sizes());
     const Launch launch(x);
-    check_launch(tokenspeed::add_rms_norm(data(x), x.stride(0), data(residual), data(weight), data(out), x.size(0),
-                                          static_cast<int>(weight.numel()), static_cast<float>(eps), launch.stream()),
-                 "add_rms_norm");
-    return out;
+    check_launch(
+        tokenspeed::add_rms_norm(data(x), x.stride(0), data(residual), data(weight), data(out), data(total), x.size(0),
+                                 static_cast<int>(weight.numel()), static_cast<float>(eps), launch.stream()),
+        "add_rms_norm");
+    return std::make_tuple(out, total);
 }
 
 std::optional<Tensor> gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight, double eps) {
@@ -184,7 +186,7 @@ bool copy_pages(const Tensor& pages, const Tensor& source, const Tensor& destina
 
 std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> moe_route(const Tensor& logits, int64_t top_k) {
     const int64_t tokens = logits.size(0), experts = logits.size(1);
-    const bool fits = has_kernels(logits) && is_bf16(logits) && logits.is_contiguous() && has_vector_rows(logits) &&
+    const bool fits = has_kernels(logits) && is_bf16(logits) && has_vector_rows(logits) &&
                       (experts == 256 || experts == 512) && top_k >= 1 && top_k <= kMaxTopK &&
                       tokens * top_k <= kMaxIndex;
     if (!fits) return std::nullopt;
@@ -193,9 +195,9 @@ std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> moe_route(const Tensor
     Tensor order = new_tensor(logits, {tokens * top_k}, ScalarType::Int);
     Tensor offsets = new_tensor(logits, {experts + 1}, ScalarType::Int);
     const Launch launch(logits);
-    check_launch(tokenspeed::moe_route(data(logits), data(weights), data<int32_t>(chosen), data<int32_t>(order),
-                                       data<int32_t>(offsets), static_cast<int>(tokens), static_cast<int>(experts),
-                                       static_cast<int>(top_k), launch.stream()),
+    check_launch(tokenspeed::moe_route(data(logits), logits.stride(0), data(weights), data<int32_t>(chosen),
+                                       data<int32_t>(order), data<int32_t>(offsets), static_cast<int>(tokens),
+                                       static_cast<int>(experts), static_cast<int>(top_k), launch.stream()),
                  "moe_route");
     return std::make_tuple(weights, chosen, order, offsets);
 }

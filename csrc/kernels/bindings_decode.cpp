@@ -80,18 +80,26 @@ std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z
     return out;
 }
 
+bool fits_linear(const Tensor& x, const Tensor& weight, int64_t inputs) {
+    return has_kernels(x) && x.dim() == 2 && is_bf16(x) && is_bf16(weight) && x.stride(1) == 1 &&
+           weight.is_contiguous() && x.size(0) > 0 && x.size(0) <= kLinearMaxRows && weight.size(0) <= kMaxIndex &&
+           weight.size(1) <= kMaxIndex && inputs == weight.size(1);
+}
+
+Linear product(const Tensor& x, const Tensor& weight) {
+    return {.x = data(x),
+            .x_stride = row_stride(x),
+            .weight = data(weight),
+            .out = nullptr,
+            .out_stride = weight.size(0),
+            .rows = static_cast<int>(x.size(0)),
+            .outputs = static_cast<int>(weight.size(0)),
+            .inputs = static_cast<int>(weight.size(1))};
+}
+
 std::optional<Tensor> linear(const Tensor& x, const Tensor& weight) {
-    const bool fits = has_kernels(x) && x.dim() == 2 && is_bf16(x) && is_bf16(weight) && x.stride(1) == 1 &&
-                      weight.is_contiguous() && x.size(0) > 0 && x.size(0) <= kLinearMaxRows &&
-                      weight.size(0) <= kMaxIndex && weight.size(1) <= kMaxIndex && x.size(1) == weight.size(1);
-    if (!fits) return std::nullopt;
-    Linear arguments{.x = data(x),
-                     .x_stride = row_stride(x),
-                     .weight = data(weight),
-                     .out = nullptr,
-                     .rows = static_cast<int>(x.size(0)),
-                     .outputs = static_cast<int>(weight.size(0)),
-                     .inputs = static_cast<int>(weight.size(1))};
+    if (!fits_linear(x, weight, x.size(1))) return std::nullopt;
+    Linear arguments = product(x, weight);
     if (!linear_supported(arguments)) return std::nullopt;
     // Nine rows and more of long inputs overflow L1, and cuBLAS wins: on an H200, 16 rows, 6144 -> 5120 took 25.2 us
     // against its 18.5, 5120 -> 34816 100 against 91; with up to 4096 inputs the kernel is level or ahead.
@@ -101,6 +109,54 @@ std::optional<Tensor> linear(const Tensor& x, const Tensor& weight) {
     const Launch launch(x);
     check_launch(tokenspeed::linear(arguments, launch.stream()), "linear");
     return out;
+}
+
+std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tensor& x, const Tensor& residual,
+                                                                      const Tensor& norm_weight, double eps,
+                                                                      const Tensor& weight) {
+    const bool fits = fits_linear(x, weight, x.size(1)) && is_bf16(residual) &&
+                      has_shape(residual, {x.size(0), x.size(1)}) && residual.is_contiguous() && is_bf16(norm_weight) &&
+                      has_shape(norm_weight, {x.size(1)}) && norm_weight.is_contiguous();
+    if (!fits) return std::nullopt;
+    Linear arguments = product(x, weight);
+    arguments.residual = data(residual);
+    arguments.norm_weight = data(norm_weight);
+    arguments.eps = static_cast<float>(eps);
+    if (!add_rms_norm_linear_supported(arguments)) return std::nullopt;
+    Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
+    Tensor normed = new_tensor(x, {x.size(0), x.size(1)}), sum = new_tensor(x, {x.size(0), x.size(1)});
+    arguments.out = data(out);
+    arguments.normed = data(normed);
+    arguments.sum = data(sum);
+    const Launch launch(x);
+    check_launch(tokenspeed::add_rms_norm_linear(arguments, launch.stream()), "add_rms_norm_linear");
+    return std::make_tuple(out, normed, sum);
+}
+
+std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight) {
+    if (x.size(1) % 2 != 0 || !fits_linear(x, weight, x.size(1) / 2)) return std::nullopt;
+    Linear arguments = product(x, weight);
+    if (!silu_mul_linear_supported(arguments)) return std::nullopt;
+    Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
+    arguments.out = data(out);
+    const Launch launch(x);
+    check_launch(tokenspeed::silu_mul_linear(arguments, launch.stream()), "silu_mul_linear");
+    return out;
+}
+
+bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& gate) {
+    const bool fits = x.size(1) % 2 == 0 && fits_linear(x, weight, x.size(1) / 2) && is_bf16(y) && is_bf16(gate) &&
+                      has_shape(y, {x.size(0), weight.size(0)}) && y.stride(1) == 1 && has_shape(gate, {x.size(0), 1});
+    if (!fits) return false;
+    Linear arguments = product(x, weight);
+    arguments.out = data(y);
+    arguments.out_stride = row_stride(y);
+    arguments.gate = data(gate);
+    arguments.gate_stride = row_stride(gate);
+    if (!silu_mul_linear_supported(arguments)) return false;
+    const Launch launch(x);
+    check_launch(tokenspeed::silu_mul_linear(arguments, launch.stream()), "add_gated_silu_mul_linear");
+    return true;
 }
 
 std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
@@ -138,6 +194,9 @@ std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, co
 TOKENSPEED_KERNELS(library) {
     TOKENSPEED_KERNEL(library, gated_delta_rule_decode);
     TOKENSPEED_KERNEL(library, linear);
+    TOKENSPEED_KERNEL(library, add_rms_norm_linear);
+    TOKENSPEED_KERNEL(library, silu_mul_linear);
+    TOKENSPEED_KERNEL(library, add_gated_silu_mul_linear);
     TOKENSPEED_KERNEL(library, sample);
 }
 

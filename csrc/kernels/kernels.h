@@ -16,9 +16,10 @@ namespace tokenspeed {
 constexpr int kRmsNormMaxWidth = 8192;
 cudaError_t rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* weight, __nv_bfloat16* out,
                      int64_t rows, int width, float eps, cudaStream_t stream);
-// residual [rows, width] contiguous, += x, rounded; out is the norm of the sum.
-cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* residual, const __nv_bfloat16* weight,
-                         __nv_bfloat16* out, int64_t rows, int width, float eps, cudaStream_t stream);
+// residual [rows, width] contiguous; total is x + residual, rounded, and out its norm.
+cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* residual,
+                         const __nv_bfloat16* weight, __nv_bfloat16* out, __nv_bfloat16* total, int64_t rows, int width,
+                         float eps, cudaStream_t stream);
 
 // ---- gated_rms_norm.cu: x, gate [tokens, heads, 128] by token and head strides, weight [128], out contiguous.
 constexpr int kGatedNormWidth = 128;
@@ -81,13 +82,13 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
                        const int32_t* source, const int32_t* destination, const int32_t* rows, int pairs,
                        cudaStream_t stream);
 
-// ---- moe_route.cu: logits [tokens, experts] contiguous; experts 256 or 512; top_k at most kMaxTopK.
+// ---- moe_route.cu: logits [tokens, experts] by row stride; experts 256 or 512; top_k at most kMaxTopK.
 // weights, chosen [tokens, top_k]; order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch
 // tokens, else two.
 constexpr int kMaxTopK = 16;
 constexpr int kRouteOneLaunch = 128;
-cudaError_t moe_route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* chosen, int32_t* order,
-                      int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, __nv_bfloat16* weights, int32_t* chosen,
+                      int32_t* order, int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
 
 // ---- gated_delta_rule_decode.cu: see the operator of that name; dk = dv = 128, taps 4. Any alignment for ring, a,
 // b, a_log, dt_bias, norm_weight, cursor and the index arrays.
@@ -120,18 +121,35 @@ struct GatedDeltaRuleDecode {
 bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& arguments);
 cudaError_t gated_delta_rule_decode(GatedDeltaRuleDecode arguments, cudaStream_t stream);
 
-// ---- linear.cu: out = x weight^T; x [rows, inputs] by row stride, weight [outputs, inputs] and out [rows, outputs]
-// contiguous; inputs a multiple of 32. More rows than kLinearMaxRows are a job for cuBLAS.
+// ---- linear.cu: out = x weight^T; x [rows, inputs] by row stride, weight [outputs, inputs] contiguous, out
+// [rows, outputs] by row stride; inputs a multiple of 32. More rows than kLinearMaxRows are a job for cuBLAS.
 constexpr int kLinearMaxRows = 16;
 struct Linear {
     const __nv_bfloat16* x;
     int64_t x_stride;
     const __nv_bfloat16* weight;
     __nv_bfloat16* out;  // any alignment
+    int64_t out_stride;
     int rows, outputs, inputs;
+    // add_rms_norm_linear: x + residual is the sum, its norm the operand; all [rows, inputs] contiguous.
+    const __nv_bfloat16* residual = nullptr;
+    const __nv_bfloat16* norm_weight = nullptr;
+    __nv_bfloat16* normed = nullptr;
+    __nv_bfloat16* sum = nullptr;
+    float eps = 0;
+    // silu_mul_linear, where not null: out += sigmoid(gate) product, one gate a row.
+    const __nv_bfloat16* gate = nullptr;
+    int64_t gate_stride = 0;
 };
 bool linear_supported(const Linear& arguments);
 cudaError_t linear(const Linear& arguments, cudaStream_t stream);
+// The same with an operand that is made of x on the way; x [rows, 2 inputs] of silu_mul_linear. Up to
+// kLinearMaxStagedRows rows, where they fit the shared memory beside the weights.
+constexpr int kLinearMaxStagedRows = 8;
+bool add_rms_norm_linear_supported(const Linear& arguments);
+cudaError_t add_rms_norm_linear(const Linear& arguments, cudaStream_t stream);
+bool silu_mul_linear_supported(const Linear& arguments);
+cudaError_t silu_mul_linear(const Linear& arguments, cudaStream_t stream);
 
 // ---- sample.cu: see the operator of that name; logits [rows, vocabulary] bf16 or fp32 by row stride, of any
 // alignment.

@@ -7,23 +7,33 @@
 // kernel ahead: weights are there already. Shared memory stays below half of a multiprocessor's, so that the next
 // kernel's ring fills beside this one. Both operands are read 16 bytes a lane, eight consecutive columns: a permutation
 // of k that is the same for both, hence free; odd rows lie with their halves swapped, which keeps the reads off each
-// other's banks. x comes through L1, one slab ahead; from two rows on two tiles share its loads, for L2 would pass x
-// as often as weights.
+// other's banks. One row of x is staged in shared memory. More rows come through L1, one or two slabs ahead, and two
+// tiles share them, for L2 would pass x as often as weights.
+//
+// What comes before the product in a layer is done while x is staged, up to eight rows: silu_mul, or the residual sum
+// and its norm, whose sum of squares every block repeats. The rounding is that of the separate kernels.
 //
 // Few tiles: a cluster of 2, 4 or 8 blocks shares the columns of its tiles and the sums meet in the shared memory of
 // one of them at the end, in a fixed order. The launcher picks the cluster that leaves the least idle time.
 //
+// Measured on an H100 (copy 2.99 TB/s), one row: 17 MB (4096 -> 2048) 7.1 us, 51 MB 21.1, 357 MB 122.9, 1017 MB 332.5
+// (102% of copy). With x through L1 instead these were 8.8, 22.4, 125.8 and 335.7. Staging 4 or 8 rows leaves a ring of
+// four stages, and lost: 9.7 us against 8.0 at 17 MB; the fused operands pay that where they have several rows.
+//
+// Tried and lost: x copied into the ring beside its weights, four stages: 8 rows from 6% slower (17 MB, 1024 -> 8192)
+// to 2% faster (357 MB).
+//
 // Tried and lost: a ring filled by one warp with bulk copies of 1 KB a row, mbarriers between it and the others: 0.66
 // us a slab whatever its depth, 3.2 TB/s at any size (77% of copy); the copies are too small for their engine.
-//
-// Predicted: 64 MB 16.8 us (93%), 1 row or 16; in a chain 8 MB 2.4 us (81%), 32 MB 8.7 us (90%).
 //
 // budget: linear_kernel registers<=128 shared<=0 hot sass=HMMA
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include <algorithm>
 
+#include "bf16x8.h"
 #include "kernels.h"
 
 namespace tokenspeed {
@@ -41,13 +51,21 @@ constexpr int kRowsAtOnce = 32 / kChunks;     // that a warp's copy instruction 
 constexpr int kSumPitch = kTileRows + 4;      // floats; distinct banks for the four lanes that hold one row's sums
 constexpr int kMaxClusterTiles = 12;          // tiles a cluster may own: what its exchange buffer holds
 
-template <int kRows>
-struct Storage {  // of dynamic shared memory; kRows: rows of x, 8 or 16
-    static constexpr int kStages = kRows == 8 ? 6 : 5;
+// How x becomes the operand: loaded as it is, a slab ahead; or staged in shared memory before the first tile: copied,
+// by silu_mul, or by the residual sum and its norm.
+enum class Operand { kLoaded, kCopied, kSiluMul, kAddNorm };
+
+template <int kRows, bool kStaged>
+struct Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
+    static constexpr int kStages = kRows == 1 ? 6 : kRows == 8 ? kStaged ? 4 : 6 : 5;
     __nv_bfloat16 ring[kWarps][kStages][kPiece];
     float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
+    float squares[kWarps];
+    // The staged operand follows: [rows][columns of this block, in whole slabs, + kOperandPad].
 };
+constexpr int kOperandPad = 32;                  // elements; rows of x on each other's other half of the banks
+constexpr int kHalfMultiprocessor = 113 * 1024;  // bytes of shared memory, less what the system takes of them
 
 // A walk over a block's pieces: for every unit of kTiles tiles, for every slab, the tiles of the unit.
 template <int kTiles>
@@ -112,23 +130,110 @@ __device__ __forceinline__ void prefetch_pieces(Walk<kTiles> at, const __nv_bflo
     }
 }
 
+// Copies x into `operand`, zeros behind the last column.
+template <int kRows>
+__device__ __forceinline__ void stage_copy(__nv_bfloat16* operand, int pitch, const Linear& p, int first, int last) {
+    constexpr int kRowThreads = kRows == 1 ? kThreads : 32;
+    const int row = threadIdx.x / kRowThreads;
+    if (row >= p.rows) return;
+#pragma unroll 4
+    for (int column = first + threadIdx.x % kRowThreads * kChunk; column < last; column += kRowThreads * kChunk) {
+        const auto* source = reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
+        store_16(operand + row * pitch + column - first, column < p.inputs ? *source : uint4{});
+    }
+}
+
+// Writes silu(x) times its second half into `operand`, zeros behind the last column.
+template <int kRows>
+__device__ __forceinline__ void stage_silu_mul(__nv_bfloat16* operand, int pitch, const Linear& p, int first,
+                                               int last) {
+    constexpr int kRowThreads = kRows == 1 ? kThreads : 32;
+    const int row = threadIdx.x / kRowThreads;
+    if (row >= p.rows) return;
+    const __nv_bfloat16* gate = p.x + row * p.x_stride;
+#pragma unroll 4
+    for (int column = first + threadIdx.x % kRowThreads * kChunk; column < last; column += kRowThreads * kChunk) {
+        uint4 packed{};
+        if (column < p.inputs) {
+            const Float8 g = unpack(*reinterpret_cast<const uint4*>(gate + column));
+            const Float8 u = unpack(*reinterpret_cast<const uint4*>(gate + p.inputs + column));
+            Float8 y;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
+            packed = pack(y);
+        }
+        store_16(operand + row * pitch + column - first, packed);
+    }
+}
+
+// Writes the norm of x + residual into `operand`, and the blocks of one cluster both it and the sum into memory. Every
+// block repeats the sum of squares of whole rows: it is less work than to wait for another block's.
+template <int kRows>
+__device__ __forceinline__ void stage_add_norm(__nv_bfloat16* operand, int pitch, float* squares, const Linear& p,
+                                               int first, int last) {
+    constexpr int kRowThreads = kRows == 1 ? kThreads : 32, kStep = kRowThreads * kChunk;
+    const int row = threadIdx.x / kRowThreads, from = threadIdx.x % kRowThreads * kChunk;
+    const bool stores = blockIdx.y == 0;
+    float total = 0;
+    if (row < p.rows) {
+#pragma unroll 4
+        for (int column = from; column < p.inputs; column += kStep) {
+            const uint4 added = *reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
+            const uint4 old = *reinterpret_cast<const uint4*>(p.residual + int64_t{row} * p.inputs + column);
+            const uint4 sum = pack(unpack(added) + unpack(old));
+            total += sum_of_squares(unpack(sum));
+            if (column >= first && column < last) {
+                store_16(operand + row * pitch + column - first, sum);
+                if (stores) store_16(p.sum + int64_t{row} * p.inputs + column, sum);
+            }
+        }
+    }
+    if constexpr (kRows == 1) {
+        total = block_sum<kThreads>(total, squares);
+    } else {
+        total = warp_sum(total);
+    }
+    if (row >= p.rows) return;
+    const float inverse = rsqrtf(total / p.inputs + p.eps);
+    // A thread goes on with the columns it has itself written: the multiple of kStep that `from` is away from.
+#pragma unroll 4
+    for (int column = from + (first > from ? (first - from + kStep - 1) / kStep * kStep : 0); column < last;
+         column += kStep) {
+        uint4 packed{};
+        __nv_bfloat16* place = operand + row * pitch + column - first;
+        if (column < p.inputs) {
+            const Float8 s = unpack(*reinterpret_cast<const uint4*>(place));
+            const Float8 w = unpack(ptx::load_16_read_only(p.norm_weight + column));
+            Float8 y;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) y.v[j] = s.v[j] * inverse * (1.0f + w.v[j]);
+            packed = pack(y);
+            if (stores) store_16(p.normed + int64_t{row} * p.inputs + column, packed);
+        }
+        store_16(place, packed);
+    }
+}
+
 // kTiles tiles share the loads of x.
-template <int kRows, int kTiles, bool kSplit>
-__global__ void __launch_bounds__(kThreads, 2)
-    linear_kernel(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* weight, __nv_bfloat16* out, int rows,
-                  int outputs, int inputs) {
-    constexpr int kGroups = kRows / 8;  // of eight rows of x: the N of one mma
-    constexpr int kStages = Storage<kRows>::kStages;
+template <int kRows, int kTiles, bool kSplit, Operand kOperand>
+__global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
+    constexpr bool kStaged = kOperand != Operand::kLoaded;
+    constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
+    constexpr int kStages = Storage<kRows, kStaged>::kStages;
     constexpr int kDistance =
-        kRows == 8 ? 2 : 1;  // slabs that x is ahead: its latency under load is longer than a slab
+        kRows <= 8 ? 2 : 1;  // slabs that x is ahead: its latency under load is longer than a slab
     static_assert(kTiles <= 2, "each tile of a unit needs a buffer of partial sums");
     DYNAMIC_SHARED(shared);
-    auto& storage = *reinterpret_cast<Storage<kRows>*>(shared);
+    auto& storage = *reinterpret_cast<Storage<kRows, kStaged>*>(shared);
+    auto* operand = reinterpret_cast<__nv_bfloat16*>(&storage + 1);
+    const __nv_bfloat16* weight = p.weight;
+    const int rows = p.rows, outputs = p.outputs, inputs = p.inputs;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int slabs = (inputs + kSlab - 1) / kSlab, tiles = (outputs + kTileRows - 1) / kTileRows;
     const int units = (tiles + kTiles - 1) / kTiles, first_unit = blockIdx.y, stride = gridDim.y;
     const int rank = kSplit ? blockIdx.x : 0, ranks = kSplit ? gridDim.x : 1;
     const int first_slab = slabs * rank / ranks, last_slab = slabs * (rank + 1) / ranks;
+    const int pitch = (last_slab - first_slab) * kSlab + kOperandPad;
     if (kSplit) ptx::cluster_arrive();  // the peers may write into this block's exchange buffer from now on
 
     Walk<kTiles> ahead = {first_unit, first_slab, 0, first_slab, last_slab, stride};
@@ -139,14 +244,25 @@ __global__ void __launch_bounds__(kThreads, 2)
         ptx::cp_async_commit();  // an empty group at the end keeps the count
         ahead.next();
     };
+    if (kOperand == Operand::kAddNorm && threadIdx.x == 0) ptx::bulk_prefetch_l2(p.norm_weight, inputs * 2);
     for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
     prefetch_pieces(ahead, weight, units, outputs, inputs);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     uint4 values[2][kGroups], coming[kDistance][2][kGroups];
+    if constexpr (kStaged) {
+        const int first = first_slab * kSlab, last = last_slab * kSlab;
+        if constexpr (kOperand == Operand::kCopied) stage_copy<kRows>(operand, pitch, p, first, last);
+        if constexpr (kOperand == Operand::kSiluMul) stage_silu_mul<kRows>(operand, pitch, p, first, last);
+        if constexpr (kOperand == Operand::kAddNorm) {
+            stage_add_norm<kRows>(operand, pitch, storage.squares, p, first, last);
+        }
+        __syncthreads();
+    } else {
 #pragma unroll
-    for (int i = 0; i < kDistance; ++i) {
-        load_x(coming[i], x, x_stride, first_slab + i % (last_slab - first_slab), rows, inputs);
+        for (int i = 0; i < kDistance; ++i) {
+            load_x(coming[i], p.x, p.x_stride, first_slab + i % (last_slab - first_slab), rows, inputs);
+        }
     }
     if (kSplit) ptx::cluster_wait();
 
@@ -154,24 +270,41 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int row = threadIdx.x / kTileRows, output = threadIdx.x % kTileRows;
     const auto store = [&](int tile, float total) {
         const int column = tile * kTileRows + output;
-        if (column < outputs) out[static_cast<int64_t>(row) * outputs + column] = __float2bfloat16(total);
+        if (column >= outputs) return;
+        __nv_bfloat16 value = __float2bfloat16(total);
+        __nv_bfloat16& target = p.out[row * p.out_stride + column];
+        if (kOperand == Operand::kSiluMul && p.gate != nullptr) {
+            const float share = sigmoid(__bfloat162float(p.gate[row * p.gate_stride]));
+            value = __float2bfloat16(__bfloat162float(target) + share * __bfloat162float(value));
+        }
+        target = value;
     };
     int stage = 0, turn = 0;
     for (int unit = first_unit; unit < units; unit += stride, ++turn) {
         float sum[kTiles][kGroups][2][4] = {};  // two chains of mma, so that one hides the other's latency
         for (int slab = first_slab; slab < last_slab; ++slab) {
+            if constexpr (kStaged) {
+                const __nv_bfloat16* mine =
+                    operand + lane / 4 * pitch + (slab - first_slab) * kSlab + warp * kColumns + lane % 4 * kChunk;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int n = 0; n < kGroups; ++n) {
-                    values[half][n] = coming[0][half][n];
-                    if (kDistance > 1) coming[0][half][n] = coming[kDistance - 1][half][n];
+                for (int half = 0; half < 2; ++half) {
+                    values[half][0] =
+                        lane / 4 < rows ? *reinterpret_cast<const uint4*>(mine + half * (kColumns / 2)) : uint4{};
                 }
+            } else {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int n = 0; n < kGroups; ++n) {
+                        values[half][n] = coming[0][half][n];
+                        if (kDistance > 1) coming[0][half][n] = coming[kDistance - 1][half][n];
+                    }
+                }
+                const int later = slab + kDistance;
+                load_x(coming[kDistance - 1], p.x, p.x_stride,
+                       later < last_slab ? later : first_slab + (later - last_slab) % (last_slab - first_slab), rows,
+                       inputs);
             }
-            const int later = slab + kDistance;
-            load_x(coming[kDistance - 1], x, x_stride,
-                   later < last_slab ? later : first_slab + (later - last_slab) % (last_slab - first_slab), rows,
-                   inputs);
 #pragma unroll
             for (int sub = 0; sub < kTiles; ++sub) {
                 ptx::cp_async_wait<kStages - 2>();
@@ -203,6 +336,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
+                    if (kRows == 1 && lane % 4 * 2 + i % 2 > 0) continue;  // the other seven rows are not there
                     mine[(n * 8 + lane % 4 * 2 + i % 2) * kSumPitch + lane / 4 + i / 2 * 8] =
                         sum[sub][n][0][i] + sum[sub][n][1][i];
                 }
@@ -263,33 +397,82 @@ Partition partition(int units, int tiles_per_unit, int slabs) {
     return best;
 }
 
-template <int kRows, int kTiles>
+// The grid and the shared memory of a call.
+struct Plan {
+    Partition partition;
+    size_t shared_bytes;
+};
+
+template <int kRows, int kTiles, bool kStaged>
+Plan plan(const Linear& p) {
+    const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + kSlab - 1) / kSlab;
+    const Partition shares = partition((tiles + kTiles - 1) / kTiles, kTiles, slabs);
+    const int most = (slabs + shares.ranks - 1) / shares.ranks;
+    const size_t operand = kStaged ? size_t(p.rows) * (most * kSlab + kOperandPad) * sizeof(__nv_bfloat16) : 0;
+    return {shares, sizeof(Storage<kRows, kStaged>) + operand};
+}
+
+template <int kRows, int kTiles, Operand kOperand>
 cudaError_t launch_rows(const Linear& p, cudaStream_t stream) {
-    const int tiles = (p.outputs + kTileRows - 1) / kTileRows;
-    const auto [ranks, clusters] = partition((tiles + kTiles - 1) / kTiles, kTiles, (p.inputs + kSlab - 1) / kSlab);
-    const LaunchConfig config = {.grid = dim3(ranks, clusters),
+    const auto [shares, shared_bytes] = plan<kRows, kTiles, kOperand != Operand::kLoaded>(p);
+    const LaunchConfig config = {.grid = dim3(shares.ranks, shares.clusters),
                                  .block = dim3(kThreads),
-                                 .shared_bytes = sizeof(Storage<kRows>),
+                                 .shared_bytes = shared_bytes,
                                  .stream = stream,
-                                 .cluster = dim3(ranks),
+                                 .cluster = dim3(shares.ranks),
                                  .programmatic = true};
-    const auto kernel = ranks > 1 ? linear_kernel<kRows, kTiles, true> : linear_kernel<kRows, kTiles, false>;
-    return launch(kernel, config, p.x, p.x_stride, p.weight, p.out, p.rows, p.outputs, p.inputs);
+    const auto kernel =
+        shares.ranks > 1 ? linear_kernel<kRows, kTiles, true, kOperand> : linear_kernel<kRows, kTiles, false, kOperand>;
+    return launch(kernel, config, p);
+}
+
+bool aligned(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+bool staged_supported(const Linear& p) {
+    if (!linear_supported(p) || p.rows > kLinearMaxStagedRows) return false;
+    const auto bytes = p.rows == 1 ? plan<1, 1, true>(p).shared_bytes : plan<8, 2, true>(p).shared_bytes;
+    return bytes <= kHalfMultiprocessor;
+}
+
+template <Operand kOperand>
+cudaError_t launch_staged(const Linear& p, cudaStream_t stream) {
+    return p.rows == 1 ? launch_rows<1, 1, kOperand>(p, stream) : launch_rows<8, 2, kOperand>(p, stream);
 }
 
 }  // namespace
 
 bool linear_supported(const Linear& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.rows >= 1 && p.rows <= kLinearMaxRows && p.outputs >= 1 && p.inputs >= 32 && p.inputs % 32 == 0 &&
            p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.weight);
 }
 
+bool add_rms_norm_linear_supported(const Linear& p) {
+    return staged_supported(p) && aligned(p.residual) && aligned(p.norm_weight);
+}
+
+bool silu_mul_linear_supported(const Linear& p) {
+    return staged_supported(p);
+}
+
 cudaError_t linear(const Linear& p, cudaStream_t stream) {
     if (!linear_supported(p)) return cudaErrorInvalidValue;
+    constexpr auto kLoaded = Operand::kLoaded;
+    if (p.rows == 1) {
+        return staged_supported(p) ? launch_rows<1, 1, Operand::kCopied>(p, stream)
+                                   : launch_rows<1, 1, kLoaded>(p, stream);
+    }
     // Already two rows are faster where two tiles share the loads of x (4 rows: 12.8 us against 11.2 at 34 MB).
-    if (p.rows == 1) return launch_rows<8, 1>(p, stream);
-    return p.rows <= 8 ? launch_rows<8, 2>(p, stream) : launch_rows<16, 2>(p, stream);
+    return p.rows <= 8 ? launch_rows<8, 2, kLoaded>(p, stream) : launch_rows<16, 2, kLoaded>(p, stream);
+}
+
+cudaError_t add_rms_norm_linear(const Linear& p, cudaStream_t stream) {
+    return add_rms_norm_linear_supported(p) ? launch_staged<Operand::kAddNorm>(p, stream) : cudaErrorInvalidValue;
+}
+
+cudaError_t silu_mul_linear(const Linear& p, cudaStream_t stream) {
+    return silu_mul_linear_supported(p) ? launch_staged<Operand::kSiluMul>(p, stream) : cudaErrorInvalidValue;
 }
 
 }  // namespace tokenspeed

@@ -111,7 +111,7 @@ __device__ Choice select_experts(const __nv_bfloat16* logits, int top_k) {
 // A cluster for all tokens, block_tokens (at most 32) a block, a warp a token or more. Threads: at least `experts`.
 template <int kPerLane>
 __global__ void __launch_bounds__(1024)
-    route_kernel(const __nv_bfloat16* __restrict__ logits, __nv_bfloat16* __restrict__ weights,
+    route_kernel(const __nv_bfloat16* __restrict__ logits, int64_t logits_stride, __nv_bfloat16* __restrict__ weights,
                  int32_t* __restrict__ chosen, int32_t* __restrict__ order, int32_t* __restrict__ offsets, int tokens,
                  int top_k, int block_tokens) {
     constexpr int kExperts = 32 * kPerLane;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(1024)
     ptx::grid_dependency_launch();
 
     for (int token = warp; token < local_tokens; token += warps) {
-        const Choice choice = select_experts<kPerLane>(logits + int64_t(first_token + token) * kExperts, top_k);
+        const Choice choice = select_experts<kPerLane>(logits + (first_token + token) * logits_stride, top_k);
         if (lane < top_k) {
             const int flat = (first_token + token) * top_k + lane;
             weights[flat] = __float2bfloat16(choice.weight);
@@ -187,13 +187,13 @@ constexpr int kSelectWarps = 8;
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kSelectWarps * 32)
-    select_kernel(const __nv_bfloat16* __restrict__ logits, __nv_bfloat16* __restrict__ weights,
+    select_kernel(const __nv_bfloat16* __restrict__ logits, int64_t logits_stride, __nv_bfloat16* __restrict__ weights,
                   int32_t* __restrict__ chosen, int tokens, int top_k) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const int token = blockIdx.x * kSelectWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= tokens) return;
-    const Choice choice = select_experts<kPerLane>(logits + int64_t(token) * 32 * kPerLane, top_k);
+    const Choice choice = select_experts<kPerLane>(logits + token * logits_stride, top_k);
     if (lane < top_k) {
         weights[int64_t(token) * top_k + lane] = __float2bfloat16(choice.weight);
         chosen[int64_t(token) * top_k + lane] = choice.expert;
@@ -276,8 +276,8 @@ __global__ void __launch_bounds__(kGroupWarps * 32)
 }
 
 template <int kPerLane>
-cudaError_t route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* chosen, int32_t* order,
-                  int32_t* offsets, int tokens, int top_k, cudaStream_t stream) {
+cudaError_t route(const __nv_bfloat16* logits, int64_t logits_stride, __nv_bfloat16* weights, int32_t* chosen,
+                  int32_t* order, int32_t* offsets, int tokens, int top_k, cudaStream_t stream) {
     constexpr int kExperts = 32 * kPerLane;
     LaunchConfig config;
     config.stream = stream;
@@ -290,12 +290,12 @@ cudaError_t route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* 
         config.cluster = config.grid;
         config.block = dim3(static_cast<unsigned>(std::max(kExperts, block_tokens * 32)));
         config.shared_bytes = sizeof(int32_t) * ((blocks + 2) * kExperts + 32 + block_tokens * top_k);
-        return launch(route_kernel<kPerLane>, config, logits, weights, chosen, order, offsets, tokens, top_k,
-                      block_tokens);
+        return launch(route_kernel<kPerLane>, config, logits, logits_stride, weights, chosen, order, offsets, tokens,
+                      top_k, block_tokens);
     }
     config.grid = dim3(static_cast<unsigned>((tokens + kSelectWarps - 1) / kSelectWarps));
     config.block = dim3(kSelectWarps * 32);
-    const auto status = launch(select_kernel<kPerLane>, config, logits, weights, chosen, tokens, top_k);
+    const auto status = launch(select_kernel<kPerLane>, config, logits, logits_stride, weights, chosen, tokens, top_k);
     if (status != cudaSuccess) return status;
     constexpr int kOwned = kExperts / kGroupBlocks;
     config.grid = dim3(kGroupBlocks);
@@ -306,10 +306,10 @@ cudaError_t route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* 
 
 }  // namespace
 
-cudaError_t moe_route(const __nv_bfloat16* logits, __nv_bfloat16* weights, int32_t* chosen, int32_t* order,
-                      int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream) {
-    return experts == 256 ? route<8>(logits, weights, chosen, order, offsets, tokens, top_k, stream)
-                          : route<16>(logits, weights, chosen, order, offsets, tokens, top_k, stream);
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, __nv_bfloat16* weights, int32_t* chosen,
+                      int32_t* order, int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream) {
+    return experts == 256 ? route<8>(logits, logits_stride, weights, chosen, order, offsets, tokens, top_k, stream)
+                          : route<16>(logits, logits_stride, weights, chosen, order, offsets, tokens, top_k, stream);
 }
 
 }  // namespace tokenspeed

@@ -32,9 +32,9 @@ constexpr int kWarp = 32;
 // Block: (threads of a row, rows). kVectors: vectors of a row per thread.
 template <int kVectors, bool kAdd>
 __global__ void __launch_bounds__(kRmsNormMaxWidth / kVectorElements / kVectors)
-    rms_norm_kernel(const __nv_bfloat16* __restrict__ x, int64_t x_stride, __nv_bfloat16* residual,
-                    const __nv_bfloat16* __restrict__ weight, __nv_bfloat16* __restrict__ out, int64_t rows, int width,
-                    float eps) {
+    rms_norm_kernel(const __nv_bfloat16* __restrict__ x, int64_t x_stride, const __nv_bfloat16* __restrict__ residual,
+                    const __nv_bfloat16* __restrict__ weight, __nv_bfloat16* __restrict__ out,
+                    __nv_bfloat16* __restrict__ total, int64_t rows, int width, float eps) {
     DYNAMIC_SHARED(shared);
     auto* partial = reinterpret_cast<float*>(shared);  // [rows of the block, warps of a row]
     const int vectors = width / kVectorElements;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRmsNormMaxWidth / kVectorElements / kVectors)
         if (!active || v >= vectors) continue;
         if constexpr (kAdd) {
             sum[i] = pack(unpack(sum[i]) + unpack(old[i]));
-            store_16(residual + row * width + v * kVectorElements, sum[i]);
+            store_16(total + row * width + v * kVectorElements, sum[i]);
         }
         squares += sum_of_squares(unpack(sum[i]));
     }
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kRmsNormMaxWidth / kVectorElements / kVectors)
 }
 
 template <bool kAdd>
-cudaError_t start(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* residual, const __nv_bfloat16* weight,
-                  __nv_bfloat16* out, int64_t rows, int width, float eps, cudaStream_t stream) {
+cudaError_t start(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* residual, const __nv_bfloat16* weight,
+                  __nv_bfloat16* out, __nv_bfloat16* total, int64_t rows, int width, float eps, cudaStream_t stream) {
     constexpr int kManyRows = 1024;  // from here on the card is full with several vectors a thread
     const int per_thread = rows < kManyRows || kAdd ? 1 : width <= 4096 ? 2 : 4;
     const int warps = (width / kVectorElements + kWarp * per_thread - 1) / (kWarp * per_thread);
@@ -109,19 +109,20 @@ cudaError_t start(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* resid
         if (per_thread == 2) kernel = rms_norm_kernel<2, kAdd>;
         if (per_thread == 4) kernel = rms_norm_kernel<4, kAdd>;
     }
-    return launch(kernel, config, x, x_stride, residual, weight, out, rows, width, eps);
+    return launch(kernel, config, x, x_stride, residual, weight, out, total, rows, width, eps);
 }
 
 }  // namespace
 
 cudaError_t rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* weight, __nv_bfloat16* out,
                      int64_t rows, int width, float eps, cudaStream_t stream) {
-    return start<false>(x, x_stride, nullptr, weight, out, rows, width, eps, stream);
+    return start<false>(x, x_stride, nullptr, weight, out, nullptr, rows, width, eps, stream);
 }
 
-cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* residual, const __nv_bfloat16* weight,
-                         __nv_bfloat16* out, int64_t rows, int width, float eps, cudaStream_t stream) {
-    return start<true>(x, x_stride, residual, weight, out, rows, width, eps, stream);
+cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* residual,
+                         const __nv_bfloat16* weight, __nv_bfloat16* out, __nv_bfloat16* total, int64_t rows, int width,
+                         float eps, cudaStream_t stream) {
+    return start<true>(x, x_stride, residual, weight, out, total, rows, width, eps, stream);
 }
 
 }  // namespace tokenspeed

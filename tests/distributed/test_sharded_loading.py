@@ -89,11 +89,11 @@ def test_a_rank_holds_its_heads_columns_experts_and_vocabulary(layouts, mesh):
         assert torch.equal(moe.down[local], heads(tensors[expert + "down_proj.weight"].T, place, 1, width).T)
     columns = 48 // mesh.world
     gate, up = (heads(tensors[f"{key}shared_expert.{n}_proj.weight"], mesh.rank, 1, columns) for n in ("gate", "up"))
-    assert torch.equal(moe.shared.gate_up, torch.cat([gate, up]))
+    joined = torch.cat([gate, up, tensors[key + "gate.weight"], tensors[key + "shared_expert_gate.weight"]])
+    assert torch.equal(moe.in_proj[: len(joined)], joined)
+    assert not moe.in_proj[len(joined) :].any()
     down = tensors[key + "shared_expert.down_proj.weight"]
-    assert torch.equal(moe.shared.down, heads(down.T, mesh.rank, 1, columns).T)
-    assert torch.equal(moe.router, tensors[key + "gate.weight"])
-    assert torch.equal(moe.shared_gate, tensors[key + "shared_expert_gate.weight"])
+    assert torch.equal(moe.shared_down, heads(down.T, mesh.rank, 1, columns).T)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)

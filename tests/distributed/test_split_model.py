@@ -86,7 +86,8 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     projected = -(-(channels + heads * 24 + 2 * heads) // 8) * 8  # rows of 16 bytes in bf16
     gdn = 64 * projected + channels * 4 + 2 * heads + 24 + 64 * heads * 24
     routed = 8 * 3 * 64 * 32 // mesh.world
-    moe = 8 * 64 + 64 + routed + 3 * 64 * 48 // mesh.world
+    joined = -(-(2 * 48 // mesh.world + 8 + 1) // 8) * 8  # shared gate and up, router, shared expert's gate
+    moe = 64 * joined + routed + 64 * 48 // mesh.world
     whole = attention + 3 * gdn + 4 * moe + 9 * 64 + 2 * 64 * models.VOCAB // mesh.tp
     assert weight_bytes(planned) == 4 * whole
 

@@ -17,6 +17,10 @@ KERNELS = (
     "gated_rms_norm",
     "silu_mul",
     "add_sigmoid_gated",
+    "linear",
+    "add_rms_norm_linear",
+    "silu_mul_linear",
+    "add_gated_silu_mul_linear",
     "attention_prologue",
     "causal_conv1d",
     "gated_delta_rule_prefill",
@@ -43,6 +47,14 @@ def test_the_norms_serve_every_published_hidden_size(backend, width):
     x, weight = backend.randn(2, width), backend.randn(width)
     assert torch_served(lambda: backend.op("rms_norm")(x, weight, EPS)) == []
     assert torch_served(lambda: backend.op("add_rms_norm")(x, x.clone(), weight, EPS)) == []
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_the_products_of_one_token_serve_every_published_hidden_size(backend, hidden):
+    x, norm, weight = backend.randn(1, hidden), backend.randn(hidden), backend.randn(24, hidden)
+    assert torch_served(lambda: backend.op("add_rms_norm_linear")(x, x.clone(), norm, EPS, weight)) == []
+    x = backend.randn(1, 2 * hidden)
+    assert torch_served(lambda: backend.op("silu_mul_linear")(x, weight)) == []
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)

@@ -1,4 +1,4 @@
-"""Claims about the small-batch product beyond its operator's contract: tails, tiles, clusters, the schedule."""
+"""Claims about the small-batch products beyond their operators' contracts: tails, tiles, clusters, the schedule."""
 
 import ctypes
 
@@ -28,6 +28,35 @@ def emulator():
     library.emulator_defer(0)
 
 
+# The operators whose operand is made in shared memory, by rows, outputs and inputs.
+STAGED = ("add_rms_norm_linear", "silu_mul_linear", "add_gated_silu_mul_linear")
+
+
+def staged_arguments(backend: Backend, name: str, rows: int, outputs: int, inputs: int) -> list[torch.Tensor | float]:
+    weight = backend.randn(outputs, inputs)
+    if name == "add_rms_norm_linear":
+        return [backend.randn(rows, inputs), backend.randn(rows, inputs), backend.randn(inputs), 1e-6, weight]
+    x = backend.randn(rows, 2 * inputs)
+    gated = name == "add_gated_silu_mul_linear"
+    return [backend.randn(rows, outputs), x, weight, backend.randn(rows, 1)] if gated else [x, weight]
+
+
+def run_staged(backend: Backend, name: str, arguments) -> tuple[torch.Tensor, ...]:
+    """All that an operator writes, from copies of its arguments."""
+    copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+    result = backend.op(name)(*copies)
+    return (copies[0],) if result is None else result if isinstance(result, tuple) else (result,)
+
+
+def staged_error(backend: Backend, name: str, rows: int, outputs: int, inputs: int) -> float:
+    """The largest distance of an output from the operator's torch implementation, which rounds nothing in fp32."""
+    arguments = staged_arguments(backend, name, rows, outputs, inputs)
+    exactly = [value.float().cpu() if isinstance(value, torch.Tensor) else value for value in arguments]
+    expected = run_staged(make_backend("torch-fp32"), name, exactly)
+    actual = run_staged(backend, name, arguments)
+    return max(relative_error(*pair) for pair in zip(actual, expected, strict=True))
+
+
 def product_error(backend: Backend, rows: int, outputs: int, inputs: int) -> float:
     x, weight = backend.randn(rows, inputs), backend.randn(outputs, inputs)
     return relative_error(backend.op("linear")(x, weight), exact(x) @ exact(weight).T)
@@ -36,6 +65,25 @@ def product_error(backend: Backend, rows: int, outputs: int, inputs: int) -> flo
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_every_row_count(backend, rows):
     assert product_error(backend, rows, 48, 544) < 4e-3
+
+
+@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize("name", STAGED)
+def test_every_row_count_of_a_staged_operand(backend, name, rows):
+    assert staged_error(backend, name, rows, 48, 544) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", STAGED)
+def test_a_staged_operand_need_not_fill_its_slabs(backend, name, rows):
+    for outputs, inputs in [(17, 32), (100, 480), (5, 1056), (40, 2560)]:
+        assert staged_error(backend, name, rows, outputs, inputs) < 1e-2
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_staged_operand_that_fills_shared_memory_goes_to_the_separate_operators(backend, name):
+    """8 rows of 4096 columns need 64 KB for x: less than the ring leaves."""
+    assert staged_error(backend, name, 8, 16 * 40, 4096) < 1e-2
 
 
 @pytest.mark.parametrize("outputs", [1, 15, 16, 17, 100])
@@ -52,6 +100,14 @@ def test_every_way_to_share_the_tiles_among_clusters(emulator, multiprocessors, 
         assert product_error(make_backend("emulated"), rows, outputs, inputs) < 4e-3
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("name", STAGED)
+def test_every_way_to_share_a_staged_operand_among_clusters(emulator, multiprocessors, name):
+    emulator.emulator_multiprocessors(multiprocessors)
+    for rows, outputs, inputs in [(1, 16, 4096), (2, 40, 2048), (1, 336, 1024), (5, 128, 512)]:
+        assert staged_error(make_backend("emulated"), name, rows, outputs, inputs) < 1e-2
+
+
 def test_a_row_stride_and_an_odd_output_address_are_fine(backend):
     wide, weight = backend.randn(5, 1048), backend.randn(33, 1024)
     x = wide[:, 8:1032]
@@ -66,6 +122,17 @@ def test_a_row_of_nan_stays_in_its_row(backend):
     assert spoiled[4].isnan().all()
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert same_bits(spoiled[others], clean[others])
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_row_of_nan_stays_in_its_row_of_a_staged_operand(backend, name):
+    arguments = staged_arguments(backend, name, 8, 40, 544)
+    clean = run_staged(backend, name, arguments)
+    arguments[name == "add_gated_silu_mul_linear"][4] = torch.nan
+    others = [0, 1, 2, 3, 5, 6, 7]
+    for spoiled, before in zip(run_staged(backend, name, arguments), clean, strict=True):
+        assert spoiled[4].isnan().all()
+        assert same_bits(spoiled[others], before[others])
 
 
 def test_a_row_has_the_same_bits_in_every_batch_of_one_size_class(backend):
@@ -85,6 +152,19 @@ def test_no_order_of_threads_changes_a_bit(emulator):
         emulator.emulator_seed(seed)
         results.append(backend.op("linear")(x, weight))
     assert all(same_bits(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_no_order_of_threads_changes_a_bit_of_a_staged_product(emulator, name):
+    backend = make_backend("emulated")
+    for rows in (1, 6):
+        arguments = staged_arguments(backend, name, rows, 100, 1536)
+        results = []
+        for seed in range(4):
+            emulator.emulator_seed(seed)
+            results.append(run_staged(backend, name, arguments))
+        for result in results:
+            assert all(same_bits(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def test_a_chain_in_which_each_product_starts_early_equals_one_at_a_time(emulator):
@@ -113,3 +193,29 @@ def test_more_rows_and_other_types_go_to_torch(backend):
     assert product_error(backend, 2, 20, 50) < 4e-3
     x, weight = backend.randn(2, 64, dtype=torch.float32), backend.randn(5, 64, dtype=torch.float32)
     assert relative_error(backend.op("linear")(x, weight), exact(x) @ exact(weight).T) < 1e-5
+
+
+def test_a_chain_of_blocks_in_which_each_launch_starts_early_equals_one_at_a_time(emulator):
+    """Queued launches: sum, norm and product, then silu_mul and product, on what the launch before still writes."""
+    backend = make_backend("emulated")
+    ops, norm = torch.ops.tokenspeed_emulated, backend.randn(512) * 0.1
+    x, residual = backend.randn(3, 512), backend.randn(3, 512)
+    blocks = [(backend.randn(1024, 512) * 0.05, backend.randn(512, 512) * 0.05) for _ in range(3)]
+
+    def run() -> list[torch.Tensor]:
+        results, y, stream = [], x, residual
+        for gate_up, down in blocks:
+            both, normed, stream = ops.add_rms_norm_linear(y, stream, norm, 1e-6, gate_up)
+            y = ops.silu_mul_linear(both, down)
+            ops.add_gated_silu_mul_linear(y, both, down, normed[:, :1])
+            results += [both, normed, stream, y]
+        return results
+
+    expected = run()
+    for seed in range(4):
+        emulator.emulator_seed(seed)
+        emulator.emulator_defer(1)
+        results = run()
+        assert emulator.emulator_synchronize() == 0
+        emulator.emulator_defer(0)
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))

@@ -41,6 +41,14 @@ def test_both_sides_of_the_border_between_one_launch_and_two(backend, tokens, ex
     check(backend, grid_logits(backend, tokens, experts, step=2), top_k)
 
 
+@pytest.mark.parametrize("tokens", [3, 130])
+def test_logits_may_lie_a_stride_apart(backend, tokens):
+    """The router is a part of a wider product."""
+    wide = grid_logits(backend, tokens, 256 + 24)
+    wide[:, :8], wide[:, -16:] = 99, torch.nan
+    check(backend, wide[:, 8:-16], 8)
+
+
 def test_two_launches_under_every_schedule(scheduled):
     check(scheduled, grid_logits(scheduled, 130, 256), 8)
 

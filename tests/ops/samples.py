@@ -93,6 +93,18 @@ def linear(backend: Backend):
     return backend.randn(3, 512), backend.randn(96, 512)
 
 
+def add_rms_norm_linear(backend: Backend):
+    return backend.randn(3, 1024), backend.randn(3, 1024), backend.randn(1024), EPS, backend.randn(96, 1024)
+
+
+def silu_mul_linear(backend: Backend):
+    return backend.randn(3, 1024), backend.randn(96, 512)
+
+
+def add_gated_silu_mul_linear(backend: Backend):
+    return backend.randn(3, 96), backend.randn(3, 1024), backend.randn(96, 512), backend.randn(3, 1)
+
+
 def rms_norm(backend: Backend):
     return backend.randn(3, 1024), backend.randn(1024), EPS
 
@@ -132,7 +144,9 @@ def copy_pages(backend: Backend):
 SAMPLES: dict[str, Callable] = {
     call.__name__: call
     for call in (
+        add_gated_silu_mul_linear,
         add_rms_norm,
+        add_rms_norm_linear,
         add_sigmoid_gated,
         attention_prologue,
         causal_conv1d,
@@ -150,6 +164,7 @@ SAMPLES: dict[str, Callable] = {
         rope,
         sample,
         silu_mul,
+        silu_mul_linear,
         write_kv,
     )
 }

@@ -40,7 +40,7 @@ class Batch:
     positions: Tensor  # [N] int64
     cos_sin: Tensor  # [N, R] fp32
     kv_slots: Tensor  # [N] int64: page * 64 + row of the arena; negative where nothing is stored
-    logit_rows: Tensor  # [L] int64: the tokens whose logits are wanted
+    logit_rows: Tensor | None  # [L] int64: the tokens whose logits are wanted; None: all of them
     decode: Rows | None
     decode_tokens: int
     prefill: PrefillRows | None
@@ -123,7 +123,7 @@ def decode_batch(
         tokens=torch.where(token < 0, tables.last_ids[index], token),
         positions=start.long(),
         kv_tokens=kv_tokens,
-        logit_rows=torch.arange(len(index), device=index.device),
+        logit_rows=None,
         decode=Rows(tables.pages[index, :width], start, read_slot, write_slot),
         decode_tokens=len(index),
     )
@@ -187,20 +187,22 @@ def _batch(
     tokens: Tensor,
     positions: Tensor,
     kv_tokens: Tensor,
-    logit_rows: Tensor,
+    logit_rows: Tensor | None,
     decode: Rows | None,
     decode_tokens: int,
     prefill: PrefillRows | None = None,
 ) -> Batch:
     """index, tokens, positions, kv_tokens: one entry a token."""
-    page = tables.pages[index, positions // PAGE_TOKENS].long()
-    kv_slots = page * PAGE_TOKENS + positions % PAGE_TOKENS
-    angles = positions[:, None].float() * rotary[0]
+    inv_freq, rope_scale = rotary
+    page = tables.pages[index, positions // PAGE_TOKENS]
+    kv_slots = torch.add(positions % PAGE_TOKENS, page, alpha=PAGE_TOKENS)
+    angles = positions[:, None] * inv_freq
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     return Batch(
         memory=memory,
         tokens=tokens,
         positions=positions,
-        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1) * rotary[1],
+        cos_sin=cos_sin if rope_scale == 1 else cos_sin * rope_scale,
         kv_slots=kv_slots.masked_fill_(positions < kv_tokens, -1),
         logit_rows=logit_rows,
         decode=decode,

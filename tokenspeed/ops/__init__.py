@@ -11,13 +11,15 @@ from .attention import attention_prologue, paged_attention_decode, paged_attenti
 from .conv import causal_conv1d
 from .copies import copy_pages, copy_states
 from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
-from .linear import linear
+from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
 from .moe import moe_experts, moe_route
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
 from .sampling import sample
 
 __all__ = [
+    "add_gated_silu_mul_linear",
     "add_rms_norm",
+    "add_rms_norm_linear",
     "add_sigmoid_gated",
     "attention_prologue",
     "causal_conv1d",
@@ -35,6 +37,7 @@ __all__ = [
     "rope",
     "sample",
     "silu_mul",
+    "silu_mul_linear",
     "write_kv",
 ]
 

@@ -7,12 +7,16 @@ from torch import Tensor
 from .library import operator
 
 
+def _rows_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def normalised(x: Tensor, eps: float) -> Tensor:
     """x over the root of the mean square of its last dimension, in x's dtype."""
     return x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-@operator(fake=lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format))
+@operator(fake=lambda x, weight, eps: _rows_like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension with a zero-centred weight: `x rsqrt(mean(x^2) + eps) (1 + weight)`.
 
@@ -23,18 +27,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.addcmul(normed, normed, weight.float()).to(x.dtype)
 
 
-@operator(fake=lambda x, residual, weight, eps: torch.empty_like(x), mutates=("residual",))
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+@operator(fake=lambda x, residual, weight, eps: (_rows_like(x), _rows_like(x)))
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add a block's output to the residual stream and normalise the sum in one pass.
 
-    x, residual: [N, H]; weight: [H], zero-centred. Mutates residual: `residual += x`, rounded to its dtype.
-    Returns `rms_norm(residual, weight, eps)`, [N, H].
+    x, residual: [N, H]; weight: [H], zero-centred. Returns `rms_norm(sum, weight, eps)` and the sum, `x + residual`
+    rounded to x's dtype, both [N, H].
     """
-    residual.add_(x)
-    return rms_norm.__wrapped__(residual, weight, eps)
+    total = residual + x
+    return rms_norm.__wrapped__(total, weight, eps), total
 
 
-@operator(fake=lambda x, gate, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format))
+@operator(fake=lambda x, gate, weight, eps: _rows_like(x))
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise each head and gate it afterwards: `x rsqrt(mean(x^2) + eps) weight silu(gate)`.
 

@@ -3,12 +3,14 @@
     forward(x, residual, batch) -> (x, residual)
 
 x: [N, hidden], what the stage works on; residual: [N, hidden], the stream that mixers and feed-forwards add to through
-the norm that follows them. A stage is built for one rank of a mesh and holds that rank's part of its weights. It
-declares the placement of the x it takes and gives, and which regions of checkpoint tensors fill its parameters. The x
-it gives is its own to lose: a collective may overwrite it.
+the norm that follows them. Behind a norm x is the norm still to be done, and the stream is in it: the stage that takes
+it begins with a product, and in a decode batch sum, norm and product are one launch. A stage is built for one rank of a
+mesh and holds that rank's part of its weights. It declares the placement of the x it takes and gives, and which regions
+of checkpoint tensors fill its parameters. The x it gives is its own to lose: a collective may overwrite it.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,24 @@ from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
 from ..parallel.sharding import Split
 from .parameters import Source, elsewhere, source, weight
 
-Flow = tuple[Tensor, Tensor | None]
+
+class PendingNorm(NamedTuple):
+    """A block's output, the residual stream without it (None: x is the stream), and the norm of their sum."""
+
+    x: Tensor
+    residual: Tensor | None
+    norm_weight: Tensor
+    eps: float
+
+    def linear(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The product of the norm with a weight, the norm, and the residual stream."""
+        if self.residual is None:
+            normed = ops.rms_norm(self.x, self.norm_weight, self.eps)
+            return ops.linear(normed, weight), normed, self.x
+        return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight)
+
+
+Flow = tuple[Tensor | PendingNorm, Tensor | None]
 
 
 class Stage(nn.Module):
@@ -44,7 +63,7 @@ class Stage(nn.Module):
         """What fills the stage's parameters; keys are below the stage's own prefix."""
         return iter(())
 
-    def forward(self, x: Tensor, residual: Tensor | None, batch: Batch) -> Flow:
+    def forward(self, x: Tensor | PendingNorm, residual: Tensor | None, batch: Batch) -> Flow:
         raise NotImplementedError
 
 
@@ -85,9 +104,7 @@ class Norm(Stage):
         yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
-        if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps), x
-        return ops.add_rms_norm(x, residual, self.weight, self.eps), residual
+        return PendingNorm(x, residual, self.weight, self.eps), None
 
 
 class LogitRows(Stage):
@@ -97,6 +114,8 @@ class LogitRows(Stage):
     picks_rows = True
 
     def forward(self, x, residual, batch):
+        if batch.logit_rows is None:
+            return x, residual
         return x[batch.logit_rows], residual[batch.logit_rows]
 
 
@@ -126,7 +145,7 @@ class GatedAttention(Stage):
 
     def forward(self, x, residual, batch):
         kv = batch.memory.layers[self.layer]
-        qkv = ops.linear(x, self.qkv)
+        qkv, _, residual = x.linear(self.qkv)
         q = ops.attention_prologue(qkv, self.q_norm, self.k_norm, batch.cos_sin, kv, batch.kv_slots, self.eps)
         gate = qkv[:, : self.widths[0]].unflatten(1, (-1, 2, self.head_dim))[:, :, 1]
         cut, outputs = batch.decode_tokens, []
@@ -177,7 +196,8 @@ class GatedDeltaNet(Stage):
 
     def forward(self, x, residual, batch):
         views: StateViews = batch.memory.layers[self.layer]
-        qkv, z, b, a, _ = ops.linear(x, self.in_proj).split(self.widths, dim=1)
+        projected, _, residual = x.linear(self.in_proj)
+        qkv, z, b, a, _ = projected.split(self.widths, dim=1)
         gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []
         if d := batch.decode:
@@ -212,7 +232,8 @@ class DenseFFN(Stage):
         yield source("down_proj.weight", self.down, self.mesh, hidden, intermediate)
 
     def forward(self, x, residual, batch):
-        return ops.linear(ops.silu_mul(ops.linear(x, self.gate_up)), self.down), residual
+        gate_up, _, residual = x.linear(self.gate_up)
+        return ops.silu_mul_linear(gate_up, self.down), residual
 
 
 class MoE(Stage):
@@ -229,19 +250,26 @@ class MoE(Stage):
         moe, hidden = config.ffn, config.hidden
         self.top_k = moe.top_k
         self.experts, intermediate = sharding.experts(moe), sharding.expert_intermediate(moe)
-        self.router = weight(mesh, moe.experts, hidden)
+        # What every token is multiplied with is one weight: the shared expert's gate and up, the router, its own gate.
+        shared = sharding.shared_intermediate(moe)
+        self.blocks = {
+            "shared_expert.gate_proj": shared,
+            "shared_expert.up_proj": shared,
+            "gate": moe.experts,
+            "shared_expert_gate": 1,
+        }
+        self.in_proj = weight(mesh, tuple(self.blocks.values()), hidden, multiple=8)
+        self.widths = [shared.local(mesh), shared.local(mesh), moe.experts, 1, self.in_proj.padding]
+        self.shared_down = weight(mesh, hidden, shared)
         self.gate_up = weight(mesh, self.experts, (intermediate, intermediate), hidden)
         self.down = weight(mesh, self.experts, hidden, intermediate)
-        self.shared = DenseFFN(hidden, sharding.shared_intermediate(moe), mesh)
-        self.shared_gate = weight(mesh, 1, hidden)
         held = self.experts.slice(mesh)
         self.first_expert, self.bounds = held.start, slice(held.start, held.stop + 1)
 
     def sources(self):
-        yield source("gate.weight", self.router, self.mesh, *self.router.dims)
-        yield source("shared_expert_gate.weight", self.shared_gate, self.mesh, *self.shared_gate.dims)
-        for shared in self.shared.sources():
-            yield shared._replace(key=f"shared_expert.{shared.key}")
+        for (name, block), part in zip(self.blocks.items(), self.in_proj.split(self.widths), strict=False):
+            yield source(f"{name}.weight", part, self.mesh, block, self.in_proj.shape[1])
+        yield source("shared_expert.down_proj.weight", self.shared_down, self.mesh, *self.shared_down.dims)
         # Checkpoints hold the experts either fused or one by one; whichever is there fills the same memory.
         yield source("experts.gate_up_proj", self.gate_up, self.mesh, *self.gate_up.dims)
         yield source("experts.down_proj", self.down, self.mesh, *self.down.dims)
@@ -259,11 +287,13 @@ class MoE(Stage):
                 yield source(key, parts[local], self.mesh, *dims) if held else elsewhere(key, *dims)
 
     def forward(self, x, residual, batch):
-        weights, experts, order, offsets = ops.moe_route(ops.linear(x, self.router), self.top_k)
+        projected, x, residual = x.linear(self.in_proj)
+        gate, up, *others = self.widths
+        shared, logits, shared_gate, _ = projected.split((gate + up, *others), dim=1)
+        weights, experts, order, offsets = ops.moe_route(logits, self.top_k)
         held = (order, offsets[self.bounds], self.gate_up, self.down, self.first_expert)
         y = ops.moe_experts(x, weights, experts, *held)
-        shared, _ = self.shared(x, None, batch)
-        ops.add_sigmoid_gated(y, shared, ops.linear(x, self.shared_gate))
+        ops.add_gated_silu_mul_linear(y, shared, self.shared_down, shared_gate)
         return y, residual
 
 
@@ -282,7 +312,8 @@ class LMHead(Stage):
             yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
-        return ops.linear(x, self.weight), None
+        logits, _, _ = x.linear(self.weight)
+        return logits, None
 
 
 def feed_forward(config: ModelConfig, mesh: Mesh) -> Stage:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..parallel.mesh import Mesh
 from ..parallel.sharding import Split
 
-# A dimension of a weight: whole on every rank, split over ranks, or several split sections one after the other.
-Dim = int | Split | tuple[Split, ...]
+# A dimension of a weight: whole on every rank, split over ranks, or several such sections one after the other.
+Section = int | Split
+Dim = Section | tuple[Section, ...]
 
 
 class Region(NamedTuple):
@@ -57,24 +58,28 @@ def elsewhere(key: str, *dims: Dim) -> Source:
 
 
 def whole_shape(dims: tuple[Dim, ...]) -> tuple[int, ...]:
-    return tuple(dim if isinstance(dim, int) else sum(s.size for s in _splits(dim)) for dim in dims)
+    return tuple(sum(_size(section) for section in sections(dim)) for dim in dims)
 
 
-def _splits(dim: Split | tuple[Split, ...]) -> tuple[Split, ...]:
+def sections(dim: Dim) -> tuple[Section, ...]:
     return dim if isinstance(dim, tuple) else (dim,)
+
+
+def _size(section: Section) -> int:
+    return section if isinstance(section, int) else section.size
 
 
 def _sections(dim: Dim, mesh: Mesh) -> list[tuple[slice, int]]:
     """What a rank holds of each section: the slice within the section, and its size."""
-    if isinstance(dim, int):
-        return [(slice(0, dim), dim)]
-    return [(split.slice(mesh), split.local(mesh)) for split in _splits(dim)]
+    return [
+        (slice(0, section), section) if isinstance(section, int) else (section.slice(mesh), section.local(mesh))
+        for section in sections(dim)
+    ]
 
 
 def _placed_sections(dim: Dim, mesh: Mesh) -> Iterator[tuple[slice, slice]]:
     """The same as slices of the whole dimension and of the rank's."""
     whole = local = 0
-    sizes = [dim] if isinstance(dim, int) else [split.size for split in _splits(dim)]
-    for (taken, size), section in zip(_sections(dim, mesh), sizes, strict=True):
+    for (taken, size), section in zip(_sections(dim, mesh), sections(dim), strict=True):
         yield slice(whole + taken.start, whole + taken.stop), slice(local, local + size)
-        whole, local = whole + section, local + size
+        whole, local = whole + _size(section), local + size

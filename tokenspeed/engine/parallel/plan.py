@@ -86,8 +86,9 @@ def _line(left: str, right: str) -> str:
 def _weight(parameter: nn.Parameter, mesh: Mesh) -> str:
     shape, whole, placements, notes = list(parameter.shape), [], [], []
     for i, dim in enumerate(parameter.dims):
-        splits = () if isinstance(dim, int) else dim if isinstance(dim, tuple) else (dim,)
-        whole.append(sum(split.size for split in splits) if splits else dim)
+        sections = dim if isinstance(dim, tuple) else (dim,)
+        whole.append(sum(section if isinstance(section, int) else section.size for section in sections))
+        splits = [section for section in sections if isinstance(section, Split)]
         groups = {mesh.canonical(split.group) for split in splits if mesh.size(split.group) > 1}
         placements += [f"Shard({i}, {group})" for group in groups]
         notes += _copies(splits, mesh)
