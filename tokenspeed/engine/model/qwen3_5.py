@@ -76,7 +76,7 @@ class Qwen3_5(nn.Module):
         return rotary_frequencies(self.config.rope, device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of the tokens the batch wants them of, [L, the rank's vocabulary]. Mutates the batch's pages and slots."""
+        """Logits of the tokens that are wanted, [L, the rank's vocabulary]. Mutates the batch's pages and slots."""
         x = residual = None
         for call in self._calls:
             x, residual = call(x, residual, batch)
