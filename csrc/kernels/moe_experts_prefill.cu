@@ -22,13 +22,13 @@
 // products lie transposed in the registers; stmatrix turns them, 16 choices x 64 weight rows at a time.
 //
 // Why so: a multiprocessor takes about 30 bytes a cycle from L2 (5 to 7 TB/s over all). With a tile of 128 x 256 to a
-// block, a stage of 48 KB feeds 1024 cycles of the matrix unit, and half of the third tile of an expert was idle: 5.7 GB
-// for 8192 tokens of 35B. With shared weights it is 33 KB for 1088 cycles, 3.3 GB.
+// block, a stage of 48 KB feeds 1024 cycles of the matrix unit, and half of the third tile of an expert was idle: 5.7
+// GB for 8192 tokens of 35B. With shared weights it is 33 KB for 1088 cycles, 3.3 GB.
 //
 // Clusters are persistent, one to two multiprocessors, and take every 66th tile. Tiles of an expert are neighbours, its
-// choices before its weights: clusters at work at one time share weights and rows in L2. Every block finds the expert of
-// a tile in a table of tiles before each expert, which it makes at its start. The copies run up to four stages into the
-// next tile while a tile is stored.
+// choices before its weights: clusters at work at one time share weights and rows in L2. Every block finds the expert
+// of a tile in a table of tiles before each expert, which it makes at its start. The copies run up to four stages into
+// the next tile while a tile is stored.
 //
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
 // written for them, and the sum leaves them out.
