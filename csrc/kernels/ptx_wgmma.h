@@ -116,14 +116,6 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
     WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
         WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
         WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44)
-#define WGMMA_REGISTERS_112                                                                           \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
-    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
-    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
-#define WGMMA_OPERANDS_112                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52)
 #define WGMMA_REGISTERS_128                                                                                \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
@@ -134,16 +126,6 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
         WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
         WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
         WGMMA_OPERANDS_4(60)
-#define WGMMA_REGISTERS_144                                                                           \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
-    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
-    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
-    "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71"
-#define WGMMA_OPERANDS_144                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
-        WGMMA_OPERANDS_4(60), WGMMA_OPERANDS_4(64), WGMMA_OPERANDS_4(68)
 #define WGMMA_REGISTERS_160                                                                                \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
@@ -223,9 +205,7 @@ WGMMA_SHAPES(48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 WGMMA_SHAPES(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 WGMMA_SHAPES(80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 WGMMA_SHAPES(96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
-WGMMA_SHAPES(112, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 WGMMA_SHAPES(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-WGMMA_SHAPES(144, "%72", "%73", "%74", "%75", "%76", "%77", "%78")
 WGMMA_SHAPES(160, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
 WGMMA_SHAPES(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
@@ -249,12 +229,8 @@ WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef WGMMA_OPERANDS_80
 #undef WGMMA_REGISTERS_96
 #undef WGMMA_OPERANDS_96
-#undef WGMMA_REGISTERS_112
-#undef WGMMA_OPERANDS_112
 #undef WGMMA_REGISTERS_128
 #undef WGMMA_OPERANDS_128
-#undef WGMMA_REGISTERS_144
-#undef WGMMA_OPERANDS_144
 #undef WGMMA_REGISTERS_160
 #undef WGMMA_OPERANDS_160
 #undef WGMMA_REGISTERS_192

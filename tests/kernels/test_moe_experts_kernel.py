@@ -55,14 +55,14 @@ def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
 
 @pytest.mark.parametrize("tokens", [16, 17, 33, DECODE_TOKENS, 65, 97, 129, 161, 193, 225, 257, 289, 320, 321, 643])
 def test_all_tokens_on_one_expert(backend, tokens):
-    """Several entries of 16 choices; every width of the prefill's product, its fullest tile, then two and three."""
+    """Several entries of 16 choices; one to six tiles of 128, whose last holds one choice or many."""
     chosen = torch.full((tokens, 1), 3, device=backend.device)
     assert error(backend, inputs(backend, chosen, 5, 64, 64)) < TOLERANCE
 
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_ragged_groups_with_empty_experts_between(scheduled, copies):
-    """Groups on both sides of 8, 16, 64 and 128 choices; one choice leaves none to its tile's second block."""
+    """Groups on both sides of 8, 16, 64 and 128 choices, first and last expert empty."""
     counts = [0, 1, 0, 0, 7, 8, 9, 0, 15, 17, 0] if copies == 1 else [0, 1, 63, 0, 64, 65, 127, 129, 0]
     chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
     chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)
