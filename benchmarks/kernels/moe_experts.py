@@ -12,6 +12,7 @@ from ..cases import Case, Inputs, Sizes, operator_case, optional_peer
 
 # Model, experts, top-k, hidden size, expert width.
 MODELS = (("35B", 256, 8, 2048, 512), ("397B", 512, 10, 4096, 1024))
+LEAST_CHOICES = 256  # of an expert in the largest prefill: about where the products bound it and not the weights
 ON_CPU = (("tiny", 8, 2, 128, 64),)
 
 
@@ -56,7 +57,10 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     }
     for model, experts, top_k, hidden, width in MODELS if on_gpu else ON_CPU:
         shared = _Weights(experts, hidden, width)
-        for tokens in (*sizes.decode, sizes.prefill):
+        prefills = [sizes.prefill]
+        while on_gpu and prefills[-1] * top_k < LEAST_CHOICES * experts:
+            prefills.append(2 * prefills[-1])
+        for tokens in (*sizes.decode, *prefills):
             # Each set takes the same choices with the experts renamed: other weights, but as many of them.
             generator = torch.Generator().manual_seed(tokens)
             logits = torch.randn(tokens, experts, generator=generator).bfloat16()

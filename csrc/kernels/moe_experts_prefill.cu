@@ -24,18 +24,37 @@
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
 // written for them, and the sum leaves them out.
 //
-// Measured on an H100 (24 November 2026; read 3071 GB/s, product 802 TFLOP/s): 8192 tokens of 35B 1303 us, 317 TFLOP/s
-// of useful products (39%); of 397B, 160 choices an expert, 10.6 ms, 194 TFLOP/s (24%). The torch implementation: 2.39
-// and 1.00 times as long. Memory alone would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the
-// kernels 0.7 / 1.7 GB, x once an expert.
+// Measured on an H100 (24 November 2026; read 3.0 to 3.1 TB/s, product 775 to 802 TFLOP/s), tokens that choose at
+// random, one set of weights: 8192 tokens of 35B 1.09 ms, 377 TFLOP/s of useful products; of 397B, 160 choices an
+// expert, 10.2 ms, 202 TFLOP/s; 16384 tokens of 397B, 320 choices, 12.9 ms, 320 TFLOP/s. In a benchmark that walks
+// through sets of inputs, another run: 1.30 and 10.6 ms for the first two, torch 2.39 and 1.00 times as long. Memory
+// alone would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the kernels 0.7 / 1.7 GB, x once an
+// expert.
 //
-// Tried and lost, measured together in a second run (same kind of card, product 775 TFLOP/s), 1985 us and 12.7 ms:
-//   - a window of four stages ahead, one of the blocks that share a tile asks for its weights, 512 bytes a row, into
-//     L2, and for the next tile's choices by whole rows;
-//   - weights read evict-first, to leave L2 to x;
-//   - tiles left in shared memory by who copies, so that who multiplies need not search for them, and the places of
-//     down's rows looked up before the products.
-// How much each cost was not measured. Next: a cluster of two blocks that share an expert's weights by multicast.
+// Where the time goes, 8192 tokens of 35B, in us, with a part of the work left out:
+//                             gate_up   down   sum
+//     as it is                    628    366   112
+//     no gather of x              526    358
+//     no copies of gate and up    410
+//     no copies at all            392    272   110
+//     no fence before products    633    366
+// Without copies the products see what lies in shared memory, which spares power, and are still short of the rate that
+// 12% of rounded rows (by estimate) leave: 700 TFLOP/s in gate_up, 505 in down, whose tiles are a quarter as deep. The
+// copies of weights are what holds gate_up back: 1.07 GB in 628 us are 1.7 TB/s, 56% of what memory can. The decode
+// kernel takes 512 bytes of a row at a time, not 128, and reaches 93%: the short runs are suspected, not shown.
+//
+// Tried and lost:
+//   - a cluster of two blocks that halve an expert's choices and share its weights by multicast, with weights as the
+//     rows of the product and choices, up to 160 a block in steps of 16, as its columns: predicted 0.86 ms for 8192
+//     tokens of 35B, measured 1.24 (gate_up 708, down 437), against 1.09 in the same run. 397B gained, 8.1 ms (256
+//     TFLOP/s) and, of 16384 tokens, 12.1 ms. It had 0.52 ms of gate_up at 65 tokens, where there is nothing to do but
+//     to read weights: 1.8 TB/s there too, so neither products nor traffic from L2 bind it;
+//   - the same with weights read evict-first: 1.34 ms;
+//   - together, measured only as a whole (1985 us against 1303, 397B 12.7 ms against 10.6): 512 bytes a row asked into
+//     L2 ahead of the copies; weights evict-first; tiles left in shared memory by who copies, and the places of down's
+//     rows looked up before the products.
+// Next: longer runs of a weight row, by stages of 32 rows x 256 of depth as in the decode kernel, or asked into L2
+// ahead without evict-first; then clusters again.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
