@@ -198,9 +198,9 @@ def test_more_rows_and_other_types_go_to_torch(backend):
 def test_a_chain_of_blocks_in_which_each_launch_starts_early_equals_one_at_a_time(emulator):
     """Queued launches: sum, norm and product, then silu_mul and product, on what the launch before still writes."""
     backend = make_backend("emulated")
-    ops, norm = torch.ops.tokenspeed_emulated, backend.randn(512) * 0.1
-    x, residual = backend.randn(3, 512), backend.randn(3, 512)
-    blocks = [(backend.randn(1024, 512) * 0.05, backend.randn(512, 512) * 0.05) for _ in range(3)]
+    ops, norm = torch.ops.tokenspeed_emulated, backend.randn(256) * 0.1
+    x, residual = backend.randn(3, 256), backend.randn(3, 256)
+    blocks = [(backend.randn(512, 256) * 0.05, backend.randn(256, 256) * 0.05) for _ in range(2)]
 
     def run() -> list[torch.Tensor]:
         results, y, stream = [], x, residual
