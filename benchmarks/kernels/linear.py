@@ -1,8 +1,10 @@
-"""The dense product of a decode step: the weights stream once."""
+"""The dense product of a decode step, alone and with what comes before it: the weights stream once."""
 
 from collections.abc import Iterator
 
-from ..cases import Case, Inputs, Sizes, operator_case
+import torch
+
+from ..cases import Case, Inputs, Sizes, operator_case, torch_implementation
 
 # Outputs x inputs of the published models, from 2 MB to the vocabulary.
 SHAPES = (
@@ -15,6 +17,38 @@ SHAPES = (
     (5120, 17408),
     (248320, 2048),
 )
+# Of a layer of 0.8B and of 35B-A3B: gate and up behind a norm, down behind SwiGLU, and down of the shared expert.
+FUSED = (
+    ("add_rms_norm_linear", 7168, 1024),
+    ("add_rms_norm_linear", 12352, 2048),
+    ("silu_mul_linear", 1024, 3584),
+    ("add_gated_silu_mul_linear", 2048, 512),
+)
+
+
+def fused_cases(all_rows: tuple[int, ...]) -> Iterator[Case]:
+    """Their peer is the same done by the operators that they join, one launch each."""
+    for kernel, outputs, inputs in FUSED:
+        for rows in all_rows:
+            wide = inputs if kernel == "add_rms_norm_linear" else 2 * inputs
+
+            def product(draw: Inputs, kernel=kernel, rows=rows, outputs=outputs, inputs=inputs, wide=wide) -> tuple:
+                x, weight = draw.randn(rows, wide), draw.randn(outputs, inputs)
+                if kernel == "add_rms_norm_linear":
+                    return x, draw.randn(rows, inputs), draw.randn(inputs), 1e-6, weight
+                gated = kernel == "add_gated_silu_mul_linear"
+                return (draw.randn(rows, outputs), x, weight, draw.randn(rows, 1)) if gated else (x, weight)
+
+            extra = {"add_rms_norm_linear": 3 * inputs, "add_gated_silu_mul_linear": outputs + 1}.get(kernel, 0)
+            yield Case(
+                kernel,
+                f"{rows} x {inputs} -> {outputs}, {2 * outputs * inputs / 1e6:.0f} MB",
+                2 * (outputs * inputs + rows * (wide + outputs + extra)),
+                product,
+                getattr(torch.ops.tokenspeed, kernel).default,
+                flops=2 * rows * outputs * inputs,
+                peers={"its operators apart": torch_implementation(kernel)},
+            )
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -29,3 +63,4 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             size = 2 * (outputs * inputs + rows * (outputs + inputs))
             shape = f"{rows} x {inputs} -> {outputs}, {2 * outputs * inputs / 1e6:.0f} MB"
             yield operator_case("linear", shape, size, product, flops=2 * rows * outputs * inputs)
+    yield from fused_cases((1, 8) if on_gpu else (1,))
