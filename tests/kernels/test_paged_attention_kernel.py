@@ -127,6 +127,25 @@ def test_a_few_tokens_behind_a_long_prefix_are_split_among_the_blocks(blocks):
     assert not same_bits(*outs)  # sums in another order: the keys were cut
 
 
+def test_the_merge_of_split_keys_waits_for_the_parts(blocks):
+    """Its launch may begin before the one that leaves them."""
+    blocks(4)
+    backend, library = make_backend("emulated"), emulator()
+    pages = Pages(backend, KvHeads(1, 8), 14)
+    row, _, _ = pages.store(776)
+    q, gate = pages.queries(16)
+    arguments = (q, gate, pages.kv, pages.table([row]), cu_seqlens(backend, [16]), backend.tensor([760]), 16, 1 / 16)
+    operator = backend.op("paged_attention_prefill")
+    wanted = operator(*arguments)
+    library.emulator_defer(1)
+    try:
+        out = operator(*arguments)
+        assert library.emulator_synchronize() == 0
+    finally:
+        library.emulator_defer(0)
+    assert same_bits(out, wanted)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_split_turns_of_a_batch_under_every_schedule(blocks, seed):
     """Cut and whole sequences side by side, more ranges than one round has blocks, one without tokens."""
