@@ -10,26 +10,31 @@
 // follows from context_lens on the device: a captured graph stays right when they change. A range holds whole sequences
 // but for its ends, so a block leaves at most two parts in the workspace: slot 2 c for the sequence that it enters in
 // the middle or at its start, 2 c + 1 for the one that it leaves unfinished. Whole sequences are finished at once. A
-// second launch finds the parts of a sequence by the same arithmetic and merges them.
+// second launch finds the parts of a sequence by the same arithmetic and merges them. Its grid is the smaller of the
+// pairs of a sequence and a row group, and the borders between ranges: a batch of many short sequences has far more
+// pairs than sequences that a border cuts, and blocks that only find that out would take longer than the merge.
 //
 // Bytes. K and V once: 64 KB a page and KV head; batch 64 x 8192 tokens x 2 heads: 1.07 GB = 250 us at 4.3 TB/s. Parts:
 // 1 KB a row and block. Flops: 16 rows x 64 tokens take about 800 cycles of four warps a page, while the page takes
 // 3,500 to arrive at a multiprocessor's share of the bandwidth: latency within a page is hidden without overlap.
 //
 // Tiling. One block a multiprocessor: a producer warp keeps five or six 32 KB boxes in flight (one TMA instruction
-// each), four consumer warps compute. For the scores warp w takes tokens 16 w .. 16 w + 15 of the page, for the output
-// columns 64 w .. 64 w + 63 of all tokens, so the output needs 32 registers a 16 rows, no warp keeps a maximum of its
-// own and nothing is merged between warps; the price is two barriers of four warps a page. (Warps that own tokens to
-// the end, as in FlashMLA, need 128 registers a 16 rows and a merge of four outputs a sequence.)
+// each), four consumer warps compute; 64 rows are shared by two such teams, so that one hides the other's latency. For
+// the scores warp w takes tokens 16 w .. 16 w + 15 of the page, for the output columns 64 w .. 64 w + 63 of all tokens,
+// so the output needs 32 registers a 16 rows, no warp keeps a maximum of its own and nothing is merged between warps;
+// the price is two barriers of four warps a page. (Warps that own tokens to the end, as in FlashMLA, need 128 registers
+// a 16 rows and a merge of four outputs a sequence.)
 //
-// Measured on an H100 (read 3,021 GB/s in that run), one token, 16:2 heads: 64 x 8192 keys 378 us = 94% of the read
-// ceiling; 8 x 8192 56.9 us = 78%; 1 x 32768 31.1 us = 72%, 1.18 times as fast as cuDNN and 1.8 times as flash, both on
-// contiguous keys; 1 x 1024 6.5 us. So about 6 us of a call are latency: the chain lengths, page ids, pages at the
-// start, and the merge at the end. Tried and lost: a merge that reads its parts twice and finds them only after its
-// wait, 36.3 us at 1 x 32768, 64 us at 8 x 8192.
+// Measured on an H100 (read 3,000 to 3,040 GB/s), 16:2 heads, one token unless said: 64 x 8192 keys 378 us = 94% of the
+// read ceiling; 8 x 8192 56 us = 80%; 1 x 32768 31 to 34 us by the run = 66 to 72%; 1 x 1024 5.9 us; 256 x 500 108 us =
+// 82%, where a merge over all pairs took 137; four tokens, 32:2 heads, 8 x 8188 93 us = 48%, by one team 101. About 6
+// us of a call are latency: the chain lengths, page ids, pages at the start, and the merge at the end; the hint ahead
+// of the wait takes 0.2 of it. Tried and lost: a merge that reads its parts twice and finds them only after its
+// wait, 36.3 us at 1 x 32768, 64 us at 8 x 8192; a merge over pairs of 54 registers that reads its gates last, 79 us
+// instead of 75 at four tokens, 8 x 8188, 16:2 heads. What stands here instead is to give the 75 back: not timed.
 //
 // budget: decode_kernel registers<=255 hot sass=HMMA
-// budget: merge_kernel registers<=64 hot
+// budget: merge_kernel registers<=40 hot
 #include <launch.h>
 #include <ptx.h>
 #include <reduce.h>
@@ -44,18 +49,17 @@ namespace {
 using namespace attention;
 
 constexpr int kTileRows = 16;
-constexpr int kWarps = 4;
-constexpr int kConsumers = kWarps * 32;
-constexpr int kThreads = kConsumers + 32;
-constexpr int kMergeLanes = 8;  // threads that share the parts of a quad of columns
-constexpr int kMergeThreads = kDim / 4 * kMergeLanes;
+constexpr int kWarps = 4;  // of a team
+constexpr int kTeamThreads = kWarps * 32;
 constexpr float kLowest = -3e38f;  // below any score; two of them may be subtracted, unlike two infinities
-constexpr uint32_t kConsumerBarrier = 1;
+constexpr uint32_t kFirstTeamBarrier = 1;
 
 template <int kTiles>
 struct Storage {
     static constexpr int kRows = kTiles * kTileRows;
     static constexpr int kStages = kTiles < 4 ? 6 : 5;
+    static constexpr int kTeams = kTiles < 4 ? 1 : 2;
+    static constexpr int kConsumers = kTeams * kTeamThreads, kThreads = kConsumers + 32;
 
     alignas(1024) uint8_t ring[kStages][kBoxBytes];
     alignas(1024) uint8_t query[kRows * kDim * 2];     // rows of 512 bytes, swizzled: see query_address
@@ -146,14 +150,20 @@ __device__ __forceinline__ uint32_t fragment_address(uint32_t base, int row, int
     return base + static_cast<uint32_t>((row * row_chunks + (chunk ^ (row & 7))) * 16);
 }
 
-template <int kTiles>
+// A team has its own tiles of the rows; teams share the boxes alone.
+template <int kAllTiles>
 class Consumer {
-    using Shared = Storage<kTiles>;
-    static constexpr int kRows = Shared::kRows;
+    using Shared = Storage<kAllTiles>;
+    static constexpr int kRows = Shared::kRows;  // of all teams
+    static constexpr int kTiles = kAllTiles / Shared::kTeams;
 
   public:
     __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionDecode& p)
-        : storage_(storage), p_(p), warp_(ptx::warp_id()), lane_(threadIdx.x % 32) {}
+        : storage_(storage),
+          p_(p),
+          team_(Shared::kTeams == 1 ? 0 : ptx::warp_id() / kWarps),
+          warp_(ptx::warp_id() % kWarps),
+          lane_(threadIdx.x % 32) {}
 
     __device__ __forceinline__ void run(const Segment& segment) {
         context_ = p_.context_lens[segment.sequence];
@@ -178,10 +188,14 @@ class Consumer {
     }
 
   private:
-    __device__ __forceinline__ static void barrier() { ptx::named_barrier_sync(kConsumerBarrier, kConsumers); }
+    __device__ __forceinline__ void barrier() const {
+        ptx::named_barrier_sync(kFirstTeamBarrier + team_, kTeamThreads);
+    }
+
+    __device__ __forceinline__ int tile_row(int tile) const { return (team_ * kTiles + tile) * kTileRows; }
 
     // The rows of the accumulators that a lane holds.
-    __device__ __forceinline__ int row_of(int tile, int half) const { return tile * kTileRows + half * 8 + lane_ / 4; }
+    __device__ __forceinline__ int row_of(int tile, int half) const { return tile_row(tile) + half * 8 + lane_ / 4; }
 
     // How many tokens of the sequence a row sees.
     __device__ __forceinline__ int visible(int tile, int half) const {
@@ -199,8 +213,8 @@ class Consumer {
         constexpr int kChunks = kDim / 8;
         const int head = segment.group / p_.row_groups * p_.group;
 #pragma unroll 2
-        for (int i = threadIdx.x; i < kRows * kChunks; i += kConsumers) {
-            const int row = i / kChunks, chunk = i % kChunks;
+        for (int i = threadIdx.x % kTeamThreads; i < kTiles * kTileRows * kChunks; i += kTeamThreads) {
+            const int row = tile_row(0) + i / kChunks, chunk = i % kChunks;
             uint4 values{};
             if (row < rows_left()) {
                 const auto [token, query_head] = place_of_row(p_, first_row_ + row);
@@ -242,19 +256,20 @@ class Consumer {
 
     // scores = Q K^T for the warp's 16 tokens.
     __device__ __forceinline__ void multiply_keys(float (&scores)[kTiles][2][4]) {
+        constexpr int kUnroll = Shared::kTeams > 1 ? 4 : kDim / 16;  // with more, two teams spill
         constexpr int kChains = kTiles == 1 ? 2 : 1;  // independent sums, so that one hides the other's latency
         float sums[kChains][kTiles][2][4] = {};
         const uint32_t keys = ptx::shared_address(storage_.ring[at_.stage]);
         const uint32_t query = ptx::shared_address(storage_.query);
         const int token = warp_ * 16 + lane_ % 8 + lane_ / 16 * 8;
-#pragma unroll
+#pragma unroll kUnroll
         for (int k = 0; k < kDim / 16; ++k) {
             uint32_t key[4];
             ptx::ldmatrix_x4(key, fragment_address(keys + k / 4 * kGroupBytes, token, k % 4 * 2 + lane_ / 8 % 2, 8));
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 uint32_t rows[4];
-                ptx::ldmatrix_x4(rows, fragment_address(query, tile * kTileRows + lane_ % 16, k * 2 + lane_ / 16, 32));
+                ptx::ldmatrix_x4(rows, fragment_address(query, tile_row(tile) + lane_ % 16, k * 2 + lane_ / 16, 32));
                 ptx::mma_m16n8k16<__nv_bfloat16>(sums[k % kChains][tile][0], rows, key[0], key[1]);
                 ptx::mma_m16n8k16<__nv_bfloat16>(sums[k % kChains][tile][1], rows, key[2], key[3]);
             }
@@ -327,7 +342,7 @@ class Consumer {
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 ptx::ldmatrix_x4(rows[tile],
-                                 fragment_address(weights, tile * kTileRows + lane_ % 16, k * 2 + lane_ / 16, 8));
+                                 fragment_address(weights, tile_row(tile) + lane_ % 16, k * 2 + lane_ / 16, 8));
             }
             // Rows beyond the sequence may hold NaN, and a weight of zero would not silence it.
             const int token = position + k * 16 + lane_ % 4 * 2;
@@ -403,7 +418,7 @@ class Consumer {
 
     Shared& storage_;
     const PagedAttentionDecode& p_;
-    const int warp_, lane_;
+    const int team_, warp_, lane_;
     int context_ = 0;
     int first_row_ = 0;
     int segments_ = 0;
@@ -412,68 +427,119 @@ class Consumer {
     float output_[kTiles][8][4];
 };
 
+// Zeros where a negative context marks padding.
+__device__ __forceinline__ void clear_padding(const PagedAttentionDecode& p, int threads) {
+    const int vectors = p.tokens * p.q_heads * (kDim / 8);
+    for (int sequence = blockIdx.x; sequence < p.sequences; sequence += gridDim.x) {
+        if (p.context_lens[sequence] >= 0) continue;
+        auto* out = reinterpret_cast<uint4*>(out_of(p, static_cast<int64_t>(sequence) * p.tokens, 0, 0));
+        for (int i = threadIdx.x; i < vectors; i += threads) out[i] = uint4{};
+    }
+}
+
+// Lengths and page ids towards L2 while the kernel before still runs: a hint, so that it may write them.
+__device__ __forceinline__ void prefetch_indices(const PagedAttentionDecode& p) {
+    constexpr int kLine = 128 / sizeof(int32_t);
+    const int lines = (p.table_width + kLine - 1) / kLine, lane = threadIdx.x % 32;
+    for (int i = blockIdx.x * 32 + lane; i < p.sequences * lines; i += gridDim.x * 32) {
+        ptx::prefetch_l2(p.page_table + i / lines * p.table_stride + i % lines * kLine);
+    }
+    for (int i = lane * kLine; i < p.sequences; i += 32 * kLine) ptx::prefetch_l2(p.context_lens + i);
+}
+
 template <int kTiles>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Storage<kTiles>::kThreads, 1)
     decode_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ PagedAttentionDecode p) {
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage<kTiles>*>(raw);
-    const uint32_t warp = ptx::warp_id();
-    if (threadIdx.x == kConsumers) {
+    using Shared = Storage<kTiles>;
+    auto& storage = *reinterpret_cast<Shared*>(raw);
+    constexpr int kProducer = Shared::kConsumers / 32;
+    const int warp = ptx::warp_id();
+    if (threadIdx.x == Shared::kConsumers) {
         ptx::prefetch_tensor_map(&map);
-        for (int stage = 0; stage < Storage<kTiles>::kStages; ++stage) {
+        for (int stage = 0; stage < Shared::kStages; ++stage) {
             ptx::mbarrier_init(&storage.full[stage], 1);
-            ptx::mbarrier_init(&storage.empty[stage], kWarps);
+            ptx::mbarrier_init(&storage.empty[stage], kProducer);
         }
         ptx::fence_mbarrier_init();
     }
+    if (warp == 0) prefetch_indices(p);
     __syncthreads();
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const Line line = line_of(p, gridDim.x);
-    if (warp == kWarps) {
+    if (warp == kProducer) {
         produce(storage, &map, p, line);
     } else {
         Consumer<kTiles> consumer(storage, p);
         each_segment(p, line, [&](const Segment& segment) { consumer.run(segment); });
+        clear_padding(p, Shared::kConsumers);
     }
 }
 
-// One output row: merges the parts that the blocks left, or writes zeros for padding. Nothing where a block had it all.
-// Lengths and gates are older than the decode kernel, so they are read, and the parts are found, while it still runs.
-__global__ void __launch_bounds__(kMergeThreads)
+template <bool kBorders>
+constexpr int kMergeLanes = kBorders ? 2 : 8;  // threads that share the parts of a quad of columns
+
+template <bool kBorders>
+constexpr int kMergeThreads = kDim / 4 * kMergeLanes<kBorders>;
+
+// One output row: merges the parts that the blocks left; nothing where a block had it all. Lengths and gates are older
+// than the decode kernel, so they are read, and the parts are found, while it still runs.
+// kBorders: blockIdx.x + 1 is a block that may enter its range within a sequence, which is merged here if that is the
+// first of its borders. Otherwise blockIdx.x is a pair of row group and sequence. blockIdx.y: row of the group.
+// Over pairs, three blocks of 512 threads are to share a multiprocessor: many wait there while the decode kernel ends.
+template <bool kBorders>
+__global__ void __launch_bounds__(kMergeThreads<kBorders>, kBorders ? 1 : 3)
     merge_kernel(const __grid_constant__ PagedAttentionDecode p, int blocks, int rows_of_part) {
+    constexpr int kLanes = kMergeLanes<kBorders>;
     DYNAMIC_SHARED(raw);
-    auto* sums = reinterpret_cast<float4*>(raw);                     // [kMergeLanes][kDim / 4]
-    auto* states = reinterpret_cast<float2*>(sums + kMergeThreads);  // [kMergeLanes]: maximum, sum
-    const int sequence = blockIdx.x, kv_head = blockIdx.z, row = blockIdx.y;
-    const int quad = threadIdx.x % (kDim / 4), share = threadIdx.x / (kDim / 4);
-    const RowPlace place = place_of_row(p, row);
-    const int head = kv_head * p.group + place.head, column = quad * 4;
-    const int64_t token = static_cast<int64_t>(sequence) * p.tokens + place.token;
-    const bool padding = p.context_lens[sequence] < 0;
+    auto* sums = reinterpret_cast<float4*>(raw);                               // [kLanes][kDim / 4]
+    auto* states = reinterpret_cast<float2*>(sums + kMergeThreads<kBorders>);  // [kLanes]: maximum, sum
+    const int quad = threadIdx.x % (kDim / 4), share = threadIdx.x / (kDim / 4), column = quad * 4;
+    const auto pages = [&](int candidate) { return pages_of(p, candidate); };
+    const auto row_of = [&](int group) { return group % p.row_groups * rows_of_part + static_cast<int>(blockIdx.y); };
     Vector<__nv_bfloat16, 4> gates{};
-    if (!padding && share == 0) gates = load_gates(p, token, head, column);
+    const auto read_gates = [&](int group, int sequence) {
+        if (share > 0 || row_of(group) >= p.tokens * p.group || p.context_lens[sequence] < 0) return;
+        const auto [token, head] = place_of_row(p, row_of(group));
+        gates = load_gates(p, static_cast<int64_t>(sequence) * p.tokens + token, group / p.row_groups * p.group + head,
+                           column);
+    };
+    int group = blockIdx.x / p.sequences, sequence = blockIdx.x % p.sequences, first = 0, last = 0, first_unit = 0;
+    if (!kBorders) read_gates(group, sequence);
     const Line line = line_of(p, blocks);
-    const int group = kv_head * p.row_groups + row / rows_of_part;
-    const int first_unit = group * line.pages + count_all(sequence, [&](int before) { return pages_of(p, before); });
-    int first = 0, last = 0;
-    bool entered_earlier = false;
-    if (!padding) {
-        first = line.owner_of(first_unit);
-        last = line.owner_of(first_unit + pages_of(p, sequence) - 1);
-        entered_earlier = line.start_of(first) != first_unit;
+    const int border = blockIdx.x + 1;
+    bool cut = true;
+    if (kBorders) {
+        cut = border < line.blocks;
+        if (cut) {
+            const int unit = line.start_of(border);
+            const Located located = locate(p.sequences, unit % line.pages, pages);
+            group = unit / line.pages;
+            sequence = located.sequence;
+            first_unit = unit - located.offset;
+            read_gates(group, sequence);
+        }
+    } else {
+        first_unit = group * line.pages + count_all(sequence, pages);
+        cut = pages(sequence) > 0;
     }
+    if (cut) {
+        first = line.owner_of(first_unit);
+        last = line.owner_of(first_unit + pages(sequence) - 1);
+        if (kBorders && first + 1 != border) last = first;
+    }
+    const bool entered_earlier = first < last && line.start_of(first) != first_unit;
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    if (padding && share == 0) *reinterpret_cast<uint2*>(out_of(p, token, head, column)) = uint2{};
-    if (first == last) return;
+    if (first == last || row_of(group) >= p.tokens * p.group) return;
     float maximum = kLowest, weight_sum = 0;
     float4 sum{};
 #pragma unroll 8
-    for (int block = first + share; block <= last; block += kMergeLanes) {
+    for (int block = first + share; block <= last; block += kLanes) {
         // The first block may have entered its range in another sequence; all others entered it in this one.
         const int slot = 2 * block + (block == first && entered_earlier ? 1 : 0);
-        const int64_t part = static_cast<int64_t>(slot) * rows_of_part + row % rows_of_part;
+        const int64_t part = static_cast<int64_t>(slot) * rows_of_part + blockIdx.y;
         const float2 state = p.part_sums[part];
         const float4 values = *reinterpret_cast<const float4*>(p.parts + part * kDim + column);
         const float larger = fmaxf(maximum, state.x);
@@ -487,18 +553,31 @@ __global__ void __launch_bounds__(kMergeThreads)
     __syncthreads();
     if (share > 0) return;
 #pragma unroll
-    for (int other = 1; other < kMergeLanes; ++other) maximum = fmaxf(maximum, states[other].x);
+    for (int other = 1; other < kLanes; ++other) maximum = fmaxf(maximum, states[other].x);
     sum = float4{};
     weight_sum = 0;
 #pragma unroll
-    for (int other = 0; other < kMergeLanes; ++other) {
+    for (int other = 0; other < kLanes; ++other) {
         const float weight = ptx::exp2_approximate(states[other].x - maximum);
         weight_sum += weight * states[other].y;
         add_scaled(sum, 1, sums[other * (kDim / 4) + quad], weight);
     }
     const float inverse = 1 / weight_sum;
-    store_quad(p, token, head, column, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse),
-               gates);
+    const auto [token, head] = place_of_row(p, row_of(group));
+    store_quad(p, static_cast<int64_t>(sequence) * p.tokens + token, group / p.row_groups * p.group + head, column,
+               make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse), gates);
+}
+
+template <bool kBorders>
+cudaError_t launch_merge(const PagedAttentionDecode& p, int items, int blocks, int rows_of_part, cudaStream_t stream) {
+    const int rows = std::min(p.tokens * p.group, rows_of_part);
+    return launch(merge_kernel<kBorders>,
+                  {.grid = dim3(static_cast<unsigned>(items), static_cast<unsigned>(rows)),
+                   .block = kMergeThreads<kBorders>,
+                   .shared_bytes = kMergeThreads<kBorders> * sizeof(float4) + kMergeLanes<kBorders> * sizeof(float2),
+                   .stream = stream,
+                   .programmatic = true},
+                  p, blocks, rows_of_part);
 }
 
 template <int kTiles>
@@ -507,20 +586,17 @@ cudaError_t launch_tiles(const PagedAttentionDecode& p, int blocks, cudaStream_t
     if (const auto status = encode_boxes(&map, p); status != cudaSuccess) return status;
     const auto status = launch(decode_kernel<kTiles>,
                                {.grid = static_cast<unsigned>(blocks),
-                                .block = kThreads,
+                                .block = Storage<kTiles>::kThreads,
                                 .shared_bytes = sizeof(Storage<kTiles>),
                                 .stream = stream,
                                 .programmatic = true},
                                map, p);
     if (status != cudaSuccess) return status;
-    return launch(merge_kernel,
-                  {.grid = dim3(static_cast<unsigned>(p.sequences), static_cast<unsigned>(p.tokens * p.group),
-                                static_cast<unsigned>(p.kv_heads)),
-                   .block = kMergeThreads,
-                   .shared_bytes = kMergeThreads * sizeof(float4) + kMergeLanes * sizeof(float2),
-                   .stream = stream,
-                   .programmatic = true},
-                  p, blocks, Storage<kTiles>::kRows);
+    const int64_t pairs = static_cast<int64_t>(p.kv_heads) * p.row_groups * p.sequences;
+    if (pairs < blocks) {
+        return launch_merge<false>(p, static_cast<int>(pairs), blocks, Storage<kTiles>::kRows, stream);
+    }
+    return launch_merge<true>(p, blocks - 1, blocks, Storage<kTiles>::kRows, stream);
 }
 
 }  // namespace

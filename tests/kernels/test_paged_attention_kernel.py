@@ -61,11 +61,14 @@ def test_decode_of_every_number_of_rows_at_page_borders_under_every_schedule(sch
     check_decode(scheduled, KvHeads(1, group), BORDERS, tokens)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 64])
-def test_every_way_to_cut_the_pages_among_blocks(blocks, count):
+# With fewer blocks than pairs of a sequence and a row group, the merge goes by the borders between blocks; (16, 5) are
+# two row groups.
+@pytest.mark.parametrize(("group", "tokens"), [(8, 4), (16, 5)])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9, 64])
+def test_every_way_to_cut_the_pages_among_blocks(blocks, count, group, tokens):
     """Up to one page a block, and blocks without any; at 64 a block may hold a page that some tokens do not see."""
     blocks(count)
-    check_decode(make_backend("emulated"), KvHeads(2, 8), [200, -1, 5, 62], 4)
+    check_decode(make_backend("emulated"), KvHeads(2, group), [200, -1, 5, 62], tokens)
 
 
 def test_a_batch_of_more_sequences_than_a_warp_has_lanes(backend):
@@ -122,6 +125,25 @@ def test_a_few_tokens_behind_a_long_prefix_are_split_among_the_blocks(blocks):
         outs.append(prefill(pages, q, gate, [row], [context], [16]))
         backend.assert_close(outs[-1], wanted)
     assert not same_bits(*outs)  # sums in another order: the keys were cut
+
+
+def test_the_merge_of_split_keys_waits_for_the_parts(blocks):
+    """Its launch may begin before the one that leaves them."""
+    blocks(4)
+    backend, library = make_backend("emulated"), emulator()
+    pages = Pages(backend, KvHeads(1, 8), 14)
+    row, _, _ = pages.store(776)
+    q, gate = pages.queries(16)
+    arguments = (q, gate, pages.kv, pages.table([row]), cu_seqlens(backend, [16]), backend.tensor([760]), 16, 1 / 16)
+    operator = backend.op("paged_attention_prefill")
+    wanted = operator(*arguments)
+    library.emulator_defer(1)
+    try:
+        out = operator(*arguments)
+        assert library.emulator_synchronize() == 0
+    finally:
+        library.emulator_defer(0)
+    assert same_bits(out, wanted)
 
 
 @pytest.mark.parametrize("seed", range(6))
