@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(32) cluster_copies(const uint32_t* in, uint32_
     auto* barriers = reinterpret_cast<uint64_t*>(raw + 256);
     const uint32_t rank = ptx::cluster_rank(), lane = threadIdx.x;
     if (lane == 0) {
-        for (int i = 0; i < 3; ++i) ptx::mbarrier_init(barriers + i, 1);
+        for (int i = 0; i < 3; ++i) ptx::mbarrier_init(barriers + i, i < 2 ? 1 : 2);
         ptx::fence_mbarrier_init();
         words[48] = 1000;
         ptx::mbarrier_arrive_expect_tx(barriers, 64);
@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(32) cluster_copies(const uint32_t* in, uint32_
         } else {
             ptx::bulk_copy_cluster(words + 16, words + 32, 64, barriers + 1, 0);
         }
+        ptx::mbarrier_arrive_cluster_relaxed(barriers + 2, rank ^ 1);  // of no write: the other arrival says that
         *ptx::cluster_map(words + 48, rank ^ 1) += rank + 1;
         ptx::mbarrier_arrive_cluster(barriers + 2, rank ^ 1);
     }
