@@ -137,9 +137,9 @@ def test_a_ring_of_any_row_width_is_folded(backend):
     check(Layer(backend, Heads(1, 3), slots=2, ring_rows=8), [Sequence(13, 3, 1, 1, 8)])
 
 
-# Schedules that show what others do not: 7 that block rows of the inverse wait for each other, 46 that the outputs of a
-# chunk wait until those before are stored; both, that no cursor is written before both halves of a head have read it.
-@pytest.mark.parametrize("seed", [7, 46])
+# A schedule that shows what others do not: that the blocks of the inverse wait for each other, and that no cursor is
+# written before both halves of a head have read it.
+@pytest.mark.parametrize("seed", [7])
 @pytest.mark.parametrize("sequence", [Sequence(30, 100, 1, 1, 2), Sequence(13, 0, 1, 1, 2)])
 def test_every_schedule_gives_the_same_bits(backend, sequence, seed):
     if backend.emulated is None:
