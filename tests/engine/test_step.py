@@ -6,6 +6,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tokenspeed.engine.batch import DecodeColumns, pack_rows
+from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.step import NextStep, Row, Sample, Step
 
 COUNTS = st.integers(0, 200)
@@ -16,15 +17,18 @@ FEW = settings(max_examples=40, deadline=None, phases=[Phase.generate])
 @st.composite
 def next_steps(draw) -> NextStep:
     indices = draw(st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True))
+    ahead = draw(st.integers(1, 130))
+    around_a_page = st.integers(-1, 1).map(lambda beyond: 4 * PAGE_TOKENS - ahead - 1 + beyond)
     rows, samples = [], []
     for index in indices:
-        start, read_slot, write_slot, first = draw(COUNTS), draw(COUNTS), draw(COUNTS), draw(st.integers(0, 9))
+        start, first = draw(st.one_of(COUNTS, around_a_page)), draw(st.integers(0, 9))
+        read_slot, write_slot = draw(COUNTS), draw(COUNTS)
         named, pages = draw(st.sampled_from([(), (7,)])), draw(st.sampled_from([(), (5,), (5, 6)]))
         rows.append(Row(named, start, pages, read_slot, write_slot, index, first, draw(st.integers(0, start))))
         samples.append(Sample(len(samples), index, draw(COUNTS), draw(st.integers(-1, 3))))
     growing = draw(st.sets(st.integers(0, len(rows) - 1)))
     more_pages = tuple((i, draw(st.integers(0, 9)), (draw(COUNTS),)) for i in sorted(growing))
-    return NextStep(Step(decode=tuple(rows), samples=tuple(samples)), draw(st.integers(1, 130)), more_pages)
+    return NextStep(Step(decode=tuple(rows), samples=tuple(samples)), ahead, more_pages)
 
 
 @FEW

@@ -124,6 +124,10 @@ def test_a_captured_graph_replays_to_the_same_bits(backend, name):
     assert all(same_bits(a, b) for a, b in results + tensors)
 
 
+# The arguments that are read before the wait, since nobody writes them while the model runs.
+WEIGHTS = {"linear": 1, "add_rms_norm_linear": 4, "silu_mul_linear": 1, "add_gated_silu_mul_linear": 2}
+
+
 def behind_a_copy(tensor):
     """The tensor in memory that holds poison until a copy of slot 0 to slot 1 fills it, and that arena of two slots."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -144,7 +148,10 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed)
     args = SAMPLES[name](backend)
     expected_args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
     expected = backend.op(name)(*expected_args)
-    hidden = [behind_a_copy(arg) if isinstance(arg, torch.Tensor) else (arg, None) for arg in args]
+    hidden = [
+        behind_a_copy(arg) if isinstance(arg, torch.Tensor) and i != WEIGHTS.get(name) else (arg, None)
+        for i, arg in enumerate(args)
+    ]
     from_slot, to_slot, device = backend.tensor([0]), backend.tensor([1]), emulator()
     device.emulator_seed(seed)
     device.emulator_defer(1)
