@@ -143,33 +143,37 @@ def behind_a_copy(tensor):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed):
+    """One argument at a time comes from the kernel ahead: of several, only the last would still be on its way."""
     if backend.emulated is None:
         pytest.skip("only the emulated device always starts the successor first")
     args = SAMPLES[name](backend)
-    expected_args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+    def fresh():
+        return [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+    expected_args = fresh()
     expected = backend.op(name)(*expected_args)
-    hidden = [
-        behind_a_copy(arg) if isinstance(arg, torch.Tensor) and i != WEIGHTS.get(name) else (arg, None)
-        for i, arg in enumerate(args)
-    ]
-    from_slot, to_slot, device = backend.tensor([0]), backend.tensor([1]), emulator()
-    device.emulator_seed(seed)
-    device.emulator_defer(1)
-    try:
-        for _, arena in hidden:
-            if arena is not None:
-                torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
-        result = getattr(torch.ops.tokenspeed_emulated, name)(*(tensor for tensor, _ in hidden))
-        assert device.emulator_synchronize() == 0
-    finally:
-        device.emulator_defer(0)
-        device.emulator_seed(0)
-    results = [result] if isinstance(result, torch.Tensor) else list(result or ())
     wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected or ())
-    assert all(same_bits(a, b) for a, b in zip(results, wanted, strict=True))
-    for (now, arena), then in zip(hidden, expected_args, strict=True):
-        if arena is not None:
-            assert same_bits(now, then)
+    from_slot, to_slot, device = backend.tensor([0]), backend.tensor([1]), emulator()
+    for position, arg in enumerate(args):
+        if not isinstance(arg, torch.Tensor) or position == WEIGHTS.get(name):
+            continue
+        given = fresh()
+        given[position], arena = behind_a_copy(arg)
+        device.emulator_seed(seed)
+        device.emulator_defer(1)
+        try:
+            torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
+            result = getattr(torch.ops.tokenspeed_emulated, name)(*given)
+            assert device.emulator_synchronize() == 0
+        finally:
+            device.emulator_defer(0)
+            device.emulator_seed(0)
+        results = [result] if isinstance(result, torch.Tensor) else list(result or ())
+        assert all(same_bits(a, b) for a, b in zip(results, wanted, strict=True)), f"argument {position}"
+        for now, then in zip(given, expected_args, strict=True):
+            if isinstance(then, torch.Tensor):
+                assert same_bits(now, then), f"argument {position}"
 
 
 @pytest.mark.parametrize(
