@@ -22,3 +22,15 @@ def torch_served(call: Callable[[], object]) -> list[str]:
         call()
     names = {event.key for event in profile.events()}
     return sorted(name for name in names if name.startswith("tokenspeed_torch::"))
+
+
+def behind_a_copy(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensor in memory that holds poison until a copy of slot 0 to slot 1 fills it, and that arena of two slots."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    extent = reach + 1 if tensor.numel() else 0
+    size = -(-extent * tensor.element_size() // 16) * 16
+    arena = torch.full((2, max(size, 16)), 0xFF, dtype=torch.uint8)
+    rows = arena.view(tensor.dtype)
+    real, poisoned = (torch.as_strided(rows, tensor.shape, tensor.stride(), i * rows.shape[1]) for i in (0, 1))
+    real.copy_(tensor)
+    return poisoned, arena

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.launches import emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, torch_served
 from tests.ops import reference
 from tests.ops.backends import same_bits
 from tests.ops.samples import SAMPLES
@@ -126,18 +126,6 @@ def test_a_captured_graph_replays_to_the_same_bits(backend, name):
 
 # The arguments that are read before the wait, since nobody writes them while the model runs.
 WEIGHTS = {"linear": 1, "add_rms_norm_linear": 4, "silu_mul_linear": 1, "add_gated_silu_mul_linear": 2}
-
-
-def behind_a_copy(tensor):
-    """The tensor in memory that holds poison until a copy of slot 0 to slot 1 fills it, and that arena of two slots."""
-    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    extent = reach + 1 if tensor.numel() else 0
-    size = -(-extent * tensor.element_size() // 16) * 16
-    arena = torch.full((2, max(size, 16)), 0xFF, dtype=torch.uint8)
-    rows = arena.view(tensor.dtype)
-    real, poisoned = (torch.as_strided(rows, tensor.shape, tensor.stride(), i * rows.shape[1]) for i in (0, 1))
-    real.copy_(tensor)
-    return poisoned, arena
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.launches import emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, torch_served
 from tests.ops import reference
 from tests.ops.backends import Backend, bounded, relative_error, same_bits
 
@@ -184,20 +184,26 @@ def test_a_share_of_the_experts_adds_its_choices_and_no_other(scheduled, tokens,
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tokens", [5, 66])
 def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, seed):
-    """Of one call: queued, so that each kernel may run up to its wait before the one before it has begun."""
+    """Queued, so that each kernel may run up to its wait before the one before it has begun: those of one call, and a
+    copy that brings one of the arguments. `gate_up` and `down` are weights, which may be read before the wait."""
     if backend.emulated is None:
         pytest.skip("only the emulated device always starts the successor first")
     args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, 64)
     expected, device = backend.op("moe_experts")(*args), emulator()
-    device.emulator_seed(seed)
-    device.emulator_defer(1)
-    try:
-        result = backend.op("moe_experts")(*args)
-        assert device.emulator_synchronize() == 0
-    finally:
-        device.emulator_defer(0)
-        device.emulator_seed(0)
-    assert same_bits(result, expected)
+    from_slot, to_slot = backend.tensor([0]), backend.tensor([1])
+    for position in range(5):
+        given = list(args)
+        given[position], arena = behind_a_copy(args[position])
+        device.emulator_seed(seed)
+        device.emulator_defer(1)
+        try:
+            torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
+            result = torch.ops.tokenspeed_emulated.moe_experts(*given)
+            assert device.emulator_synchronize() == 0
+        finally:
+            device.emulator_defer(0)
+            device.emulator_seed(0)
+        assert same_bits(result, expected), f"argument {position}"
 
 
 @pytest.mark.parametrize("tokens", [9, 66])
