@@ -2,8 +2,11 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def emulator() -> ctypes.CDLL:
@@ -13,6 +16,19 @@ def emulator() -> ctypes.CDLL:
     library = ctypes.CDLL(str(emulated.build_library()))
     library.emulator_seed.argtypes = [ctypes.c_uint64]
     return library
+
+
+def queued(device: ctypes.CDLL, seed: int, run: Callable[[], T]) -> T:
+    """What `run` gives when its launches queue up: each may run up to its wait before the one ahead has begun."""
+    device.emulator_seed(seed)
+    device.emulator_defer(1)
+    try:
+        results = run()
+        assert device.emulator_synchronize() == 0
+    finally:
+        device.emulator_defer(0)
+        device.emulator_seed(0)
+    return results
 
 
 def torch_served(call: Callable[[], object]) -> list[str]:

@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+from tests.kernels.launches import queued
 from tests.ops import reference
 from tests.ops.backends import Backend, make_backend, relative_error, same_bits
 from tests.ops.gdn import Layer, Mixer, Sequence, columns, published
@@ -149,11 +150,7 @@ def test_a_step_that_starts_early_waits_for_the_step_before(emulator):
     expected, state = run(), layer.arena.clone()
     for seed in range(4):
         layer.arena.copy_(before)
-        emulator.emulator_seed(seed)
-        emulator.emulator_defer(1)
-        outs = run()
-        assert emulator.emulator_synchronize() == 0
-        emulator.emulator_defer(0)
+        outs = queued(emulator, seed, run)
         assert all(same_bits(a, b) for a, b in zip(outs, expected, strict=True))
         assert same_bits(layer.arena, state)
 

@@ -1,9 +1,11 @@
 """Claims about the prefill kernel of the delta rule beyond its operator's contract: pipeline, heads, ranges, length."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from tests.kernels.launches import emulator, torch_served
+from tests.kernels.launches import emulator, queued, torch_served
 from tests.ops import reference
 from tests.ops.backends import relative_error, same_bits
 from tests.ops.gdn import Heads, Layer, Sequence, columns, published, snapshot_rows
@@ -52,22 +54,15 @@ def test_the_kernels_of_windows_wait_for_each_other(backend, seed):
     if backend.emulated is None:
         pytest.skip("only the emulated device always starts the successor first")
     batch = [Sequence(0, 700 if i == 7 else 2, i, i) for i in range(16)]
-    results, device = [], emulator()
-    for deferred in (False, True):
+    results = []
+    for early in (False, True):
         torch.manual_seed(11)
         layer = Layer(backend, published(1), slots=16)
         data = inputs(layer, sum(s.length for s in batch))
         arrays = *columns(backend, batch), snapshot_rows(backend, [])
         records = (layer.a_log, layer.dt_bias, layer.state, layer.ring, layer.cursor)
-        device.emulator_seed(seed)
-        device.emulator_defer(deferred)
-        try:
-            out = backend.op("gated_delta_rule_prefill")(*data, *records, *arrays, 700)
-            assert device.emulator_synchronize() == 0
-        finally:
-            device.emulator_defer(0)
-            device.emulator_seed(0)
-        results.append((out, layer.state))
+        call = partial(backend.op("gated_delta_rule_prefill"), *data, *records, *arrays, 700)
+        results.append((queued(emulator(), seed, call) if early else call(), layer.state))
     assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
 
 

@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+from tests.kernels.launches import queued
 from tests.ops.backends import Backend, make_backend, relative_error, same_bits
 from tests.ops.reference import exact
 
@@ -180,11 +181,7 @@ def test_a_chain_in_which_each_product_starts_early_equals_one_at_a_time(emulato
 
     expected = run()
     for seed in range(4):
-        emulator.emulator_seed(seed)
-        emulator.emulator_defer(1)
-        results = run()
-        assert emulator.emulator_synchronize() == 0
-        emulator.emulator_defer(0)
+        results = queued(emulator, seed, run)
         assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
 
 
@@ -213,9 +210,5 @@ def test_a_chain_of_blocks_in_which_each_launch_starts_early_equals_one_at_a_tim
 
     expected = run()
     for seed in range(4):
-        emulator.emulator_seed(seed)
-        emulator.emulator_defer(1)
-        results = run()
-        assert emulator.emulator_synchronize() == 0
-        emulator.emulator_defer(0)
+        results = queued(emulator, seed, run)
         assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
