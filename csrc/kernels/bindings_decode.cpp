@@ -97,8 +97,8 @@ Linear product(const Tensor& x, const Tensor& weight) {
             .inputs = static_cast<int>(weight.size(1))};
 }
 
-std::optional<Tensor> linear(const Tensor& x, const Tensor& weight) {
-    if (!fits_linear(x, weight, x.size(1))) return std::nullopt;
+std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale) {
+    if (scale || !fits_linear(x, weight, x.size(1))) return std::nullopt;
     Linear arguments = product(x, weight);
     if (!linear_supported(arguments)) return std::nullopt;
     // Nine rows and more of long inputs overflow L1, and cuBLAS wins: on an H200, 16 rows, 6144 -> 5120 took 25.2 us
@@ -113,8 +113,9 @@ std::optional<Tensor> linear(const Tensor& x, const Tensor& weight) {
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tensor& x, const Tensor& residual,
                                                                       const Tensor& norm_weight, double eps,
-                                                                      const Tensor& weight) {
-    const bool fits = fits_linear(x, weight, x.size(1)) && is_bf16(residual) &&
+                                                                      const Tensor& weight,
+                                                                      const std::optional<Tensor>& scale) {
+    const bool fits = !scale && fits_linear(x, weight, x.size(1)) && is_bf16(residual) &&
                       has_shape(residual, {x.size(0), x.size(1)}) && residual.is_contiguous() && is_bf16(norm_weight) &&
                       has_shape(norm_weight, {x.size(1)}) && norm_weight.is_contiguous();
     if (!fits) return std::nullopt;
@@ -133,8 +134,8 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tens
     return std::make_tuple(out, normed, sum);
 }
 
-std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight) {
-    if (x.size(1) % 2 != 0 || !fits_linear(x, weight, x.size(1) / 2)) return std::nullopt;
+std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale) {
+    if (scale || x.size(1) % 2 != 0 || !fits_linear(x, weight, x.size(1) / 2)) return std::nullopt;
     Linear arguments = product(x, weight);
     if (!silu_mul_linear_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
@@ -144,9 +145,11 @@ std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight) {
     return out;
 }
 
-bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& gate) {
-    const bool fits = x.size(1) % 2 == 0 && fits_linear(x, weight, x.size(1) / 2) && is_bf16(y) && is_bf16(gate) &&
-                      has_shape(y, {x.size(0), weight.size(0)}) && y.stride(1) == 1 && has_shape(gate, {x.size(0), 1});
+bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& gate,
+                               const std::optional<Tensor>& scale) {
+    const bool fits = !scale && x.size(1) % 2 == 0 && fits_linear(x, weight, x.size(1) / 2) && is_bf16(y) &&
+                      is_bf16(gate) && has_shape(y, {x.size(0), weight.size(0)}) && y.stride(1) == 1 &&
+                      has_shape(gate, {x.size(0), 1});
     if (!fits) return false;
     Linear arguments = product(x, weight);
     arguments.out = data(y);

@@ -13,10 +13,11 @@ Tensor new_workspace(const Tensor& like, size_t bytes) {
 
 std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& order,
                                   const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
-                                  int64_t first_expert) {
-    bool fits = has_kernels(x) && x.dim() == 2 && weights.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 &&
-                x.size(0) > 0 && x.stride(1) == 1 && is_int32(experts) && is_int32(order) && is_int32(offsets) &&
-                first_expert >= 0 && first_expert <= kMaxIndex;
+                                  int64_t first_expert, const std::optional<Tensor>& gate_up_scale,
+                                  const std::optional<Tensor>& down_scale) {
+    bool fits = !gate_up_scale && !down_scale && has_kernels(x) && x.dim() == 2 && weights.dim() == 2 &&
+                gate_up.dim() == 3 && down.dim() == 3 && x.size(0) > 0 && x.stride(1) == 1 && is_int32(experts) &&
+                is_int32(order) && is_int32(offsets) && first_expert >= 0 && first_expert <= kMaxIndex;
     for (const Tensor* values : {&x, &weights, &gate_up, &down}) fits = fits && is_bf16(*values);
     for (const Tensor* packed : {&weights, &experts, &order, &offsets, &gate_up, &down}) {
         fits = fits && packed->is_contiguous();

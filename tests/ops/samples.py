@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from tokenspeed.ops.fp8 import quantise_blocks
+
 from .backends import Backend
 from .gdn import Layer, cu_seqlens, published
 from .paging import PUBLISHED, Pages
@@ -93,6 +95,15 @@ def linear(backend: Backend):
     return backend.randn(3, 512), backend.randn(96, 512)
 
 
+def linear_fp8(backend: Backend):
+    x, x_scale = torch.ops.tokenspeed.quantise_groups(backend.randn(3, 512))
+    return x, x_scale, *quantise_blocks(backend.randn(96, 512)), backend.dtype
+
+
+def quantise_groups(backend: Backend):
+    return (backend.randn(3, 1024),)
+
+
 def add_rms_norm_linear(backend: Backend):
     return backend.randn(3, 1024), backend.randn(3, 1024), backend.randn(1024), EPS, backend.randn(96, 1024)
 
@@ -156,10 +167,12 @@ SAMPLES: dict[str, Callable] = {
         gated_delta_rule_prefill,
         gated_rms_norm,
         linear,
+        linear_fp8,
         moe_experts,
         moe_route,
         paged_attention_decode,
         paged_attention_prefill,
+        quantise_groups,
         rms_norm,
         rope,
         sample,

@@ -11,6 +11,7 @@ from .attention import attention_prologue, paged_attention_decode, paged_attenti
 from .conv import causal_conv1d
 from .copies import copy_pages, copy_states
 from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
+from .fp8 import linear_fp8, quantise_groups
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
 from .moe import moe_experts, moe_route
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
@@ -29,10 +30,12 @@ __all__ = [
     "gated_delta_rule_prefill",
     "gated_rms_norm",
     "linear",
+    "linear_fp8",
     "moe_experts",
     "moe_route",
     "paged_attention_decode",
     "paged_attention_prefill",
+    "quantise_groups",
     "rms_norm",
     "rope",
     "sample",

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fp8 import FP8, to_fp8
 from .library import operator
 from .norm import rms_norm
 from .sequences import grid_of_tokens
@@ -28,15 +29,16 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
     """Store keys and values of tokens into their pages.
 
     k, v: [N, kv_heads, D]; kv: [pages, 2, kv_heads, page, D], any page stride (one layer of the arena); kv_slots: [N]
-    int64, page * page_size + row; a negative one stores nothing (padding, or a row that is already there).
+    int64, page * page_size + row; a negative one stores nothing (padding, or a row that is already there). Pages may be
+    of another type than k and v: e4m3 ones hold the nearest e4m3 number, ties to even, and +-448 for what is larger.
     Mutates kv.
     """
     page_size = kv.shape[3]
     kept = (kv_slots >= 0).nonzero().squeeze(1)
     slots = kv_slots[kept]
     page, row = slots // page_size, slots % page_size
-    kv[page, 0, :, row] = k[kept].to(kv.dtype)
-    kv[page, 1, :, row] = v[kept].to(kv.dtype)
+    for part, values in enumerate((k[kept], v[kept])):
+        kv[page, part, :, row] = to_fp8(values) if kv.dtype == FP8 else values.to(kv.dtype)
 
 
 @operator(
@@ -101,9 +103,9 @@ def paged_attention_prefill(
     """Causal attention of a packed batch of prefills over their pages, times the sigmoid of the output gate.
 
     q: [N, q_heads, D]; gate: the same shape, any strides; kv: [pages, 2, kv_heads, page, D], any page stride, this
-    call's keys and values already stored; page_table: [B, P] int32, P pages suffice for every sequence, entries past
-    a sequence's end are not read; cu_seqlens: [B + 1] int32; context_lens: [B] int32, tokens before this call;
-    max_seqlen: no sequence of the batch is longer; scale: 1 / sqrt(D). Query head h reads kv head
+    call's keys and values already stored, of q's dtype or e4m3; page_table: [B, P] int32, P pages suffice for every
+    sequence, entries past a sequence's end are not read; cu_seqlens: [B + 1] int32; context_lens: [B] int32, tokens
+    before this call; max_seqlen: no sequence of the batch is longer; scale: 1 / sqrt(D). Query head h reads kv head
     h // (q_heads / kv_heads). Returns [N, q_heads D] of q's dtype. Softmax in fp32 (Vaswani et al. 2017).
     """
     first = torch.zeros_like(context_lens)

@@ -1,54 +1,65 @@
-"""The dense product, alone and with what comes before it in a layer."""
+"""The dense product, alone and with what comes before it in a layer.
+
+A weight is [out, in] of x's dtype, or e4m3 with a scale in the format `fp8_block128` (fp8.py). With a scale the product
+is that of the weight it stands for: accumulated in fp32 and rounded once to x's dtype.
+"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .fp8 import product
 from .library import operator
 from .norm import add_rms_norm, add_sigmoid_gated, silu_mul
 
 
-@operator(fake=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight^T`. x: [N, in]; weight: [out, in]. Returns [N, out] of x's dtype, accumulated in fp32 on the GPU."""
-    return F.linear(x, weight)
+@operator(fake=lambda x, weight, scale=None: x.new_empty(x.shape[0], weight.shape[0]))
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`x weight^T`. x: [N, in]; weight: [out, in] of x's dtype, or e4m3 with a scale.
+
+    scale: [ceil(out / 128), ceil(in / 128)] fp32, one for each block of an e4m3 weight. Returns [N, out] of x's dtype,
+    accumulated in fp32 on the GPU. Where a card's kernel serves many rows of x with an e4m3 weight, it may multiply
+    `quantise_groups(x)` instead of x, as `linear_fp8` does.
+    """
+    return product(x, weight, scale)
 
 
 # The kernels of the operators below serve decode batches, in which a launch costs as much as its work. What they do not
 # serve is the composition of operators, each of which has a kernel for any number of rows.
 
 
-def _product_norm_sum(x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor):
+def _product_norm_sum(x, residual, norm_weight, eps, weight, scale=None):
     return x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(residual), torch.empty_like(residual)
 
 
 @operator(fake=_product_norm_sum)
 def add_rms_norm_linear(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add a block's output to the residual stream, normalise the sum, and multiply: `add_rms_norm` into `linear`.
 
-    x, residual: [N, in]; norm_weight: [in], zero-centred; weight: [out, in]. Returns the product, [N, out], the norm
-    that was its operand and the sum, both [N, in]; all of x's dtype, rounded where the two operators round.
+    x, residual: [N, in]; norm_weight: [in], zero-centred; weight, scale: as in `linear`. Returns the product,
+    [N, out], the norm that was its operand and the sum, both [N, in]; all of x's dtype, rounded where the two operators
+    round.
     """
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return linear(normed, weight), normed, total
+    return linear(normed, weight, scale), normed, total
 
 
-@operator(fake=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
-def silu_mul_linear(x: Tensor, weight: Tensor) -> Tensor:
+@operator(fake=lambda x, weight, scale=None: x.new_empty(x.shape[0], weight.shape[0]))
+def silu_mul_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """SwiGLU behind its first product: `silu_mul(x) weight^T`.
 
-    x: [N, 2 in], the gate half first; weight: [out, in]. Returns [N, out] of x's dtype; silu_mul is rounded to it.
+    x: [N, 2 in], the gate half first; weight, scale: as in `linear`. Returns [N, out] of x's dtype; silu_mul is rounded
+    to it.
     """
-    return linear(silu_mul(x), weight)
+    return linear(silu_mul(x), weight, scale)
 
 
-@operator(fake=lambda y, x, weight, gate: None, mutates=("y",))
-def add_gated_silu_mul_linear(y: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> None:
-    """Add the shared expert: `y += sigmoid(gate) * silu_mul_linear(x, weight)`.
+@operator(fake=lambda y, x, weight, gate, scale=None: None, mutates=("y",))
+def add_gated_silu_mul_linear(y: Tensor, x: Tensor, weight: Tensor, gate: Tensor, scale: Tensor | None = None) -> None:
+    """Add the shared expert: `y += sigmoid(gate) * silu_mul_linear(x, weight, scale)`.
 
-    y: [N, out]; x: [N, 2 in], the gate half first; weight: [out, in]; gate: [N, 1]. The product is rounded to x's dtype
-    before it is added. Mutates y.
+    y: [N, out]; x: [N, 2 in], the gate half first; weight, scale: as in `linear`; gate: [N, 1]. The product is rounded
+    to x's dtype before it is added. Mutates y.
     """
-    add_sigmoid_gated(y, silu_mul_linear(x, weight), gate)
+    add_sigmoid_gated(y, silu_mul_linear(x, weight, scale), gate)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fp8 import product
 from .library import operator
 from .norm import silu_mul
 
@@ -34,7 +35,7 @@ def moe_route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return weights, experts.int(), order.int(), offsets
 
 
-def _experts_fake(x, weights, experts, order, offsets, gate_up, down, first_expert=0):
+def _experts_fake(x, *_, **__):
     return torch.empty_like(x)
 
 
@@ -48,6 +49,8 @@ def moe_experts(
     gate_up: Tensor,
     down: Tensor,
     first_expert: int = 0,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Run each token through its experts and sum their outputs: `sum_k w_k down_k(silu(gate_k x) * up_k x)`.
 
@@ -56,29 +59,39 @@ def moe_experts(
     rank, in fp32. Returns [N, H] of x's dtype.
     Of a model with more experts, gate_up and down may hold those from `first_expert` on, with offsets
     [first_expert : first_expert + E + 1]: choices of the others add nothing, and nothing of them is read.
+    e4m3 experts have scales (fp8.py): gate_up_scale: [E, 2 ceil(I / 128), ceil(H / 128)] fp32, the gate half's blocks
+    first, so that either half begins with a block; down_scale: [E, ceil(H / 128), ceil(I / 128)] fp32. As with
+    `linear`, products of few tokens are those of the weights they stand for.
     """
     top_k = weights.shape[1]
     order = order.long()
-    if x.is_cuda:
+    if x.is_cuda and gate_up_scale is None:
         # The choices of the experts at hand lie together, and the grouped product wants them first.
         order = order[(torch.arange(len(order), device=order.device) + offsets[0]) % max(len(order), 1)]
         offsets = offsets - offsets[0]
-    out = _by_expert(silu_mul.__wrapped__(_by_expert(x[order // top_k], gate_up, offsets)), down, offsets)
+    halves = 1 if gate_up_scale is None else 2
+    gated = silu_mul.__wrapped__(_by_expert(x[order // top_k], gate_up, offsets, gate_up_scale, halves))
+    out = _by_expert(gated, down, offsets, down_scale)
     by_choice = torch.empty_like(out)
     by_choice[order] = out
     by_choice = by_choice.unflatten(0, (-1, top_k)).float()
     return (by_choice * weights.float()[..., None]).sum(1).to(x.dtype)
 
 
-def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows offsets[e] .. offsets[e + 1] of x times the transpose of weight[e]; other rows are zero."""
-    if x.is_cuda:
+def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None, parts: int = 1) -> Tensor:
+    """Rows offsets[e] .. offsets[e + 1] of x times the transpose of weight[e]; other rows are zero. parts: how many
+    pieces of a weight's rows have blocks of their own."""
+    if x.is_cuda and scale is None:
         out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
         return out.masked_fill_(torch.arange(len(out), device=out.device)[:, None] >= offsets[-1], 0)
     # On the host the offsets cost nothing to read, and only experts with tokens are visited.
     bounds = offsets.tolist()
     out = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, (start, end) in enumerate(pairwise(bounds)):
-        if start < end:
-            torch.mm(x[start:end], weight[expert].T, out=out[start:end])
+        if start == end:
+            continue
+        columns = out[start:end].chunk(parts, dim=1)
+        scales = [None] if scale is None else scale[expert].chunk(parts)
+        for column, part, part_scale in zip(columns, weight[expert].chunk(parts), scales, strict=True):
+            column.copy_(product(x[start:end], part, part_scale))
     return out

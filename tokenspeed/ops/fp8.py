@@ -1,0 +1,118 @@
+"""FP8 (e4m3) numbers with scales: blocks of weights, groups of activations, and the products of both.
+
+A weight in the format `fp8_block128` is e4m3 [..., N, K] and a fp32 scale [..., ceil(N / 128), ceil(K / 128)]: a block
+of 128 x 128 elements, cut short at the ragged edges, is the e4m3 values times its scale. It holds no NaN.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import operator
+
+FP8 = torch.float8_e4m3fn
+BLOCK = 128
+LARGEST = torch.finfo(FP8).max
+_SMALLEST_PEAK = 2.0**-100  # of a group: keeps LARGEST / peak finite
+_CHUNK_ELEMENTS = 1 << 18  # weights converted at a time: as fp32 they stay in a core's cache until they are used
+
+
+def blocks(size: int) -> int:
+    """How many blocks of 128, the last perhaps cut short, a dimension of `size` elements has."""
+    return -(-size // BLOCK)
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """x rounded to the nearest e4m3 number, ties to even; what is too large, infinity included, becomes +-448."""
+    return x.float().clamp(-LARGEST, LARGEST).to(FP8)
+
+
+def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight, [..., N, K] of any float type, in the format `fp8_block128`: (e4m3, scale). A block's scale is its
+    largest magnitude / 448, and 1 where the block is zero."""
+    rows, columns = weight.shape[-2:]
+    tiled = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    tiled = tiled.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    scale = tiled.abs().amax((-3, -1)) / LARGEST
+    scale = torch.where(scale > 0, scale, 1.0)
+    values = to_fp8(tiled / scale[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
+    return values[..., :rows, :columns].contiguous(), scale
+
+
+def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
+    """The fp32 weight, [..., N, K], that a weight in the format `fp8_block128` stands for: each product is rounded to
+    fp32."""
+    rows, columns = weight.shape[-2:]
+    by_row = scale.repeat_interleave(BLOCK, -2)[..., :rows, :]
+    return weight.float().mul_(by_row.repeat_interleave(BLOCK, -1)[..., :columns])
+
+
+def _converted(weight: Tensor, scale: Tensor) -> Tensor:
+    """`dequantise` of at most 128 rows of blocks, [N, K], several times as fast on a CPU.
+
+    torch converts e4m3 one by one there. The bits of an e4m3 number, moved to those of a half, are the number / 256.
+    """
+    rows, columns = weight.shape
+    halves = weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)  # 0xBF80
+    by_column = (scale * 256).repeat_interleave(BLOCK, 1)[:, :columns]
+    values = halves.view(torch.float16).float()
+    whole = rows // BLOCK
+    values[: whole * BLOCK].view(whole, BLOCK, columns).mul_(by_column[:whole, None])
+    values[whole * BLOCK :].mul_(by_column[whole:])
+    return values
+
+
+def _chunks(weight: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a [N, K] weight in fp32, some rows of blocks at a time."""
+    step = max(_CHUNK_ELEMENTS // (weight.shape[1] * BLOCK), 1)
+    for first in range(0, blocks(weight.shape[0]), step):
+        rows = slice(first * BLOCK, min((first + step) * BLOCK, weight.shape[0]))
+        yield rows, _converted(weight[rows], scale[first : first + step])
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """`x weight^T`, [N, out]; with a scale in fp32 and rounded once to x's dtype, the weight converted bit by bit."""
+    if scale is None:
+        return F.linear(x, weight)
+    wide = x.float()
+    out = wide.new_empty(x.shape[0], weight.shape[0])
+    for rows, values in _chunks(weight, scale):
+        out[:, rows] = F.linear(wide, values)
+    return out.to(x.dtype)
+
+
+def _groups_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    return x.new_empty(rows, columns, dtype=FP8), x.new_empty(rows, blocks(columns), dtype=torch.float32)
+
+
+@operator(fake=_groups_fake)
+def quantise_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round activations to e4m3 in groups of 128 columns of a row, each with a scale of its own.
+
+    x: [N, K] bf16 or fp32. Returns e4m3 [N, K] and the scales, [N, ceil(K / 128)] fp32. With p the largest magnitude of
+    a group, but at least 2^-100, its scale is p / 448 and its elements are x * (448 / p), rounded to the nearest, ties
+    to even: both quotients are rounded to fp32, and so is the product.
+    """
+    columns = x.shape[1]
+    groups = F.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+    peak = groups.abs().amax(2).clamp_(min=_SMALLEST_PEAK)
+    values = to_fp8(groups * (LARGEST / peak)[..., None]).flatten(1)
+    return values[:, :columns].contiguous(), peak / LARGEST
+
+
+def _product_fake(x, x_scale, weight, scale, out_dtype):
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+
+
+@operator(fake=_product_fake)
+def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`x weight^T` with both in e4m3: what matrix units multiply 128 columns at a time before the scales.
+
+    x: [N, K] e4m3 and x_scale: [N, ceil(K / 128)] fp32, from `quantise_groups`; weight: [out, K] e4m3 and scale:
+    [ceil(out / 128), ceil(K / 128)] fp32. Returns [N, out] of out_dtype (bf16 or fp32), accumulated in fp32.
+    """
+    by_column = x_scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
+    return product(x.float() * by_column, weight, scale).to(out_dtype)
