@@ -5,20 +5,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenspeed import ops
 from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
-from tokenspeed.engine.model.weights import load_weights
+from tokenspeed.engine.model.weights import load_weights, with_formats
 from tokenspeed.engine.parallel import sampling
 from tokenspeed.engine.parallel.comm import Communicator
+from tokenspeed.engine.quantization import products_of
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.step import Row, Step
+from tokenspeed.ops.fp8 import quantise_blocks
 
 CPU = torch.device("cpu")
+# Sizes whose quarters are whole blocks of 128, for weights in FP8.
+BLOCKS = {
+    "hidden_size": 192,
+    "head_dim": 128,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 64,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
 VOCAB = 300  # a quarter of it is no multiple of 4: a rank's noise starts inside a group of four words
 
 
@@ -69,8 +81,19 @@ def write_checkpoint(directory: Path, raw: dict, fused_experts: bool = False) ->
     return directory
 
 
-def load(directory: Path, communicator: Communicator) -> Qwen3_5:
-    model = Qwen3_5.empty(ModelConfig.from_directory(directory), torch.float32, CPU, communicator)
+def write_fp8_checkpoint(directory: Path, raw: dict) -> Path:
+    """The same in the layout of FP8 releases: e4m3 weights and the scales of their blocks, experts one by one."""
+    write_checkpoint(directory, raw)
+    tensors = load_file(directory / "model.safetensors")
+    for key in [key for key in tensors if products_of(key)]:
+        tensors[key], tensors[f"{key}_scale_inv"] = quantise_blocks(tensors[key])
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def load(directory: Path, communicator: Communicator, quantization: str = "auto") -> Qwen3_5:
+    config = with_formats(ModelConfig.from_directory(directory), directory, quantization)
+    model = Qwen3_5.empty(config, torch.float32, CPU, communicator)
     load_weights(model, directory, progress=False)
     return model
 

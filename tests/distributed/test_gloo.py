@@ -29,6 +29,8 @@ CASES = [
     ("dense", Mesh(2, 1)),
     ("dense", Mesh(4, 1)),
     *(("moe", Mesh(tp, ep)) for tp in (1, 2, 4) for ep in (1, 2, 4) if (tp, ep) != (1, 1)),
+    ("fp8", Mesh(2, 1)),
+    ("fp8", Mesh(2, 4)),
     ("", Mesh(4, 2)),
     ("", Mesh(2, 4)),
 ]
@@ -39,7 +41,8 @@ names = [f"{name or 'collectives'}-tp{mesh.tp}-ep{mesh.ep}" for name, mesh in CA
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     made = {name: models.write_checkpoint(root / name, raw) for name, raw in CONFIGS.items()}
-    return {"shipped": SHIPPED, "": "", **made}
+    fp8 = models.write_fp8_checkpoint(root / "fp8", models.config(moe=True, kv_heads=2, **models.BLOCKS))
+    return {"shipped": SHIPPED, "": "", "fp8": fp8, **made}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def results(directories, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(directories):
-    return {name: models.run(ONE_RANK, directories[name]) for name in ("shipped", *CONFIGS)}
+    return {name: models.run(ONE_RANK, directories[name]) for name in ("shipped", "fp8", *CONFIGS)}
 
 
 @pytest.mark.parametrize("number", [i for i, (name, _) in enumerate(CASES) if name], ids=lambda i: names[i])

@@ -104,9 +104,61 @@ def test_both_layouts_of_experts_fill_a_rank_alike(layouts, mesh):
     assert all(torch.equal(a, b) for a, b in zip(split.parameters(), fused.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    raw = models.config(moe=True, kv_heads=2, **models.BLOCKS)
+    return models.write_fp8_checkpoint(tmp_path_factory.mktemp("fp8"), raw)
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
-def test_a_rank_reads_what_it_holds_and_no_more(layouts, mesh, fused, monkeypatch):
+def test_a_rank_holds_the_blocks_of_its_part(fp8, mesh):
+    """Values and scales, and where it quantises them itself they are those that one process makes of the whole."""
+    whole, part = (models.load(fp8, Communicator(m)) for m in (Mesh(), mesh))
+    tensors = load_file(fp8 / "model.safetensors")
+    index, share = mesh.rank % mesh.tp, 512 // mesh.tp
+    names = ("layers.3.self_attn", "layers.0.linear_attn", "layers.1.mlp")
+    attention, gdn, moe = (part.program[part.names.index(name)] for name in names)
+
+    def columns(key: str, first: int, size: int):
+        values, scale = tensors[key], tensors[f"{key}_scale_inv"]
+        return values[:, first : first + size], scale[:, first // 128 : (first + size) // 128]
+
+    def same(weight, values, scale) -> bool:
+        bits = weight.data.view(torch.uint8), values.contiguous().view(torch.uint8)
+        return torch.equal(*bits) and torch.equal(weight.scale, scale)
+
+    assert same(attention.out, *columns("model.layers.3.self_attn.o_proj.weight", 2 * index * share, 2 * share))
+    assert same(gdn.out, *columns("model.layers.0.linear_attn.out_proj.weight", index * share, share))
+    key, count = "model.layers.1.mlp.shared_expert.down_proj.weight", 512 // mesh.world
+    assert same(moe.shared_down, *columns(key, mesh.rank * count, count))
+    slices, held = mesh.world // mesh.ep, 8 // mesh.ep
+    width, first = 512 // slices, mesh.rank // slices * held
+    for local in range(held):
+        key = f"model.layers.1.mlp.experts.{first + local}.down_proj.weight"
+        values, scale = columns(key, mesh.rank % slices * width, width)
+        assert torch.equal(moe.down.data[local].view(torch.uint8), values.contiguous().view(torch.uint8))
+        assert torch.equal(moe.down.scale[local], scale)
+        rows = slice(mesh.rank % slices * width, (mesh.rank % slices + 1) * width)
+        blocks = slice(rows.start // 128, rows.stop // 128)
+        for half, name in zip(moe.gate_up.part.split([width, width]), ("gate", "up"), strict=True):
+            key = f"model.layers.1.mlp.experts.{first + local}.{name}_proj.weight"
+            assert torch.equal(half.data[local].view(torch.uint8), tensors[key][rows].view(torch.uint8))
+            assert torch.equal(half.scale[local], tensors[f"{key}_scale_inv"][blocks])
+    assert {p.dtype for p in part.parameters()} == {p.dtype for p in whole.parameters()}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
+def test_a_rank_quantises_its_part_as_one_process_does_the_whole(tmp_path, mesh):
+    models.write_checkpoint(tmp_path, models.config(moe=True, kv_heads=2, **models.BLOCKS))
+    fp8 = models.write_fp8_checkpoint(tmp_path / "fp8", models.config(moe=True, kv_heads=2, **models.BLOCKS))
+    here, there = (models.load(d, Communicator(mesh), q) for d, q in ((tmp_path, "fp8"), (fp8, "auto")))
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("layout", ["split", "fused", "fp8"])
+@pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
+def test_a_rank_reads_what_it_holds_and_no_more(layouts, fp8, mesh, layout, monkeypatch):
     read = []
 
     class Slice:
@@ -125,7 +177,8 @@ def test_a_rank_reads_what_it_holds_and_no_more(layouts, mesh, fused, monkeypatc
             self.keys, self.get_slice = inner.keys, lambda name: Slice(inner.get_slice(name))
 
     monkeypatch.setattr(weights, "safe_open", File)
-    model = models.load(layouts[fused], Communicator(mesh))
+    directory = {"split": layouts[0], "fused": layouts[1], "fp8": fp8}[layout]
+    model = models.load(directory, Communicator(mesh))
     held = sum(p.numel() for p in model.parameters())
     padding = sum(p.padding * p.shape[1] for p in model.parameters() if p.padding)
     assert sum(read) == held - padding

@@ -24,6 +24,8 @@ CASES = {
     "dense-one-kv": (models.config(moe=False, kv_heads=1), DENSE),
     "moe": (models.config(moe=True, kv_heads=4, tied=True), [Mesh(4, 1), Mesh(4, 2), Mesh(2, 4)]),
     "moe-shared-kv": (models.config(moe=True, kv_heads=2), MOE),
+    "fp8-dense": (models.config(moe=False, kv_heads=2, **models.BLOCKS), DENSE),
+    "fp8-moe": (models.config(moe=True, kv_heads=2, **models.BLOCKS), [Mesh(2, 1), Mesh(4, 2), Mesh(2, 4)]),
 }
 
 
@@ -39,7 +41,9 @@ def checkpoints(tmp_path_factory):
     def get(name: str):
         if name not in made:
             directory = tmp_path_factory.mktemp(name) if name in CASES else SHIPPED
-            if name in CASES:
+            if name.startswith("fp8"):
+                models.write_fp8_checkpoint(directory, CASES[name][0])
+            elif name in CASES:
                 models.write_checkpoint(directory, CASES[name][0], fused_experts=name == "moe")
             made[name] = directory, models.run(ONE_RANK, directory)
         return made[name]
