@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,12 +22,16 @@ from torch import Tensor
 
 from tokenspeed import ops
 from tokenspeed.engine.config import PAGE_TOKENS, DenseConfig, ModelConfig
+from tokenspeed.engine.device import pick_kv_dtype
 from tokenspeed.engine.loading import RING_ROWS
 from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.parameters import Weight
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.sizes import PUBLISHED
 from tokenspeed.engine.step import Begin, Row, Sample, Step
+from tokenspeed.ops.fp8 import FP8, quantise_blocks
 
 from .timing import measure_ceilings
 
@@ -35,10 +40,18 @@ CUDA = torch.device("cuda")
 
 
 def random_model(config: ModelConfig) -> Qwen3_5:
-    """Weights drawn on the card so that activations keep their size and every decay is a plausible one."""
+    """Weights drawn on the card so that activations keep their size and every decay is a plausible one; those in FP8
+    are quantised as they are drawn."""
     model = Qwen3_5.empty(config, torch.bfloat16, CUDA)
     torch.manual_seed(0)
+    for weight in (module for module in model.modules() if isinstance(module, Weight) and module.scale is not None):
+        for data, scale in [weight] if weight.data.dim() == 2 else zip(*weight, strict=True):
+            values, by_block = quantise_blocks(torch.randn(data.shape, device=CUDA) * data.shape[-1] ** -0.5)
+            data.copy_(values)
+            scale.copy_(by_block)
     for name, parameter in model.named_parameters():
+        if parameter.dtype == FP8 or name.endswith(".scale"):
+            continue
         if name.endswith("a_log"):
             parameter.uniform_(-4, 1)
         elif name.endswith("dt_bias"):
@@ -53,10 +66,10 @@ def random_model(config: ModelConfig) -> Qwen3_5:
 class Sequences:
     """B sequences of one length in a runner's memory, and the Steps that move them on."""
 
-    def __init__(self, model: Qwen3_5, batch: int, tokens: int):
+    def __init__(self, model: Qwen3_5, batch: int, tokens: int, kv_dtype: torch.dtype | None):
         config = model.config
         self.pages = -(-tokens // PAGE_TOKENS)
-        layout = MemoryLayout(config, torch.bfloat16, ring_rows=RING_ROWS)
+        layout = MemoryLayout(config, torch.bfloat16, ring_rows=RING_ROWS, kv_dtype=kv_dtype)
         memory = Memory(layout, batch * self.pages, batch, CUDA)
         self.runner = Runner(model, memory, max_seqs=batch, max_tokens=self.pages * PAGE_TOKENS)
         self.batch, self.vocab, self.done = batch, config.vocab, 0
@@ -116,7 +129,7 @@ def operators(**replacements: Callable) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def compare_logits(model: Qwen3_5, tokens: int) -> dict:
+def compare_logits(model: Qwen3_5, tokens: int, kv_dtype: torch.dtype | None) -> dict:
     """Relative distance of logits from those of the torch implementations: after a prefill and three decode steps.
 
     Where experts nearly tie, rounding decides who is chosen, and the chosen decide the rest. So a second run of the
@@ -124,7 +137,7 @@ def compare_logits(model: Qwen3_5, tokens: int) -> dict:
     """
 
     def logits() -> list[Tensor]:
-        sequences = Sequences(model, 2, tokens + 8)
+        sequences = Sequences(model, 2, tokens + 8, kv_dtype)
         steps = [sequences.run(sequences.prefill(tokens)).float().clone()]
         for _ in range(3):
             sequences.runner.tables.last_ids.fill_(7)  # the same ids whatever was sampled
@@ -153,9 +166,9 @@ def compare_logits(model: Qwen3_5, tokens: int) -> dict:
     return result
 
 
-def decode_bytes(model: Qwen3_5, batch: int, context: int) -> dict[str, int]:
+def decode_bytes(model: Qwen3_5, batch: int, context: int, kv_dtype: torch.dtype | None) -> dict[str, int]:
     """Bytes a decode step must move, by what they are. Of experts, those that as many random choices hit."""
-    config, layout = model.config, MemoryLayout(model.config, torch.bfloat16)
+    config, layout = model.config, MemoryLayout(model.config, torch.bfloat16, kv_dtype=kv_dtype)
     experts = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 3)
     embedding = 0 if config.tied else model.program[0].weight.nbytes
     dense = sum(p.nbytes for p in model.parameters()) - experts - embedding
@@ -186,15 +199,16 @@ def kernel_times(sequences: Sequences) -> dict[str, tuple[float, int]]:
 
 
 @torch.inference_mode()
-def measure(size: str, batches: list[int], prefill: int, check: bool) -> dict:
-    model = random_model(PUBLISHED[size])
+def measure(size: str, batches: list[int], prefill: int, check: bool, fp8: bool, kv_dtype: torch.dtype | None) -> dict:
+    model = random_model(replace(PUBLISHED[size], fp8=PRODUCTS if fp8 else frozenset()))
     ceilings = measure_ceilings("cuda")
-    result: dict = {"size": size, "device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy}
+    formats = {"weights": "fp8" if fp8 else "bf16", "kv": "fp8" if kv_dtype else "bf16"}
+    result: dict = {"size": size, **formats, "device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy}
     result["compiled"] = ops.compiled_operators()
     if check:
-        result["logits"] = compare_logits(model, 300)
+        result["logits"] = compare_logits(model, 300, kv_dtype)
         print(f"{size}: logits beside torch's: {result['logits']}", flush=True)
-    one = Sequences(model, 1, prefill + 64)
+    one = Sequences(model, 1, prefill + 64, kv_dtype)
     one.run(one.prefill(64))
     one.done = 0
     step = one.prefill(prefill)
@@ -209,7 +223,7 @@ def measure(size: str, batches: list[int], prefill: int, check: bool) -> dict:
     del one
     result["decode"] = []
     for batch in batches:
-        sequences = Sequences(model, batch, CONTEXT + 256)
+        sequences = Sequences(model, batch, CONTEXT + 256, kv_dtype)
         for _ in range(0, CONTEXT, 256):
             sequences.run(sequences.prefill(256))
         captured = sequences.runner.capture(progress=False)
@@ -222,7 +236,7 @@ def measure(size: str, batches: list[int], prefill: int, check: bool) -> dict:
                 sequences.run(sequences.decode())
 
         took = seconds(many, 5) / 16
-        must = decode_bytes(model, batch, CONTEXT)
+        must = decode_bytes(model, batch, CONTEXT, kv_dtype)
         floor = sum(must.values()) / (ceilings.copy * 1e9)
         row = {"batch": batch, "graph": captured, "us": took * 1e6, "tok_s": batch / took, "bytes": must}
         row |= {"floor_us": floor * 1e6, "of_floor": floor / took}
@@ -245,6 +259,8 @@ def main() -> int:
     parser.add_argument("--size", nargs="+", choices=PUBLISHED, default=["0.8B"], help="published sizes (default 0.8B)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="decode batch sizes")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill that is timed (default 8192)")
+    parser.add_argument("--quantization", choices=["none", "fp8"], default="none", help="of weights (default none)")
+    parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help="of KV pages (default bf16)")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with torch's logits")
     parser.add_argument("--json", type=Path, help="append each size's figures to this JSONL file")
     options = parser.parse_args()
@@ -252,7 +268,8 @@ def main() -> int:
         print("benchmarks.card needs a GPU that torch can use; python -m benchmarks.engine measures on a CPU.")
         return 2
     for size in options.size:
-        result = measure(size, options.batches, options.prefill, not options.no_check)
+        formats = options.quantization == "fp8", pick_kv_dtype(options.kv_dtype)
+        result = measure(size, options.batches, options.prefill, not options.no_check, *formats)
         if options.json:
             with options.json.open("a") as out:
                 out.write(json.dumps(result) + "\n")

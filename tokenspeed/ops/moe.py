@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fp8 import product
+from .fp8 import dequantise, product
 from .library import operator
 from .norm import silu_mul
 
@@ -65,7 +65,7 @@ def moe_experts(
     """
     top_k = weights.shape[1]
     order = order.long()
-    if x.is_cuda and gate_up_scale is None:
+    if x.is_cuda:
         # The choices of the experts at hand lie together, and the grouped product wants them first.
         order = order[(torch.arange(len(order), device=order.device) + offsets[0]) % max(len(order), 1)]
         offsets = offsets - offsets[0]
@@ -81,7 +81,10 @@ def moe_experts(
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None, parts: int = 1) -> Tensor:
     """Rows offsets[e] .. offsets[e + 1] of x times the transpose of weight[e]; other rows are zero. parts: how many
     pieces of a weight's rows have blocks of their own."""
-    if x.is_cuda and scale is None:
+    if x.is_cuda:
+        if scale is not None:  # experts in one product have x's type, to which they are rounded
+            pairs = zip(weight.chunk(parts, dim=1), scale.chunk(parts, dim=1), strict=True)
+            weight = torch.cat([dequantise(*pair).to(x.dtype) for pair in pairs], dim=1)
         out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
         return out.masked_fill_(torch.arange(len(out), device=out.device)[:, None] >= offsets[-1], 0)
     # On the host the offsets cost nothing to read, and only experts with tokens are visited.
