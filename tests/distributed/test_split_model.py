@@ -24,6 +24,8 @@ CASES = {
     "dense-one-kv": (models.config(moe=False, kv_heads=1), DENSE),
     "moe": (models.config(moe=True, kv_heads=4, tied=True), [Mesh(4, 1), Mesh(4, 2), Mesh(2, 4)]),
     "moe-shared-kv": (models.config(moe=True, kv_heads=2), MOE),
+    "dense-mtp": (models.config(moe=False, kv_heads=1, tied=True, mtp_num_hidden_layers=1), DENSE),
+    "moe-mtp": (models.config(moe=True, kv_heads=2, mtp_num_hidden_layers=1), [Mesh(2, 1), Mesh(1, 2), Mesh(4, 2)]),
 }
 
 
@@ -54,6 +56,7 @@ def checkpoints(tmp_path_factory):
 )
 def test_ranks_give_the_logits_of_one_process_and_one_id(checkpoints, name, mesh):
     directory, expected = checkpoints(name)
+    assert len(expected.drafts) == (8 if ModelConfig.from_directory(directory).mtp_layers else 0)
     models.check(run_ranks(mesh, lambda communicator: models.run(communicator, directory)), expected)
 
 
