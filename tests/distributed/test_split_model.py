@@ -6,6 +6,7 @@ import torch
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.commands.info import weight_bytes
 from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
@@ -93,6 +94,12 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     moe = 64 * joined + routed + 64 * 48 // mesh.world
     whole = attention + 3 * gdn + 4 * moe + 9 * 64 + 2 * 64 * models.VOCAB // mesh.tp
     assert weight_bytes(planned) == 4 * whole
+
+
+def test_a_draft_vocabulary_is_refused_where_the_head_is_split(checkpoints):
+    model = models.load(checkpoints("dense-mtp")[0], Communicator(Mesh(2, 1)))
+    with pytest.raises(ConfigError, match="there are 2"):
+        model.mtp.reduce_vocabulary(torch.arange(10))
 
 
 def test_a_rank_alone_says_so_and_does_its_own_work(checkpoints):
