@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from checkpoints import CPU, VOCAB, Shape, oracle, oracle_logits
+from mtp_oracle import random_head, split_experts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -114,6 +115,14 @@ def quantised(saved: Path, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[O
     return Official(json.loads((saved / "config.json").read_text()), tensors, listed), plain
 
 
+def add_head(directory: Path) -> None:
+    """A random MTP head for the checkpoint, which `transformers` does not read."""
+    config = json.loads((directory / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = load_file(directory / "model.safetensors") | split_experts(random_head(config))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+
+
 @dataclass
 class Release:
     """directory: in the official layout; plain: the same dequantised by hand, as `transformers` reads it; logits: of
@@ -138,10 +147,11 @@ class Release:
 
 
 def release(root: Path, moe: bool, tokens: int = 80, scale_dtype: torch.dtype = torch.bfloat16, **sizes) -> Release:
-    """The first random release of a fixed series in which no token's experts are nearly tied."""
+    """The first random release of a fixed series in which no token's experts are nearly tied, with an MTP head."""
     for seed in range(20):
         made = oracle(Shape(moe=moe), seed, **sizes)
         made.save_pretrained(root / "saved")
+        add_head(root / "saved")
         official, plain = quantised(root / "saved", scale_dtype)
         shutil.copytree(root / "saved", root / "plain", dirs_exist_ok=True)
         save_file(plain, root / "plain" / "model.safetensors", metadata={"format": "pt"})
@@ -152,8 +162,8 @@ def release(root: Path, moe: bool, tokens: int = 80, scale_dtype: torch.dtype = 
     raise AssertionError("twenty near-ties in a row: the router of the test models is too narrow")
 
 
-def load(directory: Path, quantization: str = "auto", dtype: torch.dtype = torch.float32) -> Qwen3_5:
+def load(directory: Path, quantization: str = "auto", dtype: torch.dtype = torch.float32, mtp: bool = False) -> Qwen3_5:
     config = with_formats(ModelConfig.from_directory(directory), directory, quantization)
-    model = Qwen3_5.empty(config, dtype, CPU)
+    model = Qwen3_5.empty(config, dtype, CPU, mtp=mtp)
     load_weights(model, directory, progress=False)
     return model

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fp8_checkpoints import PREFIX, Official, Release, load, release, wide
 from safetensors.torch import load_file
+from test_mtp import Sequence
 
 from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.model.parameters import Weight
@@ -71,6 +72,35 @@ def test_dequantised_while_loading_it_is_the_checkpoint_dequantised_by_hand(rele
     assert same(model, load(released.plain))
     assert {weight.format for weight in weights(model).values()} == {"fp32"}
     assert (released.run(model) - released.logits).abs().max() <= TOLERANCE
+
+
+def drafts(model: Qwen3_5, ids: torch.Tensor) -> torch.Tensor:
+    """Logits and states of the MTP head over a prompt."""
+    sequence = Sequence(model)
+    output = sequence.head(ids[1:], 0, sequence.trunk(ids[:-1], 0).hidden)
+    return torch.cat([output.logits, output.hidden], dim=1)
+
+
+def test_an_mtp_head_in_fp8_drafts_as_the_one_it_stands_for(released):
+    model, plain = load(released.directory, mtp=True), load(released.plain, mtp=True)
+    assert same(load(released.directory, "none", mtp=True), plain)
+    wanted = drafts(plain, released.ids[:70])
+    assert (drafts(model, released.ids[:70]) - wanted).abs().max() <= TOLERANCE
+    layer = [module for stage in model.mtp.program for module in stage.modules() if isinstance(module, Weight)]
+    assert sum(weight.format == "fp8_block128" for weight in layer) >= 4
+    assert model.mtp.program[1].fc.dtype == torch.float32, "fc is not converted"
+
+
+def test_an_mtp_head_in_bf16_beside_fp8_weights_is_quantised_with_them(released, official):
+    """It only drafts: what it says is verified."""
+    made, directory = official
+    plain = load_file(released.plain / "model.safetensors")
+    made.tensors = {n: t for n, t in made.tensors.items() if not n.startswith("mtp.")}
+    made.tensors |= {name: tensor for name, tensor in plain.items() if name.startswith("mtp.")}
+    model, theirs = load(made.write(directory), mtp=True), load(released.directory, mtp=True)
+    assert [p.dtype for p in model.parameters()] == [p.dtype for p in theirs.parameters()]
+    wanted = drafts(theirs, released.ids[:70])
+    assert (drafts(model, released.ids[:70]) - wanted).norm() / wanted.norm() < 0.05
 
 
 def test_in_bf16_the_weights_stay_what_they_are(released):

@@ -209,7 +209,7 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     config = replace(config, fp8=frozenset(header.fp8))
     model = Qwen3_5.empty(config, dtype, device)
     load_weights(model, directory, progress=False)
-    layout = MemoryLayout(config, dtype, ring_rows=header.ring_rows, kv_dtype=pick_kv_dtype(header.kv_dtype))
+    layout = MemoryLayout(model.config, dtype, ring_rows=header.ring_rows, kv_dtype=pick_kv_dtype(header.kv_dtype))
     memory = Memory(layout, header.pages, header.slots, device)
     runner = Runner(model, memory, header.max_num_seqs, header.max_model_len)
     runner.capture(progress=False)

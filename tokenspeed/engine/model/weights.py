@@ -17,7 +17,8 @@ from ..quantization import PRODUCTS, products_of
 from .parameters import Region, Source
 from .qwen3_5 import Qwen3_5
 
-_NOT_TEXT = ("model.visual.", "visual.", "mtp.")
+_NOT_TEXT = ("model.visual.", "visual.")
+_MTP = "mtp."
 _PREFIXES = ("model.language_model.", "model.")
 _DTYPES = ("BF16", "F16", "F32")
 _FP8, _SCALE = "F8_E4M3", "_scale_inv"
@@ -59,7 +60,7 @@ def with_formats(config: ModelConfig, directory: Path, quantization: str) -> Mod
     files = _Files(directory)
     stored: dict[bool, set[str]] = {True: set(), False: set()}
     for name in files.where:
-        products = () if name.startswith(_NOT_TEXT) else products_of(name)
+        products = () if name.startswith((*_NOT_TEXT, _MTP)) else products_of(name)
         if not products:
             continue
         fp8 = files.get(name).get_dtype() == _FP8
@@ -80,8 +81,15 @@ def _check_listed(config: ModelConfig, files: _Files, name: str, fp8: bool) -> N
         )
 
 
+def holds_mtp(config: ModelConfig, directory: Path) -> bool:
+    """Whether the checkpoint has an MTP head: by its tensors, for one that was saved again may have lost them and name
+    a head still. Raises ConfigError for files that cannot be read."""
+    return config.mtp_layers > 0 and any(name.startswith(_MTP) for name in _tensor_files(directory))
+
+
 def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
-    """Fill every parameter of the model from DIRECTORY/*.safetensors; vision and draft tensors are skipped by name.
+    """Fill every parameter of the model from DIRECTORY/*.safetensors; vision tensors are skipped by name, and those of
+    the MTP head where the model is without.
 
     Either key prefix and either expert layout; only what the model's rank holds is read, each slice is cast, quantised
     or dequantised to its parameter's format on the way, and no second copy of the weights is ever held. Raises
@@ -89,7 +97,8 @@ def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
     model's parameters.
     """
     files = _Files(directory)
-    names = [name for name in files.where if not name.startswith(_NOT_TEXT)]
+    skipped = _NOT_TEXT if model.mtp else (*_NOT_TEXT, _MTP)
+    names = [name for name in files.where if not name.startswith(skipped)]
     prefix = next((p for p in _PREFIXES if any(name.startswith(p + "layers.") for name in names)), _PREFIXES[-1])
     sources = {source.key: source for source in model.sources(prefix)}
     if model.config.tied and "lm_head.weight" in names:
