@@ -10,7 +10,6 @@ of checkpoint tensors fill its parameters. The x it gives is its own to lose: a 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,79 +22,10 @@ from ..memory import StateViews
 from ..parallel import sharding
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
-from .parameters import Section, Source, elsewhere, in_fp8, local_size, matrix, source, stacked, weight, whole_size
-
-
-class PendingNorm(NamedTuple):
-    """A block's output, the residual stream without it (None: x is the stream), and the norm of their sum."""
-
-    x: Tensor
-    residual: Tensor | None
-    norm_weight: Tensor
-    eps: float
-
-    def normed(self) -> Tensor:
-        if self.residual is None:
-            return ops.rms_norm(self.x, self.norm_weight, self.eps)
-        return ops.add_rms_norm(self.x, self.residual, self.norm_weight, self.eps)[0]
-
-    def linear(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The product of the norm with a weight, the norm, and the residual stream."""
-        if self.residual is None:
-            normed = self.normed()
-            return ops.linear(normed, weight, scale), normed, self.x
-        return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight, scale)
-
-    def linear_of(self, rows: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The product of some rows of the norm with a weight, of all where `rows` is None, and the whole norm."""
-        if rows is None:
-            return self.linear(weight)[:2]
-        normed = self.normed()
-        return ops.linear(normed[rows], weight), normed
-
+from .parameters import Source, elsewhere, in_fp8, matrix, source, stacked, weight
+from .products import Joined, PendingNorm
 
 Flow = tuple[Tensor | PendingNorm, Tensor | None]
-
-
-class Joined(nn.ModuleList):
-    """Several products of one x behind its norm: one launch, or two where the leading ones are in FP8 and others not.
-
-    outputs: of each product, the checkpoint tensors that stand above one another in it, by their names below `block`,
-    with the sections of their rows.
-    """
-
-    def __init__(self, config: ModelConfig, mesh: Mesh, block: str, outputs: list[dict[str, tuple[Section, ...]]]):
-        super().__init__()
-        self.mesh, self.hidden = mesh, config.hidden
-        count = sum(all(f"{block}.{name}" in config.fp8 for name in output) for output in outputs)
-        rows = {name: whole_size(rows) for output in outputs[:count] for name, rows in output.items()}
-        fp8 = bool(rows) and in_fp8(config, block, rows)
-        groups = [outputs[:count], outputs[count:]] if fp8 else [outputs]
-        self.groups = [group for group in groups if group]
-        # Few heads leave odd widths, and kernels read the rows of the product in vectors of 8 elements.
-        self.extend(
-            matrix(mesh, sum((sum(output.values(), ()) for output in group), ()), config.hidden, fp8=each, multiple=8)
-            for group, each in zip(self.groups, (fp8, False), strict=False)
-        )
-        self.widths = [
-            [sum(local_size(rows, mesh) for rows in output.values()) for output in group] + [each.data.padding]
-            for group, each in zip(self.groups, self, strict=True)
-        ]
-
-    def sources(self):
-        for group, each in zip(self.groups, self, strict=True):
-            named = [(name, rows) for output in group for name, rows in output.items()]
-            widths = [local_size(rows, self.mesh) for _, rows in named] + [each.data.padding]
-            for (name, rows), part in zip(named, each.part.split(widths), strict=False):
-                yield source(f"{name}.weight", part, self.mesh, rows, self.hidden)
-
-    def forward(self, x: PendingNorm) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The products in order, the norm, and the residual stream."""
-        first, *others = self
-        projected, normed, residual = x.linear(*first)
-        results = [projected, *(ops.linear(normed, *each) for each in others)]
-        pairs = zip(results, self.widths, strict=True)
-        return [part for result, widths in pairs for part in result.split(widths, dim=1)[:-1]], normed, residual
 
 
 class Stage(nn.Module):
