@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenspeed.ops.fp8 import BLOCK, FP8, dequantise, quantise_blocks, to_fp8
+from tokenspeed.ops.fp8 import BLOCK, FP8, dequantise, from_fp8, quantise_blocks, to_fp8
 
 from . import reference
 from .backends import bounded, same_bits
@@ -53,6 +53,14 @@ def test_numbers_are_rounded_to_the_nearest_and_the_largest_is_never_exceeded(va
     assert torch.equal(to_fp8(between.float()).double(), nearest(between))
     assert to_fp8(torch.tensor([torch.inf, -torch.inf])).tolist() == [448, -448]
     assert to_fp8(torch.tensor([torch.nan])).isnan().all()
+
+
+def test_every_bit_pattern_is_read_as_its_number():
+    patterns = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(FP8)
+    numbers = from_fp8(patterns)
+    assert numbers.dtype == torch.float32 and same_bits(numbers.nan_to_num(), patterns.float().nan_to_num())
+    assert numbers.isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
+    assert torch.equal(numbers[~numbers.isnan()].double().unique(), e4m3_numbers())
 
 
 @pytest.mark.parametrize("shape", [*RAGGED, (3, 130, 140)])

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fp8 import FP8, to_fp8
+from .fp8 import FP8, from_fp8, to_fp8
 from .library import operator
 from .norm import rms_norm
 from .sequences import grid_of_tokens
@@ -77,7 +77,8 @@ def _attend(q: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, end
     page = page_table.clamp(min=0, max=len(kv) - 1).long().gather(1, existing // kv.shape[3])[:, None]
     head = torch.arange(kv.shape[2], device=q.device)[:, None]
     row = (existing % kv.shape[3])[:, None]
-    k, v = (kv[page, part, head, row].to(q.dtype) for part in range(2))  # [B, kv_heads, keys, D]
+    k, v = (kv[page, part, head, row] for part in range(2))  # [B, kv_heads, keys, D]
+    k, v = ((from_fp8(x) if x.dtype == FP8 else x).to(q.dtype) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
 
 

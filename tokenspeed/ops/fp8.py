@@ -29,6 +29,21 @@ def to_fp8(x: Tensor) -> Tensor:
     return x.float().clamp(-LARGEST, LARGEST).to(FP8)
 
 
+def from_fp8(x: Tensor) -> Tensor:
+    """e4m3 numbers as fp32."""
+    if x.is_cuda:
+        return x.float()
+    values = _over_256(x).mul_(256)
+    return values.masked_fill_(values.abs() > LARGEST, torch.nan)
+
+
+def _over_256(x: Tensor) -> Tensor:
+    """e4m3 numbers / 256 as fp32, and 480 / 256 for NaN: torch converts them one by one on a CPU, but their bits, moved
+    to the place of a half's, are a half of that value."""
+    halves = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)  # 0xBF80
+    return halves.view(torch.float16).float()
+
+
 def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight, [..., N, K] of any float type, in the format `fp8_block128`: (e4m3, scale). A block's scale is its
     largest magnitude / 448, and 1 where the block is zero."""
@@ -46,19 +61,14 @@ def dequantise(weight: Tensor, scale: Tensor, row: int = 0, column: int = 0) -> 
     column: where in its block the weight's first element stands, for a part of a weight."""
     rows, columns = weight.shape[-2:]
     by_row = scale.repeat_interleave(BLOCK, -2)[..., row : row + rows, :]
-    return weight.float().mul_(by_row.repeat_interleave(BLOCK, -1)[..., column : column + columns])
+    return from_fp8(weight).mul_(by_row.repeat_interleave(BLOCK, -1)[..., column : column + columns])
 
 
 def _converted(weight: Tensor, scale: Tensor) -> Tensor:
-    """`dequantise` of at most 128 rows of blocks, [N, K], several times as fast on a CPU.
-
-    torch converts e4m3 one by one there. The bits of an e4m3 number, moved to those of a half, are the number / 256.
-    """
+    """`dequantise` on a CPU, [N, K], several times as fast."""
     rows, columns = weight.shape
-    halves = weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)  # 0xBF80
+    values, whole = _over_256(weight), rows // BLOCK
     by_column = (scale * 256).repeat_interleave(BLOCK, 1)[:, :columns]
-    values = halves.view(torch.float16).float()
-    whole = rows // BLOCK
     values[: whole * BLOCK].view(whole, BLOCK, columns).mul_(by_column[:whole, None])
     values[whole * BLOCK :].mul_(by_column[whole:])
     return values
@@ -117,4 +127,4 @@ def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out_dt
     [ceil(out / 128), ceil(K / 128)] fp32. Returns [N, out] of out_dtype (bf16 or fp32), accumulated in fp32.
     """
     by_column = x_scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
-    return product(x.float() * by_column, weight, scale).to(out_dtype)
+    return product(from_fp8(x) * by_column, weight, scale).to(out_dtype)
