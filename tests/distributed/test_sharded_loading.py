@@ -9,6 +9,7 @@ from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.model import weights
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
+from tokenspeed.ops.fp8 import dequantise
 
 from . import models
 
@@ -154,6 +155,24 @@ def test_a_rank_quantises_its_part_as_one_process_does_the_whole(tmp_path, mesh)
     here, there = (models.load(d, Communicator(mesh), q) for d, q in ((tmp_path, "fp8"), (fp8, "auto")))
     for a, b in zip(here.parameters(), there.parameters(), strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
+def test_a_rank_dequantises_its_part_though_it_cuts_blocks(tmp_path, mesh):
+    """Parts of 24, 48 and 64 rows and columns; to be held in FP8 they would have to be whole blocks."""
+    raw = models.config(moe=True, kv_heads=2, moe_intermediate_size=256, shared_expert_intermediate_size=192)
+    models.write_fp8_checkpoint(tmp_path / "fp8", raw)
+    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_scale_inv")]:
+        scale, name = tensors.pop(key), key.removesuffix("_scale_inv")
+        tensors[name] = dequantise(tensors[name], scale)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tmp_path / "fp8" / "config.json").read_text())
+    here, plain = (models.load(d, Communicator(mesh), "none") for d in (tmp_path / "fp8", tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(here.parameters(), plain.parameters(), strict=True))
+    if mesh.world > 1:
+        with pytest.raises(ConfigError, match=r"(num|linear_num|moe|shared)_\w+ \d+ over the \d ranks.*blocks of 128"):
+            models.load(tmp_path / "fp8", Communicator(mesh))
 
 
 @pytest.mark.parametrize("layout", ["split", "fused", "fp8"])
