@@ -14,9 +14,11 @@ from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
 from .moe import moe_experts, moe_route
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
+from .progress import accept_tokens, next_tokens, paged_rows
 from .sampling import sample
 
 __all__ = [
+    "accept_tokens",
     "add_gated_silu_mul_linear",
     "add_rms_norm",
     "add_rms_norm_linear",
@@ -31,8 +33,10 @@ __all__ = [
     "linear",
     "moe_experts",
     "moe_route",
+    "next_tokens",
     "paged_attention_decode",
     "paged_attention_prefill",
+    "paged_rows",
     "rms_norm",
     "rope",
     "sample",
