@@ -29,7 +29,7 @@ def test_a_decode_step_reads_nothing_on_the_host(moe, tp):
         memory = Memory(MemoryLayout(model.share, torch.float32), 4, 3, models.CPU)
         tables = Tables(3, 2, models.CPU)
         batch = decode_batch(torch.empty(6, 3, dtype=torch.int32), memory, tables, *model.rotary(models.CPU))
-        logits = model(batch)
+        logits = model(batch).logits
         assert logits.shape == (3, models.VOCAB // tp)
         assert sampling.greedy(logits, communicator).shape == (3,)
         floats, integers = torch.empty(3, 3).unbind(0), torch.empty(2, 3, dtype=torch.int64).unbind(0)

@@ -29,7 +29,7 @@ def test_padding_rows_change_no_logits_and_touch_no_memory(tmp_path):
         alone, _ = prepared(tmp_path / str(moe), moe)
         expected = alone.forward(Step(decode=rows))
         packed = to_device(pack_rows(rows, 4), CPU)
-        logits = runner.model(decode_batch(packed, runner.memory, runner.tables, *runner._rotary))
+        logits = runner.model(decode_batch(packed, runner.memory, runner.tables, *runner._rotary)).logits
         torch.testing.assert_close(logits[:2], expected, rtol=0, atol=1e-5)
         for ours, theirs in ((runner.memory.kv, alone.memory.kv), (runner.memory.slots, alone.memory.slots)):
             difference = (ours.view(torch.float32) - theirs.view(torch.float32)).nan_to_num().abs()

@@ -62,11 +62,12 @@ def test_published_size_builds_on_meta_with_the_published_parameter_count(name):
 def test_published_bytes_follow_from_the_layout(name):
     config = PUBLISHED[name]
     decode_gb, state_mib, kv_kib = TABLE[name]
-    layout = MemoryLayout(config, torch.bfloat16)
+    model = Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"))
+    layout = MemoryLayout(model.config, torch.bfloat16)
     assert layout.recurrent_bytes == state_mib * 2**20
     assert layout.kv_token_bytes == kv_kib * 2**10
     read = 0
-    for key, shape, _ in Qwen3_5.empty(config, torch.bfloat16, torch.device("meta")).sources("model."):
+    for key, shape, _ in model.sources("model."):
         if ".experts." in key and not key.endswith(("gate_up_proj", "down_proj")):
             continue  # the same memory under its other name
         share = config.ffn.top_k / config.ffn.experts if ".experts." in key else 1

@@ -74,6 +74,7 @@ class ModelConfig:
     tied: bool
     max_context: int
     eos_ids: tuple[int, ...]
+    mtp_layers: int = 0  # decoder layers of the MTP head: 1 where there is one
 
     @property
     def conv_channels(self) -> int:
@@ -82,6 +83,11 @@ class ModelConfig:
     @property
     def full_layers(self) -> int:
         return self.layer_types.count(FULL)
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers with keys and values in the pages: the attention layers, and behind them the MTP head's."""
+        return self.full_layers + self.mtp_layers
 
     @property
     def linear_layers(self) -> int:
@@ -130,6 +136,7 @@ class ModelConfig:
             tied=fields.get("tie_word_embeddings", bool, raw.get("tie_word_embeddings", False)),
             max_context=longest,
             eos_ids=_ids(text.get("eos_token_id", raw.get("eos_token_id"))),
+            mtp_layers=_mtp_layers(text.get("mtp_num_hidden_layers")),
         )
         if config.q_heads % config.kv_heads:
             raise ConfigError(
@@ -279,6 +286,17 @@ def _rope(fields: _Fields, head_dim: int) -> RopeConfig:
         truncate=rope.get("truncate", bool, True),
     )
     return RopeConfig(theta, dims, yarn)
+
+
+def _mtp_layers(value: Any) -> int:
+    if value is None:
+        return 0
+    if not isinstance(value, int) or isinstance(value, bool) or value not in (0, 1):
+        raise ConfigError(
+            f"config.json has 'mtp_num_hidden_layers': {value!r}; an MTP head of one layer is supported, so it must be "
+            "0 or 1."
+        )
+    return value
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ class DecodeGraphs:
             packed = to_device(pack_rows((), size), self._device)
 
             def run(packed: Tensor = packed) -> Tensor:
-                return model(decode_batch(packed, memory, tables, *rotary))
+                return model(decode_batch(packed, memory, tables, *rotary)).logits
 
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

@@ -12,7 +12,7 @@ from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, use_threads
 from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
-from .model.weights import load_weights
+from .model.weights import holds_mtp, load_weights
 from .parallel.comm import Communicator
 from .runner import Runner
 
@@ -27,11 +27,13 @@ def load_runner(
     communicator: Communicator,
     smallest: Callable[[list[int]], list[int]],
     progress: bool,
+    mtp: bool = False,
 ) -> tuple[Runner, MemoryPlan]:
     """A rank's weights and memory. smallest: of each number the smallest that any rank has, so that all get the same
-    pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
+    pages and slots; mtp: with the MTP head, where the checkpoint has one. Raises ConfigError or CapacityError for what
+    cannot be used."""
     model_config, dtype = ModelConfig.from_directory(directory), pick_dtype(config.dtype, device)
-    model = Qwen3_5.empty(model_config, dtype, device, communicator)
+    model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp and holds_mtp(model_config, directory))
     load_weights(model, directory, progress)
     threads = config.threads
     if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:

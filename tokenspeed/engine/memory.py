@@ -29,8 +29,9 @@ class StateViews(NamedTuple):
 class MemoryLayout:
     """Bytes of one KV page and one state slot of a model.
 
-    ring_rows: updates a slot keeps beside its recurrent state (0: every token is folded at once); window_entries:
-    inputs of the short convolution it keeps.
+    config: of what is held, as `Qwen3_5.share` says it, for the MTP head's layer has keys and values too. ring_rows:
+    updates a slot keeps beside its recurrent state (0: every token is folded at once); window_entries: inputs of the
+    short convolution it keeps.
     """
 
     config: ModelConfig
@@ -40,7 +41,7 @@ class MemoryLayout:
 
     @property
     def page_shape(self) -> tuple[int, ...]:
-        return (self.config.full_layers, 2, self.config.kv_heads, PAGE_TOKENS, self.config.head_dim)
+        return (self.config.kv_layers, 2, self.config.kv_heads, PAGE_TOKENS, self.config.head_dim)
 
     @property
     def page_bytes(self) -> int:
@@ -132,7 +133,8 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
 
 
 class Memory:
-    """Allocates both arenas and holds a view of them for each layer of the model, by layer index."""
+    """Allocates both arenas and holds a view of them for each layer of the model, by layer index; that of the MTP head
+    comes after the last."""
 
     def __init__(self, layout: MemoryLayout, pages: int, slots: int, device: torch.device):
         """Raises CapacityError where the device has less free memory than the arenas need."""
@@ -155,6 +157,7 @@ class Memory:
             else:
                 self.layers.append(self._state_views(linear * layout.slot_layer_bytes))
                 linear += 1
+        self.layers += [self.kv[:, i] for i in range(full, layout.config.kv_layers)]
 
     def _state_views(self, offset: int) -> StateViews:
         views = {}

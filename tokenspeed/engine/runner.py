@@ -137,12 +137,12 @@ class Runner:
         self.tables.update(step.grown)
         places = self.memory, self.tables, *self._rotary
         if step.prefill:
-            return self.model(build_batch(step, *places))
+            return self.model(build_batch(step, *places)).logits
         if self._graphs:
             return self._graphs.forward(step, self._columns)
         packed = self._columns.of(step, step.tokens)
         width = -(-(int(packed[1].max()) + 1) // PAGE_TOKENS)  # pages of the longest row, its new token among them
-        return self.model(decode_batch(to_device(packed, self.device), *places, width))
+        return self.model(decode_batch(to_device(packed, self.device), *places, width)).logits
 
     @torch.inference_mode()
     def capture(self, progress: bool = True) -> bool:

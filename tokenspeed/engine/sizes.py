@@ -23,6 +23,7 @@ def _size(layers: int, hidden: int, ffn: DenseConfig | MoeConfig, value_heads: i
         tied=tied,
         max_context=262_144,
         eos_ids=(248_044,),
+        mtp_layers=1,
     )
 
 

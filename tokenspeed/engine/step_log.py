@@ -203,7 +203,7 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     use_threads(header.threads)
     model = Qwen3_5.empty(config, dtype, device)
     load_weights(model, directory, progress=False)
-    memory = Memory(MemoryLayout(config, dtype, ring_rows=header.ring_rows), header.pages, header.slots, device)
+    memory = Memory(MemoryLayout(model.config, dtype, ring_rows=header.ring_rows), header.pages, header.slots, device)
     runner = Runner(model, memory, header.max_num_seqs, header.max_model_len)
     runner.capture(progress=False)
     return runner

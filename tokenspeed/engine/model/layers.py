@@ -35,10 +35,15 @@ class PendingNorm(NamedTuple):
     norm_weight: Tensor
     eps: float
 
+    def normed(self) -> Tensor:
+        if self.residual is None:
+            return ops.rms_norm(self.x, self.norm_weight, self.eps)
+        return ops.add_rms_norm(self.x, self.residual, self.norm_weight, self.eps)[0]
+
     def linear(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The product of the norm with a weight, the norm, and the residual stream."""
         if self.residual is None:
-            normed = ops.rms_norm(self.x, self.norm_weight, self.eps)
+            normed = self.normed()
             return ops.linear(normed, weight), normed, self.x
         return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight)
 
@@ -83,11 +88,11 @@ class Embedding(Stage):
 
     def forward(self, x, residual, batch):
         if self.whole:
-            return F.embedding(batch.tokens, self.weight), None
+            return F.embedding(batch.tokens, self.weight), residual
         local = batch.tokens - self.first
         elsewhere = (local < 0) | (local >= len(self.weight))
         rows = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
-        return rows.masked_fill_(elsewhere[:, None], 0), None
+        return rows.masked_fill_(elsewhere[:, None], 0), residual
 
 
 class Norm(Stage):
@@ -298,12 +303,17 @@ class MoE(Stage):
 
 
 class LMHead(Stage):
-    """Logits of the rows that are left, [L, the rank's vocabulary]."""
+    """Logits [L, the rank's vocabulary], and in place of the residual stream the normed rows that they come from.
+
+    picks_rows: every token's row arrives, because the MTP head wants them normed, and logits are those of `logit_rows`;
+    else the rows were picked before the norm.
+    """
 
     output = Shard(1, "tp")
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, tied: Embedding | None):
+    def __init__(self, config: ModelConfig, mesh: Mesh, tied: Embedding | None, picks_rows: bool):
         super().__init__(mesh)
+        self.picks_rows = picks_rows
         self.tied = tied is not None
         self.weight = tied.weight if tied else weight(mesh, sharding.vocab(config), config.hidden)
 
@@ -312,8 +322,11 @@ class LMHead(Stage):
             yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
-        logits, _, _ = x.linear(self.weight)
-        return logits, None
+        if not self.picks_rows or batch.logit_rows is None:
+            logits, normed, _ = x.linear(self.weight)
+            return logits, normed
+        normed = x.normed()
+        return ops.linear(normed[batch.logit_rows], self.weight), normed
 
 
 def feed_forward(config: ModelConfig, mesh: Mesh) -> Stage:

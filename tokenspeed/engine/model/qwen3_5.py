@@ -1,6 +1,7 @@
 """Qwen3.5, dense or mixture of experts, as a flat program of stages."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..parallel.comm import ONE_RANK, Communicator
 from ..parallel.compile import link, plan_program
 from ..parallel.sharding import rank_share
 from .layers import Embedding, GatedAttention, GatedDeltaNet, LMHead, LogitRows, Norm, Stage, feed_forward
+from .mtp import MtpHead, Output
 from .parameters import Source
 from .rope import rotary_frequencies
 
@@ -18,6 +20,7 @@ from .rope import rotary_frequencies
 class Qwen3_5(nn.Module):
     """The network of one checkpoint, or a rank's part of it: `config` is the whole model, `share` what is held here.
 
+    mtp: the MTP head where `config.mtp_layers` is 1, None where it is 0: the configuration is that of what is held.
     Built under `torch.device(...)` and a default dtype: `Qwen3_5.empty` does both.
     """
 
@@ -35,17 +38,23 @@ class Qwen3_5(nn.Module):
                 (f"layers.{i}.post_attention_layernorm", Norm(config, mesh)),
                 (f"layers.{i}.mlp", feed_forward(config, mesh)),
             ]
-        head = LMHead(config, mesh, embedding if config.tied else None)
-        program += [("logit_rows", LogitRows(mesh)), ("norm", Norm(config, mesh)), ("lm_head", head)]
+        drafts = config.mtp_layers > 0
+        head = LMHead(config, mesh, embedding if config.tied else None, picks_rows=drafts)
+        if not drafts:
+            program.append(("logit_rows", LogitRows(mesh)))
+        program += [("norm", Norm(config, mesh)), ("lm_head", head)]
         self.names = [name for name, _ in program]
         self.program = nn.ModuleList(stage for _, stage in program)
         self.plan = plan_program(program, mesh, head.output)
         self.communicator = communicator
+        self.mtp = MtpHead(config, communicator, embedding, head) if drafts else None
         self.link()
 
     def link(self) -> None:
         """Make the program's callables; again where a stage's `forward` was replaced."""
         self._calls = link(self.plan, self.communicator)
+        if self.mtp:
+            self.mtp.link()
 
     @classmethod
     def empty(
@@ -54,9 +63,12 @@ class Qwen3_5(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         communicator: Communicator = ONE_RANK,
+        mtp: bool = False,
     ) -> "Qwen3_5":
         """The parameters of the communicator's rank allocated, not filled; dtype is bf16 or fp32, decays are fp32 in
-        any case. Raises ConfigError for a model that does not split over the ranks."""
+        any case. mtp: with the MTP head, where the model has one. Raises ConfigError for a model that does not split
+        over the ranks."""
+        config = config if mtp else replace(config, mtp_layers=0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -71,13 +83,16 @@ class Qwen3_5(nn.Module):
             below = name if name == "lm_head" else prefix + name
             for source in stage.sources():
                 yield source._replace(key=f"{below}.{source.key}")
+        if self.mtp:
+            yield from self.mtp.sources()
 
     def rotary(self, device: torch.device) -> tuple[Tensor, float]:
         return rotary_frequencies(self.config.rope, device)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits of the tokens that are wanted, [L, the rank's vocabulary]. Mutates the batch's pages and slots."""
+    def forward(self, batch: Batch) -> Output:
+        """Logits of the tokens that are wanted, [L, the rank's vocabulary], and with an MTP head the state of all N
+        tokens after the final norm, [N, hidden]. Mutates the batch's pages and slots."""
         x = residual = None
         for call in self._calls:
             x, residual = call(x, residual, batch)
-        return x
+        return Output(x, residual if self.mtp else None)

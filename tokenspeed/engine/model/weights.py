@@ -7,25 +7,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from ..config import ModelConfig
 from ..errors import ConfigError
 from ..files import read_json_object
 from .parameters import Source
 from .qwen3_5 import Qwen3_5
 
-_NOT_TEXT = ("model.visual.", "visual.", "mtp.")
+_NOT_TEXT = ("model.visual.", "visual.")
+_MTP = "mtp."
 _PREFIXES = ("model.language_model.", "model.")
 _DTYPES = ("BF16", "F16", "F32")
 
 
+def holds_mtp(config: ModelConfig, directory: Path) -> bool:
+    """Whether the checkpoint has an MTP head: by its tensors, for one that was saved again may have lost them and name
+    a head still. Raises ConfigError for files that cannot be read."""
+    return config.mtp_layers > 0 and any(name.startswith(_MTP) for name in _tensor_files(directory))
+
+
 def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
-    """Fill every parameter of the model from DIRECTORY/*.safetensors; vision and draft tensors are skipped by name.
+    """Fill every parameter of the model from DIRECTORY/*.safetensors; vision tensors are skipped by name, and those of
+    the MTP head where the model is without.
 
     Either key prefix and either expert layout; only what the model's rank holds is read, each slice is cast to its
     parameter's dtype on the way, and no second copy of the weights is ever held. Raises ConfigError for a corrupt file
     and for a missing, unknown, mis-shaped or doubled tensor, naming it. Mutates the model's parameters.
     """
     where = _tensor_files(directory)
-    names = [name for name in where if not name.startswith(_NOT_TEXT)]
+    skipped = _NOT_TEXT if model.mtp else (*_NOT_TEXT, _MTP)
+    names = [name for name in where if not name.startswith(skipped)]
     prefix = next((p for p in _PREFIXES if any(name.startswith(p + "layers.") for name in names)), _PREFIXES[-1])
     sources = {source.key: source for source in model.sources(prefix)}
     if model.config.tied and "lm_head.weight" in names:

@@ -1,0 +1,145 @@
+"""The MTP head: from a token's final state and the token after it to logits of the one after that, as a program of
+stages that shares the trunk's embedding and head.
+
+At position t, with h the trunk's state after its final norm and E the embedding:
+
+    x = fc [RMS1(E[token_{t+1}]); RMS1(h_t)];  x = layer(x), full attention with keys and values of its own
+    hidden = RMS1(x);  logits = W_lm_head hidden        of token_{t+2}
+
+Further drafts take the head's own hidden in the place of h, one position on.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ..batch import Batch
+from ..config import ModelConfig
+from ..errors import ConfigError
+from ..parallel.comm import Communicator
+from ..parallel.compile import link, plan_program
+from ..parallel.mesh import Mesh
+from .layers import Embedding, GatedAttention, LMHead, Norm, Stage, feed_forward
+from .parameters import Source, source, weight
+
+
+class Output(NamedTuple):
+    """What a forward pass gives: logits of the L tokens that are wanted, the state of all N tokens after the norm."""
+
+    logits: Tensor  # [L, the rank's vocabulary]
+    hidden: Tensor | None  # [N, hidden]; None of a trunk without an MTP head
+
+
+class JoinTokens(Stage):
+    """The embedding of the next token beside the state of this one, each under its norm, brought to one width.
+
+    The residual stream holds the states; the stream of the head starts here. Every rank does all of it.
+    """
+
+    absorbs_reduce = True
+
+    def __init__(self, config: ModelConfig, mesh: Mesh):
+        super().__init__(mesh)
+        self.eps = config.eps
+        self.embedding_norm, self.hidden_norm = (weight(mesh, config.hidden) for _ in range(2))
+        self.fc = weight(mesh, config.hidden, 2 * config.hidden)
+
+    def sources(self):
+        named = {
+            "pre_fc_norm_embedding": self.embedding_norm,
+            "pre_fc_norm_hidden": self.hidden_norm,
+            "fc": self.fc,
+        }
+        for name, part in named.items():
+            yield source(f"{name}.weight", part, self.mesh, *part.dims)
+
+    def forward(self, x, residual, batch):
+        parts = ops.rms_norm(x, self.embedding_norm, self.eps), ops.rms_norm(residual, self.hidden_norm, self.eps)
+        return ops.linear(torch.cat(parts, dim=1), self.fc), None
+
+
+class ReducedHead(Stage):
+    """Logits of a few ids, minus infinity for all others: [L, vocabulary], so that a column is an id as ever."""
+
+    def __init__(self, head: LMHead, ids: Tensor):
+        super().__init__(head.mesh)
+        self.vocab, self.ids = len(head.weight), ids
+        self.weight = nn.Parameter(head.weight[ids], requires_grad=False)
+
+    def forward(self, x, residual, batch):
+        if batch.logit_rows is None:
+            logits, normed, _ = x.linear(self.weight)
+        else:
+            normed = x.normed()
+            logits = ops.linear(normed[batch.logit_rows], self.weight)
+        return logits.new_full((len(logits), self.vocab), -torch.inf).index_copy_(1, self.ids, logits), normed
+
+
+class MtpHead(nn.Module):
+    """One MTP head, or a rank's part of it; its keys and values are the layer behind the trunk's last of the pages."""
+
+    def __init__(self, config: ModelConfig, communicator: Communicator, embedding: Embedding, head: LMHead):
+        super().__init__()
+        self.communicator, self.head = communicator, head
+        mesh = communicator.mesh
+        own: list[tuple[str, Stage]] = [
+            ("", JoinTokens(config, mesh)),
+            ("layers.0.input_layernorm.", Norm(config, mesh)),
+            ("layers.0.self_attn.", GatedAttention(config, mesh, len(config.layer_types))),
+            ("layers.0.post_attention_layernorm.", Norm(config, mesh)),
+            ("layers.0.mlp.", feed_forward(config, mesh)),
+            ("norm.", Norm(config, mesh)),
+        ]
+        self.names = [name for name, _ in own]
+        self.program = nn.ModuleList((embedding, *(stage for _, stage in own), head))
+        self.link()
+
+    def link(self) -> None:
+        """Make the program's callables; again where a stage or its `forward` was replaced."""
+        named = zip(("embed_tokens", *self.names, "lm_head"), self.program, strict=True)
+        self.plan = plan_program(list(named), self.communicator.mesh, self.program[-1].output)
+        self._calls = link(self.plan, self.communicator)
+
+    def sources(self) -> Iterator[Source]:
+        """Every checkpoint tensor of the head's own, with what this rank takes."""
+        for name, stage in zip(self.names, self.program[1:-1], strict=True):
+            for each in stage.sources():
+                yield each._replace(key=f"mtp.{name}{each.key}")
+
+    def forward(self, batch: Batch, hidden: Tensor) -> Output:
+        """Logits of the token after the next for the tokens that are wanted, and what a further draft takes as hidden.
+
+        batch: as for the trunk, but `tokens` holds the next token of each, token[t + 1] for the entry at position t;
+        hidden: [N, hidden], the trunk's state of each at t after its final norm, or in further drafts the head's own
+        output. Mutates the batch's pages: keys and values at position t.
+        """
+        x, residual = None, hidden
+        for call in self._calls:
+            x, residual = call(x, residual, batch)
+        return Output(x, residual)
+
+    def reduce_vocabulary(self, ids: Tensor) -> None:
+        """From now on compute logits of these ids alone, from a copy of their rows of the head, made once the weights
+        are loaded; logits of all others are minus infinity. Text does not change by it: drafts are verified.
+
+        ids: [V'] int64, on any device. Raises ConfigError for ids that are not distinct ones of the vocabulary, and
+        where the head is split over ranks.
+        """
+        if self.communicator.mesh.world > 1:
+            raise ConfigError(
+                f"a reduced draft vocabulary needs the whole head on one rank; there are "
+                f"{self.communicator.mesh.world}."
+            )
+        vocab = len(self.head.weight)
+        if ids.dim() != 1 or ids.dtype != torch.int64 or not len(ids):
+            raise ConfigError(f"a draft vocabulary is a list of ids, not {ids.dtype} of shape {list(ids.shape)}.")
+        if ids.min() < 0 or ids.max() >= vocab or len(ids.unique()) < len(ids):
+            raise ConfigError(
+                f"a draft vocabulary of {len(ids)} ids from {ids.min()} to {ids.max()} does not hold distinct ids of "
+                f"the vocabulary of {vocab}."
+            )
+        self.program[-1] = ReducedHead(self.head, ids.to(self.head.weight.device))
+        self.link()
