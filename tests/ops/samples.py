@@ -168,3 +168,28 @@ SAMPLES: dict[str, Callable] = {
         write_kv,
     )
 }
+
+
+def _progress(backend: Backend):
+    """Two sequences that go on and a row of padding: (length, left, prompt, ids) of three indices."""
+    numbers = [backend.tensor(values) for values in ([70, 5, 0], [9, 1, 0], [64, 5, 0])]
+    return *numbers, backend.tensor([[3, 4, 5], [6, 7, 8], [0, 0, 0]], torch.int64)
+
+
+def next_tokens(backend: Backend):
+    index, slots = backend.tensor([1, 0, 2], torch.int64), backend.tensor([3, 4, -1])
+    return index, slots, slots.clone(), *_progress(backend), 2
+
+
+def paged_rows(backend: Backend):
+    pages, capacity = backend.tensor([[5, 2], [1, 3], [0, 0]]), backend.tensor([128, 64, 0])
+    index, inv_freq = backend.tensor([1, 0, 2], torch.int64), torch.tensor([1.0, 0.01], device=backend.device)
+    return index, backend.tensor([5, 70, -1]), pages, capacity, inv_freq, 2, 1.0, -1, 64
+
+
+def accept_tokens(backend: Backend):
+    length, left, _, ids = _progress(backend)
+    chosen, tokens = (backend.tensor(x, torch.int64) for x in ([[7, 1], [4, 2], [0, 0]], [[6, 7], [3, 9], [0, 0]]))
+    outputs = backend.tensor([[1, 2], [7, 8], [0, 1]], torch.int64)
+    index, stops = backend.tensor([1, 0, 2], torch.int64), backend.tensor([[-1], [2], [-1]], torch.int64)
+    return chosen, tokens, outputs, backend.tensor([5, 70, -1]), index, backend.tensor([0, 0, 0]), stops, length, left, ids

@@ -67,8 +67,13 @@ class MemoryLayout:
         return sum(_aligned(prod(shape) * dtype.itemsize) for dtype, shape in self.slot_parts().values())
 
     @property
+    def hidden_bytes(self) -> int:
+        """Of a slot, for the MTP head: the trunk's state after the last token, from which the next entry is made."""
+        return _aligned(self.config.hidden * self.dtype.itemsize) if self.config.mtp_layers else 0
+
+    @property
     def slot_bytes(self) -> int:
-        return self.slot_layer_bytes * self.config.linear_layers
+        return self.slot_layer_bytes * self.config.linear_layers + self.hidden_bytes
 
     @property
     def recurrent_bytes(self) -> int:
@@ -134,7 +139,7 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
 
 class Memory:
     """Allocates both arenas and holds a view of them for each layer of the model, by layer index; that of the MTP head
-    comes after the last."""
+    comes after the last, and hidden, [slots, hidden], is each slot's last state of the trunk, None without a head."""
 
     def __init__(self, layout: MemoryLayout, pages: int, slots: int, device: torch.device):
         """Raises CapacityError where the device has less free memory than the arenas need."""
@@ -158,6 +163,9 @@ class Memory:
                 self.layers.append(self._state_views(linear * layout.slot_layer_bytes))
                 linear += 1
         self.layers += [self.kv[:, i] for i in range(full, layout.config.kv_layers)]
+        width = layout.config.hidden * layout.dtype.itemsize
+        offset = linear * layout.slot_layer_bytes
+        self.hidden = self.slots[:, offset : offset + width].view(layout.dtype) if layout.hidden_bytes else None
 
     def _state_views(self, offset: int) -> StateViews:
         views = {}
