@@ -38,6 +38,8 @@ class DecodeRows(Rows):
 class PrefillRows(Rows):
     """Rows of any length, packed."""
 
+    index: Tensor  # [N] int64: of each token's sequence
+    stored: Tensor  # [N] int32: the row of the sequence's pages that a token is stored in, -1 for one that is there
     cu_seqlens: Tensor  # [B + 1] int32
     snapshots: Tensor  # [M, 3] int32: row, token count, slot
     max_seqlen: int
@@ -80,7 +82,9 @@ class Tables:
         numbers = [(0, 0, b.left, b.prompt_tokens, b.min_tokens) for b in begins]
         stops = [(*b.stops[:STOPS], *[-1] * (STOPS - len(b.stops))) for b in begins]
         index, *rest = to_device(
-            np.array([(b.index, *n, *s) for b, n, s in zip(begins, numbers, stops, strict=True)], dtype=np.int32).T.copy(),
+            np.array(
+                [(b.index, *n, *s) for b, n, s in zip(begins, numbers, stops, strict=True)], dtype=np.int32
+            ).T.copy(),
             self.device,
         )
         index = index.long()
@@ -99,7 +103,9 @@ class Tables:
             self._held[index] = first + len(new)
         held = [(index, self._held[index] * PAGE_TOKENS) for index, _, _ in added]
         packed = np.array([*places, *pages, *(i for i, _ in held), *(t for _, t in held)], dtype=np.int32)
-        places, pages, index, tokens = to_device(packed, self.device).split([len(places), len(pages), len(held), len(held)])
+        places, pages, index, tokens = to_device(packed, self.device).split(
+            [len(places), len(pages), len(held), len(held)]
+        )
         self.pages.view(-1)[places.long()] = pages
         self.capacity[index.long()] = tokens
 
@@ -151,6 +157,14 @@ def paged(
     return Batch(memory, tokens.flatten(), cos_sin, kv_slots, None, rows, tokens.numel())
 
 
+def prefill_rows(
+    rows: PrefillRows, tables: Tables, rotary: Rotary, row: Tensor, rope_shift: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Angles and places of a prefill's tokens at the rows of their sequences' pages, [N] int32; see `ops.paged_rows`."""
+    sizes = (1, rotary.scale, rope_shift, PAGE_TOKENS)
+    return ops.paged_rows(rows.index, row, tables.pages, tables.capacity, rotary.inv_freq, *sizes)
+
+
 def decode_batch(
     packed: Tensor, width: int, memory: Memory, tables: Tables, rotary: Rotary, pages: int | None = None
 ) -> Batch:
@@ -195,16 +209,20 @@ def build_batch(step: Step, memory: Memory, tables: Tables, rotary: Rotary) -> B
     )
     index, read_slot, write_slot, kv_tokens, start = packed.view(5, len(rows))
     index, row, tokens = index.long(), row.long(), tokens.long()
-    # Each token is a row of one of a sequence of its own, so to say.
-    stored = torch.where(position < kv_tokens[row], -1, position)
-    cos_sin, kv_slots = ops.paged_rows(
-        index[row], position, tables.pages, tables.capacity, rotary.inv_freq, 1, rotary.scale, 0, PAGE_TOKENS
-    )
-    kv_slots = kv_slots.masked_fill(stored < 0, -1)
     pages = tables.width([row.index for row in rows])
     prefill = PrefillRows(
-        tables.pages[index, :pages], start, read_slot, write_slot, cu_seqlens, snapshots.view(-1, 3), int(lengths.max())
+        tables.pages[index, :pages],
+        start,
+        read_slot,
+        write_slot,
+        index[row],
+        torch.where(position < kv_tokens[row], -1, position),
+        cu_seqlens,
+        snapshots.view(-1, 3),
+        int(lengths.max()),
     )
+    cos_sin, kv_slots = prefill_rows(prefill, tables, rotary, position)
+    kv_slots = kv_slots.masked_fill(prefill.stored < 0, -1)
     if decode:
         tokens = torch.cat([decode.tokens, tokens])
         cos_sin = torch.cat([decode.cos_sin, cos_sin])

@@ -11,6 +11,8 @@ from .files import read_json_object
 LINEAR, FULL = "linear_attention", "full_attention"
 _MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
 PAGE_TOKENS = 64
+MOST_DRAFTS = 7
+AUTO_DRAFTS = ((4, 3), (16, 2), (32, 1))  # (sequences that decode, drafts behind each): verifying more costs more
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,9 @@ class EngineConfig:
     and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
+    draft_tokens: ids that are drafted behind each and verified together, "auto" for what pays at the number of sequences
+    that decode (none for a checkpoint without an MTP head), 0 for none; without a head they are looked up in the
+    sequence itself.
     tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
     torch.distributed takes it, None where this process is to start the others on this machine.
     """
@@ -179,9 +184,16 @@ class EngineConfig:
     snapshot_grid: int = 8192
     seed: int = 0
     validate: bool = False
+    draft_tokens: int | str = "auto"
     tp: int = 1
     ep: int = 1
     rendezvous: str | None = None
+
+    def draft_depths(self, mtp: bool) -> tuple[tuple[int, int], ...]:
+        """Drafts by the number of sequences that decode, as `Limits.drafts` takes them; mtp: whether there is a head."""
+        if self.draft_tokens == "auto":
+            return AUTO_DRAFTS if mtp else ()
+        return ((self.max_num_seqs, self.draft_tokens),) if self.draft_tokens else ()
 
     def __post_init__(self):
         def positive(value: int | None) -> bool:
@@ -198,6 +210,11 @@ class EngineConfig:
             ("cache_policy", self.cache_policy in ("value", "lru"), "'value' or 'lru'"),
             ("snapshot_grid", self.snapshot_grid >= 0, "at least 0 (0 is off)"),
             ("seed", self.seed >= 0, "at least 0"),
+            (
+                "draft_tokens",
+                self.draft_tokens == "auto" or self.draft_tokens in range(MOST_DRAFTS + 1),
+                f"'auto' or 0 to {MOST_DRAFTS}",
+            ),
         )
         for name, valid, wanted in checks:
             if not valid:

@@ -10,11 +10,11 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .errors import EngineError, RequestError
-from .request import Request, RequestMetrics, TokenScores, Update
+from .request import Acceptance, Request, RequestMetrics, TokenScores, Update
 from .runner import Launched, Runner
 from .scheduler import Leaving, Limits, Planned, Scheduler
 from .scheduler import Sequence as Continuation
@@ -45,6 +45,7 @@ class _Generation:
     scheduled: float = 0.0
     first_token: float = 0.0
     prompt_scores: list[TokenScores | None] | None = None
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 class Engine:
@@ -68,6 +69,9 @@ class Engine:
         self.failed: BaseException | None = None
         self._checker = StepChecker(cache.config.pages, cache.config.slots) if validate else None
         self._seeds = itertools.count(seed * 1_000_003 + 1)
+        self.acceptance = Acceptance()  # of all drafts so far
+        self._scores: dict[int, list[TokenScores]] = {}  # of the Step that is being read, by sequence id
+        self._now = 0.0
         self._requests: dict[str, list[_Generation]] = {}
         self._generations: dict[int, _Generation] = {}  # by sequence id
         self._in_flight: deque[tuple[Planned, Launched]] = deque()
@@ -195,12 +199,19 @@ class Engine:
         self._now = time.monotonic()
         if self._checker:
             self._checker.read(planned.step, [len(ids) for ids in result.ids])
-        for sequence, ids in zip(planned.samples, result.ids, strict=True):
-            if len(ids) > 1 or planned.step.width > 1:
-                self._count_drafts(sequence, planned.step.width - 1, ids)
+        if planned.step.width > 1:
+            self._count_drafts(planned, result.ids)
         self.scheduler.reconcile(planned, result.ids)
         if self._checker and (broken := self.cache.check()):
             raise AssertionError(broken)
+
+    def _count_drafts(self, planned: Planned, ids: Sequence[list[int]]) -> None:
+        step = planned.step
+        for sequence, sample, new in zip(planned.samples[: len(step.decode)], step.samples, ids, strict=False):
+            generation = self._generations.get(sequence.id)
+            if new and generation and not sample.edited:
+                self.acceptance.count(step.width - 1, len(new))
+                generation.acceptance.count(step.width - 1, len(new))
 
     def judge(self, sequence: Continuation, ids: list[int]) -> tuple[int, bool]:
         """The next outputs of a continuation are known: how many of them count, and whether they end it."""
@@ -256,6 +267,7 @@ class Engine:
             now - submitted,
             sequence.preemptions,
             sequence.waited,
+            generation.acceptance if generation.acceptance.steps else None,
         )
         self._updates.append((generation, update))
         self._generations.pop(sequence.id, None)

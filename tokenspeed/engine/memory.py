@@ -139,7 +139,8 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
 
 class Memory:
     """Allocates both arenas and holds a view of them for each layer of the model, by layer index; that of the MTP head
-    comes after the last, and hidden, [slots, hidden], is each slot's last state of the trunk, None without a head."""
+    comes after the last. hidden: [slots + 1, hidden], each slot's last state of the trunk, and a row for whatever
+    belongs to nobody; None without a head."""
 
     def __init__(self, layout: MemoryLayout, pages: int, slots: int, device: torch.device):
         """Raises CapacityError where the device has less free memory than the arenas need."""
@@ -152,7 +153,12 @@ class Memory:
             )
         self.layout = layout
         self.kv = _zeros(pages * layout.page_bytes, device).view(layout.dtype).view(pages, *layout.page_shape)
-        self.slots = _zeros(slots * layout.slot_bytes, device).view(slots, layout.slot_bytes)
+        arena = _zeros(slots * layout.slot_bytes + layout.hidden_bytes, device)
+        self.slots = arena[: slots * layout.slot_bytes].view(slots, layout.slot_bytes)
+        self.hidden = None
+        if layout.hidden_bytes:
+            shape, stride = (slots + 1, layout.config.hidden), layout.slot_bytes // layout.dtype.itemsize
+            self.hidden = arena.view(layout.dtype).as_strided(shape, (stride, 1))
         self.layers: list[Tensor | StateViews] = []
         full = linear = 0
         for kind in layout.config.layer_types:
@@ -160,12 +166,9 @@ class Memory:
                 self.layers.append(self.kv[:, full])
                 full += 1
             else:
-                self.layers.append(self._state_views(linear * layout.slot_layer_bytes))
+                self.layers.append(self._state_views(layout.hidden_bytes + linear * layout.slot_layer_bytes))
                 linear += 1
         self.layers += [self.kv[:, i] for i in range(full, layout.config.kv_layers)]
-        width = layout.config.hidden * layout.dtype.itemsize
-        offset = linear * layout.slot_layer_bytes
-        self.hidden = self.slots[:, offset : offset + width].view(layout.dtype) if layout.hidden_bytes else None
 
     def _state_views(self, offset: int) -> StateViews:
         views = {}

@@ -116,8 +116,8 @@ class Sequence:
 class Limits:
     """max_seqs: sequences on the device at once; max_batch_tokens: tokens of one Step; max_tokens: of one sequence;
     skip_ahead: requests that may pass one that does not fit; wait_steps: Steps to wait for another's boundary;
-    drafts: by the number of sequences that decode, drafts behind each, for as many as the first number says: the last
-    entry serves all above."""
+    drafts: of (sequences, drafts) the first that so many decoding sequences do not exceed says how many are made behind
+    each."""
 
     max_seqs: int
     max_batch_tokens: int
@@ -126,12 +126,14 @@ class Limits:
     wait_steps: int = 64
     drafts: tuple[tuple[int, int], ...] = ()
 
-    def drafts_for(self, sequences: int) -> int:
-        return next((drafts for most, drafts in self.drafts if sequences <= most), 0)
-
     @property
     def most_drafts(self) -> int:
         return max((drafts for _, drafts in self.drafts), default=0)
+
+
+def drafts_for(depths: tuple[tuple[int, int], ...], sequences: int) -> int:
+    """As `Limits.drafts` says; none where more decode than it names."""
+    return next((drafts for most, drafts in depths if sequences <= most), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ class Scheduler:
         preemptions = self.preemptions
         self._plan_forks()
         decoding = [s for s in self.running if s.state is State.DECODING and s.waits_for_more]
-        draft.drafts = self.limits.drafts_for(len(decoding))  # also behind the first id of a prompt
+        draft.drafts = drafts_for(self.limits.drafts, len(decoding))  # also behind the first id of a prompt
         draft.width = self._width(decoding, draft.drafts)
         for sequence in decoding:
             if sequence.state is State.DECODING:  # and did not give way to one before it
@@ -254,11 +256,8 @@ class Scheduler:
         if sequence.row is None:
             sequence.row = DecodeRow(sequence.index, sequence.read_slot, sequence.write_slot)
         draft.add(sequence.row, sequence)
-        edited = sequence.constrained and self._host.edits(
-            sequence, sequence.outputs + sequence.launched - sequence.consumed + draft.width - 1
-        )
-        draft.sample(sequence, edited)
         sequence.launched += draft.width
+        draft.sample(sequence, self._edited(sequence))
         self._settle_slots(sequence)
 
     def _grow(self, sequence: Sequence, needed: int) -> bool:
@@ -330,7 +329,7 @@ class Scheduler:
         self._settle_slots(sequence)
         if last:
             sequence.state = State.DECODING
-            draft.sample(sequence, self._edited_once(sequence))
+            draft.sample(sequence, self._edited(sequence))
             for child in self._children.get(sequence.id, ()):
                 if child.state is State.WAITING:
                     child.state, child.index, child.target = State.FORKING, self._free.pop(), sequence.target
@@ -339,12 +338,12 @@ class Scheduler:
                     child.reuse = sequence.reuse
                     self.running.append(child)
                     draft.begins.append(self._host.begin(child))
-                    draft.sample(child, self._edited_once(child))
+                    draft.sample(child, self._edited(child))
         return end - start
 
-    def _edited_once(self, sequence: Sequence) -> bool:
-        """Whether the host has a say in the output behind a prefilled prompt."""
-        return sequence.constrained and self._host.edits(sequence, sequence.outputs + sequence.unread)
+    def _edited(self, sequence: Sequence) -> bool:
+        """Whether the host has a say in the outputs up to the one behind the last token of what is launched."""
+        return sequence.constrained and self._host.edits(sequence, sequence.launched - sequence.prompt_tokens)
 
     def _settle_slots(self, sequence: Sequence) -> None:
         """Its next row goes on where this Step's writes."""
