@@ -10,7 +10,6 @@ import pytest
 import torch
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
@@ -24,6 +23,7 @@ from examples.tiny_agent.optimizer import build_optimizers, orthogonalise
 from examples.tiny_agent.render import Part, render
 from examples.tiny_agent.schedule import DECAY_FROM, BatchStream, Clock, learning_rate
 from examples.tiny_agent.train import exact_turns, loss_of
+from examples.tiny_agent.train_mtp import load_trunk
 
 SHIPPED = Path(__file__).parents[1] / "tokenspeed" / "models" / "tiny_agent"
 SEEDS = range(150)
@@ -258,8 +258,7 @@ def test_the_exported_network_gives_the_logits_of_transformers(tokenizer, tmp_pa
 
 
 def test_the_shipped_model_answers_held_out_conversations_exactly(tokenizer):
-    model = TinyAgent(ModelConfig())
-    model.load_state_dict(load_file(SHIPPED / "model.safetensors"))
+    model = load_trunk(SHIPPED)
     batches = [batch(HELD_OUT_SEEDS[i : i + 4], tokenizer, 512, padding=0) for i in range(0, 16, 4)]
     assert exact_turns(model, batches) >= 0.95
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from examples.tiny_agent.card import write_card
+from examples.tiny_agent import acceptance
+from examples.tiny_agent.card import training_figures, write_card
 from examples.tiny_agent.checkpoint import read_progress
 from examples.tiny_agent.data import HELD_OUT_SEEDS, generate
 from examples.tiny_agent.evaluate import evaluate, table, to_json
@@ -18,6 +19,7 @@ from examples.tiny_agent.render import render
 from examples.tiny_agent.schedule import LONGEST
 from examples.tiny_agent.tokenizer import train_tokenizer
 from examples.tiny_agent.train import PACES, TrainingOptions, train
+from examples.tiny_agent.train_mtp import MINUTES, add_head, train_head
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parents[1] / "tokenspeed" / "models" / "tiny_agent"
@@ -26,9 +28,12 @@ STEPS = {
     "tokenizer": "learn the vocabulary",
     "train": "train the network, with checkpoints and a loss plot",
     "export": "write the model directory",
+    "mtp": "train the MTP head on the model directory's network, and count its accepted drafts",
     "evaluate": "score the model directory on held-out conversations",
     "card": "write the model directory's README",
 }
+
+PARTS = {"export": "training", "mtp": "mtp", "evaluate": "lengths"}  # steps, and their figures in evaluation.json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,6 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("steps", nargs="*", metavar="step", help="which steps to do; all by default")
     parser.add_argument("--minutes", type=float, help=f"training time; by default {defaults}")
+    defaults = ", ".join(f"{minutes} on {device}" for device, minutes in MINUTES.items())
+    parser.add_argument("--mtp-minutes", type=float, help=f"training time of the MTP head; by default {defaults}")
     parser.add_argument("--device", choices=PACES, help="where to train; a GPU if there is one")
     parser.add_argument("--tokens-per-step", type=int, help="size of a training step; by default what suits the device")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint; its minutes count")
@@ -58,8 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.minutes is None:
         arguments.minutes = PACES[arguments.device].minutes
-    if arguments.minutes <= 0:
-        parser.error(f"--minutes {arguments.minutes} is not a positive time")
+    if arguments.mtp_minutes is None:
+        arguments.mtp_minutes = MINUTES[arguments.device]
+    for name, minutes in (("--minutes", arguments.minutes), ("--mtp-minutes", arguments.mtp_minutes)):
+        if minutes <= 0:
+            parser.error(f"{name} {minutes} is not a positive time")
     if arguments.tokens_per_step is None:
         arguments.tokens_per_step = PACES[arguments.device].tokens_per_step
     if arguments.tokens_per_step <= 0 or arguments.tokens_per_step % LONGEST:
@@ -72,6 +82,13 @@ def made_by(step: str, path: Path) -> Path:
     if not path.exists():
         sys.exit(f"{path} is missing: the step {step} makes it")
     return path
+
+
+def record(file: Path, figures: dict) -> dict:
+    """Puts the figures into evaluation.json, beside those that are there, and returns its content."""
+    content = (json.loads(file.read_text()) if file.exists() else {}) | figures
+    file.write_text(json.dumps(content, indent=2) + "\n")
+    return content
 
 
 def main() -> None:
@@ -95,14 +112,26 @@ def main() -> None:
     if "export" in steps:
         tokenizer = Tokenizer.from_file(str(made_by("tokenizer", tokenizer_file)))
         export(made_by("train", checkpoint), tokenizer, output)
+        record(evaluation_file, {"training": training_figures(read_progress(checkpoint))})
         print(f"model directory: {output}")
+    if "mtp" in steps:
+        made_by("export", output / "model.safetensors")
+        tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
+        rest = (arguments.mtp_minutes, arguments.device, arguments.tokens_per_step)
+        head, training = train_head(output, tokenizer, *rest)
+        add_head(output, head)
+        figures = acceptance.to_json(acceptance.measure_acceptance(output), training)
+        record(evaluation_file, {"mtp": figures})
+        print(acceptance.table(figures))
     if "evaluate" in steps:
-        evaluation = to_json(evaluate(made_by("export", output / "model.safetensors").parent))
-        evaluation_file.write_text(json.dumps(evaluation, indent=2) + "\n")
-        print(table(evaluation))
+        figures = to_json(evaluate(made_by("export", output / "model.safetensors").parent))
+        print(table(record(evaluation_file, figures)))
     if "card" in steps:
         evaluation = json.loads(made_by("evaluate", evaluation_file).read_text())
-        write_card(read_progress(made_by("train", checkpoint)), evaluation, made_by("export", output))
+        missing = next((step for step, key in PARTS.items() if key not in evaluation), None)
+        if missing:
+            sys.exit(f"{evaluation_file} has no figures of the step {missing}: do it first")
+        write_card(evaluation, made_by("export", output))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Small random checkpoints whose dimensions split over up to four ranks, and one rank's run over them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenspeed import ops
+from tokenspeed.engine.batch import build_batch
 from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
-from tokenspeed.engine.model.weights import load_weights
+from tokenspeed.engine.model.weights import holds_mtp, load_weights
 from tokenspeed.engine.parallel import sampling
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.runner import Runner
@@ -23,7 +24,8 @@ VOCAB = 300  # a quarter of it is no multiple of 4: a rank's noise starts inside
 
 
 def config(moe: bool, kv_heads: int, tied: bool = False, **changes) -> dict:
-    """config.json of four layers; 8 query heads, so with 2 kv heads four ranks hold each of them twice."""
+    """config.json of four layers; 8 query heads, so with 2 kv heads four ranks hold each of them twice. changes: other
+    values, and `mtp_num_hidden_layers` for an MTP head."""
     ffn = {"intermediate_size": 96}
     if moe:
         ffn = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
@@ -53,9 +55,8 @@ def write_checkpoint(directory: Path, raw: dict, fused_experts: bool = False) ->
     (directory / "config.json").write_text(json.dumps(raw))
     generator = torch.Generator().manual_seed(3)
     tensors = {}
-    for key, shape, _ in Qwen3_5.empty(ModelConfig.from_dict(raw), torch.float32, torch.device("meta")).sources(
-        "model."
-    ):
+    whole = Qwen3_5.empty(ModelConfig.from_dict(raw), torch.float32, torch.device("meta"), mtp=True)
+    for key, shape, _ in whole.sources("model."):
         if ".experts." in key and key.endswith("_proj") != fused_experts:
             continue
         noise = torch.randn(shape, generator=generator)
@@ -70,7 +71,9 @@ def write_checkpoint(directory: Path, raw: dict, fused_experts: bool = False) ->
 
 
 def load(directory: Path, communicator: Communicator) -> Qwen3_5:
-    model = Qwen3_5.empty(ModelConfig.from_directory(directory), torch.float32, CPU, communicator)
+    """A rank's part, with the MTP head where there is one."""
+    config = ModelConfig.from_directory(directory)
+    model = Qwen3_5.empty(config, torch.float32, CPU, communicator, mtp=holds_mtp(config, directory))
     load_weights(model, directory, progress=False)
     return model
 
@@ -94,11 +97,12 @@ def steps(vocab: int) -> list[Step]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Per step: whole logits, greedy ids, sampled ids."""
+    """Per step: whole logits, greedy ids, sampled ids. drafts: whole logits and states of the MTP head, in turn."""
 
     logits: list[Tensor]
     greedy: list[Tensor]
     sampled: list[Tensor]
+    drafts: list[Tensor] = field(default_factory=list)
 
 
 def sampling_values(rows: int) -> tuple[Tensor, ...]:
@@ -109,11 +113,30 @@ def sampling_values(rows: int) -> tuple[Tensor, ...]:
     return temperature, (row % 3 * 20).int(), top_p, 0.02 * (row % 4), row * 7919 + 2**40, row
 
 
+def new_runner(model: Qwen3_5) -> Runner:
+    return Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages=5, slots=4, device=CPU))
+
+
+@torch.inference_mode()
+def drafts(model: Qwen3_5) -> list[Tensor]:
+    """Two drafts for each step with a prompt, whole logits and states of each: the second from the first's states."""
+    runner, found = new_runner(model), []
+    for step in steps(model.config.vocab)[:2]:
+        runner.tables.update(step.grown)
+        batch = build_batch(step, runner.memory, runner.tables, *model.rotary(CPU))
+        hidden = model(batch).hidden
+        for draft in (1, 2):
+            rows = replace(batch, tokens=(batch.tokens + 7 * draft) % model.config.vocab)
+            logits, hidden = model.mtp(rows, hidden)
+            found += [model.communicator.all_gather(logits, 1, "tp"), hidden]
+    return found
+
+
 def run(communicator: Communicator, directory: Path) -> Outcome:
     """Feed the steps to one rank's runner."""
     model = load(directory, communicator)
-    runner = Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages=5, slots=4, device=CPU))
-    outcome = Outcome([], [], [])
+    outcome = Outcome([], [], [], drafts(model) if model.mtp else [])
+    runner = new_runner(model)
     for step in steps(model.config.vocab):
         logits = runner.forward(step)
         outcome.greedy.append(sampling.greedy(logits, communicator))
@@ -131,3 +154,6 @@ def check(outcomes: list[Outcome], expected: Outcome, tolerance: float = 1e-4) -
             assert outcome.sampled[i].tolist() == ops.sample(logits, *sampling_values(len(logits))).tolist()
             assert outcome.sampled[i].tolist() == outcomes[0].sampled[i].tolist()
             assert torch.equal(logits, outcomes[0].logits[i]), "ranks must not drift apart by a bit"
+        for ours, whole, first in zip(outcome.drafts, expected.drafts, outcomes[0].drafts, strict=True):
+            assert (ours - whole).abs().max() <= tolerance
+            assert torch.equal(ours, first), "ranks must not drift apart by a bit"

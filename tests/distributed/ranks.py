@@ -31,7 +31,7 @@ def collectives(communicator: Communicator) -> dict[str, torch.Tensor]:
 
 def outcome(communicator: Communicator, checkpoint: str) -> dict[str, torch.Tensor]:
     ran = models.run(communicator, Path(checkpoint))
-    named = {"logits": ran.logits, "greedy": ran.greedy, "sampled": ran.sampled}
+    named = {"logits": ran.logits, "greedy": ran.greedy, "sampled": ran.sampled, "drafts": ran.drafts}
     return {f"{name}.{i}": tensor for name, tensors in named.items() for i, tensor in enumerate(tensors)}
 
 

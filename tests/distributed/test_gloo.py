@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tokenspeed.engine.checkpoint import SHIPPED
+from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.parallel.comm import ONE_RANK, ProcessCommunicator
 from tokenspeed.engine.parallel.mesh import Mesh
@@ -21,7 +22,10 @@ from .ranks import collectives
 from .threads import run_ranks
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = {"dense": models.config(moe=False, kv_heads=2, tied=True), "moe": models.config(moe=True, kv_heads=2)}
+CONFIGS = {
+    "dense": models.config(moe=False, kv_heads=2, tied=True, mtp_num_hidden_layers=1),
+    "moe": models.config(moe=True, kv_heads=2, mtp_num_hidden_layers=1),
+}
 CASES = [
     ("shipped", Mesh(2, 1)),
     ("shipped", Mesh(2, 4)),
@@ -71,12 +75,17 @@ def expected(directories):
 
 
 @pytest.mark.parametrize("number", [i for i, (name, _) in enumerate(CASES) if name], ids=lambda i: names[i])
-def test_processes_give_the_logits_of_one_process_and_one_id(number, results, expected):
+def test_processes_give_the_logits_of_one_process_and_one_id(number, results, expected, directories):
     def outcome(tensors):
-        lists = ([tensors[f"{name}.{i}"] for i in range(4)] for name in ("logits", "greedy", "sampled"))
-        return models.Outcome(*lists)
+        lists = {}
+        for name in ("logits", "greedy", "sampled", "drafts"):
+            count = sum(key.startswith(f"{name}.") for key in tensors)
+            lists[name] = [tensors[f"{name}.{i}"] for i in range(count)]
+        return models.Outcome(**lists)
 
-    models.check([outcome(tensors) for tensors in results[number]], expected[CASES[number][0]])
+    whole = expected[CASES[number][0]]
+    assert len(whole.drafts) == 8 * ModelConfig.from_directory(directories[CASES[number][0]]).mtp_layers
+    models.check([outcome(tensors) for tensors in results[number]], whole)
 
 
 @pytest.mark.parametrize("number", [i for i, (name, _) in enumerate(CASES) if not name], ids=lambda i: names[i])

@@ -6,6 +6,7 @@ import torch
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.commands.info import weight_bytes
 from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
@@ -24,6 +25,8 @@ CASES = {
     "dense-one-kv": (models.config(moe=False, kv_heads=1), DENSE),
     "moe": (models.config(moe=True, kv_heads=4, tied=True), [Mesh(4, 1), Mesh(4, 2), Mesh(2, 4)]),
     "moe-shared-kv": (models.config(moe=True, kv_heads=2), MOE),
+    "dense-mtp": (models.config(moe=False, kv_heads=1, tied=True, mtp_num_hidden_layers=1), DENSE),
+    "moe-mtp": (models.config(moe=True, kv_heads=2, mtp_num_hidden_layers=1), [Mesh(2, 1), Mesh(1, 2), Mesh(4, 2)]),
 }
 
 
@@ -54,6 +57,7 @@ def checkpoints(tmp_path_factory):
 )
 def test_ranks_give_the_logits_of_one_process_and_one_id(checkpoints, name, mesh):
     directory, expected = checkpoints(name)
+    assert len(expected.drafts) == (8 if ModelConfig.from_directory(directory).mtp_layers else 0)
     models.check(run_ranks(mesh, lambda communicator: models.run(communicator, directory)), expected)
 
 
@@ -90,6 +94,12 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     moe = 64 * joined + routed + 64 * 48 // mesh.world
     whole = attention + 3 * gdn + 4 * moe + 9 * 64 + 2 * 64 * models.VOCAB // mesh.tp
     assert weight_bytes(planned) == 4 * whole
+
+
+def test_a_draft_vocabulary_is_refused_where_the_head_is_split(checkpoints):
+    model = models.load(checkpoints("dense-mtp")[0], Communicator(Mesh(2, 1)))
+    with pytest.raises(ConfigError, match="there are 2"):
+        model.mtp.reduce_vocabulary(torch.arange(10))
 
 
 def test_a_rank_alone_says_so_and_does_its_own_work(checkpoints):

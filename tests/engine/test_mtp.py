@@ -1,6 +1,7 @@
 """The MTP head against an oracle in plain torch: logits and hidden states, fp32, 1e-4."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mtp_oracle
@@ -10,7 +11,11 @@ from checkpoints import CPU, VOCAB, Shape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.tiny_agent.config import ModelConfig as TinyAgentConfig
+from examples.tiny_agent.mtp import MtpHead
+from examples.tiny_agent.train_mtp import add_head, draft_states, load_head, load_trunk
 from tokenspeed.engine.batch import Batch, PrefillRows, Rows
+from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import FULL, ModelConfig
 from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.memory import Memory, MemoryLayout
@@ -135,6 +140,25 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_logits_and_states_are_the_oracles(model, case, way):
     assert WAYS[way](model, case) <= TOLERANCE
+
+
+def test_a_chain_of_drafts_is_that_of_the_network_that_was_trained(tmp_path):
+    """The tiny agent's trunk with a random head: the drafts of a chain, against those its training computes at once."""
+    directory = tmp_path / "model"
+    shutil.copytree(SHIPPED, directory)
+    trunk, trained = load_trunk(SHIPPED), MtpHead(TinyAgentConfig())
+    trained.start_from(trunk)
+    add_head(directory, trained)
+    sequence, ids = Sequence(load(directory)), torch.arange(3, 113, 5)
+    with torch.no_grad():
+        _, *states = draft_states(trunk, load_head(directory), ids[None], 3)
+    start = 15
+    hidden = sequence.head(ids[1 : start + 2], 0, sequence.trunk(ids[: start + 1], 0).hidden).hidden[-1:]
+    for draft, expected in enumerate(states):
+        if draft:
+            at = start + draft
+            hidden = sequence.head(ids[at + 1 : at + 2], at, hidden, decode=True).hidden
+        assert (hidden[0] - expected[0, start + draft]).abs().max() <= TOLERANCE
 
 
 def test_states_of_all_tokens_come_with_the_logits_of_some(model, case):

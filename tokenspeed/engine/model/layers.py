@@ -47,6 +47,13 @@ class PendingNorm(NamedTuple):
             return ops.linear(normed, weight), normed, self.x
         return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight)
 
+    def linear_of(self, rows: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The product of some rows of the norm with a weight, of all where `rows` is None, and the whole norm."""
+        if rows is None:
+            return self.linear(weight)[:2]
+        normed = self.normed()
+        return ops.linear(normed[rows], weight), normed
+
 
 Flow = tuple[Tensor | PendingNorm, Tensor | None]
 
@@ -323,11 +330,7 @@ class LMHead(Stage):
             yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
-        if not self.picks_rows or batch.logit_rows is None:
-            logits, normed, _ = x.linear(self.weight)
-            return logits, normed
-        normed = x.normed()
-        return ops.linear(normed[batch.logit_rows], self.weight), normed
+        return x.linear_of(batch.logit_rows if self.picks_rows else None, self.weight)
 
 
 def feed_forward(config: ModelConfig, mesh: Mesh) -> Stage:

@@ -71,11 +71,7 @@ class ReducedHead(Stage):
         self.weight = nn.Parameter(head.weight[ids], requires_grad=False)
 
     def forward(self, x, residual, batch):
-        if batch.logit_rows is None:
-            logits, normed, _ = x.linear(self.weight)
-        else:
-            normed = x.normed()
-            logits = ops.linear(normed[batch.logit_rows], self.weight)
+        logits, normed = x.linear_of(batch.logit_rows, self.weight)
         return logits.new_full((len(logits), self.vocab), -torch.inf).index_copy_(1, self.ids, logits), normed
 
 
