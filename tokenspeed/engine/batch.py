@@ -160,7 +160,7 @@ def paged(
 def prefill_rows(
     rows: PrefillRows, tables: Tables, rotary: Rotary, row: Tensor, rope_shift: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Angles and places of a prefill's tokens at the rows of their sequences' pages, [N] int32; see `ops.paged_rows`."""
+    """Angles and places of a prefill's tokens at rows [N] int32 of their sequences' pages; see `ops.paged_rows`."""
     sizes = (1, rotary.scale, rope_shift, PAGE_TOKENS)
     return ops.paged_rows(rows.index, row, tables.pages, tables.capacity, rotary.inv_freq, *sizes)
 

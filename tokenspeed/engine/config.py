@@ -163,9 +163,9 @@ class EngineConfig:
     and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
-    draft_tokens: ids that are drafted behind each and verified together, "auto" for what pays at the number of sequences
-    that decode (none for a checkpoint without an MTP head), 0 for none; without a head they are looked up in the
-    sequence itself.
+    draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
+    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, none
+    without a head.
     tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
     torch.distributed takes it, None where this process is to start the others on this machine.
     """
@@ -190,7 +190,7 @@ class EngineConfig:
     rendezvous: str | None = None
 
     def draft_depths(self, mtp: bool) -> tuple[tuple[int, int], ...]:
-        """Drafts by the number of sequences that decode, as `Limits.drafts` takes them; mtp: whether there is a head."""
+        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them; mtp: whether there is a head."""
         if self.draft_tokens == "auto":
             return AUTO_DRAFTS if mtp else ()
         return ((self.max_num_seqs, self.draft_tokens),) if self.draft_tokens else ()

@@ -45,7 +45,7 @@ class DecodeGraphs:
             self._captured[size, width] = _Captured(packed, forward, forwarded, {drafts: choose})
 
     def forward(self, step: Step) -> "Forwarded | None":
-        """Of the step's B decode rows, and padding behind them, until the next call; None for a step that was not captured."""
+        """Of the decode rows, and padding behind them, until the next call; None for a step that was not captured."""
         key, captured = self._find(step)
         if captured is None:
             return None

@@ -244,8 +244,8 @@ class Runner:
         return ops.accept_tokens(ids, tokens, outputs, context_lens, index, *rules)
 
     def _first(self, step: Step) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Of the samples of prefill rows: the row of their logits [P] int64, the tokens before them [P] int32, and their
-        sequences' indices [P] int64."""
+        """Of the P samples of prefill rows: the row of their logits int64, the tokens before them int32, and their
+        sequences' indices int64."""
         samples = step.samples[len(step.decode) :]
         if not samples:
             return None

@@ -20,7 +20,6 @@ Who owns what, by the state of a sequence:
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -90,6 +89,7 @@ class Sequence:
     preemptions: int = 0
     reuse: PrefixReuse | None = None
     row: DecodeRow | None = None  # its part of a Step in which it merely goes on
+    sample: Sample | None = None  # of the last Step
 
     @property
     def outputs(self) -> int:
@@ -257,7 +257,7 @@ class Scheduler:
             sequence.row = DecodeRow(sequence.index, sequence.read_slot, sequence.write_slot)
         draft.add(sequence.row, sequence)
         sequence.launched += draft.width
-        draft.sample(sequence, self._edited(sequence))
+        draft.sample(sequence, sequence.constrained and self._edited(sequence))
         self._settle_slots(sequence)
 
     def _grow(self, sequence: Sequence, needed: int) -> bool:
@@ -329,7 +329,7 @@ class Scheduler:
         self._settle_slots(sequence)
         if last:
             sequence.state = State.DECODING
-            draft.sample(sequence, self._edited(sequence))
+            draft.sample(sequence, sequence.constrained and self._edited(sequence))
             for child in self._children.get(sequence.id, ()):
                 if child.state is State.WAITING:
                     child.state, child.index, child.target = State.FORKING, self._free.pop(), sequence.target
@@ -338,12 +338,12 @@ class Scheduler:
                     child.reuse = sequence.reuse
                     self.running.append(child)
                     draft.begins.append(self._host.begin(child))
-                    draft.sample(child, self._edited(child))
+                    draft.sample(child, child.constrained and self._edited(child))
         return end - start
 
     def _edited(self, sequence: Sequence) -> bool:
         """Whether the host has a say in the outputs up to the one behind the last token of what is launched."""
-        return sequence.constrained and self._host.edits(sequence, sequence.launched - sequence.prompt_tokens)
+        return self._host.edits(sequence, sequence.launched - sequence.prompt_tokens)
 
     def _settle_slots(self, sequence: Sequence) -> None:
         """Its next row goes on where this Step's writes."""
@@ -466,7 +466,7 @@ class Scheduler:
         """No launched Step holds it any more."""
         self.running.remove(sequence)
         self._free.append(sequence.index)
-        sequence.index, sequence.row = -1, None
+        sequence.index, sequence.row, sequence.sample = -1, None, None
         preempted = sequence.leaving is Leaving.PREEMPTED
         if sequence.holds_memory:
             sequence.holds_memory = False
@@ -524,9 +524,12 @@ class _Draft:
 
     def sample(self, sequence: Sequence, edited: bool) -> None:
         """Ids for the sequence, behind the row that was just added."""
-        logprobs = sequence.request.params.logprobs
-        alternatives = -1 if logprobs is None else logprobs
-        self.samples.append(Sample(len(self._rows_of) - 1, sequence.index, alternatives, edited))
+        row, sample = len(self._rows_of) - 1, sequence.sample
+        if sample is None or sample.row != row or sample.edited != edited:
+            logprobs = sequence.request.params.logprobs
+            sample = Sample(row, sequence.index, -1 if logprobs is None else logprobs, edited)
+            sequence.sample = sample
+        self.samples.append(sample)
         self._samples_of.append(sequence)
         sequence.unread += 1
 
