@@ -12,7 +12,7 @@ from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.errors import LogError
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.request import SamplingParams
-from tokenspeed.engine.step import Begin, Edit, Sample, Step
+from tokenspeed.engine.step import Begin, DecodeRow, Edit, NewPages, PrefillRow, Sample, Step
 from tokenspeed.engine.step_log import Record, StepLog, hash_logits, read_log, replay
 
 
