@@ -224,6 +224,7 @@ struct PagedAttention {
 };
 struct PagedAttentionDecode : PagedAttention {
     int tokens;          // of each sequence
+    int first_key;       // below kPageTokens and every context; what stands before it is not seen, NaN included
     float* parts;        // [slots of the workspace, D]; see paged_attention_decode_shape
     float2* part_sums;   // [slots]: maximum in units of log 2, sum
     int row_groups = 0;  // the launcher sets it

@@ -58,7 +58,7 @@ def paged_attention_prefill(backend: Backend):
 
 def paged_attention_decode(backend: Backend):
     pages, table, contexts = _attention(backend, [63, -1, 3], [65, 0, 5])
-    return *pages.queries(6), pages.kv, table, contexts, 1 / 16
+    return *pages.queries(6), pages.kv, table, contexts, 1 / 16, 2
 
 
 def attention_prologue(backend: Backend):
