@@ -58,7 +58,7 @@ def paged_attention_prefill(backend: Backend):
 
 def paged_attention_decode(backend: Backend):
     pages, table, contexts = _attention(backend, [63, -1, 3], [65, 0, 5])
-    return *pages.queries(6), pages.kv, table, contexts, 1 / 16
+    return *pages.queries(6), pages.kv, table, contexts, 1 / 16, 2
 
 
 def attention_prologue(backend: Backend):
@@ -141,35 +141,6 @@ def copy_pages(backend: Backend):
     return pages, backend.tensor([3, -1, 3]), backend.tensor([0, 2, 4]), backend.tensor([64, 5, 1])
 
 
-SAMPLES: dict[str, Callable] = {
-    call.__name__: call
-    for call in (
-        add_gated_silu_mul_linear,
-        add_rms_norm,
-        add_rms_norm_linear,
-        add_sigmoid_gated,
-        attention_prologue,
-        causal_conv1d,
-        copy_pages,
-        copy_states,
-        gated_delta_rule_decode,
-        gated_delta_rule_prefill,
-        gated_rms_norm,
-        linear,
-        moe_experts,
-        moe_route,
-        paged_attention_decode,
-        paged_attention_prefill,
-        rms_norm,
-        rope,
-        sample,
-        silu_mul,
-        silu_mul_linear,
-        write_kv,
-    )
-}
-
-
 def _progress(backend: Backend):
     """Two sequences that go on and a row of padding: (length, left, prompt, ids) of three indices."""
     numbers = [backend.tensor(values) for values in ([70, 5, 0], [9, 1, 0], [64, 5, 0])]
@@ -192,6 +163,7 @@ def accept_tokens(backend: Backend):
     chosen, tokens = (backend.tensor(x, torch.int64) for x in ([[7, 1], [4, 2], [0, 0]], [[6, 7], [3, 9], [0, 0]]))
     outputs = backend.tensor([[1, 2], [7, 8], [0, 1]], torch.int64)
     index, stops = backend.tensor([1, 0, 2], torch.int64), backend.tensor([[-1], [2], [-1]], torch.int64)
+<<<<<<< HEAD
     return (
         chosen,
         tokens,
@@ -204,3 +176,39 @@ def accept_tokens(backend: Backend):
         left,
         ids,
     )
+=======
+    contexts, min_tokens = backend.tensor([5, 70, -1]), backend.tensor([0, 0, 0])
+    return chosen, tokens, outputs, contexts, index, min_tokens, stops, length, left, ids
+
+
+SAMPLES: dict[str, Callable] = {
+    call.__name__: call
+    for call in (
+        accept_tokens,
+        add_gated_silu_mul_linear,
+        add_rms_norm,
+        add_rms_norm_linear,
+        add_sigmoid_gated,
+        attention_prologue,
+        causal_conv1d,
+        copy_pages,
+        copy_states,
+        gated_delta_rule_decode,
+        gated_delta_rule_prefill,
+        gated_rms_norm,
+        linear,
+        moe_experts,
+        moe_route,
+        next_tokens,
+        paged_attention_decode,
+        paged_attention_prefill,
+        paged_rows,
+        rms_norm,
+        rope,
+        sample,
+        silu_mul,
+        silu_mul_linear,
+        write_kv,
+    )
+}
+>>>>>>> progk

@@ -93,6 +93,18 @@ def test_rows_stand_in_the_pages_of_their_sequence_and_nowhere_else(backend, see
         assert (cos_sin.cpu().double() - wanted)[there].abs().max() < 1e-4
 
 
+def test_angles_of_the_longest_contexts_are_exact(backend):
+    first, shift = [262_144, 105_610, 99_999, 1_000], -3
+    inv_freq = torch.cat([torch.ones(1), 1e7 ** -(torch.arange(0, 64, 2) / 64)]).to(backend.device)
+    tables = backend.tensor([[0]] * 4), backend.tensor([0] * 4)
+    index = int64(backend, range(4))
+    cos_sin, slots = backend.op("paged_rows")(index, backend.tensor(first), *tables, inv_freq, 8, 1.0, shift, PAGE)
+    positions = torch.tensor([row + j + shift for row in first for j in range(8)], dtype=torch.float32)
+    angles = (positions[:, None] * inv_freq.cpu()).double()  # the product in single precision defines the angle
+    assert (cos_sin.cpu() - torch.cat([angles.cos(), angles.sin()], 1)).abs().max() < 1e-5
+    assert slots.tolist() == [-1] * 32
+
+
 def accepted(tables: Tables, i: int, tokens: list[int], chosen: list[int], context: int) -> int:
     """How many of the ids that were chosen count."""
     count = 0

@@ -130,8 +130,8 @@ def paged_attention_decode(
 
     q: [B T, q_heads, D], T consecutive tokens a sequence; the other arguments as in `paged_attention_prefill`.
     context_lens: [B] int32, tokens before this call; a negative one marks a padding row, whose output is zero;
-    first_key: keys before it, fewer than a page and than the context, are not seen and may hold anything.
-    Returns [B T, q_heads D] of q's dtype.
+    first_key: keys before it are not seen and may hold anything; below the page size and every context. Returns
+    [B T, q_heads D] of q's dtype.
     """
     batch, (heads, head_dim) = len(context_lens), q.shape[1:]
     if batch == 0:
