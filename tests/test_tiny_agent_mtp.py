@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from examples.tiny_agent.acceptance import steps_of
-from examples.tiny_agent.data import TRAINING_SEEDS
-from examples.tiny_agent.dataset import Turn, batch
+from examples.tiny_agent.acceptance import Acceptance, count, right_drafts, steps_of
+from examples.tiny_agent.data import HELD_OUT_SEEDS, TRAINING_SEEDS
+from examples.tiny_agent.dataset import Turn, batch, example
 from examples.tiny_agent.mtp import MtpHead
 from examples.tiny_agent.optimizer import build_optimizers
 from examples.tiny_agent.train_mtp import PREFIX, add_head, draft_states, head_loss, load_head, load_trunk
@@ -103,3 +103,13 @@ def test_the_steps_of_a_turn_are_those_of_greedy_decoding():
     assert list(steps_of(turn, [wrong] * 12)) == [(3, 0)] * 5 + [(2, 0), (1, 0)]
     assert list(steps_of(turn, [[True, False, True]] * 12)) == [(3, 1), (3, 1), (3, 1), (1, 1)]
     assert list(steps_of(Turn("small talk", 4, 5), [right] * 12)) == []
+
+
+def test_the_shipped_head_gives_more_than_two_tokens_a_step_on_held_out_conversations(trunk, tokenizer):
+    head, counted = load_head(SHIPPED), Acceptance()
+    for seed in HELD_OUT_SEEDS[:16]:
+        count(trunk, head, example(seed, tokenizer, 512), counted)
+    assert counted.turns > 16 and counted.tokens / counted.steps > 2
+    one = example(HELD_OUT_SEEDS[0], tokenizer, 512).ids
+    follows, drafts = right_drafts(trunk, head, one)
+    assert len(follows) == len(one) - 1 and len(drafts) == len(one) - 2 and len(drafts[0]) == 3 and len(drafts[-1]) == 1
