@@ -12,9 +12,11 @@ from checkpoints import CPU, Shape, load, oracle
 from torch import Tensor
 
 from tokenspeed import ops
+from tokenspeed.engine.batch import Batch, Rows, paged
 from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
+from tokenspeed.engine.drafting import MtpDrafter
 from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
@@ -143,7 +145,9 @@ class Lab:
         self.tamper: Callable[[int, Admission], None] = lambda sequence, admission: None
         self.compared = 0
         self._logits: dict[int, dict[int, Tensor]] = {}  # by sequence id and position
-        self._planned: dict[int, tuple[Step, tuple[Sequence, ...]]] = {}
+        self._draft_logits: dict[int, dict[int, Tensor]] = {}  # by sequence id and row of the head's keys
+        self.compared_drafts = 0
+        self._planned: dict[int, tuple] = {}  # by the Step's identity: it, its rows' sequences, its samples'
         self._verified: dict[int, tuple[Step, tuple[Sequence, ...], list[int], Tensor]] = {}
         self._watch()
 
@@ -189,6 +193,37 @@ class Lab:
     # ---- judgement
 
     def difference(self) -> float:
+        """As `_difference`, of the drafts' logits too where the model has an MTP head."""
+        return max(self._difference(), self._draft_difference())
+
+    @torch.inference_mode()
+    def _draft_difference(self) -> float:
+        """The same of the logits behind each first draft, computed anew from the whole history."""
+        worst, model = 0.0, self.model
+        for talk in self.talks:
+            for sequence in talk.sequences:
+                tokens, found = list(sequence.tokens), self._draft_logits.get(sequence.id, {})
+                rows = [row for row in found if row < len(tokens)]
+                if not rows:
+                    continue
+                pages = -(-len(tokens) // 64)
+                runner = Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages, 1, CPU), max_seqs=1)
+                prompt = PrefillRow(tuple(tokens), 0, 0, 0)
+                step = Step(prefill=(prompt,), pages=(NewPages(0, 0, tuple(range(pages))),))
+                hidden = runner.forward(step).hidden
+                table = runner.tables.pages[:1]
+                start, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+                entries = torch.tensor([tokens[1:]])
+                index = torch.zeros(1, dtype=torch.int64)
+                place = Rows(table, start, none, none)
+                batch = paged(runner.memory, runner.tables, runner._rotary, place, index, entries, -1)
+                logits = model.mtp(batch, hidden[:-1]).logits
+                error = (torch.stack([found[row] for row in rows]) - logits[torch.tensor(rows) - 1]).abs().max()
+                worst = max(worst, (error / logits.std().clamp(min=1)).nan_to_num(torch.inf).item())
+                self.compared_drafts += len(rows)
+        return worst
+
+    def _difference(self) -> float:
         """Largest difference between a logit the engine computed and the uncached one, near-ties excepted, in units of
         the logits' spread where that exceeds 1. Also checks that every output was computed, that the arenas' pages were
         copied as often as the cache says, and that nothing is held once all has ended."""
@@ -245,7 +280,7 @@ class Lab:
         def watched_plan():
             planned = plan()
             if planned:
-                self._planned[id(planned.step)] = planned.step, planned.rows
+                self._planned[id(planned.step)] = planned.step, planned.rows, planned.samples
             return planned
 
         def watched_forward(step):
@@ -254,7 +289,8 @@ class Lab:
             logits = forwarded.logits
             self.page_copies += count["copy_pages"]
             assert count["copy_states"] == 0, "a state was copied"
-            _, sequences = self._planned.pop(id(step))
+            _, sequences, samples = self._planned.pop(id(step))
+            self._planned[id(step)] = step, samples
             decoding = len(step.decode)
             if decoding:
                 starts = forwarded.batch.decode.context_lens.tolist()
@@ -271,7 +307,16 @@ class Lab:
             return forwarded._replace(logits=logits[wanted])
 
         def watched_choose(step, forwarded, edits):
+            _, samples = self._planned.pop(id(step))
+            drafts.clear()
             news, scores = choose(step, forwarded, edits)
+            if drafts:
+                decoding = len(step.decode)
+                own = [i for i, s in enumerate(step.samples) if i < decoding or step.rows[s.row].index == s.index]
+                batch, logits = drafts[0]
+                for i, row, found in zip(own, batch.decode.context_lens.tolist(), logits, strict=True):
+                    if row >= 0:
+                        self._draft_logits.setdefault(samples[i].id, {})[row] = found
             if step.decode:
                 _, sequences, starts, logits = self._verified.pop(id(step))
                 for i, (sequence, start, count) in enumerate(zip(sequences, starts, news[:, 0].tolist(), strict=False)):
@@ -280,6 +325,19 @@ class Lab:
                         self._logits.setdefault(sequence.id, {})[start + place] = logits[i * step.width + place]
             return news, scores
 
+        drafts: list[tuple[Batch, Tensor]] = []
+        if isinstance(runner._drafter, MtpDrafter):
+            head = runner._drafter._head
+
+            class Watched:
+                store = head.store
+
+                def __call__(self, batch, hidden):
+                    output = head(batch, hidden)
+                    drafts.append((batch, output.logits))
+                    return output
+
+            runner._drafter._head = Watched()
         cache.admit, cache.fork, cache.finish = watched_admit, watched_fork, watched_finish
         runner.forward, runner.choose, self.scheduler.plan = watched_forward, watched_choose, watched_plan
 

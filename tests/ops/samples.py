@@ -163,20 +163,6 @@ def accept_tokens(backend: Backend):
     chosen, tokens = (backend.tensor(x, torch.int64) for x in ([[7, 1], [4, 2], [0, 0]], [[6, 7], [3, 9], [0, 0]]))
     outputs = backend.tensor([[1, 2], [7, 8], [0, 1]], torch.int64)
     index, stops = backend.tensor([1, 0, 2], torch.int64), backend.tensor([[-1], [2], [-1]], torch.int64)
-<<<<<<< HEAD
-    return (
-        chosen,
-        tokens,
-        outputs,
-        backend.tensor([5, 70, -1]),
-        index,
-        backend.tensor([0, 0, 0]),
-        stops,
-        length,
-        left,
-        ids,
-    )
-=======
     contexts, min_tokens = backend.tensor([5, 70, -1]), backend.tensor([0, 0, 0])
     return chosen, tokens, outputs, contexts, index, min_tokens, stops, length, left, ids
 
@@ -211,4 +197,3 @@ SAMPLES: dict[str, Callable] = {
         write_kv,
     )
 }
->>>>>>> progk
