@@ -1,5 +1,5 @@
 """Several tokens a step change no text: whatever is drafted, ids, logits and what the cache keeps are those of one
-token a step. Drafts are those of an MTP head or looked up; random models draft wrongly, the shipped one mostly right."""
+token a step. Drafts are those of an MTP head or looked up; random models draft wrongly, the shipped one well."""
 
 from random import Random
 
