@@ -23,26 +23,26 @@ from torch import Tensor
 from tokenspeed import ops
 from tokenspeed.engine.config import PAGE_TOKENS, DenseConfig, ModelConfig
 from tokenspeed.engine.device import pick_kv_dtype
-from tokenspeed.engine.loading import RING_ROWS
+from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.parameters import Weight
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Begin, Row, Sample, Step
+from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 from tokenspeed.ops.fp8 import FP8, quantise_blocks
 
-from .timing import measure_ceilings
+from .timing import Ceilings, measure_ceilings
 
 CONTEXT = 1024  # tokens before the decode steps that are timed
 CUDA = torch.device("cuda")
 
 
-def random_model(config: ModelConfig) -> Qwen3_5:
+def random_model(config: ModelConfig, mtp: bool = False) -> Qwen3_5:
     """Weights drawn on the card so that activations keep their size and every decay is a plausible one; those in FP8
     are quantised as they are drawn."""
-    model = Qwen3_5.empty(config, torch.bfloat16, CUDA)
+    model = Qwen3_5.empty(config, torch.bfloat16, CUDA, mtp=mtp)
     torch.manual_seed(0)
     for weight in (module for module in model.modules() if isinstance(module, Weight) and module.scale is not None):
         for data, scale in [weight] if weight.data.dim() == 2 else zip(*weight, strict=True):
@@ -66,39 +66,35 @@ def random_model(config: ModelConfig) -> Qwen3_5:
 class Sequences:
     """B sequences of one length in a runner's memory, and the Steps that move them on."""
 
-    def __init__(self, model: Qwen3_5, batch: int, tokens: int, kv_dtype: torch.dtype | None):
+    def __init__(self, model: Qwen3_5, batch: int, tokens: int, kv_dtype: torch.dtype | None, drafts: int = 0):
+        """drafts: behind each id, of the model's MTP head."""
         config = model.config
-        self.pages = -(-tokens // PAGE_TOKENS)
-        layout = MemoryLayout(config, torch.bfloat16, ring_rows=RING_ROWS, kv_dtype=kv_dtype)
-        memory = Memory(layout, batch * self.pages, batch, CUDA)
-        self.runner = Runner(model, memory, max_seqs=batch, max_tokens=self.pages * PAGE_TOKENS)
-        self.batch, self.vocab, self.done = batch, config.vocab, 0
-        begins = tuple(Begin(i, 0.0, 0, 1.0, 0.0, 0) for i in range(batch))
+        pages = -(-tokens // PAGE_TOKENS)
+        layout = MemoryLayout(model.share, torch.bfloat16, *slot_sizes(config, drafts, kernel=True), kv_dtype=kv_dtype)
+        memory = Memory(layout, batch * pages, batch, CUDA)
+        self.runner = Runner(model, memory, max_seqs=batch, max_tokens=pages * PAGE_TOKENS, drafts=drafts)
+        self.batch, self.vocab, self.done, self.drafts = batch, config.vocab, 0, drafts
+        self.runner.tables.begin(begins := tuple(Begin(i, 0.0, 0, 1.0, 0.0, 0) for i in range(batch)))
         self.runner.sampler.begin(begins)
+        self.runner.tables.add_pages([NewPages(i, 0, tuple(range(i * pages, (i + 1) * pages))) for i in range(batch)])
+        self._samples = tuple(Sample(i, i) for i in range(batch))
+        self._decode = tuple(DecodeRow(i, i, i) for i in range(batch))
 
     def prefill(self, tokens: int) -> Step:
         generator = torch.Generator().manual_seed(self.done)
         ids = torch.randint(0, self.vocab, (self.batch, tokens), generator=generator).tolist()
-        rows = [
-            Row(tuple(ids[i]), self.done, tuple(range(i * self.pages, (i + 1) * self.pages)), i, i, index=i)
-            for i in range(self.batch)
-        ]
+        rows = tuple(PrefillRow(tuple(ids[i]), self.done, i, i, index=i) for i in range(self.batch))
         self.done += tokens
-        return Step(prefill=tuple(rows), samples=self._samples())
+        return Step(prefill=rows, samples=self._samples)
 
     def decode(self) -> Step:
-        rows = tuple(Row((), self.done, (), i, i, index=i) for i in range(self.batch))
-        self.done += 1
-        return Step(decode=rows, samples=self._samples())
-
-    def _samples(self) -> tuple[Sample, ...]:
-        return tuple(Sample(i, i, self.done) for i in range(self.batch))
+        return Step(decode=self._decode, width=1 + self.drafts, samples=self._samples, drafts=self.drafts)
 
     def run(self, step: Step) -> Tensor:
         """Logits, after the ids were sampled. Waits for nothing."""
-        logits = self.runner.forward(step)
-        self.runner.sampler.choose(step.samples, logits, ())
-        return logits
+        forwarded = self.runner.forward(step)
+        self.runner.choose(step, forwarded, ())
+        return forwarded.logits
 
 
 def seconds(work: Callable[[], None], repeats: int) -> float:
@@ -128,6 +124,23 @@ def operators(**replacements: Callable) -> Iterator[None]:
             setattr(module, name, function)
 
 
+def pinned(mean: float) -> Callable:
+    """An `accept_tokens` under which as many ids count a step as `mean` says, in a fixed order, whatever was chosen:
+    random weights draft nothing right, and what a step costs depends on how far sequences move."""
+    counts = [int(mean * (i + 1)) - int(mean * i) for i in range(10)]
+    pattern, step = torch.tensor(counts, dtype=torch.int32, device=CUDA), torch.zeros(1, dtype=torch.int64, device=CUDA)
+
+    def accept(chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids) -> Tensor:
+        count = pattern[step % len(counts)].expand_as(context_lens).clone()
+        step.add_(1)
+        count.masked_fill_(context_lens < 0, 0)
+        length[index] = torch.where(context_lens < 0, length[index], context_lens + count)
+        ids[index, 0] = chosen[:, 0]
+        return count
+
+    return accept
+
+
 @torch.inference_mode()
 def compare_logits(model: Qwen3_5, tokens: int, kv_dtype: torch.dtype | None) -> dict:
     """Relative distance of logits from those of the torch implementations: after a prefill and three decode steps.
@@ -140,7 +153,7 @@ def compare_logits(model: Qwen3_5, tokens: int, kv_dtype: torch.dtype | None) ->
         sequences = Sequences(model, 2, tokens + 8, kv_dtype)
         steps = [sequences.run(sequences.prefill(tokens)).float().clone()]
         for _ in range(3):
-            sequences.runner.tables.last_ids.fill_(7)  # the same ids whatever was sampled
+            sequences.runner.tables.ids.fill_(7)  # the same ids whatever was sampled
             steps.append(sequences.run(sequences.decode()).float().clone())
         return steps
 
@@ -168,7 +181,7 @@ def compare_logits(model: Qwen3_5, tokens: int, kv_dtype: torch.dtype | None) ->
 
 def decode_bytes(model: Qwen3_5, batch: int, context: int, kv_dtype: torch.dtype | None) -> dict[str, int]:
     """Bytes a decode step must move, by what they are. Of experts, those that as many random choices hit."""
-    config, layout = model.config, MemoryLayout(model.config, torch.bfloat16, kv_dtype=kv_dtype)
+    config, layout = model.config, MemoryLayout(model.share, torch.bfloat16, kv_dtype=kv_dtype)
     experts = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 3)
     embedding = 0 if config.tied else model.program[0].weight.nbytes
     dense = sum(p.nbytes for p in model.parameters()) - experts - embedding
@@ -199,8 +212,18 @@ def kernel_times(sequences: Sequences) -> dict[str, tuple[float, int]]:
 
 
 @torch.inference_mode()
-def measure(size: str, batches: list[int], prefill: int, check: bool, fp8: bool, kv_dtype: torch.dtype | None) -> dict:
-    model = random_model(replace(PUBLISHED[size], fp8=PRODUCTS if fp8 else frozenset()))
+def measure(
+    size: str,
+    batches: list[int],
+    prefill: int,
+    check: bool,
+    speeds: list[tuple[int, float]],
+    fp8: bool,
+    kv_dtype: torch.dtype | None,
+) -> dict:
+    """speeds: (drafts, ids a step) to measure decode steps at; fp8: weights; kv_dtype: of the pages, None for bf16."""
+    config = replace(PUBLISHED[size], fp8=PRODUCTS if fp8 else frozenset())
+    model = random_model(config, mtp=any(drafts for drafts, _ in speeds))
     ceilings = measure_ceilings("cuda")
     formats = {"weights": "fp8" if fp8 else "bf16", "kv": "fp8" if kv_dtype else "bf16"}
     result: dict = {"size": size, **formats, "device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy}
@@ -223,35 +246,57 @@ def measure(size: str, batches: list[int], prefill: int, check: bool, fp8: bool,
     del one
     result["decode"] = []
     for batch in batches:
-        sequences = Sequences(model, batch, CONTEXT + 256, kv_dtype)
+        for depth, mean in speeds:
+            result["decode"].append(measure_decode(size, model, batch, kv_dtype, depth, mean, ceilings))
+            torch.cuda.empty_cache()
+    return result
+
+
+def measure_decode(
+    size: str,
+    model: Qwen3_5,
+    batch: int,
+    kv_dtype: torch.dtype | None,
+    drafts: int,
+    mean: float,
+    ceilings: Ceilings,
+) -> dict:
+    """A decode step of `batch` sequences with as many drafts behind each id, of which `mean` ids a step count."""
+    replaced = {"accept_tokens": pinned(mean)} if drafts else {}
+    with operators(**replaced):
+        sequences = Sequences(model, batch, CONTEXT + 1024, kv_dtype, drafts)
         for _ in range(0, CONTEXT, 256):
             sequences.run(sequences.prefill(256))
-        captured = sequences.runner.capture(progress=False)
+        captured = sequences.runner.capture(lambda count: drafts, progress=False)
         for _ in range(4):
             sequences.run(sequences.decode())
         torch.cuda.synchronize()
 
-        def many(sequences: Sequences = sequences) -> None:
+        def many() -> None:
             for _ in range(16):
                 sequences.run(sequences.decode())
 
         took = seconds(many, 5) / 16
-        must = decode_bytes(model, batch, CONTEXT, kv_dtype)
-        floor = sum(must.values()) / (ceilings.copy * 1e9)
-        row = {"batch": batch, "graph": captured, "us": took * 1e6, "tok_s": batch / took, "bytes": must}
-        row |= {"floor_us": floor * 1e6, "of_floor": floor / took}
+        row = {"batch": batch, "drafts": drafts, "ids_a_step": mean, "graph": captured, "us": took * 1e6}
+        row["tok_s"] = mean * batch / took
+        told = f"{size}: batch {batch:3d}, {drafts} drafts, {mean:3.1f} ids a step: {took * 1e6:9.1f} us a step, "
+        told += f"{1e6 * took / mean:8.1f} us an id, {row['tok_s']:8.1f} tok/s"
+        if not drafts:
+            must = decode_bytes(model, batch, CONTEXT, kv_dtype)
+            floor = sum(must.values()) / (ceilings.copy * 1e9)
+            row |= {"bytes": must, "floor_us": floor * 1e6, "of_floor": floor / took}
+            told += f", floor {floor * 1e6:8.1f} us ({100 * floor / took:.0f}%)"
+        print(f"{told}, graph {'yes' if captured else 'no'}", flush=True)
         row["kernels"] = {name: list(value) for name, value in kernel_times(sequences).items()}
-        result["decode"].append(row)
-        print(
-            f"{size}: decode batch {batch:3d} {took * 1e6:9.1f} us a step, {batch / took:8.1f} tok/s, floor "
-            f"{floor * 1e6:8.1f} us ({100 * floor / took:.0f}%), graph {'yes' if captured else 'no'}",
-            flush=True,
-        )
         for name, (us, launches) in list(row["kernels"].items())[:14]:
             print(f"    {us:9.1f} us {launches:5d} x {name}")
-        del sequences
-        torch.cuda.empty_cache()
-    return result
+    return row
+
+
+def speed(text: str) -> tuple[int, float]:
+    """Of "K" or "K:MEAN". Without a mean 23 of 30 drafts count: 3.3 ids a step for three."""
+    drafts, _, mean = text.partition(":")
+    return int(drafts), float(mean) if mean else 1 + int(drafts) * 23 / 30
 
 
 def main() -> int:
@@ -262,14 +307,22 @@ def main() -> int:
     parser.add_argument("--quantization", choices=["none", "fp8"], default="none", help="of weights (default none)")
     parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help="of KV pages (default bf16)")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with torch's logits")
+    parser.add_argument(
+        "--drafts",
+        nargs="+",
+        default=["0"],
+        metavar="K[:MEAN]",
+        help="drafts behind each id, and the mean of ids a step to pin acceptance to (default 0; 3 means 3:3.3)",
+    )
     parser.add_argument("--json", type=Path, help="append each size's figures to this JSONL file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.card needs a GPU that torch can use; python -m benchmarks.engine measures on a CPU.")
         return 2
+    speeds = [speed(text) for text in options.drafts]
     for size in options.size:
         formats = options.quantization == "fp8", pick_kv_dtype(options.kv_dtype)
-        result = measure(size, options.batches, options.prefill, not options.no_check, *formats)
+        result = measure(size, options.batches, options.prefill, not options.no_check, speeds, *formats)
         if options.json:
             with options.json.open("a") as out:
                 out.write(json.dumps(result) + "\n")

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from tokenspeed.engine import sampling
-from tokenspeed.engine.batch import to_device
+from tokenspeed.engine.batch import pack_rows, to_device
 from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.model.mtp import Output
 from tokenspeed.engine.request import SamplingParams
+from tokenspeed.engine.runner import Forwarded
 
 SEQUENCES, WARM_UP, STEPS = 64, 40, 200
 
@@ -26,20 +27,27 @@ class CannedModel:
         self.config = self.share = config
         self._logits = torch.randn(SEQUENCES, config.vocab, generator=torch.Generator().manual_seed(0))
 
-    def __call__(self, batch) -> torch.Tensor:
-        return self._logits[: len(batch.tokens if batch.logit_rows is None else batch.logit_rows)]
+    def __call__(self, batch) -> Output:
+        return Output(self._logits[: len(batch.tokens if batch.logit_rows is None else batch.logit_rows)], None)
 
 
 class CannedGraphs:
-    """Stands in for captured decode graphs: fills the input of one and has the model's logits."""
+    """Stands in for captured decode graphs: fills the input of one where it changes, and has the model's logits and
+    ids."""
 
     def __init__(self, model: CannedModel):
-        self._logits = model._logits
-        self._packed = torch.empty(6, SEQUENCES, dtype=torch.int32)
+        self._logits, self._rows = model._logits, ()
+        self._packed = torch.empty(3, SEQUENCES, dtype=torch.int32)
+        self._news = torch.stack([torch.ones(SEQUENCES, dtype=torch.int64), torch.arange(SEQUENCES)], 1)
 
-    def forward(self, step, columns) -> torch.Tensor:
-        self._packed.copy_(to_device(columns.of(step, SEQUENCES), self._packed.device))
-        return self._logits[: step.tokens]
+    def forward(self, step) -> Forwarded:
+        if step.decode != self._rows:
+            self._packed.copy_(to_device(pack_rows(step.decode, SEQUENCES, SEQUENCES), self._packed.device))
+            self._rows = step.decode
+        return Forwarded(None, self._logits[: step.tokens], None)
+
+    def choose(self, step) -> torch.Tensor:
+        return self._news[: len(step.decode)]
 
 
 class Phases:
@@ -65,30 +73,25 @@ class Phases:
 
 def overhead() -> dict[str, float]:
     """Microseconds of a decode step of 64 sequences, by phase."""
-    llm = LLM(progress=False, device="cpu", threads=1, max_num_seqs=SEQUENCES)
+    llm = LLM(progress=False, device="cpu", threads=1, max_num_seqs=SEQUENCES, draft_tokens=0)
     engine, runner, phases = llm.engine, llm.engine.runner, Phases()
     runner.model = CannedModel(runner.model.config)
     runner._graphs = CannedGraphs(runner.model)
-    operator, chosen = sampling.ops.sample, torch.arange(SEQUENCES)
     engine.step = phases.within("rest", engine.step)
     engine.scheduler.plan = phases.within("plan", engine.scheduler.plan)
     engine.scheduler.reconcile = phases.within("reconcile", engine.scheduler.reconcile)
     runner.forward = phases.within("batch", runner.forward)
-    runner.sampler.choose = phases.within("sampling", runner.sampler.choose)
-    sampling.ops.sample = lambda logits, *arguments: chosen[: len(logits)]
+    runner.choose = phases.within("sampling", runner.choose)
     params = SamplingParams(temperature=1.0, top_p=0.9, ignore_eos=True, max_tokens=WARM_UP + STEPS + 20)
-    try:
-        for i in range(SEQUENCES):
-            engine.submit(llm.frontend.request(str(i), [i, i + 1, i + 2], params), lambda update: None)
-        for _ in range(WARM_UP):
-            engine.step()
-        phases.seconds.clear()
-        gc.collect()
-        for _ in range(STEPS):
-            engine.step()
-        return {name: 1e6 * seconds / STEPS for name, seconds in phases.seconds.items()}
-    finally:
-        sampling.ops.sample = operator
+    for i in range(SEQUENCES):
+        engine.submit(llm.frontend.request(str(i), [i, i + 1, i + 2], params), lambda update: None)
+    for _ in range(WARM_UP):
+        engine.step()
+    phases.seconds.clear()
+    gc.collect()
+    for _ in range(STEPS):
+        engine.step()
+    return {name: 1e6 * seconds / STEPS for name, seconds in phases.seconds.items()}
 
 
 def report_overhead() -> None:

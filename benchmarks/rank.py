@@ -26,7 +26,7 @@ from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.parallel.plan import traffic
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Row, Step
+from tokenspeed.engine.step import DecodeRow, NewPages, Step
 
 ROUNDS = 21
 
@@ -101,8 +101,10 @@ def decode_step(
     each = -(-(context + 1) // PAGE_TOKENS)
     memory = Memory(MemoryLayout(model.share, dtype), batch * each, batch, device)
     runner = Runner(model, memory, max_seqs=batch, max_tokens=each * PAGE_TOKENS)
-    places = [tuple(range(i * each, (i + 1) * each)) for i in range(batch)]
-    return runner, Step(decode=tuple(Row((1,), context, pages, i, i, index=i) for i, pages in enumerate(places)))
+    runner.tables.length.fill_(context)
+    runner.tables.left.fill_(1)
+    pages = tuple(NewPages(i, 0, tuple(range(i * each, (i + 1) * each))) for i in range(batch))
+    return runner, Step(decode=tuple(DecodeRow(i, i, i) for i in range(batch)), pages=pages)
 
 
 def timed(runner: Runner, step: Step, device: torch.device) -> float:

@@ -84,7 +84,7 @@ std::optional<Tensor> attention_prologue(const Tensor& qkv, const Tensor& q_weig
                                          const Tensor& cos_sin, const Tensor& kv, const Tensor& kv_slots, double eps) {
     const int64_t tokens = qkv.size(0), kv_heads = kv.size(2), rotary = cos_sin.size(1);
     const int64_t q_heads = qkv.size(1) / (2 * kHeadDim) - kv_heads;
-    const bool shapes = qkv.size(1) == 2 * (q_heads + kv_heads) * kHeadDim && q_heads > 0 && kv.size(1) == 2 &&
+    const bool shapes = qkv.size(1) == 2 * (q_heads + kv_heads) * kHeadDim && q_heads >= 0 && kv.size(1) == 2 &&
                         has_shape(q_weight, {kHeadDim}) && has_shape(k_weight, {kHeadDim}) &&
                         cos_sin.size(0) == tokens && has_shape(kv_slots, {tokens});
     const bool pairs_on_lanes = rotary >= 16 && rotary <= kHeadDim && (rotary & (rotary - 1)) == 0;

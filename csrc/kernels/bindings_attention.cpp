@@ -43,10 +43,11 @@ std::optional<PagedAttention> shared_arguments(const Tensor& q, const Tensor& ga
 }
 
 // The decode kernel, for sequences of q.size(0) / sequences tokens each.
-std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared) {
+std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared, int64_t first_key) {
     constexpr int64_t kMaxGrid = 65535;  // of its other dimensions: rows of a sequence and KV head, KV heads
-    if (q.size(0) % shared.sequences != 0) return std::nullopt;
-    PagedAttentionDecode arguments{shared, static_cast<int>(q.size(0) / shared.sequences), nullptr, nullptr};
+    if (q.size(0) % shared.sequences != 0 || first_key < 0 || first_key >= kPageTokens) return std::nullopt;
+    PagedAttentionDecode arguments{shared, static_cast<int>(q.size(0) / shared.sequences), static_cast<int>(first_key),
+                                   nullptr, nullptr};
     const int64_t rows = int64_t{arguments.tokens} * arguments.q_heads;
     if (rows > kMaxGrid || rows * arguments.sequences * arguments.table_width > kMaxIndex) return std::nullopt;
     const int64_t slots = paged_attention_decode_shape(arguments).slots;
@@ -64,9 +65,10 @@ std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared) {
 }
 
 std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
-                                             const Tensor& page_table, const Tensor& context_lens, double scale) {
+                                             const Tensor& page_table, const Tensor& context_lens, double scale,
+                                             int64_t first_key) {
     const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
-    return shared ? decode(q, *shared) : std::nullopt;
+    return shared ? decode(q, *shared, first_key) : std::nullopt;
 }
 
 std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gate, const Tensor& kv,
@@ -77,7 +79,7 @@ std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gat
         shared && is_int32(cu_seqlens) && cu_seqlens.is_contiguous() && has_shape(cu_seqlens, {shared->sequences + 1});
     if (!fits) return std::nullopt;
     if (shared->sequences == 1 && paged_attention_prefill_is_short(*shared, q.size(0))) {
-        if (auto out = decode(q, *shared)) return out;
+        if (auto out = decode(q, *shared, 0)) return out;
     }
     const int parts = paged_attention_prefill_parts(*shared, q.size(0));
     PagedAttentionPrefill arguments{*shared, data<int32_t>(cu_seqlens), q.size(0), parts, nullptr, nullptr};

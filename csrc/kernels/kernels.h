@@ -54,6 +54,56 @@ struct AttentionPrologue {
 };
 cudaError_t attention_prologue(const AttentionPrologue& arguments, cudaStream_t stream);
 
+// ---- progress.cu: see the operators of those names. Index arrays contiguous, of any alignment; [I] arrays are tables
+// by sequence index.
+struct NextTokens {
+    const int64_t* index;       // [sequences]
+    const int32_t* read_slot;   // [sequences]
+    const int32_t* write_slot;  // [sequences]
+    const int32_t* length;      // [I]
+    const int32_t* left;        // [I]
+    const int32_t* prompt;      // [I]
+    const int64_t* ids;         // [I, at least width] by row stride
+    int64_t ids_stride;
+    int64_t* tokens;        // [sequences, width]
+    int64_t* outputs;       // [sequences, width]
+    int32_t* context_lens;  // [sequences]
+    int32_t* reads;         // [sequences]
+    int32_t* writes;        // [sequences]
+    int sequences, width;
+};
+cudaError_t next_tokens(const NextTokens& arguments, cudaStream_t stream);
+struct PagedRows {
+    const int64_t* index;  // [sequences]
+    const int32_t* first;  // [sequences]
+    const int32_t* pages;  // [I, table_width] by row stride
+    int64_t pages_stride;
+    const int32_t* capacity;  // [I]
+    const float* inv_freq;    // [frequencies]
+    float* cos_sin;           // [sequences width, 2 frequencies]
+    int64_t* kv_slots;        // [sequences width]
+    int sequences, width, table_width, frequencies, rope_shift, page_size;
+    float rope_scale;
+};
+cudaError_t paged_rows(const PagedRows& arguments, cudaStream_t stream);
+constexpr int kAcceptMaxTokens = 32;  // a lane each
+struct AcceptTokens {
+    const int64_t* chosen;  // [sequences, tokens_each] contiguous, as are the next two
+    const int64_t* tokens;
+    const int64_t* outputs;
+    const int32_t* context_lens;  // [sequences]
+    const int64_t* index;         // [sequences]
+    const int32_t* min_tokens;    // [I]
+    const int64_t* stops;         // [I, stop_count] contiguous
+    int32_t* length;              // [I]
+    int32_t* left;                // [I]
+    int64_t* ids;                 // [I, at least 1] by row stride
+    int64_t ids_stride;
+    int32_t* counts;  // [sequences]
+    int sequences, tokens_each, stop_count;
+};
+cudaError_t accept_tokens(const AcceptTokens& arguments, cudaStream_t stream);
+
 // ---- causal_conv1d.cu: see the operator of that name; taps 4, channels a multiple of 8.
 constexpr int kConvTaps = 4;
 struct CausalConv1d {
@@ -224,6 +274,7 @@ struct PagedAttention {
 };
 struct PagedAttentionDecode : PagedAttention {
     int tokens;          // of each sequence
+    int first_key;       // below kPageTokens and every context; what stands before it is not seen, NaN included
     float* parts;        // [slots of the workspace, D]; see paged_attention_decode_shape
     float2* part_sums;   // [slots]: maximum in units of log 2, sum
     int row_groups = 0;  // the launcher sets it

@@ -231,6 +231,7 @@ class Consumer {
         wait_for_box();
         multiply_keys(scores);
         release_box();
+        if (position < p_.first_key) hide_first(scores);
         float rescale[kTiles][2];
         softmax(scores, rescale, position);
 #pragma unroll
@@ -280,6 +281,21 @@ class Consumer {
             for (int i = 0; i < 8; ++i) {
                 scores[tile][i / 4][i % 4] = sums[0][tile][i / 4][i % 4];
                 if (kChains > 1) scores[tile][i / 4][i % 4] += sums[kChains - 1][tile][i / 4][i % 4];
+            }
+        }
+    }
+
+    // On the first page alone: nothing before first_key is seen. What is there, NaN included, is overwritten.
+    __device__ __forceinline__ void hide_first(float (&scores)[kTiles][2][4]) const {
+        const int hidden = p_.first_key - warp_ * 16 - lane_ % 4 * 2;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (n * 8 + i % 2 < hidden) scores[tile][n][i] = -INFINITY;
+                }
             }
         }
     }
@@ -336,6 +352,21 @@ class Consumer {
     __device__ __forceinline__ void multiply_values(int position) {
         const uint32_t values = ptx::shared_address(storage_.ring[at_.stage]) + warp_ * kGroupBytes;
         const uint32_t weights = ptx::shared_address(storage_.weights);
+        // Rows outside the sequence may hold NaN, and a weight of zero would not silence it.
+        uint32_t low[kPage / 16], high[kPage / 16];
+        const int lane_token = position + lane_ % 4 * 2;
+#pragma unroll
+        for (int k = 0; k < kPage / 16; ++k) {
+            low[k] = existing(lane_token + k * 16);
+            high[k] = existing(lane_token + k * 16 + 8);
+        }
+        if (position < p_.first_key) {
+#pragma unroll
+            for (int k = 0; k < kPage / 16; ++k) {
+                low[k] &= seen(lane_token + k * 16);
+                high[k] &= seen(lane_token + k * 16 + 8);
+            }
+        }
 #pragma unroll
         for (int k = 0; k < kPage / 16; ++k) {
             uint32_t rows[kTiles][4];
@@ -344,9 +375,6 @@ class Consumer {
                 ptx::ldmatrix_x4(rows[tile],
                                  fragment_address(weights, tile_row(tile) + lane_ % 16, k * 2 + lane_ / 16, 8));
             }
-            // Rows beyond the sequence may hold NaN, and a weight of zero would not silence it.
-            const int token = position + k * 16 + lane_ % 4 * 2;
-            const uint32_t low = existing(token), high = existing(token + 8);
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 uint32_t value[4];
@@ -354,10 +382,10 @@ class Consumer {
                                             fragment_address(values, k * 16 + lane_ % 16, pair * 2 + lane_ / 16, 8));
 #pragma unroll
                 for (int tile = 0; tile < kTiles; ++tile) {
-                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2], rows[tile], value[0] & low,
-                                                     value[1] & high);
-                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2 + 1], rows[tile], value[2] & low,
-                                                     value[3] & high);
+                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2], rows[tile], value[0] & low[k],
+                                                     value[1] & high[k]);
+                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2 + 1], rows[tile], value[2] & low[k],
+                                                     value[3] & high[k]);
                 }
             }
         }
@@ -367,6 +395,11 @@ class Consumer {
     __device__ __forceinline__ uint32_t existing(int token) const {
         const int end = context_ + p_.tokens;
         return token + 1 < end ? 0xffffffffu : token < end ? 0x0000ffffu : 0u;
+    }
+
+    // The same for tokens from first_key on.
+    __device__ __forceinline__ uint32_t seen(int token) const {
+        return token >= p_.first_key ? 0xffffffffu : token + 1 >= p_.first_key ? 0xffff0000u : 0u;
     }
 
     // Gates and stores a whole sequence, or leaves its part in the workspace.

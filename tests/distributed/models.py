@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenspeed import ops
-from tokenspeed.engine.batch import build_batch
+from tokenspeed.engine.batch import Rotary, build_batch
 from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import holds_mtp, load_weights, with_formats
@@ -18,8 +19,9 @@ from tokenspeed.engine.parallel import sampling
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.quantization import products_of
 from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.step import Row, Step
 from tokenspeed.ops.fp8 import quantise_blocks
+
+from ..driving import Move, place, step_of
 
 CPU = torch.device("cpu")
 # Sizes whose quarters are whole blocks of 128, for weights in FP8.
@@ -100,20 +102,21 @@ def load(directory: Path, communicator: Communicator, quantization: str = "auto"
     return model
 
 
-def steps(vocab: int) -> list[Step]:
-    """Ragged prefills with a snapshot, a resume from it beside decoding rows, then decode alone."""
+def steps(vocab: int) -> list[tuple[tuple[Move, ...], tuple[Move, ...]]]:
+    """Ragged prefills with a snapshot, a resume from it beside decoding rows, then decode alone, the
+    last of two tokens each: (decode, prefill) of each pass."""
     ids = torch.randint(0, vocab, (2, 90), generator=torch.Generator().manual_seed(5)).tolist()
 
-    def row(sequence: int, start: int, end: int, **rest) -> Row:
+    def row(sequence: int, start: int, end: int, **rest) -> Move:
         places = {"pages": ((4, 1), (0, 3))[sequence], "read_slot": sequence, "write_slot": sequence}
-        return Row(tuple(ids[sequence][start:end]), start, index=sequence, **places | rest)
+        return Move(tuple(ids[sequence][start:end]), start, index=sequence, **places | rest)
 
     resumed = row(0, 20, 30, pages=(4, 2), read_slot=2, write_slot=3, kv_tokens=64, logits=10)._replace(index=2)
     return [
-        Step(prefill=(row(0, 0, 70, snapshots=((20, 2),), logits=70), row(1, 0, 33))),
-        Step(decode=(row(0, 70, 71),), prefill=(row(1, 33, 40, logits=7), resumed)),
-        Step(decode=(row(0, 71, 72), row(1, 40, 41))),
-        Step(decode=(row(1, 41, 42), row(0, 72, 73))),
+        ((), (row(0, 0, 70, snapshots=((20, 2),), logits=70), row(1, 0, 33))),
+        ((row(0, 70, 71),), (row(1, 33, 40, logits=7), resumed)),
+        ((row(0, 71, 72), row(1, 40, 41)), ()),
+        ((row(1, 41, 43), row(0, 72, 74)), ()),
     ]
 
 
@@ -136,16 +139,19 @@ def sampling_values(rows: int) -> tuple[Tensor, ...]:
 
 
 def new_runner(model: Qwen3_5) -> Runner:
-    return Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages=5, slots=4, device=CPU))
+    layout = MemoryLayout(model.share, torch.float32, *slot_sizes(model.config, 1, kernel=False))
+    return Runner(model, Memory(layout, pages=5, slots=4, device=CPU))
 
 
 @torch.inference_mode()
 def drafts(model: Qwen3_5) -> list[Tensor]:
     """Two drafts for each step with a prompt, whole logits and states of each: the second from the first's states."""
     runner, found = new_runner(model), []
-    for step in steps(model.config.vocab)[:2]:
-        runner.tables.update(step.grown)
-        batch = build_batch(step, runner.memory, runner.tables, *model.rotary(CPU))
+    for moves in steps(model.config.vocab)[:2]:
+        place(runner, moves[0])
+        step = step_of(*moves)
+        runner.tables.add_pages(step.pages)
+        batch = build_batch(step, runner.memory, runner.tables, Rotary(*model.rotary(CPU)))
         hidden = model(batch).hidden
         for draft in (1, 2):
             rows = replace(batch, tokens=(batch.tokens + 7 * draft) % model.config.vocab)
@@ -159,8 +165,9 @@ def run(communicator: Communicator, directory: Path) -> Outcome:
     model = load(directory, communicator)
     outcome = Outcome([], [], [], drafts(model) if model.mtp else [])
     runner = new_runner(model)
-    for step in steps(model.config.vocab):
-        logits = runner.forward(step)
+    for decode, prefill in steps(model.config.vocab):
+        place(runner, decode)
+        logits = runner.forward(step_of(decode, prefill)).logits
         outcome.greedy.append(sampling.greedy(logits, communicator))
         outcome.sampled.append(sampling.sample(logits, *sampling_values(len(logits)), communicator))
         outcome.logits.append(communicator.all_gather(logits, 1, "tp"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tokenspeed.engine.batch import Tables, decode_batch
+from tokenspeed.engine.batch import Rotary, Tables, decode_batch
 from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.mtp import ReducedHead
@@ -29,7 +29,8 @@ def test_a_decode_step_reads_nothing_on_the_host(moe, tp):
         model = Qwen3_5.empty(config, torch.float32, models.CPU, communicator, mtp=True)
         memory = Memory(MemoryLayout(model.share, torch.float32), 4, 3, models.CPU)
         tables = Tables(3, 2, models.CPU)
-        batch = decode_batch(torch.empty(6, 3, dtype=torch.int32), memory, tables, *model.rotary(models.CPU))
+        rotary = Rotary(*model.rotary(models.CPU))
+        batch = decode_batch(torch.empty(3, 3, dtype=torch.int32), 1, memory, tables, rotary)
         logits, hidden = model(batch)
         assert logits.shape == (3, models.VOCAB // tp)
         for _ in range(2):

@@ -14,6 +14,7 @@ from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.parallel.plan import traffic
 from tokenspeed.engine.runner import Runner
 
+from ..driving import forward
 from . import models
 from .threads import run_ranks
 
@@ -75,7 +76,7 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     def work(communicator):
         model = models.load(directory, communicator)
         memory = Memory(layout, pages=5, slots=4, device=models.CPU)
-        Runner(model, memory).forward(models.steps(config.vocab)[1])
+        forward(Runner(model, memory), *models.steps(config.vocab)[1])
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         return sum(storages.values()), memory.kv.nbytes, memory.slots.nbytes, communicator.payload
 

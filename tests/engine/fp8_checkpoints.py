@@ -11,12 +11,12 @@ from mtp_oracle import random_head, split_experts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.driving import Move, logits_of
 from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import load_weights, with_formats
 from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.step import Row, Step
 
 PREFIX = "model.language_model."
 # By the ends of their names, as the releases have them.
@@ -139,11 +139,11 @@ class Release:
         memory = Memory(MemoryLayout(model.config, dtype, kv_dtype=kv_dtype), 3, 2, CPU)
         runner, half, ids = Runner(model, memory), len(self.ids) // 2, self.ids.tolist()
 
-        def row(start: int, end: int) -> Row:
-            return Row(tuple(ids[start:end]), start, (2, 0), 1, 1, logits=end - start)
+        def move(start: int, end: int) -> Move:
+            return Move(tuple(ids[start:end]), start, (2, 0), 1, 1, logits=end - start)
 
-        steps = [Step(prefill=(row(0, half),)), *(Step(decode=(row(i, i + 1),)) for i in range(half, len(ids)))]
-        return torch.cat([runner.forward(step) for step in steps])
+        first = logits_of(runner, prefill=(move(0, half),))
+        return torch.cat([first, *(logits_of(runner, (move(i, i + 1),)) for i in range(half, len(ids)))])
 
 
 def release(root: Path, moe: bool, tokens: int = 80, scale_dtype: torch.dtype = torch.bfloat16, **sizes) -> Release:

@@ -1,6 +1,7 @@
 """A device that knows no tensors. Its model is a hash of everything a sequence has consumed, which it rebuilds from the
-Steps alone: a page holds token ids, a slot the ids whose state it stands for. Whatever goes wrong with memory changes
-an id or breaks an assertion here. Ids follow from a request by `expected`, which knows neither Steps nor scheduling.
+Steps alone: a page holds token ids, a slot the ids whose state it stands for, drafts that can be taken back among them.
+Some of its drafts are what the model chooses next and some are not. Whatever goes wrong with memory changes an id or
+breaks an assertion here. Ids follow from a request by `expected`, which knows neither Steps nor scheduling.
 """
 
 from array import array
@@ -13,7 +14,7 @@ from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.request import Request
 from tokenspeed.engine.runner import Result
 from tokenspeed.engine.sampling import TokenScores
-from tokenspeed.engine.step import Begin, Edit, NextStep, Row, Sample, Step
+from tokenspeed.engine.step import Begin, DecodeRow, Edit, PrefillRow, Sample, Step
 
 VOCAB = 64
 EOS, THINK, END_THINK = 3, 60, 61
@@ -136,9 +137,9 @@ class Launched:
 
     def __init__(self, device: "HashDevice", step: Step):
         self._device, self._step, self._plans = device, step, device.plans
-        self.ids: list[int] | None = None
+        self.ids: list[list[int]] | None = None
         self._histories, self._prompt_scores = device.forward(step)
-        self._scores: dict[int, TokenScores] = {}
+        self._scores: dict[int, list[TokenScores]] = {}
 
     def sample(self, edits=()) -> None:
         assert self.ids is None, "a Step is sampled twice"
@@ -146,33 +147,47 @@ class Launched:
         by_sample = {edit.sample: edit for edit in edits}
         for i in by_sample:
             assert self._step.samples[i].edited, "an edit of a sample that is not marked"
-        samples = self._step.samples
-        self.ids = [self._device.choose(s, self._histories[s.logits], by_sample.get(i)) for i, s in enumerate(samples)]
-        for i, (s, id) in enumerate(zip(samples, self.ids, strict=True)):
+        self.ids = []
+        for i, s in enumerate(self._step.samples):
+            decoding = s.row < len(self._step.decode)
+            end = None if decoding else self._step.rows[s.row].end
+            ids = self._device.choose(s, self._histories[s.row], by_sample.get(i), end, self._step.drafts)
             if s.logprobs >= 0:
-                self._scores[i] = scores_of(self._histories[s.logits], id, s.logprobs)
+                histories = self._histories[s.row][-1:] if end else self._histories[s.row]
+                self._scores[i] = [scores_of(h, id, s.logprobs) for h, id in zip(histories, ids, strict=False)]
+            self.ids.append(ids)
 
     def read(self) -> Result:
         assert self.ids is not None, "ids are read that nobody asked for"
         assert self._device.plans > self._plans, "ids are read before the next Step is planned"
         assert not self._device.planned, "ids are read before the next Step is launched"
-        return Result(list(self.ids), self._scores, self._prompt_scores)
+        return Result([list(ids) for ids in self.ids], self._scores, self._prompt_scores)
 
 
 class HashDevice:
-    """Stands in for a Runner. `watch` a scheduler, so that it sees when a Step is planned."""
+    """Stands in for a Runner. `watch` a scheduler, so that it sees when a Step is planned.
 
-    def __init__(self, pages: int, slots: int, seqs: int, tokens: int):
+    right: of a hundred drafts how many are what the model chooses.
+    """
+
+    looks_up_drafts = False
+
+    def __init__(self, pages: int, slots: int, seqs: int, tokens: int, right: int = 60):
         self.model = SimpleNamespace(config=SimpleNamespace(vocab=VOCAB))
         self.pages = [EMPTY] * pages
-        self.slots: list[bytes | None] = [None] * slots
-        self.tables = [[-1] * -(-tokens // PAGE_TOKENS) for _ in range(seqs)]
-        self.last_ids = [-1] * seqs
+        # The ids that a slot's state has consumed, and how many of them cannot be taken back any more.
+        self.slots: list[tuple[bytes, int] | None] = [None] * slots
+        self.tables: list[list[int]] = [[] for _ in range(seqs)]
+        self.table_pages = -(-tokens // PAGE_TOKENS)
+        self.right = right
+        self.lengths, self.left = [0] * seqs, [0] * seqs
+        self.next_ids: list[list[int]] = [[] for _ in range(seqs)]  # the last one and drafts
         self.begins: list[Begin | None] = [None] * seqs
         self.counts = [Counter() for _ in range(seqs)]
         self.queue: list[Launched] = []  # launched and not sampled
         self.steps: list[Step] = []
         self.plans, self.planned = 0, False
+        self.drafts = Counter()  # verified, and of these right
         self.running = lambda: ()
 
     def watch(self, scheduler) -> None:
@@ -182,8 +197,6 @@ class HashDevice:
             self.plans += 1
             found = plan()
             self.planned = found is not None
-            if found and isinstance(found.step, NextStep):
-                assert not [s for s in scheduler.running if s.ending is None and s not in found.rows], "one is left out"
             return found
 
         scheduler.plan = watched
@@ -197,76 +210,130 @@ class HashDevice:
         self.queue.append(launched)
         return launched
 
-    def forward(self, step: Step) -> tuple[list[bytes], dict[int, list[TokenScores]]]:
-        """The history under each row of logits, and the scores of prompt tokens."""
+    def forward(self, step: Step) -> tuple[list[list[bytes]], dict[int, list[TokenScores]]]:
+        """The histories under the logits of each row, and the scores of prompt tokens."""
         for begin in step.begins:
             self.begins[begin.index] = begin
             self.counts[begin.index] = Counter(begin.output)
+            self.lengths[begin.index], self.left[begin.index] = 0, begin.left
+            self.next_ids[begin.index], self.tables[begin.index] = [], []
         copied = [(target, self.pages[source][: 4 * rows]) for source, target, rows in step.copies]
         for target, content in copied:
             self.pages[target] = content + EMPTY[len(content) :]
-        for row in step.rows:
-            table = self.tables[row.index]
-            assert row.first_page + len(row.pages) <= len(table), "more pages than a sequence may have"
-            table[row.first_page : row.first_page + len(row.pages)] = row.pages
-        self._check_sharing(step)
+        for index, first, pages in step.pages:
+            assert first + len(pages) <= self.table_pages, "more pages than a sequence may have"
+            self.tables[index][first:] = pages
+        places = [self._place(row, step.width) for row in step.rows]
+        self._check_sharing(step, places)
         # All slots are read before any is written, and then again: a row may not see what another wrote in its Step.
-        before = [self._consumed(row) for row in step.rows]
-        histories: list[bytes] = []
+        before = [self._consumed(row, place) for row, place in zip(step.rows, places, strict=True)]
+        histories: list[list[bytes]] = []
         prompt_scores = {}
-        for i, (row, history) in enumerate(zip(step.rows, before, strict=True)):
-            assert self._consumed(row) == history, "a row reads a slot that another one writes"
-            after = history + as_bytes(row.tokens or (self.last_ids[row.index],))
-            self._attend(row, after)
-            self.slots[row.write_slot] = after
-            for count, slot in row.snapshots:
-                self.slots[slot] = after[: 4 * count]
-            wanted = [after[: 4 * (row.end - row.logits + k + 1)] for k in range(row.logits)]
-            if row.scored:
-                pairs = zip(wanted, row.scored, strict=False)
+        for i, (row, place, history) in enumerate(zip(step.rows, places, before, strict=True)):
+            if place is None:
+                histories.append([])
+                continue
+            start, tokens = place
+            assert self._consumed(row, place) == history, "a row reads a slot that another one writes"
+            after = history + as_bytes(tokens)
+            self._attend(row, start, after)
+            wanted, certain = len(tokens), start + 1
+            if isinstance(row, PrefillRow):
+                wanted, certain = row.logits, row.end
+                for count, slot in row.snapshots:
+                    self.slots[slot] = after[: 4 * count], count
+            self.slots[row.write_slot] = after, certain
+            histories.append([after[: len(after) - 4 * k] for k in reversed(range(wanted))])
+            if isinstance(row, PrefillRow) and row.scored:
+                pairs = zip(histories[-1], row.scored, strict=False)
                 prompt_scores[i] = [scores_of(prefix, id, row.alternatives) for prefix, id in pairs]
-            histories += wanted
         return histories, prompt_scores
 
-    def _consumed(self, row: Row) -> bytes:
-        """The ids that the row's state stands for."""
-        if not row.start:
-            return b""
-        history = self.slots[row.read_slot]
-        assert history is not None and len(history) == 4 * row.start, (
-            f"slot {row.read_slot} stands for {len(history or b'') // 4} tokens, not {row.start}"
-        )
-        return history
+    def _place(self, row: DecodeRow | PrefillRow, width: int) -> tuple[int, list[int]] | None:
+        """Where the row starts and what it consumes; None for a sequence that has nothing left to say."""
+        if isinstance(row, PrefillRow):
+            return row.start, list(row.tokens)
+        if not self.left[row.index]:
+            return None
+        ids = self.next_ids[row.index]
+        return self.lengths[row.index], [*ids, *[7] * (width - len(ids))][:width]
 
-    def _attend(self, row: Row, history: bytes) -> None:
+    def _consumed(self, row: DecodeRow | PrefillRow, place: tuple[int, list[int]] | None) -> bytes:
+        """The ids that the row's state stands for, without what is taken back."""
+        if place is None or not place[0]:
+            return b""
+        start = place[0]
+        history, certain = self.slots[row.read_slot] or (b"", 0)
+        assert certain <= start <= len(history) // 4, (
+            f"slot {row.read_slot} stands for {certain} to {len(history) // 4} tokens, not {start}"
+        )
+        return history[: 4 * start]
+
+    def _attend(self, row: DecodeRow | PrefillRow, start: int, history: bytes) -> None:
         """Store what the row brings, and check that its pages hold what attention reads."""
-        table = self.tables[row.index]
-        for position in range(max(row.start, row.kv_tokens), row.end):
+        table, end = self.tables[row.index], len(history) // 4
+        for position in range(max(start, getattr(row, "kv_tokens", 0)), end):
             page, at = table[position // PAGE_TOKENS], 4 * (position % PAGE_TOKENS)
             id = history[4 * position : 4 * position + 4]
             self.pages[page] = self.pages[page][:at] + id + self.pages[page][at + 4 :]
-        held = b"".join(self.pages[page] for page in table[: -(-row.end // PAGE_TOKENS)])[: 4 * row.end]
-        assert held == history, f"the pages of index {row.index} do not hold the {row.end} tokens its state stands for"
+        held = b"".join(self.pages[page] for page in table[: -(-end // PAGE_TOKENS)])[: 4 * end]
+        assert held == history, f"the pages of index {row.index} do not hold the {end} tokens its state stands for"
 
-    def _check_sharing(self, step: Step) -> None:
+    def _check_sharing(self, step: Step, places: list) -> None:
         """Nobody stores into rows that another running sequence reads."""
         read = {}
         for s in self.running():
-            known = s.consumed if s.in_cache else 0
-            # Pages that are still to come into its table are all of them, or its last one.
-            table = s.new_pages if s.new_pages and not s.first_page else self.tables[s.index]
+            # Pages may still be on their way into its table.
+            table = self.tables[s.index][: s.held_pages - len(s.new_pages)] + list(s.new_pages)
+            known = s.launched if s.holds_memory else 0
             for i in range(-(-known // PAGE_TOKENS)):
                 read.setdefault(table[i], []).append((s.index, known - i * PAGE_TOKENS))
-        for row in step.rows:
-            start = max(row.start, row.kv_tokens)
-            for i in range(start // PAGE_TOKENS, -(-row.end // PAGE_TOKENS)):
+        for row, place in zip(step.rows, places, strict=True):
+            if place is None:
+                continue
+            start, end = max(place[0], getattr(row, "kv_tokens", 0)), place[0] + len(place[1])
+            for i in range(start // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
                 for index, rows in read.get(self.tables[row.index][i], ()):
                     first = max(start - i * PAGE_TOKENS, 0)
                     assert index == row.index or first >= rows, "a row stores over what another sequence reads"
 
-    def choose(self, sample: Sample, history: bytes, edit: Edit | None) -> int:
-        begin, counts = self.begins[sample.index], self.counts[sample.index]
-        id = choose(history, begin, sample.output, counts, edit)
-        counts[id] += 1
-        self.last_ids[sample.index] = id
-        return id
+    def choose(
+        self, sample: Sample, histories: list[bytes], edit: Edit | None, end: int | None, drafts: int
+    ) -> list[int]:
+        """The ids that count behind a decode row, or behind a prompt that ends at `end`. Drafts the next ones."""
+        index = sample.index
+        begin, counts = self.begins[index], self.counts[index]
+        if end is None and not histories:
+            return []
+        context = self.lengths[index] if end is None else end - 1
+        guesses = self.next_ids[index][1:] if end is None and not sample.edited else []
+        ids = []
+        for history, guess in zip(histories[-1:] if end else histories, [*guesses, None, *histories], strict=False):
+            output = context + 1 + len(ids) - begin.prompt_tokens
+            id = choose(history, begin, output, counts, edit)
+            ids.append(id)
+            counts[id] += 1
+            self.left[index] -= 1
+            if id in begin.stops and output + 1 >= begin.min_tokens:
+                self.left[index] = 0
+            if end is None and len(histories) > 1 and guess is not None:
+                self.drafts["verified"] += 1
+                self.drafts["right"] += id == guess
+            if not self.left[index] or id != guess:
+                break
+        self.lengths[index] = context + len(ids)
+        last = histories[len(ids) - 1 if end is None else -1] + as_bytes(ids[-1:])
+        self.next_ids[index] = [ids[-1], *self._draft(last, begin, counts, self.lengths[index] + 1, drafts)]
+        return ids
+
+    def _draft(self, history: bytes, begin: Begin, counts: Counter, length: int, drafts: int) -> list[int]:
+        """What follows, with a wrong id here and there."""
+        ids, counts = [], counts.copy()
+        for k in range(drafts):
+            id = choose(history, begin, length + k - begin.prompt_tokens, counts)
+            if crc32(b"draft", crc32(history)) % 100 >= self.right:
+                id = (id + 1) % VOCAB
+            ids.append(id)
+            counts[id] += 1
+            history += as_bytes([id])
+        return ids

@@ -12,15 +12,18 @@ from checkpoints import CPU, Shape, load, oracle
 from torch import Tensor
 
 from tokenspeed import ops
+from tokenspeed.engine.batch import Batch, Rows, paged
 from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
+from tokenspeed.engine.drafting import MtpDrafter
+from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.request import Request, SamplingParams
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.scheduler import Limits, Sequence
-from tokenspeed.engine.step import Row, Step
+from tokenspeed.engine.step import NewPages, PrefillRow, Step
 from tokenspeed.engine.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
@@ -57,7 +60,7 @@ def uncached_logits(model: Qwen3_5, tokens: list[int]) -> tuple[Tensor, int]:
     router made arbitrary: from the first one on, two correct computations may differ."""
     count = len(tokens)
     pages = -(-count // 64)
-    runner = Runner(model, Memory(MemoryLayout(model.config, torch.float32), pages, 1, CPU), max_seqs=1)
+    runner = Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages, 1, CPU), max_seqs=1)
     clear, route = [count], ops.moe_route
 
     def watch(scores: Tensor, top_k: int):
@@ -67,8 +70,9 @@ def uncached_logits(model: Qwen3_5, tokens: list[int]) -> tuple[Tensor, int]:
         return route(scores, top_k)
 
     with patch.object(ops, "moe_route", watch):
-        row = Row(tuple(tokens), 0, tuple(range(pages)), 0, 0, logits=count)
-        return runner.forward(Step(prefill=(row,))), min(clear)
+        row = PrefillRow(tuple(tokens), 0, 0, 0, logits=count)
+        step = Step(prefill=(row,), pages=(NewPages(0, 0, tuple(range(pages))),))
+        return runner.forward(step).logits, min(clear)
 
 
 @dataclass
@@ -116,17 +120,20 @@ class Lab:
         max_batch_tokens: int = 256,
         ring_rows: int = 0,
         validate: bool = True,
+        drafts: int = 0,
         limits: dict | None = None,
         **cache,
     ):
         self.model = model
-        layout = MemoryLayout(model.config, torch.float32, ring_rows=ring_rows)
+        ring, window = slot_sizes(model.config, drafts, kernel=False)
+        layout = MemoryLayout(model.share, torch.float32, max(ring, ring_rows), window)
         longest = min(pages * 64, model.config.max_context)
         self.memory = Memory(layout, pages, slots, CPU)
         poison(self.memory)
-        self.runner = Runner(model, self.memory, max_seqs, longest)
+        self.runner = Runner(model, self.memory, max_seqs, longest, drafts)
         self.cache = PrefixCache(CacheConfig(**{"pages": pages, "slots": slots, "ghost_nodes": 4 * pages} | cache))
-        bounds = Limits(max_seqs, max_batch_tokens, longest, **limits or {})
+        depths = {"drafts": ((max_seqs, drafts),) if drafts else ()}
+        bounds = Limits(max_seqs, max_batch_tokens, longest, **depths | (limits or {}))
         self.engine = Engine(self.runner, self.cache, bounds, shipped_tokenizer(), (), validate=validate)
         self.scheduler = self.engine.scheduler
         self.talks: list[Talk] = []
@@ -138,7 +145,10 @@ class Lab:
         self.tamper: Callable[[int, Admission], None] = lambda sequence, admission: None
         self.compared = 0
         self._logits: dict[int, dict[int, Tensor]] = {}  # by sequence id and position
-        self._planned: dict[int, tuple[Step, tuple[Sequence, ...]]] = {}
+        self._draft_logits: dict[int, dict[int, Tensor]] = {}  # by sequence id and row of the head's keys
+        self.compared_drafts = 0
+        self._planned: dict[int, tuple] = {}  # by the Step's identity: it, its rows' sequences, its samples'
+        self._verified: dict[int, tuple[Step, tuple[Sequence, ...], list[int], Tensor]] = {}
         self._watch()
 
     # ---- use
@@ -183,6 +193,37 @@ class Lab:
     # ---- judgement
 
     def difference(self) -> float:
+        """As `_difference`, of the drafts' logits too where the model has an MTP head."""
+        return max(self._difference(), self._draft_difference())
+
+    @torch.inference_mode()
+    def _draft_difference(self) -> float:
+        """The same of the logits behind each first draft, computed anew from the whole history."""
+        worst, model = 0.0, self.model
+        for talk in self.talks:
+            for sequence in talk.sequences:
+                tokens, found = list(sequence.tokens), self._draft_logits.get(sequence.id, {})
+                rows = [row for row in found if row < len(tokens)]
+                if not rows:
+                    continue
+                pages = -(-len(tokens) // 64)
+                runner = Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages, 1, CPU), max_seqs=1)
+                prompt = PrefillRow(tuple(tokens), 0, 0, 0)
+                step = Step(prefill=(prompt,), pages=(NewPages(0, 0, tuple(range(pages))),))
+                hidden = runner.forward(step).hidden
+                table = runner.tables.pages[:1]
+                start, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+                entries = torch.tensor([tokens[1:]])
+                index = torch.zeros(1, dtype=torch.int64)
+                place = Rows(table, start, none, none)
+                batch = paged(runner.memory, runner.tables, runner._rotary, place, index, entries, -1)
+                logits = model.mtp(batch, hidden[:-1]).logits
+                error = (torch.stack([found[row] for row in rows]) - logits[torch.tensor(rows) - 1]).abs().max()
+                worst = max(worst, (error / logits.std().clamp(min=1)).nan_to_num(torch.inf).item())
+                self.compared_drafts += len(rows)
+        return worst
+
+    def _difference(self) -> float:
         """Largest difference between a logit the engine computed and the uncached one, near-ties excepted, in units of
         the logits' spread where that exceeds 1. Also checks that every output was computed, that the arenas' pages were
         copied as often as the cache says, and that nothing is held once all has ended."""
@@ -208,7 +249,7 @@ class Lab:
         stats = self.stats()
         held = {k: stats[k] for k in ("pages_held", "slots_working", "slots_planned", "slots_draining", "running")}
         assert not any(held.values()), f"held by nobody: {held}"
-        assert self.page_copies == stats["page_copies"], "the cache counts other page copies than were made"
+        assert self.page_copies <= stats["page_copies"], "pages were copied that the cache knows nothing of"
         assert self.cache.check() == ""
         return worst
 
@@ -216,7 +257,8 @@ class Lab:
 
     def _watch(self) -> None:
         cache, runner, plan = self.cache, self.runner, self.scheduler.plan
-        admit, fork, finish, forward = cache.admit, cache.fork, cache.finish, runner.forward
+        admit, fork, finish = cache.admit, cache.fork, cache.finish
+        forward, choose = runner.forward, runner.choose
 
         def watched_admit(id, *args, **kwargs):
             result = admit(id, *args, **kwargs)
@@ -238,27 +280,66 @@ class Lab:
         def watched_plan():
             planned = plan()
             if planned:
-                self._planned[id(planned.step)] = planned.step, planned.rows
+                self._planned[id(planned.step)] = planned.step, planned.rows, planned.samples
             return planned
 
         def watched_forward(step):
             with counted_copies() as count:
-                logits = forward(everywhere(step))
+                forwarded = forward(everywhere(step))
+            logits = forwarded.logits
             self.page_copies += count["copy_pages"]
             assert count["copy_states"] == 0, "a state was copied"
-            _, sequences = self._planned.pop(id(step))
-            at, wanted = 0, []
-            for row, sequence in zip(step.rows, sequences, strict=True):
+            _, sequences, samples = self._planned.pop(id(step))
+            self._planned[id(step)] = step, samples
+            decoding = len(step.decode)
+            if decoding:
+                starts = forwarded.batch.decode.context_lens.tolist()
+                self._verified[id(step)] = step, sequences[:decoding], starts, logits
+            at = decoding * step.width
+            wanted = list(range(at))
+            for row, sequence in zip(step.prefill, sequences[decoding:], strict=True):
                 self.computed.setdefault(sequence.id, []).append((row.start, row.end))
                 for position in range(row.start, row.end):
                     self._logits.setdefault(sequence.id, {})[position] = logits[at]
                     if position >= row.end - row.logits:
                         wanted.append(at)
                     at += 1
-            return logits[wanted]
+            return forwarded._replace(logits=logits[wanted])
 
+        def watched_choose(step, forwarded, edits):
+            _, samples = self._planned.pop(id(step))
+            drafts.clear()
+            news, scores = choose(step, forwarded, edits)
+            if drafts:
+                decoding = len(step.decode)
+                own = [i for i, s in enumerate(step.samples) if i < decoding or step.rows[s.row].index == s.index]
+                batch, logits = drafts[0]
+                for i, row, found in zip(own, batch.decode.context_lens.tolist(), logits, strict=True):
+                    if row >= 0:
+                        self._draft_logits.setdefault(samples[i].id, {})[row] = found
+            if step.decode:
+                _, sequences, starts, logits = self._verified.pop(id(step))
+                for i, (sequence, start, count) in enumerate(zip(sequences, starts, news[:, 0].tolist(), strict=False)):
+                    self.computed.setdefault(sequence.id, []).append((start, start + count))
+                    for place in range(count):  # the rest came of drafts that were wrong
+                        self._logits.setdefault(sequence.id, {})[start + place] = logits[i * step.width + place]
+            return news, scores
+
+        drafts: list[tuple[Batch, Tensor]] = []
+        if isinstance(runner._drafter, MtpDrafter):
+            head = runner._drafter._head
+
+            class Watched:
+                store = head.store
+
+                def __call__(self, batch, hidden):
+                    output = head(batch, hidden)
+                    drafts.append((batch, output.logits))
+                    return output
+
+            runner._drafter._head = Watched()
         cache.admit, cache.fork, cache.finish = watched_admit, watched_fork, watched_finish
-        runner.forward, self.scheduler.plan = watched_forward, watched_plan
+        runner.forward, runner.choose, self.scheduler.plan = watched_forward, watched_choose, watched_plan
 
 
 def everywhere(step: Step) -> Step:
@@ -271,6 +352,8 @@ def everywhere(step: Step) -> Step:
 def poison(memory: Memory) -> None:
     """What nothing has written reads as NaN, so that using it shows."""
     memory.kv.fill_(float("nan"))
+    if memory.hidden is not None:
+        memory.hidden.fill_(float("nan"))
     for layer in memory.layers:
         if not isinstance(layer, Tensor):
             layer.state.fill_(float("nan"))

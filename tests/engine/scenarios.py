@@ -68,13 +68,13 @@ def end_by_length(model: Qwen3_5, **settings) -> Lab:
 
 
 def end_by_token(model: Qwen3_5, **settings) -> Lab:
-    """A token that ends the answer is consumed by the Step that runs ahead: the state stands at the end."""
+    """A token that ends the answer is not consumed: the state stands one before the end."""
     lab = Lab(model, **settings)
     talk = lab.ask(text(1, 70), [], max_tokens=200, stop_token_ids=ENDS, temperature=1.0)
     assert talk.reasons[0] == "stop"
     following = lab.ask(talk.history() + text(2, 12), [])
-    assert lab.admission(following).match.state_tokens == len(talk.history()) == lab.ends[talk.sequences[0].id][-1]
-    assert lab.tokens_computed(following) == 12
+    assert lab.admission(following).match.state_tokens == len(talk.history()) - 1 == lab.ends[talk.sequences[0].id][-1]
+    assert lab.tokens_computed(following) == 13
     return lab
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 from hash_device import END_THINK, EOS, THINK, VOCAB, HashDevice, Letters, Outcome, as_bytes, expected, scores_of
@@ -10,7 +11,7 @@ from tokenspeed.engine import core, scheduler
 from tokenspeed.engine.cache import CacheConfig, Policy, PrefixCache
 from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.request import Request, SamplingParams, Update
-from tokenspeed.engine.step import NextStep
+from tokenspeed.engine.scheduler import Leaving, State
 
 MOST_STEPS = 4000  # of a schedule: far more than any needs
 
@@ -25,6 +26,8 @@ class Setting:
     batch_tokens: int = 256
     skip_ahead: int = 16
     wait_steps: int = 64
+    drafts: tuple[tuple[int, int], ...] = ()
+    right: int = 60  # of a hundred drafts
     cache: dict = field(default_factory=dict)
 
     @property
@@ -42,6 +45,8 @@ class Setting:
             batch_tokens=random.choice([30, 64, 65, 100, 200, 1000]),
             skip_ahead=random.choice([0, 1, 16]),
             wait_steps=random.choice([0, 2, 64]),
+            drafts=random.choice([(), ((6, 1),), ((6, 3),), ((1, 7), (3, 2)), ((2, 3), (4, 1))]),
+            right=random.choice([0, 60, 95]),
             cache=cache,
         )
 
@@ -51,10 +56,15 @@ class Bench:
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.device = HashDevice(setting.pages, setting.slots, setting.seqs, setting.tokens)
+        self.device = HashDevice(setting.pages, setting.slots, setting.seqs, setting.tokens, setting.right)
         self.cache = PrefixCache(CacheConfig(pages=setting.pages, slots=setting.slots, **setting.cache))
         limits = scheduler.Limits(
-            setting.seqs, setting.batch_tokens, setting.tokens, setting.skip_ahead, setting.wait_steps
+            setting.seqs,
+            setting.batch_tokens,
+            setting.tokens,
+            setting.skip_ahead,
+            setting.wait_steps,
+            setting.drafts,
         )
         self.engine = core.Engine(self.device, self.cache, limits, Letters(), [EOS], validate=True)
         self.device.watch(self.engine.scheduler)
@@ -95,14 +105,17 @@ class Bench:
         self._idle = 0 if len(self.device.steps) > steps else self._idle + 1
         assert self._idle < 3 and len(self.device.steps) < MOST_STEPS, "no progress"
         self.events["preemption"] += planner.preemptions - preemptions
-        for step in self.device.steps[steps:]:
+        for before, step in pairwise(self.device.steps[max(steps - 1, 0) :]):
             self.events["copy"] += len(step.copies)
-            if isinstance(step, NextStep):
+            if not step.prefill and step.decode == before.decode:
                 self.events["same again"] += 1
-                self.events["same again with a page"] += bool(step.more_pages)
+                self.events["same again with a page"] += bool(step.pages)
+            self.events["drafts verified"] += step.width > 1 and bool(step.decode)
+            self.events["drafts beside prefill"] += step.width > 1 and bool(step.decode and step.prefill)
+            self.events["edit among drafts"] += step.width > 1 and step.edited
             self.events["edited sample"] += any(sample.edited for sample in step.samples)
             self.events["snapshot while prefilling"] += sum(len(row.snapshots) for row in step.prefill)
-            self.events["copy-on-write"] += sum(row.start > 0 and row.read_slot != row.write_slot for row in step.rows)
+            self.events["copy-on-write"] += sum(row.read_slot not in (-1, row.write_slot) for row in step.rows)
             self.events["decode beside prefill"] += bool(step.decode and step.prefill)
             self.events["prefill cut inside a page"] += any(
                 row.end % PAGE_TOKENS and not row.logits for row in step.prefill
@@ -112,9 +125,9 @@ class Bench:
         self.events["skip-ahead"] += bool(admitted) and any(s.index < 0 for s in waiting[: admitted[-1]])
         self.events["wait"] += any(s.waited for s in waiting)
         gave_way = [s for s in sequences if s.preemptions > running[s.id]]
-        self.events["ended while giving way"] += any(s.ending == "finish" for s in gave_way)
-        self.events["fork without room"] += any(s.child and s.sampled == 1 and not s.in_cache for s in gave_way)
-        self.events["retiring while launched"] += any(s.ending for s in planner.running)
+        self.events["ended while giving way"] += any(s.leaving is Leaving.FINISHED for s in gave_way)
+        self.events["fork without room"] += any(s.child and s.outputs <= 1 and not s.holds_memory for s in gave_way)
+        self.events["retiring while launched"] += any(s.state is State.RETIRING for s in planner.running)
 
     def run(self) -> None:
         """Until nothing is left to do."""
@@ -142,6 +155,8 @@ class Bench:
         assert not planner.running and not planner.waiting and not planner._children
         assert not self.engine._requests and not self.engine._generations
         assert self.cache.check() == ""
+        self.events["draft accepted"] += self.device.drafts["right"]
+        self.events["draft rejected"] += self.device.drafts["verified"] - self.device.drafts["right"]
         self.events["fork"] += stats["forks"]
         self.events["snapshot consumed"] += stats["snapshots_consumed"]
         self.events["snapshot evicted"] += stats["snapshots_evicted"]

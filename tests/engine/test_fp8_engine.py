@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from examples.tiny_agent import evaluate
 from examples.tiny_agent.data import HELD_OUT_SEEDS
 from examples.tiny_agent.dataset import example
+from tests.driving import Move, logits_of
 from tokenspeed import ops
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.checkpoint import SHIPPED
@@ -23,7 +24,6 @@ from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.request import SamplingParams
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.sizes import PUBLISHED, RELEASES, published
-from tokenspeed.engine.step import Row, Step
 from tokenspeed.engine.step_log import StepLog, read_log, replay
 from tokenspeed.ops.fp8 import FP8
 
@@ -57,8 +57,8 @@ class Engine:
 
     def __call__(self, ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         tokens = tuple(ids[0].tolist())
-        step = Step(prefill=(Row(tokens, 0, self._pages, 0, 0, logits=len(tokens)),))
-        return SimpleNamespace(logits=self._runner.forward(step)[None])
+        move = Move(tokens, 0, self._pages, 0, 0, logits=len(tokens))
+        return SimpleNamespace(logits=logits_of(self._runner, prefill=(move,))[None])
 
 
 def exact_turns(conversations: int, length: int) -> list[bool]:

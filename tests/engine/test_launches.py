@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.step import Begin, Row, Sample, Step
+from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 
 SAMPLING = {"tokenspeed.sample.default", "aten.argmax.default"}
 
@@ -28,13 +28,14 @@ def operators_of_a_decode_step(directory, batch: int, asked: dict) -> list[str]:
     model = load(directory)
     runner = Runner(model, Memory(MemoryLayout(model.config, torch.float32), batch, batch, CPU), batch, 64)
     begins = tuple(Begin(i, top_k=5, top_p=0.9, min_p=0.0, seed=i, **asked) for i in range(batch))
-    prefill = tuple(Row((1 + i % 50, 2, 3), 0, (i,), i, i, i) for i in range(batch))
-    samples = tuple(Sample(i, i, 0) for i in range(batch))
-    first = runner.launch(Step(prefill=prefill, begins=begins, samples=samples))
+    prefill = tuple(PrefillRow((1 + i % 50, 2, 3), 0, i, i, i) for i in range(batch))
+    samples = tuple(Sample(i, i) for i in range(batch))
+    pages = tuple(NewPages(i, 0, (i,)) for i in range(batch))
+    first = runner.launch(Step(prefill=prefill, begins=begins, samples=samples, pages=pages))
     first.sample()
     first.read()
-    decode = tuple(Row((), 3, (), i, i, i) for i in range(batch))
-    second = runner.launch(Step(decode=decode, samples=tuple(Sample(i, i, 1, logprobs=2) for i in range(batch))))
+    decode = tuple(DecodeRow(i, i, i) for i in range(batch))
+    second = runner.launch(Step(decode=decode, samples=tuple(Sample(i, i, logprobs=2) for i in range(batch))))
     second.sample()
     with Operators() as operators:
         assert len(second.read().ids) == batch

@@ -4,9 +4,10 @@ import pytest
 import torch
 from checkpoints import CPU, Shape, load, oracle_logits, oracle_without_ties
 
+from tests.driving import Move, logits_of
+from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.step import Row, Step
 
 TOLERANCE = 1e-3
 SHAPES = [
@@ -29,11 +30,12 @@ class Case:
         self.reference.save_pretrained(directory)
         self.model = load(directory)
 
-    def runner(self, pages: int = 8, slots: int = 4) -> Runner:
-        return Runner(self.model, Memory(MemoryLayout(self.model.config, torch.float32), pages, slots, CPU))
+    def runner(self, pages: int = 8, slots: int = 4, drafts: int = 0) -> Runner:
+        layout = MemoryLayout(self.model.share, torch.float32, *slot_sizes(self.model.config, drafts, kernel=False))
+        return Runner(self.model, Memory(layout, pages, slots, CPU))
 
-    def row(self, start: int, end: int, pages=(5, 2, 7), slot: int = 1, **rest) -> Row:
-        return Row(tuple(self.ids[start:end].tolist()), start, pages, slot, slot, **rest)
+    def row(self, start: int, end: int, pages=(5, 2, 7), slot: int = 1, **rest) -> Move:
+        return Move(tuple(self.ids[start:end].tolist()), start, pages, slot, slot, **rest)
 
     def check(self, logits: torch.Tensor, first: int) -> None:
         """logits: rows for positions first, first + 1, ..."""
@@ -46,20 +48,42 @@ def case(request, tmp_path):
 
 
 def test_one_shot_prefill_equals_transformers(case):
-    case.check(case.runner().forward(Step(prefill=(case.row(0, 131, logits=131),))), 0)
+    case.check(logits_of(case.runner(), prefill=(case.row(0, 131, logits=131),)), 0)
 
 
 def test_decode_token_by_token_equals_transformers(case):
     runner = case.runner()
-    runner.forward(Step(prefill=(case.row(0, 61),)))
+    logits_of(runner, prefill=(case.row(0, 61),))
     for position in range(61, 131):
-        case.check(runner.forward(Step(decode=(case.row(position, position + 1),))), position)
+        case.check(logits_of(runner, decode=(case.row(position, position + 1),)), position)
+
+
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_decode_of_several_tokens_at_once_equals_transformers(case, width):
+    runner = case.runner(drafts=width - 1)
+    logits_of(runner, prefill=(case.row(0, 61),))
+    for position in range(61, 131 - width, width):
+        case.check(logits_of(runner, (case.row(position, position + width),)), position)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_tokens_that_were_taken_back_leave_nothing(moe, tmp_path):
+    """Of four tokens at once some are wrong, however many: what follows is as if they had never been."""
+    case = Case(Shape(moe=moe), 131, tmp_path)
+    runner, position = case.runner(drafts=3), 61
+    logits_of(runner, prefill=(case.row(0, 61),))
+    for right in (1, 2, 3, 4, 1, 1, 3, 2, 4, 1):
+        move = case.row(position, position + 4)
+        wrong = tuple((id + 1) % case.model.config.vocab for id in move.tokens[right:])
+        logits = logits_of(runner, (move._replace(tokens=move.tokens[:right] + wrong),))
+        case.check(logits[:right], position)
+        position += right
 
 
 def test_decode_from_the_first_token_equals_transformers(case):
     runner = case.runner()
     for position in range(12):
-        case.check(runner.forward(Step(decode=(case.row(position, position + 1),))), position)
+        case.check(logits_of(runner, decode=(case.row(position, position + 1),)), position)
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
@@ -67,22 +91,19 @@ def test_prefill_cut_at_every_token_equals_transformers(moe, tmp_path):
     case = Case(Shape(moe=moe), 70, tmp_path)
     for cut in range(1, 70):
         runner = case.runner()
-        case.check(runner.forward(Step(prefill=(case.row(0, cut, logits=cut),))), 0)
-        case.check(runner.forward(Step(prefill=(case.row(cut, 70, logits=70 - cut),))), cut)
+        case.check(logits_of(runner, prefill=(case.row(0, cut, logits=cut),)), 0)
+        case.check(logits_of(runner, prefill=(case.row(cut, 70, logits=70 - cut),)), cut)
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 def test_a_batch_of_mixed_rows_gives_each_what_it_gets_alone(moe, tmp_path):
     case = Case(Shape(moe=moe), 131, tmp_path)
     runner = case.runner(pages=12)
-    decoding, cached = {"pages": (5, 2, 7), "slot": 1}, {"pages": (0, 9, 4), "slot": 3}
-    runner.forward(Step(prefill=(case.row(0, 90, **decoding), case.row(0, 33, **cached))))
+    decoding, cached = {"pages": (5, 2, 7), "slot": 1, "index": 2}, {"pages": (0, 9, 4), "slot": 3, "index": 1}
+    logits_of(runner, prefill=(case.row(0, 90, **decoding), case.row(0, 33, **cached)))
     fresh = {"pages": (11, 10), "slot": 0}
-    step = Step(
-        decode=(case.row(90, 91, **decoding),),
-        prefill=(case.row(33, 101, logits=68, **cached), case.row(0, 77, logits=77, **fresh)),
-    )
-    logits = runner.forward(step)
+    prompts = case.row(33, 101, logits=68, **cached), case.row(0, 77, logits=77, **fresh)
+    logits = logits_of(runner, (case.row(90, 91, **decoding),), prompts)
     case.check(logits[:1], 90)
     case.check(logits[1:69], 33)
     case.check(logits[69:], 0)
@@ -94,31 +115,31 @@ def test_a_snapshot_resumes_exactly_where_it_was_taken_and_changes_no_output(tmp
     row = case.row(0, 131, logits=131)
     snapshot_at = 77
     with_snapshot = case.row(0, 131, logits=131, snapshots=((snapshot_at, 3),))
-    assert torch.equal(plain.forward(Step(prefill=(row,))), snapping.forward(Step(prefill=(with_snapshot,)))), (
+    assert torch.equal(logits_of(plain, prefill=(row,)), logits_of(snapping, prefill=(with_snapshot,))), (
         "a snapshot must be free of side effects"
     )
-    resumed = Row(tuple(case.ids[snapshot_at:].tolist()), snapshot_at, (5, 2, 7), 3, 2, kv_tokens=131, logits=54)
+    resumed = Move(tuple(case.ids[snapshot_at:].tolist()), snapshot_at, (5, 2, 7), 3, 2, kv_tokens=131, logits=54)
     pages = snapping.memory.kv.clone()
-    case.check(snapping.forward(Step(prefill=(resumed,))), snapshot_at)
+    case.check(logits_of(snapping, prefill=(resumed,)), snapshot_at)
     assert torch.equal(pages, snapping.memory.kv), "stores below kv_tokens must be skipped"
 
 
 def test_copy_on_write_leaves_the_source_slot_untouched(tmp_path):
     case = Case(Shape(), 70, tmp_path)
     runner = case.runner()
-    runner.forward(Step(prefill=(case.row(0, 64),)))
+    logits_of(runner, prefill=(case.row(0, 64),))
     before = runner.memory.slots[1].clone()
-    fork = Row((case.ids[64].item(),), 64, (5, 2), 1, 2)
-    case.check(runner.forward(Step(decode=(fork,))), 64)
+    fork = Move((case.ids[64].item(),), 64, (5, 2), 1, 2)
+    case.check(logits_of(runner, decode=(fork,)), 64)
     assert torch.equal(runner.memory.slots[1], before)
-    case.check(runner.forward(Step(decode=(case.row(64, 65),))), 64)
+    case.check(logits_of(runner, decode=(case.row(64, 65),)), 64)
 
 
 def test_bf16_is_no_further_from_fp32_than_transformers_is(tmp_path):
     case = Case(Shape(), 70, tmp_path)
     model = load(tmp_path, torch.bfloat16)
     runner = Runner(model, Memory(MemoryLayout(model.config, torch.bfloat16), 4, 2, CPU))
-    logits = runner.forward(Step(prefill=(case.row(0, 70, pages=(0, 1), logits=70),)))
+    logits = logits_of(runner, prefill=(case.row(0, 70, pages=(0, 1), logits=70),))
     theirs = oracle_logits(case.reference.to(torch.bfloat16), case.ids)
     ours, theirs = ((x.float() - case.expected).norm() for x in (logits, theirs))
     assert ours < 1.2 * theirs
@@ -143,5 +164,5 @@ def test_yarn_equals_transformers(extra, tmp_path):
     reference.save_pretrained(tmp_path)
     model = load(tmp_path)
     runner = Runner(model, Memory(MemoryLayout(model.config, torch.float32), 2, 1, CPU))
-    logits = runner.forward(Step(prefill=(Row(tuple(ids.tolist()), 0, (0, 1), 0, 0, logits=100),)))
+    logits = logits_of(runner, prefill=(Move(tuple(ids.tolist()), 0, (0, 1), 0, 0, logits=100),))
     assert (logits - expected).abs().max() <= TOLERANCE

@@ -45,12 +45,15 @@ class Sequence:
     def __init__(self, model: Qwen3_5):
         self.model, self.memory = model, Memory(MemoryLayout(model.share, torch.float32), 4, 1, CPU)
 
-    def batch(self, tokens: Tensor, start: int, decode: bool = False, logit_rows: Tensor | None = None) -> Batch:
+    def batch(
+        self, tokens: Tensor, start: int, decode: bool = False, logit_rows: Tensor | None = None, shift: int = 0
+    ) -> Batch:
+        """shift: from the rows of the pages, `start` the first of them, to positions."""
         count = len(tokens)
-        positions = torch.arange(start, start + count)
+        places = torch.arange(start, start + count)
         pages = torch.tensor(PAGES)
         inverse, _ = self.model.rotary(CPU)
-        angles = positions[:, None] * inverse
+        angles = (places + shift)[:, None] * inverse
         slot = torch.zeros(1, dtype=torch.int32)
         rows = (pages[None].int(), torch.tensor([start], dtype=torch.int32), slot, slot)
         ends = torch.tensor([0, count], dtype=torch.int32)
@@ -58,13 +61,12 @@ class Sequence:
         return Batch(
             memory=self.memory,
             tokens=tokens,
-            positions=positions,
             cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1),
-            kv_slots=pages[positions // 64] * 64 + positions % 64,
+            kv_slots=pages[places // 64] * 64 + places % 64,
             logit_rows=torch.arange(count) if logit_rows is None and not decode else logit_rows,
             decode=Rows(*rows) if decode else None,
-            decode_tokens=int(decode),
-            prefill=None if decode else PrefillRows(*rows, ends, none, count),
+            decode_tokens=count if decode else 0,
+            prefill=None if decode else PrefillRows(*rows, places * 0, places.int(), ends, none, count),
         )
 
     @torch.inference_mode()
@@ -72,8 +74,15 @@ class Sequence:
         return self.model(self.batch(ids, start, **how))
 
     @torch.inference_mode()
-    def head(self, next_ids: Tensor, start: int, hidden: Tensor, **how) -> Output:
-        return self.model.mtp(self.batch(next_ids, start, **how), hidden)
+    def head(self, next_ids: Tensor, start: int, hidden: Tensor, logit_rows: Tensor | None = None) -> Output:
+        """Behind positions start and so on, in the rows of the tokens that come next."""
+        batch = self.batch(next_ids, start + 1, decode=True, logit_rows=logit_rows, shift=-1)
+        return self.model.mtp(batch, hidden)
+
+    @torch.inference_mode()
+    def store(self, next_ids: Tensor, start: int, hidden: Tensor) -> None:
+        """The same for keys and values alone."""
+        self.model.mtp.store(self.batch(next_ids, start + 1, shift=-1), hidden)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -110,7 +119,7 @@ def one_by_one(model: Qwen3_5, case: mtp_oracle.Case) -> float:
     for t in range(10, TOKENS - 1):
         trunk = sequence.trunk(case.ids[t : t + 1], t, decode=True)
         worst = max(worst, distance(trunk, case.logits[t : t + 1], case.hidden[t : t + 1]))
-        head = sequence.head(case.ids[t + 1 : t + 2], t, trunk.hidden, decode=True)
+        head = sequence.head(case.ids[t + 1 : t + 2], t, trunk.hidden)
         worst = max(worst, distance(head, case.mtp_logits[t : t + 1], case.mtp_hidden[t : t + 1]))
     return worst
 
@@ -124,7 +133,7 @@ def recursive(model: Qwen3_5, case: mtp_oracle.Case) -> float:
     for depth in range(3):
         draft = logits.argmax(-1)
         logits, hidden = oracle.run(draft, hidden)
-        output = sequence.head(draft, 63 + depth, output.hidden[-1:], decode=True)
+        output = sequence.head(draft, 63 + depth, output.hidden[-1:])
         worst = max(worst, distance(output, logits, hidden))
     return worst
 
@@ -157,7 +166,7 @@ def test_a_chain_of_drafts_is_that_of_the_network_that_was_trained(tmp_path):
     for draft, expected in enumerate(states):
         if draft:
             at = start + draft
-            hidden = sequence.head(ids[at + 1 : at + 2], at, hidden, decode=True).hidden
+            hidden = sequence.head(ids[at + 1 : at + 2], at, hidden).hidden
         assert (hidden[0] - expected[0, start + draft]).abs().max() <= TOLERANCE
 
 
@@ -179,7 +188,20 @@ def test_the_heads_keys_and_values_lie_behind_the_trunks(model, case):
     assert not view.any()
     sequence.head(case.ids[1:], 0, hidden)
     assert torch.equal(before[:, :-1], sequence.memory.kv[:, :-1])
-    assert view.data_ptr() == sequence.memory.kv[:, -1].data_ptr() and view[PAGES[0]].all()
+    assert view.data_ptr() == sequence.memory.kv[:, -1].data_ptr()
+    assert view[PAGES[0], :, :, 1:].all() and not view[PAGES[0], :, :, 0].any(), "row 0 stays empty"
+
+
+def test_keys_and_values_alone_are_those_of_the_whole_head(model, case):
+    whole, stored = Sequence(model), Sequence(model)
+    for sequence in (whole, stored):
+        hidden = sequence.trunk(case.ids[:-1], 0).hidden
+    whole.head(case.ids[1:], 0, hidden)
+    stored.store(case.ids[1:], 0, hidden)
+    assert (whole.memory.kv - stored.memory.kv).abs().max() <= TOLERANCE
+    stored.memory.layers[len(model.config.layer_types)][PAGES[0], :, :, 0] = torch.nan  # row 0 may hold anything
+    head = stored.head(case.ids[-1:], TOKENS - 2, hidden[-1:])
+    assert distance(head, case.mtp_logits[-1:], case.mtp_hidden[-1:]) <= TOLERANCE
 
 
 def test_without_a_head_nothing_is_kept_for_one(case):
@@ -199,7 +221,7 @@ def test_a_reduced_vocabulary_changes_no_logits_of_its_ids_and_offers_no_others(
     hidden = sequence.trunk(case.ids[:-1], 0).hidden
     for output, rows in (
         (sequence.head(case.ids[1:], 0, hidden), slice(None)),
-        (sequence.head(case.ids[-1:], TOKENS - 2, hidden[-1:], decode=True), slice(-1, None)),
+        (sequence.head(case.ids[-1:], TOKENS - 2, hidden[-1:]), slice(-1, None)),
     ):
         expected = case.mtp_logits[rows].masked_fill(others, 0)
         shown = output._replace(logits=output.logits.masked_fill(others, 0))
@@ -294,7 +316,7 @@ class Planted:
         right, sequence = model.mtp.forward, Sequence(model)
 
         def moved(batch, hidden):
-            rows = sequence.batch(batch.tokens, int(batch.positions[0]) + 1, decode=batch.decode is not None)
+            rows = sequence.batch(batch.tokens, int(batch.decode.context_lens) + 1, decode=True, shift=-1)
             return right(replace(rows, memory=batch.memory), hidden)
 
         model.mtp.forward = moved
@@ -303,7 +325,8 @@ class Planted:
         right, sequence = model.mtp.forward, Sequence(model)
 
         def moved(batch, hidden):
-            rows = batch if batch.prefill else sequence.batch(batch.tokens, int(batch.positions[0]) - 1, decode=True)
+            row = int(batch.decode.context_lens) - (len(batch.tokens) == 1)
+            rows = sequence.batch(batch.tokens, row, decode=True, shift=-1)
             return right(replace(rows, memory=batch.memory), hidden)
 
         model.mtp.forward = moved

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenspeed.engine.sampling import Sampler, Vocabulary
+from tokenspeed.engine.sampling import Choices, Sampler, Vocabulary
 from tokenspeed.engine.step import Begin, Edit, Sample
 
 VOCAB = 24
@@ -55,13 +55,31 @@ def distribution(begin: Begin, output: int = 0, edit: Edit | None = None) -> np.
     return np.where(kept, p, 0) / p[kept].sum()
 
 
+def new_sampler(indices: int) -> Sampler:
+    return Sampler(indices, Vocabulary(VOCAB), torch.device("cpu"))
+
+
+def choose(sampler: Sampler, index, output, logits, edits=(), logprobs=None, drafts=None, accepted=None):
+    """Ids and log-probabilities of sequences `index` for outputs `output`, a row of logits each; of which all count.
+
+    drafts: [B, T - 1], where each sequence has T rows; accepted: how many ids of each count."""
+    wanted = logprobs or [-1] * len(index)
+    samples = [Sample(i, at, k, edited=bool(edits)) for i, (at, k) in enumerate(zip(index, wanted, strict=True))]
+    drafts = torch.zeros(0, 0, dtype=torch.int64) if drafts is None else drafts
+    width = drafts.shape[1] + 1
+    rows = torch.tensor(list(index)).repeat_interleave(width)
+    choices = Choices(rows, torch.tensor(list(output)), drafts)
+    ids, scores = sampler.choose(samples, choices, logits, edits)
+    sampler.count(samples, choices, ids, torch.tensor(accepted or [width] * len(index)))
+    return ids, scores
+
+
 def draw(begin: Begin, output: int = 0, edit: Edit | None = None, draws: int = DRAWS) -> np.ndarray:
     """One id for each of as many seeds, as sequences that are sampled side by side."""
-    sampler = Sampler(draws, Vocabulary(VOCAB), torch.zeros(draws, dtype=torch.int64))
+    sampler = new_sampler(draws)
     sampler.begin([begin._replace(index=i, seed=1000 + i) for i in range(draws)])
-    samples = [Sample(0, i, output, edited=edit is not None) for i in range(draws)]
     edits = [edit._replace(sample=i) for i in range(draws)] if edit else []
-    return sampler.choose(samples, LOGITS[None].float(), edits)[0].numpy()
+    return choose(sampler, range(draws), [output] * draws, LOGITS.float().expand(draws, -1), edits)[0].numpy()
 
 
 def agree(ids: np.ndarray, p: np.ndarray) -> None:
@@ -169,9 +187,9 @@ def random_begin(random: Random) -> Begin:
 
 def sequence_alone(begin: Begin, logits: torch.Tensor) -> list[int]:
     """The ids that a sequence gets when it always has the device for itself. logits: [T, V], of its steps."""
-    sampler = Sampler(1, Vocabulary(VOCAB), torch.zeros(1, dtype=torch.int64))
+    sampler = new_sampler(1)
     sampler.begin([begin])
-    return [sampler.choose([Sample(0, 0, i)], row[None], [])[0].item() for i, row in enumerate(logits)]
+    return [choose(sampler, [0], [i], row[None])[0].item() for i, row in enumerate(logits)]
 
 
 @pytest.mark.parametrize("seed", range(15))
@@ -181,7 +199,7 @@ def test_a_sequence_gets_its_ids_in_any_batch_at_any_row_and_after_any_preemptio
     logits = torch.randn(len(begins), steps, VOCAB, generator=torch.manual_seed(seed))
     free = list(range(len(begins) + 3))
     random.shuffle(free)
-    sampler = Sampler(len(free), Vocabulary(VOCAB), torch.full((len(free),), -1))
+    sampler = new_sampler(len(free))
     at, outputs = {}, [[] for _ in begins]
     while any(len(ids) < steps for ids in outputs):
         unfinished = [i for i, ids in enumerate(outputs) if len(ids) < steps]
@@ -192,41 +210,57 @@ def test_a_sequence_gets_its_ids_in_any_batch_at_any_row_and_after_any_preemptio
             if i not in at:
                 at[i] = free.pop(random.randrange(len(free)))
                 sampler.begin([begins[i]._replace(index=at[i], output=tuple(outputs[i]))])
-        rows = torch.cat([torch.full((1, VOCAB), 9.0), *(logits[i, len(outputs[i])][None] for i in batch)])
-        samples = [Sample(1 + row, at[i], len(outputs[i])) for row, i in enumerate(batch)]
-        ids, _ = sampler.choose(samples, rows, [])
+        rows = torch.stack([logits[i, len(outputs[i])] for i in batch])
+        ids, _ = choose(sampler, [at[i] for i in batch], [len(outputs[i]) for i in batch], rows)
         for i, id in zip(batch, ids.tolist(), strict=True):
             outputs[i].append(id)
-            assert sampler._last_ids[at[i]] == id
     for begin, ids, rows in zip(begins, outputs, logits, strict=True):
         assert ids == sequence_alone(begin, rows)
 
 
 def test_a_new_sequence_at_an_index_brings_its_own_parameters():
     hot, logits = Begin(0, **PLAIN), LOGITS.float().repeat(8, 1)
-    sampler = Sampler(1, Vocabulary(VOCAB), torch.zeros(1, dtype=torch.int64))
+    sampler = new_sampler(1)
     sampler.begin([hot._replace(temperature=0.0)])
-    sampler.choose([Sample(0, 0, 0)], logits[:1], [])
+    choose(sampler, [0], [0], logits[:1])
     sampler.begin([hot])
-    ids = [sampler.choose([Sample(0, 0, i)], logits[:1], [])[0].item() for i in range(8)]
+    ids = [choose(sampler, [0], [i], logits[:1])[0].item() for i in range(8)]
     assert ids == sequence_alone(hot, logits) and len(set(ids)) > 1
 
 
-def test_a_choice_some_outputs_ahead_is_that_of_samples_that_say_so():
-    plain, min_tokens = Begin(0, **PLAIN), Begin(1, **PLAIN, min_tokens=3, banned=tuple(range(VOCAB - 2)))
-    begins = [plain, min_tokens, Begin(2, **PLAIN, frequency_penalty=1.0), Begin(3, **PLAIN, bias=((5, 3.0),))]
-    one, other = (Sampler(4, Vocabulary(VOCAB), torch.zeros(4, dtype=torch.int64)) for _ in range(2))
-    for sampler in (one, other):
-        sampler.begin(begins)
-    samples, logits, ends = [Sample(i, i, 0, logprobs=i - 1) for i in range(4)], LOGITS.float().repeat(4, 1), []
-    for ahead in range(8):
-        ids, scores = one.choose(samples, logits, [], ahead)
-        later = [sample._replace(output=ahead) for sample in samples]
-        expected, expected_scores = other.choose(later, logits, [])
-        assert ids.tolist() == expected.tolist()
-        assert torch.equal(scores.logprobs, expected_scores.logprobs)
-        ends.append(bool(ids[1] >= VOCAB - 2))
-    assert all(ends[:3]) and not all(ends[3:])
+@pytest.mark.parametrize("seed", range(12))
+def test_ids_behind_drafts_that_are_right_are_those_of_one_step_after_the_other(seed):
+    """Whatever a sequence asks for: penalties count the drafts before a row, min_tokens ends between two of them."""
+    random, width = Random(seed), 4
+    begins = [random_begin(random)._replace(index=i) for i in range(4)]
+    logits = torch.randn(len(begins), 3 * width, VOCAB, generator=torch.manual_seed(seed))
+    alone = [sequence_alone(begin._replace(index=0), rows) for begin, rows in zip(begins, logits, strict=True)]
+    sampler, done = new_sampler(len(begins)), [0] * len(begins)
+    sampler.begin(begins)
+    while active := [i for i, count in enumerate(done) if count + width <= 3 * width]:
+        drafts, accepted = [], []
+        for i in active:
+            right = random.randint(0, width - 1)
+            wrong = [(id + 1) % VOCAB for id in alone[i][done[i] + right : done[i] + width - 1]]
+            drafts.append(alone[i][done[i] : done[i] + right] + wrong)
+            accepted.append(right + 1)
+        rows = torch.cat([logits[i, done[i] : done[i] + width] for i in active])
+        output = [done[i] + k for i in active for k in range(width)]
+        ids, _ = choose(sampler, active, output, rows, drafts=torch.tensor(drafts), accepted=accepted)
+        for row, i in enumerate(active):
+            found = ids[row * width : row * width + accepted[row]].tolist()
+            assert found == alone[i][done[i] : done[i] + accepted[row]]
+            done[i] += accepted[row]
+
+
+def test_log_probabilities_come_for_every_row_of_drafts():
+    sampler, logits = new_sampler(2), torch.randn(6, VOCAB, generator=torch.manual_seed(2))
+    sampler.begin([Begin(i, **PLAIN) for i in range(2)])
+    drafts = torch.zeros(2, 2, dtype=torch.int64)
+    ids, scores = choose(sampler, [0, 1], [0, 1, 2, 0, 1, 2], logits, logprobs=[2, -1], drafts=drafts)
+    for row, found in enumerate(scores.rows([2] * 6)):
+        exact = logits[row].double().log_softmax(-1)
+        assert found.ids[0] == ids[row] and np.allclose(found.logprobs, exact[list(found.ids)], atol=1e-6)
 
 
 def test_penalties_count_what_was_generated_since():
@@ -247,14 +281,13 @@ def greedy_with_frequency(penalty: float, steps: int) -> list[int]:
 
 def test_log_probabilities_are_those_of_the_models_own_logits():
     begin = Begin(0, **PLAIN | {"temperature": 0.3, "top_k": 2}, bias=((7, 50.0),), repetition_penalty=2.0, prompt=(7,))
-    sampler = Sampler(2, Vocabulary(VOCAB), torch.zeros(2, dtype=torch.int64))
+    sampler = new_sampler(2)
     sampler.begin([begin, begin._replace(index=1, seed=4)])
-    logits = torch.stack([LOGITS.flip(0), LOGITS]).float()
-    samples = [Sample(1, 0, 0, logprobs=3), Sample(0, 1, 0, logprobs=0)]
-    ids, scores = sampler.choose(samples, logits, [])
+    logits = torch.stack([LOGITS, LOGITS.flip(0)]).float()
+    ids, scores = choose(sampler, [0, 1], [0, 0], logits, logprobs=[3, 0])
     assert ids.tolist() == [7, 7]
     first, second = scores.rows([3, 0])
-    for row, found in ((1, first), (0, second)):
+    for row, found in ((0, first), (1, second)):
         exact = logits[row].double().log_softmax(-1)
         assert np.allclose(found.logprobs, exact[list(found.ids)], atol=1e-6)
         assert found.ids[0] == 7
@@ -274,7 +307,7 @@ def test_scores_of_given_tokens_are_log_softmax_in_bf16_too():
 def test_sampling_leaves_the_logits_as_they_are():
     logits = LOGITS[None].float()
     before = logits.clone()
-    sampler = Sampler(1, Vocabulary(VOCAB), torch.zeros(1, dtype=torch.int64))
+    sampler = new_sampler(1)
     sampler.begin([Begin(0, **PLAIN, repetition_penalty=2.0, bias=((1, 2.0),), allowed=(1, 2), prompt=PROMPT)])
-    sampler.choose([Sample(0, 0, 0)], logits, [Edit(0, BITS)])
+    choose(sampler, [0], [0], logits, [Edit(0, BITS)])
     assert torch.equal(logits, before)

@@ -1,63 +1,84 @@
-"""A NextStep is the Step it stands for, told in fewer words."""
+"""The checker of Steps finds what a Step must not do, rule by rule."""
 
-import numpy as np
+from dataclasses import replace
+
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
-from tokenspeed.engine.batch import DecodeColumns, pack_rows
-from tokenspeed.engine.config import PAGE_TOKENS
-from tokenspeed.engine.step import NextStep, Row, Sample, Step
+from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step, StepChecker
 
-COUNTS = st.integers(0, 200)
-# The mutation tests run these too, where making a failure smaller takes longer than all else.
-FEW = settings(max_examples=40, deadline=None, phases=[Phase.generate])
-
-
-@st.composite
-def next_steps(draw) -> NextStep:
-    indices = draw(st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True))
-    ahead = draw(st.integers(1, 130))
-    around_a_page = st.integers(-1, 1).map(lambda beyond: 4 * PAGE_TOKENS - ahead - 1 + beyond)
-    rows, samples = [], []
-    for index in indices:
-        start, first = draw(st.one_of(COUNTS, around_a_page)), draw(st.integers(0, 9))
-        read_slot, write_slot = draw(COUNTS), draw(COUNTS)
-        named, pages = draw(st.sampled_from([(), (7,)])), draw(st.sampled_from([(), (5,), (5, 6)]))
-        rows.append(Row(named, start, pages, read_slot, write_slot, index, first, draw(st.integers(0, start))))
-        samples.append(Sample(len(samples), index, draw(COUNTS), draw(st.integers(-1, 3))))
-    growing = draw(st.sets(st.integers(0, len(rows) - 1)))
-    more_pages = tuple((i, draw(st.integers(0, 9)), (draw(COUNTS),)) for i in sorted(growing))
-    return NextStep(Step(decode=tuple(rows), samples=tuple(samples)), ahead, more_pages)
+BEGINS = tuple(Begin(i, 0.0, 0, 1.0, 0.0, 0) for i in range(2))
+FIRST = Step(
+    prefill=(PrefillRow((1,) * 60, 0, 0, 0, index=0), PrefillRow((1,) * 70, 0, 1, 1, index=1, snapshots=((64, 2),))),
+    begins=BEGINS,
+    pages=(NewPages(0, 0, (0,)), NewPages(1, 0, (1, 2))),
+    samples=(Sample(0, 0), Sample(1, 1)),
+)
+NEXT = Step(decode=(DecodeRow(0, 0, 0), DecodeRow(1, 1, 1)), width=4, samples=(Sample(0, 0), Sample(1, 1)), drafts=3)
 
 
-@FEW
-@given(next_steps())
-def test_what_it_says_of_itself_is_what_its_rows_say(step):
-    whole = step.whole()
-    assert (step.rows, step.samples) == (whole.rows, whole.samples)
-    for name in ("tokens", "edited", "grown", "published"):
-        assert getattr(step, name) == getattr(whole, name), name
-    for row, base in zip(whole.decode, step.base.decode, strict=True):
-        assert row.tokens == () and row.start == base.start + step.ahead
-        assert row.read_slot == row.write_slot == base.write_slot and row.kv_tokens == base.kv_tokens
-    assert {whole.decode[i].pages for i, _, _ in step.more_pages} == {pages for _, _, pages in step.more_pages}
+def checker(*steps: Step, counts=(1, 1)) -> StepChecker:
+    """One that has seen these Steps launched and read."""
+    made = StepChecker(pages=6, slots=4)
+    for step in (FIRST, *steps):
+        made.check(step)
+        made.read(step, counts)
+    return made
 
 
-@FEW
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3), st.integers(0, 2)), max_size=8), st.data())
-def test_columns_are_those_of_the_rows_whatever_was_asked_before(asked, data):
-    steps = [data.draw(next_steps()) for _ in range(2)]
-    columns = DecodeColumns()
-    for which, ahead, padding in asked:
-        base = steps[which].base
-        step = NextStep(base, ahead) if ahead else base
-        found = columns.of(step, len(base.decode) + padding)
-        np.testing.assert_array_equal(found, pack_rows(step.whole().decode, len(base.decode) + padding))
-        found[:] = 99  # the caller's
+def test_what_keeps_the_rules_passes():
+    made = checker(NEXT)
+    assert made.most == made.least == {0: 61, 1: 71}
 
 
-@pytest.mark.parametrize("name", ["prefill", "begins", "copies"])
-def test_it_has_nothing_else(name):
-    step = NextStep(Step(decode=(Row((), 1, (), 0, 0),), samples=(Sample(0, 0, 0),)), 1)
-    assert getattr(step, name) == getattr(step.whole(), name) == ()
+def test_bounds_follow_what_is_launched_and_tighten_with_what_is_read():
+    made = StepChecker(pages=6, slots=4)
+    made.check(FIRST)
+    made.check(NEXT)
+    assert (made.least[1], made.most[1]) == (70, 74)
+    made.check(with_page(3))
+    assert (made.least[1], made.most[1]) == (70, 78)
+    made.read(FIRST, (1, 1))
+    made.read(NEXT, (2, 4))
+    assert (made.least[1], made.most[1], made.least[0], made.most[0]) == (74, 78, 62, 66)
+
+
+def with_page(page: int) -> Step:
+    return replace(NEXT, pages=(NewPages(0, 1, (page,)),))
+
+
+BROKEN = {
+    "an index has two rows": replace(NEXT, decode=(DecodeRow(0, 0, 0), DecodeRow(0, 1, 1))),
+    "need more than": replace(NEXT, width=6),
+    "are missing": replace(NEXT, pages=(NewPages(0, 2, (3,)),)),
+    "two rows write one page": replace(with_page(3), pages=(NewPages(0, 1, (2,)), NewPages(1, 1, (2,)))),
+    "written by one row and read by another": replace(NEXT, pages=(NewPages(1, 0, (0, 2)),)),
+    "two writes to one slot": replace(NEXT, decode=(DecodeRow(0, 0, 1), DecodeRow(1, 1, 1))),
+    "a slot is written by one row": replace(NEXT, decode=(DecodeRow(0, 1, 0), DecodeRow(1, 0, 1))),
+    "a slot is out of range": replace(NEXT, decode=(DecodeRow(0, 0, 4), DecodeRow(1, 1, 1))),
+    "a page is out of range": replace(with_page(6), width=6),
+    "a page is copied to twice": replace(NEXT, copies=((0, 4, 3), (1, 4, 3))),
+    "a copy reads what another": replace(NEXT, copies=((0, 4, 3), (4, 5, 3))),
+    "has no sample of its own": replace(NEXT, samples=(Sample(1, 1), Sample(0, 0))),
+    "a sample without logits": replace(NEXT, samples=(*NEXT.samples, Sample(2, 3))),
+    "goes on from nowhere": replace(NEXT, decode=(DecodeRow(3, 0, 0),), samples=(Sample(0, 3),)),
+    "goes on at": Step(prefill=(PrefillRow((1,), 62, 0, 0),)),
+    "a prefill row without tokens": Step(prefill=(PrefillRow((), 60, 0, 0),)),
+    "snapshots outside the row": Step(prefill=(PrefillRow((1,), 60, 0, 0, snapshots=((60, 3),)),)),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_is_named(rule):
+    with pytest.raises(AssertionError, match=rule):
+        checker().check(BROKEN[rule])
+
+
+def test_more_ids_than_a_row_can_have_are_found():
+    made = checker()
+    made.check(NEXT)
+    with pytest.raises(AssertionError, match="got 5 ids of at most 4"):
+        made.read(NEXT, (1, 5))
+    made = checker()
+    made.check(replace(NEXT, samples=(Sample(0, 0, edited=True), Sample(1, 1))))
+    with pytest.raises(AssertionError, match="got 2 ids of at most 1"):
+        made.read(replace(NEXT, samples=(Sample(0, 0, edited=True), Sample(1, 1))), (2, 1))

@@ -12,7 +12,7 @@ from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.errors import LogError
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.request import SamplingParams
-from tokenspeed.engine.step import Begin, Edit, Row, Sample, Step
+from tokenspeed.engine.step import Begin, DecodeRow, Edit, NewPages, PrefillRow, Sample, Step
 from tokenspeed.engine.step_log import Record, StepLog, hash_logits, read_log, replay
 
 
@@ -68,7 +68,7 @@ def test_another_token_is_noticed_in_the_first_logits_that_see_it(log, tmp_path)
         line["step"]["prefill"][0][0][5] += 1
 
     replayed = replay(rewritten(log, tmp_path / "log", 2, change), SHIPPED)
-    first = next(n - 1 for n, record in read_log(log) if n > 1 and any(row.logits for row in record.step.rows))
+    first = next(n - 1 for n, record in read_log(log) if n > 1 and any(row.logits for row in record.step.prefill))
     assert replayed.difference.step == first
 
 
@@ -83,8 +83,10 @@ def test_every_field_of_a_step_survives_the_log(tmp_path, log):
     begin = Begin(
         3, 0.5, 7, 0.9, 0.1, 2**63 - 1, 1.5, -1.5, 1.25, 4, (5,), ((6, -math.inf), (7, 1.5)), (8,), (9,), (1, 2)
     )
-    row = Row((1, 2, 3), 64, (4, 5), 1, 2, 3, 1, 66, ((65, 4), (67, 5)), 3, (6, 7), 2)
-    step = Step((Row((), 9, (), 0, 0),), (row,), (begin,), ((1, 2, 33),), (Sample(1, 3, 4, 2, True),))
+    begin = begin._replace(prompt_tokens=5, left=6, stops=(7,), history=(8, 9))
+    row = PrefillRow((1, 2, 3), 64, 1, 2, 3, 66, ((65, 4), (67, 5)), 3, (6, 7), 2)
+    decode, pages, samples = DecodeRow(9, 0, 1), NewPages(3, 1, (4, 5)), Sample(1, 3, 2, True)
+    step = Step((decode,), 4, (row,), (begin,), ((1, 2, 33),), (pages,), (samples,), 3)
     record = Record(step, (Edit(0, b"\x00\x01\xfe\xff", (3, 4)),), "ab" * 32)
     path = tmp_path / "log"
     path.write_bytes(log.read_bytes().splitlines()[0] + b"\n" + msgspec.json.encode(record) + b"\n")

@@ -43,7 +43,7 @@ def check(backend, tokens, q_heads, kv_heads, rotary=64, page_size=64, slots=Non
     assert same_bits(arena, before)
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 2), (16, 2), (16, 4), (24, 4), (32, 2), (1, 1)])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 2), (16, 2), (16, 4), (24, 4), (32, 2), (1, 1), (0, 2)])
 def test_every_head_count(scheduled, q_heads, kv_heads):
     check(scheduled, 3, q_heads, kv_heads)
 
@@ -73,6 +73,6 @@ def test_many_tokens_take_four_heads_a_warp(backend):
         return
     library = emulator()
     library.emulator_multiprocessors(1)
-    for q_heads, kv_heads in ((4, 2), (6, 1)):  # groups of four that hold queries, keys and values together
+    for q_heads, kv_heads in ((4, 2), (6, 1), (0, 2)):  # groups of four that hold queries, keys and values together
         check(backend, 21, q_heads, kv_heads, slots=[*range(60, 80), -1])
     library.emulator_multiprocessors(4)

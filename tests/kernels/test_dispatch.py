@@ -30,6 +30,9 @@ KERNELS = (
     "paged_attention_decode",
     "paged_attention_prefill",
     "moe_experts",
+    "next_tokens",
+    "paged_rows",
+    "accept_tokens",
 )
 HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
 HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))
@@ -165,7 +168,17 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed)
 
 
 @pytest.mark.parametrize(
-    "name", ["add_rms_norm", "gated_rms_norm", "add_sigmoid_gated", "attention_prologue", "copy_states"]
+    "name",
+    [
+        "add_rms_norm",
+        "gated_rms_norm",
+        "add_sigmoid_gated",
+        "attention_prologue",
+        "copy_states",
+        "next_tokens",
+        "paged_rows",
+        "accept_tokens",
+    ],
 )
 def test_arguments_of_different_lengths_are_refused(backend, name):
     args = list(SAMPLES[name](backend))

@@ -71,6 +71,15 @@ def test_every_way_to_cut_the_pages_among_blocks(blocks, count, group, tokens):
     check_decode(make_backend("emulated"), KvHeads(2, group), [200, -1, 5, 62], tokens)
 
 
+# One, two and four tiles of 16 rows; 63 leaves one key of the first page, 16 hides all that a warp scores.
+@pytest.mark.parametrize(("group", "tokens"), [(4, 1), (8, 4), (16, 4)])
+@pytest.mark.parametrize("first_key", [1, 16, 63])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_first_key_however_the_pages_are_cut(blocks, count, first_key, group, tokens):
+    blocks(count)
+    check_decode(make_backend("emulated"), KvHeads(2, group), [200, -1, 64, 127], tokens, first_key)
+
+
 def test_a_batch_of_more_sequences_than_a_warp_has_lanes(backend):
     contexts = [(7 * i) % 70 - 5 for i in range(40)]
     check_decode(backend, KvHeads(1, 4), contexts, 1)

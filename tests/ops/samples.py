@@ -60,7 +60,7 @@ def paged_attention_prefill(backend: Backend):
 
 def paged_attention_decode(backend: Backend):
     pages, table, contexts = _attention(backend, [63, -1, 3], [65, 0, 5])
-    return *pages.queries(6), pages.kv, table, contexts, 1 / 16
+    return *pages.queries(6), pages.kv, table, contexts, 1 / 16, 2
 
 
 def attention_prologue(backend: Backend):
@@ -152,9 +152,36 @@ def copy_pages(backend: Backend):
     return pages, backend.tensor([3, -1, 3]), backend.tensor([0, 2, 4]), backend.tensor([64, 5, 1])
 
 
+def _progress(backend: Backend):
+    """Two sequences that go on and a row of padding: (length, left, prompt, ids) of three indices."""
+    numbers = [backend.tensor(values) for values in ([70, 5, 0], [9, 1, 0], [64, 5, 0])]
+    return *numbers, backend.tensor([[3, 4, 5], [6, 7, 8], [0, 0, 0]], torch.int64)
+
+
+def next_tokens(backend: Backend):
+    index, slots = backend.tensor([1, 0, 2], torch.int64), backend.tensor([3, 4, -1])
+    return index, slots, slots.clone(), *_progress(backend), 2
+
+
+def paged_rows(backend: Backend):
+    pages, capacity = backend.tensor([[5, 2], [1, 3], [0, 0]]), backend.tensor([128, 64, 0])
+    index, inv_freq = backend.tensor([1, 0, 2], torch.int64), torch.tensor([1.0, 0.01], device=backend.device)
+    return index, backend.tensor([5, 70, -1]), pages, capacity, inv_freq, 2, 1.0, -1, 64
+
+
+def accept_tokens(backend: Backend):
+    length, left, _, ids = _progress(backend)
+    chosen, tokens = (backend.tensor(x, torch.int64) for x in ([[7, 1], [4, 2], [0, 0]], [[6, 7], [3, 9], [0, 0]]))
+    outputs = backend.tensor([[1, 2], [7, 8], [0, 1]], torch.int64)
+    index, stops = backend.tensor([1, 0, 2], torch.int64), backend.tensor([[-1], [2], [-1]], torch.int64)
+    contexts, min_tokens = backend.tensor([5, 70, -1]), backend.tensor([0, 0, 0])
+    return chosen, tokens, outputs, contexts, index, min_tokens, stops, length, left, ids
+
+
 SAMPLES: dict[str, Callable] = {
     call.__name__: call
     for call in (
+        accept_tokens,
         add_gated_silu_mul_linear,
         add_rms_norm,
         add_rms_norm_linear,
@@ -170,8 +197,10 @@ SAMPLES: dict[str, Callable] = {
         linear_fp8,
         moe_experts,
         moe_route,
+        next_tokens,
         paged_attention_decode,
         paged_attention_prefill,
+        paged_rows,
         quantise_groups,
         rms_norm,
         rope,

@@ -162,6 +162,22 @@ def test_the_prologue_equals_the_operators_it_fuses(backend):
     backend.assert_close(fused.arena.nan_to_num().flatten(), apart.arena.nan_to_num().flatten())
 
 
+def test_the_prologue_without_query_heads_stores_keys_and_values(backend):
+    for heads in layouts(backend, 4):
+        heads = heads._replace(group=0)
+        pages, weights, slots = Pages(backend, heads, 3), backend.randn(2, heads.dim), [heads.page + 6, -1, 0, 5]
+        qkv, (angles, cos_sin) = backend.randn(4, 2 * heads.kv * heads.dim), rotation(backend, 4, heads.dim // 4 * 2)
+        assert prologue(pages, qkv, weights, cos_sin, slots).shape == (4, 0, heads.dim)
+        k, v = qkv.view(4, 2, heads.kv, heads.dim).unbind(1)
+        k = reference.rope(reference.rms_norm(k, weights[1], EPS), angles)
+        for token, slot in enumerate(slots):
+            if slot >= 0:
+                keys, values = pages.kv[slot // heads.page, :, :, slot % heads.page]
+                backend.assert_close(keys, k[token])
+                assert same_bits(values, v[token])
+        assert pages.arena.isfinite().sum() == 3 * 2 * heads.kv * heads.dim
+
+
 def test_one_kv_head_is_enough(fp32):
     heads = KvHeads(1, 1, dim=4, page=2)
     pages, weight = Pages(fp32, heads, 2), fp32.randn(4)

@@ -26,9 +26,12 @@ def prefill(pages, q, gate, tables, contexts, lengths, spare=0):
     return backend.op("paged_attention_prefill")(q, gate, pages.kv, pages.table(tables), *ragged, scale)
 
 
-def decode(pages, q, gate, tables, contexts):
+def decode(pages, q, gate, tables, contexts, first_key=0):
     scale, contexts = pages.heads.dim**-0.5, pages.backend.tensor(contexts)
-    return pages.backend.op("paged_attention_decode")(q, gate, pages.kv, pages.table(tables), contexts, scale)
+    optional = (first_key,) if first_key else ()
+    return pages.backend.op("paged_attention_decode")(
+        q, gate, pages.kv, pages.table(tables), contexts, scale, *optional
+    )
 
 
 def check_prefill(backend, heads, batch, spare=0, dtype=None):
@@ -43,22 +46,25 @@ def check_prefill(backend, heads, batch, spare=0, dtype=None):
     backend.assert_close(out, torch.cat(wanted) if wanted else torch.empty(0, heads.query * heads.dim))
 
 
-def check_decode(backend, heads, contexts, tokens, dtype=None):
-    """A negative context marks a padding row, which holds NaN everywhere; dtype: of the pages."""
+def check_decode(backend, heads, contexts, tokens, first_key=0, dtype=None):
+    """A negative context marks a padding row, which holds NaN everywhere, as do the rows before first_key; dtype: of
+    the pages."""
     pages = Pages(backend, heads, 2 + sum(max(context + tokens, 0) // heads.page + 1 for context in contexts), dtype)
     stored = [pages.store(context + tokens) if context >= 0 else ([], None, None) for context in contexts]
+    for row, _, _ in stored:
+        pages.kv[row[:1], :, :, :first_key] = torch.nan
     q, gate = pages.queries(len(contexts) * tokens)
     for i, context in enumerate(contexts):
         if context < 0:
             q[i * tokens : (i + 1) * tokens] = torch.nan
             gate[i * tokens : (i + 1) * tokens] = torch.nan
-    out = decode(pages, q, gate, [row for row, _, _ in stored], contexts)
+    out = decode(pages, q, gate, [row for row, _, _ in stored], contexts, first_key)
     for i, (_, k, v) in enumerate(stored):
         rows = slice(i * tokens, (i + 1) * tokens)
         if k is None:
             assert not out[rows].any()
         else:
-            backend.assert_close(out[rows], expected(pages, q[rows], gate[rows], k, v))
+            backend.assert_close(out[rows], expected(pages, q[rows], gate[rows], k[first_key:], v[first_key:]))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -97,6 +103,13 @@ def test_pages_in_e4m3_are_read_as_the_numbers_they_hold(backend, group):
             check_decode(backend, heads, [0, 63, -1, 130, 62], tokens, dtype=FP8)
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("first_key", [0, 1, 5])
+def test_decode_sees_no_key_before_the_first(backend, first_key, tokens):
+    for heads in [heads for group in (4, 16) for heads in layouts(backend, group)]:
+        check_decode(backend, heads, [first_key + 1, 62, -1, 63, 64, 130], tokens, first_key)
+
+
 def test_decode_of_padding_alone_and_of_an_empty_batch(backend):
     check_decode(backend, PUBLISHED[8], [-1, -7], 2)
     pages = Pages(backend, PUBLISHED[8], 2)
@@ -116,8 +129,10 @@ def test_any_batch_equals_dense_attention(backend, data):
         heads = data.draw(small, "heads")
     context, length = st.integers(0, 130), st.integers(0, 70)
     check_prefill(backend, heads, data.draw(st.lists(st.tuples(context, length), max_size=3), "prefills"))
-    contexts = data.draw(st.lists(st.integers(-1, 130), min_size=1, max_size=4), "decodes")
-    check_decode(backend, heads, contexts, data.draw(st.integers(1, 4), "T"))
+    first_key = data.draw(st.sampled_from([0, 1, heads.page - 1]), "first key") if heads.page > 1 else 0
+    contexts = st.one_of(st.just(-1), st.integers(first_key + 1 if first_key else 0, 130))
+    contexts = data.draw(st.lists(contexts, min_size=1, max_size=4), "decodes")
+    check_decode(backend, heads, contexts, data.draw(st.integers(1, 4), "T"), first_key)
 
 
 def test_sequences_share_the_pages_of_a_prefix(backend):

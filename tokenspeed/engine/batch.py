@@ -7,25 +7,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ops
 from .config import PAGE_TOKENS
 from .memory import Memory
-from .step import NextStep, Row, Step
+from .step import Begin, DecodeRow, NewPages, Step
+
+STOPS = 16  # ids that end a sequence that the device knows; others are found by the host, a step later
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What every kind of row has, B of them: decode rows are this and one token each."""
+    """What every kind of row has, B of them."""
 
     page_table: Tensor  # [B, P] int32
-    context_lens: Tensor  # [B] int32: tokens before this step
+    context_lens: Tensor  # [B] int32: tokens before this step; negative for padding
     read_slot: Tensor  # [B] int32
     write_slot: Tensor  # [B] int32
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows(Rows):
+    """Rows of T tokens, the id chosen last and drafts behind it."""
+
+    index: Tensor  # [B] int64: of the sequence
+    tokens: Tensor  # [B, T] int64
+    outputs: Tensor  # [B, T] int64: the number of the output that is chosen behind each
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRows(Rows):
     """Rows of any length, packed."""
 
+    index: Tensor  # [N] int64: of each token's sequence
+    stored: Tensor  # [N] int32: the row of the sequence's pages that a token is stored in, -1 for one that is there
     cu_seqlens: Tensor  # [B + 1] int32
     snapshots: Tensor  # [M, 3] int32: row, token count, slot
     max_seqlen: int
@@ -37,31 +51,75 @@ class Batch:
 
     memory: Memory
     tokens: Tensor  # [N] int64
-    positions: Tensor  # [N] int64
     cos_sin: Tensor  # [N, R] fp32
     kv_slots: Tensor  # [N] int64: page * 64 + row of the arena; negative where nothing is stored
     logit_rows: Tensor | None  # [L] int64: the tokens whose logits are wanted; None: all of them
     decode: Rows | None
     decode_tokens: int
-    prefill: PrefillRows | None
+    prefill: PrefillRows | None = None
 
 
 class Tables:
-    """What the device keeps per sequence index between Steps: its pages, and the id sampled last."""
+    """What the device keeps per sequence index between Steps, as `ops.next_tokens` and its neighbours take it. Padding
+    rows have an index of their own, `nobody`."""
 
-    def __init__(self, indices: int, pages: int, device: torch.device):
-        """indices: sequences at once; pages: of one sequence at most."""
-        self.pages = torch.zeros(indices, pages, dtype=torch.int32, device=device)
-        self.last_ids = torch.zeros(indices, dtype=torch.int64, device=device)
+    def __init__(self, indices: int, pages: int, device: torch.device, drafts: int = 0):
+        """indices: sequences at once; pages: of one sequence at most; drafts: behind an id at most."""
+        rows = indices + 1
+        self.nobody, self.device = indices, device
+        self.pages = torch.zeros(rows, pages, dtype=torch.int32, device=device)
+        self.ids = torch.zeros(rows, 1 + drafts, dtype=torch.int64, device=device)
+        self.stops = torch.full((rows, STOPS), -1, dtype=torch.int64, device=device)
+        # One tensor for what a Begin sets, so that it is one copy; each row of it is a table.
+        self._numbers = torch.zeros(5, rows, dtype=torch.int32, device=device)
+        self.capacity, self.length, self.left, self.prompt, self.min_tokens = self._numbers
+        self._held = [0] * rows  # pages of each index
 
-    def update(self, grown: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-        """Enter new pages: (index, first page, pages) of each that got some. Mutates the page table."""
-        if grown:
-            width = self.pages.shape[1]
-            places = [index * width + first + i for index, first, pages in grown for i in range(len(pages))]
-            pages = [page for _, _, pages in grown for page in pages]
-            places, pages = to_device(np.array([places, pages], dtype=np.int32), self.pages.device)
-            self.pages.view(-1)[places.long()] = pages
+    def begin(self, begins: Sequence[Begin]) -> None:
+        """Sequences take their indices. Mutates the tables."""
+        if not begins:
+            return
+        numbers = [(0, 0, b.left, b.prompt_tokens, b.min_tokens) for b in begins]
+        stops = [(*b.stops[:STOPS], *[-1] * (STOPS - len(b.stops))) for b in begins]
+        index, *rest = to_device(
+            np.array(
+                [(b.index, *n, *s) for b, n, s in zip(begins, numbers, stops, strict=True)], dtype=np.int32
+            ).T.copy(),
+            self.device,
+        )
+        index = index.long()
+        self._numbers[:, index] = torch.stack(rest[: len(self._numbers)])
+        self.stops[index] = torch.stack(rest[len(self._numbers) :], 1).long()
+        self.ids[index] = 0
+
+    def add_pages(self, added: Sequence[NewPages]) -> None:
+        """Enter pages into the page table. Mutates it and the capacities."""
+        if not added:
+            return
+        width = self.pages.shape[1]
+        places = [index * width + first + i for index, first, pages in added for i in range(len(pages))]
+        pages = [page for _, _, pages in added for page in pages]
+        for index, first, new in added:
+            self._held[index] = first + len(new)
+        held = [(index, self._held[index] * PAGE_TOKENS) for index, _, _ in added]
+        packed = np.array([*places, *pages, *(i for i, _ in held), *(t for _, t in held)], dtype=np.int32)
+        places, pages, index, tokens = to_device(packed, self.device).split(
+            [len(places), len(pages), len(held), len(held)]
+        )
+        self.pages.view(-1)[places.long()] = pages
+        self.capacity[index.long()] = tokens
+
+    def width(self, indices: Sequence[int]) -> int:
+        """Pages of the longest of some sequences."""
+        return max(self._held[index] for index in indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """How positions become angles; see `model.rope`. inv_freq: [R / 2] fp32 on the device."""
+
+    inv_freq: Tensor
+    scale: float
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -71,141 +129,103 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def pack_rows(rows: Sequence[Row], padded: int) -> np.ndarray:
-    """[6, padded] int32: of each row its index, tokens before it, read slot, write slot, kv_tokens, and its token where
-    it has one, -1 for the id that was sampled last. Rows beyond are padding: they touch no slot and no page."""
-    packed = np.full((6, padded), -1, dtype=np.int32)
-    packed[0] = packed[4] = 0
+def pack_rows(rows: Sequence[DecodeRow], padded: int, nobody: int) -> np.ndarray:
+    """[3, padded] int32: index, read slot and write slot of each row. Rows beyond are padding: they touch no slot and
+    no page."""
+    packed = np.full((3, padded), -1, dtype=np.int32)
+    packed[0] = nobody
     if rows:
-        packed[:, : len(rows)] = np.array(
-            [
-                (r.index, r.start, r.read_slot, r.write_slot, r.kv_tokens, r.tokens[0] if len(r.tokens) == 1 else -1)
-                for r in rows
-            ],
-            dtype=np.int32,
-        ).T
+        packed[:, : len(rows)] = np.array(rows, dtype=np.int32).T
     return packed
 
 
-class DecodeColumns:
-    """The packed rows of Steps that only decode. Those of a NextStep follow from its base's, whatever their number."""
+def paged(
+    memory: Memory, tables: Tables, rotary: Rotary, rows: Rows, index: Tensor, tokens: Tensor, rope_shift: int = 0
+) -> Batch:
+    """A batch of B sequences with W tokens each, tokens [B, W], from rows.context_lens on. index: [B] int64."""
+    cos_sin, kv_slots = ops.paged_rows(
+        index,
+        rows.context_lens,
+        tables.pages,
+        tables.capacity,
+        rotary.inv_freq,
+        tokens.shape[1],
+        rotary.scale,
+        rope_shift,
+        PAGE_TOKENS,
+    )
+    return Batch(memory, tokens.flatten(), cos_sin, kv_slots, None, rows, tokens.numel())
 
-    def __init__(self) -> None:
-        self._base: tuple[Step, int] | None = None
-        self._packed = np.empty((6, 0), dtype=np.int32)
 
-    def of(self, step: Step | NextStep, padded: int) -> np.ndarray:
-        """As `pack_rows` of the step's decode rows; the array is the caller's."""
-        base, ahead = (step.base, step.ahead) if isinstance(step, NextStep) else (step, 0)
-        if self._base is None or self._base[0] is not base or self._base[1] != padded:
-            self._base, self._packed = (base, padded), pack_rows(base.decode, padded)
-        packed = self._packed.copy()
-        if ahead:
-            _, start, read_slot, write_slot, _, token = packed
-            start[: len(base.decode)] += ahead
-            read_slot[:], token[:] = write_slot, -1
-        return packed
+def prefill_rows(
+    rows: PrefillRows, tables: Tables, rotary: Rotary, row: Tensor, rope_shift: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Angles and places of a prefill's tokens at rows [N] int32 of their sequences' pages; see `ops.paged_rows`."""
+    sizes = (1, rotary.scale, rope_shift, PAGE_TOKENS)
+    return ops.paged_rows(rows.index, row, tables.pages, tables.capacity, rotary.inv_freq, *sizes)
 
 
 def decode_batch(
-    packed: Tensor, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float, width: int | None = None
+    packed: Tensor, width: int, memory: Memory, tables: Tables, rotary: Rotary, pages: int | None = None
 ) -> Batch:
-    """The tensors of B decode rows, packed as by `pack_rows`; width: of the page table, all of it where it is None.
+    """The tensors of B decode rows of `width` tokens, packed as by `pack_rows`; pages: of the page table's columns, all
+    of them where it is None.
 
-    Reads nothing on the host and has shapes of B alone, so it can stand in a CUDA graph."""
-    index, start, read_slot, write_slot, kv_tokens, token = packed.unbind(0)
+    Reads nothing on the host and has shapes of B and width alone, so it can stand in a CUDA graph."""
+    index, read_slot, write_slot = packed.unbind(0)
     index = index.long()
-    return _batch(
-        memory,
-        tables,
-        (inv_freq, rope_scale),
-        index=index,
-        tokens=torch.where(token < 0, tables.last_ids[index], token),
-        positions=start.long(),
-        kv_tokens=kv_tokens,
-        logit_rows=None,
-        decode=Rows(tables.pages[index, :width], start, read_slot, write_slot),
-        decode_tokens=len(index),
-    )
+    progress = (tables.length, tables.left, tables.prompt, tables.ids)
+    tokens, outputs, context, reads, writes = ops.next_tokens(index, read_slot, write_slot, *progress, width)
+    rows = DecodeRows(tables.pages[index, :pages], context, reads, writes, index, tokens, outputs)
+    return paged(memory, tables, rotary, rows, index, tokens)
 
 
-def build_batch(step: Step, memory: Memory, tables: Tables, inv_freq: Tensor, rope_scale: float) -> Batch:
-    """The tensors of a Step with prefill rows, whose pages are in the tables. inv_freq: [R / 2] fp32 on the device; see
-    `model.rope`."""
-    device, rows, decodes = inv_freq.device, step.rows, len(step.decode)
-    widths = [max((-(-row.end // PAGE_TOKENS) for row in part), default=0) for part in (step.decode, step.prefill)]
-    count = len(rows)
-    lengths = np.array([len(row.tokens) or 1 for row in rows], dtype=np.int32)
-    ends = np.zeros(count + 1, dtype=np.int32)
+def build_batch(step: Step, memory: Memory, tables: Tables, rotary: Rotary) -> Batch:
+    """The tensors of a Step with prefill rows, whose pages are in the tables."""
+    device, rows = tables.device, step.prefill
+    decode = None
+    if step.decode:
+        packed = to_device(pack_rows(step.decode, len(step.decode), tables.nobody), device)
+        pages = tables.width([row.index for row in step.decode])
+        decode = decode_batch(packed, step.width, memory, tables, rotary, pages)
+    before = decode.decode_tokens if decode else 0
+    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int32)
+    ends = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=ends[1:])
     logit_rows = [t for row, end in zip(rows, ends[1:].tolist(), strict=True) for t in range(end - row.logits, end)]
-    snapshots = [(i, tokens, slot) for i, row in enumerate(step.prefill) for tokens, slot in row.snapshots]
     starts = np.array([row.start for row in rows], dtype=np.int32)
     # One copy to the device: everything is cut from one array of int32.
     parts = (
-        pack_rows(rows, count).reshape(-1),
-        np.array([token for row in rows for token in (row.tokens or (-1,))], dtype=np.int32),
+        np.array([(r.index, r.read_slot, r.write_slot, r.kv_tokens, r.start) for r in rows], np.int32).T.reshape(-1),
+        np.array([token for row in rows for token in row.tokens], dtype=np.int32),
         np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - ends[:-1], lengths),
-        np.repeat(np.arange(count, dtype=np.int32), lengths),
-        np.array(logit_rows, dtype=np.int32),
-        ends[decodes:] - decodes,
-        np.array(snapshots, dtype=np.int32).reshape(-1),
+        np.repeat(np.arange(len(rows), dtype=np.int32), lengths),
+        np.array([*range(before), *(before + t for t in logit_rows)], dtype=np.int32),
+        ends,
+        np.array([(i, *pair) for i, row in enumerate(rows) for pair in row.snapshots], dtype=np.int32).reshape(-1),
     )
-    packed, token, positions, row, logit_rows, cu_seqlens, snapshots = to_device(np.concatenate(parts), device).split(
+    packed, tokens, position, row, logit_rows, cu_seqlens, snapshots = to_device(np.concatenate(parts), device).split(
         [part.size for part in parts]
     )
-    index, start, read_slot, write_slot, kv_tokens, _ = packed.view(6, count)
-    index, row = index.long(), row.long()
-
-    def rows_from(first: int, last: int, width: int) -> tuple[Tensor, ...]:
-        each = slice(first, last)
-        return tables.pages[index[each], :width], start[each], read_slot[each], write_slot[each]
-
-    return _batch(
-        memory,
-        tables,
-        (inv_freq, rope_scale),
-        index=index[row],
-        tokens=torch.where(token < 0, tables.last_ids[index[row]], token),
-        positions=positions.long(),
-        kv_tokens=kv_tokens[row],
-        logit_rows=logit_rows.long(),
-        decode=Rows(*rows_from(0, decodes, widths[0])) if decodes else None,
-        decode_tokens=decodes,
-        prefill=PrefillRows(
-            *rows_from(decodes, count, widths[1]), cu_seqlens, snapshots.view(-1, 3), int(lengths[decodes:].max())
-        ),
+    index, read_slot, write_slot, kv_tokens, start = packed.view(5, len(rows))
+    index, row, tokens = index.long(), row.long(), tokens.long()
+    pages = tables.width([row.index for row in rows])
+    prefill = PrefillRows(
+        tables.pages[index, :pages],
+        start,
+        read_slot,
+        write_slot,
+        index[row],
+        torch.where(position < kv_tokens[row], -1, position),
+        cu_seqlens,
+        snapshots.view(-1, 3),
+        int(lengths.max()),
     )
-
-
-def _batch(
-    memory: Memory,
-    tables: Tables,
-    rotary: tuple[Tensor, float],
-    *,
-    index: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    kv_tokens: Tensor,
-    logit_rows: Tensor | None,
-    decode: Rows | None,
-    decode_tokens: int,
-    prefill: PrefillRows | None = None,
-) -> Batch:
-    """index, tokens, positions, kv_tokens: one entry a token."""
-    inv_freq, rope_scale = rotary
-    page = tables.pages[index, positions // PAGE_TOKENS]
-    kv_slots = torch.add(positions % PAGE_TOKENS, page, alpha=PAGE_TOKENS)
-    angles = positions[:, None] * inv_freq
-    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-    return Batch(
-        memory=memory,
-        tokens=tokens,
-        positions=positions,
-        cos_sin=cos_sin if rope_scale == 1 else cos_sin * rope_scale,
-        kv_slots=kv_slots.masked_fill_(positions < kv_tokens, -1),
-        logit_rows=logit_rows,
-        decode=decode,
-        decode_tokens=decode_tokens,
-        prefill=prefill,
-    )
+    cos_sin, kv_slots = prefill_rows(prefill, tables, rotary, position)
+    kv_slots = kv_slots.masked_fill(prefill.stored < 0, -1)
+    if decode:
+        tokens = torch.cat([decode.tokens, tokens])
+        cos_sin = torch.cat([decode.cos_sin, cos_sin])
+        kv_slots = torch.cat([decode.kv_slots, kv_slots])
+    rows = decode.decode if decode else None
+    return Batch(memory, tokens, cos_sin, kv_slots, logit_rows.long(), rows, before, prefill)

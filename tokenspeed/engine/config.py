@@ -12,6 +12,8 @@ from .quantization import StoredFp8, refusal, stored_quantization
 LINEAR, FULL = "linear_attention", "full_attention"
 _MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
 PAGE_TOKENS = 64
+MOST_DRAFTS = 7
+AUTO_DRAFTS = ((4, 3), (16, 2), (32, 1))  # (sequences that decode, drafts behind each): verifying more costs more
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,9 @@ class EngineConfig:
     and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
+    draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
+    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, none
+    without a head.
     tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
     torch.distributed takes it, None where this process is to start the others on this machine.
     """
@@ -202,9 +207,16 @@ class EngineConfig:
     snapshot_grid: int = 8192
     seed: int = 0
     validate: bool = False
+    draft_tokens: int | str = "auto"
     tp: int = 1
     ep: int = 1
     rendezvous: str | None = None
+
+    def draft_depths(self, mtp: bool) -> tuple[tuple[int, int], ...]:
+        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them; mtp: whether there is a head."""
+        if self.draft_tokens == "auto":
+            return AUTO_DRAFTS if mtp else ()
+        return ((self.max_num_seqs, self.draft_tokens),) if self.draft_tokens else ()
 
     def __post_init__(self):
         def positive(value: int | None) -> bool:
@@ -223,6 +235,11 @@ class EngineConfig:
             ("cache_policy", self.cache_policy in ("value", "lru"), "'value' or 'lru'"),
             ("snapshot_grid", self.snapshot_grid >= 0, "at least 0 (0 is off)"),
             ("seed", self.seed >= 0, "at least 0"),
+            (
+                "draft_tokens",
+                self.draft_tokens == "auto" or self.draft_tokens in range(MOST_DRAFTS + 1),
+                f"'auto' or 0 to {MOST_DRAFTS}",
+            ),
         )
         for name, valid, wanted in checks:
             if not valid:

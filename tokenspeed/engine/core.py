@@ -10,13 +10,13 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .errors import EngineError, RequestError
-from .request import Request, RequestMetrics, TokenScores, Update
+from .request import Acceptance, Request, RequestMetrics, TokenScores, Update
 from .runner import Launched, Runner
-from .scheduler import Limits, Planned, Scheduler
+from .scheduler import Leaving, Limits, Planned, Scheduler
 from .scheduler import Sequence as Continuation
 from .step import Begin, Edit, StepChecker
 from .text.constraints import BadWords, Constraint, Format, ThinkingBudget, combine
@@ -45,6 +45,7 @@ class _Generation:
     scheduled: float = 0.0
     first_token: float = 0.0
     prompt_scores: list[TokenScores | None] | None = None
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 class Engine:
@@ -64,10 +65,13 @@ class Engine:
         and the cache's invariants, for tests."""
         self.runner, self.cache, self.limits, self.tokenizer = runner, cache, limits, tokenizer
         self.vocabulary, self.eos_ids = runner.model.config.vocab, frozenset(eos_ids)
-        self.scheduler = Scheduler(cache, limits, self._begin, self._edited)
+        self.scheduler = Scheduler(cache, limits, self)
         self.failed: BaseException | None = None
         self._checker = StepChecker(cache.config.pages, cache.config.slots) if validate else None
         self._seeds = itertools.count(seed * 1_000_003 + 1)
+        self.acceptance = Acceptance()  # of all drafts so far
+        self._scores: dict[int, list[TokenScores]] = {}  # of the Step that is being read, by sequence id
+        self._now = 0.0
         self._requests: dict[str, list[_Generation]] = {}
         self._generations: dict[int, _Generation] = {}  # by sequence id
         self._in_flight: deque[tuple[Planned, Launched]] = deque()
@@ -116,7 +120,7 @@ class Engine:
         if generations is None:
             return False
         for generation in list(generations):
-            self.scheduler.end(generation.sequence, "abort")
+            self.scheduler.end(generation.sequence, Leaving.ABORTED)
             self._close(generation, Update(request_id, generation.sequence.child), "abort")
         self._deliver()
         return True
@@ -172,7 +176,7 @@ class Engine:
         planned, launched, waits = self.scheduler.plan(), None, False
         if planned:
             if self._checker:
-                self._checker.check(planned.step.whole())
+                self._checker.check(planned.step)
             launched = self.runner.launch(planned.step)
             waits = planned.step.edited
             if not waits:
@@ -186,31 +190,51 @@ class Engine:
 
     def _reconcile(self, planned: Planned, launched: Launched) -> None:
         result = launched.read()
-        scores = {planned.samples[i].id: score for i, score in result.scores.items()}
+        self._scores = {planned.samples[i].id: scores for i, scores in result.scores.items()}
         for i, found in result.prompt_scores.items():
             generation = self._generations.get(planned.rows[i].id)
             if generation and generation.prompt_scores is not None:
                 first = planned.step.rows[i].start
                 generation.prompt_scores[first : first + len(found)] = found
-        now = time.monotonic()
-
-        def judge(sequence: Continuation, id: int) -> bool:
-            return self._accept(self._generations[sequence.id], id, scores.get(sequence.id), now)
-
-        self.scheduler.reconcile(planned, result.ids, judge)
+        self._now = time.monotonic()
+        if self._checker:
+            self._checker.read(planned.step, [len(ids) for ids in result.ids])
+        if planned.step.width > 1:
+            self._count_drafts(planned, result.ids)
+        self.scheduler.reconcile(planned, result.ids)
         if self._checker and (broken := self.cache.check()):
             raise AssertionError(broken)
 
-    def _accept(self, generation: _Generation, id: int, score: TokenScores | None, now: float) -> bool:
-        """An output of a continuation is known. Returns whether it is the last."""
+    def _count_drafts(self, planned: Planned, ids: Sequence[list[int]]) -> None:
+        step = planned.step
+        for sequence, sample, new in zip(planned.samples[: len(step.decode)], step.samples, ids, strict=False):
+            generation = self._generations.get(sequence.id)
+            if new and generation and not sample.edited:
+                self.acceptance.count(step.width - 1, len(new))
+                generation.acceptance.count(step.width - 1, len(new))
+
+    def judge(self, sequence: Continuation, ids: list[int]) -> tuple[int, bool]:
+        """The next outputs of a continuation are known: how many of them count, and whether they end it."""
+        generation, scores = self._generations[sequence.id], self._scores.get(sequence.id, [])
+        update = Update(sequence.request.id, sequence.child)
+        if not generation.first_token:
+            generation.first_token = self._now
+            update.reuse, update.prompt_scores = sequence.reuse, generation.prompt_scores
+        for count, id in enumerate(ids, 1):
+            update.ids.append(id)
+            update.scores += scores[count - 1 : count]
+            if reason := self._accept(generation, id, sequence.outputs + count, update):
+                self._close(generation, update, reason)
+                return count, True
+        self._updates.append((generation, update))
+        return len(ids), False
+
+    def _accept(self, generation: _Generation, id: int, outputs: int, update: Update) -> str | None:
+        """Output number `outputs`, from 1, of a continuation: adds its text to the news, and returns why it is the last
+        where it is."""
         sequence, params = generation.sequence, generation.sequence.request.params
-        outputs = sequence.outputs
         for constraint in generation.constraints:
             constraint.accept(id)
-        update = Update(sequence.request.id, sequence.child, [id], scores=[score] if score else [])
-        if not generation.first_token:
-            generation.first_token = now
-            update.reuse, update.prompt_scores = sequence.reuse, generation.prompt_scores
         reason = stop = None
         if outputs >= params.min_tokens:
             if id in params.stop_token_ids:
@@ -220,22 +244,18 @@ class Engine:
         if reason is None or params.include_stop_str_in_output:
             text = generation.detokenizer.push(id)
             if outputs >= params.min_tokens:
-                update.text, found = generation.stops.push(text)
+                text, found = generation.stops.push(text)
                 if found is not None and reason is None:
                     reason, stop = "stop", found
-            else:
-                update.text = text
+            update.text += text
         if reason is None and outputs >= sequence.limit:
             reason = "length"
-        if reason is None:
-            self._updates.append((generation, update))
-            return False
-        update.stop_reason = stop
-        if not isinstance(stop, str):
-            tail, found = generation.stops.push(generation.detokenizer.finish())
-            update.text += tail + ("" if found else generation.stops.finish())
-        self._close(generation, update, reason)
-        return True
+        if reason is not None:
+            update.stop_reason = stop
+            if not isinstance(stop, str):
+                tail, found = generation.stops.push(generation.detokenizer.finish())
+                update.text += tail + ("" if found else generation.stops.finish())
+        return reason
 
     def _close(self, generation: _Generation, update: Update, reason: str) -> None:
         """The last news of a continuation."""
@@ -247,6 +267,7 @@ class Engine:
             now - submitted,
             sequence.preemptions,
             sequence.waited,
+            generation.acceptance if generation.acceptance.steps else None,
         )
         self._updates.append((generation, update))
         self._generations.pop(sequence.id, None)
@@ -284,7 +305,8 @@ class Engine:
 
     # ---- what the scheduler asks
 
-    def _begin(self, sequence: Continuation) -> Begin:
+    def begin(self, sequence: Continuation) -> Begin:
+        """How a continuation's ids are chosen on the device, and when it ends."""
         generation, params = self._generations[sequence.id], sequence.request.params
         generation.scheduled = generation.scheduled or time.monotonic()
         bias = params.logit_bias + tuple((id, float("-inf")) for id in generation.banned)
@@ -302,14 +324,18 @@ class Engine:
             tuple(sorted({*self.eos_ids, *params.stop_token_ids})) if params.min_tokens else (),
             bias,
             params.allowed_token_ids,
+            prompt_tokens=sequence.prompt_tokens,
+            left=sequence.limit - sequence.outputs,
+            stops=tuple(sorted({*(() if params.ignore_eos else self.eos_ids), *params.stop_token_ids})),
         )
+        tokens, cut = sequence.tokens, sequence.prompt_tokens
         if begin.penalised:
-            tokens, cut = sequence.tokens, sequence.prompt_tokens
             begin = begin._replace(prompt=tuple(tokens[:cut]), output=tuple(tokens[cut:]))
-        return begin
+        return begin._replace(history=tuple(tokens)) if self.runner.looks_up_drafts else begin
 
-    def _edited(self, sequence: Continuation) -> bool:
-        return any(c.may_act(sequence.sampled) for c in self._generations[sequence.id].constraints)
+    def edits(self, sequence: Continuation, output: int) -> bool:
+        """Whether the host has a say in one of a continuation's next outputs, up to number `output`."""
+        return any(constraint.may_act(output) for constraint in self._generations[sequence.id].constraints)
 
     def _edits(self, planned: Planned) -> list[Edit]:
         edits = []
@@ -320,7 +346,7 @@ class Engine:
                 try:
                     verdict = combine([constraint.verdict(outputs) for constraint in generation.constraints])
                 except RequestError as error:  # this one cannot go on; its id does not matter any more
-                    self.scheduler.end(sequence, "abort")
+                    self.scheduler.end(sequence, Leaving.ABORTED)
                     self._close(generation, Update(sequence.request.id, sequence.child, error=str(error)), "error")
                     continue
                 allowed = b"" if verdict.allowed is None else verdict.allowed.tobytes()

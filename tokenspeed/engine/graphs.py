@@ -1,53 +1,83 @@
-"""Decode steps on a GPU as CUDA graphs: one launch in place of hundreds, with the batch padded to a few sizes."""
+"""Decode steps on a GPU as CUDA graphs: two launches in place of hundreds, with the batch padded to a few sizes."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .batch import DecodeColumns, Tables, decode_batch, pack_rows, to_device
-from .memory import Memory
-from .model.qwen3_5 import Qwen3_5
-from .step import NextStep, Step
+from .batch import pack_rows, to_device
+from .step import DecodeRow, Step
+
+if TYPE_CHECKING:
+    from .runner import Forwarded, Runner
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-class DecodeGraphs:
-    """The forward pass of up to `most` decode rows, captured once per batch size."""
+class _Captured(NamedTuple):
+    """forward: up to the logits; choose: the rest of the step, by the number of drafts it makes; packed: the input."""
 
-    def __init__(
-        self, model: Qwen3_5, memory: Memory, tables: Tables, rotary: tuple[Tensor, float], most: int, progress: bool
-    ):
+    packed: Tensor
+    forward: torch.cuda.CUDAGraph
+    forwarded: "Forwarded"
+    choose: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]]
+
+
+class DecodeGraphs:
+    """Decode rows of one token, and of as many as there are drafts at that size, captured once per batch size."""
+
+    def __init__(self, runner: "Runner", depths: Callable[[int], int], progress: bool):
         """Captures every size, the largest first, so that all share its memory. Padding rows alone run meanwhile: no
         page and no slot changes. Raises RuntimeError where an operator cannot be captured."""
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._device = memory.kv.device
-        pool = None
-        sizes = [size for size in _SIZES if size < most] + [most]
-        for size in tqdm(
-            reversed(sizes), total=len(sizes), desc="capturing decode", unit="graph", disable=not progress
-        ):
-            packed = to_device(pack_rows((), size), self._device)
+        self._device, self._nobody = runner.device, runner.tables.nobody
+        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._packed: dict[tuple[int, int], tuple[DecodeRow, ...]] = {}  # what stands in each input
+        self._pool = None
+        self._sizes = [size for size in _SIZES if size < self._nobody] + [self._nobody]
+        shapes = [(size, width) for size in reversed(self._sizes) for width in sorted({1, 1 + depths(size)})]
+        for size, width in tqdm(shapes, desc="capturing decode", unit="graph", disable=not progress):
+            packed = to_device(pack_rows((), size, self._nobody), self._device)
+            forward, forwarded = self._capture(lambda packed=packed, width=width: runner.decode_forward(packed, width))
+            drafts = depths(size)
+            choose = self._capture(lambda f=forwarded, drafts=drafts: runner.choose_plainly(f, drafts))
+            self._captured[size, width] = _Captured(packed, forward, forwarded, {drafts: choose})
 
-            def run(packed: Tensor = packed) -> Tensor:
-                return model(decode_batch(packed, memory, tables, *rotary)).logits
+    def forward(self, step: Step) -> "Forwarded | None":
+        """Of the decode rows, and padding behind them, until the next call; None for a step that was not captured."""
+        key, captured = self._find(step)
+        if captured is None:
+            return None
+        if self._packed.get(key) != step.decode:
+            rows = to_device(pack_rows(step.decode, key[0], self._nobody), self._device)
+            captured.packed.copy_(rows, non_blocking=True)
+            self._packed[key] = step.decode
+        captured.forward.replay()
+        return captured.forwarded._replace(logits=captured.forwarded.logits[: step.tokens])
 
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()  # loads modules and fills caches of the libraries outside the capture
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = run()
-            pool = pool or graph.pool()
-            self._graphs[size] = graph, packed, logits
-        self._sizes = sizes
-
-    def forward(self, step: Step | NextStep, columns: DecodeColumns) -> Tensor:
-        """Logits of the step's B decode rows, [B, vocab]; the next call overwrites them."""
-        size = next(size for size in self._sizes if size >= step.tokens)
-        graph, packed, logits = self._graphs[size]
-        packed.copy_(to_device(columns.of(step, size), self._device), non_blocking=True)
+    def choose(self, step: Step) -> Tensor | None:
+        """What `Runner.choose_plainly` gives behind the last `forward`; None for drafts that were not captured."""
+        _, captured = self._find(step)
+        found = captured and captured.choose.get(step.drafts)
+        if not found:
+            return None
+        graph, news = found
         graph.replay()
-        return logits[: step.tokens]
+        return news[: len(step.decode)]
+
+    def _find(self, step: Step) -> tuple[tuple[int, int], _Captured | None]:
+        key = next(size for size in self._sizes if size >= len(step.decode)), step.width
+        return key, self._captured.get(key)
+
+    def _capture(self, run: Callable) -> tuple:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # loads modules and fills caches of the libraries outside the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        self._pool = self._pool or graph.pool()
+        return graph, result

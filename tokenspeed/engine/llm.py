@@ -49,7 +49,9 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
             enabled=config.prefix_cache,
         )
     )
-    limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest_sequence(frontend.config, config, plan))
+    longest = longest_sequence(frontend.config, config, plan)
+    drafts = config.draft_depths(runner.model.mtp is not None)
+    limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest, drafts=drafts)
     eos_ids = frontend.defaults.eos_ids
     return Engine(runner, cache, limits, frontend.tokenizer, eos_ids, config.seed, config.validate)
 

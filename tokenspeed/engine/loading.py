@@ -15,6 +15,7 @@ from .model.qwen3_5 import Qwen3_5
 from .model.weights import holds_mtp, load_weights, with_formats
 from .parallel.comm import Communicator
 from .runner import Runner
+from .scheduler import drafts_for
 
 _SHARED_BYTES = 64 << 20  # smaller models gain nothing from a second thread, and wait for it on a busy machine
 RING_ROWS = 8  # updates that a slot keeps beside its state where a kernel decodes: the state is written once in nine
@@ -27,14 +28,13 @@ def load_runner(
     communicator: Communicator,
     smallest: Callable[[list[int]], list[int]],
     progress: bool,
-    mtp: bool = False,
 ) -> tuple[Runner, MemoryPlan]:
     """A rank's weights and memory. smallest: of each number the smallest that any rank has, so that all get the same
-    pages and slots; mtp: with the MTP head, where the checkpoint has one. Raises ConfigError or CapacityError for what
-    cannot be used."""
+    pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
     dtype = pick_dtype(config.dtype, device)
     model_config = with_formats(ModelConfig.from_directory(directory), directory, config.quantization)
-    model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp and holds_mtp(model_config, directory))
+    mtp = config.draft_tokens != 0 and holds_mtp(model_config, directory)
+    model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
     load_weights(model, directory, progress)
     threads = config.threads
     if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:
@@ -42,17 +42,25 @@ def load_runner(
     if threads is not None:
         use_threads(threads)
     kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
-    rows = RING_ROWS if kernel else 0
-    layout = MemoryLayout(model.share, dtype, ring_rows=rows, kv_dtype=pick_kv_dtype(config.kv_dtype))
+    depths = config.draft_depths(mtp)
+    drafts = max((drafts for _, drafts in depths), default=0)
+    sizes, kv_dtype = slot_sizes(model_config, drafts, kernel), pick_kv_dtype(config.kv_dtype)
+    layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
     plan = fit_memory(model_config, layout, config, free, device.type)
     plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))
     if progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
-    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan))
-    runner.capture(progress)
+    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
+    runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
     return runner, plan
+
+
+def slot_sizes(config: ModelConfig, drafts: int, kernel: bool) -> tuple[int, int]:
+    """Ring rows and window entries of a state slot from which `drafts` tokens can be taken back; kernel: decode has a
+    kernel that keeps updates in the ring."""
+    return (RING_ROWS if kernel else drafts), max(config.conv_taps, drafts + config.conv_taps - 1)
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig, plan: MemoryPlan) -> int:

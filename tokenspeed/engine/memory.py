@@ -73,8 +73,13 @@ class MemoryLayout:
         return sum(_aligned(prod(shape) * dtype.itemsize) for dtype, shape in self.slot_parts().values())
 
     @property
+    def hidden_bytes(self) -> int:
+        """Of a slot, for the MTP head: the trunk's state after the last token, from which the next entry is made."""
+        return _aligned(self.config.hidden * self.dtype.itemsize) if self.config.mtp_layers else 0
+
+    @property
     def slot_bytes(self) -> int:
-        return self.slot_layer_bytes * self.config.linear_layers
+        return self.slot_layer_bytes * self.config.linear_layers + self.hidden_bytes
 
     @property
     def recurrent_bytes(self) -> int:
@@ -140,7 +145,8 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
 
 class Memory:
     """Allocates both arenas and holds a view of them for each layer of the model, by layer index; that of the MTP head
-    comes after the last."""
+    comes after the last. hidden: [slots + 1, hidden], each slot's last state of the trunk, and a row for whatever
+    belongs to nobody; None without a head."""
 
     def __init__(self, layout: MemoryLayout, pages: int, slots: int, device: torch.device):
         """Raises CapacityError where the device has less free memory than the arenas need."""
@@ -153,7 +159,12 @@ class Memory:
             )
         self.layout = layout
         self.kv = _zeros(pages * layout.page_bytes, device).view(layout.page_dtype).view(pages, *layout.page_shape)
-        self.slots = _zeros(slots * layout.slot_bytes, device).view(slots, layout.slot_bytes)
+        arena = _zeros(slots * layout.slot_bytes + layout.hidden_bytes, device)
+        self.slots = arena[: slots * layout.slot_bytes].view(slots, layout.slot_bytes)
+        self.hidden = None
+        if layout.hidden_bytes:
+            shape, stride = (slots + 1, layout.config.hidden), layout.slot_bytes // layout.dtype.itemsize
+            self.hidden = arena.view(layout.dtype).as_strided(shape, (stride, 1))
         self.layers: list[Tensor | StateViews] = []
         full = linear = 0
         for kind in layout.config.layer_types:
@@ -161,7 +172,7 @@ class Memory:
                 self.layers.append(self.kv[:, full])
                 full += 1
             else:
-                self.layers.append(self._state_views(linear * layout.slot_layer_bytes))
+                self.layers.append(self._state_views(layout.hidden_bytes + linear * layout.slot_layer_bytes))
                 linear += 1
         self.layers += [self.kv[:, i] for i in range(full, layout.config.kv_layers)]
 

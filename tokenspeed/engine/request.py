@@ -213,16 +213,42 @@ class PrefixReuse:
         )
 
 
+@dataclass(slots=True)
+class Acceptance:
+    """How drafts fared. steps: in which some were verified; ids: that those steps gave; drafted, accepted: of the first
+    draft behind an id, the second, and so on, how many were verified and how many were right."""
+
+    steps: int = 0
+    ids: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def count(self, drafts: int, ids: int) -> None:
+        """A step verified as many drafts and gave as many ids."""
+        self.steps += 1
+        self.ids += ids
+        for counts, verified in ((self.drafted, drafts), (self.accepted, ids - 1)):
+            counts += [0] * (drafts - len(counts))
+            for place in range(verified):
+                counts[place] += 1
+
+    @property
+    def ids_a_step(self) -> float:
+        return self.ids / self.steps if self.steps else 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
     """Seconds since the request was submitted: scheduled, first token, last token; preemptions: how often it gave way;
-    waited_steps: steps it waited for another request to prefill what both begin with."""
+    waited_steps: steps it waited for another request to prefill what both begin with; drafts: how they fared, None
+    where none were verified."""
 
     scheduled_s: float
     first_token_s: float
     finished_s: float
     preemptions: int
     waited_steps: int
+    drafts: Acceptance | None = None
 
 
 class TokenScores(NamedTuple):
@@ -236,6 +262,7 @@ class TokenScores(NamedTuple):
 class Update(msgspec.Struct):
     """News of one continuation: index says which; ids and the text they complete, which may come later than they do.
 
+    scores: an entry an id where log-probabilities are wanted.
     finish_reason: "stop", "length", "abort" or "error" with the last news of it; stop_reason: the stop string or id.
     prompt_scores: with the first update, one entry a prompt token from the second on. error: what went wrong.
     """

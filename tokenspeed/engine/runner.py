@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,14 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import ops
-from .batch import DecodeColumns, Tables, build_batch, decode_batch, to_device
-from .config import PAGE_TOKENS
+from .batch import Batch, DecodeRows, Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
+from .drafting import Chosen, Drafter, LookupDrafter, MtpDrafter
 from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
 from .request import TokenScores
-from .sampling import Sampler, Scores, Vocabulary
-from .step import Edit, NextStep, Step
+from .sampling import Choices, Sampler, Scores, Vocabulary
+from .step import Edit, Step
 
 _DECODE_OPERATORS = {
     "attention_prologue",
@@ -29,22 +30,41 @@ _DECODE_OPERATORS = {
 }
 
 
-class Result(NamedTuple):
-    """What a Step brought: an id for each sample; log-probabilities of samples that asked for them, by sample; of the
-    scored prompt tokens, by row of the Step."""
+class Forwarded(NamedTuple):
+    """A forward pass: its batch, logits [L, V] of the decode rows' tokens and of the prefill rows that want some, and
+    with an MTP head the state of every token, [N, hidden]."""
 
-    ids: list[int]
-    scores: dict[int, TokenScores]
+    batch: Batch
+    logits: Tensor
+    hidden: Tensor | None
+
+    def first(self, rows: int) -> "Forwarded":
+        """Without the decode rows behind the first `rows`, which are padding."""
+        decode = self.batch.decode
+        if decode is None or len(decode.index) == rows:
+            return self
+        cut = rows * decode.tokens.shape[1]
+        decode = DecodeRows(*(getattr(decode, field.name)[:rows] for field in fields(decode)))
+        batch = replace(self.batch, decode=decode, decode_tokens=cut)
+        return Forwarded(batch, self.logits[:cut], self.hidden if self.hidden is None else self.hidden[:cut])
+
+
+class Result(NamedTuple):
+    """What a Step brought: ids for each sample; log-probabilities of samples that asked for them, an entry an id, by
+    sample; of the scored prompt tokens, by row of the Step."""
+
+    ids: list[list[int]]
+    scores: dict[int, list[TokenScores]]
     prompt_scores: dict[int, list[TokenScores]]
 
 
 class Launched:
     """A Step on its way. `sample` must be called once before `read`."""
 
-    def __init__(self, runner: "Runner", step: Step | NextStep):
+    def __init__(self, runner: "Runner", step: Step):
         self._runner, self._step = runner, step
-        self._logits: Tensor | None = None
-        self._ids: Tensor | None = None
+        self._forwarded: Forwarded | None = None
+        self._news: Tensor | None = None  # of each sample how many ids count, and the ids
         self._scores: Scores | None = None
         self._prompt_scores: dict[int, Scores] = {}
         self._event: torch.cuda.Event | None = None
@@ -63,41 +83,43 @@ class Launched:
             self._runner.queue.popleft()()
         if self._event is not None:
             self._event.synchronize()
-        ids = [] if self._ids is None else self._ids.tolist()
-        scores: dict[int, TokenScores] = {}
+        step = self._step
+        ids = [] if self._news is None else [ids[:count] for count, *ids in self._news.tolist()]
+        scores: dict[int, list[TokenScores]] = {}
         if self._scores is not None:
-            wanted = [sample.logprobs for sample in self._step.samples]
-            scored = self._scores.rows([max(count, 0) for count in wanted])
-            scores = {i: found for i, found in enumerate(scored) if wanted[i] >= 0}
+            widths = [step.width if i < len(step.decode) else 1 for i in range(len(step.samples))]
+            wanted = [max(s.logprobs, 0) for s, width in zip(step.samples, widths, strict=True) for _ in range(width)]
+            rows, at = self._scores.rows(wanted), 0
+            for i, (sample, width) in enumerate(zip(step.samples, widths, strict=True)):
+                if sample.logprobs >= 0:
+                    scores[i] = rows[at : at + len(ids[i])]
+                at += width
         prompt_scores = {}
-        if self._prompt_scores:
-            rows = self._step.rows
-            prompt_scores = {i: s.rows([rows[i].alternatives] * len(s.rank)) for i, s in self._prompt_scores.items()}
+        for i, found in self._prompt_scores.items():
+            prompt_scores[i] = found.rows([step.rows[i].alternatives] * len(found.rank))
         return Result(ids, scores, prompt_scores)
 
     def _forward(self) -> None:
-        self._logits = self._runner.forward(self._step)
+        self._forwarded = self._runner.forward(self._step)
 
     @torch.inference_mode()
     def _choose(self, edits: Sequence[Edit]) -> None:
-        step, logits, at = self._step, self._logits, 0
-        for i, row in enumerate(step.rows if step.prefill else ()):
+        step, forwarded, runner = self._step, self._forwarded, self._runner
+        logits, at = forwarded.logits, len(step.decode) * step.width
+        for i, row in enumerate(step.prefill, len(step.decode)):
             if row.scored:
                 wanted = to_device(np.array(row.scored, dtype=np.int64), logits.device)
-                scored = logits[at : at + len(row.scored)]
-                scores = self._runner.vocabulary.scores(scored, wanted, row.alternatives)
+                scores = runner.vocabulary.scores(logits[at : at + len(row.scored)], wanted, row.alternatives)
                 self._prompt_scores[i] = scores.to("cpu")
             at += row.logits
-        base, ahead = (step.base, step.ahead) if isinstance(step, NextStep) else (step, 0)
-        if base.samples:
-            ids, scores = self._runner.sampler.choose(base.samples, logits, edits, ahead)
-            self._ids = ids.to("cpu", non_blocking=True)
-            self._scores = scores and scores.to("cpu")
+        news, scores = runner.choose(step, forwarded, edits)
+        self._news = news if news is None else news.to("cpu", non_blocking=True)
+        self._scores = scores and scores.to("cpu")
         if logits.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
-        self._runner.observe(step, edits, logits)
-        self._logits, self._done = None, True
+        runner.observe(step, edits, logits)
+        self._forwarded, self._done = None, True
 
 
 class Runner:
@@ -107,55 +129,162 @@ class Runner:
     host plans one Step ahead there too, and an id is still known as soon as it was computed.
     """
 
-    def __init__(self, model: Qwen3_5, memory: Memory, max_seqs: int = 8, max_tokens: int | None = None):
-        """max_seqs: sequence indices; max_tokens: of one sequence, the model's context where it is None."""
+    def __init__(
+        self, model: Qwen3_5, memory: Memory, max_seqs: int = 8, max_tokens: int | None = None, drafts: int = 0
+    ):
+        """max_seqs: sequence indices; max_tokens: of one sequence, the model's context where it is None; drafts: behind
+        an id at most: of the model's MTP head, or looked up where it has none."""
         self.model, self.memory, self.device = model, memory, memory.kv.device
-        pages = -(-(max_tokens or model.config.max_context) // PAGE_TOKENS)
-        self.tables = Tables(max_seqs, pages, self.device)
+        longest = max_tokens or model.config.max_context
+        self.tables = Tables(max_seqs, -(-longest // memory.kv.shape[4]), self.device, drafts)
         self.vocabulary = Vocabulary(model.share.vocab, model.communicator)
-        self.sampler = Sampler(max_seqs, self.vocabulary, self.tables.last_ids)
+        self.sampler = Sampler(max_seqs, self.vocabulary, self.device)
         # To the other ranks, before it runs.
-        self.announce: Callable[[Step | NextStep | list[Edit]], None] = lambda message: None
-        self.observe: Callable[[Step | NextStep, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
-        self._rotary = model.rotary(self.device)
-        self._columns = DecodeColumns()
+        self.announce: Callable[[Step | list[Edit]], None] = lambda message: None
+        self.observe: Callable[[Step, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
+        self._rotary = Rotary(*model.rotary(self.device))
+        self._drafter: Drafter | None = None
+        if model.mtp:
+            self._drafter = MtpDrafter(model.mtp, memory, self.tables, self.sampler, self._rotary)
+        elif drafts:
+            self._drafter = LookupDrafter(self.tables, longest)
         self._graphs: DecodeGraphs | None = None
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
 
-    def launch(self, step: Step | NextStep) -> Launched:
+    @property
+    def looks_up_drafts(self) -> bool:
+        """Whether a Begin must bring its history."""
+        return isinstance(self._drafter, LookupDrafter)
+
+    def launch(self, step: Step) -> Launched:
         """Start a Step behind those launched before it."""
         self.announce(step)
         return Launched(self, step)
 
     @torch.inference_mode()
-    def forward(self, step: Step | NextStep) -> Tensor:
-        """Logits of the rows' last tokens, decode rows first, [L, vocab]. Mutates the arenas as the Step says."""
+    def forward(self, step: Step) -> Forwarded:
+        """The Step up to its logits. Mutates the arenas and tables as the Step says."""
+        self.tables.begin(step.begins)
         self.sampler.begin(step.begins)
+        if self._drafter and step.begins:
+            self._drafter.begin(step.begins)
         if step.copies:
             source, target, rows = to_device(np.array(step.copies, dtype=np.int32).T.copy(), self.device)
             ops.copy_pages(self.memory.kv, source, target, rows)
-        self.tables.update(step.grown)
-        places = self.memory, self.tables, *self._rotary
+        self.tables.add_pages(step.pages)
+        places = self.memory, self.tables, self._rotary
         if step.prefill:
-            return self.model(build_batch(step, *places)).logits
-        if self._graphs:
-            return self._graphs.forward(step, self._columns)
-        packed = self._columns.of(step, step.tokens)
-        width = -(-(int(packed[1].max()) + 1) // PAGE_TOKENS)  # pages of the longest row, its new token among them
-        return self.model(decode_batch(to_device(packed, self.device), *places, width)).logits
+            return self._run(build_batch(step, *places))
+        if self._graphs and (forwarded := self._graphs.forward(step)):
+            return forwarded
+        packed = to_device(pack_rows(step.decode, len(step.decode), self.tables.nobody), self.device)
+        width = self.tables.width([row.index for row in step.decode])
+        return self._run(decode_batch(packed, step.width, *places, width))
+
+    def _run(self, batch: Batch) -> Forwarded:
+        return Forwarded(batch, *self.model(batch))
+
+    def choose(self, step: Step, forwarded: Forwarded, edits: Sequence[Edit]) -> tuple[Tensor | None, Scores | None]:
+        """Choose ids behind a forward pass, verify its drafts, and draft anew. Of each sample how many of its ids
+        count, and the ids, [S, 1 + width] int64; log-probabilities of every row of the samples. Mutates the tables."""
+        if not step.samples:
+            self._follow(step, forwarded, None, None, None)
+            return None, None
+        if not step.prefill and self.sampler.plain(step.samples):
+            if self._graphs and (news := self._graphs.choose(step)) is not None:
+                return news, None
+            return self.choose_plainly(forwarded, step.drafts), None
+        forwarded = forwarded.first(len(step.decode))
+        decode, width = forwarded.batch.decode, step.width
+        decoding, rows = len(step.decode), forwarded.logits
+        index, output, tokens = [], [], forwarded.logits.new_zeros(0, width, dtype=torch.int64)
+        rows = rows[: decoding * width] if len(step.samples) == decoding else rows
+        if decode:
+            tokens = decode.tokens.clone()
+            if single := [i for i, sample in enumerate(step.samples[:decoding]) if sample.edited]:
+                tokens[single, 1:] = -1  # its drafts are no choice of the host's
+            index.append(decode.index[:, None].expand(-1, width).flatten())
+            output.append(decode.outputs.flatten())
+        first = self._first(step)
+        if first is not None:
+            at, ends, new = first
+            index.append(new)
+            output.append((ends - self.tables.prompt[new]).long())
+            rows = torch.cat([rows[: decoding * width], rows[at]])
+        choices = Choices(torch.cat(index), torch.cat(output), tokens[:, 1:])
+        ids, scores = self.sampler.choose(step.samples, choices, rows, edits)
+        cut, counts, news = decoding * width, [], []
+        if decode:
+            own = ids[:cut].view(decoding, width)
+            counts.append(self._accept(own, tokens, decode.outputs, decode.context_lens, decode.index))
+            news.append(torch.cat([counts[-1][:, None], own], 1))
+        if first is not None:
+            own = ids[cut:, None]
+            counts.append(self._accept(own, own, output[-1][:, None], ends - 1, new))
+            news.append(torch.cat([counts[-1][:, None], own, own.new_zeros(len(own), width - 1)], 1))
+        self.sampler.count(step.samples, choices, ids, torch.cat(counts))
+        self._follow(step, forwarded, ids[:cut].view(decoding, width), counts[0] if decode else None, first)
+        return torch.cat(news), scores
+
+    def choose_plainly(self, forwarded: Forwarded, drafts: int) -> Tensor:
+        """`choose` for decode rows whose ids are drawn from the logits as they are. Reads nothing on the host and has
+        shapes of the batch alone, so it can stand in a CUDA graph."""
+        rows = forwarded.batch.decode
+        batch, width = rows.tokens.shape
+        index = rows.index[:, None].expand(-1, width).flatten()
+        ids = self.sampler.draw(forwarded.logits, index, rows.outputs.flatten()).view(batch, width)
+        counts = self._accept(ids, rows.tokens, rows.outputs, rows.context_lens, rows.index)
+        if self._drafter:
+            self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, None), drafts)
+        return torch.cat([counts[:, None], ids], 1)
+
+    def _accept(self, ids: Tensor, tokens: Tensor, outputs: Tensor, context_lens: Tensor, index: Tensor) -> Tensor:
+        t = self.tables
+        rules = (t.min_tokens, t.stops, t.length, t.left, t.ids)
+        return ops.accept_tokens(ids, tokens, outputs, context_lens, index, *rules)
+
+    def _first(self, step: Step) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of the P samples of prefill rows: the row of their logits int64, the tokens before them int32, and their
+        sequences' indices int64."""
+        samples = step.samples[len(step.decode) :]
+        if not samples:
+            return None
+        decoding = len(step.decode)
+        ends = np.cumsum([row.logits for row in step.prefill]) + decoding * step.width
+        numbers = [(ends[s.row - decoding] - 1, step.rows[s.row].end, s.index) for s in samples]
+        at, end, index = to_device(np.array(numbers, dtype=np.int32).T.copy(), self.device)
+        return at.long(), end, index.long()
+
+    def _follow(self, step: Step, forwarded: Forwarded, ids, counts, first) -> None:
+        """The drafter takes note. Who begins behind another's row has no memory yet, and is not drafted for."""
+        if not self._drafter:
+            return
+        own = [
+            (i, step.rows[s.row].write_slot)
+            for i, s in enumerate(step.samples[len(step.decode) :])
+            if s.index == step.rows[s.row].index
+        ]
+        behind = None
+        if own:
+            places, slots = to_device(np.array(own, dtype=np.int32).T.copy(), self.device)
+            behind = first[2][places.long()], slots
+        self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, behind), step.drafts)
 
     @torch.inference_mode()
-    def capture(self, progress: bool = True) -> bool:
-        """Let decode Steps replay CUDA graphs from now on. False, and nothing changes, where no GPU kernel serves one
-        of their operators, or where one cannot be captured."""
+    def capture(self, depths: Callable[[int], int] = lambda sequences: 0, progress: bool = True) -> bool:
+        """Let decode Steps replay CUDA graphs from now on. depths: drafts by the number of sequences. False, and
+        nothing changes, where no GPU kernel serves one of their operators, or where one cannot be captured."""
         if self.device.type != "cuda" or not set(ops.compiled_operators()) >= _DECODE_OPERATORS:
             return False
-        most = len(self.tables.last_ids)
         try:
-            self._graphs = DecodeGraphs(self.model, self.memory, self.tables, self._rotary, most, progress)
+            self._graphs = DecodeGraphs(self, depths, progress)
         except RuntimeError as error:
             tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
         return self._graphs is not None
+
+    def decode_forward(self, packed: Tensor, width: int) -> Forwarded:
+        """The forward pass of packed decode rows, to be captured."""
+        return self._run(decode_batch(packed, width, self.memory, self.tables, self._rotary))
 
     def do(self, work: Callable[[], None]) -> None:
         """Now where launching is asynchronous, else when somebody waits for it."""

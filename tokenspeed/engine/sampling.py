@@ -92,154 +92,184 @@ def _temperature(begin: Begin) -> float:
     return begin.temperature if begin.temperature >= _LEAST_TEMPERATURE else 0.0
 
 
-class _Prepared(NamedTuple):
-    """What choosing for some samples takes on the host, kept while the same are chosen for.
+class Choices(NamedTuple):
+    """What ids are chosen from: the rows of a Step's samples, the T of each decode row first, then one of each other.
 
-    outputs: int64; in_order: sample i chooses from row i of the logits; adjusted: whether `Sampler._adjust` may have
-    something to do; penalised: places of those whose ids are counted; most: alternatives, -1 for no log-probabilities.
+    index, output: [L] int64, of each row the sequence and the number of the output; drafts: [B, T - 1] int64, the ids
+    that a decode row's later rows take for certain.
     """
 
-    samples: Sequence[Sample]
-    outputs: np.ndarray
-    in_order: bool
-    adjusted: bool
-    penalised: list[int]
-    most: int
+    index: Tensor
+    output: Tensor
+    drafts: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.drafts.shape[1] + 1
+
+    def rows(self, sample: int) -> range:
+        """Of a sample, by its place among the Step's."""
+        decoding, width = len(self.drafts), self.width
+        if sample < decoding:
+            return range(sample * width, (sample + 1) * width)
+        return range(decoding * width + sample - decoding, decoding * width + sample - decoding + 1)
 
 
 class Sampler:
-    """Sampling parameters, penalty counts and the last id of every sequence index.
+    """Sampling parameters and penalty counts of every sequence index.
 
     The order of what is done to logits is vLLM's: log-probabilities are taken first; then ids are allowed and
     forbidden, biases added, penalties taken off, and last temperature, top-k, top-p and min-p.
     """
 
-    def __init__(self, indices: int, vocabulary: Vocabulary, last_ids: Tensor):
-        """last_ids: [indices] int64, written at every choice. V below: the vocabulary's width."""
-        self._vocabulary, self._last_ids, self._device = vocabulary, last_ids, last_ids.device
+    def __init__(self, indices: int, vocabulary: Vocabulary, device: torch.device):
+        """V below: the vocabulary's width."""
+        self._vocabulary, self._device = vocabulary, device
         self._begins: dict[int, Begin] = {}
         self._shape = (indices, vocabulary.width)
+        self._floats = torch.zeros(3, indices + 1, device=device)  # temperature, top_p, min_p of each index
+        self._integers_of = torch.zeros(2, indices + 1, dtype=torch.int64, device=device)  # top_k, seed
         self._counts: Tensor | None = None  # [indices, V] int32: of ids in the output, where a penalty asks for them
         self._seen: Tensor | None = None  # [indices, V] bool: ids in prompt or output
-        self._columns: tuple[tuple[int, ...], list[Tensor]] = ((), [])  # of the last choice, by its indices
-        self._prepared: _Prepared | None = None  # the last choice
 
     def begin(self, begins: Sequence[Begin]) -> None:
         """Sequences take their indices. Mutates the tables."""
+        if not begins:
+            return
+        index = self._integers([begin.index for begin in begins])
+        floats = [[_temperature(b) for b in begins], [b.top_p for b in begins], [b.min_p for b in begins]]
+        self._floats[:, index] = to_device(np.array(floats, dtype=np.float32), self._device)
+        # Beyond the vocabulary top-k cuts nothing, and an integer of any size would not fit the tensor.
+        integers = [[min(max(b.top_k, 0), self._vocabulary.size) for b in begins], [b.seed for b in begins]]
+        self._integers_of[:, index] = to_device(np.array(integers, dtype=np.int64), self._device)
         for begin in begins:
             self._begins[begin.index] = begin
-            self._columns = ((), [])
-            self._prepared = None
             if begin.penalised:
                 self._count_from_start(begin)
 
+    def plain(self, samples: Sequence[Sample]) -> bool:
+        """Whether `draw` alone chooses the ids of these samples: nobody wants more than that."""
+        return not any(s.edited or s.logprobs >= 0 or self._begins[s.index].adjusted for s in samples)
+
+    def draw(self, logits: Tensor, index: Tensor, output: Tensor) -> Tensor:
+        """An id from each row of logits [L, V], for output number `output` of sequence `index`, both [L] int64: [L]
+        int64. Reads nothing on the host."""
+        temperature, top_p, min_p = self._floats[:, index]
+        top_k, seed = self._integers_of[:, index]
+        return self._vocabulary.sample(logits, temperature, top_k.int(), top_p, min_p, seed, output)
+
     def choose(
-        self, samples: Sequence[Sample], logits: Tensor, edits: Sequence[Edit], ahead: int = 0
+        self, samples: Sequence[Sample], choices: Choices, logits: Tensor, edits: Sequence[Edit]
     ) -> tuple[Tensor, Scores | None]:
-        """An id for each sample, [S] int64, and log-probabilities where one asks for them. logits: [L, V], not changed.
-        ahead: by how many each sample's output is later than it says. Mutates the last ids and the counts."""
-        if self._prepared is None or self._prepared.samples is not samples:
-            self._prepared = self._prepare(samples)
-        prepared = self._prepared
-        if not prepared.in_order or len(samples) != len(logits):
-            logits = logits[self._integers([sample.logits for sample in samples])]
-        index, *columns = self._columns[1]
-        x = self._adjust(samples, index, logits, edits, ahead) if prepared.adjusted or edits else logits
-        ids = self._vocabulary.sample(x, *columns, to_device(prepared.outputs + ahead, self._device))
-        self._last_ids[index] = ids
-        if prepared.penalised:
-            rows = self._integers(prepared.penalised)
-            local = ids[rows] - self._vocabulary.first
-            here = ((local >= 0) & (local < self._vocabulary.width)).int()
-            local.clamp_(0, self._vocabulary.width - 1)
-            self._counts[index[rows], local] += here
-            self._seen[index[rows], local] |= here.bool()
-        most = prepared.most
+        """An id from each row, [L] int64, and log-probabilities where a sample asks for them. logits: [L, V], not
+        changed."""
+        x = self._adjust(samples, choices, logits, edits)
+        ids = self.draw(x, choices.index, choices.output)
+        most = max((sample.logprobs for sample in samples), default=-1)
         return ids, self._vocabulary.scores(logits, ids, most) if most >= 0 else None
 
-    def _prepare(self, samples: Sequence[Sample]) -> "_Prepared":
-        indices = tuple(sample.index for sample in samples)
-        if indices != self._columns[0]:
-            self._columns = (indices, self._gather(indices))
-        begins = [self._begins[index] for index in indices]
-        return _Prepared(
-            samples,
-            np.array([sample.output for sample in samples], dtype=np.int64),
-            [sample.logits for sample in samples] == list(range(len(samples))),
-            any(b.bias or b.allowed or b.penalised or b.min_tokens for b in begins),
-            [i for i, begin in enumerate(begins) if begin.penalised],
-            max(sample.logprobs for sample in samples),
-        )
+    def count(self, samples: Sequence[Sample], choices: Choices, ids: Tensor, accepted: Tensor) -> None:
+        """Take note of the ids that count, where penalties do. ids: [L] int64; accepted: [S], how many of each
+        sample's. Mutates the counts."""
+        penalised = [i for i, sample in enumerate(samples) if self._begins[sample.index].penalised]
+        if not penalised:
+            return
+        rows = self._integers([row for i in penalised for row in choices.rows(i)])
+        place = self._integers([at for i in penalised for at in range(len(choices.rows(i)))])
+        sample = self._integers([i for i in penalised for _ in choices.rows(i)])
+        local, here = self._local_ids(ids[rows])
+        here &= place < accepted[sample]
+        at = (choices.index[rows], local)
+        self._counts.index_put_(at, here.int(), accumulate=True)
+        self._seen.view(torch.uint8).index_put_(at, here.view(torch.uint8), accumulate=True)
+        self._seen.view(torch.uint8).clamp_(max=1)
 
-    def _gather(self, indices: tuple[int, ...]) -> list[Tensor]:
-        """The index and the arguments of `ops.sample` for these sequences, in its order."""
-        begins = [self._begins[index] for index in indices]
-        # Beyond the vocabulary top-k cuts nothing, and an integer of any size would not fit the tensor.
-        integers = [[*indices], [b.seed for b in begins], [min(max(b.top_k, 0), self._vocabulary.size) for b in begins]]
-        index, seed, top_k = to_device(np.array(integers, dtype=np.int64), self._device)
-        floats = [[_temperature(b) for b in begins], [b.top_p for b in begins], [b.min_p for b in begins]]
-        temperature, top_p, min_p = to_device(np.array(floats, dtype=np.float32), self._device)
-        return [index, temperature, top_k.int(), top_p, min_p, seed]
+    def _local_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids counted from the rank's first, and whether the rank holds them."""
+        local = ids - self._vocabulary.first
+        here = (local >= 0) & (local < self._vocabulary.width)
+        return local.clamp_(0, self._vocabulary.width - 1), here
 
-    def _adjust(
-        self, samples: Sequence[Sample], index: Tensor, logits: Tensor, edits: Sequence[Edit], ahead: int
-    ) -> Tensor:
+    def _adjust(self, samples: Sequence[Sample], choices: Choices, logits: Tensor, edits: Sequence[Edit]) -> Tensor:
         """Logits with what is allowed, forbidden, biased and penalised; the same tensor where nothing is."""
-        places: list[tuple[int, int]] = []  # (sample, id)
+        places: list[tuple[int, int]] = []  # (row, id)
         values: list[float] = []
+        early: list[tuple[int, int, int]] = []  # (row, id, outputs before which it is forbidden)
         allowed: list[tuple[int, tuple[int, ...]]] = []
         penalised: list[int] = []
         for i, sample in enumerate(samples):
             begin = self._begins[sample.index]
-            if sample.output + ahead < begin.min_tokens:
-                places += [(i, id) for id in begin.banned]
-                values += [-torch.inf] * len(begin.banned)
-            places += [(i, id) for id, _ in begin.bias]
-            values += [value for _, value in begin.bias]
-            if begin.allowed:
-                allowed.append((i, begin.allowed))
+            if not begin.adjusted:
+                continue
+            for row in choices.rows(i):
+                early += [(row, id, begin.min_tokens) for id in begin.banned]
+                places += [(row, id) for id, _ in begin.bias]
+                values += [value for _, value in begin.bias]
+                if begin.allowed:
+                    allowed.append((row, begin.allowed))
             if begin.penalised:
                 penalised.append(i)
-        for edit in edits:
-            places += [(edit.sample, id) for id in edit.banned]
+        for edit in edits:  # of samples that get one id
+            places += [(choices.rows(edit.sample)[0], id) for id in edit.banned]
             values += [-torch.inf] * len(edit.banned)
         masked = [edit for edit in edits if edit.allowed]
-        if not (places or allowed or penalised or masked):
+        if not (places or early or allowed or penalised or masked):
             return logits
         x, vocabulary = logits.float().clone(), self._vocabulary
         values = [value for value, (_, id) in zip(values, places, strict=True) if vocabulary.holds(id)]
-        places = [(i, id - vocabulary.first) for i, id in places if vocabulary.holds(id)]
-        for i, ids in allowed:
+        places = [(row, id - vocabulary.first) for row, id in places if vocabulary.holds(id)]
+        early = [(row, id - vocabulary.first, end) for row, id, end in early if vocabulary.holds(id)]
+        for row, ids in allowed:
             ids = self._local(ids)
-            kept = x[i, ids]
-            x[i].fill_(-torch.inf)[ids] = kept
+            kept = x[row, ids]
+            x[row].fill_(-torch.inf)[ids] = kept
         if masked:
-            x = self._mask(x, masked)
+            x = self._mask(x, choices, masked)
+        if early:
+            rows, ids, end = to_device(np.array(early, dtype=np.int64).T.copy(), self._device)
+            forbidden = torch.where(choices.output[rows] < end, -torch.inf, 0.0)
+            x.index_put_((rows, ids), forbidden, accumulate=True)
         if places:
             rows, ids = to_device(np.array(places, dtype=np.int64).T.copy(), self._device)
             x.index_put_((rows, ids), to_device(np.array(values, dtype=np.float32), self._device), accumulate=True)
         if penalised:
-            rows = self._integers(penalised)
-            x[rows] = self._penalise(x[rows], index[rows], [self._begins[samples[i].index] for i in penalised])
+            self._penalise(x, choices, penalised, [self._begins[samples[i].index] for i in penalised])
         return x
 
-    def _mask(self, x: Tensor, edits: Sequence[Edit]) -> Tensor:
+    def _mask(self, x: Tensor, choices: Choices, edits: Sequence[Edit]) -> Tensor:
         words = np.stack([np.frombuffer(edit.allowed, dtype=np.int32) for edit in edits])
         bits = to_device(words, self._device)[..., None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
-        rows = self._integers([edit.sample for edit in edits])
+        rows = self._integers([choices.rows(edit.sample)[0] for edit in edits])
         first, width = self._vocabulary.first, self._vocabulary.width
         allowed = bits.bool().flatten(1)[:, first : first + width]
         x[rows] = x[rows].masked_fill(~allowed, -torch.inf)
         return x
 
-    def _penalise(self, x: Tensor, index: Tensor, begins: Sequence[Begin]) -> Tensor:
-        values = [(b.repetition_penalty, b.frequency_penalty, b.presence_penalty) for b in begins]
+    def _penalise(self, x: Tensor, choices: Choices, samples: Sequence[int], begins: Sequence[Begin]) -> None:
+        """Mutates x. A decode row's later rows count its drafts before them, which they take for certain."""
+        rows = self._integers([row for i in samples for row in choices.rows(i)])
+        values = [
+            (b.repetition_penalty, b.frequency_penalty, b.presence_penalty)
+            for i, b in zip(samples, begins, strict=True)
+            for _ in choices.rows(i)
+        ]
         repetition, frequency, presence = to_device(np.array(values, dtype=np.float32).T.copy(), self._device)[
             ..., None
         ]
-        counts = self._counts[index]
-        x = torch.where(self._seen[index], torch.where(x > 0, x / repetition, x * repetition), x)
-        return x - frequency * counts - presence * (counts > 0)
+        counts = self._counts[choices.index[rows]]
+        drafted = [
+            (at, i, k)
+            for at, (i, place) in enumerate((i, place) for i in samples for place in range(len(choices.rows(i))))
+            for k in range(place)
+        ]
+        if drafted:
+            at, sample, k = to_device(np.array(drafted, dtype=np.int64).T.copy(), self._device)
+            local, here = self._local_ids(choices.drafts[sample, k])
+            counts.index_put_((at, local), here.int(), accumulate=True)
+        seen = self._seen[choices.index[rows]] | (counts > 0)
+        before = x[rows]
+        after = torch.where(seen, torch.where(before > 0, before / repetition, before * repetition), before)
+        x[rows] = after - frequency * counts - presence * (counts > 0)
 
     def _count_from_start(self, begin: Begin) -> None:
         if self._counts is None:

@@ -1,33 +1,64 @@
 """Which sequence does what in the next Step. Decisions only: no torch, no clock, nothing is read from the device.
 
-The device runs one Step behind: when Step n + 1 is planned, the ids of Step n are not known yet. So a sequence counts
-what its launched Steps consume (`consumed`) and sample (`sampled`) apart from the ids that were read (`tokens`), and
-what ends it takes effect when the last launched Step that holds it is reconciled; until then it is *retiring* and keeps
-its index, pages and slots.
+The device runs one Step behind: when Step n + 1 is planned, it is not known yet which ids Step n chose, nor, where
+drafts are verified, how many. So the host plans with a bound, what a sequence's launched Steps consume at most
+(`launched`), beside what they are known to have consumed (`consumed`), and lets the device find the place. What ends a
+sequence takes effect when the last launched Step that holds it is reconciled.
+
+Who owns what, by the state of a sequence:
+
+    state        device index   pages and slots            goes on to
+    WAITING      -              -                          PREFILLING (admitted), ENDED (aborted)
+    PREFILLING   its own        its own, all of them       DECODING (its last chunk is launched), RETIRING
+    FORKING      its own        none until its parent's    DECODING (they were forked), RETIRING
+                                are forked
+    DECODING     its own        its own                    RETIRING
+    RETIRING     its own        as before: launched Steps  ENDED (finished, aborted), WAITING (gave way)
+                                use them
+    ENDED        -              -                          -
 """
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Protocol
 
-from .cache import Match, NoRoom, PrefixCache
+from .cache import Admission, NoRoom, PrefixCache
 from .config import PAGE_TOKENS
 from .errors import CapacityError
 from .request import PrefixReuse, Request
-from .step import Begin, NextStep, Row, Sample, Step
+from .step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 
 _SCORED_TOKENS = 512  # of a prompt in one step where log-probabilities of all of them are wanted: they need all logits
+
+
+class State(Enum):
+    WAITING = auto()
+    PREFILLING = auto()
+    FORKING = auto()
+    DECODING = auto()
+    RETIRING = auto()
+    ENDED = auto()
+
+
+class Leaving(Enum):
+    """Why a sequence retires."""
+
+    FINISHED = auto()
+    ABORTED = auto()
+    PREEMPTED = auto()
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One continuation of a request, from submission to its end.
 
-    id: the cache's name for it; child: which of the request's n; tokens: prompt and the outputs read so far; outputs of
-    it from prompt_tokens on; target: tokens to prefill before decoding; limit: outputs at most; constrained: the host
-    may have a say in its outputs.
+    id: the cache's name for it; child: which of the request's n; limit: outputs at most; tokens: prompt and the outputs
+    read so far, outputs from prompt_tokens on; constrained: the host may have a say in its outputs; target: tokens to
+    prefill before decoding; unread: launched Steps that choose ids for it; held_pages: how many; new_pages, copies: the
+    last of them and page copies that no Step has told the device yet; last_step: the last launched Step that holds it.
     """
 
     id: int
@@ -38,23 +69,27 @@ class Sequence:
     tokens: array
     prompt_tokens: int
     constrained: bool = False
+    state: State = State.WAITING
+    leaving: Leaving | None = None
     target: int = 0
     consumed: int = 0
-    sampled: int = 0
+    launched: int = 0
+    unread: int = 0
     index: int = -1
     read_slot: int = -1
     write_slot: int = -1
     kv_tokens: int = 0
     held_pages: int = 0
     new_pages: tuple[int, ...] = ()
-    first_page: int = 0
+    copies: tuple[tuple[int, int, int], ...] = ()
     snapshots: deque = field(default_factory=deque)  # (token count, slot) still ahead
-    last_step: int = -1  # the last launched Step that holds it
-    in_cache: bool = False
-    ending: str | None = None  # why it leaves the device: "finish", "abort", "preempt"
+    last_step: int = -1
+    holds_memory: bool = False
     waited: int = 0
     preemptions: int = 0
     reuse: PrefixReuse | None = None
+    row: DecodeRow | None = None  # its part of a Step in which it merely goes on
+    sample: Sample | None = None  # of the last Step
 
     @property
     def outputs(self) -> int:
@@ -62,30 +97,43 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def room(self) -> int:
+        """Tokens it may come to."""
+        return self.prompt_tokens + self.limit
+
+    @property
     def scored(self) -> bool:
         """Log-probabilities of its prompt are still wanted, so every token's logits are."""
         return self.request.params.prompt_logprobs is not None and not self.outputs
 
     @property
-    def prefilled(self) -> bool:
-        return self.consumed >= self.target
-
-    @property
-    def running(self) -> bool:
-        """On the device, and to stay there."""
-        return self.index >= 0 and self.ending is None
+    def waits_for_more(self) -> bool:
+        """Whether launched Steps may leave it outputs to choose."""
+        return self.outputs + self.unread < self.limit
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """max_seqs: sequences on the device at once; max_batch_tokens: tokens of one Step; max_tokens: of one sequence;
-    skip_ahead: requests that may pass one that does not fit; wait_steps: Steps to wait for another's boundary."""
+    skip_ahead: requests that may pass one that does not fit; wait_steps: Steps to wait for another's boundary;
+    drafts: of (sequences, drafts) the first that so many decoding sequences do not exceed says how many are made behind
+    each."""
 
     max_seqs: int
     max_batch_tokens: int
     max_tokens: int
     skip_ahead: int = 16
     wait_steps: int = 64
+    drafts: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def most_drafts(self) -> int:
+        return max((drafts for _, drafts in self.drafts), default=0)
+
+
+def drafts_for(depths: tuple[tuple[int, int], ...], sequences: int) -> int:
+    """As `Limits.drafts` says; none where more decode than it names."""
+    return next((drafts for most, drafts in depths if sequences <= most), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,31 +141,35 @@ class Planned:
     """A Step and the sequences behind it: of each row and of each sample, in order."""
 
     number: int
-    step: Step | NextStep
+    step: Step
     rows: tuple[Sequence, ...]
     samples: tuple[Sequence, ...]
+
+
+class Host(Protocol):
+    """What the scheduler asks of whoever knows the requests' texts and rules."""
+
+    def begin(self, sequence: Sequence) -> Begin:
+        """How the ids of a sequence are chosen; asked at each (re)admission."""
+
+    def edits(self, sequence: Sequence, output: int) -> bool:
+        """Whether the host has a say in one of the next outputs, up to number `output`."""
+
+    def judge(self, sequence: Sequence, ids: list[int]) -> tuple[int, bool]:
+        """The next ids of a sequence are known: how many of them count, and whether the last of these ends it."""
 
 
 class Scheduler:
     """Plans Steps over one prefix cache, and reconciles them in the order in which they were planned."""
 
-    def __init__(
-        self,
-        cache: PrefixCache,
-        limits: Limits,
-        begin: Callable[[Sequence], Begin],
-        edited: Callable[[Sequence], bool] = lambda sequence: False,
-    ):
-        """begin: how the ids of a sequence are chosen, asked at each (re)admission; edited: whether the host has a say
-        in the output that is planned next."""
-        self.cache, self.limits, self._begin, self._edited = cache, limits, begin, edited
+    def __init__(self, cache: PrefixCache, limits: Limits, host: Host):
+        self.cache, self.limits, self._host = cache, limits, host
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # whoever has an index, retiring ones included
+        self.running: list[Sequence] = []  # whoever has an index
         self.steps = 0  # planned so far
         self.preemptions = 0
         self.reasons: Counter[str] = Counter()  # why prompts resumed where they did, by admissions
         self._reconciled = -1
-        self._last: Planned | None = None  # the Step before, where the next one may be the same again
         self._free = list(range(limits.max_seqs - 1, -1, -1))
         self._children: dict[int, list[Sequence]] = {}  # of a parent that has not forked yet, by its id
         self._next_id = self._passed = 0
@@ -142,20 +194,20 @@ class Scheduler:
         self._enqueue(parent)
         return sequences
 
-    def end(self, sequence: Sequence, how: str) -> None:
-        """The sequence needs no more tokens ("finish") or is unwanted ("abort"): it leaves the device as soon as no
+    def end(self, sequence: Sequence, how: Leaving) -> None:
+        """The sequence needs no more tokens (FINISHED) or is unwanted (ABORTED): it leaves the device as soon as no
         launched Step holds it. Harmless for one that is leaving already."""
-        for child in self._children.pop(sequence.id, []) if how == "abort" else ():
-            child.ending = "abort"  # it has nothing yet
-        if sequence.index < 0:
+        for child in self._children.pop(sequence.id, []) if how is Leaving.ABORTED else ():
+            if child.state is State.WAITING:  # it has nothing yet
+                child.state, child.leaving = State.ENDED, how
+            else:
+                self._leave(child, how)
+        if sequence.state is State.WAITING:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
-            sequence.ending = how
-            return
-        if sequence.ending in (None, "preempt"):
-            sequence.ending = how
-        if sequence.last_step <= self._reconciled:
-            self._retire(sequence)
+            sequence.state, sequence.leaving = State.ENDED, how
+        elif sequence.state is not State.ENDED:
+            self._leave(sequence, how)
 
     @property
     def idle(self) -> bool:
@@ -165,112 +217,87 @@ class Scheduler:
 
     def plan(self) -> Planned | None:
         """The next Step, or None where nothing can be done before another Step is reconciled. Mutates the cache."""
-        if again := self._plan_again():
-            return again
-        self._last = None
-        draft = _Draft(self.steps, self._edited)
+        draft = _Draft()
         preemptions = self.preemptions
-        self._plan_forks(draft)
-        for sequence in list(self.running):
-            if sequence.running and sequence.prefilled and sequence.sampled < sequence.limit:
+        self._plan_forks()
+        decoding = [s for s in self.running if s.state is State.DECODING and s.waits_for_more]
+        draft.drafts = drafts_for(self.limits.drafts, len(decoding))  # also behind the first id of a prompt
+        draft.width = self._width(decoding, draft.drafts)
+        for sequence in decoding:
+            if sequence.state is State.DECODING:  # and did not give way to one before it
                 self._plan_decode(sequence, draft)
-        budget = self.limits.max_batch_tokens - len(draft.decode)
+        budget = self.limits.max_batch_tokens - len(draft.decode) * draft.width
         for sequence in self.running:
-            if sequence.running and not sequence.prefilled and budget > 0:
+            if sequence.state is State.PREFILLING and budget > 0:
                 budget -= self._plan_prefill(sequence, budget, draft)
         if budget > 0 and self.preemptions == preemptions:
             self._admit(budget, draft)
         if draft.empty:
-            self._forget(draft)
             return None
+        planned = draft.finish(self.steps)
         self.steps += 1
-        planned = draft.finish()
-        if draft.decode_alone and not any(sequence.constrained for sequence in planned.rows):
-            self._last = planned
         return planned
 
-    def _plan_again(self) -> Planned | None:
-        """The rows of the Step before, one token on; None where there is more to do, or less."""
-        last = self._last
-        if last is None or (self.waiting and self._free) or tuple(self.running) != last.rows:
-            return None
-        more_pages = []
-        for i, sequence in enumerate(last.rows):
-            if sequence.ending or sequence.sampled == sequence.limit:
-                return None
-            if sequence.held_pages * PAGE_TOKENS <= sequence.consumed:
-                if not self._extend(sequence):
-                    return None  # somebody has to give way
-                more_pages.append((i, sequence.first_page, sequence.new_pages))
-        for i, _, _ in more_pages:
-            last.rows[i].new_pages, last.rows[i].first_page = (), last.rows[i].held_pages
-        for sequence in last.rows:
-            sequence.consumed += 1
-            sequence.sampled += 1
-            sequence.last_step = self.steps
-        base, ahead = (last.step.base, last.step.ahead) if isinstance(last.step, NextStep) else (last.step, 0)
-        step = NextStep(base, ahead + 1, tuple(more_pages))
-        self._last = Planned(self.steps, step, last.rows, last.samples)
-        self.steps += 1
-        return self._last
-
-    def _forget(self, draft: "_Draft") -> None:
-        """A Step that is not launched holds nobody."""
-        for sequence in list(self.running):
-            if sequence.last_step == draft.number:
-                sequence.last_step = self._reconciled
-                if sequence.ending:
-                    self._retire(sequence)
+    def _width(self, decoding: list[Sequence], drafts: int) -> int:
+        """How many tokens each sequence is to consume: its last id and all its drafts, or the id alone where drafts
+        would be more than a sequence has left, than a Step may hold, or than there are pages for."""
+        width = 1 + drafts
+        if not drafts or len(decoding) * width > self.limits.max_batch_tokens:
+            return 1
+        if any(s.launched + width >= s.room for s in decoding):
+            return 1
+        # The next drafts leave keys and values behind the tokens that are consumed.
+        enough = [self._extend(s, min(s.launched + width + drafts, s.room)) for s in decoding]
+        return width if all(enough) else 1
 
     def _plan_decode(self, sequence: Sequence, draft: "_Draft") -> None:
-        if sequence.held_pages * PAGE_TOKENS <= sequence.consumed and not self._grow(sequence):
+        if not self._grow(sequence, sequence.launched + draft.width):
             return
-        row = Row(
-            (),
-            sequence.consumed,
-            sequence.new_pages,
-            sequence.read_slot,
-            sequence.write_slot,
-            sequence.index,
-            sequence.first_page,
-            sequence.kv_tokens,
-        )
-        draft.decode.append(row)
-        draft.add(row, sequence)
-        draft.sample(sequence)
-        self._consumed(sequence, 1)
+        if sequence.row is None:
+            sequence.row = DecodeRow(sequence.index, sequence.read_slot, sequence.write_slot)
+        draft.add(sequence.row, sequence)
+        sequence.launched += draft.width
+        draft.sample(sequence, sequence.constrained and self._edited(sequence))
+        self._settle_slots(sequence)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """One more page; where there is none the youngest sequence gives way, if need be this one. False: no page in
-        this Step."""
-        while not self._extend(sequence):
-            if any(s.ending for s in self.running):
+    def _grow(self, sequence: Sequence, needed: int) -> bool:
+        """Pages for more tokens; where there are none the youngest sequence gives way, if need be this one. False: no
+        page in this Step."""
+        while not self._extend(sequence, needed):
+            if any(s.state is State.RETIRING for s in self.running):
                 return False  # somebody's pages come back when a Step is reconciled
-            victim = max((s for s in self.running if s.running), key=lambda s: s.id)
+            victim = max((s for s in self.running if s.state is not State.RETIRING), key=lambda s: s.id)
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _extend(self, sequence: Sequence) -> bool:
-        """A page for its next token, where there is one."""
-        pages = self.cache.extend(sequence.id, sequence.consumed + 1)
+    def _extend(self, sequence: Sequence, needed: int) -> bool:
+        """Pages for as many tokens, where there are some."""
+        if needed <= sequence.held_pages * PAGE_TOKENS:
+            return True
+        pages = self.cache.extend(sequence.id, needed)
         if isinstance(pages, NoRoom):
             return False
-        sequence.new_pages, sequence.first_page = pages, sequence.held_pages
+        sequence.new_pages += pages
         sequence.held_pages += len(pages)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        sequence.ending = "preempt"
         sequence.preemptions += 1
         self.preemptions += 1
+        self._leave(sequence, Leaving.PREEMPTED)
+
+    def _leave(self, sequence: Sequence, how: Leaving) -> None:
+        if sequence.leaving in (None, Leaving.PREEMPTED):
+            sequence.leaving = how
+        sequence.state = State.RETIRING
         if sequence.last_step <= self._reconciled:
             self._retire(sequence)
 
     def _plan_prefill(self, sequence: Sequence, budget: int, draft: "_Draft") -> int:
         """A chunk of the prompt, up to an absolute multiple of 64 or its end; returns how many tokens."""
-        params, start = sequence.request.params, sequence.consumed
+        params, start = sequence.request.params, sequence.launched
         scored = sequence.scored
         end = min(start + min(budget, _SCORED_TOKENS if scored else budget), sequence.target)
         if end < sequence.target:
@@ -285,65 +312,68 @@ class Scheduler:
             snapshots.append(sequence.snapshots.popleft())
         tokens = sequence.tokens[start : end + 1]
         last = end == sequence.target
-        row = Row(
+        row = PrefillRow(
             tuple(tokens[: end - start]),
             start,
-            sequence.new_pages,
             sequence.read_slot if start else sequence.write_slot,
             sequence.write_slot,
             sequence.index,
-            sequence.first_page,
             sequence.kv_tokens,
             tuple(snapshots),
             end - start if scored else int(last),
             tuple(tokens[1:]) if scored else (),
             params.prompt_logprobs if scored else 0,
         )
-        draft.prefill.append(row)
         draft.add(row, sequence)
-        self._consumed(sequence, end - start)
+        sequence.launched = end
+        self._settle_slots(sequence)
         if last:
-            draft.sample(sequence)
+            sequence.state = State.DECODING
+            draft.sample(sequence, sequence.constrained and self._edited(sequence))
             for child in self._children.get(sequence.id, ()):
-                if child.ending is None:
-                    child.index, child.target, child.consumed = self._free.pop(), sequence.target, sequence.target
-                    child.last_step = draft.number
+                if child.state is State.WAITING:
+                    child.state, child.index, child.target = State.FORKING, self._free.pop(), sequence.target
+                    child.consumed = child.launched = sequence.target
+                    child.last_step = self.steps
                     child.reuse = sequence.reuse
                     self.running.append(child)
-                    draft.begins.append(self._begin(child))
-                    draft.sample(child)
+                    draft.begins.append(self._host.begin(child))
+                    draft.sample(child, child.constrained and self._edited(child))
         return end - start
 
-    def _consumed(self, sequence: Sequence, count: int) -> None:
-        sequence.consumed += count
-        sequence.read_slot, sequence.new_pages = sequence.write_slot, ()
-        sequence.first_page = sequence.held_pages
+    def _edited(self, sequence: Sequence) -> bool:
+        """Whether the host has a say in the outputs up to the one behind the last token of what is launched."""
+        return self._host.edits(sequence, sequence.launched - sequence.prompt_tokens)
+
+    def _settle_slots(self, sequence: Sequence) -> None:
+        """Its next row goes on where this Step's writes."""
+        if sequence.read_slot != sequence.write_slot:
+            sequence.read_slot, sequence.row = sequence.write_slot, None
         sequence.last_step = self.steps
 
-    def _plan_forks(self, draft: "_Draft") -> None:
+    def _plan_forks(self) -> None:
         """The other continuations of a request go on from the end of its prompt, which one of them has prefilled."""
-        for parent in [s for s in self.running if s.id in self._children and s.prefilled]:
+        for parent in [s for s in self.running if s.id in self._children and s.launched >= s.target]:
             for child in self._children.pop(parent.id):
-                if not child.running or child.sampled >= child.limit:
+                if child.state is not State.FORKING or not child.waits_for_more:
                     continue
-                fork = self.cache.fork(parent.id, child.id, parent.tokens, parent.consumed) if parent.running else None
+                alive = parent.state is State.DECODING
+                fork = self.cache.fork(parent.id, child.id, parent.tokens, parent.launched) if alive else None
                 if fork is None or isinstance(fork, NoRoom):
                     self._preempt(child)  # it comes back by admission, as if it had been cut short
                     continue
-                self._take(child, fork.child, draft)
-                parent.write_slot = fork.parent_write  # it still reads where its own last step wrote
+                self._take(child, fork.child)
+                child.state = State.DECODING
+                parent.write_slot, parent.row = fork.parent_write, None  # it reads where its own last step wrote
 
-    def _take(self, sequence: Sequence, admission, draft: "_Draft") -> None:
+    def _take(self, sequence: Sequence, admission: Admission) -> None:
         """What the cache allotted."""
-        match: Match = admission.match
-        sequence.new_pages, sequence.first_page = tuple(admission.pages.tolist()), 0
-        sequence.held_pages = len(sequence.new_pages)
+        sequence.new_pages, sequence.copies = tuple(admission.pages.tolist()), tuple(admission.copies)
+        sequence.held_pages, sequence.row = len(sequence.new_pages), None
         sequence.read_slot, sequence.write_slot = admission.read_slot, admission.write_slot
-        sequence.kv_tokens = match.kv_tokens
+        sequence.kv_tokens = admission.match.kv_tokens
         sequence.snapshots = deque(admission.plan)
-        sequence.in_cache = True
-        sequence.last_step = draft.number  # the copies
-        draft.copies += admission.copies
+        sequence.holds_memory = True
 
     def _admit(self, budget: int, draft: "_Draft") -> None:
         """Requests from the queue while there is room. One that does not fit is passed, a bounded number of times."""
@@ -368,8 +398,9 @@ class Scheduler:
             self._passed = self._passed + 1 if blocked else 0
             self.waiting.remove(sequence)
             match = admission.match
-            sequence.index = self._free.pop()
-            sequence.consumed, sequence.target = match.state_tokens, len(sequence.tokens)
+            sequence.state, sequence.index = State.PREFILLING, self._free.pop()
+            sequence.target = len(sequence.tokens)
+            sequence.consumed = sequence.launched = match.state_tokens
             self.reasons[match.reason.name] += 1
             if sequence.reuse is None:
                 sequence.reuse = PrefixReuse(
@@ -380,8 +411,8 @@ class Scheduler:
                     match.reason.name,
                 )
             self.running.append(sequence)
-            draft.begins.append(self._begin(sequence))
-            self._take(sequence, admission, draft)
+            draft.begins.append(self._host.begin(sequence))
+            self._take(sequence, admission)
             budget -= self._plan_prefill(sequence, budget, draft)
 
     def _available(self) -> int:
@@ -399,43 +430,63 @@ class Scheduler:
 
     # ---- reconciling
 
-    def reconcile(self, planned: Planned, ids: Ids[int], judge: Callable[[Sequence, int], bool]) -> None:
-        """The ids that a Step sampled are known. judge: sees each id that counts, in order, and says whether it ends
-        its sequence. Publishes what was verified, and retires what was waiting for this Step. Mutates the cache."""
-        self._reconciled = planned.number
-        for row, end in planned.step.published:
-            sequence = planned.rows[row]
-            if sequence.ending != "abort":
-                self.cache.commit(sequence.id, sequence.tokens, end)
-        for sequence, id in zip(planned.samples, ids, strict=True):
-            if sequence.ending in ("finish", "abort"):
-                continue
-            sequence.tokens.append(id)
-            if judge(sequence, id):
-                self.end(sequence, "finish")
-        for sequence in [s for s in self.running if s.ending and s.last_step <= planned.number]:
+    def reconcile(self, planned: Planned, ids: Ids[list[int]]) -> None:
+        """The ids that a Step chose are known, some for each of its samples. Publishes what was verified, and retires
+        what was waiting for this Step. Mutates the cache."""
+        self._reconciled, step = planned.number, planned.step
+        decoding = len(step.decode)
+        before = [sequence.consumed for sequence in planned.rows]
+        for sequence, row in zip(planned.rows[decoding:], step.prefill, strict=True):
+            sequence.consumed = row.end
+        for i, (sequence, new) in enumerate(zip(planned.samples, ids, strict=True)):
+            sequence.unread -= 1
+            if i < decoding:
+                sequence.consumed += len(new)
+                sequence.launched -= step.width - len(new)
+            if new and sequence.leaving in (None, Leaving.PREEMPTED):
+                count, last = self._host.judge(sequence, new)
+                sequence.tokens.extend(new[:count])
+                if last:
+                    self.end(sequence, Leaving.FINISHED)
+        for sequence, row, start in zip(planned.rows, step.rows, before, strict=True):
+            self._publish(sequence, row, start)
+        for sequence in [s for s in self.running if s.state is State.RETIRING and s.last_step <= planned.number]:
             self._retire(sequence)
+
+    def _publish(self, sequence: Sequence, row: DecodeRow | PrefillRow, start: int) -> None:
+        """Others shall see what a row wrote. At each token that would cost as much as planning does: at the ends of
+        pages and of prefilled chunks, and where a state has left the slot that it was read from."""
+        if sequence.leaving is Leaving.ABORTED or not sequence.holds_memory:
+            return
+        moved = isinstance(row, PrefillRow) or row.read_slot != row.write_slot
+        if moved or sequence.consumed // PAGE_TOKENS > start // PAGE_TOKENS:
+            self.cache.commit(sequence.id, sequence.tokens, min(sequence.consumed, len(sequence.tokens)))
 
     def _retire(self, sequence: Sequence) -> None:
         """No launched Step holds it any more."""
         self.running.remove(sequence)
         self._free.append(sequence.index)
-        sequence.index = -1
-        if sequence.in_cache:
-            sequence.in_cache = False
-            if sequence.ending == "abort":
+        sequence.index, sequence.row, sequence.sample = -1, None, None
+        preempted = sequence.leaving is Leaving.PREEMPTED
+        if sequence.holds_memory:
+            sequence.holds_memory = False
+            if sequence.leaving is Leaving.ABORTED:
                 self.cache.abort(sequence.id)
             else:
-                kept_with = sequence.request.kept_with
-                donate = (
-                    kept_with is None
-                    or sequence.ending == "preempt"
-                    or kept_with in sequence.tokens[sequence.prompt_tokens :]
-                )
-                self.cache.finish(sequence.id, sequence.tokens, sequence.consumed, donate=donate)
-        if sequence.ending == "preempt":
-            sequence.ending = None
+                # A stop that the host alone finds may lie behind what the device has consumed: nobody resumes there.
+                count = min(sequence.consumed, len(sequence.tokens))
+                donate = count == sequence.consumed and (preempted or self._comes_back(sequence))
+                self.cache.finish(sequence.id, sequence.tokens, count, donate=donate)
+        if preempted:
+            sequence.state, sequence.leaving = State.WAITING, None
             self._enqueue(sequence)
+        else:
+            sequence.state = State.ENDED
+
+    def _comes_back(self, sequence: Sequence) -> bool:
+        """Whether a later prompt may begin with this one and its output."""
+        opening = sequence.request.kept_with
+        return opening is None or opening in sequence.tokens[sequence.prompt_tokens :]
 
     def _enqueue(self, sequence: Sequence) -> None:
         """Into the queue: lower priority first, then in order of submission, so that what gave way comes first."""
@@ -445,43 +496,52 @@ class Scheduler:
 
 
 class _Draft:
-    """A Step under construction."""
+    """A Step under construction. Decode rows are all planned before the first prefill row."""
 
-    def __init__(self, number: int, edited: Callable[[Sequence], bool]):
-        self.number, self._edited = number, edited
-        self.decode: list[Row] = []
-        self.prefill: list[Row] = []
+    def __init__(self) -> None:
+        self.width, self.drafts = 1, 0
+        self.decode: list[DecodeRow] = []
+        self.prefill: list[PrefillRow] = []
         self.begins: list[Begin] = []
         self.copies: list[tuple[int, int, int]] = []
+        self.pages: list[NewPages] = []
         self.samples: list[Sample] = []
         self._rows_of: list[Sequence] = []
         self._samples_of: list[Sequence] = []
-        self._logits = 0  # rows of logits so far; decode rows are all planned before the first prefill row
 
     @property
     def empty(self) -> bool:
         return not self.decode and not self.prefill
 
-    @property
-    def decode_alone(self) -> bool:
-        return not (self.prefill or self.begins or self.copies)
-
-    def add(self, row: Row, sequence: Sequence) -> None:
-        """A row that was just put behind its kind belongs to the sequence."""
+    def add(self, row: DecodeRow | PrefillRow, sequence: Sequence) -> None:
+        (self.decode if isinstance(row, DecodeRow) else self.prefill).append(row)
         self._rows_of.append(sequence)
-        self._logits += row.logits
+        if sequence.new_pages:
+            first = sequence.held_pages - len(sequence.new_pages)
+            self.pages.append(NewPages(sequence.index, first, sequence.new_pages))
+            self.copies += sequence.copies
+            sequence.new_pages = sequence.copies = ()
 
-    def sample(self, sequence: Sequence) -> None:
-        """An id for the sequence, from the last logits of the row that was just added."""
-        logprobs = sequence.request.params.logprobs
-        alternatives = -1 if logprobs is None else logprobs
-        edited = sequence.constrained and self._edited(sequence)
-        self.samples.append(Sample(self._logits - 1, sequence.index, sequence.sampled, alternatives, edited))
+    def sample(self, sequence: Sequence, edited: bool) -> None:
+        """Ids for the sequence, behind the row that was just added."""
+        row, sample = len(self._rows_of) - 1, sequence.sample
+        if sample is None or sample.row != row or sample.edited != edited:
+            logprobs = sequence.request.params.logprobs
+            sample = Sample(row, sequence.index, -1 if logprobs is None else logprobs, edited)
+            sequence.sample = sample
+        self.samples.append(sample)
         self._samples_of.append(sequence)
-        sequence.sampled += 1
+        sequence.unread += 1
 
-    def finish(self) -> Planned:
+    def finish(self, number: int) -> Planned:
         step = Step(
-            tuple(self.decode), tuple(self.prefill), tuple(self.begins), tuple(self.copies), tuple(self.samples)
+            tuple(self.decode),
+            self.width,
+            tuple(self.prefill),
+            tuple(self.begins),
+            tuple(self.copies),
+            tuple(self.pages),
+            tuple(self.samples),
+            self.drafts,
         )
-        return Planned(self.number, step, tuple(self._rows_of), tuple(self._samples_of))
+        return Planned(number, step, tuple(self._rows_of), tuple(self._samples_of))

@@ -1,10 +1,13 @@
-"""A Step: all that the device does in one forward pass and the sampling after it, as plain data, so it can be logged,
-replayed bit for bit, sent to ranks, and checked without a device.
+"""A Step: all that the device does in one forward pass, the sampling after it and the drafting after that, as plain
+data, so it can be logged, replayed bit for bit, sent to ranks, and checked without a device.
 
-Sequences are known to the device by their *index*, 0 .. max_num_seqs - 1: it keeps per index the page table, the id
-sampled last, sampling parameters and penalty counts. Steps carry what changes.
+Sequences are known to the device by their *index*, 0 .. max_num_seqs - 1: it keeps per index the page table, how many
+tokens were consumed, the id chosen last and the drafts of the ids behind it, sampling parameters and penalty counts.
+Steps carry what changes, and bounds where only the device knows: a Step whose sequences merely go on is the same Step
+as the one before, but for the pages that come in.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,9 +15,11 @@ from .config import PAGE_TOKENS
 
 
 class Begin(NamedTuple):
-    """A sequence takes an index: how its ids are chosen. Fields as in SamplingParams.
+    """A sequence takes an index: how its ids are chosen, and when it ends. Fields as in SamplingParams.
 
-    banned: ids forbidden for the first min_tokens outputs; prompt, output: ids so far, where a penalty counts them.
+    prompt_tokens: tokens before its first output, whose choice has number 0; left: outputs it may still have; stops:
+    ids that end it once it has min_tokens outputs; banned: ids forbidden until then; prompt, output: ids so far, where
+    a penalty counts them; history: ids so far, where drafts are looked up in them.
     """
 
     index: int
@@ -32,30 +37,44 @@ class Begin(NamedTuple):
     allowed: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
     output: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    left: int = 1 << 30
+    stops: tuple[int, ...] = ()
+    history: tuple[int, ...] = ()
 
     @property
     def penalised(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
 
+    @property
+    def adjusted(self) -> bool:
+        """Whether its logits are changed before an id is chosen."""
+        return self.penalised or bool(self.bias or self.allowed or self.min_tokens)
 
-class Row(NamedTuple):
-    """One sequence's part of a Step.
 
-    tokens: the ids to consume; (): the one id that was sampled last for this index; start: tokens consumed before
-    them; pages: KV pages that enter the index's table at first_page, 64 tokens each; read_slot, write_slot: state
-    slots, equal for an update in place; kv_tokens: stores of tokens below this count are skipped, their pages hold them
-    already; snapshots: (token count, slot) pairs with start < count <= start + len(tokens), prefill only; logits: how
+class DecodeRow(NamedTuple):
+    """A sequence that goes on from where the device knows it to be. read_slot, write_slot: state slots, equal for an
+    update in place."""
+
+    index: int
+    read_slot: int
+    write_slot: int
+
+
+class PrefillRow(NamedTuple):
+    """A run of a sequence's tokens that the host knows.
+
+    tokens: the ids to consume; start: tokens consumed before them; kv_tokens: stores of tokens below this count are
+    skipped, their pages hold them already; snapshots: (token count, slot) pairs with start < count <= end; logits: how
     many of the last tokens need logits; scored: ids whose log-probabilities are wanted under the first logits, in
     order, each with that many alternatives.
     """
 
     tokens: tuple[int, ...]
     start: int
-    pages: tuple[int, ...]
     read_slot: int
     write_slot: int
     index: int = 0
-    first_page: int = 0
     kv_tokens: int = 0
     snapshots: tuple[tuple[int, int], ...] = ()
     logits: int = 1
@@ -64,19 +83,26 @@ class Row(NamedTuple):
 
     @property
     def end(self) -> int:
-        return self.start + (len(self.tokens) or 1)
+        return self.start + len(self.tokens)
+
+
+class NewPages(NamedTuple):
+    """KV pages that enter an index's table from its page `first` on, 64 tokens each."""
+
+    index: int
+    first: int
+    pages: tuple[int, ...]
 
 
 class Sample(NamedTuple):
-    """Choose an id for an index from a row of the Step's logits (decode rows' first, then the prefill rows').
+    """Choose ids for an index behind a row of the Step: of a decode row its own, one and as many more as its drafts
+    agree with; of a prefill row one, behind its last token, for whoever begins there.
 
-    output: which output of the sequence it is, from 0, the counter of its noise; logprobs: alternatives, -1 for none;
-    edited: an Edit for it comes between forward and sampling.
+    logprobs: alternatives, -1 for none; edited: an Edit for it comes between forward and sampling, and it gets one id.
     """
 
-    logits: int
+    row: int
     index: int
-    output: int
     logprobs: int = -1
     edited: bool = False
 
@@ -94,111 +120,55 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """decode: rows of exactly one token, consumed by the recurrent kernels; prefill: rows consumed in chunks; copies:
-    (source page, target page, rows) before anything is stored."""
+    """decode: rows of `width` tokens, the id chosen last and drafts, consumed by the recurrent kernels; prefill: rows
+    consumed in chunks; copies: (source page, target page, rows) before anything is stored; samples: of every decode row
+    in order, then of prefill rows; drafts: how many are made behind the ids that are chosen."""
 
-    decode: tuple[Row, ...] = ()
-    prefill: tuple[Row, ...] = ()
+    decode: tuple[DecodeRow, ...] = ()
+    width: int = 1
+    prefill: tuple[PrefillRow, ...] = ()
     begins: tuple[Begin, ...] = ()
     copies: tuple[tuple[int, int, int], ...] = ()
+    pages: tuple[NewPages, ...] = ()
     samples: tuple[Sample, ...] = ()
+    drafts: int = 0
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[DecodeRow | PrefillRow, ...]:
         return self.decode + self.prefill
 
     @property
     def tokens(self) -> int:
-        return len(self.decode) + sum(len(row.tokens) for row in self.prefill)
+        return len(self.decode) * self.width + sum(len(row.tokens) for row in self.prefill)
 
     @property
     def edited(self) -> bool:
         """Whether an Edit for one of the samples comes between forward and sampling."""
         return any(sample.edited for sample in self.samples)
 
-    @property
-    def grown(self) -> list[tuple[int, int, tuple[int, ...]]]:
-        """(index, first page, pages) of the rows that bring pages."""
-        return [(row.index, row.first_page, row.pages) for row in self.rows if row.pages]
-
-    @property
-    def published(self) -> list[tuple[int, int]]:
-        """(row, its end) where others shall see what it wrote. At each token that would cost as much as planning does:
-        at the ends of pages and of prefilled chunks, and where a state has left the slot that it was read from."""
-        return [
-            (i, row.end)
-            for i, row in enumerate(self.rows)
-            if row.tokens or row.end % PAGE_TOKENS == 0 or row.read_slot != row.write_slot
-        ]
-
-    def whole(self) -> "Step":
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class NextStep:
-    """The decode rows and samples of a Step `ahead` tokens later, when nothing else has happened since.
-
-    It is told by what is new, so that a step costs the host little whatever the batch; `whole` spells it out.
-    base: a Step of decode rows alone, a sample for each in order, none of them edited; more_pages: (row, first page,
-    pages) of the rows that bring pages.
-    """
-
-    base: Step
-    ahead: int
-    more_pages: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
-
-    prefill = begins = copies = ()
-    edited = False
-
-    @property
-    def decode(self) -> tuple[Row, ...]:
-        pages = {i: {"first_page": first, "pages": pages} for i, first, pages in self.more_pages}
-        none = {"pages": ()}
-        return tuple(
-            row._replace(tokens=(), start=row.start + self.ahead, read_slot=row.write_slot, **pages.get(i, none))
-            for i, row in enumerate(self.base.decode)
-        )
-
-    rows = decode
-
-    @property
-    def tokens(self) -> int:
-        return len(self.base.decode)
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        return tuple(sample._replace(output=sample.output + self.ahead) for sample in self.base.samples)
-
-    @property
-    def grown(self) -> list[tuple[int, int, tuple[int, ...]]]:
-        """As a Step's."""
-        return [(self.base.decode[i].index, first, pages) for i, first, pages in self.more_pages]
-
-    @property
-    def published(self) -> list[tuple[int, int]]:
-        """As a Step's."""
-        ends = [row.start + self.ahead + 1 for row in self.base.decode]
-        return [(i, end) for i, end in enumerate(ends) if end % PAGE_TOKENS == 0]
-
-    def whole(self) -> Step:
-        return Step(decode=self.decode, samples=self.samples)
-
 
 @dataclass(slots=True)
 class StepChecker:
     """Follows the Steps of one engine and checks what each must keep: nothing that a row or a copy writes is touched by
-    another, indices and pages are in range, positions follow each other. For tests and `--validate`."""
+    another, indices and pages are in range, positions follow each other. For tests and `--validate`.
+
+    least, most: between which counts an index's consumed tokens lie once all that was launched is done.
+    """
 
     pages: int
     slots: int
     tables: dict[int, list[int]] = field(default_factory=dict)
-    consumed: dict[int, int] = field(default_factory=dict)
+    least: dict[int, int] = field(default_factory=dict)
+    most: dict[int, int] = field(default_factory=dict)
 
     def check(self, step: Step) -> None:
-        """Raises AssertionError with the broken rule."""
+        """A Step is launched. Raises AssertionError with the broken rule."""
         for begin in step.begins:
-            self.tables[begin.index], self.consumed[begin.index] = [], -1
+            self.tables[begin.index], self.most[begin.index] = [], -1
+        for index, first, pages in step.pages:
+            table = self.tables.setdefault(index, [])
+            assert first <= len(table), f"index {index}: pages {len(table)} to {first} are missing"
+            table[first:] = pages
         indices = [row.index for row in step.rows]
         assert len(set(indices)) == len(indices), f"an index has two rows: {sorted(indices)}"
         read_pages: list[int] = []
@@ -206,14 +176,15 @@ class StepChecker:
         read_slots: list[int] = []
         written_slots: list[int] = []
         for row in step.rows:
-            self._check_row(row, row in step.decode)
-            table = self.tables[row.index]
-            stored = range(max(row.start, row.kv_tokens), row.end)
-            first = stored.start // PAGE_TOKENS if stored else len(table)
-            written_pages += table[first:]
-            read_pages += table[:first]
-            read_slots += [row.read_slot] if row.start and row.read_slot != row.write_slot else []
-            written_slots += [row.write_slot, *(slot for _, slot in row.snapshots)]
+            first, end = self._advance(row, step.width)
+            table = self.tables.setdefault(row.index, [])
+            assert len(table) * PAGE_TOKENS >= end, f"index {row.index}: {end} tokens need more than {len(table)} pages"
+            whole = first // PAGE_TOKENS if first < end else len(table)
+            written_pages += table[whole:]
+            read_pages += table[:whole]
+            read_slots += [row.read_slot] if first and row.read_slot != row.write_slot else []
+            written_slots += [row.write_slot]
+            written_slots += [slot for _, slot in row.snapshots] if isinstance(row, PrefillRow) else []
         copied = [target for _, target, _ in step.copies]
         assert len(set(copied)) == len(copied), f"a page is copied to twice: {copied}"
         assert not set(copied) & {source for source, _, _ in step.copies}, "a copy reads what another copy writes"
@@ -225,21 +196,37 @@ class StepChecker:
         assert not set(written_slots) & set(read_slots), "a slot is written by one row and read by another"
         assert all(0 <= slot < self.slots for slot in written_slots + read_slots), "a slot is out of range"
         assert all(0 <= page < self.pages for page in read_pages + written_pages + copied), "a page is out of range"
-        logits = sum(row.logits for row in step.rows)
-        assert all(sample.logits < logits for sample in step.samples), "a sample names logits that are not there"
+        rows, decoding = step.rows, len(step.decode)
+        assert step.width >= 1 and step.drafts >= 0, f"width {step.width}, {step.drafts} drafts"
+        own = [(sample.row, sample.index) for sample in step.samples[:decoding]]
+        assert own == [(i, row.index) for i, row in enumerate(step.decode)], "a decode row has no sample of its own"
+        for sample in step.samples[decoding:]:
+            assert decoding <= sample.row < len(rows) and rows[sample.row].logits, "a sample without logits"
         sampled = [sample.index for sample in step.samples]
         assert len(set(sampled)) == len(sampled), "two samples for one index"
+        for sample in step.samples[decoding:]:
+            self.least[sample.index] = self.most[sample.index] = rows[sample.row].end
 
-    def _check_row(self, row: Row, decode: bool) -> None:
-        table = self.tables.setdefault(row.index, [])
-        assert row.first_page <= len(table), f"index {row.index}: pages {len(table)} to {row.first_page} are missing"
-        table[row.first_page :] = row.pages if row.pages else table[row.first_page :]
-        assert len(table) * PAGE_TOKENS >= row.end, (
-            f"index {row.index}: {row.end} tokens need more than {len(table)} pages"
-        )
-        before = self.consumed.get(row.index, -1)
+    def read(self, step: Step, counts: Sequence[int]) -> None:
+        """It is known how many ids each of the samples got, of the oldest Step that was not read yet. Raises
+        AssertionError where there are too many."""
+        for sample, count in zip(step.samples, counts, strict=True):
+            most = 1 if sample.edited or sample.row >= len(step.decode) else step.width
+            assert count <= most, f"index {sample.index} got {count} ids of at most {most}"
+            if sample.row < len(step.decode):
+                self.least[sample.index] += count
+                self.most[sample.index] -= step.width - count
+
+    def _advance(self, row: DecodeRow | PrefillRow, width: int) -> tuple[int, int]:
+        """What the row may store into: from its first token on, to its end."""
+        before = self.most.get(row.index, -1)
+        if isinstance(row, DecodeRow):
+            assert before >= 0, f"index {row.index} goes on from nowhere"
+            self.most[row.index] = before + width
+            return self.least[row.index], before + width
+        assert row.tokens, f"a prefill row without tokens: {row}"
         assert before in (-1, row.start), f"index {row.index} goes on at {row.start}, not {before}"
-        self.consumed[row.index] = row.end
-        assert len(row.tokens) <= 1 if decode else row.tokens, f"a decode row has one token, a prefill row some: {row}"
         assert all(row.start < count <= row.end for count, _ in row.snapshots), f"snapshots outside the row: {row}"
-        assert 0 <= row.logits <= row.end - row.start and len(row.scored) <= row.logits
+        assert 0 <= row.logits <= len(row.tokens) and len(row.scored) <= row.logits
+        self.least[row.index] = self.most[row.index] = row.end
+        return max(row.start, row.kv_tokens), row.end

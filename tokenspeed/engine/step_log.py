@@ -17,7 +17,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from .. import __version__
-from .config import ModelConfig
+from .config import PAGE_TOKENS, ModelConfig
 from .core import Engine
 from .device import pick_device, pick_dtype, pick_kv_dtype, use_threads
 from .errors import LogError
@@ -25,7 +25,7 @@ from .memory import Memory, MemoryLayout
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import load_weights
 from .runner import Runner
-from .step import Begin, Edit, NextStep, Step, StepChecker
+from .step import Begin, Edit, Step, StepChecker
 
 _Count = Annotated[int, Meta(ge=1)]
 _BIAS = Begin._fields.index("bias")
@@ -33,7 +33,8 @@ _BIAS = Begin._fields.index("bias")
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a Runner and its Memory are rebuilt from. model: the checkpoint directory's name; device: its type; threads:
-    of torch on a CPU, which the order of its sums depends on; ring_rows: as in MemoryLayout; vocabulary: how many ids;
+    of torch on a CPU, which the order of its sums depends on; ring_rows, window_entries: as in MemoryLayout;
+    draft_tokens: behind an id at most; mtp: whether the MTP head makes them; vocabulary: how many ids;
     package: this package's version; fp8: as in ModelConfig; kv_dtype: as in EngineConfig."""
 
     model: str
@@ -45,12 +46,15 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ring_rows: Annotated[int, Meta(ge=0)]
     max_num_seqs: _Count
     max_model_len: _Count
+    draft_tokens: Annotated[int, Meta(ge=0)]
+    mtp: bool
+    window_entries: _Count
     vocabulary: _Count
     package: str
     fp8: tuple[str, ...] = ()
     kv_dtype: Literal["auto", "fp8"] = "auto"
     kind: Literal["tokenspeed step log"] = "tokenspeed step log"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,6 +82,9 @@ def header_of(engine: Engine, model: str) -> Header:
         ring_rows=memory.layout.ring_rows,
         max_num_seqs=engine.limits.max_seqs,
         max_model_len=engine.limits.max_tokens,
+        draft_tokens=engine.limits.most_drafts,
+        mtp=engine.runner.model.mtp is not None,
+        window_entries=memory.layout.window_entries,
         vocabulary=engine.vocabulary,
         package=__version__,
         fp8=tuple(sorted(engine.runner.model.config.fp8)),
@@ -101,8 +108,8 @@ class StepLog:
     def close(self) -> None:
         self._file.close()
 
-    def _observe(self, step: Step | NextStep, edits: Sequence[Edit], logits: Tensor) -> None:
-        self._write(Record(step.whole(), tuple(edits), hash_logits(logits)))
+    def _observe(self, step: Step, edits: Sequence[Edit], logits: Tensor) -> None:
+        self._write(Record(step, tuple(edits), hash_logits(logits)))
 
     def _write(self, line: Header | Record) -> None:
         self._file.write(self._encoder.encode(line) + b"\n")
@@ -187,7 +194,7 @@ def replay(
             checker.check(record.step)
             launched = runner.launch(record.step)
             launched.sample(record.edits)
-            launched.read()
+            checker.read(record.step, [len(ids) for ids in launched.read().ids])
         except (AssertionError, LookupError, ValueError, TypeError, RuntimeError) as error:
             raise LogError(f"{path}, line {number}: the step cannot be run: {error}") from None
         count, tokens = count + 1, tokens + record.step.tokens
@@ -207,11 +214,12 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     dtype = pick_dtype(header.dtype, device)
     use_threads(header.threads)
     config = replace(config, fp8=frozenset(header.fp8))
-    model = Qwen3_5.empty(config, dtype, device)
+    model = Qwen3_5.empty(config, dtype, device, mtp=header.mtp)
     load_weights(model, directory, progress=False)
-    layout = MemoryLayout(model.config, dtype, ring_rows=header.ring_rows, kv_dtype=pick_kv_dtype(header.kv_dtype))
+    sizes, kv_dtype = (header.ring_rows, header.window_entries), pick_kv_dtype(header.kv_dtype)
+    layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
     memory = Memory(layout, header.pages, header.slots, device)
-    runner = Runner(model, memory, header.max_num_seqs, header.max_model_len)
+    runner = Runner(model, memory, header.max_num_seqs, header.max_model_len, header.draft_tokens)
     runner.capture(progress=False)
     return runner
 
@@ -219,18 +227,26 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
 def _fault(record: Record, header: Header) -> str | None:
     """What a device could not be asked to do, in words: places outside its tables, where no kernel looks."""
     step = record.step
-    indices = [entry.index for entry in (*step.begins, *step.rows, *step.samples)]
+    indices = [entry.index for entry in (*step.begins, *step.rows, *step.pages, *step.samples)]
     if bad := [index for index in indices if not 0 <= index < header.max_num_seqs]:
         return f"index {bad[0]} is outside the {header.max_num_seqs} sequences of the header"
-    groups = [row.tokens for row in step.rows] + [row.scored for row in step.rows]
-    groups += [(*b.banned, *b.allowed, *b.prompt, *b.output, *(id for id, _ in b.bias)) for b in step.begins]
+    groups = [row.tokens for row in step.prefill] + [row.scored for row in step.prefill]
+    groups += [
+        (*b.banned, *b.allowed, *b.prompt, *b.output, *b.stops, *b.history, *(id for id, _ in b.bias))
+        for b in step.begins
+    ]
     groups += [edit.banned for edit in record.edits]
     if bad := [id for group in groups for id in group if not 0 <= id < header.vocabulary]:
         return f"token id {bad[0]} is outside the vocabulary of {header.vocabulary}"
-    if bad := [row.end for row in step.rows if row.start < 0 or row.end > header.max_model_len]:
+    if bad := [row.end for row in step.prefill if row.start < 0 or row.end > header.max_model_len]:
         return f"a row ends at token {bad[0]}, outside the {header.max_model_len} of the header"
-    if bad := [s for s in (*(e.sample for e in record.edits), *(s.logits for s in step.samples)) if s < 0]:
-        return f"a sample or its logits have the number {bad[0]}"
+    if bad := [number for number in (*(e.sample for e in record.edits), *(s.row for s in step.samples)) if number < 0]:
+        return f"a sample or its row has the number {bad[0]}"
+    pages = -(-header.max_model_len // PAGE_TOKENS)
+    if bad := [p for p in step.pages if p.first < 0 or p.first + len(p.pages) > pages]:
+        return f"pages {bad[0].first} to {bad[0].first + len(bad[0].pages)} are outside the {pages} of a sequence"
+    if not 1 <= step.width <= 1 + header.draft_tokens or not 0 <= step.drafts <= header.draft_tokens:
+        return f"width {step.width} and {step.drafts} drafts are outside the {header.draft_tokens} drafts of the header"
     if not step.rows:
         return "the step has no rows"
     return None

@@ -15,9 +15,11 @@ from .fp8 import linear_fp8, quantise_groups
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
 from .moe import moe_experts, moe_route
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
+from .progress import accept_tokens, next_tokens, paged_rows
 from .sampling import sample
 
 __all__ = [
+    "accept_tokens",
     "add_gated_silu_mul_linear",
     "add_rms_norm",
     "add_rms_norm_linear",
@@ -33,8 +35,10 @@ __all__ = [
     "linear_fp8",
     "moe_experts",
     "moe_route",
+    "next_tokens",
     "paged_attention_decode",
     "paged_attention_prefill",
+    "paged_rows",
     "quantise_groups",
     "rms_norm",
     "rope",

@@ -53,27 +53,30 @@ def attention_prologue(
     """From the raw projection to rotated queries and stored keys and values, in one launch.
 
     qkv: [N, 2 q_heads D + 2 kv_heads D]: per query head D values of q and D of its gate, then the keys, then the
-    values; q_weight, k_weight: [D], zero-centred norm weights; cos_sin: [N, R] as in `rope`; kv and kv_slots as in
-    `write_kv`. Returns q, [N, q_heads, D], normalised and rotated; the gates stay where they are in qkv.
-    Mutates kv.
+    values; there may be no query heads; q_weight, k_weight: [D], zero-centred norm weights; cos_sin: [N, R] as in
+    `rope`; kv and kv_slots as in `write_kv`. Returns q, [N, q_heads, D], normalised and rotated; the gates stay where
+    they are in qkv. Mutates kv.
     """
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
     q_gate, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
-    q = q_gate.unflatten(1, (-1, 2, head_dim))[:, :, 0]
+    q = q_gate.unflatten(1, (q_gate.shape[1] // (2 * head_dim), 2, head_dim))[:, :, 0]
     k, v = k.unflatten(1, (kv_heads, head_dim)), v.unflatten(1, (kv_heads, head_dim))
     k = rope.__wrapped__(rms_norm.__wrapped__(k, k_weight, eps), cos_sin)
     write_kv.__wrapped__(k, v, kv, kv_slots)
     return rope.__wrapped__(rms_norm.__wrapped__(q, q_weight, eps), cos_sin)
 
 
-def _attend(q: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """q: [B, q_heads, T, D] -> [B, q_heads, T, D]; token i of a sequence sees keys 0 .. context + i, below its end."""
+def _attend(
+    q: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, ends: Tensor, scale: float, first_key: int = 0
+) -> Tensor:
+    """q: [B, q_heads, T, D] -> [B, q_heads, T, D]; token i of a sequence sees keys first_key .. context + i, below its
+    end."""
     position = torch.arange(page_table.shape[1] * kv.shape[3], device=q.device)
     last = context_lens[:, None].long() + torch.arange(q.shape[2], device=q.device)
-    visible = (position <= last[..., None])[:, None]
+    visible = ((position >= first_key) & (position <= last[..., None]))[:, None]
     # Rows beyond the sequence may hold anything, NaN included, and 0 * NaN must not reach the sum: the sequence's first
     # row, which is there and is finite, stands in for them.
-    existing = torch.where(position < ends[:, None], position, 0)
+    existing = torch.where(position < ends[:, None], position.clamp(min=first_key), first_key)
     page = page_table.clamp(min=0, max=len(kv) - 1).long().gather(1, existing // kv.shape[3])[:, None]
     head = torch.arange(kv.shape[2], device=q.device)[:, None]
     row = (existing % kv.shape[3])[:, None]
@@ -119,21 +122,25 @@ def paged_attention_prefill(
 
 
 @operator(
-    fake=lambda q, gate, kv, page_table, context_lens, scale: q.new_empty(q.shape[0], q.shape[1] * q.shape[2]),
+    fake=lambda q, gate, kv, page_table, context_lens, scale, first_key=0: q.new_empty(
+        q.shape[0], q.shape[1] * q.shape[2]
+    ),
 )
 def paged_attention_decode(
-    q: Tensor, gate: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, scale: float
+    q: Tensor, gate: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, scale: float, first_key: int = 0
 ) -> Tensor:
     """Attention of T >= 1 new tokens of each of B sequences over their pages, times the sigmoid of the output gate.
 
     q: [B T, q_heads, D], T consecutive tokens a sequence; the other arguments as in `paged_attention_prefill`.
-    context_lens: [B] int32, tokens before this call; a negative one marks a padding row, whose output is zero.
-    Returns [B T, q_heads D] of q's dtype.
+    context_lens: [B] int32, tokens before this call; a negative one marks a padding row, whose output is zero;
+    first_key: keys before it are not seen and may hold anything; below the page size and every context. Returns
+    [B T, q_heads D] of q's dtype.
     """
     batch, (heads, head_dim) = len(context_lens), q.shape[1:]
     if batch == 0:
         return q.new_empty(0, heads * head_dim)
     q = q.view(batch, -1, heads, head_dim).transpose(1, 2)
     context = context_lens.clamp(min=0)
-    out = _gated(_attend(q, kv, page_table, context, context + q.shape[2], scale).transpose(1, 2).flatten(0, 1), gate)
+    out = _attend(q, kv, page_table, context, context + q.shape[2], scale, first_key)
+    out = _gated(out.transpose(1, 2).flatten(0, 1), gate)
     return out.view(batch, -1, heads * head_dim).masked_fill_((context_lens < 0)[:, None, None], 0).flatten(0, 1)

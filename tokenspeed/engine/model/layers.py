@@ -102,13 +102,15 @@ class LogitRows(Stage):
 
 
 class GatedAttention(Stage):
-    """Full attention with normalised, partly rotated queries and keys and a sigmoid output gate."""
+    """Full attention with normalised, partly rotated queries and keys and a sigmoid output gate. first_key: rows of a
+    sequence's pages before it are empty."""
 
     output = Partial("tp")
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, layer: int):
+    def __init__(self, config: ModelConfig, mesh: Mesh, layer: int, first_key: int = 0):
         super().__init__(mesh)
         c = config
+        self.first_key = first_key
         self.layer, self.eps, self.head_dim, self.scale = layer, c.eps, c.head_dim, c.head_dim**-0.5
         q_heads, kv = sharding.q_heads(c), sharding.kv_heads(c).of(c.head_dim)
         self.blocks = (q_heads.of(2 * c.head_dim), kv, kv)  # a head's queries and its gate are neighbours
@@ -134,12 +136,11 @@ class GatedAttention(Stage):
         gate = qkv[:, : self.widths[0]].unflatten(1, (-1, 2, self.head_dim))[:, :, 1]
         cut, outputs = batch.decode_tokens, []
         if d := batch.decode:
-            outputs.append(
-                ops.paged_attention_decode(q[:cut], gate[:cut], kv, d.page_table, d.context_lens, self.scale)
-            )
+            places = (kv, d.page_table, d.context_lens, self.scale, self.first_key)
+            outputs.append(ops.paged_attention_decode(q[:cut], gate[:cut], *places))
         if p := batch.prefill:
-            lengths = (p.cu_seqlens, p.context_lens, p.max_seqlen)
-            outputs.append(ops.paged_attention_prefill(q[cut:], gate[cut:], kv, p.page_table, *lengths, self.scale))
+            places = (kv, p.page_table, p.cu_seqlens, p.context_lens, p.max_seqlen, self.scale)
+            outputs.append(ops.paged_attention_prefill(q[cut:], gate[cut:], *places))
         return ops.linear(_joined(outputs), *self.out), residual
 
 

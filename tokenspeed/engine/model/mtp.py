@@ -22,6 +22,7 @@ from ..errors import ConfigError
 from ..parallel.comm import Communicator
 from ..parallel.compile import link, plan_program
 from ..parallel.mesh import Mesh
+from ..parallel.placement import Replicate
 from .layers import Embedding, GatedAttention, LMHead, Norm, Stage, feed_forward
 from .parameters import Source, source, weight
 
@@ -74,8 +75,28 @@ class ReducedHead(Stage):
         return logits.new_full((len(logits), self.vocab), -torch.inf).index_copy_(1, self.ids, logits), normed
 
 
+class StoreKeys(Stage):
+    """Of an attention layer the keys and values alone. What they are made of is passed on."""
+
+    def __init__(self, attention: GatedAttention):
+        super().__init__(attention.mesh)
+        self.attention = attention
+
+    def forward(self, x, residual, batch):
+        a = self.attention
+        queries, *rest = a.widths
+        keys, _, _ = x.linear(*a.qkv.part.split([queries, sum(rest)])[1])
+        kv = batch.memory.layers[a.layer]
+        ops.attention_prologue(keys, a.q_norm, a.k_norm, batch.cos_sin, kv, batch.kv_slots, a.eps)
+        return x.x, residual
+
+
 class MtpHead(nn.Module):
-    """One MTP head, or a rank's part of it; its keys and values are the layer behind the trunk's last of the pages."""
+    """One MTP head, or a rank's part of it; its keys and values are the layer behind the trunk's last of the pages.
+
+    What is made of token t + 1 and the state at t stands in row t + 1 of the pages, at position t: so a row depends on
+    no token behind it, and is shared with a prefix like any other. Row 0 stays empty, and nobody attends to it.
+    """
 
     def __init__(self, config: ModelConfig, communicator: Communicator, embedding: Embedding, head: LMHead):
         super().__init__()
@@ -84,7 +105,7 @@ class MtpHead(nn.Module):
         own: list[tuple[str, Stage]] = [
             ("", JoinTokens(config, mesh)),
             ("layers.0.input_layernorm.", Norm(config, mesh)),
-            ("layers.0.self_attn.", GatedAttention(config, mesh, len(config.layer_types))),
+            ("layers.0.self_attn.", GatedAttention(config, mesh, len(config.layer_types), first_key=1)),
             ("layers.0.post_attention_layernorm.", Norm(config, mesh)),
             ("layers.0.mlp.", feed_forward(config, mesh)),
             ("norm.", Norm(config, mesh)),
@@ -96,8 +117,11 @@ class MtpHead(nn.Module):
     def link(self) -> None:
         """Make the program's callables; again where a stage or its `forward` was replaced."""
         named = zip(("embed_tokens", *self.names, "lm_head"), self.program, strict=True)
-        self.plan = plan_program(list(named), self.communicator.mesh, self.program[-1].output)
+        named, mesh = list(named), self.communicator.mesh
+        self.plan = plan_program(named, mesh, self.program[-1].output)
         self._calls = link(self.plan, self.communicator)
+        keys = [*named[:3], ("keys", StoreKeys(named[3][1]))]
+        self._stores = link(plan_program(keys, mesh, Replicate()), self.communicator)
 
     def sources(self) -> Iterator[Source]:
         """Every checkpoint tensor of the head's own, with what this rank takes."""
@@ -108,14 +132,20 @@ class MtpHead(nn.Module):
     def forward(self, batch: Batch, hidden: Tensor) -> Output:
         """Logits of the token after the next for the tokens that are wanted, and what a further draft takes as hidden.
 
-        batch: as for the trunk, but `tokens` holds the next token of each, token[t + 1] for the entry at position t;
-        hidden: [N, hidden], the trunk's state of each at t after its final norm, or in further drafts the head's own
-        output. Mutates the batch's pages: keys and values at position t.
+        batch: N tokens in rows of the pages as for the trunk, those of rows r at position r - 1; hidden: [N, hidden],
+        the trunk's state at r - 1 after its final norm, or in further drafts the head's own output. Mutates the batch's
+        pages: keys and values of the rows.
         """
         x, residual = None, hidden
         for call in self._calls:
             x, residual = call(x, residual, batch)
         return Output(x, residual)
+
+    def store(self, batch: Batch, hidden: Tensor) -> None:
+        """As `forward`, but for the keys and values alone. Mutates the batch's pages."""
+        x, residual = None, hidden
+        for call in self._stores:
+            x, residual = call(x, residual, batch)
 
     def reduce_vocabulary(self, ids: Tensor) -> None:
         """From now on compute logits of these ids alone, from a copy of their rows of the head, made once the weights

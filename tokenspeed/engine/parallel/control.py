@@ -11,7 +11,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ..step import Edit, NextStep, Step
+from ..step import Edit, Step
 
 Message = Step | list[Edit] | None  # None: the end
 
@@ -35,9 +35,9 @@ class StepChannel:
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group)
         return tensor.tolist()
 
-    def send(self, message: Message | NextStep) -> None:
+    def send(self, message: Message) -> None:
         """Rank 0's."""
-        payload = _encode(message.whole() if isinstance(message, NextStep) else message)
+        payload = _encode(message)
         frame = torch.zeros(_FRAME, dtype=torch.uint8)
         whole = torch.frombuffer(bytearray(len(payload).to_bytes(_LENGTH, "little") + payload), dtype=torch.uint8)
         frame[: len(whole)] = whole[:_FRAME]

@@ -1,0 +1,133 @@
+// A sequence's progress as implementations of torch.ops.tokenspeed.*; contracts: tokenspeed/ops/progress.py.
+#include "binding.h"
+#include "kernels.h"
+
+namespace tokenspeed::binding {
+namespace {
+
+// One number a sequence, or one a sequence index.
+bool is_column(const Tensor& t, ScalarType type) {
+    return t.dim() == 1 && t.scalar_type() == type && t.is_contiguous();
+}
+
+bool are_columns(std::initializer_list<const Tensor*> columns, ScalarType type, int64_t length) {
+    bool fits = true;
+    for (const Tensor* t : columns) fits = fits && is_column(*t, type) && t->size(0) == length;
+    return fits;
+}
+
+// A table of rows by sequence index that are contiguous, at any distance.
+bool is_table(const Tensor& t, ScalarType type, int64_t rows, int64_t least_width) {
+    return t.dim() == 2 && t.scalar_type() == type && t.size(0) == rows && t.size(1) >= least_width &&
+           (t.size(1) == 1 || t.stride(1) == 1);
+}
+
+std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>> next_tokens(
+    const Tensor& index, const Tensor& read_slot, const Tensor& write_slot, const Tensor& length, const Tensor& left,
+    const Tensor& prompt, const Tensor& ids, int64_t width) {
+    const bool fits = has_kernels(index) && is_column(index, ScalarType::Long) && width > 0 &&
+                      are_columns({&read_slot, &write_slot}, ScalarType::Int, index.size(0)) &&
+                      is_column(length, ScalarType::Int) &&
+                      are_columns({&left, &prompt}, ScalarType::Int, length.size(0)) &&
+                      is_table(ids, ScalarType::Long, length.size(0), width) && index.size(0) * width <= kMaxIndex;
+    if (!fits) return std::nullopt;
+    const int64_t sequences = index.size(0);
+    Tensor tokens = new_tensor(ids, {sequences, width}), outputs = new_tensor(ids, {sequences, width});
+    Tensor context_lens = new_tensor(read_slot, {sequences});
+    Tensor reads = new_tensor(read_slot, {sequences}), writes = new_tensor(read_slot, {sequences});
+    const NextTokens arguments{.index = data<int64_t>(index),
+                               .read_slot = data<int32_t>(read_slot),
+                               .write_slot = data<int32_t>(write_slot),
+                               .length = data<int32_t>(length),
+                               .left = data<int32_t>(left),
+                               .prompt = data<int32_t>(prompt),
+                               .ids = data<int64_t>(ids),
+                               .ids_stride = ids.stride(0),
+                               .tokens = data<int64_t>(tokens),
+                               .outputs = data<int64_t>(outputs),
+                               .context_lens = data<int32_t>(context_lens),
+                               .reads = data<int32_t>(reads),
+                               .writes = data<int32_t>(writes),
+                               .sequences = static_cast<int>(sequences),
+                               .width = static_cast<int>(width)};
+    const Launch launch(index);
+    check_launch(tokenspeed::next_tokens(arguments, launch.stream()), "next_tokens");
+    return std::make_tuple(tokens, outputs, context_lens, reads, writes);
+}
+
+std::optional<std::tuple<Tensor, Tensor>> paged_rows(const Tensor& index, const Tensor& first, const Tensor& pages,
+                                                     const Tensor& capacity, const Tensor& inv_freq, int64_t width,
+                                                     double rope_scale, int64_t rope_shift, int64_t page_size) {
+    const bool fits = has_kernels(index) && is_column(index, ScalarType::Long) && width > 0 && page_size > 0 &&
+                      page_size <= kMaxIndex && rope_shift >= -kMaxIndex && rope_shift <= kMaxIndex &&
+                      are_columns({&first}, ScalarType::Int, index.size(0)) && is_column(capacity, ScalarType::Int) &&
+                      is_table(pages, ScalarType::Int, capacity.size(0), 1) && pages.size(1) <= kMaxIndex &&
+                      is_column(inv_freq, ScalarType::Float) && inv_freq.size(0) > 0 &&
+                      index.size(0) * width * inv_freq.size(0) <= kMaxIndex;
+    if (!fits) return std::nullopt;
+    const int64_t rows = index.size(0) * width;
+    Tensor cos_sin = new_tensor(inv_freq, {rows, 2 * inv_freq.size(0)});
+    Tensor kv_slots = new_tensor(index, {rows});
+    const PagedRows arguments{.index = data<int64_t>(index),
+                              .first = data<int32_t>(first),
+                              .pages = data<int32_t>(pages),
+                              .pages_stride = pages.stride(0),
+                              .capacity = data<int32_t>(capacity),
+                              .inv_freq = data<float>(inv_freq),
+                              .cos_sin = data<float>(cos_sin),
+                              .kv_slots = data<int64_t>(kv_slots),
+                              .sequences = static_cast<int>(index.size(0)),
+                              .width = static_cast<int>(width),
+                              .table_width = static_cast<int>(pages.size(1)),
+                              .frequencies = static_cast<int>(inv_freq.size(0)),
+                              .rope_shift = static_cast<int>(rope_shift),
+                              .page_size = static_cast<int>(page_size),
+                              .rope_scale = static_cast<float>(rope_scale)};
+    const Launch launch(index);
+    check_launch(tokenspeed::paged_rows(arguments, launch.stream()), "paged_rows");
+    return std::make_tuple(cos_sin, kv_slots);
+}
+
+std::optional<Tensor> accept_tokens(const Tensor& chosen, const Tensor& tokens, const Tensor& outputs,
+                                    const Tensor& context_lens, const Tensor& index, const Tensor& min_tokens,
+                                    const Tensor& stops, const Tensor& length, const Tensor& left, const Tensor& ids) {
+    bool fits = has_kernels(chosen) && chosen.dim() == 2 && chosen.size(1) > 0 && chosen.size(1) <= kAcceptMaxTokens &&
+                chosen.size(0) <= kMaxIndex && is_column(index, ScalarType::Long) && index.size(0) == chosen.size(0) &&
+                are_columns({&context_lens}, ScalarType::Int, chosen.size(0)) && is_column(length, ScalarType::Int) &&
+                are_columns({&left, &min_tokens}, ScalarType::Int, length.size(0)) &&
+                is_table(stops, ScalarType::Long, length.size(0), 0) && stops.is_contiguous() &&
+                stops.size(1) <= kMaxIndex && is_table(ids, ScalarType::Long, length.size(0), 1);
+    for (const Tensor* t : {&chosen, &tokens, &outputs}) {
+        fits = fits && is_int64(*t) && t->is_contiguous() && has_shape(*t, {chosen.size(0), chosen.size(1)});
+    }
+    if (!fits) return std::nullopt;
+    Tensor counts = new_tensor(context_lens, {chosen.size(0)});
+    const AcceptTokens arguments{.chosen = data<int64_t>(chosen),
+                                 .tokens = data<int64_t>(tokens),
+                                 .outputs = data<int64_t>(outputs),
+                                 .context_lens = data<int32_t>(context_lens),
+                                 .index = data<int64_t>(index),
+                                 .min_tokens = data<int32_t>(min_tokens),
+                                 .stops = data<int64_t>(stops),
+                                 .length = data<int32_t>(length),
+                                 .left = data<int32_t>(left),
+                                 .ids = data<int64_t>(ids),
+                                 .ids_stride = ids.stride(0),
+                                 .counts = data<int32_t>(counts),
+                                 .sequences = static_cast<int>(chosen.size(0)),
+                                 .tokens_each = static_cast<int>(chosen.size(1)),
+                                 .stop_count = static_cast<int>(stops.size(1))};
+    const Launch launch(chosen);
+    check_launch(tokenspeed::accept_tokens(arguments, launch.stream()), "accept_tokens");
+    return counts;
+}
+
+}  // namespace
+
+TOKENSPEED_KERNELS(library) {
+    TOKENSPEED_KERNEL(library, next_tokens);
+    TOKENSPEED_KERNEL(library, paged_rows);
+    TOKENSPEED_KERNEL(library, accept_tokens);
+}
+
+}  // namespace tokenspeed::binding

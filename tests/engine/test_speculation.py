@@ -1,0 +1,165 @@
+"""Several tokens a step change no text: whatever is drafted, ids, logits and what the cache keeps are those of one
+token a step. Drafts are those of an MTP head or looked up; random models draft wrongly, the shipped one well."""
+
+from random import Random
+
+import mtp_oracle
+import pytest
+import torch
+from checkpoints import CPU, Shape
+from lab import TOLERANCE, Lab, shipped_tokenizer
+from lives import live
+from scenarios import SCENARIOS, text
+
+from tokenspeed.engine.checkpoint import SHIPPED
+from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.model.weights import load_weights
+
+
+def load(directory, mtp: bool = True) -> Qwen3_5:
+    model = Qwen3_5.empty(ModelConfig.from_directory(directory), torch.float32, CPU, mtp=mtp)
+    load_weights(model, directory, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Directories: a dense and a MoE model with a random head, and the shipped one."""
+    made = {"shipped": SHIPPED}
+    for name, shape in {"dense": Shape(), "moe": Shape(moe=True)}.items():
+        made[name] = mtp_oracle.write_checkpoint(tmp_path_factory.mktemp(name), shape, 5).directory
+    return made
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints):
+    return {name: load(directory) for name, directory in checkpoints.items()}
+
+
+ASKED = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0, "seed": 3},
+    "cut": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 4},
+    "several": {"temperature": 1.0, "n": 3, "seed": 5},
+    "presence": {"temperature": 0.7, "presence_penalty": 1.0, "seed": 6},
+    "frequency": {"temperature": 0.0, "frequency_penalty": 0.8},
+    "repetition": {"temperature": 0.9, "repetition_penalty": 1.3, "seed": 7},
+    "biased": {"temperature": 1.0, "logit_bias": {5: 3.0, 9: -100.0}, "seed": 8},
+    "allowed": {"temperature": 1.0, "allowed_token_ids": list(range(40, 90)), "seed": 9},
+    "late end": {"temperature": 1.0, "min_tokens": 23, "stop_token_ids": list(range(0, 300, 7)), "seed": 10},
+    "end": {"temperature": 1.0, "stop_token_ids": list(range(0, 300, 9)), "seed": 11},
+    "more ends than the device knows": {"temperature": 1.0, "stop_token_ids": list(range(1, 300, 5)), "seed": 12},
+    "scored": {"temperature": 1.0, "logprobs": 2, "prompt_logprobs": 1, "seed": 13},
+    "words": {"temperature": 1.0, "bad_words": ["the", "is", "call"], "seed": 14},
+    "text": {"temperature": 1.0, "stop": ["e", "12"], "include_stop_str_in_output": True, "seed": 15},
+}
+
+
+def prompt_of(name: str) -> list[int]:
+    if name == "shipped":
+        return shipped_tokenizer().encode("<|im_start|>user\nWhat is 12 plus 30?<|im_end|>\n<|im_start|>assistant\n")
+    return text(5, 70)
+
+
+def answers(model: Qwen3_5, name: str, **settings) -> tuple[list, Lab]:
+    """Everything that is said to every request of ASKED, all of them at once."""
+    lab, said = Lab(model, max_seqs=6, pages=96, slots=24, **settings), []
+    for params in ASKED.values():
+        talk = lab.submit(prompt_of(name), [], max_tokens=40, **params)
+        news = []
+        for generation in lab.engine._requests[talk.request.id]:
+            take = generation.sink
+            generation.sink = lambda update, take=take, news=news: (news.append(update), take(update))
+        said.append((talk, news))
+    lab.run()
+    return [
+        (
+            talk.outputs,
+            talk.reasons,
+            ["".join(u.text for u in news if u.index == i) for i in range(len(talk.outputs))],
+            [score.ids for u in news for score in u.scores],
+            [u.stop_reason for u in news if u.finish_reason],
+        )
+        for talk, news in said
+    ], lab
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "shipped"])
+def test_what_is_said_is_what_is_said_without_drafts(models, checkpoints, name):
+    plain, _ = answers(load(checkpoints[name], mtp=False), name)
+    for drafts in (1, 3, 7):
+        found, lab = answers(models[name], name, drafts=drafts)
+        for asked, ours, theirs in zip(ASKED, found, plain, strict=True):
+            assert ours == theirs, f"{asked}, {drafts} drafts"
+        fared = lab.engine.acceptance
+        assert fared.steps > 0 and len(fared.drafted) == drafts
+        assert name != "shipped" or fared.ids_a_step > 1.3, "the shipped model's drafts are worth something"
+    looked_up, lab = answers(load(checkpoints[name], mtp=False), name, drafts=3)
+    assert looked_up == plain and lab.engine.acceptance.steps > 0
+
+
+def test_drafts_are_looked_up_where_the_same_was_said_before(checkpoints):
+    lab = Lab(load(checkpoints["dense"], mtp=False), drafts=3)
+    talk = lab.ask(text(1, 20) * 3, [], max_tokens=60, logit_bias={7: 100.0})  # says nothing but 7
+    assert talk.outputs[0] == [7] * 60
+    assert lab.engine.acceptance.ids_a_step > 3.3
+    assert lab.scheduler.steps < 25
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_cached_logits_are_the_uncached_ones_drafts_included(models, scenario, drafts):
+    lab = scenario(models["dense"], drafts=drafts)
+    assert lab.difference() <= TOLERANCE and lab.compared_drafts > 0
+
+
+def test_random_lives_with_drafts(models):
+    for seed in range(8):
+        random = Random(seed)
+        settings = {
+            "pages": random.choice([8, 10, 14, 64]),
+            "slots": random.choice([1, 2, 3, 6, 24]),
+            "max_seqs": random.choice([3, 4, 6]),
+            "max_batch_tokens": random.choice([33, 64, 256]),
+            "drafts": random.choice([1, 3, 7]),
+            "grid_tokens": random.choice([0, 50]),
+        }
+        lab = Lab(models["dense" if seed % 4 else "shipped"], **settings)
+        live(lab, seed, turns=8)
+        assert lab.difference() <= TOLERANCE, f"seed {seed}: {settings}"
+        assert lab.compared_drafts > 0
+
+
+@pytest.mark.parametrize("offset", range(0, 64, 3))
+def test_a_resume_at_any_offset_drafts_what_a_cold_start_drafts(models, offset):
+    """The head's row of the first token after the prefix is its own, not that of whoever was there before."""
+    lab, shared = Lab(models["dense"], drafts=3), text(1, 64 + offset)
+    lab.ask(shared + text(2, 9), [len(shared)], max_tokens=6)
+    talk = lab.ask(shared + text(3, 11), [], max_tokens=12)
+    assert lab.admission(talk).match.state_tokens == len(shared)
+    assert lab.difference() <= TOLERANCE and lab.compared_drafts > 0
+
+
+def test_close_to_the_end_of_its_room_a_sequence_goes_on_token_by_token(models):
+    lab = Lab(models["shipped"], pages=2, slots=1, max_seqs=1, drafts=3)
+    prompt = prompt_of("shipped")
+    talk = lab.ask(prompt, [], max_tokens=None, ignore_eos=True)
+    assert len(talk.history()) == 128
+    alone = Lab(load(SHIPPED, mtp=False), pages=2, slots=1, max_seqs=1)
+    assert talk.outputs == alone.ask(prompt, [], max_tokens=None, ignore_eos=True).outputs
+
+
+def test_many_sequences_are_drafted_for_less_deeply(models):
+    limits = {"drafts": ((1, 3), (2, 1))}
+    lab = Lab(models["shipped"], drafts=3, limits=limits)
+    widths = []
+    forward = lab.runner.forward
+    lab.runner.forward = lambda step: (widths.append((len(step.decode), step.width)), forward(step))[1]
+    for i in range(3):
+        lab.submit([*prompt_of("shipped"), 40 + i], [], max_tokens=(10, 30, 60)[i], ignore_eos=True)
+    lab.run()
+    assert {width for rows, width in widths if rows == 3} == {1}
+    assert {width for rows, width in widths if rows == 2} == {1, 2}
+    assert {width for rows, width in widths if rows == 1} >= {4}
+    assert lab.difference() <= TOLERANCE

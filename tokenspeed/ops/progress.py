@@ -1,0 +1,115 @@
+"""A sequence's progress on the device: where the next tokens of a decode step stand, and how many of the ids that were
+chosen behind them count.
+
+The caller keeps, per sequence index 0 .. I - 1: length, the tokens consumed; ids, the id chosen last and behind it the
+drafts of the ids that may follow; left, the outputs it may still have; prompt, the tokens that are no outputs; pages,
+its page table, of which `capacity` tokens are there. So a step that merely goes on needs nothing from the host.
+"""
+
+import torch
+from torch import Tensor
+
+from .library import operator
+
+
+def _next_fake(index, read_slot, write_slot, length, left, prompt, ids, width):
+    tokens = ids.new_empty(len(index), width)
+    return tokens, torch.empty_like(tokens), *(torch.empty_like(read_slot) for _ in range(3))
+
+
+@operator(fake=_next_fake)
+def next_tokens(
+    index: Tensor,
+    read_slot: Tensor,
+    write_slot: Tensor,
+    length: Tensor,
+    left: Tensor,
+    prompt: Tensor,
+    ids: Tensor,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What each of B sequences consumes next: its last id and width - 1 drafts.
+
+    index: [B] int64; read_slot, write_slot: [B] int32, a negative write slot marks padding; length, left, prompt: [I]
+    int32; ids: [I, >= width] int64. Returns tokens [B, width] int64; outputs [B, width] int64, the number of the output
+    that is chosen behind each token, from 0; context_lens [B] int32, the tokens before; read and write slots [B] int32.
+    Padding, and a sequence with nothing left to say, have context -1 and slots -1.
+    """
+    going = (write_slot >= 0) & (left[index] > 0)
+    context = torch.where(going, length[index], -1)
+    steps = torch.arange(1, width + 1, device=index.device)
+    outputs = (context - prompt[index]).long()[:, None] + steps
+    return ids[index, :width], outputs, context, torch.where(going, read_slot, -1), torch.where(going, write_slot, -1)
+
+
+def _rows_fake(index, first, pages, capacity, inv_freq, width, rope_scale, rope_shift, page_size):
+    rows = len(index) * width
+    return inv_freq.new_empty(rows, 2 * len(inv_freq)), index.new_empty(rows)
+
+
+@operator(fake=_rows_fake)
+def paged_rows(
+    index: Tensor,
+    first: Tensor,
+    pages: Tensor,
+    capacity: Tensor,
+    inv_freq: Tensor,
+    width: int,
+    rope_scale: float,
+    rope_shift: int,
+    page_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Angles and places of `width` consecutive rows of each of B sequences.
+
+    index: [B] int64; first: [B] int32, the first of the rows, negative for padding; pages: [I, P] int32; capacity: [I]
+    int32, tokens that fit the pages a sequence has; inv_freq: [R / 2] fp32; rope_scale: of cosines and sines;
+    rope_shift: added to a row for its position. Returns cos_sin [B width, R] fp32, as `rope` takes it, and kv_slots
+    [B width] int64, as `write_kv` takes them: -1 for padding and for rows beyond the capacity.
+    """
+    row = first.long()[:, None] + torch.arange(width, device=index.device)
+    stored = (first >= 0)[:, None] & (row < capacity[index][:, None])
+    place = torch.where(stored, row, 0)
+    page = pages[index[:, None], place // page_size]
+    kv_slots = torch.where(stored, page * page_size + place % page_size, -1)
+    angles = (row.clamp(min=0) + rope_shift).flatten()[:, None] * inv_freq
+    return torch.cat([angles.cos(), angles.sin()], dim=1) * rope_scale, kv_slots.flatten()
+
+
+@operator(
+    fake=lambda chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids: torch.empty_like(
+        context_lens
+    ),
+    mutates=("length", "left", "ids"),
+)
+def accept_tokens(
+    chosen: Tensor,
+    tokens: Tensor,
+    outputs: Tensor,
+    context_lens: Tensor,
+    index: Tensor,
+    min_tokens: Tensor,
+    stops: Tensor,
+    length: Tensor,
+    left: Tensor,
+    ids: Tensor,
+) -> Tensor:
+    """Verify drafts: the ids chosen behind drafts that were chosen themselves count, up to an end.
+
+    chosen: [B, T] int64, the id chosen behind each of tokens [B, T] int64, of which the first is certain and the others
+    are drafts; outputs, context_lens: as from `next_tokens`; index: [B] int64, of different sequences; min_tokens: [I]
+    int32, outputs before which nothing ends; stops: [I, S] int64, ids that end a sequence, -1 for none. Returns how
+    many of the chosen ids count, [B] int32: 0 for context -1, else 1 and one more for each draft that is the id chosen
+    before it, no further than a stop and than what is left. Sequences that ended have nothing left from then on.
+    Mutates length (the context and the count), left and column 0 of ids (the last id that counts) at index.
+    """
+    agreed = (chosen[:, :-1] == tokens[:, 1:]).int().cumprod(1).sum(1)
+    ends = (chosen[:, :, None] == stops[index][:, None]).any(-1) & (outputs + 1 >= min_tokens[index][:, None])
+    before_end = (ends.int().cumsum(1) == 0).sum(1)
+    count = torch.minimum(torch.minimum(agreed, before_end) + 1, left[index]).masked_fill_(context_lens < 0, 0).int()
+    last = (count.long() - 1).clamp_(min=0)[:, None]
+    ended = ends.gather(1, last)[:, 0] & (count > 0)
+    going = context_lens >= 0
+    length[index] = torch.where(going, context_lens + count, length[index])
+    left[index] = (left[index] - count).masked_fill_(ended, 0)
+    ids[index, 0] = torch.where(going, chosen.gather(1, last)[:, 0], ids[index, 0])
+    return count
