@@ -131,7 +131,7 @@ def pinned(mean: float) -> Callable:
     pattern, step = torch.tensor(counts, dtype=torch.int32, device=CUDA), torch.zeros(1, dtype=torch.int64, device=CUDA)
 
     def accept(chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids) -> Tensor:
-        count = pattern[step % len(counts)].expand_as(context_lens).clone()
+        count = pattern[step % len(counts)].expand_as(context_lens).clamp(max=chosen.shape[1])
         step.add_(1)
         count.masked_fill_(context_lens < 0, 0)
         length[index] = torch.where(context_lens < 0, length[index], context_lens + count)

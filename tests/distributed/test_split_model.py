@@ -113,7 +113,7 @@ def test_a_rank_alone_says_so_and_does_its_own_work(checkpoints):
     assert "ALONE" in alone.describe() and "no-op" in alone.describe()
     assert "ALONE" not in ONE_RANK.describe()
     model = models.load(directory, alone)
-    runner = Runner(model, Memory(MemoryLayout(model.share, torch.float32), 5, 4, models.CPU))
-    for step in models.steps(models.VOCAB):
-        logits = runner.forward(step)
+    runner = models.new_runner(model)
+    for decode, prefill in models.steps(models.VOCAB):
+        logits = forward(runner, decode, prefill).logits
         assert logits.shape[1] == models.VOCAB // 4 and logits.isfinite().all()

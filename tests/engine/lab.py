@@ -315,7 +315,8 @@ class Lab:
                 own = [i for i, s in enumerate(step.samples) if i < decoding or step.rows[s.row].index == s.index]
                 batch, logits = drafts[0]
                 for i, row, found in zip(own, batch.decode.context_lens.tolist(), logits, strict=True):
-                    if row >= 0:
+                    # Without a page for it, its row is nowhere, and the draft is worth nothing.
+                    if 0 <= row < runner.tables.capacity[step.samples[i].index]:
                         self._draft_logits.setdefault(samples[i].id, {})[row] = found
             if step.decode:
                 _, sequences, starts, logits = self._verified.pop(id(step))

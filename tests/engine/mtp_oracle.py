@@ -137,10 +137,10 @@ def split_experts(weights: Weights) -> Weights:
     return out
 
 
-def write_checkpoint(directory: Path, shape: Shape, tokens: int, experts_fused: bool = True) -> "Case":
+def write_checkpoint(directory: Path, shape: Shape, tokens: int, experts_fused: bool = True, **overrides) -> "Case":
     """A random checkpoint with a random head, the first of a fixed series without a near-tie: the trunk as
-    `transformers` writes it."""
-    trunk, ids, logits = oracle_without_ties(shape, tokens)
+    `transformers` writes it. overrides: of its configuration."""
+    trunk, ids, logits = oracle_without_ties(shape, tokens, **overrides)
     trunk.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
     (directory / "config.json").write_text(json.dumps(config))

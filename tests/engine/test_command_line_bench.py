@@ -46,7 +46,7 @@ def test_a_shared_prefix_is_computed_once(capsys):
 
 
 def test_the_clock_counts_from_submission_to_each_token(monkeypatch):
-    llm = LLM(progress=False, max_num_seqs=2)
+    llm = LLM(progress=False, max_num_seqs=2, draft_tokens=0)
     now = [0.0]
     monkeypatch.setattr("tokenspeed.engine.commands.measure.time.perf_counter", lambda: now[0])
     step = llm.engine.step

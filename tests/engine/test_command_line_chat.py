@@ -21,7 +21,7 @@ TOOLS = [{"type": "function", "function": CALC}]
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(progress=False, max_num_seqs=2, validate=True)
+    return LLM(progress=False, max_num_seqs=2, validate=True, draft_tokens=0)  # a token an update
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ends", [(), ENDS], ids=["length", "end token"])
-def test_a_linear_turn_computes_its_new_tokens_and_one_more_after_a_length_stop(model, ends):
+def test_a_linear_turn_computes_its_new_tokens_and_the_last_of_the_answer(model, ends):
     lab = Lab(model)
     history = lab.ask(text(1, 90), max_tokens=60, stop_token_ids=ends, temperature=1.0).history()
     for turn in range(3):
         stopped = lab.talks[-1].reasons[0] == "stop"
         assert stopped == bool(ends)
         talk = lab.ask(history + text(10 + turn, 17), max_tokens=60, stop_token_ids=ends, temperature=1.0)
-        assert lab.tokens_computed(talk) == 17 + (not stopped)
+        assert lab.tokens_computed(talk) == 17 + 1
         history = talk.history()
 
 

@@ -28,7 +28,8 @@ def checkpoints(tmp_path_factory):
     """Directories: a dense and a MoE model with a random head, and the shipped one."""
     made = {"shipped": SHIPPED}
     for name, shape in {"dense": Shape(), "moe": Shape(moe=True)}.items():
-        made[name] = mtp_oracle.write_checkpoint(tmp_path_factory.mktemp(name), shape, 5).directory
+        # Norms that never divide by nearly nothing keep rounding far below the tolerance.
+        made[name] = mtp_oracle.write_checkpoint(tmp_path_factory.mktemp(name), shape, 5, rms_norm_eps=1e-3).directory
     return made
 
 

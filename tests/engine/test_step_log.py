@@ -20,7 +20,7 @@ from tokenspeed.engine.step_log import Record, StepLog, hash_logits, read_log, r
 def log(tmp_path_factory):
     """Of a run in which little memory makes sequences give way to each other."""
     path = tmp_path_factory.mktemp("log") / "steps.jsonl"
-    llm = LLM(progress=False, threads=1, max_num_seqs=6, max_batch_tokens=64, kv_pages=7, state_slots=8, validate=True)
+    llm = LLM(progress=False, threads=1, max_num_seqs=6, max_batch_tokens=64, kv_pages=6, state_slots=8, validate=True)
     written = StepLog(path, llm.engine, "tiny_agent")
     common = {"max_tokens": 24, "ignore_eos": True, "temperature": 1.1}
     params = [
@@ -99,6 +99,9 @@ def test_the_hash_is_of_the_bits_whatever_the_type_and_the_strides():
     assert hash_logits(torch.tensor([0.0])) != hash_logits(torch.tensor([-0.0]))
 
 
+PLACED = '{"pages": [%s], "prefill": [[[9], 0, 0, %d, 5]]}'  # one row of index 5
+
+
 @pytest.mark.parametrize(
     ("number", "line", "words"),
     [
@@ -112,11 +115,17 @@ def test_the_hash_is_of_the_bits_whatever_the_type_and_the_strides():
         (2, '{"step": {"decode": [[[], 0]]}, "edits": [], "logits": ""}', ["line 2", "decode"]),
         (3, '{"step": {"begins": [[0, 1, 0, 1, 0, "seed"]]}, "edits": [], "logits": ""}', ["line 3", "begins"]),
         (3, '{"step": {}, "edits": [], "logits": ""}', ["line 3", "no rows"]),
-        (3, '{"step": {"decode": [[[], 0, [0], 0, 0, 6]]}, "edits": [], "logits": ""}', ["line 3", "index 6"]),
-        (3, '{"step": {"decode": [[[999], 0, [0], 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "999", "640"]),
-        (3, '{"step": {"decode": [[[9], 9999, [0], 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "10000"]),
-        (3, '{"step": {"decode": [[[9], 0, [77], 0, 0, 5]]}, "edits": [], "logits": ""}', ["line 3", "out of range"]),
-        (3, '{"step": {"decode": [[[9], 0, [0], 0, 9, 5]]}, "edits": [], "logits": ""}', ["line 3", "out of range"]),
+        (3, '{"step": {"decode": [[6, 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "index 6"]),
+        (3, '{"step": {"prefill": [[[999], 0, 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "999", "640"]),
+        (3, '{"step": {"prefill": [[[9], 9999, 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "10000"]),
+        (
+            3,
+            '{"step": {"decode": [[5, 0, 0]], "width": 9}, "edits": [], "logits": ""}',
+            ["width 9", "3 drafts"],
+        ),
+        (3, f'{{"step": {PLACED % ("[5, 99, [0]]", 0)}, "edits": [], "logits": ""}}', ["line 3", "pages 99 to 100"]),
+        (3, f'{{"step": {PLACED % ("[5, 0, [77]]", 0)}, "edits": [], "logits": ""}}', ["line 3", "out of range"]),
+        (3, f'{{"step": {PLACED % ("[5, 0, [0]]", 9)}, "edits": [], "logits": ""}}', ["line 3", "out of range"]),
     ],
 )
 def test_what_is_no_log_is_refused_with_the_line(log, tmp_path, number, line, words):

@@ -12,7 +12,7 @@ from .config import PAGE_TOKENS
 from .memory import Memory
 from .step import Begin, DecodeRow, NewPages, Step
 
-STOPS = 16  # ids that end a sequence that the device knows; others are found by the host, a step later
+STOPS = 32  # ids that end a sequence that the device knows; others are found by the host, a step later
 
 
 @dataclass(frozen=True, slots=True)
