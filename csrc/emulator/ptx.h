@@ -259,6 +259,16 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 // ---- arithmetic
 
+inline uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t nibble = selector >> (4 * i) & 15;
+        const auto byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7))) & 255;
+        result |= (nibble < 8 ? byte : byte < 128 ? 0u : 255u) << (8 * i);
+    }
+    return result;
+}
 inline float exp2_approximate(float x) {
     return std::exp2(x);
 }

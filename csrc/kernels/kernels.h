@@ -11,6 +11,8 @@
 
 namespace tokenspeed {
 
+constexpr int kScaleBlock = 128;  // rows and columns of an e4m3 weight under one scale; columns of a row of activations
+
 // ---- rms_norm.cu: x [rows, width], weight [width], out [rows, width] contiguous; width a multiple of 8, at most
 // kRmsNormMaxWidth.
 constexpr int kRmsNormMaxWidth = 8192;
@@ -122,15 +124,18 @@ bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& arguments);
 cudaError_t gated_delta_rule_decode(GatedDeltaRuleDecode arguments, cudaStream_t stream);
 
 // ---- linear.cu: out = x weight^T; x [rows, inputs] by row stride, weight [outputs, inputs] contiguous, out
-// [rows, outputs] by row stride; inputs a multiple of 32. More rows than kLinearMaxRows are a job for cuBLAS.
+// [rows, outputs] by row stride; inputs a multiple of 32. More rows than kLinearMaxRows are a job for cuBLAS. With a
+// scale, [ceil(outputs / 128), ceil(inputs / 128)] contiguous of any alignment, weights are e4m3 and each block of
+// 128 x 128 is multiplied by its scale.
 constexpr int kLinearMaxRows = 16;
 struct Linear {
     const __nv_bfloat16* x;
     int64_t x_stride;
-    const __nv_bfloat16* weight;
+    const void* weight;  // bf16, or e4m3 with a scale
     __nv_bfloat16* out;  // any alignment
     int64_t out_stride;
     int rows, outputs, inputs;
+    const float* scale = nullptr;
     // add_rms_norm_linear: x + residual is the sum, its norm the operand; all [rows, inputs] contiguous.
     const __nv_bfloat16* residual = nullptr;
     const __nv_bfloat16* norm_weight = nullptr;
@@ -251,7 +256,9 @@ int paged_attention_prefill_parts(const PagedAttention& arguments, int64_t token
 cudaError_t paged_attention_prefill(PagedAttentionPrefill arguments, cudaStream_t stream);
 
 // ---- moe_experts_decode.cu and moe_experts_prefill.cu: see the operator moe_experts; hidden and width multiples
-// of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any number.
+// of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any number. With scales, of any
+// alignment, weights are e4m3, hidden and width multiples of 128, and each block of 128 x 128 is multiplied by its
+// scale.
 constexpr int kMoeDecodeTokens = 64;
 struct MoeExperts {
     const __nv_bfloat16* x;  // [tokens, hidden] by row stride
@@ -260,12 +267,14 @@ struct MoeExperts {
     const int32_t* chosen;         // [tokens, top_k], the expert of each choice
     const int32_t* order;          // [tokens top_k], any alignment, as offsets, chosen and weights
     const int32_t* offsets;        // [experts + 1]
-    const __nv_bfloat16* gate_up;  // [experts, 2 width, hidden]
-    const __nv_bfloat16* down;     // [experts, hidden, width]
+    const void* gate_up;           // [experts, 2 width, hidden] bf16, or e4m3 with scales
+    const void* down;              // [experts, hidden, width]
     __nv_bfloat16* out;            // [tokens, hidden]
     uint8_t* workspace;            // of moe_experts_..._workspace bytes, any content
     int tokens, experts, top_k, hidden, width;
     int first_expert;  // choices of experts outside first_expert .. first_expert + experts add nothing
+    const float* gate_up_scale = nullptr;  // [experts, 2 width / 128, hidden / 128]
+    const float* down_scale = nullptr;     // [experts, hidden / 128, width / 128]
 };
 bool moe_experts_decode_supported(const MoeExperts& arguments);
 size_t moe_experts_decode_workspace(const MoeExperts& arguments);

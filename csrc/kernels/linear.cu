@@ -32,39 +32,58 @@
 #include <reduce.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "bf16x8.h"
+#include "fp8.h"
 #include "kernels.h"
 
 namespace tokenspeed {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kSlab = 512;  // columns
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kColumns = kSlab / kWarps;      // of a slab, per warp
-constexpr int kPiece = kTileRows * kColumns;  // elements that a warp copies of a slab
-constexpr int kChunk = 8;                     // elements in 16 bytes
-constexpr int kChunks = kColumns / kChunk;    // in a row of a piece
-constexpr int kRowsAtOnce = 32 / kChunks;     // that a warp's copy instruction covers
-constexpr int kSumPitch = kTileRows + 4;      // floats; distinct banks for the four lanes that hold one row's sums
-constexpr int kMaxClusterTiles = 12;          // tiles a cluster may own: what its exchange buffer holds
+constexpr int kRowBytes = 128;  // of weights, of a piece: what a warp copies of a slab
+constexpr int kPieceBytes = kTileRows * kRowBytes;
+constexpr int kChunk = 8;                  // elements of x in 16 bytes
+constexpr int kChunks = kRowBytes / 16;    // of 16 bytes, in a row of a piece
+constexpr int kRowsAtOnce = 32 / kChunks;  // that a warp's copy instruction covers
+constexpr int kSumPitch = kTileRows + 4;   // floats; distinct banks for the four lanes that hold one row's sums
+constexpr int kMaxClusterTiles = 12;       // tiles a cluster may own: what its exchange buffer holds
+
+// What the type of weights decides: bf16, or E4m3 with a scale for every block of 128 x 128.
+template <typename Weight>
+struct Format {
+    static constexpr bool kScaled = std::is_same_v<Weight, E4m3>;
+    static constexpr int kColumns = kRowBytes / static_cast<int>(sizeof(Weight));  // of a slab, per warp
+    static constexpr int kSlab = kWarps * kColumns;                                // columns: 512 or 1024
+    static constexpr int kXChunks = 2 / static_cast<int>(sizeof(Weight));  // 16 bytes of x that meet 16 of a row
+    // Elements after a row of the staged operand: the eight lanes of a read, of two rows, meet each bank once.
+    static constexpr int kOperandPad = kScaled ? 8 : 32;
+
+    // The first column of x chunk i of this lane, from the slab's first.
+    __device__ static int x_column(int i) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        return warp * kColumns + i / kXChunks * (kColumns / 2) + (lane % 4 * kXChunks + i % kXChunks) * kChunk;
+    }
+};
+static_assert(Format<E4m3>::kColumns == kScaleBlock && kScaleBlock % kTileRows == 0, "one scale a piece");
 
 // How x becomes the operand: loaded as it is, a slab ahead; or staged in shared memory before the first tile: copied,
 // by silu_mul, or by the residual sum and its norm.
 enum class Operand { kLoaded, kCopied, kSiluMul, kAddNorm };
 
-template <int kRows, bool kStaged>
+template <typename Weight, int kRows, bool kStaged>
 struct Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
     static constexpr int kStages = kRows == 1 ? 6 : kRows == 8 ? kStaged ? 4 : 6 : 5;
-    __nv_bfloat16 ring[kWarps][kStages][kPiece];
+    uint8_t ring[kWarps][kStages][kPieceBytes];
+    float scales[kWarps][Format<Weight>::kScaled ? kStages : 1];
     float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
     float squares[kWarps];
     // The staged operand follows: [rows][columns of this block, in whole slabs, + kOperandPad].
 };
-constexpr int kOperandPad = 32;                  // elements; rows of x on each other's other half of the banks
 constexpr int kHalfMultiprocessor = 113 * 1024;  // bytes of shared memory, less what the system takes of them
 
 // A walk over a block's pieces: for every unit of kTiles tiles, for every slab, the tiles of the unit.
@@ -79,16 +98,18 @@ struct Walk {
     }
 };
 
-// Where 16-byte chunk `chunk` of row `row` of a piece lies.
+// Where 16-byte chunk `chunk` of row `row` of a piece lies, in bytes.
 __device__ __forceinline__ int place(int row, int chunk) {
-    return row * kColumns + (chunk ^ (row % 2 * (kChunks / 2))) * kChunk;
+    return row * kRowBytes + (chunk ^ (row % 2 * (kChunks / 2))) * 16;
 }
 
 // Starts the copies of this warp's piece of a slab; zeros where the matrix ends.
-__device__ __forceinline__ void copy_piece(__nv_bfloat16* piece, const __nv_bfloat16* weight, int tile, int slab,
-                                           int outputs, int inputs) {
+template <typename Weight>
+__device__ __forceinline__ void copy_piece(uint8_t* piece, const Weight* weight, int tile, int slab, int outputs,
+                                           int inputs) {
+    using F = Format<Weight>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunk = lane % kChunks, column = slab * kSlab + warp * kColumns + chunk * kChunk;
+    const int chunk = lane % kChunks, column = slab * F::kSlab + warp * F::kColumns + chunk * (F::kColumns / kChunks);
 #pragma unroll
     for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
         const int row = i * kRowsAtOnce + lane / kChunks, output = tile * kTileRows + row;
@@ -98,35 +119,44 @@ __device__ __forceinline__ void copy_piece(__nv_bfloat16* piece, const __nv_bflo
     }
 }
 
-// This lane's columns of x for a slab: rows lane / 4 (+ 8), chunk lane % 4 of each half of the warp's columns.
-template <int kGroups>
-__device__ __forceinline__ void load_x(uint4 (&values)[2][kGroups], const __nv_bfloat16* x, int64_t x_stride, int slab,
-                                       int rows, int inputs) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int column = slab * kSlab + warp * kColumns + lane % 4 * kChunk;
+// The same of the piece's scale; zero where the matrix ends.
+__device__ __forceinline__ void copy_scale(float* to, const float* scale, int tile, int slab, int outputs, int inputs) {
+    const int blocks = (inputs + kScaleBlock - 1) / kScaleBlock,
+              block = slab * kWarps + static_cast<int>(threadIdx.x) / 32;
+    const int row = tile * kTileRows;
+    const bool inside = row < outputs && block < blocks;
+    const float* source = inside ? scale + int64_t{row / kScaleBlock} * blocks + block : scale;
+    if (threadIdx.x % 32 == 0) ptx::cp_async<4>(to, source, inside ? 4 : 0);
+}
+
+// This lane's columns of x for a slab, of rows lane / 4 (+ 8).
+template <typename Weight, int kGroups>
+__device__ __forceinline__ void load_x(uint4 (&values)[2 * Format<Weight>::kXChunks][kGroups], const __nv_bfloat16* x,
+                                       int64_t x_stride, int slab, int rows, int inputs) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 2 * Format<Weight>::kXChunks; ++i) {
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
-            const int row = n * 8 + lane / 4, from = column + half * (kColumns / 2);
-            values[half][n] = uint4{};
+            const int row = n * 8 + lane / 4, from = slab * Format<Weight>::kSlab + Format<Weight>::x_column(i);
+            values[i][n] = uint4{};
             // Not the read-only path: the kernel before may write x while this one already runs.
-            if (row < rows && from < inputs)
-                values[half][n] = *reinterpret_cast<const uint4*>(x + row * x_stride + from);
+            if (row < rows && from < inputs) values[i][n] = *reinterpret_cast<const uint4*>(x + row * x_stride + from);
         }
     }
 }
 
 // Asks for the pieces after those in the ring, a whole slab a warp, so that they stand in L2 when the ring gets there.
-template <int kTiles>
-__device__ __forceinline__ void prefetch_pieces(Walk<kTiles> at, const __nv_bfloat16* weight, int units, int outputs,
+template <typename Weight, int kTiles>
+__device__ __forceinline__ void prefetch_pieces(Walk<kTiles> at, const Weight* weight, int units, int outputs,
                                                 int inputs) {
+    constexpr int kSlab = Format<Weight>::kSlab;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = 0; i < warp; ++i) at.next();
     const int output = (at.unit * kTiles + at.sub) * kTileRows + lane;
     if (at.unit < units && lane < kTileRows && output < outputs) {
         ptx::bulk_prefetch_l2(weight + static_cast<int64_t>(output) * inputs + at.slab * kSlab,
-                              min(kSlab, inputs - at.slab * kSlab) * 2);
+                              min(kSlab, inputs - at.slab * kSlab) * sizeof(Weight));
     }
 }
 
@@ -214,32 +244,90 @@ __device__ __forceinline__ void stage_add_norm(__nv_bfloat16* operand, int pitch
     }
 }
 
+// sum += the piece's 16 rows times this lane's columns of x, in two chains of mma, so that one hides the other's
+// latency.
+template <int kGroups>
+__device__ __forceinline__ void multiply_piece(float (&sum)[kGroups][2][4], const uint8_t* piece,
+                                               const uint4 (&x)[2][kGroups]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int chunk = half * (kChunks / 2) + lane % 4;
+        const uint4 upper = *reinterpret_cast<const uint4*>(piece + place(lane / 4, chunk));
+        const uint4 lower = *reinterpret_cast<const uint4*>(piece + place(lane / 4 + 8, chunk));
+        const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+        const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) {
+            ptx::mma_m16n8k16<__nv_bfloat16>(sum[n][0], first, x[half][n].x, x[half][n].y);
+            ptx::mma_m16n8k16<__nv_bfloat16>(sum[n][1], second, x[half][n].z, x[half][n].w);
+        }
+    }
+}
+
+// The same of a piece of e4m3, whose sums take its scale: 16 weights a lane and chunk, four to an mma.
+template <int kGroups>
+__device__ __forceinline__ void multiply_piece(float (&sum)[kGroups][1][4], const uint8_t* piece, float scale,
+                                               const uint4 (&x)[4][kGroups]) {
+    const int lane = threadIdx.x % 32;
+    float unscaled[kGroups][2][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int chunk = half * (kChunks / 2) + lane % 4;
+        const uint4 upper = *reinterpret_cast<const uint4*>(piece + place(lane / 4, chunk));
+        const uint4 lower = *reinterpret_cast<const uint4*>(piece + place(lane / 4 + 8, chunk));
+        const uint32_t of_upper[4] = {upper.x, upper.y, upper.z, upper.w};
+        const uint32_t of_lower[4] = {lower.x, lower.y, lower.z, lower.w};
+#pragma unroll
+        for (int four = 0; four < 4; ++four) {
+            uint32_t a[4];
+            unpack_e4m3(of_upper[four], a[0], a[2]);
+            unpack_e4m3(of_lower[four], a[1], a[3]);
+#pragma unroll
+            for (int n = 0; n < kGroups; ++n) {
+                const uint4 values = x[half * 2 + four / 2][n];
+                ptx::mma_m16n8k16<__nv_bfloat16>(unscaled[n][four % 2], a, four % 2 ? values.z : values.x,
+                                                 four % 2 ? values.w : values.y);
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[n][0][i] += scale * (unscaled[n][0][i] + unscaled[n][1][i]);
+    }
+}
+
 // kTiles tiles share the loads of x.
-template <int kRows, int kTiles, bool kSplit, Operand kOperand>
+template <typename Weight, int kRows, int kTiles, bool kSplit, Operand kOperand>
 __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
+    using F = Format<Weight>;
     constexpr bool kStaged = kOperand != Operand::kLoaded;
     constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
-    constexpr int kStages = Storage<kRows, kStaged>::kStages;
+    constexpr int kSlab = F::kSlab, kXChunks = 2 * F::kXChunks, kChains = F::kScaled ? 1 : 2;
+    constexpr int kStages = Storage<Weight, kRows, kStaged>::kStages;
     constexpr int kDistance =
         kRows <= 8 ? 2 : 1;  // slabs that x is ahead: its latency under load is longer than a slab
     static_assert(kTiles <= 2, "each tile of a unit needs a buffer of partial sums");
     DYNAMIC_SHARED(shared);
-    auto& storage = *reinterpret_cast<Storage<kRows, kStaged>*>(shared);
+    auto& storage = *reinterpret_cast<Storage<Weight, kRows, kStaged>*>(shared);
     auto* operand = reinterpret_cast<__nv_bfloat16*>(&storage + 1);
-    const __nv_bfloat16* weight = p.weight;
+    const auto* weight = static_cast<const Weight*>(p.weight);
     const int rows = p.rows, outputs = p.outputs, inputs = p.inputs;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int slabs = (inputs + kSlab - 1) / kSlab, tiles = (outputs + kTileRows - 1) / kTileRows;
     const int units = (tiles + kTiles - 1) / kTiles, first_unit = blockIdx.y, stride = gridDim.y;
     const int rank = kSplit ? blockIdx.x : 0, ranks = kSplit ? gridDim.x : 1;
     const int first_slab = slabs * rank / ranks, last_slab = slabs * (rank + 1) / ranks;
-    const int pitch = (last_slab - first_slab) * kSlab + kOperandPad;
+    const int pitch = (last_slab - first_slab) * kSlab + F::kOperandPad;
     if (kSplit) ptx::cluster_arrive();  // the peers may write into this block's exchange buffer from now on
 
     Walk<kTiles> ahead = {first_unit, first_slab, 0, first_slab, last_slab, stride};
     const auto copy_next = [&](int stage) {
         if (ahead.unit < units) {
-            copy_piece(storage.ring[warp][stage], weight, ahead.unit * kTiles + ahead.sub, ahead.slab, outputs, inputs);
+            const int tile = ahead.unit * kTiles + ahead.sub;
+            copy_piece(storage.ring[warp][stage], weight, tile, ahead.slab, outputs, inputs);
+            if (F::kScaled) copy_scale(&storage.scales[warp][stage], p.scale, tile, ahead.slab, outputs, inputs);
         }
         ptx::cp_async_commit();  // an empty group at the end keeps the count
         ahead.next();
@@ -249,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
     prefetch_pieces(ahead, weight, units, outputs, inputs);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    uint4 values[2][kGroups], coming[kDistance][2][kGroups];
+    uint4 values[kXChunks][kGroups], coming[kDistance][kXChunks][kGroups];
     if constexpr (kStaged) {
         const int first = first_slab * kSlab, last = last_slab * kSlab;
         if constexpr (kOperand == Operand::kCopied) stage_copy<kRows>(operand, pitch, p, first, last);
@@ -261,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
     } else {
 #pragma unroll
         for (int i = 0; i < kDistance; ++i) {
-            load_x(coming[i], p.x, p.x_stride, first_slab + i % (last_slab - first_slab), rows, inputs);
+            load_x<Weight>(coming[i], p.x, p.x_stride, first_slab + i % (last_slab - first_slab), rows, inputs);
         }
     }
     if (kSplit) ptx::cluster_wait();
@@ -281,48 +369,38 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
     };
     int stage = 0, turn = 0;
     for (int unit = first_unit; unit < units; unit += stride, ++turn) {
-        float sum[kTiles][kGroups][2][4] = {};  // two chains of mma, so that one hides the other's latency
+        float sum[kTiles][kGroups][kChains][4] = {};
         for (int slab = first_slab; slab < last_slab; ++slab) {
             if constexpr (kStaged) {
-                const __nv_bfloat16* mine =
-                    operand + lane / 4 * pitch + (slab - first_slab) * kSlab + warp * kColumns + lane % 4 * kChunk;
+                const __nv_bfloat16* mine = operand + lane / 4 * pitch + (slab - first_slab) * kSlab;
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    values[half][0] =
-                        lane / 4 < rows ? *reinterpret_cast<const uint4*>(mine + half * (kColumns / 2)) : uint4{};
+                for (int i = 0; i < kXChunks; ++i) {
+                    values[i][0] = lane / 4 < rows ? *reinterpret_cast<const uint4*>(mine + F::x_column(i)) : uint4{};
                 }
             } else {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int i = 0; i < kXChunks; ++i) {
 #pragma unroll
                     for (int n = 0; n < kGroups; ++n) {
-                        values[half][n] = coming[0][half][n];
-                        if (kDistance > 1) coming[0][half][n] = coming[kDistance - 1][half][n];
+                        values[i][n] = coming[0][i][n];
+                        if (kDistance > 1) coming[0][i][n] = coming[kDistance - 1][i][n];
                     }
                 }
                 const int later = slab + kDistance;
-                load_x(coming[kDistance - 1], p.x, p.x_stride,
-                       later < last_slab ? later : first_slab + (later - last_slab) % (last_slab - first_slab), rows,
-                       inputs);
+                load_x<Weight>(coming[kDistance - 1], p.x, p.x_stride,
+                               later < last_slab ? later : first_slab + (later - last_slab) % (last_slab - first_slab),
+                               rows, inputs);
             }
 #pragma unroll
             for (int sub = 0; sub < kTiles; ++sub) {
                 ptx::cp_async_wait<kStages - 2>();
                 __syncwarp();  // every lane's copies are here, and every lane is done with the stage before
                 copy_next(stage == 0 ? kStages - 1 : stage - 1);
-                const __nv_bfloat16* piece = storage.ring[warp][stage];
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int chunk = half * (kChunks / 2) + lane % 4;
-                    const uint4 upper = *reinterpret_cast<const uint4*>(piece + place(lane / 4, chunk));
-                    const uint4 lower = *reinterpret_cast<const uint4*>(piece + place(lane / 4 + 8, chunk));
-                    const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
-                    const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
-#pragma unroll
-                    for (int n = 0; n < kGroups; ++n) {
-                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[sub][n][0], first, values[half][n].x, values[half][n].y);
-                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[sub][n][1], second, values[half][n].z, values[half][n].w);
-                    }
+                const uint8_t* piece = storage.ring[warp][stage];
+                if constexpr (F::kScaled) {
+                    multiply_piece(sum[sub], piece, storage.scales[warp][stage], values);
+                } else {
+                    multiply_piece(sum[sub], piece, values);
                 }
                 if (++stage == kStages) stage = 0;
             }
@@ -338,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
                 for (int i = 0; i < 4; ++i) {
                     if (kRows == 1 && lane % 4 * 2 + i % 2 > 0) continue;  // the other seven rows are not there
                     mine[(n * 8 + lane % 4 * 2 + i % 2) * kSumPitch + lane / 4 + i / 2 * 8] =
-                        sum[sub][n][0][i] + sum[sub][n][1][i];
+                        sum[sub][n][0][i] + (kChains > 1 ? sum[sub][n][kChains - 1][i] : 0.0f);
                 }
             }
         }
@@ -403,26 +481,27 @@ struct Plan {
     size_t shared_bytes;
 };
 
-template <int kRows, int kTiles, bool kStaged>
+template <typename Weight, int kRows, int kTiles, bool kStaged>
 Plan plan(const Linear& p) {
-    const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + kSlab - 1) / kSlab;
+    using F = Format<Weight>;
+    const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + F::kSlab - 1) / F::kSlab;
     const Partition shares = partition((tiles + kTiles - 1) / kTiles, kTiles, slabs);
     const int most = (slabs + shares.ranks - 1) / shares.ranks;
-    const size_t operand = kStaged ? size_t(p.rows) * (most * kSlab + kOperandPad) * sizeof(__nv_bfloat16) : 0;
-    return {shares, sizeof(Storage<kRows, kStaged>) + operand};
+    const size_t operand = kStaged ? size_t(p.rows) * (most * F::kSlab + F::kOperandPad) * sizeof(__nv_bfloat16) : 0;
+    return {shares, sizeof(Storage<Weight, kRows, kStaged>) + operand};
 }
 
-template <int kRows, int kTiles, Operand kOperand>
+template <typename Weight, int kRows, int kTiles, Operand kOperand>
 cudaError_t launch_rows(const Linear& p, cudaStream_t stream) {
-    const auto [shares, shared_bytes] = plan<kRows, kTiles, kOperand != Operand::kLoaded>(p);
+    const auto [shares, shared_bytes] = plan<Weight, kRows, kTiles, kOperand != Operand::kLoaded>(p);
     const LaunchConfig config = {.grid = dim3(shares.ranks, shares.clusters),
                                  .block = dim3(kThreads),
                                  .shared_bytes = shared_bytes,
                                  .stream = stream,
                                  .cluster = dim3(shares.ranks),
                                  .programmatic = true};
-    const auto kernel =
-        shares.ranks > 1 ? linear_kernel<kRows, kTiles, true, kOperand> : linear_kernel<kRows, kTiles, false, kOperand>;
+    const auto kernel = shares.ranks > 1 ? linear_kernel<Weight, kRows, kTiles, true, kOperand>
+                                         : linear_kernel<Weight, kRows, kTiles, false, kOperand>;
     return launch(kernel, config, p);
 }
 
@@ -430,15 +509,39 @@ bool aligned(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
+template <typename Weight>
+bool staged_fits(const Linear& p) {
+    const auto bytes =
+        p.rows == 1 ? plan<Weight, 1, 1, true>(p).shared_bytes : plan<Weight, 8, 2, true>(p).shared_bytes;
+    return bytes <= kHalfMultiprocessor;
+}
+
 bool staged_supported(const Linear& p) {
     if (!linear_supported(p) || p.rows > kLinearMaxStagedRows) return false;
-    const auto bytes = p.rows == 1 ? plan<1, 1, true>(p).shared_bytes : plan<8, 2, true>(p).shared_bytes;
-    return bytes <= kHalfMultiprocessor;
+    return p.scale != nullptr ? staged_fits<E4m3>(p) : staged_fits<__nv_bfloat16>(p);
+}
+
+template <typename Weight, Operand kOperand>
+cudaError_t launch_staged(const Linear& p, cudaStream_t stream) {
+    return p.rows == 1 ? launch_rows<Weight, 1, 1, kOperand>(p, stream)
+                       : launch_rows<Weight, 8, 2, kOperand>(p, stream);
 }
 
 template <Operand kOperand>
 cudaError_t launch_staged(const Linear& p, cudaStream_t stream) {
-    return p.rows == 1 ? launch_rows<1, 1, kOperand>(p, stream) : launch_rows<8, 2, kOperand>(p, stream);
+    return p.scale != nullptr ? launch_staged<E4m3, kOperand>(p, stream)
+                              : launch_staged<__nv_bfloat16, kOperand>(p, stream);
+}
+
+template <typename Weight>
+cudaError_t launch_linear(const Linear& p, cudaStream_t stream) {
+    constexpr auto kLoaded = Operand::kLoaded;
+    if (p.rows == 1) {
+        return staged_supported(p) ? launch_rows<Weight, 1, 1, Operand::kCopied>(p, stream)
+                                   : launch_rows<Weight, 1, 1, kLoaded>(p, stream);
+    }
+    // Already two rows are faster where two tiles share the loads of x (4 rows: 12.8 us against 11.2 at 34 MB).
+    return p.rows <= 8 ? launch_rows<Weight, 8, 2, kLoaded>(p, stream) : launch_rows<Weight, 16, 2, kLoaded>(p, stream);
 }
 
 }  // namespace
@@ -458,13 +561,7 @@ bool silu_mul_linear_supported(const Linear& p) {
 
 cudaError_t linear(const Linear& p, cudaStream_t stream) {
     if (!linear_supported(p)) return cudaErrorInvalidValue;
-    constexpr auto kLoaded = Operand::kLoaded;
-    if (p.rows == 1) {
-        return staged_supported(p) ? launch_rows<1, 1, Operand::kCopied>(p, stream)
-                                   : launch_rows<1, 1, kLoaded>(p, stream);
-    }
-    // Already two rows are faster where two tiles share the loads of x (4 rows: 12.8 us against 11.2 at 34 MB).
-    return p.rows <= 8 ? launch_rows<8, 2, kLoaded>(p, stream) : launch_rows<16, 2, kLoaded>(p, stream);
+    return p.scale != nullptr ? launch_linear<E4m3>(p, stream) : launch_linear<__nv_bfloat16>(p, stream);
 }
 
 cudaError_t add_rms_norm_linear(const Linear& p, cudaStream_t stream) {

@@ -415,9 +415,9 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
 
 bool moe_experts_prefill_supported(const MoeExperts& p) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    return p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 && p.experts <= kMaxExperts && p.hidden >= kDepth &&
-           p.hidden % kDepth == 0 && p.width >= kDepth && p.width % kDepth == 0 && p.x_stride % 8 == 0 &&
-           aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
+    return p.gate_up_scale == nullptr && p.down_scale == nullptr && p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 &&
+           p.experts <= kMaxExperts && p.hidden >= kDepth && p.hidden % kDepth == 0 && p.width >= kDepth &&
+           p.width % kDepth == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
            int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
 }
 

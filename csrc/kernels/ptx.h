@@ -488,6 +488,14 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 
 // ---- arithmetic
 
+// Byte i of the result is the byte of y:x (x the lower four) that bits 0..2 of the selector's nibble i name; with its
+// bit 3 set, that byte's sign eight times. __byte_perm has no such bit.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(selector));
+    return result;
+}
+
 // Approximate units: 2 ulp or better on normal inputs; see the PTX manual for the edges.
 __device__ __forceinline__ float exp2_approximate(float x) {
     float y;
