@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 # Each part of the engine, lowest first, with the modules that make it up.
 LAYERS = [
-    {"errors", "files", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler"}
+    {"errors", "files", "quantization", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler"}
     | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
     {"device", "memory", "batch", "sampling", "graphs", "runner"}
     | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling", "parallel.control"},

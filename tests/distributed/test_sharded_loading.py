@@ -62,12 +62,14 @@ def test_a_rank_holds_its_heads_columns_experts_and_vocabulary(layouts, mesh):
     blocks += [heads(z, rank * values, values, 24), heads(b, rank * values, values, 1)]
     expected = torch.cat([*blocks, heads(a, rank * values, values, 1)])
     gdn = stages["layers.0.linear_attn"]
-    assert torch.equal(gdn.in_proj[: len(expected)], expected) and not gdn.in_proj[len(expected) :].any()
+    assert (
+        torch.equal(gdn.in_proj[0].data[: len(expected)], expected) and not gdn.in_proj[0].data[len(expected) :].any()
+    )
     parts = ((taps[0], keys, 16), (taps[1], keys, 16), (taps[2], values, 24))
     assert torch.equal(gdn.conv, torch.cat([heads(t, rank * count, count, width) for t, count, width in parts]))
     assert torch.equal(gdn.a_log, heads(tensors[key + "A_log"], rank * values, values, 1))
     assert torch.equal(gdn.dt_bias, heads(tensors[key + "dt_bias"], rank * values, values, 1))
-    assert torch.equal(gdn.out, heads(tensors[key + "out_proj.weight"].T, rank * values, values, 24).T)
+    assert torch.equal(gdn.out.data, heads(tensors[key + "out_proj.weight"].T, rank * values, values, 24).T)
     assert torch.equal(gdn.norm, tensors[key + "norm.weight"])
 
     key = "model.layers.3.self_attn."
@@ -76,8 +78,8 @@ def test_a_rank_holds_its_heads_columns_experts_and_vocabulary(layouts, mesh):
     attention = stages["layers.3.self_attn"]
     blocks = [heads(tensors[key + "q_proj.weight"], rank * queries, queries, 64)]
     blocks += [heads(tensors[f"{key}{name}_proj.weight"], first_kv, kv, 32) for name in "kv"]
-    assert torch.equal(attention.qkv, torch.cat(blocks))
-    assert torch.equal(attention.out, heads(tensors[key + "o_proj.weight"].T, rank * queries, queries, 32).T)
+    assert torch.equal(attention.qkv.data, torch.cat(blocks))
+    assert torch.equal(attention.out.data, heads(tensors[key + "o_proj.weight"].T, rank * queries, queries, 32).T)
 
     key, moe = "model.layers.3.mlp.", stages["layers.3.mlp"]
     slices, held = mesh.world // mesh.ep, 8 // mesh.ep
@@ -85,15 +87,15 @@ def test_a_rank_holds_its_heads_columns_experts_and_vocabulary(layouts, mesh):
     for local in range(held):
         expert = f"{key}experts.{first + local}."
         gate, up = (heads(tensors[f"{expert}{name}_proj.weight"], place, 1, width) for name in ("gate", "up"))
-        assert torch.equal(moe.gate_up[local], torch.cat([gate, up]))
-        assert torch.equal(moe.down[local], heads(tensors[expert + "down_proj.weight"].T, place, 1, width).T)
+        assert torch.equal(moe.gate_up.data[local], torch.cat([gate, up]))
+        assert torch.equal(moe.down.data[local], heads(tensors[expert + "down_proj.weight"].T, place, 1, width).T)
     columns = 48 // mesh.world
     gate, up = (heads(tensors[f"{key}shared_expert.{n}_proj.weight"], mesh.rank, 1, columns) for n in ("gate", "up"))
     joined = torch.cat([gate, up, tensors[key + "gate.weight"], tensors[key + "shared_expert_gate.weight"]])
-    assert torch.equal(moe.in_proj[: len(joined)], joined)
-    assert not moe.in_proj[len(joined) :].any()
+    assert torch.equal(moe.in_proj[0].data[: len(joined)], joined)
+    assert not moe.in_proj[0].data[len(joined) :].any()
     down = tensors[key + "shared_expert.down_proj.weight"]
-    assert torch.equal(moe.shared_down, heads(down.T, mesh.rank, 1, columns).T)
+    assert torch.equal(moe.shared_down.data, heads(down.T, mesh.rank, 1, columns).T)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tokenspeed.engine.checkpoint import SHIPPED
-from tokenspeed.engine.config import FULL, LINEAR, ModelConfig
+from tokenspeed.engine.checkpoint import SHIPPED, resolve
+from tokenspeed.engine.config import FULL, LINEAR, EngineConfig, ModelConfig
 from tokenspeed.engine.errors import ConfigError
 
 GOOD = json.loads((SHIPPED / "config.json").read_text())
@@ -34,6 +34,7 @@ def test_yarn_lengthens_the_context():
         ({"num_hidden_layers": True}, ["num_hidden_layers", "True"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
         ({"attention_bias": True}, ["attention_bias"]),
+        ({"output_gate_type": "sigmoid"}, ["output_gate_type", "'sigmoid'", "'silu'", "'swish'"]),
         ({"layer_types": [LINEAR]}, ["layer_types", "1 entries"]),
         ({"layer_types": ["sliding_attention"] * 8}, ["layer_types", "'sliding_attention'"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads", "num_key_value_heads", "3"]),
@@ -65,3 +66,57 @@ def test_a_lora_adapter_is_refused_plainly(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"LoRA.*not supported"):
         ModelConfig.from_directory(tmp_path)
+
+
+def test_the_output_gate_is_silu_by_either_name_or_none():
+    for gate in ("silu", "swish", None):
+        assert ModelConfig.from_dict(GOOD | {"output_gate_type": gate}) == ModelConfig.from_dict(GOOD)
+
+
+FP4 = {"num_bits": 4, "type": "float", "group_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, "AWQ"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, "GPTQ"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": []}, "MXFP4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": None}, "NVFP4"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}, "NVFP4"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "compressed-tensors float-quantized"),
+        ({"quant_method": "gguf"}, "GGUF"),
+        ({"bits": 4, "group_size": 64, "mode": "affine"}, "MLX"),
+        ({"quant_method": "exl3"}, "exl3"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "composite"])
+def test_other_quantisations_are_refused_by_name_with_what_would_work(quantization, name, nested):
+    raw = {"model_type": "qwen3_5_moe", "text_config": GOOD} if nested else GOOD
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict(raw | {"quantization_config": quantization})
+    for word in (f"{name} checkpoints are not supported", "bf16 checkpoint", "--quantization fp8", "FP8 release"):
+        assert word in str(error.value)
+
+
+def test_a_quantisation_by_mlx_gguf_or_modelopt_is_seen_where_they_leave_it(tmp_path):
+    with pytest.raises(ConfigError, match="MLX"):
+        ModelConfig.from_dict(GOOD | {"quantization": {"bits": 4, "group_size": 64}})
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"GGUF.*\.gguf files.*--quantization fp8"):
+        ModelConfig.from_directory(tmp_path)
+    with pytest.raises(ConfigError, match=r"GGUF.*model-Q4_K_M\.gguf"):
+        resolve(tmp_path / "model-Q4_K_M.gguf")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps(GOOD))
+    assert ModelConfig.from_directory(tmp_path) == ModelConfig.from_dict(GOOD)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(ConfigError, match=r"NVFP4.*hf_quant_config"):
+        ModelConfig.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("setting", [{"quantization": "int4"}, {"kv_dtype": "int8"}])
+def test_unknown_formats_of_weights_and_pages_are_named(setting):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))} is '{next(iter(setting.values()))}'.*'fp8'"):
+        EngineConfig(**setting)

@@ -33,10 +33,11 @@ def layouts(backend: Backend, group: int) -> list[KvHeads]:
 class Pages:
     """The second of three layers of an arena that is NaN wherever no token was stored."""
 
-    def __init__(self, backend: Backend, heads: KvHeads, pages: int):
+    def __init__(self, backend: Backend, heads: KvHeads, pages: int, dtype: torch.dtype | None = None):
+        """dtype: of the arena, None for the model's."""
         self.backend, self.heads = backend, heads
         shape = (pages, 3, 2, heads.kv, heads.page, heads.dim)
-        self.arena = torch.full(shape, torch.nan, dtype=backend.dtype, device=backend.device)
+        self.arena = torch.full(shape, torch.nan, device=backend.device).to(dtype or backend.dtype)
         self.kv = self.arena[:, 1]
         self.free = random.Random(torch.randint(2**31, ()).item()).sample(range(1, pages), pages - 1)
         self.poisoned = 0  # a valid page that no sequence owns

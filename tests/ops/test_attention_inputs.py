@@ -5,9 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenspeed.ops.fp8 import FP8
+
 from . import reference
 from .backends import bounded, same_bits
 from .paging import PUBLISHED, KvHeads, Pages, layouts
+from .reference import exact
 
 EPS = 1e-6
 
@@ -16,6 +19,44 @@ def rotation(backend, tokens, dims):
     """Random angles [N, R / 2], and the cosines and sines the operators take, [N, R]."""
     angles = backend.randn(tokens, dims // 2, dtype=torch.float32) * 100
     return angles, torch.cat([angles.double().cos(), angles.double().sin()], dim=1).float()
+
+
+def check_e4m3(backend, eight, plain, before, slots):
+    """Rows that were stored hold the e4m3 number nearest to what a page of the model's type got, the largest for what
+    exceeds it; the others what they held. Kernels need not round before they rotate, as torch does."""
+    stored = torch.zeros(len(plain.arena) * plain.heads.page, dtype=torch.bool)
+    stored[slots[slots >= 0].cpu()] = True
+    stored = stored.view(len(plain.arena), 1, 1, plain.heads.page).to(slots.device)
+    layer, wanted = eight.kv, plain.kv.float().clamp(-448, 448)
+    rows = stored.expand(layer.shape[:-1])
+    assert same_bits(layer.view(torch.uint8)[~rows], before[:, 1].view(torch.uint8)[~rows])
+    assert same_bits(eight.arena[:, ::2], before[:, ::2])
+    got, wanted = layer[rows].float(), wanted[rows]
+    if backend.kernels:
+        before_turning = wanted.abs().amax(-1, keepdim=True) / 64
+        assert ((got - wanted).abs() <= wanted.abs() / 16 + before_turning + 2**-10).all()
+    else:
+        assert torch.equal(got, wanted.to(FP8).float())
+
+
+@bounded
+@given(st.data())
+def test_e4m3_pages_get_the_nearest_number_to_what_others_would(backend, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    heads = data.draw(st.sampled_from(layouts(backend, 4)), "heads")
+    plain, eight = (Pages(backend, heads, 3, dtype) for dtype in (None, FP8))
+    tokens, before = data.draw(st.integers(0, 9), "tokens"), eight.arena.clone()
+    slots = backend.tensor(kv_slots(data, plain, tokens), torch.int64)
+    qkv = backend.randn(tokens, 2 * (heads.query + heads.kv) * heads.dim) * 300  # values beyond 448
+    weights, dims = [backend.randn(heads.dim) for _ in range(2)], 64 if heads.dim == 256 else 6
+    rest = (*weights, rotation(backend, tokens, dims)[1])
+    q, other_q = (backend.op("attention_prologue")(qkv, *rest, pages.kv, slots, EPS) for pages in (plain, eight))
+    backend.assert_close(q, exact(other_q))
+    check_e4m3(backend, eight, plain, before, slots)
+    k, v = (300 * backend.randn(tokens, heads.kv, heads.dim) for _ in range(2))
+    for pages in (plain, eight):
+        torch.ops.tokenspeed.write_kv(k, v, pages.kv, slots)
+    check_e4m3(backend, eight, plain, before, slots)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])

@@ -4,6 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenspeed.ops.fp8 import FP8
+
 from .backends import bounded
 
 
@@ -38,8 +40,8 @@ def test_copy_states_copies_whole_slots_and_skips_negative_pairs(backend, data):
 def test_copy_pages_copies_leading_rows_and_skips_negative_pairs(backend, data):
     torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
     dim = 256 if backend.kernels else data.draw(st.sampled_from([256, 6]), "D")
-    pages = backend.randn(6, 2, 2, 1, 64, dim)
-    bits = {2: torch.int16, 4: torch.int32}[pages.element_size()]
+    pages = backend.randn(6, 2, 2, 1, 64, dim, dtype=data.draw(st.sampled_from([backend.dtype, FP8]), "dtype"))
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[pages.element_size()]
     pages.view(bits)[:, 1, 0].fill_(-1)  # NaN moves like everything else
     chosen = pairs(data, 6)
     rows = [data.draw(st.one_of(st.sampled_from([0, 1, 63, 64]), st.integers(0, 64)), "rows") for _ in chosen]

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenspeed.ops.fp8 import FP8
+
 from . import reference
 from .backends import bounded, same_bits
 from .gdn import cu_seqlens
@@ -29,9 +31,9 @@ def decode(pages, q, gate, tables, contexts):
     return pages.backend.op("paged_attention_decode")(q, gate, pages.kv, pages.table(tables), contexts, scale)
 
 
-def check_prefill(backend, heads, batch, spare=0):
-    """batch: (context, length) of each sequence. Rows past a sequence's end are NaN in its pages."""
-    pages = Pages(backend, heads, 2 + sum((context + length) // heads.page + 1 for context, length in batch))
+def check_prefill(backend, heads, batch, spare=0, dtype=None):
+    """batch: (context, length) of each sequence; dtype: of the pages. Rows past a sequence's end are NaN in them."""
+    pages = Pages(backend, heads, 2 + sum((context + length) // heads.page + 1 for context, length in batch), dtype)
     stored = [pages.store(context + length) for context, length in batch]
     lengths = [length for _, length in batch]
     q, gate = pages.queries(sum(lengths))
@@ -41,9 +43,9 @@ def check_prefill(backend, heads, batch, spare=0):
     backend.assert_close(out, torch.cat(wanted) if wanted else torch.empty(0, heads.query * heads.dim))
 
 
-def check_decode(backend, heads, contexts, tokens):
-    """A negative context marks a padding row, which holds NaN everywhere."""
-    pages = Pages(backend, heads, 2 + sum(max(context + tokens, 0) // heads.page + 1 for context in contexts))
+def check_decode(backend, heads, contexts, tokens, dtype=None):
+    """A negative context marks a padding row, which holds NaN everywhere; dtype: of the pages."""
+    pages = Pages(backend, heads, 2 + sum(max(context + tokens, 0) // heads.page + 1 for context in contexts), dtype)
     stored = [pages.store(context + tokens) if context >= 0 else ([], None, None) for context in contexts]
     q, gate = pages.queries(len(contexts) * tokens)
     for i, context in enumerate(contexts):
@@ -85,6 +87,14 @@ def test_prefill_of_no_sequences_and_of_no_tokens(backend):
 def test_decode_of_a_batch_equals_dense_attention(backend, group, tokens):
     for heads in layouts(backend, group):
         check_decode(backend, heads, [0, 63, -1, 130, 62], tokens)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_pages_in_e4m3_are_read_as_the_numbers_they_hold(backend, group):
+    for heads in layouts(backend, group):
+        check_prefill(backend, heads, [(0, 5), (64, 1), (70, 0), (3, 65), (0, 0)], dtype=FP8)
+        for tokens in (1, 3):
+            check_decode(backend, heads, [0, 63, -1, 130, 62], tokens, dtype=FP8)
 
 
 def test_decode_of_padding_alone_and_of_an_empty_batch(backend):

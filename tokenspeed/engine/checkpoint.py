@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .errors import ConfigError
+from .quantization import refusal
 
 SHIPPED = Path(__file__).parent.parent / "models" / "tiny_agent"
 _FILES = ["*.json", "*.jinja", "*.safetensors"]
@@ -16,6 +17,8 @@ def resolve(model: str | Path | None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf":
+        raise refusal("GGUF", str(path))
     name = str(model)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ConfigError(f"{name!r} is neither a directory nor a hub id of the form owner/name.")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .files import read_json_object
+from .files import read_json_object, read_optional_json_object
+from .quantization import StoredFp8, refusal, stored_quantization
 
 LINEAR, FULL = "linear_attention", "full_attention"
 _MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
@@ -55,7 +56,11 @@ class MoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One Qwen3.5 text model. Sizes are in elements, contexts in tokens."""
+    """One Qwen3.5 text model. Sizes are in elements, contexts in tokens.
+
+    stored: how the checkpoint is quantised, None where it is not. fp8: the products of a layer, by their names below
+    `layers.{i}.`, whose weights are held in FP8; those of one name are in all layers alike.
+    """
 
     hidden: int
     vocab: int
@@ -74,6 +79,8 @@ class ModelConfig:
     tied: bool
     max_context: int
     eos_ids: tuple[int, ...]
+    stored: StoredFp8 | None = None
+    fp8: frozenset[str] = frozenset()
 
     @property
     def conv_channels(self) -> int:
@@ -92,6 +99,11 @@ class ModelConfig:
         """Read DIRECTORY/config.json. Raises ConfigError for a missing, malformed or unsupported one."""
         if (directory / "adapter_config.json").exists():
             raise ConfigError(f"{directory} holds a LoRA adapter; adapters are not supported: merge it into its base.")
+        if any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors")):
+            raise refusal("GGUF", f"{directory} holds .gguf files and no .safetensors")
+        other = read_optional_json_object(directory / "hf_quant_config.json").get("quantization")
+        if isinstance(other, dict) and other.get("quant_algo"):
+            raise refusal(f"ModelOpt {other['quant_algo']}", f"{directory / 'hf_quant_config.json'} names it")
         return cls.from_dict(read_json_object(directory / "config.json"))
 
     @classmethod
@@ -105,6 +117,11 @@ class ModelConfig:
         fields = _Fields(text)
         if fields.get("hidden_act", str, "silu") != "silu":
             raise ConfigError(f"hidden_act {text['hidden_act']!r} is not supported; Qwen3.5 uses 'silu'.")
+        gate = fields.get("output_gate_type", str, "silu")
+        if gate not in ("silu", "swish"):
+            raise ConfigError(
+                f"output_gate_type {gate!r} is not supported; it must be 'silu' or 'swish', its other name."
+            )
         if fields.get("attention_bias", bool, False):
             raise ConfigError("attention_bias true is not supported; Qwen3.5 has no biases.")
         head_dim = fields.get("head_dim", int, 256)
@@ -130,6 +147,7 @@ class ModelConfig:
             tied=fields.get("tie_word_embeddings", bool, raw.get("tie_word_embeddings", False)),
             max_context=longest,
             eos_ids=_ids(text.get("eos_token_id", raw.get("eos_token_id"))),
+            stored=stored_quantization(raw),
         )
         if config.q_heads % config.kv_heads:
             raise ConfigError(
@@ -147,8 +165,11 @@ class ModelConfig:
 class EngineConfig:
     """How an engine runs. Sizes are in tokens, sequences, pages of 64 tokens, and state slots.
 
-    dtype: "bfloat16", "float32", or "auto" (bf16 on a GPU, fp32 on a CPU); device: a torch device, or "auto"; threads:
-    CPU threads torch may use in this process, None for torch's choice, or 1 where the model is too small to share.
+    dtype: "bfloat16", "float32", or "auto" (bf16 on a GPU, fp32 on a CPU); quantization: which weights are held in FP8,
+    "auto" for those that the checkpoint has so, "fp8" for all that can be, quantised while loading, "none" for none,
+    dequantised while loading; kv_dtype: of the KV pages, "auto" for dtype or "fp8"; device: a torch device, or "auto";
+    threads: CPU threads torch may use in this process, None for torch's choice, or 1 where the model is too small to
+    share.
     max_model_len: of one sequence, None for the model's context; max_num_seqs: at once; max_batch_tokens: of one Step.
     memory_fraction: of the memory that is free once the weights are there, for pages and slots, None for .9 on a GPU
     and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
@@ -159,6 +180,8 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    quantization: str = "auto"
+    kv_dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
     max_model_len: int | None = None
@@ -182,6 +205,8 @@ class EngineConfig:
 
         fraction = self.memory_fraction
         checks = (
+            ("quantization", self.quantization in ("auto", "fp8", "none"), "'auto', 'fp8' or 'none'"),
+            ("kv_dtype", self.kv_dtype in ("auto", "fp8"), "'auto' or 'fp8'"),
             ("max_model_len", positive(self.max_model_len), "at least 1, or None for the model's context"),
             ("max_num_seqs", positive(self.max_num_seqs), "at least 1"),
             ("max_batch_tokens", self.max_batch_tokens >= max(64, self.max_num_seqs), "at least 64 and max_num_seqs"),

@@ -31,6 +31,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def pick_kv_dtype(name: str) -> torch.dtype | None:
+    """A dtype for KV pages by name: e4m3 for "fp8", None, the model's own, for "auto"."""
+    return torch.float8_e4m3fn if name == "fp8" else None
+
+
 def use_threads(count: int) -> None:
     """Let torch use this many CPU threads in this process. Raises ConfigError for fewer than one."""
     if count < 1:

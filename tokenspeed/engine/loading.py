@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from .. import ops
 from .config import EngineConfig, ModelConfig
-from .device import pick_dtype, use_threads
+from .device import pick_dtype, pick_kv_dtype, use_threads
 from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
-from .model.weights import load_weights
+from .model.weights import load_weights, with_formats
 from .parallel.comm import Communicator
 from .runner import Runner
 
@@ -30,7 +30,8 @@ def load_runner(
 ) -> tuple[Runner, MemoryPlan]:
     """A rank's weights and memory. smallest: of each number the smallest that any rank has, so that all get the same
     pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
-    model_config, dtype = ModelConfig.from_directory(directory), pick_dtype(config.dtype, device)
+    dtype = pick_dtype(config.dtype, device)
+    model_config = with_formats(ModelConfig.from_directory(directory), directory, config.quantization)
     model = Qwen3_5.empty(model_config, dtype, device, communicator)
     load_weights(model, directory, progress)
     threads = config.threads
@@ -39,7 +40,8 @@ def load_runner(
     if threads is not None:
         use_threads(threads)
     kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
-    layout = MemoryLayout(model.share, dtype, ring_rows=RING_ROWS if kernel else 0)
+    rows = RING_ROWS if kernel else 0
+    layout = MemoryLayout(model.share, dtype, ring_rows=rows, kv_dtype=pick_kv_dtype(config.kv_dtype))
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
     plan = fit_memory(model_config, layout, config, free, device.type)
     plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))

@@ -29,14 +29,16 @@ class StateViews(NamedTuple):
 class MemoryLayout:
     """Bytes of one KV page and one state slot of a model.
 
-    ring_rows: updates a slot keeps beside its recurrent state (0: every token is folded at once); window_entries:
-    inputs of the short convolution it keeps.
+    dtype: of the model; kv_dtype: of the pages, None for the model's, or e4m3, whose scale is 1; ring_rows: updates a
+    slot keeps beside its recurrent state (0: every token is folded at once); window_entries: inputs of the short
+    convolution it keeps.
     """
 
     config: ModelConfig
     dtype: torch.dtype
     ring_rows: int = 0
     window_entries: int = 4
+    kv_dtype: torch.dtype | None = None
 
     @property
     def page_shape(self) -> tuple[int, ...]:
@@ -44,7 +46,11 @@ class MemoryLayout:
 
     @property
     def page_bytes(self) -> int:
-        return prod(self.page_shape) * self.dtype.itemsize
+        return prod(self.page_shape) * self.page_dtype.itemsize
+
+    @property
+    def page_dtype(self) -> torch.dtype:
+        return self.kv_dtype or self.dtype
 
     @property
     def kv_token_bytes(self) -> int:
@@ -144,7 +150,7 @@ class Memory:
                 f"{free / 2**30:.2f} GiB free: ask for shorter or fewer sequences."
             )
         self.layout = layout
-        self.kv = _zeros(pages * layout.page_bytes, device).view(layout.dtype).view(pages, *layout.page_shape)
+        self.kv = _zeros(pages * layout.page_bytes, device).view(layout.page_dtype).view(pages, *layout.page_shape)
         self.slots = _zeros(slots * layout.slot_bytes, device).view(slots, layout.slot_bytes)
         self.layers: list[Tensor | StateViews] = []
         full = linear = 0

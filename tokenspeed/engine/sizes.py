@@ -1,6 +1,7 @@
-"""The published Qwen3.5 sizes, by name: enough to plan memory or build an empty model without a checkpoint."""
+"""The published sizes, by name: enough to plan memory or build an empty model without a checkpoint."""
 
 from .config import FULL, LINEAR, DenseConfig, ModelConfig, MoeConfig, RopeConfig
+from .errors import ConfigError
 
 
 def _size(layers: int, hidden: int, ffn: DenseConfig | MoeConfig, value_heads: int, heads: str, tied: bool = False):
@@ -36,3 +37,15 @@ PUBLISHED: dict[str, ModelConfig] = {
     "122B-A10B": _size(48, 3072, MoeConfig(256, 8, 1024, 1024), 64, "32/2"),
     "397B-A17B": _size(60, 4096, MoeConfig(512, 10, 1024, 1024), 64, "32/2"),
 }
+
+# Later releases of the same shapes.
+RELEASES = {"Qwen3.6-27B": "27B", "Qwen3.6-35B-A3B": "35B-A3B", "Qwen3.8-27B": "27B"}
+
+
+def published(name: str) -> ModelConfig:
+    """The architecture of a published size or release. Raises ConfigError for another name."""
+    size = RELEASES.get(name, name)
+    if size not in PUBLISHED:
+        known = ", ".join([*PUBLISHED, *RELEASES])
+        raise ConfigError(f"size {name!r} is not published; it must be one of {known}.")
+    return PUBLISHED[size]

@@ -7,6 +7,7 @@ files is needed to run it again; a logits hash that differs shows the first Step
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from .. import __version__
 from .config import ModelConfig
 from .core import Engine
-from .device import pick_device, pick_dtype, use_threads
+from .device import pick_device, pick_dtype, pick_kv_dtype, use_threads
 from .errors import LogError
 from .memory import Memory, MemoryLayout
 from .model.qwen3_5 import Qwen3_5
@@ -33,7 +34,7 @@ _BIAS = Begin._fields.index("bias")
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a Runner and its Memory are rebuilt from. model: the checkpoint directory's name; device: its type; threads:
     of torch on a CPU, which the order of its sums depends on; ring_rows: as in MemoryLayout; vocabulary: how many ids;
-    package: this package's version."""
+    package: this package's version; fp8: as in ModelConfig; kv_dtype: as in EngineConfig."""
 
     model: str
     dtype: str
@@ -46,6 +47,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: _Count
     vocabulary: _Count
     package: str
+    fp8: tuple[str, ...] = ()
+    kv_dtype: Literal["auto", "fp8"] = "auto"
     kind: Literal["tokenspeed step log"] = "tokenspeed step log"
     version: Literal[1] = 1
 
@@ -67,7 +70,7 @@ def header_of(engine: Engine, model: str) -> Header:
     memory = engine.runner.memory
     return Header(
         model=model,
-        dtype=str(memory.kv.dtype).removeprefix("torch."),
+        dtype=str(memory.layout.dtype).removeprefix("torch."),
         device=memory.kv.device.type,
         threads=torch.get_num_threads(),
         pages=len(memory.kv),
@@ -77,6 +80,8 @@ def header_of(engine: Engine, model: str) -> Header:
         max_model_len=engine.limits.max_tokens,
         vocabulary=engine.vocabulary,
         package=__version__,
+        fp8=tuple(sorted(engine.runner.model.config.fp8)),
+        kv_dtype="fp8" if memory.layout.kv_dtype else "auto",
     )
 
 
@@ -201,9 +206,11 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     device = pick_device(device or header.device)
     dtype = pick_dtype(header.dtype, device)
     use_threads(header.threads)
+    config = replace(config, fp8=frozenset(header.fp8))
     model = Qwen3_5.empty(config, dtype, device)
     load_weights(model, directory, progress=False)
-    memory = Memory(MemoryLayout(config, dtype, ring_rows=header.ring_rows), header.pages, header.slots, device)
+    layout = MemoryLayout(config, dtype, ring_rows=header.ring_rows, kv_dtype=pick_kv_dtype(header.kv_dtype))
+    memory = Memory(layout, header.pages, header.slots, device)
     runner = Runner(model, memory, header.max_num_seqs, header.max_model_len)
     runner.capture(progress=False)
     return runner

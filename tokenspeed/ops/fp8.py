@@ -41,12 +41,12 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values[..., :rows, :columns].contiguous(), scale
 
 
-def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """The fp32 weight, [..., N, K], that a weight in the format `fp8_block128` stands for: each product is rounded to
-    fp32."""
+def dequantise(weight: Tensor, scale: Tensor, row: int = 0, column: int = 0) -> Tensor:
+    """The fp32 weight, [..., N, K], that a weight in the format `fp8_block128` stands for, its products rounded. row,
+    column: where in its block the weight's first element stands, for a part of a weight."""
     rows, columns = weight.shape[-2:]
-    by_row = scale.repeat_interleave(BLOCK, -2)[..., :rows, :]
-    return weight.float().mul_(by_row.repeat_interleave(BLOCK, -1)[..., :columns])
+    by_row = scale.repeat_interleave(BLOCK, -2)[..., row : row + rows, :]
+    return weight.float().mul_(by_row.repeat_interleave(BLOCK, -1)[..., column : column + columns])
 
 
 def _converted(weight: Tensor, scale: Tensor) -> Tensor:

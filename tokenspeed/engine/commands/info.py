@@ -2,21 +2,25 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from ... import ops
+from ...ops.fp8 import FP8
 from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
-from ..device import pick_device, pick_dtype
-from ..errors import CapacityError, ConfigError
+from ..device import pick_device, pick_dtype, pick_kv_dtype
+from ..errors import CapacityError
 from ..loading import fit_memory
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
+from ..model.weights import with_formats
 from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.plan import describe_plan, traffic
-from ..sizes import PUBLISHED
+from ..quantization import PRODUCTS
+from ..sizes import PUBLISHED, RELEASES, published
 from .options import add_engine_options, engine_settings
 
 _CONTEXTS = (4096, 32_768, 131_072, 262_144)
@@ -30,7 +34,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         description="Weights, KV and state bytes of a model, how many sequences fit, and which kernels serve them.",
     )
     parser.add_argument(
-        "--size", help=f"a published size in place of a checkpoint: {', '.join(PUBLISHED)} (default: the checkpoint)"
+        "--size",
+        help=f"a size without a checkpoint: {', '.join([*PUBLISHED, *RELEASES])} (default: the checkpoint)",
     )
     parser.add_argument(
         "--memory-gib",
@@ -50,10 +55,10 @@ def run(options: argparse.Namespace) -> int:
     if options.size is None:
         directory = resolve(options.model)
         name, config = str(options.model or directory.name), ModelConfig.from_directory(directory)
-    elif options.size in PUBLISHED:
-        name, config = options.size, PUBLISHED[options.size]
+        config = with_formats(config, directory, options.quantization)
     else:
-        raise ConfigError(f"size {options.size!r} is not published; it must be one of {', '.join(PUBLISHED)}.")
+        name, config = options.size, published(options.size)
+        config = replace(config, fp8=PRODUCTS if options.quantization == "fp8" else frozenset())
     dtype = pick_dtype(options.dtype, device)
     mesh = Mesh(options.tp, options.ep)
     model = Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh))
@@ -76,8 +81,9 @@ def describe(
 ) -> Iterator[str]:
     """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
     assumed, None for the device as it is."""
-    layout, weights = MemoryLayout(model.share, dtype), weight_bytes(model)
-    yield from needs(name, model, dtype)
+    kv_dtype = pick_kv_dtype(engine.kv_dtype)
+    layout, weights = MemoryLayout(model.share, dtype, kv_dtype=kv_dtype), weight_bytes(model)
+    yield from needs(name, model, dtype, kv_dtype)
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
     left = free - weights
@@ -92,12 +98,15 @@ def describe(
     yield f"kernels            {_kernels(device)}"
 
 
-def needs(name: str, model: Qwen3_5, dtype: torch.dtype) -> Iterator[str]:
-    """What holds on any machine: the size of the model, and what one rank holds and sends."""
+def needs(name: str, model: Qwen3_5, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Iterator[str]:
+    """What holds on any machine: the size of the model, and what one rank holds and sends. kv_dtype: as MemoryLayout
+    takes it."""
     config, mesh, ffn = model.config, model.mesh, model.config.ffn
     whole = Qwen3_5.empty(config, dtype, torch.device("meta"))
-    parameters = sum(p.numel() for p in whole.parameters())
-    layout = MemoryLayout(model.share, dtype)
+    parameters = sum(p.numel() for p in whole.parameters() if p.dims)  # without scales
+    fp8 = sum(p.numel() for p in whole.parameters() if p.dtype == FP8)
+    held = f"in {str(dtype)[6:]}" if fp8 == 0 else f"({fp8 / 1e9:.3f} G in FP8 blocks, the rest in {str(dtype)[6:]})"
+    layout = MemoryLayout(model.share, dtype, kv_dtype=kv_dtype)
     width = (
         f"dense, intermediate {ffn.intermediate}"
         if isinstance(ffn, DenseConfig)
@@ -105,7 +114,7 @@ def needs(name: str, model: Qwen3_5, dtype: torch.dtype) -> Iterator[str]:
     )
     yield f"model              {name}: {config.linear_layers} Gated DeltaNet + {config.full_layers} attention layers"
     yield f"                   hidden {config.hidden}, {width}, context {config.max_context} tokens"
-    yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weight_bytes(whole))} in {str(dtype)[6:]}"
+    yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weight_bytes(whole))} {held}"
     if mesh.world > 1:
         sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
         yield f"a rank             one of {mesh.world} (tp {mesh.tp}, ep {mesh.ep}); what follows is its own"
@@ -113,7 +122,7 @@ def needs(name: str, model: Qwen3_5, dtype: torch.dtype) -> Iterator[str]:
         terms = f"{_bytes(sent.token)} of terms a token and {_bytes(sent.logit_row)} a logit row"
         yield f"traffic            {sent.collectives} collectives a step, {terms}"
         yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
-    yield f"KV per token       {_bytes(layout.kv_token_bytes)}"
+    yield f"KV per token       {_bytes(layout.kv_token_bytes)}{' in FP8' if kv_dtype else ''}"
     yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {_bytes(layout.recurrent_bytes)} fp32 recurrence"
 
 

@@ -31,6 +31,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="of weights and KV (default auto: bfloat16 on a GPU, float32 on a CPU)",
     )
     model.add_argument(
+        "--quantization",
+        default=default.quantization,
+        choices=["auto", "fp8", "none"],
+        help="weights in FP8 blocks of 128 x 128: those that the checkpoint has so, all that can be (quantised while "
+        "loading), or none (dequantised while loading) (default auto)",
+    )
+    model.add_argument(
+        "--kv-dtype",
+        default=default.kv_dtype,
+        choices=["auto", "fp8"],
+        help="of the KV pages: the dtype, or FP8, half of bfloat16's bytes (default auto)",
+    )
+    model.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)"
     )
     model.add_argument(

@@ -23,8 +23,7 @@ from ..memory import StateViews
 from ..parallel import sharding
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
-from ..parallel.sharding import Split
-from .parameters import Source, elsewhere, source, weight
+from .parameters import Section, Source, elsewhere, in_fp8, local_size, matrix, source, stacked, weight, whole_size
 
 
 class PendingNorm(NamedTuple):
@@ -35,15 +34,56 @@ class PendingNorm(NamedTuple):
     norm_weight: Tensor
     eps: float
 
-    def linear(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def linear(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The product of the norm with a weight, the norm, and the residual stream."""
         if self.residual is None:
             normed = ops.rms_norm(self.x, self.norm_weight, self.eps)
-            return ops.linear(normed, weight), normed, self.x
-        return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight)
+            return ops.linear(normed, weight, scale), normed, self.x
+        return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight, scale)
 
 
 Flow = tuple[Tensor | PendingNorm, Tensor | None]
+
+
+class Joined(nn.ModuleList):
+    """Several products of one x behind its norm: one launch, or two where the leading ones are in FP8 and others not.
+
+    outputs: of each product, the checkpoint tensors that stand above one another in it, by their names below `block`,
+    with the sections of their rows.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, block: str, outputs: list[dict[str, tuple[Section, ...]]]):
+        super().__init__()
+        self.mesh, self.hidden = mesh, config.hidden
+        count = sum(all(f"{block}.{name}" in config.fp8 for name in output) for output in outputs)
+        rows = {name: whole_size(rows) for output in outputs[:count] for name, rows in output.items()}
+        fp8 = bool(rows) and in_fp8(config, block, rows)
+        groups = [outputs[:count], outputs[count:]] if fp8 else [outputs]
+        self.groups = [group for group in groups if group]
+        # Few heads leave odd widths, and kernels read the rows of the product in vectors of 8 elements.
+        self.extend(
+            matrix(mesh, sum((sum(output.values(), ()) for output in group), ()), config.hidden, fp8=each, multiple=8)
+            for group, each in zip(self.groups, (fp8, False), strict=False)
+        )
+        self.widths = [
+            [sum(local_size(rows, mesh) for rows in output.values()) for output in group] + [each.data.padding]
+            for group, each in zip(self.groups, self, strict=True)
+        ]
+
+    def sources(self):
+        for group, each in zip(self.groups, self, strict=True):
+            named = [(name, rows) for output in group for name, rows in output.items()]
+            widths = [local_size(rows, self.mesh) for _, rows in named] + [each.data.padding]
+            for (name, rows), part in zip(named, each.part.split(widths), strict=False):
+                yield source(f"{name}.weight", part, self.mesh, rows, self.hidden)
+
+    def forward(self, x: PendingNorm) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The products in order, the norm, and the residual stream."""
+        first, *others = self
+        projected, normed, residual = x.linear(*first)
+        results = [projected, *(ops.linear(normed, *each) for each in others)]
+        pairs = zip(results, self.widths, strict=True)
+        return [part for result, widths in pairs for part in result.split(widths, dim=1)[:-1]], normed, residual
 
 
 class Stage(nn.Module):
@@ -131,21 +171,23 @@ class GatedAttention(Stage):
         q_heads, kv = sharding.q_heads(c), sharding.kv_heads(c).of(c.head_dim)
         self.blocks = (q_heads.of(2 * c.head_dim), kv, kv)  # a head's queries and its gate are neighbours
         self.widths = [block.local(mesh) for block in self.blocks]
-        self.qkv = weight(mesh, self.blocks, c.hidden)
-        self.out = weight(mesh, c.hidden, q_heads.of(c.head_dim))
+        rows = {name: block.size for name, block in zip(("q_proj", "k_proj", "v_proj"), self.blocks, strict=True)}
+        self.qkv = matrix(mesh, self.blocks, c.hidden, fp8=in_fp8(c, "self_attn", rows))
+        out = in_fp8(c, "self_attn", {"o_proj": c.hidden})
+        self.out = matrix(mesh, c.hidden, q_heads.of(c.head_dim), fp8=out)
         self.q_norm, self.k_norm = (weight(mesh, c.head_dim) for _ in range(2))
 
     def sources(self):
-        hidden = self.qkv.shape[1]
+        hidden = self.qkv.dims[1]
         names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
-        for name, part, block in zip(names, self.qkv.split(self.widths), self.blocks, strict=True):
+        for name, part, block in zip(names, self.qkv.part.split(self.widths), self.blocks, strict=True):
             yield source(name, part, self.mesh, block, hidden)
         for name, part in (("o_proj", self.out), ("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             yield source(f"{name}.weight", part, self.mesh, *part.dims)
 
     def forward(self, x, residual, batch):
         kv = batch.memory.layers[self.layer]
-        qkv, _, residual = x.linear(self.qkv)
+        qkv, _, residual = x.linear(*self.qkv)
         q = ops.attention_prologue(qkv, self.q_norm, self.k_norm, batch.cos_sin, kv, batch.kv_slots, self.eps)
         gate = qkv[:, : self.widths[0]].unflatten(1, (-1, 2, self.head_dim))[:, :, 1]
         cut, outputs = batch.decode_tokens, []
@@ -156,7 +198,7 @@ class GatedAttention(Stage):
         if p := batch.prefill:
             lengths = (p.cu_seqlens, p.context_lens, p.max_seqlen)
             outputs.append(ops.paged_attention_prefill(q[cut:], gate[cut:], kv, p.page_table, *lengths, self.scale))
-        return ops.linear(_joined(outputs), self.out), residual
+        return ops.linear(_joined(outputs), *self.out), residual
 
 
 class GatedDeltaNet(Stage):
@@ -173,21 +215,16 @@ class GatedDeltaNet(Stage):
         self.heads = (gates.pieces(mesh), c.value_dim)
         # q | k | v, each by head, then z, b and a by value head: a rank's blocks are those of a smaller model.
         channels = (keys, keys, values)
-        self.blocks = {"in_proj_qkv": channels, "in_proj_z": (values,), "in_proj_b": (gates,), "in_proj_a": (gates,)}
-        self.widths = [sum(split.local(mesh) for split in block) for block in self.blocks.values()]
-        # Few heads leave odd widths, and kernels read the rows of the product in vectors of 8 elements.
-        self.in_proj = weight(mesh, sum(self.blocks.values(), ()), c.hidden, multiple=8)
-        self.widths.append(self.in_proj.padding)
+        rows = {"in_proj_qkv": channels, "in_proj_z": (values,), "in_proj_b": (gates,), "in_proj_a": (gates,)}
+        self.in_proj = Joined(c, mesh, "linear_attn", [{name: sections} for name, sections in rows.items()])
         self.conv = weight(mesh, channels, c.conv_taps)
         # The decay is an exponential of an exponential: its two parameters stay fp32, like the state they act on.
         self.a_log, self.dt_bias = (weight(mesh, gates, dtype=torch.float32) for _ in range(2))
         self.norm = weight(mesh, c.value_dim)
-        self.out = weight(mesh, c.hidden, values)
+        self.out = matrix(mesh, c.hidden, values, fp8=in_fp8(c, "linear_attn", {"out_proj": c.hidden}))
 
     def sources(self):
-        hidden = self.in_proj.shape[1]
-        for (name, block), part in zip(self.blocks.items(), self.in_proj.split(self.widths), strict=False):
-            yield source(f"{name}.weight", part, self.mesh, block, hidden)
+        yield from self.in_proj.sources()
         channels, taps = self.conv.dims
         yield source("conv1d.weight", self.conv[:, None], self.mesh, channels, 1, taps)
         named = {"A_log": self.a_log, "dt_bias": self.dt_bias, "norm.weight": self.norm, "out_proj.weight": self.out}
@@ -196,8 +233,7 @@ class GatedDeltaNet(Stage):
 
     def forward(self, x, residual, batch):
         views: StateViews = batch.memory.layers[self.layer]
-        projected, _, residual = x.linear(self.in_proj)
-        qkv, z, b, a, _ = projected.split(self.widths, dim=1)
+        (qkv, z, b, a), _, residual = self.in_proj(x)
         gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []
         if d := batch.decode:
@@ -213,27 +249,30 @@ class GatedDeltaNet(Stage):
             heads = ops.gated_delta_rule_prefill(*raw, *views[:3], *rows, p.max_seqlen)
             gate = z[cut:].unflatten(1, self.heads)
             outputs.append(ops.gated_rms_norm(heads, gate, self.norm, self.eps).flatten(1))
-        return ops.linear(_joined(outputs), self.out), residual
+        return ops.linear(_joined(outputs), *self.out), residual
 
 
 class DenseFFN(Stage):
     """SwiGLU, its columns split over the group of `intermediate`."""
 
-    def __init__(self, hidden: int, intermediate: Split, mesh: Mesh):
+    def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__(mesh)
+        intermediate, hidden = sharding.intermediate(config.ffn), config.hidden
         self.output = Partial(intermediate.group)
-        self.gate_up = weight(mesh, (intermediate, intermediate), hidden)
-        self.down = weight(mesh, hidden, intermediate)
+        fp8 = in_fp8(config, "mlp", dict.fromkeys(("gate_proj", "up_proj"), intermediate.size))
+        self.gate_up = matrix(mesh, (intermediate, intermediate), hidden, fp8=fp8)
+        self.down = matrix(mesh, hidden, intermediate, fp8=in_fp8(config, "mlp", {"down_proj": hidden}))
 
     def sources(self):
         hidden, intermediate = self.down.dims
-        for name, part in zip(("gate_proj", "up_proj"), self.gate_up.chunk(2), strict=True):
+        halves = self.gate_up.part.split([intermediate.local(self.mesh)] * 2)
+        for name, part in zip(("gate_proj", "up_proj"), halves, strict=True):
             yield source(f"{name}.weight", part, self.mesh, intermediate, hidden)
         yield source("down_proj.weight", self.down, self.mesh, hidden, intermediate)
 
     def forward(self, x, residual, batch):
-        gate_up, _, residual = x.linear(self.gate_up)
-        return ops.silu_mul_linear(gate_up, self.down), residual
+        gate_up, _, residual = x.linear(*self.gate_up)
+        return ops.silu_mul_linear(gate_up, *self.down), residual
 
 
 class MoE(Stage):
@@ -250,50 +289,46 @@ class MoE(Stage):
         moe, hidden = config.ffn, config.hidden
         self.top_k = moe.top_k
         self.experts, intermediate = sharding.experts(moe), sharding.expert_intermediate(moe)
-        # What every token is multiplied with is one weight: the shared expert's gate and up, the router, its own gate.
+        # What every token is multiplied with is joined: the shared expert's gate and up, the router, its own gate.
         shared = sharding.shared_intermediate(moe)
-        self.blocks = {
-            "shared_expert.gate_proj": shared,
-            "shared_expert.up_proj": shared,
-            "gate": moe.experts,
-            "shared_expert_gate": 1,
-        }
-        self.in_proj = weight(mesh, tuple(self.blocks.values()), hidden, multiple=8)
-        self.widths = [shared.local(mesh), shared.local(mesh), moe.experts, 1, self.in_proj.padding]
-        self.shared_down = weight(mesh, hidden, shared)
-        self.gate_up = weight(mesh, self.experts, (intermediate, intermediate), hidden)
-        self.down = weight(mesh, self.experts, hidden, intermediate)
+        both = dict.fromkeys(("shared_expert.gate_proj", "shared_expert.up_proj"), (shared,))
+        self.in_proj = Joined(config, mesh, "mlp", [both, {"gate": (moe.experts,)}, {"shared_expert_gate": (1,)}])
+        down = in_fp8(config, "mlp", {"shared_expert.down_proj": hidden})
+        self.shared_down = matrix(mesh, hidden, shared, fp8=down)
+        # An expert's gate and up have blocks of their own, so any width will do.
+        fp8 = all(f"mlp.experts.{name}" in config.fp8 for name in ("gate_proj", "up_proj"))
+        self.gate_up = matrix(mesh, self.experts, (intermediate, intermediate), hidden, fp8=fp8, halves=True)
+        down = in_fp8(config, "mlp", {"experts.down_proj": hidden})
+        self.down = matrix(mesh, self.experts, hidden, intermediate, fp8=down)
         held = self.experts.slice(mesh)
         self.first_expert, self.bounds = held.start, slice(held.start, held.stop + 1)
 
     def sources(self):
-        for (name, block), part in zip(self.blocks.items(), self.in_proj.split(self.widths), strict=False):
-            yield source(f"{name}.weight", part, self.mesh, block, self.in_proj.shape[1])
+        yield from self.in_proj.sources()
         yield source("shared_expert.down_proj.weight", self.shared_down, self.mesh, *self.shared_down.dims)
         # Checkpoints hold the experts either fused or one by one; whichever is there fills the same memory.
-        yield source("experts.gate_up_proj", self.gate_up, self.mesh, *self.gate_up.dims)
-        yield source("experts.down_proj", self.down, self.mesh, *self.down.dims)
         _, hidden, intermediate = self.down.dims
-        gate, up = self.gate_up.chunk(2, dim=1)
+        gate, up = self.gate_up.part.split([intermediate.local(self.mesh)] * 2)
+        yield stacked("experts.gate_up_proj", [gate, up], self.mesh, self.experts, intermediate, hidden)
+        yield source("experts.down_proj", self.down, self.mesh, *self.down.dims)
         columns, rows = (intermediate, hidden), (hidden, intermediate)
         for name, parts, dims in (
             ("gate_proj", gate, columns),
             ("up_proj", up, columns),
-            ("down_proj", self.down, rows),
+            ("down_proj", self.down.part, rows),
         ):
             for expert in range(self.experts.count):
                 key, local = f"experts.{expert}.{name}.weight", expert - self.first_expert
-                held = 0 <= local < len(parts)
-                yield source(key, parts[local], self.mesh, *dims) if held else elsewhere(key, *dims)
+                held = 0 <= local < len(parts.data)
+                yield source(key, parts.expert(local), self.mesh, *dims) if held else elsewhere(key, *dims)
 
     def forward(self, x, residual, batch):
-        projected, x, residual = x.linear(self.in_proj)
-        gate, up, *others = self.widths
-        shared, logits, shared_gate, _ = projected.split((gate + up, *others), dim=1)
+        (shared, logits, shared_gate), x, residual = self.in_proj(x)
         weights, experts, order, offsets = ops.moe_route(logits, self.top_k)
-        held = (order, offsets[self.bounds], self.gate_up, self.down, self.first_expert)
-        y = ops.moe_experts(x, weights, experts, *held)
-        ops.add_gated_silu_mul_linear(y, shared, self.shared_down, shared_gate)
+        held = (order, offsets[self.bounds], self.gate_up.data, self.down.data, self.first_expert)
+        y = ops.moe_experts(x, weights, experts, *held, self.gate_up.scale, self.down.scale)
+        down, scale = self.shared_down
+        ops.add_gated_silu_mul_linear(y, shared, down, shared_gate, scale)
         return y, residual
 
 
@@ -318,7 +353,7 @@ class LMHead(Stage):
 
 def feed_forward(config: ModelConfig, mesh: Mesh) -> Stage:
     if isinstance(config.ffn, DenseConfig):
-        return DenseFFN(config.hidden, sharding.intermediate(config.ffn), mesh)
+        return DenseFFN(config, mesh)
     return MoE(config, mesh)
 
 

@@ -1,49 +1,115 @@
 """From a checkpoint directory to parameters: memory-mapped safetensors, streamed slice by slice into place."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from tqdm import tqdm
 
+from ...ops.fp8 import BLOCK, blocks, dequantise, quantise_blocks
+from ..config import ModelConfig
 from ..errors import ConfigError
 from ..files import read_json_object
-from .parameters import Source
+from ..quantization import PRODUCTS, products_of
+from .parameters import Region, Source
 from .qwen3_5 import Qwen3_5
 
 _NOT_TEXT = ("model.visual.", "visual.", "mtp.")
 _PREFIXES = ("model.language_model.", "model.")
 _DTYPES = ("BF16", "F16", "F32")
+_FP8, _SCALE = "F8_E4M3", "_scale_inv"
+
+
+class _Files:
+    """A checkpoint's tensors by name, in files that are opened when they are first needed."""
+
+    def __init__(self, directory: Path):
+        """Raises ConfigError for a directory without readable weights."""
+        self.directory, self.where = directory, _tensor_files(directory)
+        self._opened: dict[Path, object] = {}
+
+    def get(self, name: str):
+        """The safetensors slice of a tensor. Raises ConfigError where its file is corrupt or lacks it."""
+        path = self.where[name]
+        try:
+            if path not in self._opened:
+                self._opened[path] = _open(path)
+            return self._opened[path].get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{path} has no readable tensor {name!r} ({error}); the checkpoint is incomplete."
+            ) from None
+
+    def place(self, name: str) -> str:
+        return f"{name} in {self.where[name].name}"
+
+
+def with_formats(config: ModelConfig, directory: Path, quantization: str) -> ModelConfig:
+    """The configuration with the products that are to be held in FP8. quantization: "auto" for those that the
+    checkpoint has in FP8, "fp8" for all that can be, "none" for none.
+
+    A product is one of a name in all layers: where some of them are stored in FP8 and others not, none is held in it.
+    Raises ConfigError where the tensors contradict config.json, naming one.
+    """
+    if quantization != "auto":
+        return replace(config, fp8=PRODUCTS if quantization == "fp8" else frozenset())
+    files = _Files(directory)
+    stored: dict[bool, set[str]] = {True: set(), False: set()}
+    for name in files.where:
+        products = () if name.startswith(_NOT_TEXT) else products_of(name)
+        if not products:
+            continue
+        fp8 = files.get(name).get_dtype() == _FP8
+        _check_listed(config, files, name, fp8)
+        stored[fp8].update(products)
+    return replace(config, fp8=frozenset(stored[True] - stored[False]))
+
+
+def _check_listed(config: ModelConfig, files: _Files, name: str, fp8: bool) -> None:
+    if config.stored is None:
+        return
+    listed = config.stored.leaves_out(name.removesuffix(".weight"))
+    if fp8 == listed:
+        kind = files.get(name).get_dtype()
+        raise ConfigError(
+            f"{files.place(name)} is stored as {kind}, but modules_to_not_convert of config.json "
+            f"{'has' if listed else 'does not have'} it: they are of different checkpoints; fetch it again."
+        )
 
 
 def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
     """Fill every parameter of the model from DIRECTORY/*.safetensors; vision and draft tensors are skipped by name.
 
-    Either key prefix and either expert layout; only what the model's rank holds is read, each slice is cast to its
-    parameter's dtype on the way, and no second copy of the weights is ever held. Raises ConfigError for a corrupt file
-    and for a missing, unknown, mis-shaped or doubled tensor, naming it. Mutates the model's parameters.
+    Either key prefix and either expert layout; only what the model's rank holds is read, each slice is cast, quantised
+    or dequantised to its parameter's format on the way, and no second copy of the weights is ever held. Raises
+    ConfigError for a corrupt file and for a missing, unknown, mis-shaped or doubled tensor, naming it. Mutates the
+    model's parameters.
     """
-    where = _tensor_files(directory)
-    names = [name for name in where if not name.startswith(_NOT_TEXT)]
+    files = _Files(directory)
+    names = [name for name in files.where if not name.startswith(_NOT_TEXT)]
     prefix = next((p for p in _PREFIXES if any(name.startswith(p + "layers.") for name in names)), _PREFIXES[-1])
     sources = {source.key: source for source in model.sources(prefix)}
     if model.config.tied and "lm_head.weight" in names:
         names.remove("lm_head.weight")  # some writers store the tied matrix twice
-    unknown = sorted(set(names) - set(sources))
+    scales = {name for name in names if name.endswith(_SCALE) and name.removesuffix(_SCALE) in sources}
+    unknown = sorted(set(names) - set(sources) - scales)
     if unknown:
         raise ConfigError(_listing(f"{directory} holds tensors that this model has no place for", unknown))
-    names.sort(key=lambda name: (where[name].name, name))
+    names = sorted(set(names) - scales, key=lambda name: (files.where[name].name, name))
     filled: dict[int, int] = {}
-    bar = tqdm(names, desc="loading weights", unit="tensor", disable=not progress, leave=False)
-    opened: tuple[Path, object] | None = None
-    for name in bar:
-        if opened is None or opened[0] != where[name]:
-            opened = where[name], _open(where[name])
-        _fill(sources[name], opened[1], where[name])
+    for name in tqdm(names, desc="loading weights", unit="tensor", disable=not progress, leave=False):
+        _fill(sources[name], files)
+        scales.discard(name + _SCALE)
         for region in sources[name].regions:
-            storage = region.part.untyped_storage().data_ptr()
-            filled[storage] = filled.get(storage, 0) + region.part.numel()
+            for part in (region.part, region.scale):
+                if part is not None:
+                    storage = part.untyped_storage().data_ptr()
+                    filled[storage] = filled.get(storage, 0) + part.numel()
+    if scales:
+        raise ConfigError(_listing(f"{directory} holds scales of tensors that are not there", sorted(scales)))
     _check_complete(model, sources, names, filled, directory)
 
 
@@ -73,22 +139,79 @@ def _open(path: Path):
         raise ConfigError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
 
 
-def _fill(source: Source, file, path: Path) -> None:
+def _fill(source: Source, files: _Files) -> None:
+    """Bring a checkpoint tensor into the parameters that it fills, in their formats."""
     name = source.key
+    stored = files.get(name)
+    shape, kind, scale = tuple(stored.get_shape()), stored.get_dtype(), None
+    if shape != source.shape:
+        raise ConfigError(f"{files.place(name)} has shape {list(shape)}; this model needs {list(source.shape)}.")
+    if kind == _FP8 and len(shape) > 1 and name + _SCALE in files.where:
+        scale = _scale_of(source, files)
+    elif kind not in _DTYPES:
+        missing = f"; FP8 needs its scale {name + _SCALE}, which is not there" if kind == _FP8 else ""
+        raise ConfigError(f"{files.place(name)} is stored as {kind}; {', '.join(_DTYPES)} are read{missing}.")
+    elif name + _SCALE in files.where:
+        raise ConfigError(f"{files.place(name)} is stored as {kind}, but has a scale, {name + _SCALE}.")
     try:
-        stored = file.get_slice(name)
-        shape = tuple(stored.get_shape())
-        if shape != source.shape:
-            raise ConfigError(f"{name} in {path.name} has shape {list(shape)}; this model needs {list(source.shape)}.")
-        if stored.get_dtype() not in _DTYPES:
-            raise ConfigError(
-                f"{name} in {path.name} is stored as {stored.get_dtype()}; {', '.join(_DTYPES)} are read."
-            )
         with torch.no_grad():
-            for slices, part in source.regions:
-                part.copy_(stored[slices])
+            for region in source.regions:
+                _fill_region(region, stored, scale, name)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} has no readable tensor {name!r} ({error}); the checkpoint is incomplete.") from None
+        raise ConfigError(
+            f"{files.where[name]} has no readable tensor {name!r} ({error}); the checkpoint is incomplete."
+        ) from None
+
+
+def _scale_of(source: Source, files: _Files):
+    name = source.key + _SCALE
+    scale = files.get(name)
+    *experts, rows, columns = source.shape
+    needed = [*experts, blocks(rows), blocks(columns)]
+    if list(scale.get_shape()) != needed:
+        raise ConfigError(
+            f"{files.place(name)} has shape {scale.get_shape()}; {source.key} of {list(source.shape)} in blocks of "
+            f"{BLOCK} x {BLOCK} needs {needed}."
+        )
+    if scale.get_dtype() not in _DTYPES:
+        raise ConfigError(f"{files.place(name)} is stored as {scale.get_dtype()}; {', '.join(_DTYPES)} are read.")
+    return scale
+
+
+def _fill_region(region: Region, stored, scale, name: str) -> None:
+    """stored, scale: slices of the checkpoint's tensor and of its scale, None where it is not in FP8."""
+    values, part = stored[region.slices], region.part
+    if scale is None and region.scale is None:
+        part.copy_(values)
+        return
+    if scale is None:
+        for each in _matrices(values, part, region.scale):
+            _quantise(*each)
+        return
+    *experts, rows, columns = region.slices
+    scales = scale[(*experts, *(slice(each.start // BLOCK, blocks(each.stop)) for each in (rows, columns)))].float()
+    first = rows.start % BLOCK, columns.start % BLOCK  # within its block, where the part's first element stands
+    if region.scale is None:
+        for each, held, by_block in _matrices(values, part, scales):
+            held.copy_(dequantise(each.to(held.device), by_block.to(held.device), *first))
+        return
+    if any(first):
+        raise ConfigError(
+            f"{name} is in FP8 and held in parts that cut its blocks of {BLOCK}: use --quantization none."
+        )
+    part.copy_(values)
+    region.scale.copy_(scales)
+
+
+def _matrices(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """One expert at a time: what is made on the way is as large as one, not as all of them."""
+    return zip(*tensors, strict=True) if tensors[0].dim() > 2 else [tensors]
+
+
+def _quantise(values: Tensor, part: Tensor, scale: Tensor) -> None:
+    data, by_block = quantise_blocks(values.to(part.device))
+    part.copy_(data)
+    scale.copy_(by_block)
 
 
 def _check_complete(
@@ -100,14 +223,16 @@ def _check_complete(
         if got == needed:
             continue
         keys = [
-            key
-            for key, source in sources.items()
-            if any(region.part.untyped_storage().data_ptr() == storage for region in source.regions)
+            key for key, source in sources.items() if any(storage in _storages(region) for region in source.regions)
         ]
         if got < needed:
             missing = [key for key in keys if key not in names]
             raise ConfigError(_listing(f"{directory} lacks tensors; one of each set of these is needed", missing))
         raise ConfigError(_listing(f"{directory} holds both layouts of the same weights", keys))
+
+
+def _storages(region: Region) -> list[int]:
+    return [part.untyped_storage().data_ptr() for part in (region.part, region.scale) if part is not None]
 
 
 def _listing(what: str, names: Iterable[str]) -> str:

@@ -76,7 +76,10 @@ def _entry_lines(entry: Entry, mesh: Mesh) -> Iterator[str]:
     if entry.stage:
         yield _line(indent + name, flow)
         for parameter, value in entry.stage.named_parameters():
-            yield _line(f"{indent}    {parameter}", _weight(value, mesh))
+            if value.dims:  # the scale of a weight has none of its own
+                # A weight's data, and the first of several, go by its name.
+                shown = parameter.removesuffix(".data").removesuffix(".0")
+                yield _line(f"{indent}    {shown}", _weight(value, mesh))
 
 
 def _line(left: str, right: str) -> str:
@@ -93,6 +96,7 @@ def _weight(parameter: nn.Parameter, mesh: Mesh) -> str:
         placements += [f"Shard({i}, {group})" for group in groups]
         notes += _copies(splits, mesh)
     notes += [f", {parameter.padding} rows of padding"] if parameter.padding else []
+    notes += [", fp8_block128"] if parameter.dtype.itemsize == 1 else []
     of = f"of {whole}, " if placements else ""
     return f"{shape} {of}{' '.join(placements) or 'Replicate'}{''.join(dict.fromkeys(notes))}"
 
