@@ -57,9 +57,11 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 void check_aligned(const void* global, size_t alignment);
 
 // ---- wgmma: m64nNk16 with fp32 accumulators
+enum class Element : uint8_t { kF16, kBf16, kE4m3 };
+
 struct Product {
     int columns = 0;  // N
-    bool bf16 = false;
+    Element element = Element::kF16;
     bool a_in_registers = false;
     bool transpose_a = false, transpose_b = false;  // MN-major in shared memory
     bool accumulate = true;

@@ -4,6 +4,9 @@
 #include "kernels.h"
 
 namespace tokenspeed::binding {
+
+std::optional<Tensor> linear_of_groups(const Tensor& x, const Tensor& weight, const Tensor& scale);  // bindings_fp8.cpp
+
 namespace {
 
 // The stride between rows, where there is more than one.
@@ -107,6 +110,7 @@ Linear product(const Tensor& x, const Tensor& weight, const Scale& scale) {
 }
 
 std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const Scale& scale) {
+    if (scale && x.size(0) > kLinearMaxRows) return linear_of_groups(x, weight, *scale);
     if (!fits_linear(x, weight, scale, x.size(1))) return std::nullopt;
     Linear arguments = product(x, weight, scale);
     if (!linear_supported(arguments)) return std::nullopt;

@@ -1,15 +1,14 @@
 // e4m3 as operands of products in bf16, exactly. The format of weights, blocks and scales: tokenspeed/ops/fp8.py.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <ptx.h>
 
 #include <cstdint>
 
 namespace tokenspeed {
 
-struct E4m3 {
-    uint8_t bits;  // sign, four bits of exponent (bias 7), three of mantissa
-};
+using E4m3 = __nv_fp8_e4m3;  // sign, four bits of exponent (bias 7), three of mantissa
 
 // Four finite e4m3, the first in the lowest byte, as two registers of two bf16 of the same values. Four bits up, with
 // its sign repeated above it, an e4m3 is a bf16 whose exponent is 120 too low, subnormal numbers included.

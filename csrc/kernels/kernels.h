@@ -156,6 +156,25 @@ cudaError_t add_rms_norm_linear(const Linear& arguments, cudaStream_t stream);
 bool silu_mul_linear_supported(const Linear& arguments);
 cudaError_t silu_mul_linear(const Linear& arguments, cudaStream_t stream);
 
+// ---- quantise_groups.cu: x [rows, columns] bf16 or fp32 by row stride, values [rows, columns] e4m3 and scales
+// [rows, ceil(columns / 128)] contiguous; columns a multiple of 8. Values of any alignment to 8 bytes, scales to 4.
+cudaError_t quantise_groups(const void* x, bool x_is_float, int64_t x_stride, uint8_t* values, float* scales,
+                            int64_t rows, int columns, cudaStream_t stream);
+
+// ---- linear_fp8.cu: out = x weight^T of e4m3 operands, all contiguous; inputs a multiple of 16; scales of any
+// alignment.
+struct LinearFp8 {
+    const uint8_t* x;       // [rows, inputs]
+    const float* x_scale;   // [rows, ceil(inputs / 128)]
+    const uint8_t* weight;  // [outputs, inputs]
+    const float* scale;     // [ceil(outputs / 128), ceil(inputs / 128)]
+    void* out;              // [rows, outputs] bf16 or fp32
+    bool out_is_float;
+    int rows, outputs, inputs;
+};
+bool linear_fp8_supported(const LinearFp8& arguments);
+cudaError_t linear_fp8(const LinearFp8& arguments, cudaStream_t stream);
+
 // ---- sample.cu: see the operator of that name; logits [rows, vocabulary] bf16 or fp32 by row stride, of any
 // alignment.
 constexpr int kSampleMaxVocabulary = 400000;  // a row lies in the shared memory of one cluster

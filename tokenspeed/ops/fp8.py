@@ -99,7 +99,8 @@ def quantise_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.shape[1]
     groups = F.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
     peak = groups.abs().amax(2).clamp_(min=_SMALLEST_PEAK)
-    values = to_fp8(groups * (LARGEST / peak)[..., None]).flatten(1)
+    # Not LARGEST / peak, which torch takes for LARGEST times a rounded reciprocal.
+    values = to_fp8(groups * (torch.full_like(peak, LARGEST) / peak)[..., None]).flatten(1)
     return values[:, :columns].contiguous(), peak / LARGEST
 
 
