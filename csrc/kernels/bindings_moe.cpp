@@ -60,16 +60,18 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
                          .gate_up_scale = scaled ? data<float>(*gate_up_scale) : nullptr,
                          .down_scale = scaled ? data<float>(*down_scale) : nullptr};
     const bool few = moe_experts_decode_supported(arguments);
-    if (!few && !moe_experts_prefill_supported(arguments)) return std::nullopt;
+    const bool many = scaled ? moe_experts_prefill_fp8_supported(arguments) : moe_experts_prefill_supported(arguments);
+    if (!few && !many) return std::nullopt;
     Tensor out = new_tensor(x, {tokens, hidden});
-    const Tensor workspace =
-        new_workspace(x, few ? moe_experts_decode_workspace(arguments) : moe_experts_prefill_workspace(arguments));
+    const Tensor workspace = new_workspace(x, few      ? moe_experts_decode_workspace(arguments)
+                                              : scaled ? moe_experts_prefill_fp8_workspace(arguments)
+                                                       : moe_experts_prefill_workspace(arguments));
     arguments.out = data(out);
     arguments.workspace = data<uint8_t>(workspace);
     const Launch launch(x);
     launch.keep(workspace);
-    check_launch(few ? moe_experts_decode(arguments, launch.stream()) : moe_experts_prefill(arguments, launch.stream()),
-                 "moe_experts");
+    const auto start = few ? moe_experts_decode : scaled ? moe_experts_prefill_fp8 : moe_experts_prefill;
+    check_launch(start(arguments, launch.stream()), "moe_experts");
     return out;
 }
 

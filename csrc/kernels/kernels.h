@@ -274,10 +274,10 @@ bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t t
 int paged_attention_prefill_parts(const PagedAttention& arguments, int64_t tokens);
 cudaError_t paged_attention_prefill(PagedAttentionPrefill arguments, cudaStream_t stream);
 
-// ---- moe_experts_decode.cu and moe_experts_prefill.cu: see the operator moe_experts; hidden and width multiples
-// of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any number. With scales, of any
-// alignment, weights are e4m3, hidden and width multiples of 128, and each block of 128 x 128 is multiplied by its
-// scale.
+// ---- moe_experts_decode.cu, moe_experts_prefill.cu and moe_experts_prefill_fp8.cu: see the operator moe_experts;
+// hidden and width multiples of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any
+// number. With scales, of any alignment, weights are e4m3, hidden and width multiples of 128, and each block of 128 x
+// 128 is multiplied by its scale.
 constexpr int kMoeDecodeTokens = 64;
 struct MoeExperts {
     const __nv_bfloat16* x;  // [tokens, hidden] by row stride
@@ -301,5 +301,9 @@ cudaError_t moe_experts_decode(const MoeExperts& arguments, cudaStream_t stream)
 bool moe_experts_prefill_supported(const MoeExperts& arguments);
 size_t moe_experts_prefill_workspace(const MoeExperts& arguments);
 cudaError_t moe_experts_prefill(const MoeExperts& arguments, cudaStream_t stream);
+// The same with scales: activations are quantised too.
+bool moe_experts_prefill_fp8_supported(const MoeExperts& arguments);
+size_t moe_experts_prefill_fp8_workspace(const MoeExperts& arguments);
+cudaError_t moe_experts_prefill_fp8(const MoeExperts& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed
