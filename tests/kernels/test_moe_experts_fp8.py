@@ -15,6 +15,8 @@ from tests.ops.reference import exact
 pytest_plugins = ["tests.kernels.schedules"]
 
 TOLERANCE = 6e-3  # of the activation and of the output to bf16, as with bf16 weights
+# A prefill rounds activations to e4m3 too: an activation that a card computes one bit apart may round to the neighbour.
+PREFILL_TOLERANCE = 1.2e-2
 
 
 def draw_experts(backend: Backend, experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -62,28 +64,29 @@ def run(backend: Backend, args: tuple) -> Tensor:
     return results[0]
 
 
-def error(backend: Backend, args: tuple) -> float:
-    return relative_error(run(backend, args), expected(args))
+def assert_close(backend: Backend, args: tuple) -> None:
+    tolerance = TOLERANCE if len(args[0]) <= DECODE_TOKENS else PREFILL_TOLERANCE
+    assert relative_error(run(backend, args), expected(args)) < tolerance
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 17, 64, 65])
 def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
     chosen = random_choice(scheduled, tokens, 4, 2)
-    assert error(scheduled, inputs(scheduled, chosen, 4, 256, 128)) < TOLERANCE
+    assert_close(scheduled, inputs(scheduled, chosen, 4, 256, 128))
 
 
 @pytest.mark.parametrize("tokens", [97, 128, 129, 257, 321])
 def test_all_tokens_on_one_expert(backend, tokens):
     """One to three tiles of 128, whose last holds one choice or many."""
     chosen = torch.full((tokens, 1), 1, device=backend.device)
-    assert error(backend, inputs(backend, chosen, 3, 128, 128)) < TOLERANCE
+    assert_close(backend, inputs(backend, chosen, 3, 128, 128))
 
 
 @pytest.mark.parametrize("counts", [[0, 1, 0, 0, 7, 8, 9, 0, 15, 17, 0], [0, 1, 63, 0, 64, 65, 127, 129, 0]])
 def test_ragged_groups_with_empty_experts_between(scheduled, counts):
     chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
     chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)
-    assert error(scheduled, inputs(scheduled, chosen, len(counts), 128, 128)) < TOLERANCE
+    assert_close(scheduled, inputs(scheduled, chosen, len(counts), 128, 128))
 
 
 @pytest.mark.parametrize("tokens", [5, 70])
@@ -92,20 +95,20 @@ def test_sizes_need_not_fill_stages_and_tiles(backend, hidden, width, tokens):
     """A stage of few tokens is 512 of depth in the first product, 256 in the second; five stages wrap the ring of many;
     384 and 640 outputs end inside a tile of 256."""
     chosen = random_choice(backend, tokens, 2, 1)
-    assert error(backend, inputs(backend, chosen, 2, hidden, width)) < TOLERANCE
+    assert_close(backend, inputs(backend, chosen, 2, hidden, width))
 
 
 @pytest.mark.parametrize("tokens", [3, 65])
 def test_the_sizes_of_a_published_model(backend, tokens):
     chosen = torch.zeros(tokens, 1, dtype=torch.int64, device=backend.device)
-    assert error(backend, inputs(backend, chosen, 1, 2048, 512)) < TOLERANCE
+    assert_close(backend, inputs(backend, chosen, 1, 2048, 512))
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(4608, 128), (128, 2304)])
 def test_the_longest_depth(backend, hidden, width):
     """What the rows of x and of activations leave room for."""
     chosen = torch.zeros(1, 1, dtype=torch.int64, device=backend.device)
-    assert error(backend, inputs(backend, chosen, 1, hidden, width)) < TOLERANCE
+    assert_close(backend, inputs(backend, chosen, 1, hidden, width))
 
 
 @pytest.mark.parametrize("tokens", [3, 66])
@@ -137,7 +140,7 @@ def test_a_share_of_the_experts_adds_its_choices_and_no_other(backend, tokens, h
     else:
         for scale in share[2:]:
             scale.nan_to_num_()
-        assert relative_error(out, expected(args, here)) < TOLERANCE
+        assert relative_error(out, expected(args, here)) < PREFILL_TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [5, 66])
