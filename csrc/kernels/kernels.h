@@ -83,12 +83,13 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
                        cudaStream_t stream);
 
 // ---- moe_route.cu: logits [tokens, experts] by row stride; experts 256 or 512; top_k at most kMaxTopK.
-// weights, chosen [tokens, top_k]; order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch
-// tokens, else two.
+// positions [tokens] or null: negative for rows of padding. weights, chosen [tokens, top_k]; order [tokens top_k];
+// offsets [experts + 1]. One launch up to kRouteOneLaunch tokens, else two.
 constexpr int kMaxTopK = 16;
 constexpr int kRouteOneLaunch = 128;
-cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, __nv_bfloat16* weights, int32_t* chosen,
-                      int32_t* order, int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+                      __nv_bfloat16* weights, int32_t* chosen, int32_t* order, int32_t* offsets, int tokens,
+                      int experts, int top_k, cudaStream_t stream);
 
 // ---- gated_delta_rule_decode.cu: see the operator of that name; dk = dv = 128, taps 4. Any alignment for ring, a,
 // b, a_log, dt_bias, norm_weight, cursor and the index arrays.
