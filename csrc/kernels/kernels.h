@@ -238,13 +238,16 @@ struct PagedAttentionDecodeShape {
 PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecode& arguments);
 cudaError_t paged_attention_decode(PagedAttentionDecode arguments, cudaStream_t stream);
 struct PagedAttentionPrefill : PagedAttention {
-    const int32_t* cu_seqlens;  // [sequences + 1]
+    const int32_t* cu_seqlens;  // [sequences + 1]; null: every sequence has tokens_each, or is padding
     int64_t tokens;             // of all sequences
     int most_parts;             // of the workspace; see paged_attention_prefill_parts
     float* parts;               // [most_parts, kPrefillPartRows, D]
     float2* part_sums;          // [most_parts, kPrefillPartRows]: maximum in units of log 2, sum
+    int tokens_each = 1;        // 1 beside cu_seqlens
 };
 constexpr int kPrefillPartRows = 128;
+// Whether a decode call of that many tokens in all is faster in the prefill kernel: many rows read the same keys.
+bool paged_attention_decode_as_prefill(const PagedAttention& arguments, int64_t tokens);
 // Whether a lone sequence of that many tokens has so few rows that the decode kernel is faster.
 bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t tokens);
 // How many parts the keys of that many tokens may be cut into, by the shapes alone; 0: they never are.
