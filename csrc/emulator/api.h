@@ -43,6 +43,7 @@ void cp_async_mbarrier_arrive(uint32_t barrier);
 // To shared memory; `mask` names the blocks of the cluster that receive it, 0 the own block only.
 void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint16_t mask);
 void bulk_copy_cluster(uint32_t shared, uint32_t source, uint32_t bytes, uint32_t barrier);
+void store_async_cluster(uint32_t shared, uint32_t value, uint32_t barrier);
 enum class Reduction { kNone, kAddF32 };
 void bulk_store(void* global, uint32_t shared, uint32_t bytes, Reduction reduction);
 void bulk_prefetch(const void* global, uint32_t bytes);

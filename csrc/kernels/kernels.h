@@ -85,12 +85,13 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
                        cudaStream_t stream);
 
 // ---- moe_route.cu: logits [tokens, experts] by row stride; experts 256 or 512; top_k at most kMaxTopK.
-// weights, chosen [tokens, top_k]; order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch
-// tokens, else two.
+// positions [tokens] or null: negative for rows of padding. weights, chosen [tokens, top_k]; order [tokens top_k];
+// offsets [experts + 1]. One launch up to kRouteOneLaunch tokens, else two.
 constexpr int kMaxTopK = 16;
 constexpr int kRouteOneLaunch = 128;
-cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, __nv_bfloat16* weights, int32_t* chosen,
-                      int32_t* order, int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+                      __nv_bfloat16* weights, int32_t* chosen, int32_t* order, int32_t* offsets, int tokens,
+                      int experts, int top_k, cudaStream_t stream);
 
 // ---- gated_delta_rule_decode.cu: see the operator of that name; dk = dv = 128, taps 4. Any alignment for ring, a,
 // b, a_log, dt_bias, norm_weight, cursor and the index arrays.
@@ -157,15 +158,16 @@ bool silu_mul_linear_supported(const Linear& arguments);
 cudaError_t silu_mul_linear(const Linear& arguments, cudaStream_t stream);
 
 // ---- quantise_groups.cu: x [rows, columns] bf16 or fp32 by row stride, values [rows, columns] e4m3 and scales
-// [rows, ceil(columns / 128)] contiguous; columns a multiple of 8. Values of any alignment to 8 bytes, scales to 4.
+// [ceil(columns / 128), rows] contiguous; columns a multiple of 8. Values of any alignment to 8 bytes, scales to 4.
 cudaError_t quantise_groups(const void* x, bool x_is_float, int64_t x_stride, uint8_t* values, float* scales,
                             int64_t rows, int columns, cudaStream_t stream);
 
-// ---- linear_fp8.cu: out = x weight^T of e4m3 operands, all contiguous; inputs a multiple of 16; scales of any
-// alignment.
+// ---- linear_fp8.cu: out = x weight^T of e4m3 operands, contiguous but for x_scale; inputs a multiple of 16; scales of
+// any alignment.
 struct LinearFp8 {
-    const uint8_t* x;       // [rows, inputs]
-    const float* x_scale;   // [rows, ceil(inputs / 128)]
+    const uint8_t* x;      // [rows, inputs]
+    const float* x_scale;  // [rows, ceil(inputs / 128)] by strides
+    int64_t x_scale_row_stride, x_scale_block_stride;
     const uint8_t* weight;  // [outputs, inputs]
     const float* scale;     // [ceil(outputs / 128), ceil(inputs / 128)]
     void* out;              // [rows, outputs] bf16 or fp32
@@ -261,13 +263,16 @@ struct PagedAttentionDecodeShape {
 PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecode& arguments);
 cudaError_t paged_attention_decode(PagedAttentionDecode arguments, cudaStream_t stream);
 struct PagedAttentionPrefill : PagedAttention {
-    const int32_t* cu_seqlens;  // [sequences + 1]
+    const int32_t* cu_seqlens;  // [sequences + 1]; null: every sequence has tokens_each, or is padding
     int64_t tokens;             // of all sequences
     int most_parts;             // of the workspace; see paged_attention_prefill_parts
     float* parts;               // [most_parts, kPrefillPartRows, D]
     float2* part_sums;          // [most_parts, kPrefillPartRows]: maximum in units of log 2, sum
+    int tokens_each = 1;        // 1 beside cu_seqlens
 };
 constexpr int kPrefillPartRows = 128;
+// Whether a decode call of that many tokens in all is faster in the prefill kernel: many rows read the same keys.
+bool paged_attention_decode_as_prefill(const PagedAttention& arguments, int64_t tokens);
 // Whether a lone sequence of that many tokens has so few rows that the decode kernel is faster.
 bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t tokens);
 // How many parts the keys of that many tokens may be cut into, by the shapes alone; 0: they never are.

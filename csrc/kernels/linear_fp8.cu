@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int row = tile.x + row_of_warp + lane / 4 + 8 * i;
-                row_scales[i] = p.x_scale + int64_t{min(row, last_row)} * blocks;
+                row_scales[i] = p.x_scale + min(row, last_row) * p.x_scale_row_stride;
             }
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             float row_scale[2], scale[kParts];  // of the next block, asked for one ahead
             const auto ask = [&](int block) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i) row_scale[i] = row_scales[i][block];
+                for (int i = 0; i < 2; ++i) row_scale[i] = row_scales[i][block * p.x_scale_block_stride];
 #pragma unroll
                 for (int part = 0; part < kParts; ++part) scale[part] = scales[part][block];
             };

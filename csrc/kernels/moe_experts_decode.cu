@@ -128,11 +128,29 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
     }
 }
 
-// The same of e4m3, whose sums take the scales of the first and the last eight rows: 16 weights a lane and half, four
-// to an mma.
+// Turns an entry's rows from bf16 to fp16, in place, each group of 128 columns by a power of two that stands behind the
+// row. The warps kConsumers, who may read the rows afterwards.
+__device__ __forceinline__ void convert_rows(uint8_t* rows, int row_pitch, int choices, int depth) {
+    const int groups = depth / kScaleBlock, lane = threadIdx.x % kGroupLanes;
+    const int all = (choices * groups + 1) / 2 * 2;  // both halves of a warp call group_to_half
+    for (int i = threadIdx.x / kGroupLanes; i < all; i += kConsumerThreads / kGroupLanes) {
+        const int row = i / groups, group = i % groups;
+        auto* at = reinterpret_cast<uint4*>(rows + row * row_pitch + group * kScaleBlock * 2) + lane;
+        float divisor;
+        const uint4 converted = group_to_half(row < choices ? *at : uint4{}, divisor);
+        if (row >= choices) continue;
+        *at = converted;
+        if (lane == 0) *reinterpret_cast<float*>(rows + row * row_pitch + depth * 2 + group * 4) = divisor;
+    }
+    ptx::fence_async_shared();  // the next entry's rows come by bulk copies
+    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+}
+
+// The same of e4m3 and fp16, whose sums take the scales of the first and the last eight rows, and of the choices what
+// their groups were divided by, from `divisors` on: 16 weights a lane and half, four to an mma.
 __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const uint8_t* low, const uint8_t* high,
-                                               const uint8_t* choices, int row_pitch, int groups, float low_scale,
-                                               float high_scale) {
+                                               const uint8_t* choices, int row_pitch, int groups,
+                                               const uint8_t* divisors, float low_scale, float high_scale) {
     const int lane = threadIdx.x % 32, quad = lane / 4, piece = lane % 4;
     const int row = quad / 2 + quad % 2 * 4;
     float unscaled[kGroups][2][4] = {};
@@ -146,8 +164,8 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
         uint32_t a[4][4];
 #pragma unroll
         for (int four = 0; four < 4; ++four) {
-            unpack_e4m3(of_upper[four], a[four][0], a[four][2]);
-            unpack_e4m3(of_lower[four], a[four][1], a[four][3]);
+            ptx::unpack_e4m3(of_upper[four], a[four][0], a[four][2]);
+            ptx::unpack_e4m3(of_lower[four], a[four][1], a[four][3]);
         }
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
@@ -156,17 +174,20 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
 #pragma unroll
                 for (int pair = 0; pair < 2; ++pair) {
                     const uint4 b = *reinterpret_cast<const uint4*>(at + pair * 16);
-                    ptx::mma_m16n8k16<__nv_bfloat16>(unscaled[n][0], a[pair * 2], b.x, b.y);
-                    ptx::mma_m16n8k16<__nv_bfloat16>(unscaled[n][1], a[pair * 2 + 1], b.z, b.w);
+                    ptx::mma_m16n8k16<__half>(unscaled[n][0], a[pair * 2], b.x, b.y);
+                    ptx::mma_m16n8k16<__half>(unscaled[n][1], a[pair * 2 + 1], b.z, b.w);
                 }
             }
         }
     }
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
+        if (n >= groups) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sum[n][i] += (i < 2 ? low_scale : high_scale) * (unscaled[n][0][i] + unscaled[n][1][i]);
+        for (int i = 0; i < 2; ++i) {
+            const float divisor = *reinterpret_cast<const float*>(divisors + (n * 8 + lane % 4 * 2 + i) * row_pitch);
+            sum[n][i] += low_scale * divisor * (unscaled[n][0][i] + unscaled[n][1][i]);
+            sum[n][i + 2] += high_scale * divisor * (unscaled[n][0][i + 2] + unscaled[n][1][i + 2]);
         }
     }
 }
@@ -190,7 +211,7 @@ __device__ __forceinline__ float load_scale(const float* scale, const Work<Produ
 // Multiplies the units of the block: the warps kConsumers. `begin(unit, entry)` runs before a unit's products,
 // `finish(unit, entry)` after its sums lie in control.sums; both by all these threads.
 template <typename Weight, typename Product, typename Begin, typename Finish>
-__device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* rows, const Layout& layout,
+__device__ void multiply(Control& control, const uint8_t* ring, uint8_t* rows, const Layout& layout,
                          const Work<Product>& work, int depth, const float* scale, Begin begin, Finish finish) {
     constexpr int kRowWarps = Product::kRowWarps;
     using F = Format<Weight>;
@@ -216,11 +237,12 @@ __device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* r
             scales = next_scales;
             next_scales = load_scale(scale, work, control.entries, unit + 1, depth);
         }
+        uint8_t* choices = rows + at_rows.slot * kEntryChoices * layout.row_pitch;
         if (index != held) {
             ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
             held = index;
+            if (F::kScaled) convert_rows(choices, layout.row_pitch, entry.choices, depth);
         }
-        const uint8_t* choices = rows + at_rows.slot * kEntryChoices * layout.row_pitch;
         float sum[kGroups][4] = {};
         for (int s = 0; s < stages_of_unit; ++s) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
@@ -231,8 +253,8 @@ __device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* r
                 const float low_scale = __shfl_sync(kAllLanes, scales, kPairs ? 2 * s : s);
                 const float high_scale = kPairs ? __shfl_sync(kAllLanes, scales, 2 * s + 1) : low_scale;
                 if (chunk < chunks) {
-                    multiply_chunk(sum, stage + low, stage + high, of_chunk, layout.row_pitch, groups, low_scale,
-                                   high_scale);
+                    multiply_chunk(sum, stage + low, stage + high, of_chunk, layout.row_pitch, groups,
+                                   choices + depth * 2 + chunk * 4, low_scale, high_scale);
                 }
             } else if (chunk < chunks) {
                 multiply_chunk(sum, stage + low, stage + high, of_chunk, layout.row_pitch, groups);

@@ -36,7 +36,11 @@ template <typename Weight>
 struct Format {
     static constexpr bool kScaled = std::is_same_v<Weight, E4m3>;
     static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Weight));  // of depth
-    static constexpr int kRowPadding = kScaled ? 16 : 64;  // bytes after a row of choices: two rows meet no bank twice
+    // Bytes of a row of choices: its elements, of e4m3 weights what each group was divided by, and padding, for two
+    // rows to meet no bank twice.
+    static constexpr int row_pitch(int depth) {
+        return depth * 2 + (kScaled ? (depth / kScaleBlock * 4 + 127) / 128 * 128 + 16 : 64);
+    }
 };
 static_assert(Format<E4m3>::kChunk == kScaleBlock, "one scale a chunk");
 
@@ -87,7 +91,7 @@ struct Layout {
 // The deepest ring that fits beside the rows; fewer than kLeastStages say that the depth is too long.
 template <typename Weight, typename Product>
 Layout layout_for(int depth) {
-    Layout layout{0, depth * 2 + Format<Weight>::kRowPadding, Product::kRowSlots};
+    Layout layout{0, Format<Weight>::row_pitch(depth), Product::kRowSlots};
     layout.stages = std::min((kSharedLimit - layout.bytes()) / kStageBytes, kMaxStages);
     return layout;
 }

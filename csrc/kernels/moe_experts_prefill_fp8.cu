@@ -37,18 +37,18 @@ static_assert(kDepth == kScaleBlock && kPairs == kScaleBlock && kParts == 2);
 struct Arguments {
     MoeExperts p;
     uint8_t* x;               // [tokens, hidden] e4m3
-    float* x_scale;           // [tokens, hidden / 128]
+    float* x_scale;           // [hidden / 128, tokens]
     uint8_t* activations;     // [choices, width] e4m3, in the order of `order`
     float* activation_scale;  // [choices, width / 128]
     __nv_bfloat16* rows;      // [choices, hidden], by token and rank
 };
 
 // sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. row_scales: of this thread's two rows;
-// scales: of the two parts; each `stages` long.
+// scales: of the two parts; each of `stages` blocks.
 template <bool kGathered>
 __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock / 2], Storage& storage, Cursor& at,
                                               int stages, bool has_rows, const float* const (&row_scales)[2],
-                                              const float* const (&scales)[kParts]) {
+                                              int64_t row_scale_stride, const float* const (&scales)[kParts]) {
     const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock /
     float row_scale[2], scale[kParts];  // of the next stage, asked for one ahead
     const auto ask = [&](int s) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) row_scale[i] = row_scales[i][s];
+        for (int i = 0; i < 2; ++i) row_scale[i] = row_scales[i][s * row_scale_stride];
 #pragma unroll
         for (int part = 0; part < kParts; ++part) scale[part] = scales[part][s];
     };
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int choice = min(row_of_warp + lane / 4 + 8 * i, tile.choices - 1);
-                row_scales[i] = a.x_scale + int64_t{p.order[tile.first + choice] / p.top_k} * stages;
+                row_scales[i] = a.x_scale + p.order[tile.first + choice] / p.top_k;
             }
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     p.gate_up_scale + (int64_t{tile.expert} * 2 * blocks + part * blocks + tile.column_tile) * stages;
             }
             float sum[kParts][kScaleBlock / 2];
-            multiply_tile<true>(sum, storage, at, stages, has_rows, row_scales, scales);
+            multiply_tile<true>(sum, storage, at, stages, has_rows, row_scales, p.tokens, scales);
             if (!has_rows) continue;
             store_activations(output, sum, a, tile.column_tile * kPairs, [&](int row) {
                 const int choice = row_of_warp + row;
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 scales[part] = p.down_scale + (int64_t{tile.expert} * blocks + block) * stages;
             }
             float sum[kParts][kScaleBlock / 2];
-            multiply_tile<false>(sum, storage, at, stages, has_rows, row_scales, scales);
+            multiply_tile<false>(sum, storage, at, stages, has_rows, row_scales, 1, scales);
             if (!has_rows) continue;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
         packed[i / 4] |= uint32_t{__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3)} << (i % 4 * 8);
     }
     *reinterpret_cast<uint2*>(values + row * columns + column) = make_uint2(packed[0], packed[1]);
-    if (lane == 0) scales[group] = peak / kLargest;
+    if (lane == 0) scales[group % groups * rows + row] = peak / kLargest;
 }
 
 template <typename T>

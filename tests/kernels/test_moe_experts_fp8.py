@@ -104,7 +104,7 @@ def test_the_sizes_of_a_published_model(backend, tokens):
     assert_close(backend, inputs(backend, chosen, 1, 2048, 512))
 
 
-@pytest.mark.parametrize(("hidden", "width"), [(4608, 128), (128, 2304)])
+@pytest.mark.parametrize(("hidden", "width"), [(4480, 128), (128, 2176)])
 def test_the_longest_depth(backend, hidden, width):
     """What the rows of x and of activations leave room for."""
     chosen = torch.zeros(1, 1, dtype=torch.int64, device=backend.device)

@@ -73,17 +73,17 @@ __global__ void __launch_bounds__(128) product_from_registers(const T* a, Operan
     for (int i = 0; i < kColumns / 2; ++i) registers[i * 128 + threadIdx.x] = d[i];
 }
 
-// out[i]: the four bytes of in[i] as bf16.
+// out[i]: the four bytes of in[i] as fp16.
 __global__ void __launch_bounds__(64) unpacked(const uint32_t* in, uint2* out) {
     uint2 both;
-    unpack_e4m3(in[threadIdx.x], both.x, both.y);
+    ptx::unpack_e4m3(in[threadIdx.x], both.x, both.y);
     out[threadIdx.x] = both;
 }
 
 template <int kColumns>
 static cudaError_t launch_e4m3(OperandImage a, OperandImage b, float* registers, int accumulate) {
     const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
-    return launch(product<E4m3, kColumns, false, false>, config, a, b, registers, accumulate);
+    return launch(product<__nv_fp8_e4m3, kColumns, false, false>, config, a, b, registers, accumulate);
 }
 
 template <typename T, int kColumns>
