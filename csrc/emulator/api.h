@@ -43,6 +43,7 @@ void cp_async_mbarrier_arrive(uint32_t barrier);
 // To shared memory; `mask` names the blocks of the cluster that receive it, 0 the own block only.
 void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint16_t mask);
 void bulk_copy_cluster(uint32_t shared, uint32_t source, uint32_t bytes, uint32_t barrier);
+void store_async_cluster(uint32_t shared, uint32_t value, uint32_t barrier);
 enum class Reduction { kNone, kAddF32 };
 void bulk_store(void* global, uint32_t shared, uint32_t bytes, Reduction reduction);
 void bulk_prefetch(const void* global, uint32_t bytes);
@@ -57,9 +58,11 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 void check_aligned(const void* global, size_t alignment);
 
 // ---- wgmma: m64nNk16 with fp32 accumulators
+enum class Element : uint8_t { kF16, kBf16, kE4m3 };
+
 struct Product {
     int columns = 0;  // N
-    bool bf16 = false;
+    Element element = Element::kF16;
     bool a_in_registers = false;
     bool transpose_a = false, transpose_b = false;  // MN-major in shared memory
     bool accumulate = true;

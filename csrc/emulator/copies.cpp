@@ -120,6 +120,19 @@ void bulk_copy_cluster(uint32_t shared, uint32_t source, uint32_t bytes, uint32_
     machine().start_copy(std::move(copy));
 }
 
+void store_async_cluster(uint32_t shared, uint32_t value, uint32_t barrier) {
+    const SharedPlace to = resolve(shared, 4, 4, "asynchronous store");
+    const SharedPlace completes = resolve(barrier, 8, 8, "asynchronous store's mbarrier");
+    auto copy = std::make_unique<AsyncCopy>();
+    copy->name = "asynchronous store";
+    copy->into = {to.block};
+    copy->write = [=] {
+        write_shared(to, &value, 4);
+        mbarrier_complete_bytes(completes, 4);
+    };
+    machine().start_copy(std::move(copy));
+}
+
 void bulk_store(void* global, uint32_t shared, uint32_t bytes, Reduction reduction) {
     check_bulk_size(bytes, "bulk store");
     check_global(global, 16, "bulk store");

@@ -1,6 +1,7 @@
-// 16-bit element formats.
+// Element formats of the matrix unit.
 #pragma once
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <cstring>
@@ -17,6 +18,10 @@ inline float to_float(uint16_t bits, bool bf16) {
     float value;
     memcpy(&value, &wide, sizeof value);
     return value;
+}
+
+inline float to_float(uint8_t e4m3) {
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(e4m3, __NV_E4M3)));
 }
 
 }  // namespace tokenspeed::emulator

@@ -91,6 +91,9 @@ inline uint32_t cluster_size() {
 inline void cluster_arrive() {
     emulator::cluster_barrier_arrive();
 }
+inline void cluster_arrive_relaxed() {
+    emulator::cluster_barrier_arrive();
+}
 inline void cluster_wait() {
     emulator::cluster_barrier_wait();
 }
@@ -114,6 +117,11 @@ inline void mbarrier_arrive_cluster_relaxed(uint64_t* barrier, uint32_t rank) {
 }
 inline void mbarrier_arrive_expect_tx_cluster(uint64_t* barrier, uint32_t rank, uint32_t bytes) {
     emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, bytes);
+}
+
+inline void store_async_cluster(float* shared, float value, uint64_t* barrier, uint32_t rank) {
+    emulator::store_async_cluster(cluster_map_address(shared, rank), __float_as_uint(value),
+                                  cluster_map_address(barrier, rank));
 }
 
 // ---- cp.async
@@ -258,6 +266,21 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 // ---- arithmetic
+
+inline void unpack_e4m3(uint32_t four, uint32_t& first, uint32_t& second) {
+    const auto widen = [](uint32_t pair) {
+        const auto both = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+        return static_cast<uint32_t>(both.y) << 16 | both.x;
+    };
+    first = widen(four & 0xffff);
+    second = widen(four >> 16);
+}
+
+inline uint32_t pack_half_saturating(float low, float high) {
+    const auto saturated = [](float x) { return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x; };
+    const __half2 both = __floats2half2_rn(saturated(low), saturated(high));
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
 
 inline float exp2_approximate(float x) {
     return std::exp2(x);

@@ -1,5 +1,6 @@
 // csrc/kernels/ptx_wgmma.h for the host compiler: the same names, carried out by the emulated device.
 #pragma once
+#include <cuda_fp8.h>
 #include <ptx.h>
 #include <tensor_layout.h>
 
@@ -33,12 +34,23 @@ void wgmma_wait([[maybe_unused]] float (&... d)[kRegisters]) {
     emulator::product_wait(kPending);
 }
 
+namespace detail {
+
+template <typename T>
+constexpr emulator::Element element() {
+    if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) return emulator::Element::kE4m3;
+    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half> || std::is_same_v<T, __nv_fp8_e4m3>);
+    return std::is_same_v<T, __nv_bfloat16> ? emulator::Element::kBf16 : emulator::Element::kF16;
+}
+
+}  // namespace detail
+
 template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
 void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(kColumns % 8 == 0 && kColumns <= 256);
-    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+    static_assert(sizeof(T) == 2 || (!kTransposedA && !kTransposedB));
     emulator::product_issue({.columns = kColumns,
-                             .bf16 = std::is_same_v<T, __nv_bfloat16>,
+                             .element = detail::element<T>(),
                              .transpose_a = kTransposedA,
                              .transpose_b = kTransposedB,
                              .accumulate = accumulate,
@@ -50,9 +62,9 @@ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
 template <typename T, int kColumns, bool kTransposedB = false>
 void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     static_assert(kColumns % 8 == 0 && kColumns <= 256);
-    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+    static_assert(sizeof(T) == 2);
     emulator::product_issue({.columns = kColumns,
-                             .bf16 = std::is_same_v<T, __nv_bfloat16>,
+                             .element = detail::element<T>(),
                              .a_in_registers = true,
                              .transpose_b = kTransposedB,
                              .accumulate = accumulate,

@@ -9,13 +9,17 @@ namespace tokenspeed::emulator {
 
 namespace {
 
-constexpr int kRows = 64, kDepth = 16;
+constexpr int kRows = 64;
+
+int depth_of(Element element) {
+    return element == Element::kE4m3 ? 32 : 16;
+}
 
 // Reads one element of an operand through its descriptor: start address, leading and stride byte offsets, swizzle mode.
 class Operand {
   public:
-    Operand(Block& block, uint64_t descriptor, bool transposed, bool bf16)
-        : block_(block), transposed_(transposed), bf16_(bf16) {
+    Operand(Block& block, uint64_t descriptor, bool transposed, Element element)
+        : block_(block), transposed_(transposed), element_(element) {
         start_ = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
         leading_ = static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) << 4;
         stride_ = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
@@ -41,7 +45,7 @@ class Operand {
         uint32_t offset = 0;
         if (!transposed_) {
             // Rows of `width_` bytes along k, eight to a group.
-            const uint32_t byte = static_cast<uint32_t>(k) * 2;
+            const uint32_t byte = static_cast<uint32_t>(k) * (element_ == Element::kE4m3 ? 1 : 2);
             offset = static_cast<uint32_t>(i / 8) * stride_ + static_cast<uint32_t>(i % 8) * width_ + byte % width_ +
                      byte / width_ * leading_;
         } else {
@@ -58,40 +62,42 @@ class Operand {
             machine().fail("%s: wgmma reads shared offset 0x%x, past the %zu bytes of the block",
                            block_name(block_).c_str(), address, block_.shared->bytes());
         }
+        if (element_ == Element::kE4m3) return to_float(block_.shared->shadow()[address]);
         uint16_t bits;
         memcpy(&bits, block_.shared->shadow() + address, sizeof bits);
-        return to_float(bits, bf16_);
+        return to_float(bits, element_ == Element::kBf16);
     }
 
   private:
     Block& block_;
     bool transposed_;
-    bool bf16_;
+    Element element_;
     uint32_t start_ = 0, leading_ = 0, stride_ = 0, width_ = 16;
 };
 
 void execute(Block& block, const WarpGroup::Issued& issued) {
     const Product& product = issued.product;
-    const int n = product.columns;
-    std::vector<float> a(kRows * kDepth), b(static_cast<size_t>(kDepth * n)), d(static_cast<size_t>(kRows * n));
+    const int n = product.columns, depth = depth_of(product.element);
+    const bool bf16 = product.element == Element::kBf16;
+    std::vector<float> a(kRows * depth), b(static_cast<size_t>(depth * n)), d(static_cast<size_t>(kRows * n));
     if (product.a_in_registers) {
         for (int thread = 0; thread < 128; ++thread) {
             const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
             for (int r = 0; r < 4; ++r) {
                 const uint32_t pair = issued.a[static_cast<size_t>(thread * 4 + r)];
-                float* to = &a[static_cast<size_t>((row + r % 2 * 8) * kDepth + column + r / 2 * 8)];
-                to[0] = to_float(static_cast<uint16_t>(pair), product.bf16);
-                to[1] = to_float(static_cast<uint16_t>(pair >> 16), product.bf16);
+                float* to = &a[static_cast<size_t>((row + r % 2 * 8) * depth + column + r / 2 * 8)];
+                to[0] = to_float(static_cast<uint16_t>(pair), bf16);
+                to[1] = to_float(static_cast<uint16_t>(pair >> 16), bf16);
             }
         }
     } else {
-        const Operand operand(block, product.a, product.transpose_a, product.bf16);
+        const Operand operand(block, product.a, product.transpose_a, product.element);
         for (int i = 0; i < kRows; ++i) {
-            for (int k = 0; k < kDepth; ++k) a[static_cast<size_t>(i * kDepth + k)] = operand.at(i, k);
+            for (int k = 0; k < depth; ++k) a[static_cast<size_t>(i * depth + k)] = operand.at(i, k);
         }
     }
-    const Operand operand(block, product.b, product.transpose_b, product.bf16);
-    for (int k = 0; k < kDepth; ++k) {
+    const Operand operand(block, product.b, product.transpose_b, product.element);
+    for (int k = 0; k < depth; ++k) {
         for (int j = 0; j < n; ++j) b[static_cast<size_t>(k * n + j)] = operand.at(j, k);
     }
     // Accumulator registers 4j .. 4j + 3 of thread t: rows t / 4 % 8 (+ 8) of its warp's 16, columns 8j + 2 (t % 4) (+
@@ -108,8 +114,8 @@ void execute(Block& block, const WarpGroup::Issued& issued) {
     if (product.accumulate) each_register([](float& in_register, float& value) { value = in_register; });
     for (int i = 0; i < kRows; ++i) {
         float* row = &d[static_cast<size_t>(i * n)];
-        for (int k = 0; k < kDepth; ++k) {
-            const float factor = a[static_cast<size_t>(i * kDepth + k)];
+        for (int k = 0; k < depth; ++k) {
+            const float factor = a[static_cast<size_t>(i * depth + k)];
             const float* other = &b[static_cast<size_t>(k * n)];
             for (int j = 0; j < n; ++j) row[j] += factor * other[j];
         }

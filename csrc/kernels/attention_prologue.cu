@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const A
         // The gates lie between the queries, so query head h stands at 2h and what follows them at q_heads + head.
         const int head = first + i, place = head < p.q_heads ? 2 * head : p.q_heads + head;
         const __nv_bfloat16* heads = p.qkv + token * p.qkv_stride + int64_t(place) * kHeadDim;
-        packed[i] = ptx::load_16_read_only(heads + lane * kLaneElements);
+        packed[i] = ptx::load_16_no_allocate(heads + lane * kLaneElements);
     }
     const int half_lanes = p.rotary / (2 * kLaneElements);  // lanes that hold the first elements of the pairs
     const bool rotates = lane < 2 * half_lanes;

@@ -159,6 +159,9 @@ inline bool is_bf16(const Tensor& t) {
 inline bool is_float(const Tensor& t) {
     return t.scalar_type() == ScalarType::Float;
 }
+inline bool is_e4m3(const Tensor& t) {
+    return t.scalar_type() == ScalarType::Float8_e4m3fn;
+}
 inline bool is_int32(const Tensor& t) {
     return t.scalar_type() == ScalarType::Int;
 }

@@ -184,20 +184,23 @@ bool copy_pages(const Tensor& pages, const Tensor& source, const Tensor& destina
     return true;
 }
 
-std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> moe_route(const Tensor& logits, int64_t top_k) {
+std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> moe_route(const Tensor& logits, int64_t top_k,
+                                                                    const std::optional<Tensor>& positions) {
     const int64_t tokens = logits.size(0), experts = logits.size(1);
-    const bool fits = has_kernels(logits) && is_bf16(logits) && has_vector_rows(logits) &&
-                      (experts == 256 || experts == 512) && top_k >= 1 && top_k <= kMaxTopK &&
-                      tokens * top_k <= kMaxIndex;
+    const bool fits =
+        has_kernels(logits) && is_bf16(logits) && has_vector_rows(logits) && (experts == 256 || experts == 512) &&
+        top_k >= 1 && top_k <= kMaxTopK && tokens * top_k <= kMaxIndex &&
+        (!positions || (is_int64(*positions) && has_shape(*positions, {tokens}) && positions->is_contiguous()));
     if (!fits) return std::nullopt;
     Tensor weights = new_tensor(logits, {tokens, top_k});
     Tensor chosen = new_tensor(logits, {tokens, top_k}, ScalarType::Int);
     Tensor order = new_tensor(logits, {tokens * top_k}, ScalarType::Int);
     Tensor offsets = new_tensor(logits, {experts + 1}, ScalarType::Int);
     const Launch launch(logits);
-    check_launch(tokenspeed::moe_route(data(logits), logits.stride(0), data(weights), data<int32_t>(chosen),
-                                       data<int32_t>(order), data<int32_t>(offsets), static_cast<int>(tokens),
-                                       static_cast<int>(experts), static_cast<int>(top_k), launch.stream()),
+    check_launch(tokenspeed::moe_route(data(logits), logits.stride(0), positions ? data<int64_t>(*positions) : nullptr,
+                                       data(weights), data<int32_t>(chosen), data<int32_t>(order),
+                                       data<int32_t>(offsets), static_cast<int>(tokens), static_cast<int>(experts),
+                                       static_cast<int>(top_k), launch.stream()),
                  "moe_route");
     return std::make_tuple(weights, chosen, order, offsets);
 }

@@ -4,6 +4,9 @@
 #include "kernels.h"
 
 namespace tokenspeed::binding {
+
+std::optional<Tensor> linear_of_groups(const Tensor& x, const Tensor& weight, const Tensor& scale);  // bindings_fp8.cpp
+
 namespace {
 
 // The stride between rows, where there is more than one.
@@ -80,30 +83,40 @@ std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z
     return out;
 }
 
-bool fits_linear(const Tensor& x, const Tensor& weight, int64_t inputs) {
-    return has_kernels(x) && x.dim() == 2 && is_bf16(x) && is_bf16(weight) && x.stride(1) == 1 &&
-           weight.is_contiguous() && x.size(0) > 0 && x.size(0) <= kLinearMaxRows && weight.size(0) <= kMaxIndex &&
-           weight.size(1) <= kMaxIndex && inputs == weight.size(1);
+using Scale = std::optional<Tensor>;  // of an e4m3 weight
+
+bool fits_linear(const Tensor& x, const Tensor& weight, const Scale& scale, int64_t inputs) {
+    const int64_t rows = weight.size(0), columns = weight.size(1);
+    const bool format =
+        scale
+            ? is_e4m3(weight) && is_float(*scale) && scale->is_contiguous() &&
+                  has_shape(*scale, {(rows + kScaleBlock - 1) / kScaleBlock, (columns + kScaleBlock - 1) / kScaleBlock})
+            : is_bf16(weight);
+    return format && has_kernels(x) && x.dim() == 2 && is_bf16(x) && x.stride(1) == 1 && weight.is_contiguous() &&
+           x.size(0) > 0 && x.size(0) <= kLinearMaxRows && rows <= kMaxIndex && columns <= kMaxIndex &&
+           inputs == columns;
 }
 
-Linear product(const Tensor& x, const Tensor& weight) {
+Linear product(const Tensor& x, const Tensor& weight, const Scale& scale) {
     return {.x = data(x),
             .x_stride = row_stride(x),
-            .weight = data(weight),
+            .weight = weight.data_ptr(),
             .out = nullptr,
             .out_stride = weight.size(0),
             .rows = static_cast<int>(x.size(0)),
             .outputs = static_cast<int>(weight.size(0)),
-            .inputs = static_cast<int>(weight.size(1))};
+            .inputs = static_cast<int>(weight.size(1)),
+            .scale = scale ? data<float>(*scale) : nullptr};
 }
 
-std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale) {
-    if (scale || !fits_linear(x, weight, x.size(1))) return std::nullopt;
-    Linear arguments = product(x, weight);
+std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const Scale& scale) {
+    if (scale && x.size(0) > kLinearMaxRows) return linear_of_groups(x, weight, *scale);
+    if (!fits_linear(x, weight, scale, x.size(1))) return std::nullopt;
+    Linear arguments = product(x, weight, scale);
     if (!linear_supported(arguments)) return std::nullopt;
     // Nine rows and more of long inputs overflow L1, and cuBLAS wins: on an H200, 16 rows, 6144 -> 5120 took 25.2 us
     // against its 18.5, 5120 -> 34816 100 against 91; with up to 4096 inputs the kernel is level or ahead.
-    if (arguments.rows > 8 && arguments.inputs > 4096) return std::nullopt;
+    if (!scale && arguments.rows > 8 && arguments.inputs > 4096) return std::nullopt;
     Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
     arguments.out = data(out);
     const Launch launch(x);
@@ -113,13 +126,12 @@ std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const std::o
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tensor& x, const Tensor& residual,
                                                                       const Tensor& norm_weight, double eps,
-                                                                      const Tensor& weight,
-                                                                      const std::optional<Tensor>& scale) {
-    const bool fits = !scale && fits_linear(x, weight, x.size(1)) && is_bf16(residual) &&
+                                                                      const Tensor& weight, const Scale& scale) {
+    const bool fits = fits_linear(x, weight, scale, x.size(1)) && is_bf16(residual) &&
                       has_shape(residual, {x.size(0), x.size(1)}) && residual.is_contiguous() && is_bf16(norm_weight) &&
                       has_shape(norm_weight, {x.size(1)}) && norm_weight.is_contiguous();
     if (!fits) return std::nullopt;
-    Linear arguments = product(x, weight);
+    Linear arguments = product(x, weight, scale);
     arguments.residual = data(residual);
     arguments.norm_weight = data(norm_weight);
     arguments.eps = static_cast<float>(eps);
@@ -134,9 +146,9 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tens
     return std::make_tuple(out, normed, sum);
 }
 
-std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale) {
-    if (scale || x.size(1) % 2 != 0 || !fits_linear(x, weight, x.size(1) / 2)) return std::nullopt;
-    Linear arguments = product(x, weight);
+std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight, const Scale& scale) {
+    if (x.size(1) % 2 != 0 || !fits_linear(x, weight, scale, x.size(1) / 2)) return std::nullopt;
+    Linear arguments = product(x, weight, scale);
     if (!silu_mul_linear_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
     arguments.out = data(out);
@@ -146,12 +158,12 @@ std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight, con
 }
 
 bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& gate,
-                               const std::optional<Tensor>& scale) {
-    const bool fits = !scale && x.size(1) % 2 == 0 && fits_linear(x, weight, x.size(1) / 2) && is_bf16(y) &&
+                               const Scale& scale) {
+    const bool fits = x.size(1) % 2 == 0 && fits_linear(x, weight, scale, x.size(1) / 2) && is_bf16(y) &&
                       is_bf16(gate) && has_shape(y, {x.size(0), weight.size(0)}) && y.stride(1) == 1 &&
                       has_shape(gate, {x.size(0), 1});
     if (!fits) return false;
-    Linear arguments = product(x, weight);
+    Linear arguments = product(x, weight, scale);
     arguments.out = data(y);
     arguments.out_stride = row_stride(y);
     arguments.gate = data(gate);

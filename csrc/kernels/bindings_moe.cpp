@@ -15,10 +15,13 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
                                   const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
                                   int64_t first_expert, const std::optional<Tensor>& gate_up_scale,
                                   const std::optional<Tensor>& down_scale) {
-    bool fits = !gate_up_scale && !down_scale && has_kernels(x) && x.dim() == 2 && weights.dim() == 2 &&
-                gate_up.dim() == 3 && down.dim() == 3 && x.size(0) > 0 && x.stride(1) == 1 && is_int32(experts) &&
-                is_int32(order) && is_int32(offsets) && first_expert >= 0 && first_expert <= kMaxIndex;
-    for (const Tensor* values : {&x, &weights, &gate_up, &down}) fits = fits && is_bf16(*values);
+    bool fits = gate_up_scale.has_value() == down_scale.has_value() && has_kernels(x) && x.dim() == 2 &&
+                weights.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && x.size(0) > 0 && x.stride(1) == 1 &&
+                is_int32(experts) && is_int32(order) && is_int32(offsets) && first_expert >= 0 &&
+                first_expert <= kMaxIndex;
+    const bool scaled = gate_up_scale && down_scale;
+    for (const Tensor* values : {&x, &weights}) fits = fits && is_bf16(*values);
+    for (const Tensor* values : {&gate_up, &down}) fits = fits && (scaled ? is_e4m3(*values) : is_bf16(*values));
     for (const Tensor* packed : {&weights, &experts, &order, &offsets, &gate_up, &down}) {
         fits = fits && packed->is_contiguous();
     }
@@ -28,6 +31,13 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
     fits = has_shape(weights, {tokens, top_k}) && has_shape(experts, {tokens, top_k}) &&
            has_shape(order, {tokens * top_k}) && has_shape(offsets, {count + 1}) &&
            has_shape(gate_up, {count, 2 * width, hidden}) && has_shape(down, {count, hidden, width});
+    if (scaled) {
+        constexpr int64_t kBlock = kScaleBlock;
+        fits = fits && width % kBlock == 0 && hidden % kBlock == 0 && is_float(*gate_up_scale) &&
+               is_float(*down_scale) && gate_up_scale->is_contiguous() && down_scale->is_contiguous() &&
+               has_shape(*gate_up_scale, {count, 2 * width / kBlock, hidden / kBlock}) &&
+               has_shape(*down_scale, {count, hidden / kBlock, width / kBlock});
+    }
     for (const int64_t size : {tokens * top_k, count, hidden, 2 * width}) fits = fits && size <= kMaxIndex;
     if (!fits) return std::nullopt;
 
@@ -37,8 +47,8 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
                          .chosen = data<int32_t>(experts),
                          .order = data<int32_t>(order),
                          .offsets = data<int32_t>(offsets),
-                         .gate_up = data(gate_up),
-                         .down = data(down),
+                         .gate_up = gate_up.data_ptr(),
+                         .down = down.data_ptr(),
                          .out = nullptr,
                          .workspace = nullptr,
                          .tokens = static_cast<int>(tokens),
@@ -46,18 +56,22 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
                          .top_k = static_cast<int>(top_k),
                          .hidden = static_cast<int>(hidden),
                          .width = static_cast<int>(width),
-                         .first_expert = static_cast<int>(first_expert)};
+                         .first_expert = static_cast<int>(first_expert),
+                         .gate_up_scale = scaled ? data<float>(*gate_up_scale) : nullptr,
+                         .down_scale = scaled ? data<float>(*down_scale) : nullptr};
     const bool few = moe_experts_decode_supported(arguments);
-    if (!few && !moe_experts_prefill_supported(arguments)) return std::nullopt;
+    const bool many = scaled ? moe_experts_prefill_fp8_supported(arguments) : moe_experts_prefill_supported(arguments);
+    if (!few && !many) return std::nullopt;
     Tensor out = new_tensor(x, {tokens, hidden});
-    const Tensor workspace =
-        new_workspace(x, few ? moe_experts_decode_workspace(arguments) : moe_experts_prefill_workspace(arguments));
+    const Tensor workspace = new_workspace(x, few      ? moe_experts_decode_workspace(arguments)
+                                              : scaled ? moe_experts_prefill_fp8_workspace(arguments)
+                                                       : moe_experts_prefill_workspace(arguments));
     arguments.out = data(out);
     arguments.workspace = data<uint8_t>(workspace);
     const Launch launch(x);
     launch.keep(workspace);
-    check_launch(few ? moe_experts_decode(arguments, launch.stream()) : moe_experts_prefill(arguments, launch.stream()),
-                 "moe_experts");
+    const auto start = few ? moe_experts_decode : scaled ? moe_experts_prefill_fp8 : moe_experts_prefill;
+    check_launch(start(arguments, launch.stream()), "moe_experts");
     return out;
 }
 

@@ -33,7 +33,7 @@
 // Predicted (this version not run yet): batch 1, Hv 32: 4.0 us; batch 64, Hv 32: 44 us without and 75 us with a fold,
 // 47 averaged; T = 4, Hv 64, batch 64: 85 us.
 //
-// budget: decode_kernel registers<=128 shared<=0 hot
+// budget: decode_kernel registers<=160 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
 
@@ -77,10 +77,10 @@ __device__ __forceinline__ void products_of_rows(const Shared& shared, const flo
     for (int i = 0; i < kLeft; ++i) row[left % (2 * kPadded) + i] = products[i];
 }
 
-// u and o of one row for all new tokens, from its products; stores u in the ring and o in place of v.
+// u and o of one row for all new tokens, from its products; o takes the place of v.
 template <int kTokens>
 __device__ __forceinline__ void update_row(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
-                                           const Slots& slots, int row) {
+                                           const Slots& slots, int row, float (&u)[kTokens]) {
     constexpr int kPadded = padded(kTokens);
     const int head = (at.first_row + row) / kDim;
     const float* suffix = shared.suffix + head * (p.ring_rows + 1);
@@ -105,7 +105,6 @@ __device__ __forceinline__ void update_row(const GatedDeltaRuleDecode& p, const 
     const float* beta = shared.beta + head * kTokens;
     const float* decay = shared.decay + head * kTokens;
     const float* coefficient = shared.coefficient + head * kTokens * kTokens;
-    float u[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
         float* value = shared.value + t * at.rows + row;
@@ -118,12 +117,20 @@ __device__ __forceinline__ void update_row(const GatedDeltaRuleDecode& p, const 
         }
         o += coefficient[t * kTokens + t] * u[t];
         *value = rounded(o);
-        if (!slots.fold || t > 0) {
-            p.ring[slots.write * p.ring_stride + (slots.context + t) % p.ring_rows * int64_t{p.ring_width} +
-                   (p.key_heads + at.key_head * at.ratio) * kDim + at.first_row + row] = u[t];
-        }
     }
     sums[0] = u[0];  // for the fold
+}
+
+// Enters u of one row in the ring.
+template <int kTokens>
+__device__ __forceinline__ void store_updates(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
+                                              int row, const float (&u)[kTokens]) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+        if (slots.fold && t == 0) continue;
+        p.ring[slots.write * p.ring_stride + (slots.context + t) % p.ring_rows * int64_t{p.ring_width} +
+               (p.key_heads + at.key_head * at.ratio) * kDim + at.first_row + row] = u[t];
+    }
 }
 
 // Stores the state after the first new token: what was read, the pending updates, and u_0 k_0. A warp takes whole rows.
@@ -168,9 +175,10 @@ __device__ __forceinline__ void fold(const GatedDeltaRuleDecode& p, const Place&
 }
 
 template <int kTokens, bool kSplit>
-__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ GatedDeltaRuleDecode p) {
-    constexpr int kHeldRows = kSplit ? 2 : 4;  // of the state, by sixteen columns, in a lane's registers
-    constexpr int kBlockRows = 4 * kHeldRows;  // eight lanes a row
+__global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
+    decode_kernel(const __grid_constant__ GatedDeltaRuleDecode p) {
+    constexpr int kHeldRows = kSplit || kTokens > 4 ? 2 : 4;  // of the state, by sixteen columns, in a lane's registers
+    constexpr int kBlockRows = 4 * kHeldRows;                 // eight lanes a row
     DYNAMIC_SHARED(storage);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Place at;
@@ -181,6 +189,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     at.rows = at.ratio * kDim / gridDim.x;
     at.first_row = at.rank * at.rows;
     const Shared shared(storage, kTokens, at.rows, p.ring_rows);
+    if (kSplit && threadIdx.x == 0) {
+        ptx::mbarrier_init(shared.squares_full, 1);
+        ptx::fence_mbarrier_init();
+    }
     const int64_t group_row = static_cast<int64_t>(at.key_head) * at.ratio * kDim + at.first_row;
 
     // Weights and hints may run ahead of the kernel before; its results may not. A stale slot costs a useless prefetch.
@@ -282,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (kSplit) ptx::cluster_arrive();  // this block has read what the group shares, and its shared memory is alive
+    if (kSplit) ptx::cluster_arrive_relaxed();  // this block has read what the group shares; its barrier is ready
 
     for (int i = warp; i < kTokens * kTokens + slots.pending; i += kWarps) {
         if (i < kTokens * kTokens) {
@@ -297,40 +309,61 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         if (block + kWarps < blocks) load_rows(block + kWarps);
     }
     __syncthreads();
-    for (int row = threadIdx.x; row < at.rows; row += kThreads) update_row<kTokens>(p, at, shared, slots, row);
+    float u[kTokens];
+    for (int row = threadIdx.x; row < at.rows; row += kThreads) {
+        update_row<kTokens>(p, at, shared, slots, row, u);
+        if (!kSplit) store_updates<kTokens>(p, at, slots, row, u);
+    }
     __syncthreads();
 
     // Gated norm: four rows a thread. A unit of 16 rows is four neighbouring lanes, a head eight units.
-    if (kSplit) ptx::cluster_wait();
-    if (!kSplit) load_norm_weight();
-    if (!kSplit) store_shared_state<kTokens>(p, at, shared, slots);
-    if (!kSplit) store_window<kTokens>(p, at, slots);
-    for (int first = 0; first < kTokens * quads; first += kThreads) {
-        const int item = first + threadIdx.x;
-        const bool valid = item < kTokens * quads;
-        const int t = valid ? item / quads : 0, row = valid ? item % quads * 4 : 0;
-        const float4 o = *reinterpret_cast<const float4*>(shared.value + t * at.rows + row);
+    const auto squares_of = [&](int item) {
+        const float4 o = *reinterpret_cast<const float4*>(shared.value + item / quads * at.rows + item % quads * 4);
         float squares = dot(o, o);
         squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-        squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-        const int unit = (at.first_row + row) / kUnitRows;
-        if constexpr (kSplit) {  // one pass: a split block has at most 256 quads
-            float* sums = shared.squares + t * kMaxRatio * kUnits;
-            if (valid) {
-                for (int peer = lane % 4; peer < gridDim.x; peer += 4) ptx::cluster_map(sums, peer)[unit] = squares;
+        return squares + __shfl_xor_sync(0xffffffffu, squares, 2);
+    };
+    if constexpr (kSplit) {
+        // The units' sums go to the whole cluster first: a barrier behind the stores would wait for them.
+        ptx::cluster_wait();
+        if (threadIdx.x == 0) {
+            ptx::mbarrier_arrive_expect_tx(shared.squares_full, kTokens * at.ratio * kUnits * sizeof(float));
+        }
+        for (int first = 0; first < kTokens * quads; first += kThreads) {
+            const int item = min(first + static_cast<int>(threadIdx.x), kTokens * quads - 1);
+            const float squares = squares_of(item);
+            if (first + threadIdx.x >= kTokens * quads) continue;
+            float* unit =
+                shared.squares + item / quads * kMaxRatio * kUnits + (at.first_row + item % quads * 4) / kUnitRows;
+            for (int peer = lane % 4; peer < gridDim.x; peer += 4) {
+                ptx::store_async_cluster(unit, squares, shared.squares_full, peer);
             }
-            ptx::cluster_arrive();
-            if (at.rank == 0) store_shared_state<kTokens>(p, at, shared, slots);
-            store_window<kTokens>(p, at, slots);
-            ptx::cluster_wait();
-            const auto* units = reinterpret_cast<const float4*>(sums + unit / kUnits * kUnits);
+        }
+        if (threadIdx.x < at.rows) store_updates<kTokens>(p, at, slots, threadIdx.x, u);  // a block has 256 at most
+        if (at.rank == 0) store_shared_state<kTokens>(p, at, shared, slots);
+        store_window<kTokens>(p, at, slots);
+        ptx::mbarrier_wait_cluster(shared.squares_full, 0);
+    } else {
+        load_norm_weight();
+        store_shared_state<kTokens>(p, at, shared, slots);
+        store_window<kTokens>(p, at, slots);
+    }
+    for (int first = 0; first < kTokens * quads; first += kThreads) {
+        const int item = min(first + static_cast<int>(threadIdx.x), kTokens * quads - 1);
+        const int t = item / quads, row = item % quads * 4;
+        const float4 o = *reinterpret_cast<const float4*>(shared.value + t * at.rows + row);
+        float squares;
+        if constexpr (kSplit) {
+            const float* sums = shared.squares + t * kMaxRatio * kUnits;
+            const auto* units = reinterpret_cast<const float4*>(sums + (at.first_row + row) / kDim * kUnits);
             const float4 low = units[0], high = units[1];
             squares = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
         } else {
+            squares = squares_of(item);
 #pragma unroll
             for (int offset = 4; offset < 32; offset *= 2) squares += __shfl_xor_sync(0xffffffffu, squares, offset);
         }
-        if (!valid) continue;
+        if (first + threadIdx.x >= kTokens * quads) continue;
         const float inverse = rsqrtf(squares / kDim + p.eps);
         const float in[4] = {o.x, o.y, o.z, o.w};
         float result[4];
@@ -381,7 +414,7 @@ int choose_split(const GatedDeltaRuleDecode& p) {
 bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& p) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool shapes = p.key_heads > 0 && p.value_heads % p.key_heads == 0 &&
-                        p.value_heads / p.key_heads <= kMaxRatio && p.tokens >= 1 && p.tokens <= 4 &&
+                        p.value_heads / p.key_heads <= kMaxRatio && p.tokens >= 1 && p.tokens <= kMaxTokens &&
                         p.sequences <= 65535 && p.channels == (2 * p.key_heads + p.value_heads) * kDim &&
                         p.ring_rows >= p.tokens - 1 && p.ring_rows <= 16 && p.window_entries >= p.tokens + kTaps - 2 &&
                         p.window_entries >= kTaps - 1;
@@ -402,8 +435,16 @@ cudaError_t gated_delta_rule_decode(GatedDeltaRuleDecode p, cudaStream_t stream)
             return launch_tokens<2>(p, stream);
         case 3:
             return launch_tokens<3>(p, stream);
-        default:
+        case 4:
             return launch_tokens<4>(p, stream);
+        case 5:
+            return launch_tokens<5>(p, stream);
+        case 6:
+            return launch_tokens<6>(p, stream);
+        case 7:
+            return launch_tokens<7>(p, stream);
+        default:
+            return launch_tokens<8>(p, stream);
     }
 }
 

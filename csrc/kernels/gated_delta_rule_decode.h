@@ -14,31 +14,33 @@ constexpr int kTaps = 4;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxRatio = 4;  // value heads per key head
+constexpr int kMaxTokens = 8;
 constexpr int kUnitRows = 16;
 constexpr int kUnits = kDim / kUnitRows;  // partial sums of squares per head
 
 // T padded to a power of two, for the butterflies.
 __host__ __device__ constexpr int padded(int tokens) {
-    return tokens <= 1 ? 1 : tokens == 2 ? 2 : 4;
+    return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8;
 }
 
 // Dynamic shared memory of a block that owns `rows` value rows of a key head's group.
 struct Shared {
-    float* query;        // [T][128], raw
-    float* key;          // [T][128], raw
-    float* value;        // [T][rows]: v, later o
-    float* ring;         // [R][128 + rows]: k, u of the group
-    __nv_bfloat16* z;    // [T][rows]
-    float* ring_g;       // [R][ratio]
-    float* suffix;       // [ratio][R + 1]: D_i
-    float* g;            // [ratio][T]
-    float* beta;         // [ratio][T]
-    float* decay;        // [ratio][T]: e^{G_t}
-    float* coefficient;  // [ratio][T][T]: (t, j <= t) of o; (j, t > j) of u
-    float* inverse;      // [2][T]: 1 / |k_t|, 1 / (|q_t| sqrt(dk))
-    float* squares;      // [T][ratio][8]: sums of squares of 16 rows of o
-    float* pending;      // [R][2 T']: products of the pending keys with the raw new keys and queries; T' = padded T
-    float* sums;         // [rows][2 T']: S k_t and S q_t, raw; later u_0 of the row
+    float* query;            // [T][128], raw
+    float* key;              // [T][128], raw
+    float* value;            // [T][rows]: v, later o
+    float* ring;             // [R][128 + rows]: k, u of the group
+    __nv_bfloat16* z;        // [T][rows]
+    float* ring_g;           // [R][ratio]
+    float* suffix;           // [ratio][R + 1]: D_i
+    float* g;                // [ratio][T]
+    float* beta;             // [ratio][T]
+    float* decay;            // [ratio][T]: e^{G_t}
+    float* coefficient;      // [ratio][T][T]: (t, j <= t) of o; (j, t > j) of u
+    float* inverse;          // [2][T]: 1 / |k_t|, 1 / (|q_t| sqrt(dk))
+    float* squares;          // [T][ratio][8]: sums of squares of 16 rows of o
+    uint64_t* squares_full;  // mbarrier: those of the whole cluster are there
+    float* pending;          // [R][2 T']: products of the pending keys with the raw new keys and queries; T' = padded T
+    float* sums;             // [rows][2 T']: S k_t and S q_t, raw; later u_0 of the row
     size_t bytes;
 
     __host__ __device__ Shared(uint8_t* base, int tokens, int rows, int ring_rows) {
@@ -49,6 +51,7 @@ struct Shared {
             next += (count + 3) & ~3;
             return taken;
         };
+        squares_full = reinterpret_cast<uint64_t*>(take(4));
         query = take(tokens * kDim);
         key = take(tokens * kDim);
         value = take(tokens * rows);

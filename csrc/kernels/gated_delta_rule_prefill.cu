@@ -119,8 +119,9 @@ __device__ __forceinline__ void finish_snapshot(const ChainStage& stage, const f
         const float right = token < last
                                 ? ptx::exp2_approximate(total - factors.total[token + 1]) * factors.key_scale[token + 1]
                                 : 0.0f;
-        weighted[j / 2][j % 2 * 2] = pack<__half>(updates[4 * j] * left, updates[4 * j + 1] * right);
-        weighted[j / 2][j % 2 * 2 + 1] = pack<__half>(updates[4 * j + 2] * left, updates[4 * j + 3] * right);
+        weighted[j / 2][j % 2 * 2] = ptx::pack_half_saturating(updates[4 * j] * left, updates[4 * j + 1] * right);
+        weighted[j / 2][j % 2 * 2 + 1] =
+            ptx::pack_half_saturating(updates[4 * j + 2] * left, updates[4 * j + 3] * right);
     }
     const float decay = ptx::exp2_approximate(total);
 #pragma unroll 1
@@ -220,7 +221,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         const bool taken = i == 0 || ptx::mbarrier_test(&shared.taken, (i - 1) & 1);
         uint32_t state[8][4];
 #pragma unroll
-        for (int k = 0; k < 32; ++k) state[k / 4][k % 4] = pack<__half>(s[2 * k], s[2 * k + 1]);
+        for (int k = 0; k < 32; ++k) state[k / 4][k % 4] = ptx::pack_half_saturating(s[2 * k], s[2 * k + 1]);
         ptx::wgmma_fence(x);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -249,8 +250,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             for (int h = 0; h < 2; ++h) {
                 const float left = __uint_as_float(values[j][h] << 16);
                 const float right = __uint_as_float(values[j][h] & 0xffff0000u);
-                operand[j / 2][j % 2 * 2 + h] =
-                    pack<__half>(left - weights[j].x * x[4 * j + 2 * h], right - weights[j].y * x[4 * j + 2 * h + 1]);
+                operand[j / 2][j % 2 * 2 + h] = ptx::pack_half_saturating(left - weights[j].x * x[4 * j + 2 * h],
+                                                                          right - weights[j].y * x[4 * j + 2 * h + 1]);
             }
         }
         ptx::wgmma_fence(x);
@@ -272,7 +273,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 operand[j / 2][j % 2 * 2 + h] =
-                    pack<__half>(x[4 * j + 2 * h] * weights[j].x, x[4 * j + 2 * h + 1] * weights[j].y);
+                    ptx::pack_half_saturating(x[4 * j + 2 * h] * weights[j].x, x[4 * j + 2 * h + 1] * weights[j].y);
             }
         }
         ptx::wgmma_fence(s);
@@ -283,9 +284,10 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         ptx::wgmma_commit();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            shared.update[k][threadIdx.x] =
-                uint4{pack<__half>(x[8 * k], x[8 * k + 1]), pack<__half>(x[8 * k + 2], x[8 * k + 3]),
-                      pack<__half>(x[8 * k + 4], x[8 * k + 5]), pack<__half>(x[8 * k + 6], x[8 * k + 7])};
+            shared.update[k][threadIdx.x] = uint4{ptx::pack_half_saturating(x[8 * k], x[8 * k + 1]),
+                                                  ptx::pack_half_saturating(x[8 * k + 2], x[8 * k + 3]),
+                                                  ptx::pack_half_saturating(x[8 * k + 4], x[8 * k + 5]),
+                                                  ptx::pack_half_saturating(x[8 * k + 6], x[8 * k + 7])};
         }
         arrive_with_warp(&shared.update_given);
         if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[next % kStages], next / kStages & 1);

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
     uint4 packed_x{}, packed_gate{};
     if (active) {
         const int64_t token = index / heads, head = index % heads;
-        packed_x = ptx::load_16_read_only(x + token * x_token_stride + head * x_head_stride + lane * 8);
-        packed_gate = ptx::load_16_read_only(gate + token * gate_token_stride + head * gate_head_stride + lane * 8);
+        packed_x = ptx::load_16_no_allocate(x + token * x_token_stride + head * x_head_stride + lane * 8);
+        packed_gate = ptx::load_16_no_allocate(gate + token * gate_token_stride + head * gate_head_stride + lane * 8);
     }
     const Float8 s = unpack(packed_x), z = unpack(packed_gate);
     const float inverse = rsqrtf(warp_sum<kLanes>(sum_of_squares(s)) / kGatedNormWidth + eps);

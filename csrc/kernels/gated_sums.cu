@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
     if (index >= total_vectors) return;
     const __nv_bfloat16* source = x + index / row_vectors * x_stride + index % row_vectors * 8;
-    const uint4 gate = ptx::load_16_read_only(source), up = ptx::load_16_read_only(source + row_vectors * 8);
+    const uint4 gate = ptx::load_16_no_allocate(source), up = ptx::load_16_no_allocate(source + row_vectors * 8);
     const Float8 g = unpack(gate), u = unpack(up);
     Float8 y;
 #pragma unroll
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     if (index >= total_vectors) return;
     const int64_t row = index / row_vectors, column = index % row_vectors * 8;
     __nv_bfloat16* target = y + row * y_stride + column;
-    const uint4 sum = ptx::load_16_no_allocate(target), added = ptx::load_16_read_only(x + row * x_stride + column);
+    const uint4 sum = ptx::load_16_no_allocate(target), added = ptx::load_16_no_allocate(x + row * x_stride + column);
     const float weight = sigmoid(__bfloat162float(gate[row * gate_stride]));
     Float8 s = unpack(sum);
     const Float8 a = unpack(added);

@@ -11,6 +11,8 @@
 
 namespace tokenspeed {
 
+constexpr int kScaleBlock = 128;  // rows and columns of an e4m3 weight under one scale; columns of a row of activations
+
 // ---- rms_norm.cu: x [rows, width], weight [width], out [rows, width] contiguous; width a multiple of 8, at most
 // kRmsNormMaxWidth.
 constexpr int kRmsNormMaxWidth = 8192;
@@ -133,12 +135,13 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
                        cudaStream_t stream);
 
 // ---- moe_route.cu: logits [tokens, experts] by row stride; experts 256 or 512; top_k at most kMaxTopK.
-// weights, chosen [tokens, top_k]; order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch
-// tokens, else two.
+// positions [tokens] or null: negative for rows of padding. weights, chosen [tokens, top_k]; order [tokens top_k];
+// offsets [experts + 1]. One launch up to kRouteOneLaunch tokens, else two.
 constexpr int kMaxTopK = 16;
 constexpr int kRouteOneLaunch = 128;
-cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, __nv_bfloat16* weights, int32_t* chosen,
-                      int32_t* order, int32_t* offsets, int tokens, int experts, int top_k, cudaStream_t stream);
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+                      __nv_bfloat16* weights, int32_t* chosen, int32_t* order, int32_t* offsets, int tokens,
+                      int experts, int top_k, cudaStream_t stream);
 
 // ---- gated_delta_rule_decode.cu: see the operator of that name; dk = dv = 128, taps 4. Any alignment for ring, a,
 // b, a_log, dt_bias, norm_weight, cursor and the index arrays.
@@ -172,15 +175,18 @@ bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& arguments);
 cudaError_t gated_delta_rule_decode(GatedDeltaRuleDecode arguments, cudaStream_t stream);
 
 // ---- linear.cu: out = x weight^T; x [rows, inputs] by row stride, weight [outputs, inputs] contiguous, out
-// [rows, outputs] by row stride; inputs a multiple of 32. More rows than kLinearMaxRows are a job for cuBLAS.
+// [rows, outputs] by row stride; inputs a multiple of 32. More rows than kLinearMaxRows are a job for cuBLAS. With a
+// scale, [ceil(outputs / 128), ceil(inputs / 128)] contiguous of any alignment, weights are e4m3 and each block of
+// 128 x 128 is multiplied by its scale.
 constexpr int kLinearMaxRows = 16;
 struct Linear {
     const __nv_bfloat16* x;
     int64_t x_stride;
-    const __nv_bfloat16* weight;
+    const void* weight;  // bf16, or e4m3 with a scale
     __nv_bfloat16* out;  // any alignment
     int64_t out_stride;
     int rows, outputs, inputs;
+    const float* scale = nullptr;
     // add_rms_norm_linear: x + residual is the sum, its norm the operand; all [rows, inputs] contiguous.
     const __nv_bfloat16* residual = nullptr;
     const __nv_bfloat16* norm_weight = nullptr;
@@ -200,6 +206,26 @@ bool add_rms_norm_linear_supported(const Linear& arguments);
 cudaError_t add_rms_norm_linear(const Linear& arguments, cudaStream_t stream);
 bool silu_mul_linear_supported(const Linear& arguments);
 cudaError_t silu_mul_linear(const Linear& arguments, cudaStream_t stream);
+
+// ---- quantise_groups.cu: x [rows, columns] bf16 or fp32 by row stride, values [rows, columns] e4m3 and scales
+// [ceil(columns / 128), rows] contiguous; columns a multiple of 8. Values of any alignment to 8 bytes, scales to 4.
+cudaError_t quantise_groups(const void* x, bool x_is_float, int64_t x_stride, uint8_t* values, float* scales,
+                            int64_t rows, int columns, cudaStream_t stream);
+
+// ---- linear_fp8.cu: out = x weight^T of e4m3 operands, contiguous but for x_scale; inputs a multiple of 16; scales of
+// any alignment.
+struct LinearFp8 {
+    const uint8_t* x;      // [rows, inputs]
+    const float* x_scale;  // [rows, ceil(inputs / 128)] by strides
+    int64_t x_scale_row_stride, x_scale_block_stride;
+    const uint8_t* weight;  // [outputs, inputs]
+    const float* scale;     // [ceil(outputs / 128), ceil(inputs / 128)]
+    void* out;              // [rows, outputs] bf16 or fp32
+    bool out_is_float;
+    int rows, outputs, inputs;
+};
+bool linear_fp8_supported(const LinearFp8& arguments);
+cudaError_t linear_fp8(const LinearFp8& arguments, cudaStream_t stream);
 
 // ---- sample.cu: see the operator of that name; logits [rows, vocabulary] bf16 or fp32 by row stride, of any
 // alignment.
@@ -288,21 +314,26 @@ struct PagedAttentionDecodeShape {
 PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecode& arguments);
 cudaError_t paged_attention_decode(PagedAttentionDecode arguments, cudaStream_t stream);
 struct PagedAttentionPrefill : PagedAttention {
-    const int32_t* cu_seqlens;  // [sequences + 1]
+    const int32_t* cu_seqlens;  // [sequences + 1]; null: every sequence has tokens_each, or is padding
     int64_t tokens;             // of all sequences
     int most_parts;             // of the workspace; see paged_attention_prefill_parts
     float* parts;               // [most_parts, kPrefillPartRows, D]
     float2* part_sums;          // [most_parts, kPrefillPartRows]: maximum in units of log 2, sum
+    int tokens_each = 1;        // 1 beside cu_seqlens
 };
 constexpr int kPrefillPartRows = 128;
+// Whether a decode call of that many tokens in all is faster in the prefill kernel: many rows read the same keys.
+bool paged_attention_decode_as_prefill(const PagedAttention& arguments, int64_t tokens);
 // Whether a lone sequence of that many tokens has so few rows that the decode kernel is faster.
 bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t tokens);
 // How many parts the keys of that many tokens may be cut into, by the shapes alone; 0: they never are.
 int paged_attention_prefill_parts(const PagedAttention& arguments, int64_t tokens);
 cudaError_t paged_attention_prefill(PagedAttentionPrefill arguments, cudaStream_t stream);
 
-// ---- moe_experts_decode.cu and moe_experts_prefill.cu: see the operator moe_experts; hidden and width multiples
-// of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any number.
+// ---- moe_experts_decode.cu, moe_experts_prefill.cu and moe_experts_prefill_fp8.cu: see the operator moe_experts;
+// hidden and width multiples of 64. The decode kernels take up to kMoeDecodeTokens tokens, the prefill kernels any
+// number. With scales, of any alignment, weights are e4m3, hidden and width multiples of 128, and each block of 128 x
+// 128 is multiplied by its scale.
 constexpr int kMoeDecodeTokens = 64;
 struct MoeExperts {
     const __nv_bfloat16* x;  // [tokens, hidden] by row stride
@@ -311,12 +342,14 @@ struct MoeExperts {
     const int32_t* chosen;         // [tokens, top_k], the expert of each choice
     const int32_t* order;          // [tokens top_k], any alignment, as offsets, chosen and weights
     const int32_t* offsets;        // [experts + 1]
-    const __nv_bfloat16* gate_up;  // [experts, 2 width, hidden]
-    const __nv_bfloat16* down;     // [experts, hidden, width]
+    const void* gate_up;           // [experts, 2 width, hidden] bf16, or e4m3 with scales
+    const void* down;              // [experts, hidden, width]
     __nv_bfloat16* out;            // [tokens, hidden]
     uint8_t* workspace;            // of moe_experts_..._workspace bytes, any content
     int tokens, experts, top_k, hidden, width;
     int first_expert;  // choices of experts outside first_expert .. first_expert + experts add nothing
+    const float* gate_up_scale = nullptr;  // [experts, 2 width / 128, hidden / 128]
+    const float* down_scale = nullptr;     // [experts, hidden / 128, width / 128]
 };
 bool moe_experts_decode_supported(const MoeExperts& arguments);
 size_t moe_experts_decode_workspace(const MoeExperts& arguments);
@@ -324,5 +357,9 @@ cudaError_t moe_experts_decode(const MoeExperts& arguments, cudaStream_t stream)
 bool moe_experts_prefill_supported(const MoeExperts& arguments);
 size_t moe_experts_prefill_workspace(const MoeExperts& arguments);
 cudaError_t moe_experts_prefill(const MoeExperts& arguments, cudaStream_t stream);
+// The same with scales: activations are quantised too.
+bool moe_experts_prefill_fp8_supported(const MoeExperts& arguments);
+size_t moe_experts_prefill_fp8_workspace(const MoeExperts& arguments);
+cudaError_t moe_experts_prefill_fp8(const MoeExperts& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

@@ -4,6 +4,10 @@
 #include <cuda_runtime.h>
 #include <launch_config.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 namespace tokenspeed {
 
 namespace detail {
@@ -36,18 +40,27 @@ struct NativeConfig {
     NativeConfig& operator=(const NativeConfig&) = delete;
 };
 
-template <typename... Parameters>
-cudaError_t set_limits(void (*kernel)(Parameters...), const LaunchConfig& config) {
-    const auto* function = reinterpret_cast<const void*>(kernel);
-    if (config.shared_bytes > 48 * 1024) {
-        const auto status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(config.shared_bytes));
-        if (status != cudaSuccess) return status;
-    }
-    if (config.cluster.x * config.cluster.y * config.cluster.z > 8) {
-        return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
-    return cudaSuccess;
+// Lets `function` use all the shared memory of a block and clusters of sixteen, once per device: a limit that followed
+// each call's size would be another thread's between this one's setting and its launch.
+inline cudaError_t raise_limits(const void* function) {
+    static std::mutex mutex;
+    static std::set<std::pair<int, const void*>> raised;
+    int device = 0, most = 0;
+    auto status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    const std::lock_guard lock(mutex);
+    if (raised.contains({device, function})) return cudaSuccess;
+    cudaFuncAttributes attributes{};
+    status = cudaFuncGetAttributes(&attributes, function);
+    if (status != cudaSuccess) return status;
+    status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status != cudaSuccess) return status;
+    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(attributes.sharedSizeBytes));
+    if (status != cudaSuccess) return status;
+    status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status == cudaSuccess) raised.insert({device, function});
+    return status;
 }
 
 }  // namespace detail
@@ -57,7 +70,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
     static_assert(sizeof...(Parameters) == sizeof...(Arguments));
     if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return cudaSuccess;
-    const auto status = detail::set_limits(kernel, config);
+    const auto status = detail::raise_limits(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;
     const detail::NativeConfig native(config);
     return cudaLaunchKernelEx(&native.config, kernel, static_cast<Parameters>(arguments)...);
@@ -74,7 +87,7 @@ inline int multiprocessor_count() {
 // Blocks of `kernel` that the whole device holds at once: the largest grid that may wait on its own flags.
 template <typename... Parameters>
 int max_resident_blocks(void (*kernel)(Parameters...), const LaunchConfig& config) {
-    if (detail::set_limits(kernel, config) != cudaSuccess) return 0;
+    if (detail::raise_limits(reinterpret_cast<const void*>(kernel)) != cudaSuccess) return 0;
     const int cluster = static_cast<int>(config.cluster.x * config.cluster.y * config.cluster.z);
     int count = 0;
     if (cluster > 1) {

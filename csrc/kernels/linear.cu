@@ -4,149 +4,170 @@
 // Tiling. A tile is 16 weight rows, a slab 512 columns of it. Eight warps take 64 columns of each slab: mma.sync with
 // weights on M = 16 and rows of x on N = 8 or 16. A warp copies its own columns by cp.async, 128 bytes a row, into its
 // own ring of shared memory, so nothing but the warp waits for a copy, and the ring fills before the wait for the
-// kernel ahead: weights are there already. Shared memory stays below half of a multiprocessor's, so that the next
-// kernel's ring fills beside this one. Both operands are read 16 bytes a lane, eight consecutive columns: a permutation
-// of k that is the same for both, hence free; odd rows lie with their halves swapped, which keeps the reads off each
-// other's banks. One row of x is staged in shared memory. More rows come through L1, one or two slabs ahead, and two
-// tiles share them, for L2 would pass x as often as weights.
+// kernel ahead: weights are there already. Both operands are read 16 bytes a lane, eight consecutive columns: a
+// permutation of k that is the same for both, hence free; odd rows lie with their halves swapped, which keeps the reads
+// off each other's banks.
 //
-// What comes before the product in a layer is done while x is staged, up to eight rows: silu_mul, or the residual sum
-// and its norm, whose sum of squares every block repeats. The rounding is that of the separate kernels.
+// A block has a multiprocessor's shared memory to itself where its share of the weights is long, for a deep ring is
+// what keeps memory busy from one launch to the next: a block starts as one of the kernel ahead leaves, and asks for
+// 11 slabs at once. Where the share is short the ring is no longer than it, and the next kernel's fits beside it.
 //
-// Few tiles: a cluster of 2, 4 or 8 blocks shares the columns of its tiles and the sums meet in the shared memory of
-// one of them at the end, in a fixed order. The launcher picks the cluster that leaves the least idle time.
+// x lies in shared memory, all rows of the block's columns. What comes before the product in a layer is done on the
+// way, up to eight rows: silu_mul, or the residual sum and its norm, whose sum of squares every block repeats. The
+// rounding is that of the separate kernels.
 //
-// Measured on an H100 (copy 2.99 TB/s), one row: 17 MB (4096 -> 2048) 7.1 us, 51 MB 21.1, 357 MB 122.9, 1017 MB 332.5
-// (102% of copy). With x through L1 instead these were 8.8, 22.4, 125.8 and 335.7. Staging 4 or 8 rows leaves a ring of
-// four stages, and lost: 9.7 us against 8.0 at 17 MB; the fused operands pay that where they have several rows.
+// Few tiles or long rows: a cluster of 2, 4 or 8 blocks shares the columns of its tiles and the sums meet in the shared
+// memory of one of them, each with its bytes on that block's mbarrier, and are added in a fixed order. The launcher
+// picks the cluster that leaves the least idle time.
 //
-// Tried and lost: x copied into the ring beside its weights, four stages: 8 rows from 6% slower (17 MB, 1024 -> 8192)
-// to 2% faster (357 MB).
+// e4m3 weights are multiplied as fp16, which holds them exactly and which the card converts two an instruction; a slab
+// is 1,024 columns of them, so that a warp's part of a row, 128 bytes again, lies under one scale. x becomes fp16 on
+// its way to shared memory, each 128 columns of a row times the power of two that brings the largest below 2^15: all
+// bits of what is more than 2^-32 of the largest stay. The sums of 128 columns take the scale and the inverse of that
+// power.
 //
-// Tried and lost: a ring filled by one warp with bulk copies of 1 KB a row, mbarriers between it and the others: 0.66
-// us a slab whatever its depth, 3.2 TB/s at any size (77% of copy); the copies are too small for their engine.
+// What was tried, and where the time between two launches goes: docs/kernels/launch_boundaries.md.
 //
-// budget: linear_kernel registers<=128 shared<=0 hot sass=HMMA
+// budget: linear_kernel registers<=112 shared<=0 hot sass=HMMA
 #include <launch.h>
 #include <ptx.h>
 #include <reduce.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "bf16x8.h"
+#include "fp8.h"
 #include "kernels.h"
 
 namespace tokenspeed {
 namespace {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kTileRows = 16;
-constexpr int kSlab = 512;  // columns
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kColumns = kSlab / kWarps;      // of a slab, per warp
-constexpr int kPiece = kTileRows * kColumns;  // elements that a warp copies of a slab
-constexpr int kChunk = 8;                     // elements in 16 bytes
-constexpr int kChunks = kColumns / kChunk;    // in a row of a piece
-constexpr int kRowsAtOnce = 32 / kChunks;     // that a warp's copy instruction covers
-constexpr int kSumPitch = kTileRows + 4;      // floats; distinct banks for the four lanes that hold one row's sums
-constexpr int kMaxClusterTiles = 12;          // tiles a cluster may own: what its exchange buffer holds
+constexpr int kRowBytes = 128;  // of weights, in a piece: what a warp copies of a slab
+constexpr int kPieceBytes = kTileRows * kRowBytes;
+constexpr int kSlabBytes = kWarps * kPieceBytes;
+constexpr int kChunk = 8;                  // elements of x in 16 bytes
+constexpr int kChunks = kRowBytes / 16;    // of 16 bytes, in a row of a piece
+constexpr int kRowsAtOnce = 32 / kChunks;  // that a warp's copy instruction covers
+constexpr int kSumPitch = kTileRows + 4;   // floats; distinct banks for the four lanes that hold one row's sums
+constexpr int kMaxClusterTiles = 12;       // tiles a cluster may own: what its exchange buffer holds
 
-// How x becomes the operand: loaded as it is, a slab ahead; or staged in shared memory before the first tile: copied,
-// by silu_mul, or by the residual sum and its norm.
-enum class Operand { kLoaded, kCopied, kSiluMul, kAddNorm };
+// What the type of weights decides: bf16, or E4m3 with a scale for every block of 128 x 128.
+template <typename Weight>
+struct Format {
+    static constexpr bool kScaled = std::is_same_v<Weight, E4m3>;
+    static constexpr int kColumns = kRowBytes / static_cast<int>(sizeof(Weight));  // of a slab, per warp
+    static constexpr int kSlab = kWarps * kColumns;                                // columns: 512 or 1024
+    static constexpr int kXChunks = 2 / static_cast<int>(sizeof(Weight));  // of 16 bytes, that meet 16 of a weight row
+    // Elements after a row of the operand: the eight lanes of a read, of two rows, meet each bank once.
+    static constexpr int kOperandPad = kScaled ? 8 : 32;
 
-template <int kRows, bool kStaged>
-struct Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
-    static constexpr int kStages = kRows == 1 ? 6 : kRows == 8 ? kStaged ? 4 : 6 : 5;
-    __nv_bfloat16 ring[kWarps][kStages][kPiece];
+    // Elements in a row of the operand: the columns of this block, in whole slabs, and the padding.
+    __host__ __device__ static constexpr int operand_pitch(int slabs) { return slabs * kSlab + kOperandPad; }
+    // Floats behind a row of the operand's rows: what a group of its columns was divided by.
+    __host__ __device__ static constexpr int groups(int slabs) { return kScaled ? slabs * kWarps : 0; }
+};
+static_assert(Format<E4m3>::kColumns == kScaleBlock && kScaleBlock % kTileRows == 0, "one scale a piece");
+constexpr int kMostScales = 32;  // slabs of e4m3 a block: a warp's scales of a tile are one a lane
+
+// How x becomes the operand, which is made in shared memory before the first tile: copied, by silu_mul, or by the
+// residual sum and its norm.
+enum class Operand { kCopied, kSiluMul, kAddNorm };
+
+template <int kRows>
+struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
+    static constexpr int kStages = kRows == 1 ? 11 : 8;
     float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
     float squares[kWarps];
-    // The staged operand follows: [rows][columns of this block, in whole slabs, + kOperandPad].
+    uint64_t exchanged;  // mbarrier: the sums of this block's tiles are there
+    // Then the operand, [rows][operand_pitch], behind it a row of norm weights, [rows][groups] floats, and the ring,
+    // [stages][kWarps][kPieceBytes].
 };
-constexpr int kOperandPad = 32;                  // elements; rows of x on each other's other half of the banks
-constexpr int kHalfMultiprocessor = 113 * 1024;  // bytes of shared memory, less what the system takes of them
+constexpr int kSharedLimit = 227 * 1024;  // bytes a block
 
-// A walk over a block's pieces: for every unit of kTiles tiles, for every slab, the tiles of the unit.
-template <int kTiles>
+// A walk over a block's pieces: for every tile, for every slab.
 struct Walk {
-    int unit, slab, sub, first_slab, last_slab, stride;
+    int tile, slab, first_slab, last_slab, stride;
 
     __device__ void next() {
-        if (++sub < kTiles) return;
-        sub = 0;
-        if (++slab == last_slab) slab = first_slab, unit += stride;
+        if (++slab == last_slab) slab = first_slab, tile += stride;
     }
 };
 
-// Where 16-byte chunk `chunk` of row `row` of a piece lies.
+// Where 16-byte chunk `chunk` of row `row` of a piece lies, in bytes.
 __device__ __forceinline__ int place(int row, int chunk) {
-    return row * kColumns + (chunk ^ (row % 2 * (kChunks / 2))) * kChunk;
+    return row * kRowBytes + (chunk ^ (row % 2 * (kChunks / 2))) * 16;
 }
 
 // Starts the copies of this warp's piece of a slab; zeros where the matrix ends.
-__device__ __forceinline__ void copy_piece(__nv_bfloat16* piece, const __nv_bfloat16* weight, int tile, int slab,
-                                           int outputs, int inputs) {
+template <typename Weight>
+__device__ __forceinline__ void copy_piece(uint8_t* piece, const Weight* weight, int tile, int slab, int outputs,
+                                           int inputs) {
+    using F = Format<Weight>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunk = lane % kChunks, column = slab * kSlab + warp * kColumns + chunk * kChunk;
+    const int chunk = lane % kChunks, column = slab * F::kSlab + warp * F::kColumns + chunk * (F::kColumns / kChunks);
+    const int output = tile * kTileRows + lane / kChunks;
+    const Weight* source = weight + static_cast<int64_t>(output) * inputs + column;
+    const int64_t step = int64_t{kRowsAtOnce} * inputs;
 #pragma unroll
-    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
-        const int row = i * kRowsAtOnce + lane / kChunks, output = tile * kTileRows + row;
-        const bool inside = output < outputs && column < inputs;
-        const auto* source = inside ? weight + static_cast<int64_t>(output) * inputs + column : weight;
-        ptx::cp_async(piece + place(row, chunk), source, inside ? 16 : 0);
+    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) {
+        const bool inside = output + i * kRowsAtOnce < outputs && column < inputs;
+        ptx::cp_async(piece + place(i * kRowsAtOnce + lane / kChunks, chunk), inside ? source : weight,
+                      inside ? 16 : 0);
     }
 }
 
-// This lane's columns of x for a slab: rows lane / 4 (+ 8), chunk lane % 4 of each half of the warp's columns.
-template <int kGroups>
-__device__ __forceinline__ void load_x(uint4 (&values)[2][kGroups], const __nv_bfloat16* x, int64_t x_stride, int slab,
-                                       int rows, int inputs) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int column = slab * kSlab + warp * kColumns + lane % 4 * kChunk;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int n = 0; n < kGroups; ++n) {
-            const int row = n * 8 + lane / 4, from = column + half * (kColumns / 2);
-            values[half][n] = uint4{};
+// This warp's scales of a tile, of the slab first_slab + lane; zero where there is none.
+__device__ __forceinline__ float load_scale(const Linear& p, int tile, int first_slab, int last_slab) {
+    const int slab = first_slab + static_cast<int>(threadIdx.x) % 32;
+    const int blocks = (p.inputs + kScaleBlock - 1) / kScaleBlock;
+    const int block = slab * kWarps + static_cast<int>(threadIdx.x) / 32, row = tile * kTileRows;
+    if (slab >= last_slab || block >= blocks || row >= p.outputs) return 0;
+    return p.scale[int64_t{row / kScaleBlock} * blocks + block];
+}
+
+// Where the block's operand goes: rows of 16-bit elements, and of e4m3 weights what each group was divided by.
+struct Target {
+    __nv_bfloat16* rows;
+    int pitch;
+    float* divisors;  // [rows][groups]
+    int groups;
+};
+
+// Stores eight bf16 of a row at the block's column `column`. For e4m3 weights as fp16: the sixteen lanes that hold a
+// group call it together.
+template <typename Weight>
+__device__ __forceinline__ void store_operand(const Target& to, int row, int column, uint4 packed) {
+    if constexpr (Format<Weight>::kScaled) {
+        float divisor;
+        packed = group_to_half(packed, divisor);
+        if (threadIdx.x % kGroupLanes == 0) to.divisors[row * to.groups + column / kScaleBlock] = divisor;
+    }
+    store_16(to.rows + row * to.pitch + column, packed);
+}
+
+// Copies x into the operand, zeros behind the last column.
+template <typename Weight, int kRows>
+__device__ __forceinline__ void stage_copy(const Target& operand, const Linear& p, int first, int last) {
+    constexpr int kRowThreads = kRows == 1 ? kThreads : 32;
+    for (int row = threadIdx.x / kRowThreads; row < p.rows; row += kThreads / kRowThreads) {
+#pragma unroll 4
+        for (int column = first + threadIdx.x % kRowThreads * kChunk; column < last; column += kRowThreads * kChunk) {
             // Not the read-only path: the kernel before may write x while this one already runs.
-            if (row < rows && from < inputs)
-                values[half][n] = *reinterpret_cast<const uint4*>(x + row * x_stride + from);
+            const auto* source = reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
+            store_operand<Weight>(operand, row, column - first, column < p.inputs ? *source : uint4{});
         }
     }
 }
 
-// Asks for the pieces after those in the ring, a whole slab a warp, so that they stand in L2 when the ring gets there.
-template <int kTiles>
-__device__ __forceinline__ void prefetch_pieces(Walk<kTiles> at, const __nv_bfloat16* weight, int units, int outputs,
-                                                int inputs) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int i = 0; i < warp; ++i) at.next();
-    const int output = (at.unit * kTiles + at.sub) * kTileRows + lane;
-    if (at.unit < units && lane < kTileRows && output < outputs) {
-        ptx::bulk_prefetch_l2(weight + static_cast<int64_t>(output) * inputs + at.slab * kSlab,
-                              min(kSlab, inputs - at.slab * kSlab) * 2);
-    }
-}
-
-// Copies x into `operand`, zeros behind the last column.
-template <int kRows>
-__device__ __forceinline__ void stage_copy(__nv_bfloat16* operand, int pitch, const Linear& p, int first, int last) {
-    constexpr int kRowThreads = kRows == 1 ? kThreads : 32;
-    const int row = threadIdx.x / kRowThreads;
-    if (row >= p.rows) return;
-#pragma unroll 4
-    for (int column = first + threadIdx.x % kRowThreads * kChunk; column < last; column += kRowThreads * kChunk) {
-        const auto* source = reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
-        store_16(operand + row * pitch + column - first, column < p.inputs ? *source : uint4{});
-    }
-}
-
-// Writes silu(x) times its second half into `operand`, zeros behind the last column.
-template <int kRows>
-__device__ __forceinline__ void stage_silu_mul(__nv_bfloat16* operand, int pitch, const Linear& p, int first,
-                                               int last) {
+// Writes silu(x) times its second half into the operand, zeros behind the last column.
+template <typename Weight, int kRows>
+__device__ __forceinline__ void stage_silu_mul(const Target& operand, const Linear& p, int first, int last) {
     constexpr int kRowThreads = kRows == 1 ? kThreads : 32;
     const int row = threadIdx.x / kRowThreads;
     if (row >= p.rows) return;
@@ -162,15 +183,22 @@ __device__ __forceinline__ void stage_silu_mul(__nv_bfloat16* operand, int pitch
             for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
             packed = pack(y);
         }
-        store_16(operand + row * pitch + column - first, packed);
+        store_operand<Weight>(operand, row, column - first, packed);
     }
 }
 
-// Writes the norm of x + residual into `operand`, and the blocks of one cluster both it and the sum into memory. Every
-// block repeats the sum of squares of whole rows: it is less work than to wait for another block's.
-template <int kRows>
-__device__ __forceinline__ void stage_add_norm(__nv_bfloat16* operand, int pitch, float* squares, const Linear& p,
-                                               int first, int last) {
+// Starts the copies of this block's norm weights.
+__device__ __forceinline__ void copy_norm_weights(__nv_bfloat16* weights, const Linear& p, int first, int last) {
+    for (int column = first + threadIdx.x * kChunk; column < min(last, p.inputs); column += kThreads * kChunk) {
+        ptx::cp_async(weights + column - first, p.norm_weight + column);
+    }
+}
+
+// Writes the norm of x + residual into the operand, and the blocks of one cluster both it and the sum into memory.
+// Every block repeats the sum of squares of whole rows: it is less work than to wait for another block's.
+template <typename Weight, int kRows>
+__device__ __forceinline__ void stage_add_norm(const Target& operand, const __nv_bfloat16* weights, float* squares,
+                                               const Linear& p, int first, int last) {
     constexpr int kRowThreads = kRows == 1 ? kThreads : 32, kStep = kRowThreads * kChunk;
     const int row = threadIdx.x / kRowThreads, from = threadIdx.x % kRowThreads * kChunk;
     const bool stores = blockIdx.y == 0;
@@ -183,7 +211,7 @@ __device__ __forceinline__ void stage_add_norm(__nv_bfloat16* operand, int pitch
             const uint4 sum = pack(unpack(added) + unpack(old));
             total += sum_of_squares(unpack(sum));
             if (column >= first && column < last) {
-                store_16(operand + row * pitch + column - first, sum);
+                store_16(operand.rows + row * operand.pitch + column - first, sum);
                 if (stores) store_16(p.sum + int64_t{row} * p.inputs + column, sum);
             }
         }
@@ -200,70 +228,127 @@ __device__ __forceinline__ void stage_add_norm(__nv_bfloat16* operand, int pitch
     for (int column = from + (first > from ? (first - from + kStep - 1) / kStep * kStep : 0); column < last;
          column += kStep) {
         uint4 packed{};
-        __nv_bfloat16* place = operand + row * pitch + column - first;
         if (column < p.inputs) {
-            const Float8 s = unpack(*reinterpret_cast<const uint4*>(place));
-            const Float8 w = unpack(ptx::load_16_read_only(p.norm_weight + column));
+            const Float8 s =
+                unpack(*reinterpret_cast<const uint4*>(operand.rows + row * operand.pitch + column - first));
+            const Float8 w = unpack(*reinterpret_cast<const uint4*>(weights + column - first));
             Float8 y;
 #pragma unroll
             for (int j = 0; j < 8; ++j) y.v[j] = s.v[j] * inverse * (1.0f + w.v[j]);
             packed = pack(y);
             if (stores) store_16(p.normed + int64_t{row} * p.inputs + column, packed);
         }
-        store_16(place, packed);
+        store_operand<Weight>(operand, row, column - first, packed);
     }
 }
 
-// kTiles tiles share the loads of x.
-template <int kRows, int kTiles, bool kSplit, Operand kOperand>
-__global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
-    constexpr bool kStaged = kOperand != Operand::kLoaded;
+// sum += the piece's 16 rows times this lane's columns of x, in two chains of mma, so that one hides the other's
+// latency.
+template <int kGroups>
+__device__ __forceinline__ void multiply_piece(float (&sum)[kGroups][2][4], const uint8_t* piece,
+                                               const uint4 (&x)[2][kGroups]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int chunk = half * (kChunks / 2) + lane % 4;
+        const uint4 upper = *reinterpret_cast<const uint4*>(piece + place(lane / 4, chunk));
+        const uint4 lower = *reinterpret_cast<const uint4*>(piece + place(lane / 4 + 8, chunk));
+        const uint32_t first_half[4] = {upper.x, lower.x, upper.y, lower.y};
+        const uint32_t second_half[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) {
+            ptx::mma_m16n8k16<__nv_bfloat16>(sum[n][0], first_half, x[half][n].x, x[half][n].y);
+            ptx::mma_m16n8k16<__nv_bfloat16>(sum[n][1], second_half, x[half][n].z, x[half][n].w);
+        }
+    }
+}
+
+// The same of e4m3, 16 weights a lane and chunk, four to an mma: the sums of a piece, without its scale.
+template <int kGroups>
+__device__ __forceinline__ void multiply_piece(float (&sum)[kGroups][2][4], const uint8_t* piece,
+                                               const uint4 (&x)[4][kGroups]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int chunk = half * (kChunks / 2) + lane % 4;
+        const uint4 upper = *reinterpret_cast<const uint4*>(piece + place(lane / 4, chunk));
+        const uint4 lower = *reinterpret_cast<const uint4*>(piece + place(lane / 4 + 8, chunk));
+        const uint32_t of_upper[4] = {upper.x, upper.y, upper.z, upper.w};
+        const uint32_t of_lower[4] = {lower.x, lower.y, lower.z, lower.w};
+#pragma unroll
+        for (int four = 0; four < 4; ++four) {
+            uint32_t a[4];
+            ptx::unpack_e4m3(of_upper[four], a[0], a[2]);
+            ptx::unpack_e4m3(of_lower[four], a[1], a[3]);
+#pragma unroll
+            for (int n = 0; n < kGroups; ++n) {
+                const uint4 values = x[half * 2 + four / 2][n];
+                ptx::mma_m16n8k16<__half>(sum[n][four % 2], a, four % 2 ? values.z : values.x,
+                                          four % 2 ? values.w : values.y);
+            }
+        }
+    }
+}
+
+template <typename Weight, int kRows, bool kSplit, Operand kOperand>
+__global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
+    using F = Format<Weight>;
+    constexpr int kSlab = F::kSlab, kXChunks = 2 * F::kXChunks;
     constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
-    constexpr int kStages = Storage<kRows, kStaged>::kStages;
-    constexpr int kDistance =
-        kRows <= 8 ? 2 : 1;  // slabs that x is ahead: its latency under load is longer than a slab
-    static_assert(kTiles <= 2, "each tile of a unit needs a buffer of partial sums");
+    constexpr int kStages = Storage<kRows>::kStages;
     DYNAMIC_SHARED(shared);
-    auto& storage = *reinterpret_cast<Storage<kRows, kStaged>*>(shared);
-    auto* operand = reinterpret_cast<__nv_bfloat16*>(&storage + 1);
-    const __nv_bfloat16* weight = p.weight;
+    auto& storage = *reinterpret_cast<Storage<kRows>*>(shared);
+    const auto* weight = static_cast<const Weight*>(p.weight);
     const int rows = p.rows, outputs = p.outputs, inputs = p.inputs;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int slabs = (inputs + kSlab - 1) / kSlab, tiles = (outputs + kTileRows - 1) / kTileRows;
-    const int units = (tiles + kTiles - 1) / kTiles, first_unit = blockIdx.y, stride = gridDim.y;
+    const int stride = gridDim.y;
     const int rank = kSplit ? blockIdx.x : 0, ranks = kSplit ? gridDim.x : 1;
     const int first_slab = slabs * rank / ranks, last_slab = slabs * (rank + 1) / ranks;
-    const int pitch = (last_slab - first_slab) * kSlab + kOperandPad;
-    if (kSplit) ptx::cluster_arrive();  // the peers may write into this block's exchange buffer from now on
-
-    Walk<kTiles> ahead = {first_unit, first_slab, 0, first_slab, last_slab, stride};
-    const auto copy_next = [&](int stage) {
-        if (ahead.unit < units) {
-            copy_piece(storage.ring[warp][stage], weight, ahead.unit * kTiles + ahead.sub, ahead.slab, outputs, inputs);
+    const int first = first_slab * kSlab, last = last_slab * kSlab;
+    // The same in every block of the cluster, whose shares may differ by a slab.
+    const int share = (slabs + ranks - 1) / ranks, pitch = F::operand_pitch(share);
+    auto* operand_rows = reinterpret_cast<__nv_bfloat16*>(&storage + 1);
+    __nv_bfloat16* norm_weights = operand_rows + rows * pitch;
+    auto* divisors = reinterpret_cast<float*>(norm_weights + (kOperand == Operand::kAddNorm ? pitch : 0));
+    const Target operand = {operand_rows, pitch, divisors, F::groups(share)};
+    auto* ring = reinterpret_cast<uint8_t*>(divisors + rows * operand.groups);
+    const auto piece_of = [&](int stage) { return ring + (stage * kWarps + warp) * kPieceBytes; };
+    const int own_turns = kSplit ? (tiles - static_cast<int>(blockIdx.y) + stride - 1) / stride : 0;
+    if constexpr (kSplit) {
+        if (threadIdx.x == 0) {
+            const int own = (own_turns - rank + ranks - 1) / ranks;  // tiles rank, rank + ranks, ... of the cluster's
+            ptx::mbarrier_init(&storage.exchanged, 1);
+            ptx::fence_mbarrier_init();
+            ptx::mbarrier_arrive_expect_tx(&storage.exchanged, own * ranks * rows * kTileRows * sizeof(float));
         }
+        __syncthreads();
+        ptx::cluster_arrive_relaxed();  // the peers may write into this block's exchange buffer from now on
+    }
+
+    Walk ahead = {static_cast<int>(blockIdx.y), first_slab, first_slab, last_slab, stride};
+    const auto copy_next = [&](int stage) {
+        if (ahead.tile < tiles) copy_piece(piece_of(stage), weight, ahead.tile, ahead.slab, outputs, inputs);
         ptx::cp_async_commit();  // an empty group at the end keeps the count
         ahead.next();
     };
-    if (kOperand == Operand::kAddNorm && threadIdx.x == 0) ptx::bulk_prefetch_l2(p.norm_weight, inputs * 2);
+    if constexpr (kOperand == Operand::kAddNorm) {
+        copy_norm_weights(norm_weights, p, first, last);
+        ptx::cp_async_commit();
+    }
     for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
-    prefetch_pieces(ahead, weight, units, outputs, inputs);
+    float scales = 0, next_scales = 0;
+    if (F::kScaled) next_scales = load_scale(p, blockIdx.y, first_slab, last_slab);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    uint4 values[2][kGroups], coming[kDistance][2][kGroups];
-    if constexpr (kStaged) {
-        const int first = first_slab * kSlab, last = last_slab * kSlab;
-        if constexpr (kOperand == Operand::kCopied) stage_copy<kRows>(operand, pitch, p, first, last);
-        if constexpr (kOperand == Operand::kSiluMul) stage_silu_mul<kRows>(operand, pitch, p, first, last);
-        if constexpr (kOperand == Operand::kAddNorm) {
-            stage_add_norm<kRows>(operand, pitch, storage.squares, p, first, last);
-        }
-        __syncthreads();
-    } else {
-#pragma unroll
-        for (int i = 0; i < kDistance; ++i) {
-            load_x(coming[i], p.x, p.x_stride, first_slab + i % (last_slab - first_slab), rows, inputs);
-        }
+    if constexpr (kOperand == Operand::kCopied) stage_copy<Weight, kRows>(operand, p, first, last);
+    if constexpr (kOperand == Operand::kSiluMul) stage_silu_mul<Weight, kRows>(operand, p, first, last);
+    if constexpr (kOperand == Operand::kAddNorm) {
+        ptx::cp_async_wait<kStages - 1>();
+        __syncthreads();  // every thread's norm weights are there
+        stage_add_norm<Weight, kRows>(operand, norm_weights, storage.squares, p, first, last);
     }
+    __syncthreads();
     if (kSplit) ptx::cluster_wait();
 
     // What a thread finishes of every tile: one row of x, one output.
@@ -280,199 +365,198 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const Linear p) {
         target = value;
     };
     int stage = 0, turn = 0;
-    for (int unit = first_unit; unit < units; unit += stride, ++turn) {
-        float sum[kTiles][kGroups][2][4] = {};  // two chains of mma, so that one hides the other's latency
+    for (int tile = blockIdx.y; tile < tiles; tile += stride, ++turn) {
+        float sum[kGroups][2][4] = {};
+        if (F::kScaled) {
+            scales = next_scales;
+            next_scales = load_scale(p, tile + stride, first_slab, last_slab);  // it arrives while this tile is read
+        }
         for (int slab = first_slab; slab < last_slab; ++slab) {
-            if constexpr (kStaged) {
-                const __nv_bfloat16* mine =
-                    operand + lane / 4 * pitch + (slab - first_slab) * kSlab + warp * kColumns + lane % 4 * kChunk;
+            const __nv_bfloat16* mine = operand.rows + lane / 4 * pitch + (slab - first_slab) * kSlab +
+                                        warp * F::kColumns + lane % 4 * F::kXChunks * kChunk;
+            uint4 values[kXChunks][kGroups];
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    values[half][0] =
-                        lane / 4 < rows ? *reinterpret_cast<const uint4*>(mine + half * (kColumns / 2)) : uint4{};
+            for (int i = 0; i < kXChunks; ++i) {
+#pragma unroll
+                for (int n = 0; n < kGroups; ++n) {
+                    const auto* from =
+                        mine + n * 8 * pitch + i / F::kXChunks * (F::kColumns / 2) + i % F::kXChunks * kChunk;
+                    values[i][n] = n * 8 + lane / 4 < rows ? *reinterpret_cast<const uint4*>(from) : uint4{};
+                }
+            }
+            ptx::cp_async_wait<kStages - 2>();
+            __syncwarp();  // every lane's copies are here, and every lane is done with the stage before
+            copy_next(stage == 0 ? kStages - 1 : stage - 1);
+            if constexpr (F::kScaled) {
+                float unscaled[kGroups][2][4] = {};
+                multiply_piece(unscaled, piece_of(stage), values);
+                const float scale = __shfl_sync(kAllLanes, scales, slab - first_slab);
+                const float* divisor = divisors + (slab - first_slab) * kWarps + warp;
+#pragma unroll
+                for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int of_row = kRows == 1 ? 0 : n * 8 + lane % 4 * 2 + i;
+                        const float factor = of_row < rows ? scale * divisor[of_row * operand.groups] : 0.0f;
+                        sum[n][0][i] += factor * (unscaled[n][0][i] + unscaled[n][1][i]);
+                        sum[n][0][i + 2] += factor * (unscaled[n][0][i + 2] + unscaled[n][1][i + 2]);
+                    }
                 }
             } else {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int n = 0; n < kGroups; ++n) {
-                        values[half][n] = coming[0][half][n];
-                        if (kDistance > 1) coming[0][half][n] = coming[kDistance - 1][half][n];
-                    }
-                }
-                const int later = slab + kDistance;
-                load_x(coming[kDistance - 1], p.x, p.x_stride,
-                       later < last_slab ? later : first_slab + (later - last_slab) % (last_slab - first_slab), rows,
-                       inputs);
+                multiply_piece(sum, piece_of(stage), values);
             }
-#pragma unroll
-            for (int sub = 0; sub < kTiles; ++sub) {
-                ptx::cp_async_wait<kStages - 2>();
-                __syncwarp();  // every lane's copies are here, and every lane is done with the stage before
-                copy_next(stage == 0 ? kStages - 1 : stage - 1);
-                const __nv_bfloat16* piece = storage.ring[warp][stage];
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int chunk = half * (kChunks / 2) + lane % 4;
-                    const uint4 upper = *reinterpret_cast<const uint4*>(piece + place(lane / 4, chunk));
-                    const uint4 lower = *reinterpret_cast<const uint4*>(piece + place(lane / 4 + 8, chunk));
-                    const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
-                    const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
-#pragma unroll
-                    for (int n = 0; n < kGroups; ++n) {
-                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[sub][n][0], first, values[half][n].x, values[half][n].y);
-                        ptx::mma_m16n8k16<__nv_bfloat16>(sum[sub][n][1], second, values[half][n].z, values[half][n].w);
-                    }
-                }
-                if (++stage == kStages) stage = 0;
-            }
+            if (++stage == kStages) stage = 0;
         }
 
-        if (kTiles > 1) __syncthreads();  // the sums of the unit before are read
+        float* mine = storage.partial[turn % 2][warp];
 #pragma unroll
-        for (int sub = 0; sub < kTiles; ++sub) {
-            float* mine = storage.partial[kTiles > 1 ? sub : turn % 2][warp];
+        for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
-            for (int n = 0; n < kGroups; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (kRows == 1 && lane % 4 * 2 + i % 2 > 0) continue;  // the other seven rows are not there
-                    mine[(n * 8 + lane % 4 * 2 + i % 2) * kSumPitch + lane / 4 + i / 2 * 8] =
-                        sum[sub][n][0][i] + sum[sub][n][1][i];
-                }
+            for (int i = 0; i < 4; ++i) {
+                if (kRows == 1 && lane % 4 * 2 + i % 2 > 0) continue;  // the other seven rows are not there
+                mine[(n * 8 + lane % 4 * 2 + i % 2) * kSumPitch + lane / 4 + i / 2 * 8] =
+                    F::kScaled ? sum[n][0][i] : sum[n][0][i] + sum[n][1][i];
             }
         }
         __syncthreads();
         if (row < rows) {
+            const auto& partial = storage.partial[turn % 2];
+            float total = 0;
 #pragma unroll
-            for (int sub = 0; sub < kTiles; ++sub) {
-                const auto& partial = storage.partial[kTiles > 1 ? sub : turn % 2];
-                float total = 0;
-#pragma unroll
-                for (int i = 0; i < kWarps; ++i) total += partial[i][row * kSumPitch + output];
-                if constexpr (kSplit) {
-                    const int own = turn * kTiles + sub, slot = rank * (kMaxClusterTiles / ranks) + own / ranks;
-                    ptx::cluster_map(storage.exchange, own % ranks)[(slot * kRows + row) * kTileRows + output] = total;
-                } else {
-                    store(unit * kTiles + sub, total);
-                }
+            for (int i = 0; i < kWarps; ++i) total += partial[i][row * kSumPitch + output];
+            if constexpr (kSplit) {
+                const int slot = rank * (kMaxClusterTiles / ranks) + turn / ranks;
+                ptx::store_async_cluster(&storage.exchange[(slot * kRows + row) * kTileRows + output], total,
+                                         &storage.exchanged, turn % ranks);
+            } else {
+                store(tile, total);
             }
         }
     }
     if constexpr (kSplit) {  // this block finishes tiles rank, rank + ranks, ... of its cluster's
-        ptx::cluster_sync();
+        ptx::mbarrier_wait_cluster(&storage.exchanged, 0);
         if (row >= rows) return;
-        for (int own = rank; own < turn * kTiles; own += ranks) {
+        for (int own = rank; own < turn; own += ranks) {
             float total = 0;
             for (int i = 0; i < ranks; ++i) {
                 const int slot = i * (kMaxClusterTiles / ranks) + own / ranks;
                 total += storage.exchange[(slot * kRows + row) * kTileRows + output];
             }
-            store((first_unit + own / kTiles * stride) * kTiles + own % kTiles, total);
+            store(blockIdx.y + own * stride, total);
         }
     }
-}
-
-struct Partition {
-    int ranks, clusters;
-};
-
-// Blocks per unit and clusters: the fewest slabs for the busiest block; a cluster costs about half a slab.
-Partition partition(int units, int tiles_per_unit, int slabs) {
-    const int multiprocessors = multiprocessor_count();
-    Partition best = {1, std::min(units, multiprocessors)};
-    int64_t best_cost = INT64_MAX;
-    for (int ranks = 1; ranks <= std::min(8, slabs); ranks *= 2) {
-        // Clusters of more than two may leave a few multiprocessors of a large processing cluster over.
-        const int usable = ranks > 2 ? std::max(multiprocessors / 16 * 16, ranks) : multiprocessors;
-        const int clusters = std::min(units, std::max(1, usable / ranks));
-        const int turns = (units + clusters - 1) / clusters;
-        if (ranks > 1 && turns * tiles_per_unit > kMaxClusterTiles / ranks * ranks) continue;
-        const int64_t cost = 2 * int64_t{turns} * tiles_per_unit * ((slabs + ranks - 1) / ranks) + (ranks > 1);
-        if (cost < best_cost) {
-            best_cost = cost;
-            best = {ranks, clusters};
-        }
-    }
-    return best;
 }
 
 // The grid and the shared memory of a call.
 struct Plan {
-    Partition partition;
+    int ranks, clusters;
     size_t shared_bytes;
 };
 
-template <int kRows, int kTiles, bool kStaged>
+// The cheapest way to share tiles x slabs, in halves of a piece: the pieces of the busiest block, its part of x, and
+// what the exchange in a cluster takes (0.7 us on an H200). A ring holds no more stages than the block has pieces.
+template <typename Weight, int kRows, Operand kOperand>
 Plan plan(const Linear& p) {
-    const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + kSlab - 1) / kSlab;
-    const Partition shares = partition((tiles + kTiles - 1) / kTiles, kTiles, slabs);
-    const int most = (slabs + shares.ranks - 1) / shares.ranks;
-    const size_t operand = kStaged ? size_t(p.rows) * (most * kSlab + kOperandPad) * sizeof(__nv_bfloat16) : 0;
-    return {shares, sizeof(Storage<kRows, kStaged>) + operand};
+    using F = Format<Weight>;
+    const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + F::kSlab - 1) / F::kSlab;
+    const int multiprocessors = multiprocessor_count();
+    Plan best{};
+    int64_t best_cost = INT64_MAX;
+    for (int ranks = 1; ranks <= std::min(8, slabs); ranks *= 2) {
+        // How many clusters of more than two fit at once depends on how the multiprocessors of a card are grouped.
+        const int usable = ranks > 2 ? std::max(multiprocessors * 3 / 4, ranks) : multiprocessors;
+        const int clusters = std::min(tiles, std::max(1, usable / ranks));
+        const int turns = (tiles + clusters - 1) / clusters, share = (slabs + ranks - 1) / ranks;
+        if (ranks > 1 && turns > kMaxClusterTiles / ranks * ranks) continue;
+        if (F::kScaled && share > kMostScales) continue;
+        const int64_t pieces = int64_t{turns} * share;
+        const int stages = static_cast<int>(std::min<int64_t>(Storage<kRows>::kStages, pieces));
+        const int operand_rows = p.rows + (kOperand == Operand::kAddNorm);
+        const size_t shared_bytes = sizeof(Storage<kRows>) + operand_rows * F::operand_pitch(share) * size_t{2} +
+                                    p.rows * F::groups(share) * sizeof(float) +
+                                    static_cast<size_t>(stages) * kSlabBytes;
+        if (shared_bytes > kSharedLimit) continue;
+        const int64_t cost = 2 * pieces + int64_t{p.rows} * share * F::kXChunks / kTileRows * 2 + (ranks > 1 ? 3 : 0);
+        if (cost < best_cost) {
+            best_cost = cost;
+            best = {ranks, clusters, shared_bytes};
+        }
+    }
+    return best;  // no clusters: x does not fit
 }
 
-template <int kRows, int kTiles, Operand kOperand>
+template <typename Weight, int kRows, Operand kOperand>
 cudaError_t launch_rows(const Linear& p, cudaStream_t stream) {
-    const auto [shares, shared_bytes] = plan<kRows, kTiles, kOperand != Operand::kLoaded>(p);
+    const Plan shares = plan<Weight, kRows, kOperand>(p);
     const LaunchConfig config = {.grid = dim3(shares.ranks, shares.clusters),
                                  .block = dim3(kThreads),
-                                 .shared_bytes = shared_bytes,
+                                 .shared_bytes = shares.shared_bytes,
                                  .stream = stream,
                                  .cluster = dim3(shares.ranks),
                                  .programmatic = true};
-    const auto kernel =
-        shares.ranks > 1 ? linear_kernel<kRows, kTiles, true, kOperand> : linear_kernel<kRows, kTiles, false, kOperand>;
-    return launch(kernel, config, p);
+    return launch(
+        shares.ranks > 1 ? linear_kernel<Weight, kRows, true, kOperand> : linear_kernel<Weight, kRows, false, kOperand>,
+        config, p);
 }
 
 bool aligned(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-bool staged_supported(const Linear& p) {
-    if (!linear_supported(p) || p.rows > kLinearMaxStagedRows) return false;
-    const auto bytes = p.rows == 1 ? plan<1, 1, true>(p).shared_bytes : plan<8, 2, true>(p).shared_bytes;
-    return bytes <= kHalfMultiprocessor;
+template <typename Weight, Operand kOperand>
+bool fits(const Linear& p) {
+    if (p.rows == 1) return plan<Weight, 1, kOperand>(p).clusters > 0;
+    return (p.rows <= 8 ? plan<Weight, 8, kOperand>(p) : plan<Weight, 16, kOperand>(p)).clusters > 0;
 }
 
 template <Operand kOperand>
-cudaError_t launch_staged(const Linear& p, cudaStream_t stream) {
-    return p.rows == 1 ? launch_rows<1, 1, kOperand>(p, stream) : launch_rows<8, 2, kOperand>(p, stream);
+bool fits(const Linear& p) {
+    return p.scale != nullptr ? fits<E4m3, kOperand>(p) : fits<__nv_bfloat16, kOperand>(p);
+}
+
+template <typename Weight, Operand kOperand>
+cudaError_t launch_few(const Linear& p, cudaStream_t stream) {
+    return p.rows == 1 ? launch_rows<Weight, 1, kOperand>(p, stream) : launch_rows<Weight, 8, kOperand>(p, stream);
+}
+
+template <Operand kOperand>
+cudaError_t launch_few(const Linear& p, cudaStream_t stream) {
+    return p.scale != nullptr ? launch_few<E4m3, kOperand>(p, stream) : launch_few<__nv_bfloat16, kOperand>(p, stream);
+}
+
+bool well_formed(const Linear& p) {
+    return p.rows >= 1 && p.rows <= kLinearMaxRows && p.outputs >= 1 && p.inputs >= 32 && p.inputs % 32 == 0 &&
+           p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.weight);
 }
 
 }  // namespace
 
 bool linear_supported(const Linear& p) {
-    return p.rows >= 1 && p.rows <= kLinearMaxRows && p.outputs >= 1 && p.inputs >= 32 && p.inputs % 32 == 0 &&
-           p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.weight);
+    return well_formed(p) && fits<Operand::kCopied>(p);
 }
 
 bool add_rms_norm_linear_supported(const Linear& p) {
-    return staged_supported(p) && aligned(p.residual) && aligned(p.norm_weight);
+    return well_formed(p) && p.rows <= kLinearMaxStagedRows && aligned(p.residual) && aligned(p.norm_weight) &&
+           fits<Operand::kAddNorm>(p);
 }
 
 bool silu_mul_linear_supported(const Linear& p) {
-    return staged_supported(p);
+    return well_formed(p) && p.rows <= kLinearMaxStagedRows && fits<Operand::kSiluMul>(p);
 }
 
 cudaError_t linear(const Linear& p, cudaStream_t stream) {
     if (!linear_supported(p)) return cudaErrorInvalidValue;
-    constexpr auto kLoaded = Operand::kLoaded;
-    if (p.rows == 1) {
-        return staged_supported(p) ? launch_rows<1, 1, Operand::kCopied>(p, stream)
-                                   : launch_rows<1, 1, kLoaded>(p, stream);
-    }
-    // Already two rows are faster where two tiles share the loads of x (4 rows: 12.8 us against 11.2 at 34 MB).
-    return p.rows <= 8 ? launch_rows<8, 2, kLoaded>(p, stream) : launch_rows<16, 2, kLoaded>(p, stream);
+    if (p.rows <= 8) return launch_few<Operand::kCopied>(p, stream);
+    return p.scale != nullptr ? launch_rows<E4m3, 16, Operand::kCopied>(p, stream)
+                              : launch_rows<__nv_bfloat16, 16, Operand::kCopied>(p, stream);
 }
 
 cudaError_t add_rms_norm_linear(const Linear& p, cudaStream_t stream) {
-    return add_rms_norm_linear_supported(p) ? launch_staged<Operand::kAddNorm>(p, stream) : cudaErrorInvalidValue;
+    return add_rms_norm_linear_supported(p) ? launch_few<Operand::kAddNorm>(p, stream) : cudaErrorInvalidValue;
 }
 
 cudaError_t silu_mul_linear(const Linear& p, cudaStream_t stream) {
-    return silu_mul_linear_supported(p) ? launch_staged<Operand::kSiluMul>(p, stream) : cudaErrorInvalidValue;
+    return silu_mul_linear_supported(p) ? launch_few<Operand::kSiluMul>(p, stream) : cudaErrorInvalidValue;
 }
 
 }  // namespace tokenspeed

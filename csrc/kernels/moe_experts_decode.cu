@@ -52,6 +52,7 @@
 #include <ptx.h>
 #include <ptx_tma.h>
 
+#include "fp8.h"
 #include "kernels.h"
 #include "moe_experts_decode.h"
 
@@ -61,10 +62,11 @@ namespace {
 using namespace expert_decode;
 
 // Streams the weights of the block's units: one thread. `load` starts the copy of one stage.
-template <typename Product, typename Load>
+template <typename Weight, typename Product, typename Load>
 __device__ void stream_weights(Control& control, uint8_t* ring, const Layout& layout, const Work<Product>& work,
                                int depth, Load load) {
-    const int stages_of_unit = (depth + Shape<Product>::kDepth - 1) / Shape<Product>::kDepth;
+    constexpr int kDepth = Shape<Product>::kDepthWarps * Format<Weight>::kChunk;
+    const int stages_of_unit = (depth + kDepth - 1) / kDepth;
     Cursor at;
     for (int unit = work.begin; unit < work.end; ++unit) {
         const int expert = control.entries[work.entry(unit)].expert, tile = work.tile(unit);
@@ -101,15 +103,15 @@ __device__ void copy_rows(Control& control, uint8_t* rows, const Layout& layout,
     }
 }
 
-// sum += the warp's 16 rows x 64 of depth of a stage times the same depth of the choices. `low` and `high`: the
-// fragment's first and last eight rows; `choices`: the slot's chunk.
+// sum += the warp's 16 rows x a chunk of a stage times the same depth of the choices. `low` and `high`: the fragment's
+// first and last eight rows; `choices`: the slot's chunk.
 __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const uint8_t* low, const uint8_t* high,
                                                const uint8_t* choices, int row_pitch, int groups) {
     const int lane = threadIdx.x % 32, quad = lane / 4, piece = lane % 4;
     const int row = quad / 2 + quad % 2 * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int offset = row * 128 + ((half * 4 + piece) ^ row) * 16;
+        const int offset = row * kChunkBytes + ((half * 4 + piece) ^ row) * 16;
         const uint4 upper = *reinterpret_cast<const uint4*>(low + offset);
         const uint4 lower = *reinterpret_cast<const uint4*>(high + offset);
         const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
@@ -126,39 +128,136 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
     }
 }
 
+// Turns an entry's rows from bf16 to fp16, in place, each group of 128 columns by a power of two that stands behind the
+// row. The warps kConsumers, who may read the rows afterwards.
+__device__ __forceinline__ void convert_rows(uint8_t* rows, int row_pitch, int choices, int depth) {
+    const int groups = depth / kScaleBlock, lane = threadIdx.x % kGroupLanes;
+    const int all = (choices * groups + 1) / 2 * 2;  // both halves of a warp call group_to_half
+    for (int i = threadIdx.x / kGroupLanes; i < all; i += kConsumerThreads / kGroupLanes) {
+        const int row = i / groups, group = i % groups;
+        auto* at = reinterpret_cast<uint4*>(rows + row * row_pitch + group * kScaleBlock * 2) + lane;
+        float divisor;
+        const uint4 converted = group_to_half(row < choices ? *at : uint4{}, divisor);
+        if (row >= choices) continue;
+        *at = converted;
+        if (lane == 0) *reinterpret_cast<float*>(rows + row * row_pitch + depth * 2 + group * 4) = divisor;
+    }
+    ptx::fence_async_shared();  // the next entry's rows come by bulk copies
+    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+}
+
+// The same of e4m3 and fp16, whose sums take the scales of the first and the last eight rows, and of the choices what
+// their groups were divided by, from `divisors` on: 16 weights a lane and half, four to an mma.
+__device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const uint8_t* low, const uint8_t* high,
+                                               const uint8_t* choices, int row_pitch, int groups,
+                                               const uint8_t* divisors, float low_scale, float high_scale) {
+    const int lane = threadIdx.x % 32, quad = lane / 4, piece = lane % 4;
+    const int row = quad / 2 + quad % 2 * 4;
+    float unscaled[kGroups][2][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int offset = row * kChunkBytes + ((half * 4 + piece) ^ row) * 16;
+        const uint4 upper = *reinterpret_cast<const uint4*>(low + offset);
+        const uint4 lower = *reinterpret_cast<const uint4*>(high + offset);
+        const uint32_t of_upper[4] = {upper.x, upper.y, upper.z, upper.w};
+        const uint32_t of_lower[4] = {lower.x, lower.y, lower.z, lower.w};
+        uint32_t a[4][4];
+#pragma unroll
+        for (int four = 0; four < 4; ++four) {
+            ptx::unpack_e4m3(of_upper[four], a[four][0], a[four][2]);
+            ptx::unpack_e4m3(of_lower[four], a[four][1], a[four][3]);
+        }
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) {
+            if (n < groups) {
+                const auto* at = choices + (n * 8 + quad) * row_pitch + half * 128 + piece * 32;
+#pragma unroll
+                for (int pair = 0; pair < 2; ++pair) {
+                    const uint4 b = *reinterpret_cast<const uint4*>(at + pair * 16);
+                    ptx::mma_m16n8k16<__half>(unscaled[n][0], a[pair * 2], b.x, b.y);
+                    ptx::mma_m16n8k16<__half>(unscaled[n][1], a[pair * 2 + 1], b.z, b.w);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+        if (n >= groups) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float divisor = *reinterpret_cast<const float*>(divisors + (n * 8 + lane % 4 * 2 + i) * row_pitch);
+            sum[n][i] += low_scale * divisor * (unscaled[n][0][i] + unscaled[n][1][i]);
+            sum[n][i + 2] += high_scale * divisor * (unscaled[n][0][i + 2] + unscaled[n][1][i + 2]);
+        }
+    }
+}
+
+// A warp's scales of one unit, one a lane: of its gate and up rows of the even and odd lanes' stage (gate_up), or of
+// its rows of the lane's stage (down). Asked for a unit ahead.
+template <typename Product>
+__device__ __forceinline__ float load_scale(const float* scale, const Work<Product>& work, const Entry* entries,
+                                            int unit, int depth) {
+    constexpr bool kPairs = std::is_same_v<Product, GateUp>;
+    const int lane = threadIdx.x % 32, depth_warp = static_cast<int>(threadIdx.x) / 32 / Product::kRowWarps;
+    const int stage = kPairs ? lane / 2 : lane, chunk = stage * Shape<Product>::kDepthWarps + depth_warp;
+    const int blocks = depth / kScaleBlock;  // along the depth
+    // The tiles of down end where the output does, those of gate_up where the gate rows do and the up rows begin.
+    const int halves = kPairs ? 2 : 1, row_blocks = work.tiles * Product::kTileColumns / kScaleBlock;
+    if (unit >= work.end || chunk >= blocks) return 0;
+    const int row = work.tile(unit) * Product::kTileColumns / kScaleBlock + (kPairs ? lane % 2 * row_blocks : 0);
+    return scale[(int64_t{entries[work.entry(unit)].expert} * halves * row_blocks + row) * blocks + chunk];
+}
+
 // Multiplies the units of the block: the warps kConsumers. `begin(unit, entry)` runs before a unit's products,
 // `finish(unit, entry)` after its sums lie in control.sums; both by all these threads.
-template <typename Product, typename Begin, typename Finish>
-__device__ void multiply(Control& control, const uint8_t* ring, const uint8_t* rows, const Layout& layout,
-                         const Work<Product>& work, int depth, Begin begin, Finish finish) {
+template <typename Weight, typename Product, typename Begin, typename Finish>
+__device__ void multiply(Control& control, const uint8_t* ring, uint8_t* rows, const Layout& layout,
+                         const Work<Product>& work, int depth, const float* scale, Begin begin, Finish finish) {
     constexpr int kRowWarps = Product::kRowWarps;
+    using F = Format<Weight>;
     using S = Shape<Product>;
+    constexpr int kDepth = S::kDepthWarps * F::kChunk;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
     const int row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps;
-    const int chunks = depth / kChunk, stages_of_unit = (depth + S::kDepth - 1) / S::kDepth;
+    const int chunks = depth / F::kChunk, stages_of_unit = (depth + kDepth - 1) / kDepth;
     // Of gate_up all gate rows of a chunk come first, then its up rows; of down 16 rows of a warp are neighbours.
     constexpr bool kPairs = std::is_same_v<Product, GateUp>;
-    const int low = depth_warp * S::kRows * 128 + row_warp * (kPairs ? 8 : 16) * 128;
-    const int high = low + (kPairs ? S::kRows / 2 : 8) * 128;
+    const int low = depth_warp * S::kRows * kChunkBytes + row_warp * (kPairs ? 8 : 16) * kChunkBytes;
+    const int high = low + (kPairs ? S::kRows / 2 : 8) * kChunkBytes;
     Cursor at, at_rows;
     int held = -1;
+    float scales = 0, next_scales = 0;
+    if (F::kScaled) next_scales = load_scale(scale, work, control.entries, work.begin, depth);
     for (int unit = work.begin; unit < work.end; ++unit) {
         const int index = work.entry(unit);
         const Entry entry = control.entries[index];
         const int groups = (entry.choices + 7) / 8;
         begin(unit, entry);
+        if (F::kScaled) {
+            scales = next_scales;
+            next_scales = load_scale(scale, work, control.entries, unit + 1, depth);
+        }
+        uint8_t* choices = rows + at_rows.slot * kEntryChoices * layout.row_pitch;
         if (index != held) {
             ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
             held = index;
+            if (F::kScaled) convert_rows(choices, layout.row_pitch, entry.choices, depth);
         }
-        const uint8_t* choices = rows + at_rows.slot * kEntryChoices * layout.row_pitch;
         float sum[kGroups][4] = {};
         for (int s = 0; s < stages_of_unit; ++s) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
             const int chunk = s * S::kDepthWarps + depth_warp;
             const uint8_t* stage = ring + at.slot * kStageBytes;
-            if (chunk < chunks) {
-                multiply_chunk(sum, stage + low, stage + high, choices + chunk * 128, layout.row_pitch, groups);
+            const uint8_t* of_chunk = choices + chunk * F::kChunk * 2;
+            if constexpr (F::kScaled) {
+                const float low_scale = __shfl_sync(kAllLanes, scales, kPairs ? 2 * s : s);
+                const float high_scale = kPairs ? __shfl_sync(kAllLanes, scales, 2 * s + 1) : low_scale;
+                if (chunk < chunks) {
+                    multiply_chunk(sum, stage + low, stage + high, of_chunk, layout.row_pitch, groups,
+                                   choices + depth * 2 + chunk * 4, low_scale, high_scale);
+                }
+            } else if (chunk < chunks) {
+                multiply_chunk(sum, stage + low, stage + high, of_chunk, layout.row_pitch, groups);
             }
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
@@ -196,6 +295,7 @@ __device__ __forceinline__ float total(const Control& control, int choice, int r
     return value;
 }
 
+template <typename Weight>
 __global__ void __launch_bounds__(kThreads, 1)
     gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(ring);
@@ -213,18 +313,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        stream_weights(control, ring, layout, work, p.hidden,
-                       [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
-                           const int chunk = s * Shape<GateUp>::kDepthWarps;
-                           ptx::tma_load<5>(stage, &gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
-                       });
+        stream_weights<Weight>(
+            control, ring, layout, work, p.hidden, [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
+                const int chunk = s * Shape<GateUp>::kDepthWarps;
+                ptx::tma_load<5>(stage, &gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
+            });
         const Work<Down> next(entries, output_tiles);
+        const auto* down = static_cast<const Weight*>(p.down);
         const int64_t tile_elements = int64_t{Down::kTileColumns} * p.width;
-        const auto tile_bytes = static_cast<uint32_t>(tile_elements * 2);
+        const auto tile_bytes = static_cast<uint32_t>(tile_elements * sizeof(Weight));
         uint32_t asked = 0;
         for (int unit = next.begin; unit < next.end && asked < kPrefetchBytes; ++unit, asked += tile_bytes) {
             const int64_t expert = control.entries[next.entry(unit)].expert;
-            ptx::bulk_prefetch_l2(p.down + (expert * output_tiles + next.tile(unit)) * tile_elements, tile_bytes);
+            ptx::bulk_prefetch_l2(down + (expert * output_tiles + next.tile(unit)) * tile_elements, tile_bytes);
         }
         return;
     }
@@ -236,8 +337,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (blockIdx.x == 0) {
         for (int i = threadIdx.x; i < output_tiles; i += kConsumerThreads) a.done[i] = 0;
     }
-    multiply(
-        control, ring, rows, layout, work, p.hidden, [](int, const Entry&) {},
+    multiply<Weight>(
+        control, ring, rows, layout, work, p.hidden, p.gate_up_scale, [](int, const Entry&) {},
         [&](int unit, const Entry& entry) {
             const int choice = threadIdx.x / 16, column = threadIdx.x % 16;
             const int row = column / 8 * 16 + column % 8;  // each warp's gate rows, then its up rows
@@ -274,6 +375,7 @@ __device__ __forceinline__ void sum_ranks(const Arguments& a, int tile) {
     }
 }
 
+template <typename Weight>
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ CUtensorMap down, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(ring);
@@ -289,11 +391,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        stream_weights(control, ring, layout, work, p.width,
-                       [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
-                           const int chunk = s * Shape<Down>::kDepthWarps;
-                           ptx::tma_load<4>(stage, &down, full, {0, tile * Down::kTileColumns, chunk, expert});
-                       });
+        stream_weights<Weight>(control, ring, layout, work, p.width,
+                               [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
+                                   const int chunk = s * Shape<Down>::kDepthWarps;
+                                   ptx::tma_load<4>(stage, &down, full, {0, tile * Down::kTileColumns, chunk, expert});
+                               });
         return;
     }
     ptx::grid_dependency_wait();
@@ -312,8 +414,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int column = threadIdx.x % Down::kTileColumns, first_choice = threadIdx.x / Down::kTileColumns;
     int flat[kPerThread];  // choices that this thread finishes, loaded while the weights come
     int units_done = 0;    // of the tile at hand
-    multiply(
-        control, ring, rows, layout, work, p.width,
+    multiply<Weight>(
+        control, ring, rows, layout, work, p.width, p.down_scale,
         [&](int, const Entry& entry) {
 #pragma unroll
             for (int i = 0; i < kPerThread; ++i) {
@@ -342,35 +444,76 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
 }
 
+template <typename Weight>
 cudaError_t encode_gate_up(CUtensorMap* map, const MoeExperts& p) {
-    const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
-    return encode_tensor_map<5>(map, TensorElement::kBf16,
-                                {.base = p.gate_up,
-                                 .sizes = {kChunk, width, 2, hidden / kChunk, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, hidden * 2, width * hidden * 2, kChunk * 2, 2 * width * hidden * 2},
-                                 .box = {kChunk, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
-                                Swizzle::k128);
+    constexpr int kChunk = Format<Weight>::kChunk;
+    const auto width = static_cast<uint64_t>(p.width), row = static_cast<uint64_t>(p.hidden) * sizeof(Weight);
+    return encode_tensor_map<5>(
+        map, Format<Weight>::kScaled ? TensorElement::kU8 : TensorElement::kBf16,
+        {.base = p.gate_up,
+         .sizes = {kChunk, width, 2, static_cast<uint64_t>(p.hidden / kChunk), static_cast<uint64_t>(p.experts)},
+         .strides = {sizeof(Weight), row, width * row, kChunkBytes, 2 * width * row},
+         .box = {kChunk, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
+        Swizzle::k128);
 }
 
+template <typename Weight>
 cudaError_t encode_down(CUtensorMap* map, const MoeExperts& p) {
-    const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
-    return encode_tensor_map<4>(map, TensorElement::kBf16,
-                                {.base = p.down,
-                                 .sizes = {kChunk, hidden, width / kChunk, static_cast<uint64_t>(p.experts)},
-                                 .strides = {2, width * 2, kChunk * 2, hidden * width * 2},
-                                 .box = {kChunk, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
-                                Swizzle::k128);
+    constexpr int kChunk = Format<Weight>::kChunk;
+    const auto hidden = static_cast<uint64_t>(p.hidden), row = static_cast<uint64_t>(p.width) * sizeof(Weight);
+    return encode_tensor_map<4>(
+        map, Format<Weight>::kScaled ? TensorElement::kU8 : TensorElement::kBf16,
+        {.base = p.down,
+         .sizes = {kChunk, hidden, static_cast<uint64_t>(p.width / kChunk), static_cast<uint64_t>(p.experts)},
+         .strides = {sizeof(Weight), row, kChunkBytes, hidden * row},
+         .box = {kChunk, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
+        Swizzle::k128);
+}
+
+template <typename Weight>
+bool sizes_supported(const MoeExperts& p) {
+    constexpr int kChunk = Format<Weight>::kChunk;
+    return p.hidden >= kChunk && p.hidden % kChunk == 0 && p.width >= kChunk && p.width % kChunk == 0 &&
+           p.hidden <= kMaxDepth && p.width <= kMaxDepth &&
+           layout_for<Weight, GateUp>(p.hidden).stages >= kLeastStages &&
+           layout_for<Weight, Down>(p.width).stages >= kLeastStages;
+}
+
+template <typename Weight>
+cudaError_t launch_experts(const MoeExperts& p, cudaStream_t stream) {
+    const int64_t choices = int64_t{p.tokens} * p.top_k;
+    Arguments arguments{p, nullptr, reinterpret_cast<float*>(p.workspace), nullptr,
+                        layout_for<Weight, GateUp>(p.hidden)};
+    arguments.activations = reinterpret_cast<__nv_bfloat16*>(arguments.rows + choices * p.hidden);
+    arguments.done = reinterpret_cast<uint32_t*>(arguments.activations + choices * p.width);
+    CUtensorMap gate_up, down;
+    cudaError_t status = encode_gate_up<Weight>(&gate_up, p);
+    if (status != cudaSuccess) return status;
+    status = encode_down<Weight>(&down, p);
+    if (status != cudaSuccess) return status;
+
+    LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                           .block = dim3(kThreads),
+                           .shared_bytes = static_cast<size_t>(arguments.layout.bytes()),
+                           .stream = stream,
+                           .programmatic = true};
+    status = launch(gate_up_kernel<Weight>, config, gate_up, arguments);
+    if (status != cudaSuccess) return status;
+    arguments.layout = layout_for<Weight, Down>(p.width);
+    config.shared_bytes = static_cast<size_t>(arguments.layout.bytes());
+    return launch(down_kernel<Weight>, config, down, arguments);
 }
 
 }  // namespace
 
 bool moe_experts_decode_supported(const MoeExperts& p) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    return p.tokens >= 1 && p.tokens <= kMoeDecodeTokens && p.top_k >= 1 && p.top_k <= kMaxTopK && p.experts >= 1 &&
-           p.experts <= UINT16_MAX && p.hidden >= kChunk && p.hidden % kChunk == 0 && p.width >= kChunk &&
-           p.width % kChunk == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
-           p.hidden <= kMaxDepth && p.width <= kMaxDepth && layout_for<GateUp>(p.hidden).stages >= kLeastStages &&
-           layout_for<Down>(p.width).stages >= kLeastStages;
+    const bool scaled = p.gate_up_scale != nullptr && p.down_scale != nullptr;
+    const bool sizes =
+        scaled ? sizes_supported<E4m3>(p) : p.gate_up_scale == p.down_scale && sizes_supported<__nv_bfloat16>(p);
+    return sizes && p.tokens >= 1 && p.tokens <= kMoeDecodeTokens && p.top_k >= 1 && p.top_k <= kMaxTopK &&
+           p.experts >= 1 && p.experts <= UINT16_MAX && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) &&
+           aligned(p.down);
 }
 
 size_t moe_experts_decode_workspace(const MoeExperts& p) {
@@ -381,26 +524,7 @@ size_t moe_experts_decode_workspace(const MoeExperts& p) {
 
 cudaError_t moe_experts_decode(const MoeExperts& p, cudaStream_t stream) {
     if (!moe_experts_decode_supported(p)) return cudaErrorInvalidValue;
-    const int64_t choices = int64_t{p.tokens} * p.top_k;
-    Arguments arguments{p, nullptr, reinterpret_cast<float*>(p.workspace), nullptr, layout_for<GateUp>(p.hidden)};
-    arguments.activations = reinterpret_cast<__nv_bfloat16*>(arguments.rows + choices * p.hidden);
-    arguments.done = reinterpret_cast<uint32_t*>(arguments.activations + choices * p.width);
-    CUtensorMap gate_up, down;
-    cudaError_t status = encode_gate_up(&gate_up, p);
-    if (status != cudaSuccess) return status;
-    status = encode_down(&down, p);
-    if (status != cudaSuccess) return status;
-
-    LaunchConfig config = {.grid = dim3(multiprocessor_count()),
-                           .block = dim3(kThreads),
-                           .shared_bytes = static_cast<size_t>(arguments.layout.bytes()),
-                           .stream = stream,
-                           .programmatic = true};
-    status = launch(gate_up_kernel, config, gate_up, arguments);
-    if (status != cudaSuccess) return status;
-    arguments.layout = layout_for<Down>(p.width);
-    config.shared_bytes = static_cast<size_t>(arguments.layout.bytes());
-    return launch(down_kernel, config, down, arguments);
+    return p.gate_up_scale != nullptr ? launch_experts<E4m3>(p, stream) : launch_experts<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace tokenspeed

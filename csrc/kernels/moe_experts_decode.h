@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "fp8.h"
 #include "kernels.h"
 
 namespace tokenspeed::expert_decode {
@@ -21,14 +23,26 @@ constexpr uint32_t kConsumerBarrier = 1;  // named barrier of the warps that mul
 constexpr int kEntryChoices = 16;
 constexpr int kGroups = kEntryChoices / 8;  // N = 8 of one mma
 constexpr int kMaxEntries = kMoeDecodeTokens * kMaxTopK;
-constexpr int kChunk = 64;  // of depth: the 128 bytes that a TMA row swizzles
+constexpr int kChunkBytes = 128;  // of a weight row: what a TMA row swizzles
 constexpr int kStageBytes = 16384;
 constexpr int kMaxStages = 12, kLeastStages = 4;
-constexpr int kRowPadding = 64;  // bytes after a row of choices: two rows meet no bank twice
 constexpr int kMaxRowSlots = 2;
-constexpr int kMaxDepth = 65536;  // far past what the ring leaves room for
+constexpr int kMaxDepth = 8192;  // past what the ring leaves room for; a warp's scales of a unit are one a lane
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kPrefetchBytes = 128 * 1024;  // of down, by each block of gate_up
+
+// What the type of weights decides: bf16, or E4m3 with a scale for every block of 128 x 128.
+template <typename Weight>
+struct Format {
+    static constexpr bool kScaled = std::is_same_v<Weight, E4m3>;
+    static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Weight));  // of depth
+    // Bytes of a row of choices: its elements, of e4m3 weights what each group was divided by, and padding, for two
+    // rows to meet no bank twice.
+    static constexpr int row_pitch(int depth) {
+        return depth * 2 + (kScaled ? (depth / kScaleBlock * 4 + 127) / 128 * 128 + 16 : 64);
+    }
+};
+static_assert(Format<E4m3>::kChunk == kScaleBlock, "one scale a chunk");
 
 // The two products differ in the shape of a tile, in the order of their units and in what becomes of the sums.
 struct GateUp {
@@ -44,11 +58,10 @@ struct Down {
 
 template <typename Product>
 struct Shape {
-    static constexpr int kRows = 16 * Product::kRowWarps;  // of weights in a stage
-    static constexpr int kDepthWarps = kConsumers / Product::kRowWarps;
-    static constexpr int kDepth = kDepthWarps * kChunk;  // of a stage; each of these warps takes a chunk
+    static constexpr int kRows = 16 * Product::kRowWarps;                // of weights in a stage
+    static constexpr int kDepthWarps = kConsumers / Product::kRowWarps;  // each takes a chunk of a stage's depth
     static constexpr int kPitch = kRows + 4;  // floats of a choice's sums: distinct banks for a warp's stores
-    static_assert(kRows * kDepth * 2 == kStageBytes);
+    static_assert(kRows * kDepthWarps * kChunkBytes == kStageBytes);
 };
 
 struct Entry {
@@ -76,9 +89,9 @@ struct Layout {
 };
 
 // The deepest ring that fits beside the rows; fewer than kLeastStages say that the depth is too long.
-template <typename Product>
+template <typename Weight, typename Product>
 Layout layout_for(int depth) {
-    Layout layout{0, depth * 2 + kRowPadding, Product::kRowSlots};
+    Layout layout{0, Format<Weight>::row_pitch(depth), Product::kRowSlots};
     layout.stages = std::min((kSharedLimit - layout.bytes()) / kStageBytes, kMaxStages);
     return layout;
 }

@@ -68,147 +68,21 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "moe_experts_prefill.h"
 
 namespace tokenspeed {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kThreads = 384;  // warpgroup 0 copies, 1 and 2 multiply
-constexpr int kCopyThreads = 128;
-constexpr int kTileChoices = 128;
-constexpr int kTileRows = 256;         // of weights
-constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
-constexpr int kDepth = 64;             // of a stage: the 128 bytes that a row of a swizzled tile has
-constexpr int kStages = 4;
-constexpr int kRowBytes = kDepth * 2;
-constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
-constexpr int kGroupChoices = kTileChoices / 2;  // that one warpgroup multiplies
-constexpr int kMaxExperts = 512;
-constexpr int kOutputColumns = 128;  // that a warp stages at once
-constexpr int kOutputBytes = kOutputColumns * 2;
+using namespace expert_prefill;
 
+constexpr int kDepth = kRowBytes / 2;  // of a stage
 constexpr int kWgmmaRegisters = 216, kCopyRegisters = 72;
-
-struct Storage {  // of dynamic shared memory
-    uint8_t choices[kStages][kChoiceBytes];
-    uint8_t weights[kStages][kWeightBytes];
-    uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
-    uint64_t full[kStages], empty[kStages];
-    int tiles_before[kMaxExperts + 1];  // tiles of rows of lower experts; the total past the last expert
-    int warp_total[kThreads / 32];
-};
-static_assert(sizeof(Storage) <= 227 * 1024);
 
 struct Arguments {
     MoeExperts p;
     __nv_bfloat16* activations;  // [choices, width], in the order of `order`
     __nv_bfloat16* rows;         // [choices, hidden], by token and rank
 };
-
-struct Tile {
-    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
-};
-
-// All tiles of one product, this block's in order.
-class Tiles {
-  public:
-    __device__ Tiles(const Storage& storage, const int32_t* offsets, int columns, int tile_columns)
-        : storage_(storage), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
-
-    __device__ int count() const { return storage_.tiles_before[kMaxExperts] * column_tiles_; }
-
-    // Called by a whole warp.
-    __device__ Tile find(int index) const {
-        constexpr int kStride = kMaxExperts / 32;
-        const int lane = threadIdx.x % 32;
-        const int* before = storage_.tiles_before;
-        const int coarse = __popc(__ballot_sync(kAllLanes, before[lane * kStride] * column_tiles_ <= index)) - 1;
-        const int* part = before + coarse * kStride + 1;
-        const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles_ <= index));
-        const int expert = coarse * kStride + within;
-        const int local = index - before[expert] * column_tiles_, row_tiles = before[expert + 1] - before[expert];
-        const int first = offsets_[expert] + local % row_tiles * kTileChoices;
-        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), local / row_tiles};
-    }
-
-  private:
-    const Storage& storage_;
-    const int32_t* offsets_;
-    int column_tiles_;
-};
-
-// Fills tiles_before and starts the barriers. Called by the whole block; ends with a barrier.
-__device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
-    constexpr int kShare = (kMaxExperts + kThreads - 1) / kThreads;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&storage.full[i], full_arrivals);
-            ptx::mbarrier_init(&storage.empty[i], 8);  // warps that multiply
-        }
-        ptx::fence_mbarrier_init();
-    }
-    int tiles[kShare], mine = 0;
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        const int expert = static_cast<int>(threadIdx.x) * kShare + i;
-        const int choices = expert < experts ? offsets[expert + 1] - offsets[expert] : 0;
-        tiles[i] = (choices + kTileChoices - 1) / kTileChoices;
-        mine += tiles[i];
-    }
-    int through = mine;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, distance);
-        if (lane >= distance) through += other;
-    }
-    if (lane == 31) storage.warp_total[warp] = through;
-    __syncthreads();
-    int before = through - mine;
-    for (int w = 0; w < warp; ++w) before += storage.warp_total[w];
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        const int expert = static_cast<int>(threadIdx.x) * kShare + i;
-        if (expert <= kMaxExperts) storage.tiles_before[expert] = before;
-        before += tiles[i];
-    }
-    __syncthreads();
-}
-
-// A place in the ring and the parity of its phase.
-struct Cursor {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void next() {
-        if (++slot == kStages) slot = 0, phase ^= 1;
-    }
-};
-
-// What a copying thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
-struct Gather {
-    static constexpr int kRows = kTileChoices / 16;
-    int choice[kRows];  // token * top_k + rank; negative past the tile's end
-
-    __device__ Gather(const MoeExperts& p, const Tile& tile) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int row = threadIdx.x / 8 + i * 16;
-            choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
-        }
-    }
-};
-
-// Copies one stage. Rows past the end keep what they held: they reach no row of the output but their own.
-__device__ __forceinline__ void copy_choices(uint8_t* choices, const __nv_bfloat16* const (&source)[Gather::kRows],
-                                             int depth) {
-    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-    uint8_t* to = choices + row * kRowBytes + (piece ^ row % 8) * 16;
-#pragma unroll
-    for (int i = 0; i < Gather::kRows; ++i) {
-        if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + depth);
-    }
-}
 
 // sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. kGathered: the choices were written by
 // threads (cp.async), and the matrix unit must be let see it.
@@ -241,31 +115,6 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Stora
     if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
 }
 
-// Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
-// columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
-template <typename Values, typename RowPointer>
-__device__ __forceinline__ void store_rows(uint8_t* output, Values values, int columns, RowPointer row_pointer) {
-    const int lane = threadIdx.x % 32;
-    __syncwarp();  // what the warp stored before has been read
-    // Lane l names row l % 8 of the four 8 x 8 blocks: upper and lower rows of columns 8 j, then of 8 (j + 1).
-    const int row = lane % 16, step = lane / 16;
-#pragma unroll
-    for (int j = 0; j < kOutputColumns / 8; j += 2) {
-        const uint32_t block[4] = {values(j, 0), values(j, 1), values(j + 1, 0), values(j + 1, 1)};
-        ptx::stmatrix_x4(ptx::shared_address(output + row * kOutputBytes + ((j + step) ^ row % 8) * 16), block);
-    }
-    __syncwarp();
-    const int piece = lane % 16;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int from = i * 2 + lane / 16;
-        __nv_bfloat16* to = row_pointer(from);
-        if (to == nullptr || piece * 8 >= columns) continue;
-        store_16(to + piece * 8,
-                 *reinterpret_cast<const uint4*>(output + from * kOutputBytes + (piece ^ from % 8) * 16));
-    }
-}
-
 __global__ void __launch_bounds__(kThreads, 1)
     gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
@@ -283,11 +132,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         Tile tile = tiles.find(blockIdx.x);
         Gather gather(p, tile);
         for (int index = blockIdx.x; index < count; index += step) {
-            const __nv_bfloat16* source[Gather::kRows];
+            const uint8_t* source[Gather::kRows];
 #pragma unroll
             for (int i = 0; i < Gather::kRows; ++i) {
                 const __nv_bfloat16* row = p.x + gather.choice[i] / p.top_k * p.x_stride;
-                source[i] = gather.choice[i] >= 0 ? row + threadIdx.x % 8 * 8 : nullptr;
+                source[i] =
+                    gather.choice[i] >= 0 ? reinterpret_cast<const uint8_t*>(row) + threadIdx.x % 8 * 16 : nullptr;
             }
             const Tile current = tile;
             if (index + step < count) {  // the next tile's choices arrive while this one is copied
@@ -301,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
                                      {s * kDepth, current.column_tile * kPairs, 0, current.expert});
                 }
-                copy_choices(storage.choices[at.slot], source, s * kDepth);
+                copy_choices(storage.choices[at.slot], source, s * kRowBytes);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
                 at.next();
             }
@@ -387,15 +237,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 constexpr int kSumThreads = 256;
 
 // out[token] = the sum over ranks of weight times row: a thread eight columns.
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Arguments a) {
-    const MoeExperts& p = a.p;
+__global__ void __launch_bounds__(kSumThreads)
+    sum_kernel(const __grid_constant__ MoeExperts p, const __nv_bfloat16* all_rows) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const int vectors = p.hidden / 8;
     const int64_t index = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, token = index / vectors;
     if (token >= p.tokens) return;
     const int column = static_cast<int>(index % vectors) * 8;
-    const __nv_bfloat16* rows = a.rows + token * p.top_k * p.hidden + column;
+    const __nv_bfloat16* rows = all_rows + token * p.top_k * p.hidden + column;
     const __nv_bfloat16* weights = p.weights + token * p.top_k;
     const int32_t* chosen = p.chosen + token * p.top_k;
     Float8 sum{};
@@ -413,11 +263,20 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
 
 }  // namespace
 
+cudaError_t expert_prefill::sum_ranks(const MoeExperts& p, const __nv_bfloat16* rows, cudaStream_t stream) {
+    const int64_t vectors = int64_t{p.tokens} * p.hidden / 8;
+    const LaunchConfig config = {.grid = dim3(static_cast<unsigned>((vectors + kSumThreads - 1) / kSumThreads)),
+                                 .block = dim3(kSumThreads),
+                                 .stream = stream,
+                                 .programmatic = true};
+    return launch(sum_kernel, config, p, rows);
+}
+
 bool moe_experts_prefill_supported(const MoeExperts& p) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    return p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 && p.experts <= kMaxExperts && p.hidden >= kDepth &&
-           p.hidden % kDepth == 0 && p.width >= kDepth && p.width % kDepth == 0 && p.x_stride % 8 == 0 &&
-           aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
+    return p.gate_up_scale == nullptr && p.down_scale == nullptr && p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 &&
+           p.experts <= kMaxExperts && p.hidden >= kDepth && p.hidden % kDepth == 0 && p.width >= kDepth &&
+           p.width % kDepth == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
            int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
 }
 
@@ -455,20 +314,16 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     for (const cudaError_t status : encoded) {
         if (status != cudaSuccess) return status;
     }
-    LaunchConfig config = {.grid = dim3(multiprocessor_count()),
-                           .block = dim3(kThreads),
-                           .shared_bytes = sizeof(Storage),
-                           .stream = stream,
-                           .programmatic = true};
+    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                                 .block = dim3(kThreads),
+                                 .shared_bytes = sizeof(Storage),
+                                 .stream = stream,
+                                 .programmatic = true};
     cudaError_t status = launch(gate_up_kernel, config, gate_up, arguments);
     if (status != cudaSuccess) return status;
     status = launch(down_kernel, config, activations, down, arguments);
     if (status != cudaSuccess) return status;
-    const int64_t vectors = int64_t{p.tokens} * p.hidden / 8;
-    config.grid = dim3(static_cast<unsigned>((vectors + kSumThreads - 1) / kSumThreads));
-    config.block = dim3(kSumThreads);
-    config.shared_bytes = 0;
-    return launch(sum_kernel, config, arguments);
+    return sum_ranks(p, arguments.rows, stream);
 }
 
 }  // namespace tokenspeed

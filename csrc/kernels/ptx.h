@@ -177,6 +177,11 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
+// The same without a fence, which waits for all that the thread has stored: enough where it has but read what others
+// will overwrite, and behind fence_mbarrier_init.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -220,6 +225,15 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx_cluster(uint64_t* barr
     asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
                      cluster_map_address(barrier, rank)),
                  "r"(bytes)
+                 : "memory");
+}
+
+// Stores to the same place in block `rank` and completes the 4 bytes on the barrier at the same place there: no fence,
+// no barrier of the cluster. Who waits for the barrier (mbarrier_wait_cluster) sees the value.
+__device__ __forceinline__ void store_async_cluster(float* shared, float value, uint64_t* barrier, uint32_t rank) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     cluster_map_address(shared, rank)),
+                 "r"(__float_as_uint(value)), "r"(cluster_map_address(barrier, rank))
                  : "memory");
 }
 
@@ -373,7 +387,8 @@ __device__ __forceinline__ void wait_equal(const uint32_t* flag, uint32_t value)
 
 // ---- 16-byte global memory access
 
-// Through the read-only path: for data that nobody writes while the kernel runs.
+// Through the read-only path: for data that nobody writes while the kernel runs, which is weights. What the kernel
+// ahead writes is not: a programmatic kernel is there already when it does.
 __device__ __forceinline__ uint4 load_16_read_only(const void* global) {
     uint4 v;
     asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -382,12 +397,13 @@ __device__ __forceinline__ uint4 load_16_read_only(const void* global) {
     return v;
 }
 
-// Read once: not kept in L1, first to leave L2. Read-only path.
+// Read once: not kept in L1, first to leave L2.
 __device__ __forceinline__ uint4 load_16_streaming(const void* global) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(global), "l"(static_cast<uint64_t>(CachePolicy::kEvictFirst)));
+                 : "l"(global), "l"(static_cast<uint64_t>(CachePolicy::kEvictFirst))
+                 : "memory");
     return v;
 }
 
@@ -487,6 +503,23 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 }
 
 // ---- arithmetic
+
+// Four e4m3, the first in the lowest byte, as two registers of two fp16 of the same values.
+__device__ __forceinline__ void unpack_e4m3(uint32_t four, uint32_t& first, uint32_t& second) {
+    asm("{\n.reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n}\n"
+        : "=r"(first), "=r"(second)
+        : "r"(four));
+}
+
+// Two floats as fp16, `low` in the lower half; what is too large becomes the largest fp16 number, not infinity.
+__device__ __forceinline__ uint32_t pack_half_saturating(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
 
 // Approximate units: 2 ulp or better on normal inputs; see the PTX manual for the edges.
 __device__ __forceinline__ float exp2_approximate(float x) {

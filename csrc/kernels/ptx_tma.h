@@ -9,17 +9,26 @@
 
 namespace tokenspeed {
 
+// The driver's encoder, looked up once; null where there is no driver that has it.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+    static const auto encoder = [] {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        const auto status =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+        const bool there = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+        return there ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry) : nullptr;
+    }();
+    return encoder;
+}
+
 // Host: fills `map`. A status other than success means that the driver refuses the layout, or that there is no driver.
 template <int kRank>
 cudaError_t encode_tensor_map(CUtensorMap* map, TensorElement element, const TensorLayout<kRank>& layout,
                               Swizzle swizzle) {
     static_assert(kRank >= 1 && kRank <= 5);
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const auto status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    if (status != cudaSuccess) return status;
-    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    const auto encode = tensor_map_encoder();
+    if (encode == nullptr) return cudaErrorNotSupported;
     constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                               CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_UINT8};
     constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
@@ -32,7 +41,6 @@ cudaError_t encode_tensor_map(CUtensorMap* map, TensorElement element, const Ten
         box[i] = layout.box[i];
         steps[i] = 1;
     }
-    const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
     const auto result = encode(map, kTypes[static_cast<int>(element)], kRank, const_cast<void*>(layout.base), sizes,
                                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[static_cast<int>(swizzle)],
                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

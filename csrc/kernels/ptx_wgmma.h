@@ -1,10 +1,12 @@
-// wgmma: D[64 x N] (+)= A[64 x 16] B[16 x N] by the four warps of a warpgroup, fp32 accumulation, running on its own
-// between wgmma_commit and wgmma_wait. csrc/emulator/ptx_wgmma.h has the same names. Async proxy: see ptx.h for fences.
+// wgmma: D[64 x N] (+)= A[64 x 16] B[16 x N], or 32 deep of e4m3, by the four warps of a warpgroup, fp32 accumulation,
+// running on its own between wgmma_commit and wgmma_wait. csrc/emulator/ptx_wgmma.h has the same names. Async proxy:
+// see ptx.h for fences.
 //
 // A comes from shared memory (a descriptor) or from registers, B from shared memory. Accumulator register 4j + i of
 // thread t is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2), column 8j + 2 (t % 4) + i % 2. A fragment in registers is that
 // of mma_m16n8k16, for the 16 rows of the warp.
 #pragma once
+#include <cuda_fp8.h>
 #include <ptx.h>
 #include <tensor_layout.h>
 
@@ -14,7 +16,7 @@ namespace tokenspeed::ptx {
 // 128 bytes as TMA writes them with that swizzle, and the start of each 8 rows aligned to 8 times that width.
 //   K contiguous:  stride_bytes leads from 8 rows (of M or N) to the next 8; leading_bytes, without swizzle, from 8 k
 //   to the next.
-//                  With swizzle a step of 16 k is + 32 bytes on the address.
+//                  With swizzle a step of 16 k (32 of e4m3) is + 32 bytes on the address.
 //   M or N contiguous (the transposed flags below): with swizzle, leading_bytes leads from one width of M or N to the
 //   next, and
 //                  stride_bytes from 8 k to the next 8; without swizzle the two change places.
@@ -64,13 +66,14 @@ template <typename T, int kColumns>
 struct Wgmma;
 }
 
-// A and B from shared memory. T is __nv_bfloat16 or __half; kColumns is N. !accumulate: D = A B.
+// A and B from shared memory. T is __nv_bfloat16, __half or __nv_fp8_e4m3, of which the depth is 32 and both operands
+// are K contiguous; its sums keep fewer bits than fp32. kColumns is N. !accumulate: D = A B.
 template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
 __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
     detail::Wgmma<T, kColumns>::template from_shared<kTransposedA, kTransposedB>(d, a, b, accumulate);
 }
 
-// A from registers, which stay unchanged until the product has been waited for.
+// A from registers (not of e4m3), which stay unchanged until the product has been waited for.
 template <typename T, int kColumns, bool kTransposedB = false>
 __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     detail::Wgmma<T, kColumns>::template from_registers<kTransposedB>(d, a, b, accumulate);
@@ -191,6 +194,21 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
                            "n"(kTransposedB));                                                                       \
         }                                                                                                            \
     };
+#define WGMMA_SHAPE_E4M3(N, R0, R1, R2)                                                                   \
+    template <>                                                                                           \
+    struct Wgmma<__nv_fp8_e4m3, N> {                                                                      \
+        template <bool kTransposedA, bool kTransposedB>                                                   \
+        __device__ __forceinline__ static void from_shared(float (&d)[N / 2], uint64_t a, uint64_t b,     \
+                                                           bool accumulate) {                             \
+            static_assert(!kTransposedA && !kTransposedB);                                                \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " R2                                           \
+                         ", 0;\n"                                                                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" WGMMA_REGISTERS_##N \
+                         "}, " R0 ", " R1 ", p, 1, 1;\n}\n"                                               \
+                         : WGMMA_OPERANDS_##N                                                             \
+                         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
+        }                                                                                                 \
+    };
 #define WGMMA_SHAPES(N, ...)                           \
     WGMMA_SHAPE(__nv_bfloat16, "bf16", N, __VA_ARGS__) \
     WGMMA_SHAPE(__half, "f16", N, __VA_ARGS__)
@@ -209,6 +227,8 @@ WGMMA_SHAPES(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 WGMMA_SHAPES(160, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
 WGMMA_SHAPES(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+WGMMA_SHAPE_E4M3(64, "%32", "%33", "%34")
+WGMMA_SHAPE_E4M3(128, "%64", "%65", "%66")
 }  // namespace detail
 
 #undef WGMMA_REGISTERS_8
@@ -239,6 +259,7 @@ WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef WGMMA_OPERANDS_256
 #undef WGMMA_OPERANDS_4
 #undef WGMMA_SHAPES
+#undef WGMMA_SHAPE_E4M3
 #undef WGMMA_SHAPE
 
 }  // namespace tokenspeed::ptx

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kRmsNormMaxWidth / kVectorElements / kVectors)
     for (int i = 0; i < kVectors; ++i) {
         const int v = threadIdx.x + i * blockDim.x;
         if (!active || v >= vectors) continue;
-        sum[i] = ptx::load_16_read_only(x + row * x_stride + v * kVectorElements);
+        sum[i] = ptx::load_16_no_allocate(x + row * x_stride + v * kVectorElements);
         if constexpr (kAdd) old[i] = ptx::load_16_no_allocate(residual + row * width + v * kVectorElements);
     }
     uint4 scale[kVectors]{};

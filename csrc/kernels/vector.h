@@ -10,7 +10,6 @@ namespace tokenspeed {
 // How a 16-byte load or store treats the caches.
 enum class Cache {
     kDefault,    // an ordinary access
-    kReadOnly,   // loads: nobody writes the data while the kernel runs
     kStreaming,  // read or written once: not kept in L1, first to leave L2
     kL2Only,     // loads: not kept in L1, kept in L2
 };
@@ -41,7 +40,6 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* source) {
         for (int i = 0; i < static_cast<int>(sizeof(result) / 16); ++i) {
             const void* from = reinterpret_cast<const uint4*>(source) + i;
             uint4& to = reinterpret_cast<uint4*>(&result)[i];
-            if constexpr (kCache == Cache::kReadOnly) to = ptx::load_16_read_only(from);
             if constexpr (kCache == Cache::kStreaming) to = ptx::load_16_streaming(from);
             if constexpr (kCache == Cache::kL2Only) to = ptx::load_16_no_allocate(from);
         }

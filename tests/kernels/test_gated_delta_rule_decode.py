@@ -72,13 +72,13 @@ def test_the_state_is_written_only_when_the_ring_is_full(backend, ring_rows):
 
 @pytest.mark.parametrize(("nk", "nv", "ring_rows"), [(1, 1, 8), (2, 4, 7), (1, 3, 5), (1, 4, 8)])
 def test_a_long_run_of_drafts_of_changing_length_equals_the_accepted_tokens_one_by_one(backend, nk, nv, ring_rows):
-    """The ring wraps several times; steps propose 1 to 4 tokens and a random number of them counts."""
+    """The ring wraps several times; steps propose 1 to 6 tokens and a random number of them counts."""
     heads = type(published(1))(nk, nv)
-    layer = Layer(backend, heads, slots=5, ring_rows=ring_rows, window=7)
+    layer = Layer(backend, heads, slots=5, ring_rows=ring_rows, window=8)
     slots, contexts = [3, 0], [6, 0]
     mixers = [mixer_of(layer, Sequence(c, 1, s, s)) for c, s in zip(contexts, slots, strict=True)]
     for step in range(14):
-        tokens = int(torch.randint(1, 5, ()))
+        tokens = int(torch.randint(1, 7, ()))
         sequences = [Sequence(c, tokens, s, s) for c, s in zip(contexts, slots, strict=True)]
         sequences.insert(step % 3, Sequence(3, tokens, 2, -1))
         projections = layer.projections(3 * tokens)
@@ -98,7 +98,7 @@ def test_a_long_run_of_drafts_of_changing_length_equals_the_accepted_tokens_one_
         backend.assert_state_close(layer.fold(slot, context), mixer.state, tolerance=5e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4])
 def test_every_split_of_a_head_gives_the_same_bits(emulator, ratio, tokens):
     backend = make_backend("emulated")
@@ -164,10 +164,10 @@ def test_an_fp32_norm_weight_is_read_as_it_is(backend):
 
 
 def test_more_drafts_than_the_kernel_takes_go_to_torch_and_the_ring_carries_over(backend):
-    layer = Layer(backend, published(2), slots=1, ring_rows=8, window=8)
+    layer = Layer(backend, published(2), slots=1, ring_rows=8, window=11)
     mixer = mixer_of(layer, Sequence(5, 1, 0, 0))
     context = 5
-    for tokens, accepted in ((1, 1), (2, 2), (5, 3), (1, 1), (4, 2)):
+    for tokens, accepted in ((1, 1), (2, 2), (9, 3), (1, 1), (4, 2)):
         projections = layer.projections(tokens)
         expected, states = mixer.run(*projections)
         backend.assert_close(decode(layer, projections, [Sequence(context, tokens, 0, 0)]), expected)

@@ -20,6 +20,7 @@ BREACHES = {
     "quoted shared header": '#include "ptx.h"',
     "torch header": "#include <torch/all.h>",
     "allocation": "cudaMalloc(&p, 4);",
+    "read-only load of activations": "const uint4 v = ptx::load_16_read_only(x + row);",
     "device printf": 'printf("%d", 1);',
 }
 LOG = """\

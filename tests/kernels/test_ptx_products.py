@@ -91,3 +91,51 @@ def test_a_from_registers_in_two_depth_steps(shuffled, rng, columns, bf16):
     registers = np.full((columns // 2, 128), np.nan, np.float32)
     shuffled.call("self_test_product_from_registers", a, memory, memory.nbytes, stride, registers, columns, int(bf16))
     np.testing.assert_allclose(registers, accumulators(a_values @ b_values.T), rtol=1e-4, atol=1e-4)
+
+
+def e4m3_values() -> np.ndarray:
+    """Of every bit pattern, by definition; NaN of 0x7f and 0xff."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    values = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * 2.0 ** (np.maximum(exponent, 1) - 7)
+    values[bits & 127 == 127] = np.nan
+    return np.where(bits >= 128, -values, values)
+
+
+def bytes_image(matrix: np.ndarray, swizzle: int) -> tuple[np.ndarray, int, int]:
+    """[rows of M or N, 32] bytes -> (shared memory, leading bytes, stride bytes) of a canonical layout."""
+    i, k = np.meshgrid(np.arange(matrix.shape[0]), np.arange(matrix.shape[1]), indexing="ij")
+    width = WIDTH[swizzle]
+    leading, stride = (matrix.shape[0] // 8 * 128, 128) if swizzle == 0 else (16, 8 * width)
+    offset = i // 8 * stride + i % 8 * width + k % width + k // width * leading
+    if swizzle:
+        offset = offset ^ (offset >> 7 & width // 16 - 1) << 4
+    memory = np.zeros(-(-(int(offset.max()) + 1) // 128) * 128, np.uint8)
+    memory[offset] = matrix
+    return memory, leading, stride
+
+
+@pytest.mark.parametrize("swizzle", WIDTH)
+@pytest.mark.parametrize(("columns", "accumulate"), [(64, True), (128, False)])
+def test_e4m3_operands_are_32_deep(shuffled, rng, swizzle, columns, accumulate):
+    """A card's sums of e4m3 keep fewer bits than fp32."""
+    values = e4m3_values()
+    operands, read = [], []
+    for rows in (64, columns):
+        bits = rng.integers(0, 256, (rows, 32)).astype(np.uint8)
+        bits[bits & 127 >= 0x68] &= 0x9F  # no NaN, nothing above 8
+        memory, leading, stride = bytes_image(bits, swizzle)
+        operands += [memory, memory.nbytes, swizzle, leading, stride]
+        read.append(values[bits])
+    d = rng.standard_normal((64, columns)).astype(np.float32)
+    expected = read[0] @ read[1].T + (d if accumulate else 0)
+    registers = accumulators(d)
+    shuffled.call("self_test_product_e4m3", *operands, registers, columns, int(accumulate), tolerance=1e-3)
+    np.testing.assert_allclose(registers, accumulators(expected), rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_e4m3_unpacks_to_fp16_exactly(device):
+    bits = np.arange(256, dtype=np.uint8)
+    out = np.zeros(128, np.uint32)
+    device.call("self_test_unpack_e4m3", bits.view(np.uint32), out)
+    np.testing.assert_array_equal(out.view(np.float16), e4m3_values().astype(np.float16))

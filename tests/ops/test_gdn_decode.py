@@ -62,7 +62,7 @@ def check(layer, sequences, tokens):
     assert layer.untouched(before, {s.write for s in sequences if s.write >= 0}, WRITES)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("nv_per_nk", [1, 2, 3, 4])
 def test_a_batch_equals_the_recurrence(backend, nv_per_nk, tokens):
     for heads in every_head_layout(backend, nv_per_nk):
@@ -86,7 +86,28 @@ def test_a_window_that_is_not_full_yet_is_zero_before_the_first_token(backend, c
     check(Layer(backend, published(1), slots=2, window=6), [Sequence(context, 1, 1, 1)], 2)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [2, 4, 8])
+def test_a_rejected_draft_leaves_no_trace(backend, tokens):
+    """Whatever the rejected tokens were, the step after has the same bits, at every count of accepted ones; and no
+    cursor has passed the one token of a step that is certain."""
+    heads = published(2)
+    for ring_rows, pending in ((tokens - 1, 0), (tokens - 1, 1), (8, 8 - tokens), (8, 5)):
+        layer = Layer(backend, heads, slots=2, ring_rows=ring_rows, window=tokens + heads.taps - 2)
+        layer.prepare(1, 30, pending=pending)
+        first, second, before = layer.projections(tokens), layer.projections(tokens), layer.arena.clone()
+        other = layer.projections(tokens)
+        for accepted in range(1, tokens + 1):
+            results = []
+            for drafts in (first, [torch.cat([a[:accepted], b[accepted:]]) for a, b in zip(first, other, strict=True)]):
+                layer.arena.copy_(before)
+                decode(layer, *drafts, [Sequence(30, tokens, 1, 1)])
+                assert layer.cursor[1].max() <= 31
+                out = decode(layer, *second, [Sequence(30 + accepted, tokens, 1, 1)])
+                results.append((out, layer.fold(1, 30 + accepted + 1), layer.history(1, 30 + accepted + tokens)))
+            assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
 @pytest.mark.parametrize(("more_ring", "more_window"), [(0, 0), (3, 0), (0, 3), (5, 2)])
 def test_the_smallest_ring_and_window_suffice_and_larger_ones_serve(backend, tokens, more_ring, more_window):
     heads = published(1)

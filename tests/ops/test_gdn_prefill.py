@@ -198,3 +198,16 @@ def test_zero_keys_and_values_change_only_by_decay(fp32):
     layer = Layer(fp32, odd(1), slots=1)
     qkv, a, b = inputs(layer, 70)
     check(layer, [Sequence(5, 70, 0, 0)], data=(torch.zeros_like(qkv), a, b))
+
+
+@pytest.mark.parametrize("size", [6e4, 1e6, 1e30])
+def test_values_beyond_fp16_leave_no_nan_in_a_slot(backend, size):
+    """A kernel that multiplies in fp16 saturates: a slot is shared through the prefix cache, so a NaN would spread."""
+    layer = Layer(backend, published(1), slots=3)
+    layer.prepare(1, 64)
+    qkv, a, b = inputs(layer, 200)
+    qkv[:, 256:] = (qkv[:, 256:].sign() * size).to(qkv.dtype)
+    layer.state[1] = layer.state[1].sign() * min(size, 1e30)
+    out = prefill(layer, qkv, a, b, [Sequence(64, 200, 1, 1)], [(0, 170, 2)])
+    assert out.isfinite().all()
+    assert layer.state[1].isfinite().all() and layer.state[2].isfinite().all()

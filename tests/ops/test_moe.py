@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from . import reference
-from .backends import bounded
+from .backends import bounded, same_bits
 
 SHAPES = [(256, 8), (512, 10)]  # experts and top-k of the published models
 
@@ -57,6 +57,34 @@ def test_equal_logits_choose_the_first_experts_with_equal_weights(backend):
 def test_large_logits_do_not_overflow(backend):
     logits = (spread_logits(backend, 4, 256) * 16).clamp(-20, 20) * 2 + 300  # even numbers are exact in bf16
     assert check_route(backend, logits, 8)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 33, 130])
+def test_rows_of_padding_choose_nobody_and_add_nothing(backend, tokens):
+    """The other rows' results have the same bits as without them, and experts that padding alone would have chosen are
+    not read."""
+    experts, top_k = SHAPES[0]
+    logits, positions = spread_logits(backend, tokens, experts), torch.arange(tokens)
+    positions[torch.rand(tokens) < 0.4] = -1
+    positions[tokens // 2] = -1
+    kept = positions >= 0
+    padded = backend.op("moe_route")(logits, top_k, positions.to(backend.device))
+    weights, chosen, order, offsets = (x.cpu() for x in padded)
+    alone = [x.cpu() for x in backend.op("moe_route")(logits[kept.to(logits.device)], top_k)]
+    assert same_bits(weights[kept], alone[0]) and same_bits(chosen[kept], alone[1])
+    assert not weights[~kept].any() and (chosen[~kept] == experts).all()
+    rows = torch.arange(tokens)[kept].int()
+    assert order[: offsets[-1]].tolist() == (rows[alone[2] // top_k] * top_k + alone[2] % top_k).tolist()
+    assert sorted(order.tolist()) == list(range(tokens * top_k)) and same_bits(offsets, alone[3])
+    hidden, width = expert_sizes(backend)
+    x, (gate_up, down) = backend.randn(tokens, hidden), expert_weights(backend, experts, hidden, width)
+    unused = torch.ones(experts, dtype=torch.bool)
+    unused[chosen[kept].flatten().long()] = False
+    gate_up[unused.to(backend.device)] = torch.nan
+    x[~kept.to(backend.device)] = torch.nan
+    out = backend.op("moe_experts")(x, *padded, gate_up, down).cpu()
+    assert not out[~kept].any()
+    assert out[kept].isfinite().all()
 
 
 def expert_sizes(backend):

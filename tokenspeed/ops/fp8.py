@@ -97,22 +97,33 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 def _groups_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    return x.new_empty(rows, columns, dtype=FP8), x.new_empty(rows, blocks(columns), dtype=torch.float32)
+    return x.new_empty(rows, columns, dtype=FP8), x.new_empty(blocks(columns), rows, dtype=torch.float32).t()
 
 
 @operator(fake=_groups_fake)
 def quantise_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round activations to e4m3 in groups of 128 columns of a row, each with a scale of its own.
 
-    x: [N, K] bf16 or fp32. Returns e4m3 [N, K] and the scales, [N, ceil(K / 128)] fp32. With p the largest magnitude of
-    a group, but at least 2^-100, its scale is p / 448 and its elements are x * (448 / p), rounded to the nearest, ties
-    to even: both quotients are rounded to fp32, and so is the product.
+    x: [N, K] bf16 or fp32. Returns e4m3 [N, K] and the scales, [N, ceil(K / 128)] fp32, those of one column of groups
+    next to each other, as cuBLAS reads them. With p the largest magnitude of a group, but at least 2^-100, its scale is
+    p / 448 and its elements are x * (448 / p), rounded to the nearest, ties to even: both quotients are rounded to
+    fp32, and so is the product.
     """
     columns = x.shape[1]
     groups = F.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
     peak = groups.abs().amax(2).clamp_(min=_SMALLEST_PEAK)
-    values = to_fp8(groups * (LARGEST / peak)[..., None]).flatten(1)
-    return values[:, :columns].contiguous(), peak / LARGEST
+    # Not LARGEST / peak, which torch takes for LARGEST times a rounded reciprocal.
+    values = to_fp8(groups * (torch.full_like(peak, LARGEST) / peak)[..., None]).flatten(1)
+    scale = peak.new_empty(peak.shape[1], peak.shape[0])
+    return values[:, :columns].contiguous(), scale.copy_((peak / LARGEST).t()).t()
+
+
+def _cublas_takes(x: Tensor, x_scale: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether cuBLAS has this product with a scale for each block; csrc/kernels/bindings_fp8.cpp asks the same."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0) or out_dtype != torch.bfloat16:
+        return False
+    sizes = len(x) % 4 == 0 and weight.shape[0] % 16 == 0 and weight.shape[1] % (4 * BLOCK) == 0
+    return sizes and x_scale.t().is_contiguous()
 
 
 def _product_fake(x, x_scale, weight, scale, out_dtype):
@@ -123,8 +134,10 @@ def _product_fake(x, x_scale, weight, scale, out_dtype):
 def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`x weight^T` with both in e4m3: what matrix units multiply 128 columns at a time before the scales.
 
-    x: [N, K] e4m3 and x_scale: [N, ceil(K / 128)] fp32, from `quantise_groups`; weight: [out, K] e4m3 and scale:
-    [ceil(out / 128), ceil(K / 128)] fp32. Returns [N, out] of out_dtype (bf16 or fp32), accumulated in fp32.
+    x: [N, K] e4m3 and x_scale: [N, ceil(K / 128)] fp32 of any strides, from `quantise_groups`; weight: [out, K] e4m3
+    and scale: [ceil(out / 128), ceil(K / 128)] fp32. Returns [N, out] of out_dtype (bf16 or fp32), accumulated in fp32.
     """
+    if _cublas_takes(x, x_scale, weight, out_dtype):
+        return torch._scaled_mm(x, weight.t(), x_scale, scale.t(), out_dtype=out_dtype)
     by_column = x_scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
     return product(from_fp8(x) * by_column, weight, scale).to(out_dtype)

@@ -2,6 +2,9 @@
 
 A weight is [out, in] of x's dtype, or e4m3 with a scale in the format `fp8_block128` (fp8.py). With a scale the product
 is that of the weight it stands for: accumulated in fp32 and rounded once to x's dtype.
+
+On a GPU the weights may be read before the launch ahead on the stream has finished: see "Weights stand still" in
+docs/ops.md.
 """
 
 import torch

@@ -129,6 +129,27 @@ __global__ void __launch_bounds__(32) cluster_copies(const uint32_t* in, uint32_
 }
 
 // Adds 64 floats of each block to sums through the copy engine.
+// Blocks of a cluster store a number each into every one of them, and wait for all of theirs.
+__global__ void __launch_bounds__(32) cluster_stores(const float* in, float* out) {
+    DYNAMIC_SHARED(raw);
+    auto* numbers = reinterpret_cast<float*>(raw + 16);  // [blocks, 32]
+    auto* barrier = reinterpret_cast<uint64_t*>(raw);
+    const uint32_t rank = ptx::cluster_rank(), blocks = ptx::cluster_size(), lane = threadIdx.x;
+    if (lane == 0) {
+        ptx::mbarrier_init(barrier, 1);
+        ptx::fence_mbarrier_init();
+    }
+    __syncwarp();
+    ptx::cluster_arrive_relaxed();
+    if (lane == 0) ptx::mbarrier_arrive_expect_tx(barrier, blocks * 32 * sizeof(float));
+    ptx::cluster_wait();
+    for (uint32_t to = 0; to < blocks; ++to) {
+        ptx::store_async_cluster(numbers + rank * 32 + lane, in[rank * 32 + lane] + to, barrier, to);
+    }
+    ptx::mbarrier_wait_cluster(barrier, 0);
+    for (uint32_t from = 0; from < blocks; ++from) out[(rank * blocks + from) * 32 + lane] = numbers[from * 32 + lane];
+}
+
 __global__ void __launch_bounds__(64) bulk_sums(const float* in, float* sums) {
     DYNAMIC_SHARED(raw);
     auto* values = reinterpret_cast<float*>(raw);
@@ -219,6 +240,9 @@ int self_test_bulk_ring(const uint8_t* in, uint8_t* out, int chunks) {
 }
 int self_test_cluster_copies(const uint32_t* in, uint32_t* out) {
     return launch(cluster_copies, {.grid = 2, .block = 32, .shared_bytes = 320, .cluster = 2}, in, out);
+}
+int self_test_cluster_stores(const float* in, float* out) {
+    return launch(cluster_stores, {.grid = 4, .block = 32, .shared_bytes = 528, .cluster = 4}, in, out);
 }
 int self_test_bulk_sums(const float* in, float* sums, int blocks) {
     return launch(bulk_sums, {.grid = dim3(blocks), .block = 64, .shared_bytes = 256}, in, sums);

@@ -1,4 +1,6 @@
-// Self-tests of wgmma: shapes, element types, operands from shared memory in every layout and from registers.
+// Self-tests of wgmma: shapes, element types, operands from shared memory in every layout and from registers; e4m3
+// bytes as they come and unpacked to bf16.
+#include <fp8.h>
 #include <launch.h>
 #include <ptx_wgmma.h>
 #include <vector.h>
@@ -13,7 +15,8 @@ struct OperandImage {
     uint32_t leading, stride;  // bytes
 };
 
-// d[64 x N] (+)= a[64 x 16] b[16 x N]; `registers` of each thread hold the accumulators before and after.
+// d[64 x N] (+)= a[64 x 16] b[16 x N], 32 deep of e4m3; `registers` of each thread hold the accumulators before and
+// after.
 template <typename T, int kColumns, bool kTransposedA, bool kTransposedB>
 __global__ void __launch_bounds__(128) product(OperandImage a, OperandImage b, float* registers, int accumulate) {
     DYNAMIC_SHARED(raw);
@@ -70,6 +73,19 @@ __global__ void __launch_bounds__(128) product_from_registers(const T* a, Operan
     for (int i = 0; i < kColumns / 2; ++i) registers[i * 128 + threadIdx.x] = d[i];
 }
 
+// out[i]: the four bytes of in[i] as fp16.
+__global__ void __launch_bounds__(64) unpacked(const uint32_t* in, uint2* out) {
+    uint2 both;
+    ptx::unpack_e4m3(in[threadIdx.x], both.x, both.y);
+    out[threadIdx.x] = both;
+}
+
+template <int kColumns>
+static cudaError_t launch_e4m3(OperandImage a, OperandImage b, float* registers, int accumulate) {
+    const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
+    return launch(product<__nv_fp8_e4m3, kColumns, false, false>, config, a, b, registers, accumulate);
+}
+
 template <typename T, int kColumns>
 static cudaError_t launch_product(OperandImage a, OperandImage b, float* registers, int accumulate, bool ta, bool tb) {
     const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
@@ -98,6 +114,20 @@ int self_test_product(const uint8_t* a, int a_size, int a_swizzle, int a_leading
     if (columns == 64) return launch_product<__half, 64>(of_a, of_b, registers, accumulate, ta, tb);
     if (columns == 128) return launch_product<__half, 128>(of_a, of_b, registers, accumulate, ta, tb);
     return cudaErrorInvalidValue;
+}
+int self_test_product_e4m3(const uint8_t* a, int a_size, int a_swizzle, int a_leading, int a_stride, const uint8_t* b,
+                           int b_size, int b_swizzle, int b_leading, int b_stride, float* registers, int columns,
+                           int accumulate) {
+    const OperandImage of_a{a, static_cast<uint32_t>(a_size), static_cast<Swizzle>(a_swizzle),
+                            static_cast<uint32_t>(a_leading), static_cast<uint32_t>(a_stride)};
+    const OperandImage of_b{b, static_cast<uint32_t>(b_size), static_cast<Swizzle>(b_swizzle),
+                            static_cast<uint32_t>(b_leading), static_cast<uint32_t>(b_stride)};
+    return columns == 64    ? launch_e4m3<64>(of_a, of_b, registers, accumulate)
+           : columns == 128 ? launch_e4m3<128>(of_a, of_b, registers, accumulate)
+                            : cudaErrorInvalidValue;
+}
+int self_test_unpack_e4m3(const uint32_t* in, uint32_t* out) {
+    return launch(unpacked, LaunchConfig{.grid = 1, .block = 64}, in, reinterpret_cast<uint2*>(out));
 }
 int self_test_product_from_registers(const void* a, const uint8_t* b, int b_size, int b_stride, float* registers,
                                      int columns, int bf16) {
