@@ -27,7 +27,7 @@ from .protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from .service import Overloaded, Service
+from .service import Overloaded, Service, caller
 from .sse import EventStream, disconnected, event
 
 _LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
@@ -55,6 +55,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
         matches = [hmac.compare_digest(given.encode(), known.encode()) for known in api_keys]
         if not any(matches):
             raise HTTPException(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
+        caller.set(given)
         return given
 
     async def answer(request: Request, make: Callable[[], Any], stream: bool, count: int = 1) -> Response:
@@ -132,7 +133,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
 
     @app.post("/v1/abort", dependencies=[Depends(key)])
     async def abort(body: AbortRequest):
-        return {"aborted": await service.engine.abort(body.request_id)}
+        return {"aborted": await service.abort(body.request_id)}
 
     @app.post("/reset_prefix_cache", dependencies=[Depends(key)])
     async def reset_prefix_cache():

@@ -82,9 +82,14 @@ class EngineClient:
             raise EngineError(self.failed)
 
     async def generate(
-        self, request: Request, grammar: GrammarSpec | None = None, timeout: float | None = None
+        self,
+        request: Request,
+        grammar: GrammarSpec | None = None,
+        timeout: float | None = None,
+        grammar_bytes: int = 0,
     ) -> AsyncIterator[Update]:
-        """The news of a request; leaving early aborts it.
+        """The news of a request; leaving early aborts it. No two requests may ever have the same id: what one was told
+        last may still be on its way when the other begins.
 
         Raises what the engine refuses it with, RequestError for an id that is in use, DeadlineExceeded after `timeout`
         seconds, EngineError where the engine fails.
@@ -98,7 +103,7 @@ class EngineClient:
             timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, late)
         left = request.params.n
         try:
-            self._send(Submit(request, grammar))
+            self._send(Submit(request, grammar, grammar_bytes))
             while left:
                 what = await news.get()
                 if isinstance(what, Exception):

@@ -58,12 +58,14 @@ def serve(options: ServerOptions, config: EngineConfig) -> int:
 
 
 async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend, listener: socket.socket) -> int:
-    engine = EngineClient(settings)
+    engine, formats = EngineClient(settings), None
     try:
         await engine.start()
         name = options.model_name or options.model or frontend.directory.name
         service_config = ServiceConfig(name, options.most_requests, options.timeout, options.exact_history)
         service = Service(frontend, engine, service_config)
+        formats = service.formats
+        await formats.start()
         app = AccessLog(create_app(service, options.api_keys, options.most_body_bytes))
         server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", proxy_headers=False))
         stop = asyncio.Event()
@@ -93,6 +95,8 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
             raise EngineError(failed)
         return 0
     finally:
+        if formats is not None:
+            await formats.close()
         await engine.close()
 
 
