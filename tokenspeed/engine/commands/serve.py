@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add("--served-model-name", metavar="NAME", help="the model's name to clients (default: the checkpoint's)")
     add("--max-requests", type=int, default=512, metavar="N", help="in flight at once, beyond it 429 (default 512)")
-    add("--max-body-mib", type=int, default=64, metavar="MIB", help="the largest request taken (default 64 MiB)")
+    add("--max-body-mib", type=int, default=32, metavar="MIB", help="the largest request taken (default 32 MiB)")
     add("--request-timeout", type=float, metavar="S", help="seconds after which a request ends (default: no limit)")
     add("--drain-seconds", type=float, default=30, metavar="S", help="to finish what runs at the end (default 30 s)")
     add("--no-exact-history", action="store_true", help="encode known turns anew when they come back (default off)")

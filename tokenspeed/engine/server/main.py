@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,8 +19,12 @@ from ..errors import ConfigError, EngineError
 from ..frontend import Frontend
 from .app import create_app
 from .client import EngineClient
+from .connections import ConnectionLimits, Connections
+from .gate import BodyLimits
 from .messages import Settings
 from .service import Service, ServiceConfig
+
+_PATH_CHARACTERS = 200  # of one in the log
 
 log = logging.getLogger("tokenspeed.server")
 
@@ -34,7 +39,7 @@ class ServerOptions:
     model: str | None = None
     model_name: str | None = None
     most_requests: int = 512
-    most_body_bytes: int = 64 << 20
+    most_body_bytes: int = 32 << 20
     timeout: float | None = None
     drain_seconds: float = 30
     exact_history: bool = True
@@ -66,8 +71,10 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         service = Service(frontend, engine, service_config)
         formats = service.formats
         await formats.start()
-        app = AccessLog(create_app(service, options.api_keys, options.most_body_bytes))
-        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", proxy_headers=False))
+        limits, connections = BodyLimits(options.most_body_bytes), Connections(ConnectionLimits())
+        app = AccessLog(create_app(service, limits, options.api_keys, (options.host,)))
+        settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
+        server = _Server(uvicorn.Config(app, http=connections, **settings))
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -109,7 +116,7 @@ class _Server(uvicorn.Server):
 
 
 class AccessLog:
-    """One line a request: method, path, status, seconds. Never what was asked."""
+    """One line a request: method, path, status, seconds. Never what was asked, and no line that a path would make."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -129,7 +136,8 @@ class AccessLog:
         try:
             await self._app(scope, receive, watched)
         finally:
-            log.info("%s %s %d %.3f s", scope["method"], scope["path"], status, time.monotonic() - start)
+            path = quote(scope["path"])[:_PATH_CHARACTERS]
+            log.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - start)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STRINGS, SamplingParams
 
@@ -16,6 +16,15 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = CountFromZero
 TokenIds = Annotated[list[TokenId], Field(max_length=MOST_BIASES)]
+
+_FIRST_ERROR = Field(fail_fast=True)  # a million wrong ids would be a million errors, 15 s of them
+
+
+def _few(biases: Any) -> Any:
+    """Counted before anything in it is looked at."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise ValueError(f"logit_bias has {len(biases)} entries; at most {MOST_BIASES} are taken")
+    return biases
 
 
 class StreamOptions(BaseModel):
@@ -41,7 +50,7 @@ class Sampling(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
     user: str | None = None
     # Beyond OpenAI, by vLLM's names.
     top_k: int | None = Field(None, ge=-1, lt=2**31)
@@ -113,9 +122,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         Text
-        | list[TokenId]
-        | Annotated[list[Text], Field(max_length=64)]
-        | Annotated[list[list[TokenId]], Field(max_length=64)]
+        | Annotated[list[TokenId], _FIRST_ERROR]
+        | Annotated[list[Text], Field(max_length=64), _FIRST_ERROR]
+        | Annotated[list[Annotated[list[TokenId], _FIRST_ERROR]], Field(max_length=64), _FIRST_ERROR]
     )
     max_tokens: Count | None = 16
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -136,7 +145,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
-    tokens: list[TokenId] = Field(max_length=1 << 20)
+    tokens: Annotated[list[TokenId], _FIRST_ERROR] = Field(max_length=1 << 20)
 
 
 class AbortRequest(BaseModel):
@@ -153,7 +162,7 @@ class AnthropicRequest(BaseModel):
     model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: Count
-    system: Text | list[dict[str, Any]] | None = None
+    system: Text | Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES), _FIRST_ERROR] | None = None
     stop_sequences: Strings | None = None
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)

@@ -13,6 +13,7 @@ from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..request import Request, Update
 from ..text.history import TurnHistory
+from .background import Background
 from .client import DeadlineExceeded, EngineClient
 from .formats import Compiled, Format, Formats, Postponed
 from .metrics import Metrics
@@ -50,7 +51,7 @@ class Service:
         self.metrics = Metrics()
         self.history = TurnHistory(frontend.defaults.eos_ids) if config.exact_history else None
         self.formats, self.tool_grammars = Formats(frontend.directory), Postponed()
-        self.names = Names()
+        self.names, self.background = Names(), Background()
         self.draining = False
         self.in_flight = 0
 
