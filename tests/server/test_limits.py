@@ -94,8 +94,8 @@ def test_a_body_of_brackets_is_refused_by_the_number_of_its_values(running):
 
 JSON = {"content-type": "application/json"}
 WRONG = {
-    "a million wrong ids": {"prompt": [[]] * 700_000},
-    "a million wrong biases": {"prompt": "a", "logit_bias": {str(i): "x" for i in range(400_000)}},
+    "a million wrong ids": {"prompt": [[]] * 380_000},
+    "a million wrong biases": {"prompt": "a", "logit_bias": {str(i): "x" for i in range(300_000)}},
     "a million system blocks": {
         "messages": [{"role": "user", "content": "a"}],
         "max_tokens": 1,

@@ -8,14 +8,17 @@ import msgspec
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-MOST_VALUES = 3 << 19  # of arrays, objects and their members: 0.1 s; a text's commas and brackets count as well
+# Of a value, by the character that announces it, in the time that a number takes: 0.2 s in all. Text that has these
+# characters counts as well; a million tokens of program text have a third of it.
+_WEIGHTS = {b",": 1, b":": 2, b"[": 3, b"{": 3}
+MOST_VALUES = 3 << 19
 
 _decode = msgspec.json.Decoder().decode
 
 
 def decode_json(body: bytes) -> Any:
     """The value of a JSON text. Raises json.JSONDecodeError for what is none, HTTPException for too many values."""
-    values = sum(map(body.count, (b",", b"[", b"{")))
+    values = sum(weight * body.count(character) for character, weight in _WEIGHTS.items())
     if values > MOST_VALUES:
         raise HTTPException(413, f"the body has about {values} JSON values; at most {MOST_VALUES} are taken")
     try:
