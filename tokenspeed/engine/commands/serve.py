@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import math
 
 from ..config import EngineConfig
 from ..errors import ConfigError
@@ -46,6 +47,15 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--host {options.host} is reachable from outside: give an --api-key, or bind to 127.0.0.1.")
     if any(not key.strip() for key in options.api_key):
         raise ConfigError("--api-key is empty; it must have at least one character.")
+    for name, valid, wanted in (
+        ("port", 0 <= options.port < 1 << 16, "from 0 to 65535"),
+        ("max_requests", options.max_requests >= 1, "at least 1"),
+        ("max_body_mib", 1 <= options.max_body_mib <= 1024, "from 1 to 1024"),
+        ("request_timeout", options.request_timeout is None or 0 < options.request_timeout < math.inf, "a time > 0"),
+        ("drain_seconds", 0 <= options.drain_seconds < math.inf, "a time >= 0"),
+    ):
+        if not valid:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)!r}; it must be {wanted}.")
     # Imported here: only this command needs the server's packages.
     from ..server.main import ServerOptions, serve
 

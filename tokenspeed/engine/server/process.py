@@ -1,10 +1,11 @@
 """The engine process: takes messages from one socket between steps, and answers on it.
 
-python -m tokenspeed.engine.server.process ENDPOINT    with the settings as JSON on standard input
+python -m tokenspeed.engine.server.process ENDPOINT PARENT    with the settings as JSON on standard input
 """
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from ..llm import load_engine
 from ..request import Request, Update
 from ..text.grammar import Grammar
 from .kv_events import KvEventPublisher
+from .lifeline import end_with_parent
 from .messages import (
     Abort,
     Clear,
@@ -132,6 +134,8 @@ def _be_nice() -> None:
 
 
 def main() -> int:
+    end_with_parent(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the HTTP process says what follows
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.linger = 1000
@@ -145,8 +149,6 @@ def main() -> int:
     except TokenSpeedError as error:
         socket.send(encode(Failed(str(error))))
         return 1
-    except KeyboardInterrupt:  # Ctrl-C goes to the whole group; the HTTP process decides what follows
-        return 130
     finally:
         socket.close()
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STRINGS, SamplingParams
 
@@ -154,6 +154,19 @@ class AbortRequest(BaseModel):
     request_id: str
 
 
+def _kind(value: Any) -> Any:
+    """A dictionary whose `type` is a string, and whose budget fits 32 bits."""
+    if not isinstance(value.get("type"), str):
+        raise ValueError(f"its type is {value.get('type')!r:.80}; it must be a string")
+    budget = value.get("budget_tokens")
+    if isinstance(budget, int) and not 0 <= budget < 2**31:
+        raise ValueError(f"budget_tokens is {budget!r:.80}; it must be in [0, 2^31)")
+    return value
+
+
+Kind = Annotated[dict[str, Any], AfterValidator(_kind)]
+
+
 class AnthropicRequest(BaseModel):
     """POST /v1/messages, text and tools."""
 
@@ -169,6 +182,6 @@ class AnthropicRequest(BaseModel):
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    tool_choice: Kind | None = None
+    thinking: Kind | None = None
     metadata: dict[str, Any] | None = None
