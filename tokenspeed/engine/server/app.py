@@ -30,6 +30,7 @@ from .protocol import (
     TokenizeRequest,
 )
 from .service import Overloaded, Service, caller
+from .shares import Shares
 from .sse import EventStream, disconnected, event, json_response
 
 _LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
@@ -47,6 +48,7 @@ def create_app(
     about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
     app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
+    app.state.decoding = Shares(1)
     app.add_middleware(Gate, keys=api_keys, limits=limits, names=names)
     _errors(app)
 

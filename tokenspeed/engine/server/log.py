@@ -18,9 +18,11 @@ class Log:
         self._lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_LINES)
         writer = _Writer(descriptor)
         writer.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        taken = _Dropping(self._lines)
+        taken.setFormatter(logging.Formatter("%(message)s"))
         self._listener = QueueListener(self._lines, writer)
         self._listener.start()  # a daemon: a write that never returns does not keep the process
-        logging.basicConfig(level=logging.INFO, handlers=[_Dropping(self._lines)], force=True)
+        logging.basicConfig(level=logging.INFO, handlers=[taken], force=True)
 
     def flush(self) -> None:
         """Waits a moment for what is not written yet."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -81,6 +82,7 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
         server = _Server(uvicorn.Config(app, http=connections, **settings))
         signals = _Signals()
+        gc.freeze()  # what is there stays: no collection looks through it while somebody waits
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         host, port = listener.getsockname()[:2]
         log.info("serving %s at http://%s:%d/v1", name, host, port)
