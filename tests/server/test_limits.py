@@ -148,6 +148,17 @@ def test_headers_that_come_slowly_are_given_up_and_half_open_connections_make_ro
         connection.close()
 
 
+def test_half_a_request_behind_a_stream_does_not_get_into_its_answer(running):
+    body = json.dumps({"prompt": "a", "max_tokens": 20, "ignore_eos": True, "stream": True}).encode()
+    with connect(running) as connection:
+        connection.sendall(head(**{"content-length": len(body)}, **KEY) + body)
+        answer = connection.recv(65536)
+        fields = {f"x-{i}": "y" for i in range(200)}
+        connection.sendall(head("GET", "/health", **fields)[:-2])
+        answer += said(connection)
+    assert answer.startswith(b"HTTP/1.1 200") and b"431" not in answer
+
+
 def test_a_text_that_holds_the_searched_word_costs_no_more_than_another(running):
     body = {"messages": [{"role": "user", "content": "next" + "x" * 100_000}], "max_tokens": 1}
     start = time.monotonic()

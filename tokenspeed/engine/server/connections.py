@@ -156,6 +156,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self._head_has_come()
+        if self.cycle is not None and not self.cycle.response_complete:  # in whose middle nothing can be said
+            self.transport.abort()
+            return
         error = {"message": message, "type": "invalid_request_error", "code": int(status[:3]), "param": None}
         text = json.dumps({"type": "error", "error": error})
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n"

@@ -26,6 +26,7 @@ from ..text.tool_grammar import ToolGrammars
 from .formats import MOST_BYTES, MOST_CPU_SECONDS, STATUS, Compiled, Format, NotCompiled
 from .lifeline import end_with_parent
 
+_LEAST_BYTES = 1 << 16  # that a grammar counts for where it is kept
 _NICE = 5  # the engine and the event loop go first
 
 
@@ -104,7 +105,7 @@ class FormatWorker:
             before = _pages(1)
             if spec is not None:
                 self._compiler.compile(spec).matcher().mask()  # the first mask is part of what it costs
-            reply = Compiled(spec, max(_pages(1) - before, 0))
+            reply = Compiled(spec, max(_pages(1) - before, _LEAST_BYTES))
         except MemoryError:
             os.kill(os.getpid(), signal.SIGABRT)
         except TokenSpeedError as error:
