@@ -42,7 +42,7 @@ BOMBS = {
     "references in a strict tool": ({"tools": [tool(REFERENCES)]}, "more than 1000 alternatives"),
     "a required list": ({"tools": [tool({"type": "object", "required": [[]]})]}, "required names [], which is no"),
     "too many characters": (
-        {"tools": [tool({"type": "object", "description": "x" * 50_000})] * 30},
+        {"tools": [tool({"type": "object", "description": "word " * 10_000})] * 30},
         "at most 1048576 are supported",
     ),
 }

@@ -22,7 +22,7 @@ class ConnectionLimits:
     headers: int = 128
     head_seconds: float = 10.0
     most: int = 4096
-    most_idle: int = 256
+    most_idle: int = 1024
     unread_seconds: float = 30.0
 
     def within(self, descriptors: int) -> int:
