@@ -83,7 +83,9 @@ def over_http(address: tuple[str, int], tokens: int) -> list[float]:
     body = {"messages": MESSAGES, "temperature": 0, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     body |= {"return_token_ids": True}  # one event a token, also where it completes no text
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n"
+    )
     times = []
     begin = time.perf_counter()
     with socket.create_connection(address) as connection:

@@ -151,13 +151,14 @@ async def _visit(host: str, luck: random.Random) -> str:
 
 
 def _request(writer: asyncio.StreamWriter, path: str, body: bytes) -> None:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
 async def _refused(reader, writer, piece: bytes, length: int, status: int) -> str:
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    writer.write(head.encode() + f"Content-Length: {length}\r\n\r\n".encode() + piece)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    fields = f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    writer.write((head + fields).encode() + piece)
     found = int((await reader.readline()).split()[1])
     assert found == status, f"{found} instead of {status}"
     return str(status)

@@ -1,6 +1,7 @@
 """Anthropic's own client, unchanged, against the shipped model."""
 
 import anthropic
+import httpx
 import pytest
 
 CALCULATOR = {
@@ -69,3 +70,19 @@ def test_a_marked_block_is_resumed_by_another_conversation(client):
 def test_what_cannot_be_done_is_a_400_that_names_it(client, changes, word):
     with pytest.raises(anthropic.BadRequestError, match=word):
         client.messages.create(**{"messages": SUM, **COMMON, **changes})
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"thinking": {"type": []}}, "thinking: Value error, its type is []"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2**64}}, "budget_tokens is 18446744073709551616"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "budget_tokens is -1"),
+        ({"tool_choice": {"type": {}}}, "tool_choice: Value error, its type is {}"),
+        ({"tool_choice": {}}, "its type is None"),
+    ],
+)
+def test_a_type_that_is_no_string_and_a_budget_without_end_are_refused(server, more, words):
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1} | more
+    answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=30)
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text

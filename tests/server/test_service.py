@@ -81,7 +81,7 @@ def test_an_abort_while_the_grammar_compiles_is_told():
             sent.append(decode_from_engine(data))
 
     class Engine:
-        grammars = SimpleNamespace(compile=lambda grammar: time.sleep(0.2))
+        grammars = SimpleNamespace(compile=lambda *_: time.sleep(0.2))
 
         def abort(self, id: str) -> bool:
             return False

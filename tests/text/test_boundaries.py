@@ -1,5 +1,7 @@
 """Stable boundaries are token counts up to which later prompts are the same, ids and all."""
 
+import time
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -274,3 +276,10 @@ def test_a_generation_prompt_that_depends_on_the_conversation_is_not_guessed(mad
     for content in ("next", "think", "no", "think more"):
         found = template.encode([{"role": "user", "content": content}])
         assert ends(made, found)[-1] == f"<|im_start|>user\n{content}<|im_end|>\n"
+
+
+def test_finding_a_word_that_no_message_holds_is_linear(made):
+    template = ChatTemplate({"default": TEXT + TURNS + PROMPT}, made)
+    start = time.monotonic()
+    template.encode([{"role": "user", "content": "next" + "x" * 100_000}])
+    assert time.monotonic() - start < 4, "8 s by trying each length"

@@ -234,13 +234,12 @@ def test_response_format_means_what_it_says():
     )
 
 
-def test_compiled_grammars_are_kept_and_the_oldest_goes_first(tokenizer):
+def test_compiled_grammars_are_kept_up_to_their_size_and_for_their_owner_alone(tokenizer):
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id])
     first, second = compiler.compile(choice(["first"])), compiler.compile(choice(["second"]))
-    for i in range(62):
-        compiler.compile(choice([str(i)]))
+    assert compiler.compile(choice(["first"]), "mine") is not first, "that it is there tells nobody else"
     assert compiler.compile(choice(["first"])) is first
-    compiler.compile(choice(["one more"]))
+    compiler.compile(choice(["large"]), size=500 << 20)
     assert compiler.compile(choice(["first"])) is first
     assert compiler.compile(choice(["second"])) is not second
 

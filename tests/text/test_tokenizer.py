@@ -1,6 +1,7 @@
 """The tokenizer by itself: raw prompts, ids and files that cannot be used."""
 
 import json
+import threading
 
 import pytest
 import tokenizers
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from tokenspeed.engine.errors import ConfigError, RequestError
+from tokenspeed.engine.text.interrupt import Interrupted, interrupt
 from tokenspeed.engine.text.literals import Hidden, LiteralGuard, Rendered
 from tokenspeed.engine.text.sized_cache import SizedCache
 from tokenspeed.engine.text.template import ChatTemplate
@@ -229,3 +231,48 @@ def test_a_control_token_that_ordinary_text_also_gives_is_refused():
     backend.add_special_tokens(["ab"])
     with pytest.raises(ConfigError, match="'ab' has no spelling as ordinary text"):
         Tokenizer(backend)
+
+
+LONG = {
+    "words": "The price of kelp, as we've said, is 5 a box; größe naïve don't stop.\n",
+    "lines of code": "    for i in range(10):\n\treturn values[i]  # what else?\n\n",
+    "Chinese": "海带的价格是多少，码头上还有几箱。",  # noqa: RUF001
+    "white space": "word   \n\n  word \t word\r\n",
+    "marks": "e\u0301 o\u0308 \u1112\u1161\u11ab ",
+    "control tokens": "a <|im_start|>user\nwords and <think> more<|im_end|>\n",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_text_that_is_encoded_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch, name):
+    text = LONG[name] * (20_000 // len(LONG[name]))
+    whole = tokenizer._backend.encode(text).ids, tokenizer._plain.encode(text).ids
+    monkeypatch.setattr("tokenspeed.engine.text.tokenizer._PIECE", 50)
+    pieces = list(tokenizer._cut(tokenizer._backend, text))
+    assert "".join(pieces) == text and (len(pieces) > 50 or name in ("marks",))
+    assert (tokenizer.encode(text), tokenizer.encode_text(text)) == whole
+
+
+@FEW
+@given(text=st.text(alphabet="ab '1,，。é\u0301\n\r\t <|im_end|>nextK你", min_size=50))  # noqa: RUF001
+def test_any_text_in_pieces_has_the_ids_of_the_whole(tokenizer, text):
+    whole = tokenizer._backend.encode(text).ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenspeed.engine.text.tokenizer._PIECE", 5)
+        assert tokenizer.encode(text) == whole
+
+
+def test_a_long_text_is_given_up_between_its_pieces(tokenizer):
+    stop = threading.Event()
+    stop.set()
+    token = interrupt.set(stop)
+    try:
+        with pytest.raises(Interrupted):
+            tokenizer.encode("some words " * 20_000)
+    finally:
+        interrupt.reset(token)
+
+
+def test_many_ids_have_the_text_that_few_at_a_time_have(tokenizer):
+    ids = tokenizer.encode("größe 你好 <|im_end|> 🙂 " * 20)
+    assert tokenizer.decode_long(ids) == tokenizer.decode(ids, skip_special_tokens=False)

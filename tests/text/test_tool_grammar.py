@@ -1,11 +1,13 @@
 """Calls under a grammar: whatever is drawn reads back as calls that the tools' schemas admit."""
 
 import json
+import time
 
 import pytest
 
 from tokenspeed.engine.errors import RequestError
 from tokenspeed.engine.text import tool_grammar
+from tokenspeed.engine.text.argument_types import domain
 from tokenspeed.engine.text.tool_grammar import ToolGrammars
 from tokenspeed.engine.text.tools import parse_answer
 
@@ -303,3 +305,13 @@ def test_a_function_is_worked_out_once(monkeypatch):
     monkeypatch.setattr(tool_grammar, "_by_schema", lambda *_: checked.append(1))
     assert grammars.spec(TOOLS, "required") == first and not checked
     assert grammars.spec(TOOLS, "required", reasoning=True).rules == first.rules and not checked
+
+
+def test_what_many_constants_admit_is_found_in_linear_time():
+    words, arrays = [f"w{i}" for i in range(200_000)], [[i] for i in range(20_000)]
+    start = time.monotonic()
+    admitted = domain({"allOf": [{"enum": words}, {"enum": words[::-2]}, {"anyOf": [{"enum": words}] * 3}]}, {})
+    assert set(admitted["string"]) == set(words[::-2])
+    assert len(domain({"allOf": [{"enum": arrays}, {"enum": arrays}]}, {})["array"]) == 20_000
+    assert domain({"allOf": [{"enum": [[1], [2], "a"]}, {"enum": [[2], "b"]}]}, {}) == {"array": ([2],), "string": ()}
+    assert time.monotonic() - start < 10, "minutes, where each constant copies those before it"

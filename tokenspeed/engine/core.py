@@ -79,7 +79,7 @@ class Engine:
 
     # ---- requests
 
-    def submit(self, request: Request, sink: Sink, grammar: GrammarSpec | None = None) -> None:
+    def submit(self, request: Request, sink: Sink, grammar: GrammarSpec | Grammar | None = None) -> None:
         """Queue a request. Its news goes to `sink`; a sink that raises ends its own request alone.
 
         grammar: what the output must look like. Raises RequestError or CapacityError for what cannot be done, and then
@@ -91,7 +91,7 @@ class Engine:
         request.check(self.vocabulary, self.limits.max_tokens)
         params = request.params
         seed = next(self._seeds) if params.seed is None else params.seed
-        compiled = self.grammars.compile(grammar) if grammar else None
+        compiled = self.grammars.compile(grammar) if isinstance(grammar, GrammarSpec) else grammar
         words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
         own = [self._constraints(request, compiled, words) for _ in range(params.n)]
         seeds = [(seed + child * _SEED_STRIDE) % 2**63 for child in range(params.n)]

@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import math
 
 from ..config import EngineConfig
 from ..errors import ConfigError
@@ -24,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add("--served-model-name", metavar="NAME", help="the model's name to clients (default: the checkpoint's)")
     add("--max-requests", type=int, default=512, metavar="N", help="in flight at once, beyond it 429 (default 512)")
-    add("--max-body-mib", type=int, default=64, metavar="MIB", help="the largest request taken (default 64 MiB)")
+    add("--max-body-mib", type=int, default=32, metavar="MIB", help="the largest request taken (default 32 MiB)")
     add("--request-timeout", type=float, metavar="S", help="seconds after which a request ends (default: no limit)")
     add("--drain-seconds", type=float, default=30, metavar="S", help="to finish what runs at the end (default 30 s)")
     add("--no-exact-history", action="store_true", help="encode known turns anew when they come back (default off)")
@@ -46,6 +47,15 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--host {options.host} is reachable from outside: give an --api-key, or bind to 127.0.0.1.")
     if any(not key.strip() for key in options.api_key):
         raise ConfigError("--api-key is empty; it must have at least one character.")
+    for name, valid, wanted in (
+        ("port", 0 <= options.port < 1 << 16, "from 0 to 65535"),
+        ("max_requests", options.max_requests >= 1, "at least 1"),
+        ("max_body_mib", 1 <= options.max_body_mib <= 1024, "from 1 to 1024"),
+        ("request_timeout", options.request_timeout is None or 0 < options.request_timeout < math.inf, "a time > 0"),
+        ("drain_seconds", 0 <= options.drain_seconds < math.inf, "a time >= 0"),
+    ):
+        if not valid:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)!r}; it must be {wanted}.")
     # Imported here: only this command needs the server's packages.
     from ..server.main import ServerOptions, serve
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import hmac
 import logging
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from ... import __version__
 from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
 from .anthropic import Message
+from .bodies import JsonRoute
 from .client import DeadlineExceeded
+from .gate import BodyLimits, Gate
 from .openai_chat import Chat
 from .openai_completions import Completion
 from .page import page
@@ -27,49 +29,48 @@ from .protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from .service import Overloaded, Service
-from .sse import EventStream, disconnected, event
+from .service import Overloaded, Service, caller
+from .shares import Shares
+from .sse import EventStream, disconnected, event, json_response
 
 _LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
 _PING_SECONDS = 10.0
+_LAST_WORDS_SECONDS = 2.0  # in which a stream that ran into its deadline says so
 
 log = logging.getLogger("tokenspeed.server")
 
 
-def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes: int = 64 << 20) -> FastAPI:
-    """The application over a running service. most_body_bytes: a larger request is refused with 413."""
+def create_app(
+    service: Service, limits: BodyLimits, api_keys: tuple[str, ...] = (), names: tuple[str, ...] = ()
+) -> FastAPI:
+    """The application over a running service. limits: of bodies; names: of this machine, where no key is needed."""
     # No /docs: those pages would load scripts from elsewhere. The schema is at /openapi.json.
     about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
     app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, most_bytes=most_body_bytes)
+    app.router.route_class = JsonRoute
+    app.state.decoding = Shares(1)
+    app.add_middleware(Gate, keys=api_keys, limits=limits, names=names)
     _errors(app)
 
-    async def key(request: Request) -> str | None:  # async: FastAPI sends plain functions to a thread
-        """The caller's key. Compared in constant time; every key is tried."""
-        if not api_keys:
-            return None
-        given = request.headers.get("x-api-key") or ""
-        scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
-        if scheme.lower() == "bearer":
-            given = token.strip()
-        matches = [hmac.compare_digest(given.encode(), known.encode()) for known in api_keys]
-        if not any(matches):
-            raise HTTPException(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'.")
-        return given
+    async def key() -> str | None:  # async: FastAPI sends plain functions to a thread
+        """The caller's key, which the gate has accepted."""
+        return caller.get()
 
     async def answer(request: Request, make: Callable[[], Any], stream: bool, count: int = 1) -> Response:
         """Prepare a job where it disturbs nobody, then stream it or wait for it while the client is there."""
         service.admit(count)
         streaming = False
         try:
-            job = await elsewhere(request, make)
+            job = await _while_connected(request, elsewhere(request, make))
             if not stream:
-                return JSONResponse(await _while_connected(request, job.whole()))
+                return json_response(await _while_connected(request, job.whole()))
             pieces = job.stream()
             # Until the first piece is there, a refusal is still a status of its own.
             first = await _while_connected(request, anext(pieces))
             streaming = True
-            return EventStream(first, pieces, _last_event, lambda: service.release(count))
+            limit = service.config.timeout
+            seconds = None if limit is None else limit + _LAST_WORDS_SECONDS
+            return EventStream(first, pieces, _last_event, lambda: service.release(count), seconds)
         finally:
             if not streaming:
                 service.release(count)
@@ -78,7 +79,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
         """Long texts are rendered and tokenised beside the event loop."""
         announced = request.headers.get("content-length")
         short = announced is not None and int(announced) <= _LONG_TEXT
-        return work() if short else await asyncio.to_thread(work)
+        return work() if short else await service.background.run(caller.get(), work)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request, key: str | None = Depends(key)):
@@ -94,7 +95,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
     async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
         return await answer(request, lambda: Message(service, body, key), body.stream)
 
-    @app.get("/v1/models", dependencies=[Depends(key)])
+    @app.get("/v1/models")
     async def models():
         card = {
             "id": service.config.model_name,
@@ -104,37 +105,42 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
         }
         return {"object": "list", "data": [card]}
 
-    @app.post("/tokenize", dependencies=[Depends(key)])
+    @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request):
         tokenizer = service.frontend.tokenizer
 
-        def work() -> list[int]:
+        def work() -> Response:
             if body.messages is None:
-                return tokenizer.encode(body.prompt)
-            options = {"add_generation_prompt": body.add_generation_prompt}
-            return service.frontend.encode_chat(body.messages, body.tools, **options)
+                ids = tokenizer.encode(body.prompt)
+            else:
+                options = {"add_generation_prompt": body.add_generation_prompt}
+                ids = service.frontend.encode_chat(body.messages, body.tools, **options)
+            found = {"tokens": ids, "count": len(ids), "max_model_len": service.room}
+            if body.return_token_strs:
+                found["token_strs"] = [tokenizer.decode([id], skip_special_tokens=False) for id in ids]
+            return json_response(found)
 
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages.")
-        ids = await elsewhere(request, work)
-        found = {"tokens": ids, "count": len(ids), "max_model_len": service.room}
-        if body.return_token_strs:
-            found["token_strs"] = [tokenizer.decode([id], skip_special_tokens=False) for id in ids]
-        return found
+        return await _while_connected(request, elsewhere(request, work))
 
-    @app.post("/detokenize", dependencies=[Depends(key)])
-    async def detokenize(body: DetokenizeRequest):
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest, request: Request):
         vocab = service.frontend.config.vocab
-        for position, id in enumerate(body.tokens):
-            if not 0 <= id < vocab:
-                raise RequestError(f"token id {id} at position {position} is outside the vocabulary of {vocab}.")
-        return {"prompt": service.frontend.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
-    @app.post("/v1/abort", dependencies=[Depends(key)])
+        def work() -> Response:
+            for position, id in enumerate(body.tokens):
+                if not 0 <= id < vocab:
+                    raise RequestError(f"token id {id} at position {position} is outside the vocabulary of {vocab}.")
+            return json_response({"prompt": service.frontend.tokenizer.decode_long(body.tokens)})
+
+        return await _while_connected(request, elsewhere(request, work))
+
+    @app.post("/v1/abort")
     async def abort(body: AbortRequest):
-        return {"aborted": await service.engine.abort(body.request_id)}
+        return {"aborted": await service.abort(body.request_id)}
 
-    @app.post("/reset_prefix_cache", dependencies=[Depends(key)])
+    @app.post("/reset_prefix_cache")
     async def reset_prefix_cache():
         await service.engine.clear_cache()
         if service.history is not None:
@@ -185,6 +191,11 @@ async def _while_connected(request: Request, work) -> Any:
                 await task
 
 
+def _brief(value: Any) -> str:
+    """The beginning of a value as Python writes it, without writing all of it."""
+    return reprlib.repr(value[:100] if isinstance(value, bytes) else value)
+
+
 _STATUS = {
     RequestError: (400, "invalid_request_error"),
     CapacityError: (400, "invalid_request_error"),
@@ -216,7 +227,7 @@ def _errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
-        given = repr(found.get("input"))
+        given = _brief(found.get("input"))
         message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"
         return respond(400, _error_body(RequestError(message)) | {"param": where})
 
@@ -230,34 +241,3 @@ def _errors(app: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception):
         log.error("unexpected error", exc_info=error)
         return respond(500, _error_body(error))
-
-
-class BodyLimit:
-    """Refuses a body beyond a size, by its announced length or as it comes."""
-
-    def __init__(self, app, most_bytes: int):
-        self._app, self._most = app, most_bytes
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        announced = headers.get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self._most:
-            return await self._refuse(scope, receive, send)
-        got = 0
-
-        async def counted():
-            nonlocal got
-            message = await receive()
-            got += len(message.get("body", b""))
-            if got > self._most:
-                raise HTTPException(413, f"the body is larger than {self._most} bytes, the most this server takes")
-            return message
-
-        return await self._app(scope, counted, send)
-
-    async def _refuse(self, scope, receive, send):
-        message = f"the body is larger than {self._most} bytes, the most this server takes"
-        body = {"message": message, "type": "invalid_request_error", "code": 413, "param": None}
-        await JSONResponse({"type": "error", "error": body}, 413)(scope, receive, send)

@@ -4,11 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -17,6 +14,7 @@ from .. import errors
 from ..errors import EngineError, RequestError, TokenSpeedError
 from ..request import Request, Update
 from ..text.grammar import GrammarSpec
+from .folders import OwnFolder
 from .messages import (
     Abort,
     Clear,
@@ -32,8 +30,6 @@ from .messages import (
     decode_from_engine,
     encode,
 )
-
-_STOP_SECONDS = 5.0
 
 
 class DeadlineExceeded(TokenSpeedError):
@@ -51,7 +47,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.failed: str | None = None
         self.done = asyncio.Event()
-        self._folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))  # mode 0700
+        self._folder = OwnFolder()
         self._socket = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.linger = 0
         self._socket.sndhwm = 0  # what is said is small and never dropped: a lost abort would leave a request running
@@ -64,10 +60,10 @@ class EngineClient:
 
     async def start(self) -> None:
         """Returns when the engine takes requests. Raises EngineError with its reason where it cannot."""
-        path = self._folder / "engine.sock"
+        path = self._folder.path / "engine.sock"
         self._socket.bind(f"ipc://{path}")
         os.chmod(path, 0o600)
-        command = [sys.executable, "-m", "tokenspeed.engine.server.process", f"ipc://{path}"]
+        command = [sys.executable, "-m", "tokenspeed.engine.server.process", f"ipc://{path}", str(os.getpid())]
         self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
         self._process.stdin.write(msgspec.json.encode(self._settings))
         self._process.stdin.close()
@@ -82,9 +78,14 @@ class EngineClient:
             raise EngineError(self.failed)
 
     async def generate(
-        self, request: Request, grammar: GrammarSpec | None = None, timeout: float | None = None
+        self,
+        request: Request,
+        grammar: GrammarSpec | None = None,
+        timeout: float | None = None,
+        grammar_bytes: int = 0,
     ) -> AsyncIterator[Update]:
-        """The news of a request; leaving early aborts it.
+        """The news of a request; leaving early aborts it. No two requests may ever have the same id: what one was told
+        last may still be on its way when the other begins.
 
         Raises what the engine refuses it with, RequestError for an id that is in use, DeadlineExceeded after `timeout`
         seconds, EngineError where the engine fails.
@@ -98,7 +99,7 @@ class EngineClient:
             timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, late)
         left = request.params.n
         try:
-            self._send(Submit(request, grammar))
+            self._send(Submit(request, grammar, grammar_bytes))
             while left:
                 what = await news.get()
                 if isinstance(what, Exception):
@@ -141,13 +142,18 @@ class EngineClient:
         finally:
             del self._pongs[number]
 
-    async def close(self) -> None:
-        """Ends the engine process; harmless when it has ended."""
+    def give_up(self, reason: str) -> None:
+        """Tells everybody who waits that nothing more will come."""
+        for queue in self._queues.values():
+            queue.put_nowait(EngineError(reason))
+
+    async def close(self, seconds: float) -> None:
+        """Ends the engine process, by force after so many seconds; harmless when it has ended."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(EngineError):
                 self._send(Stop())
             try:
-                await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+                await asyncio.wait_for(self._process.wait(), seconds)
             except asyncio.TimeoutError:
                 self._process.kill()
                 await self._process.wait()
@@ -155,7 +161,7 @@ class EngineClient:
             self._watcher.cancel()
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     def _send(self, message) -> None:
         """Raises EngineError where nobody listens any more, instead of waiting for somebody."""
@@ -204,8 +210,7 @@ class EngineClient:
     def _fail(self, reason: str) -> None:
         if self.failed is None:
             self.failed = reason
-            for queue in self._queues.values():
-                queue.put_nowait(EngineError(reason))
+            self.give_up(reason)
             for future in self._pongs.values():
                 if not future.done():
                     future.set_exception(EngineError(reason))

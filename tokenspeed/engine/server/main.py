@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,8 +21,15 @@ from ..errors import ConfigError, EngineError
 from ..frontend import Frontend
 from .app import create_app
 from .client import EngineClient
+from .connections import ConnectionLimits, Connections
+from .gate import BodyLimits
+from .log import Log
 from .messages import Settings
 from .service import Service, ServiceConfig
+
+_PATH_CHARACTERS = 200  # of one in the log
+_LAST_WORDS_SECONDS = 0.3  # in which answers that are cut short say so
+_STOP_SECONDS = 5.0  # for the engine to end by itself
 
 log = logging.getLogger("tokenspeed.server")
 
@@ -34,7 +44,7 @@ class ServerOptions:
     model: str | None = None
     model_name: str | None = None
     most_requests: int = 512
-    most_body_bytes: int = 64 << 20
+    most_body_bytes: int = 32 << 20
     timeout: float | None = None
     drain_seconds: float = 30
     exact_history: bool = True
@@ -43,7 +53,7 @@ class ServerOptions:
 
 def serve(options: ServerOptions, config: EngineConfig) -> int:
     """Serve until a signal or the engine's end; the exit status. Raises ConfigError for what cannot be used."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    lines = Log()
     directory = resolve(options.model)
     frontend = Frontend.from_directory(directory)
     listener = _listen(options.host, options.port)
@@ -55,45 +65,71 @@ def serve(options: ServerOptions, config: EngineConfig) -> int:
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
+        lines.flush()
 
 
 async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend, listener: socket.socket) -> int:
-    engine = EngineClient(settings)
+    engine, formats, signals = EngineClient(settings), None, None
     try:
         await engine.start()
         name = options.model_name or options.model or frontend.directory.name
         service_config = ServiceConfig(name, options.most_requests, options.timeout, options.exact_history)
         service = Service(frontend, engine, service_config)
-        app = AccessLog(create_app(service, options.api_keys, options.most_body_bytes))
-        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", proxy_headers=False))
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        formats = service.formats
+        await formats.start()
+        limits, connections = BodyLimits(options.most_body_bytes), Connections(ConnectionLimits())
+        app = AccessLog(create_app(service, limits, options.api_keys, (options.host,)))
+        settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
+        server = _Server(uvicorn.Config(app, http=connections, **settings))
+        signals = _Signals()
+        gc.freeze()  # what is there stays: no collection looks through it while somebody waits
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         host, port = listener.getsockname()[:2]
         log.info("serving %s at http://%s:%d/v1", name, host, port)
-        ends = [asyncio.create_task(wait()) for wait in (stop.wait, engine.done.wait)]
+        ends = [asyncio.create_task(wait()) for wait in (signals.first.wait, engine.done.wait)]
         await asyncio.wait([serving, *ends], return_when=asyncio.FIRST_COMPLETED)
         for task in ends:
             task.cancel()
         service.draining = True
         if engine.failed is None:
             log.info("finishing %d requests", service.in_flight)
-            deadline = time.monotonic() + options.drain_seconds
-            while service.in_flight and engine.failed is None and time.monotonic() < deadline:
-                await asyncio.sleep(0.05)
-        elif service.in_flight:
-            await asyncio.sleep(0.2)  # for the answers that say so
+            await _until(
+                lambda: engine.failed or signals.second.is_set() or not service.in_flight, options.drain_seconds
+            )
+            engine.give_up("the server ended before the request did")
         failed = engine.failed
+        await _until(lambda: not service.in_flight, _LAST_WORDS_SECONDS)
         server.should_exit = True
-        server.force_exit = service.in_flight > 0
+        await _until(serving.done, _LAST_WORDS_SECONDS)
+        server.force_exit = True  # some client does not read what is left for it
         with contextlib.suppress(asyncio.CancelledError):
             await serving
         if failed is not None:
             raise EngineError(failed)
         return 0
     finally:
-        await engine.close()
+        if formats is not None:
+            await formats.close()
+        await engine.close(_STOP_SECONDS if signals is None or not signals.second.is_set() else _LAST_WORDS_SECONDS)
+
+
+class _Signals:
+    """SIGTERM and SIGINT. first: to end when what runs is finished; second: to end at once."""
+
+    def __init__(self) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._came)
+
+    def _came(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def _until(condition: Callable[[], Any], seconds: float) -> None:
+    """Returns when it holds, or after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        await asyncio.sleep(0.02)
 
 
 class _Server(uvicorn.Server):
@@ -105,7 +141,7 @@ class _Server(uvicorn.Server):
 
 
 class AccessLog:
-    """One line a request: method, path, status, seconds. Never what was asked."""
+    """One line a request: method, path, status, seconds. Never what was asked, and no line that a path would make."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -125,7 +161,8 @@ class AccessLog:
         try:
             await self._app(scope, receive, watched)
         finally:
-            log.info("%s %s %d %.3f s", scope["method"], scope["path"], status, time.monotonic() - start)
+            path = quote(scope["path"])[:_PATH_CHARACTERS]
+            log.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - start)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -135,8 +172,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(2048)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
     return listener
 
 

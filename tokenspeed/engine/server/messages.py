@@ -17,10 +17,12 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Run a request. grammar: what its output must look like, as `text.grammar` takes it."""
+    """Run a request. grammar: what its output must look like, as `text.grammar` takes it; grammar_bytes: what it takes
+    when it is compiled."""
 
     request: Request
     grammar: GrammarSpec | None = None
+    grammar_bytes: int = 0
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

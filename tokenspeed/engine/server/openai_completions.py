@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import RequestError
 from ..request import CompletionOutput, Request, TokenScores, Update
-from ..text import grammar
 from .openai_chat import usage
 from .protocol import CompletionRequest
 from .scores import completion_logprobs, prompt_logprobs
@@ -28,9 +27,9 @@ class Completion:
         if not prompts:
             raise RequestError("prompt is an empty list; at least one prompt is needed.")
         asked = body.response_format
-        self._grammar = grammar.response_format(asked.model_dump(by_alias=True)) if asked else None
+        self._grammar = service.tool_grammars.response_format(asked.model_dump(by_alias=True)) if asked else None
         self.requests: list[Request] = []
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             ids = service.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             if body.truncate_prompt_tokens is not None:
                 ids = ids[-body.truncate_prompt_tokens :]
@@ -39,7 +38,7 @@ class Completion:
             sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=wants, max_tokens=body.max_tokens or room)
             self.requests.append(
                 service.frontend.request(
-                    f"{self.id}-{i}" if len(prompts) > 1 else self.id,
+                    self.id,
                     ids,
                     service.frontend.sampling_params(**sampling),
                     name_space=service.name_space(key, body.cache_salt),
@@ -128,21 +127,21 @@ class Completion:
     async def _updates(self) -> AsyncIterator[tuple[int, Update]]:
         """The updates of every prompt, each with the prompt's number. The prompts run side by side."""
         if len(self.requests) == 1:
-            async with contextlib.aclosing(self._run(self.requests[0])) as updates:
+            async with contextlib.aclosing(self._run(0)) as updates:
                 async for update in updates:
                     yield 0, update
             return
         news: asyncio.Queue[tuple[int, Update | Exception | None]] = asyncio.Queue()
 
-        async def pump(number: int, request: Request) -> None:
+        async def pump(number: int) -> None:
             try:
-                async for update in self._run(request):
+                async for update in self._run(number):
                     news.put_nowait((number, update))
                 news.put_nowait((number, None))
             except Exception as error:  # raised below, where the others are ended too
                 news.put_nowait((number, error))
 
-        tasks = [asyncio.ensure_future(pump(number, request)) for number, request in enumerate(self.requests)]
+        tasks = [asyncio.ensure_future(pump(number)) for number in range(len(self.requests))]
         try:
             running = len(tasks)
             while running:
@@ -158,8 +157,8 @@ class Completion:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, request: Request) -> AsyncIterator[Update]:
-        run = self._service.run(request, self._grammar, self._body.timeout)
+    async def _run(self, number: int) -> AsyncIterator[Update]:
+        run = self._service.run(self.requests[number], self._grammar, self._body.timeout, number)
         async with contextlib.aclosing(run) as updates:
             async for update in updates:
                 self._generated += len(update.ids)

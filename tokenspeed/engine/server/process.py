@@ -1,11 +1,13 @@
 """The engine process: takes messages from one socket between steps, and answers on it.
 
-python -m tokenspeed.engine.server.process ENDPOINT    with the settings as JSON on standard input
+python -m tokenspeed.engine.server.process ENDPOINT PARENT    with the settings as JSON on standard input
 """
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from ..core import Engine
 from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..llm import load_engine
-from ..request import Update
-from ..text.grammar import GrammarSpec
+from ..request import Request, Update
+from ..text.grammar import Grammar
 from .kv_events import KvEventPublisher
+from .lifeline import end_with_parent
 from .messages import (
     Abort,
     Clear,
@@ -36,6 +39,7 @@ from .messages import (
 )
 
 _ORPHAN_CHECK_MS, _COMPILE_CHECK_MS = 1000, 2
+_MOST_COMPILING, _NICE = 32, 10
 
 
 class EngineProcess:
@@ -45,13 +49,15 @@ class EngineProcess:
         self._engine, self._socket, self._publisher = engine, socket, publisher
         self._news: list[Update] = []
         self._parent = os.getppid()
-        self._worker = ThreadPoolExecutor(1)
-        self._compiling: dict[str, tuple[Future, Submit]] = {}
+        # As many side by side as can come: they were compiled before, within limits, each key's few at a time.
+        self._workers = ThreadPoolExecutor(_MOST_COMPILING, initializer=_be_nice)
+        self._compiling: dict[str, tuple[Future[Grammar], Request]] = {}
         self._stopped = False
 
     def run(self) -> None:
         """Until it is told to stop, or its parent is gone. Raises EngineError where the engine failed."""
         engine = self._engine
+        engine.grammars  # noqa: B018 made here, where nobody waits yet
         self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs))
         while not self._stopped and os.getppid() == self._parent:
             self._submit_compiled()
@@ -76,14 +82,15 @@ class EngineProcess:
 
     def _take(self, message) -> None:
         match message:
-            case Submit(request, grammar):
+            case Submit(request, grammar, size):
                 if grammar is None:
-                    self._submit(message)
-                else:  # compiling may take long, and others should not wait for it
-                    self._compiling[request.id] = self._worker.submit(self._engine_grammar, grammar), message
+                    self._submit(request, None)
+                else:  # which takes a while, and others should not wait for it
+                    compiling = self._workers.submit(self._engine.grammars.compile, grammar, request.name_space, size)
+                    self._compiling[request.id] = compiling, request
             case Abort(request_id):
                 if waiting := self._compiling.pop(request_id, None):
-                    continuations = range(waiting[1].request.params.n)
+                    continuations = range(waiting[1].params.n)
                     self._news += [Update(request_id, i, finish_reason="abort") for i in continuations]
                 self._engine.abort(request_id)
                 self._tell()
@@ -95,21 +102,17 @@ class EngineProcess:
             case Stop():
                 self._stopped = True
 
-    def _submit(self, message: Submit) -> None:
+    def _submit(self, request: Request, grammar: Future[Grammar] | None) -> None:
         try:
-            self._engine.submit(message.request, self._news.append, message.grammar)
+            self._engine.submit(request, self._news.append, None if grammar is None else grammar.result())
         except TokenSpeedError as error:
-            self._send(Refused(message.request.id, type(error).__name__, str(error)))
-
-    def _engine_grammar(self, grammar: GrammarSpec) -> None:
-        with contextlib.suppress(TokenSpeedError):  # told when it is submitted
-            self._engine.grammars.compile(grammar)
+            self._send(Refused(request.id, type(error).__name__, str(error)))
 
     def _submit_compiled(self) -> None:
-        for id, (future, message) in list(self._compiling.items()):
+        for id, (future, request) in list(self._compiling.items()):
             if future.done():
                 del self._compiling[id]
-                self._submit(message)
+                self._submit(request, future)
 
     def _tell(self) -> None:
         if self._news:
@@ -124,7 +127,15 @@ class EngineProcess:
         self._socket.send(encode(message))
 
 
+def _be_nice() -> None:
+    """A thread that compiles gives way to the one that runs the engine."""
+    with contextlib.suppress(OSError, AttributeError):  # only Linux knows it of threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
 def main() -> int:
+    end_with_parent(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the HTTP process says what follows
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.linger = 1000
@@ -138,8 +149,6 @@ def main() -> int:
     except TokenSpeedError as error:
         socket.send(encode(Failed(str(error))))
         return 1
-    except KeyboardInterrupt:  # Ctrl-C goes to the whole group; the HTTP process decides what follows
-        return 130
     finally:
         socket.close()
 

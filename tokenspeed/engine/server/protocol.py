@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STRINGS, SamplingParams
 
@@ -16,6 +16,15 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = CountFromZero
 TokenIds = Annotated[list[TokenId], Field(max_length=MOST_BIASES)]
+
+_FIRST_ERROR = Field(fail_fast=True)  # a million wrong ids would be a million errors, 15 s of them
+
+
+def _few(biases: Any) -> Any:
+    """Counted before anything in it is looked at."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise ValueError(f"logit_bias has {len(biases)} entries; at most {MOST_BIASES} are taken")
+    return biases
 
 
 class StreamOptions(BaseModel):
@@ -41,7 +50,7 @@ class Sampling(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
     user: str | None = None
     # Beyond OpenAI, by vLLM's names.
     top_k: int | None = Field(None, ge=-1, lt=2**31)
@@ -113,9 +122,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         Text
-        | list[TokenId]
-        | Annotated[list[Text], Field(max_length=64)]
-        | Annotated[list[list[TokenId]], Field(max_length=64)]
+        | Annotated[list[TokenId], _FIRST_ERROR]
+        | Annotated[list[Text], Field(max_length=64), _FIRST_ERROR]
+        | Annotated[list[Annotated[list[TokenId], _FIRST_ERROR]], Field(max_length=64), _FIRST_ERROR]
     )
     max_tokens: Count | None = 16
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -136,13 +145,26 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
-    tokens: list[TokenId] = Field(max_length=1 << 20)
+    tokens: Annotated[list[TokenId], _FIRST_ERROR] = Field(max_length=1 << 20)
 
 
 class AbortRequest(BaseModel):
     """POST /v1/abort."""
 
     request_id: str
+
+
+def _kind(value: Any) -> Any:
+    """A dictionary whose `type` is a string, and whose budget fits 32 bits."""
+    if not isinstance(value.get("type"), str):
+        raise ValueError(f"its type is {value.get('type')!r:.80}; it must be a string")
+    budget = value.get("budget_tokens")
+    if isinstance(budget, int) and not 0 <= budget < 2**31:
+        raise ValueError(f"budget_tokens is {budget!r:.80}; it must be in [0, 2^31)")
+    return value
+
+
+Kind = Annotated[dict[str, Any], AfterValidator(_kind)]
 
 
 class AnthropicRequest(BaseModel):
@@ -153,13 +175,13 @@ class AnthropicRequest(BaseModel):
     model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: Count
-    system: Text | list[dict[str, Any]] | None = None
+    system: Text | Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES), _FIRST_ERROR] | None = None
     stop_sequences: Strings | None = None
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    tool_choice: Kind | None = None
+    thinking: Kind | None = None
     metadata: dict[str, Any] | None = None

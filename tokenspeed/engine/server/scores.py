@@ -12,8 +12,8 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI writes -9999."""
-    return max(logprob, -9999.0)
+    """JSON has neither infinity nor NaN; OpenAI writes -9999."""
+    return logprob if logprob > -9999.0 else -9999.0
 
 
 def chat_logprob(tokenizer: Tokenizer, scores: TokenScores) -> dict[str, Any]:

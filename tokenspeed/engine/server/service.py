@@ -6,16 +6,22 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 
 from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..request import Request, Update
-from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
-from ..text.tool_grammar import ToolGrammars
+from .background import Background
 from .client import DeadlineExceeded, EngineClient
+from .formats import Compiled, Format, Formats, Postponed
 from .metrics import Metrics
+from .names import Names
+
+# The key of the request that is being answered, None where none is needed. It follows a request through its tasks and
+# threads, so that no endpoint can forget to say whose a name is.
+caller: ContextVar[str | None] = ContextVar("caller", default=None)
 
 
 class Overloaded(TokenSpeedError):
@@ -44,7 +50,8 @@ class Service:
         self.frontend, self.engine, self.config = frontend, engine, config
         self.metrics = Metrics()
         self.history = TurnHistory(frontend.defaults.eos_ids) if config.exact_history else None
-        self.tool_grammars = ToolGrammars()
+        self.formats, self.tool_grammars = Formats(frontend.directory), Postponed()
+        self.names, self.background = Names(), Background()
         self.draining = False
         self.in_flight = 0
 
@@ -78,34 +85,58 @@ class Service:
         self.in_flight -= requests
 
     async def run(
-        self, request: Request, grammar: GrammarSpec | None = None, timeout: float | None = None
+        self, request: Request, grammar: Format | None = None, timeout: float | None = None, part: int = 0
     ) -> AsyncIterator[Update]:
         """The updates of a request, timed and within its deadline. Leaving early aborts it.
 
-        Raises what the engine refuses the request with, DeadlineExceeded, or EngineError.
+        request.id is a name inside the caller's key, to abort it by; the engine knows it by an id of its own. part:
+        which one of several requests of that name it is.
+
+        Raises what the engine refuses the request with, RequestError for a name that is in use, DeadlineExceeded, or
+        EngineError.
         """
         limits = [limit for limit in (timeout, self.config.timeout) if limit is not None]
+        limit = min(limits, default=None)
         start = last = time.monotonic()
-        outcome, first = "aborted", True
+        outcome, first, key = "aborted", True, caller.get()
         try:
-            async with aclosing(self.engine.generate(request, grammar, min(limits, default=None))) as updates:
-                async for update in updates:
-                    now = time.monotonic()
-                    if update.ids:
-                        (self.metrics.first_token if first else self.metrics.inter_token).observe(now - last)
-                        self.metrics.generated.inc(len(update.ids))
-                        first, last = False, now
-                    outcome = update.finish_reason or outcome
-                    yield update
+            with self.names.used(key, request.id, part) as id:
+                compiled = await self._compiled(key, request, grammar, limit)
+                own = replace(request, id=id)
+                left = None if limit is None else max(limit - (time.monotonic() - start), 0.001)
+                async with aclosing(self.engine.generate(own, compiled.spec, left, compiled.size)) as updates:
+                    async for update in updates:
+                        now = time.monotonic()
+                        if update.ids:
+                            (self.metrics.first_token if first else self.metrics.inter_token).observe(now - last)
+                            self.metrics.generated.inc(len(update.ids))
+                            first, last = False, now
+                        outcome = update.finish_reason or outcome
+                        yield update
             self.metrics.request.observe(time.monotonic() - start)
-        except DeadlineExceeded:
+        except DeadlineExceeded:  # of what was left, when the engine was asked
             outcome = "timeout"
-            raise
+            raise DeadlineExceeded(f"the request took longer than its deadline of {limit:g} s.") from None
         except TokenSpeedError:
             outcome = "refused"
             raise
         finally:
             self.metrics.requests.labels(outcome).inc()
+
+    async def _compiled(
+        self, key: str | None, request: Request, format: Format | None, limit: float | None
+    ) -> Compiled:
+        if format is None:
+            return Compiled(None, 0)
+        try:
+            return await asyncio.wait_for(self.formats.compile(key, request.name_space, format), limit)
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded("the grammar took longer than the request may") from None
+
+    async def abort(self, name: str) -> bool:
+        """Ends the caller's requests of that name. False where none runs."""
+        found = [await self.engine.abort(id) for id in self.names.ids(caller.get(), name)]
+        return any(found)
 
     async def stats(self, timeout: float) -> dict[str, float]:
         """The engine's numbers (`Engine.stats`) and this process's. Raises EngineError as `EngineClient.stats`."""

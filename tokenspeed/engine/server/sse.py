@@ -13,6 +13,11 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
+def json_response(data: Any) -> Response:
+    """A value as JSON. msgspec writes a million ids in the time in which the standard library writes a few thousand."""
+    return Response(_encode(data), media_type="application/json")
+
+
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """One event; name: its type, where the API gives it one."""
     head = b"" if name is None else f"event: {name}\n".encode()
@@ -23,7 +28,7 @@ class EventStream(Response):
     """Pieces as they come, until they end or the client goes away: then the iterator is closed at once.
 
     first: the first piece, which is there already; failed: the last event where the iterator raises; done: called once,
-    however it ends.
+    however it ends; seconds: after which a client that does not take what it is sent is given up, None for never.
     """
 
     media_type = "text/event-stream"
@@ -34,7 +39,9 @@ class EventStream(Response):
         rest: AsyncIterator[bytes],
         failed: Callable[[Exception], bytes],
         done: Callable[[], None],
+        seconds: float | None,
     ):
+        self._seconds = seconds
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._first, self._rest, self._failed, self._done = first, rest, failed, done
@@ -43,7 +50,7 @@ class EventStream(Response):
         sending = asyncio.ensure_future(self._send(send))
         watching = asyncio.ensure_future(disconnected(receive))
         try:
-            await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, watching), timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:

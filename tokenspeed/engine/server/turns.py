@@ -7,7 +7,6 @@ from typing import Any
 from ..errors import RequestError
 from ..frontend import Frontend
 from ..request import Request, Update
-from ..text import grammar
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
 from ..text.messages import TOOL_CALL, check_tools
@@ -105,7 +104,7 @@ def prepare(
 
 
 def _grammar(tools: ToolGrammars, chat: Conversation, reasoning: bool) -> GrammarSpec | None:
-    answer = grammar.response_format(chat.response_format, reasoning) if chat.response_format else None
+    answer = tools.response_format(chat.response_format, reasoning) if chat.response_format else None
     calls = tools.spec(check_tools(chat.tools) or [], chat.tool_choice, chat.parallel_tool_calls, reasoning)
     if answer and calls and chat.tool_choice != "auto":
         raise RequestError("response_format and a tool_choice that demands a call contradict each other; give one.")

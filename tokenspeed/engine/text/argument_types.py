@@ -12,6 +12,7 @@ KINDS = ("string", "integer", "number", "boolean", "null", "array", "object")
 _SPELLINGS = {"True": "true", "False": "false", "None": "null"}  # templates that print Python's values teach these
 _MAX_DEPTH = 32  # of nested anyOf and $ref; what lies deeper says nothing
 _MAX_VISITS = 1000
+_MOST_COMPARISONS = 100_000
 
 # What a schema admits: for each kind of value its only values, or None for any of the kind.
 Domain = dict[str, tuple[Any, ...] | None]
@@ -141,22 +142,24 @@ def _of_type(schema: Mapping) -> Domain | None:
 
 
 def _of_constants(constants: list) -> Domain:
-    found: Domain = {}
+    found: dict[str, list[Any]] = {}
     for constant in constants:
-        kind = _kinds_of(constant)[0]
-        found[kind] = (*(found.get(kind) or ()), constant)
-    return found
+        found.setdefault(_kinds_of(constant)[0], []).append(constant)
+    return {kind: tuple(values) for kind, values in found.items()}
 
 
 def _any(domains: list[Domain | None]) -> Domain | None:
-    union: Domain = {}
+    if any(found is None for found in domains):
+        return None
+    union: dict[str, list[Any] | None] = {}
     for found in domains:
-        if found is None:
-            return None
         for kind, constants in found.items():
-            known = union.get(kind, ())
-            union[kind] = None if known is None or constants is None else (*known, *constants)
-    return union
+            known = union.setdefault(kind, [])
+            if known is None or constants is None:
+                union[kind] = None
+            else:
+                known += constants
+    return {kind: known if known is None else tuple(known) for kind, known in union.items()}
 
 
 def _both(one: Domain | None, other: Domain | None) -> Domain | None:
@@ -168,9 +171,20 @@ def _both(one: Domain | None, other: Domain | None) -> Domain | None:
         if left == () or right == ():
             continue
         if left is not None and right is not None:
-            right = tuple(value for value in right if value in left)
+            right = _common(left, right)
         merged[kind] = left if right is None else right
     return merged
+
+
+def _common(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values that are in both; all of `right` where that would take long to find out: of thousands of arrays."""
+    try:
+        known = set(left)
+    except TypeError:
+        if len(left) * len(right) > _MOST_COMPARISONS:
+            return right
+        return tuple(value for value in right if value in left)
+    return tuple(value for value in right if value in known)
 
 
 def _of_kind(admitted: Domain, kind: str) -> tuple[Any, ...] | None:

@@ -117,9 +117,8 @@ class _Turns:
     def __init__(self, messages: list[Message], reasoning: bool):
         """reasoning: the answer brings some, as its prompt opens it."""
         text = "\n".join(_content(message) for message in messages)
-        word = "next"
-        while word in text:
-            word += "x"
+        found = re.findall("nextx*", text)
+        word = max(found, key=len) + "x" if found else "next"
         self._answered = messages[-1]["role"] == "assistant"
         function = {"name": word, "arguments": {}}
         call = {"id": "000000000", "type": "function", "function": function}  # nine digits: some templates insist

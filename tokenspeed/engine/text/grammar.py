@@ -5,24 +5,23 @@ llguidance does the work: a grammar is Lark text with JSON schemas inside, and a
 
 import json
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import llguidance
 import numpy as np
 
 from ..errors import ConfigError, RequestError
 from .reasoning import CLOSE
+from .sized_cache import SizedCache
 from .tokenizer import Tokenizer
 
-T = TypeVar("T")
 MAX_SCHEMA = 1 << 16  # characters; one object of 2,000 optional properties compiles in a second, twice as many in four
 MAX_RULES = 1 << 18  # characters of a grammar
 MAX_DEPTH = 32  # of a schema as JSON
-_COMPILED = 64  # grammars kept
+_KEPT_BYTES = 512 << 20  # of compiled grammars
+_GRAMMAR_BYTES = 8 << 20  # of one whose size nobody measured: 64 of those are kept
 LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 # White space inside JSON is bounded, or a model that likes it could go on for ever.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
@@ -121,27 +120,6 @@ def _depth(text: str) -> int:
     return deepest
 
 
-class Latest(Generic[T]):
-    """Values by key, of which the `count` used last are kept. Any thread may call."""
-
-    def __init__(self, count: int):
-        self._count = count
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        made = make()  # outside the lock: it may take seconds
-        with self._lock:
-            value = self._values.setdefault(key, made)
-            if len(self._values) > self._count:
-                self._values.popitem(last=False)
-        return value
-
-
 class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps the latest. Making one takes about 2 s for 250,000 tokens."""
 
@@ -158,11 +136,23 @@ class GrammarCompiler:
             llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_ids[0])),
             eos_token=list(eos_ids),
         )
-        self._compiled: Latest[Grammar] = Latest(_COMPILED)
+        self._compiled: SizedCache[Grammar] = SizedCache(_KEPT_BYTES)
 
-    def compile(self, spec: GrammarSpec) -> "Grammar":
-        """Raises RequestError for a grammar that is wrong, unsupported or too large, with the reason."""
-        return self._compiled.get(spec, lambda: self._compile(spec))
+    def compile(self, spec: GrammarSpec, name_space: str = "", size: int = _GRAMMAR_BYTES) -> "Grammar":
+        """Raises RequestError for a grammar that is wrong, unsupported or too large, with the reason.
+
+        What it costs is not bounded: a grammar of a kilobyte can take gigabytes. Who does not trust it compiles it in a
+        process that may be killed first (`server/formats.py`).
+
+        name_space: whose it is; that it is there already tells nobody else anything. size: bytes it takes, as it counts
+        among those that are kept.
+        """
+        key = name_space, spec
+        found = self._compiled.get(key)
+        if found is None:
+            found = self._compile(spec)
+            self._compiled.put(key, found, size)
+        return found
 
     def _compile(self, spec: GrammarSpec) -> "Grammar":
         if len(spec.rules) > MAX_RULES:

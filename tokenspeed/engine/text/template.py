@@ -11,6 +11,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from ..errors import ConfigError, RequestError
 from ..files import read_optional_json_object, read_text
 from .boundaries import stable_cuts
+from .interrupt import check_interrupt
 from .literals import Hidden, Rendered, strings_in
 from .messages import TOOL_CALL, check_messages, check_tools, hide_literals
 from .reasoning import leaves_reasoning_open
@@ -181,6 +182,7 @@ class _Conversation:
 
     def text(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Raises RequestError with the template's words when it refuses or fails."""
+        check_interrupt()
         variables = {**self._variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self._environment.render(self._template, variables)

@@ -10,11 +10,18 @@ from tokenizers import decoders
 
 from ..errors import ConfigError, RequestError
 from ..files import read_optional_json_object, read_text
+from .interrupt import check_interrupt
 from .literals import LiteralGuard, Rendered, any_of
 from .sized_cache import SizedCache
 
 _PIECES_BYTES = 32 << 20  # of encoded text that is remembered, about 80 prompts of 50,000 tokens
 _ENTRY_BYTES = 450  # of a piece beside its characters and ids
+_PIECE = 1 << 16  # characters that are encoded at once: 30 ms and 30 MiB at most
+_LONGEST_PIECE = 1 << 20  # where there is no seam before
+# A word ends here and something that words do not go on with follows: no tokenizer of this kind takes both together.
+_SEAM = re.compile(r"(?<=[^\W\d_])(?=[ ，。、！？][^\W\d_])|(?<=\n)(?=\w)")  # noqa: RUF001
+_SEAM_CHARACTERS = frozenset(" \n，。、！？")  # noqa: RUF001
+_AROUND_SEAM = 64  # characters on either side that must encode alike together and apart
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -53,6 +60,10 @@ class Tokenizer:
         self._raw = re.compile(any_of([token.content for token in raw]))
         # These take white space before them along, or look at what stands there.
         self._clinging = frozenset(token.content for token in raw if token.lstrip or token.single_word)
+        contents = [token.content for token in added.values()]
+        adds = backend.encode("a", add_special_tokens=True).ids != backend.encode("a", add_special_tokens=False).ids
+        # Whether text may be cut at a seam: no control token has one inside, and nothing is put around a prompt.
+        self._seams = not adds and not any(_SEAM_CHARACTERS & {*text} or text[:1].isalnum() for text in contents)
         self._pieces: SizedCache[array] = SizedCache(_PIECES_BYTES)
         self._bytes_of_id: dict[int, bytes] = {}
 
@@ -98,11 +109,11 @@ class Tokenizer:
         Control-token literals in a raw prompt ARE control tokens: who sends one writes the chat format by hand. Text
         that must stay text goes through the chat template. Raises RequestError for text that is not valid Unicode.
         """
-        return self._encode(self._backend, prompt, add_special_tokens=True).ids
+        return self._encode(self._backend, prompt, add_special_tokens=True)
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of text that is nothing but text: literals of control tokens in it are spelled out."""
-        return self._encode(self._plain, text, add_special_tokens=False).ids
+        return self._encode(self._plain, text, add_special_tokens=False)
 
     def encode_rendered(self, rendered: Rendered) -> list[int]:
         """The ids of a rendered conversation, in time linear in its length.
@@ -138,6 +149,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; invalid UTF-8 reads as U+FFFD, ids the tokenizer does not know as nothing."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_long(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included; a piece at a time, as `encode` goes through long texts."""
+        pieces = []
+        for start in range(0, len(ids), _PIECE):
+            check_interrupt()
+            pieces += map(self.token_bytes, ids[start : start + _PIECE])
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes `id` stands for, possibly part of a UTF-8 character; b"" for an id the tokenizer does not know."""
@@ -182,20 +201,54 @@ class Tokenizer:
         found = None if name_space is None else self._pieces.get(key)
         if found is None:
             backend = self._plain if plain else self._backend
-            found = array("i", self._encode(backend, text, add_special_tokens=False).ids)
+            found = array("i", self._encode(backend, text, add_special_tokens=False))
             if name_space is not None:
                 self._pieces.put(key, found, len(text) + 4 * len(found) + _ENTRY_BYTES)
         return found
 
-    @staticmethod
-    def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+    def _encode(self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text. A long one is encoded in pieces, each without the interpreter's lock, so that its memory
+        is bounded, other threads run meanwhile, and it ends where nobody waits for it any more.
+
+        Raises RequestError for what is not valid Unicode, or too long without a place to cut it.
+        """
         try:
-            return backend.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) <= _PIECE:
+                return backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = []
+            for piece in self._cut(backend, text):
+                check_interrupt()
+                ids += backend.encode_batch_fast([piece], add_special_tokens=add_special_tokens)[0].ids
+            return ids
         except TypeError:  # the library's answer to a lone surrogate
             position = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
             raise RequestError(
                 f"the text is not valid Unicode: lone surrogate U+{ord(text[position]):04X} at character {position}"
             ) from None
+
+    def _cut(self, backend: tokenizers.Tokenizer, text: str) -> Iterator[str]:
+        """Pieces of a text whose ids, one after the other, are the text's."""
+        start = 0
+        while len(text) - start > _PIECE:
+            limit = start + _LONGEST_PIECE
+            seams = _SEAM.finditer(text, start + _PIECE, limit) if self._seams else ()
+            end = next((seam.start() for seam in seams if self._holds(backend, text, seam.start())), None)
+            if end is None:
+                if len(text) > limit:
+                    raise RequestError(
+                        f"the text has {_LONGEST_PIECE} characters without the end of a word or a line, from character "
+                        f"{start} on; it cannot be encoded in pieces of that size."
+                    )
+                break
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+    @staticmethod
+    def _holds(backend: tokenizers.Tokenizer, text: str, seam: int) -> bool:
+        before, after = text[max(seam - _AROUND_SEAM, 0) : seam], text[seam : seam + _AROUND_SEAM]
+        both, one, other = backend.encode_batch_fast([before + after, before, after], add_special_tokens=False)
+        return both.ids == one.ids + other.ids
 
 
 def _byte_alphabet() -> dict[str, int]:

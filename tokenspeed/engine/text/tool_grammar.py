@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +10,8 @@ import llguidance
 
 from ..errors import RequestError
 from .argument_types import Domain, argument_schema, domain, resolve
-from .grammar import LIMITS, GrammarSpec, Latest, json_rule, literal, reason
+from .grammar import LIMITS, GrammarSpec, json_rule, literal, reason, response_format
+from .sized_cache import SizedCache
 
 _VALUE_END = r'"\n</parameter>\n"'
 # Text that holds nothing that would end it for whoever reads the call (`tools.ToolCallParser`).
@@ -31,7 +31,8 @@ _KNOWN = {"type", "properties", "required", "additionalProperties", "$defs", "de
 _ANNOTATIONS = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "format"}
 _NOT_FOR_TEXT = {"anyOf", "oneOf", "allOf", "$ref", "not", "if", "contentEncoding", "contentMediaType"}
 _MAX_DEPTH = 16  # of nested anyOf and $ref
-_KEPT = 256  # functions
+_MOST_BRANCHES = 1000  # of one argument; what refers to itself twice at each level would have millions
+_KEPT_CHARACTERS = 8 << 20  # of functions and their rules
 
 
 class _Unsupported(Exception):
@@ -42,7 +43,11 @@ class ToolGrammars:
     """Makes the grammars for turns with tools, and keeps what it found for each: an agent sends the same ones again."""
 
     def __init__(self) -> None:
-        self._arguments: Latest[str] = Latest(_KEPT)
+        self._arguments: SizedCache[str] = SizedCache(_KEPT_CHARACTERS)
+
+    def response_format(self, value: Any, reasoning: bool = False) -> GrammarSpec | None:
+        """`grammar.response_format`."""
+        return response_format(value, reasoning)
 
     def spec(
         self,
@@ -73,18 +78,27 @@ class ToolGrammars:
             )
         if choice == "required" and not functions:
             raise RequestError("tool_choice is 'required', but there are no tools")
-        if choice == "none" or (choice == "auto" and not any(function.get("strict") is True for function in functions)):
+        if not constrains(functions, choice):
             return None
         rules = [_ARGUMENT_RULES, _CALL_RULES]
         for i, function in enumerate(functions):
             opening = literal(f"\n<function={_spelled(function['name'])}>\n")
             rules.append(f"call_{i}: <tool_call> {opening} arguments_{i} call_end\n")
             key = (i, choice == "auto", json.dumps(function))
-            rules.append(self._arguments.get(key, partial(_arguments, f"arguments_{i}", function, choice != "auto")))
+            if (found := self._arguments.get(key)) is None:
+                found = _arguments(f"arguments_{i}", function, choice != "auto")
+                self._arguments.put(key, found, len(key[2]) + len(found))
+            rules.append(found)
         more = ' ("\\n" call)*' if parallel and not named else ""
         rules.append(f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}\n")
         rules.append(f"answer: PROSE (call{more})?\n" if choice == "auto" else f"answer: call{more}\n")
         return GrammarSpec("".join(rules), reasoning)
+
+
+def constrains(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> bool:
+    """Whether a turn with these tools under this choice is held to a grammar."""
+    strict = any(tool.get("function", tool).get("strict") is True for tool in tools)
+    return choice != "none" and (choice != "auto" or strict)
 
 
 def _arguments(rule: str, function: Mapping[str, Any], required: bool) -> str:
@@ -113,11 +127,12 @@ def _by_schema(rule: str, parameters: Any) -> str:
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
     if not isinstance(properties, Mapping) or not isinstance(required, list):
         raise _Unsupported("properties must be an object and required a list")
-    names = [*properties, *(name for name in required if name not in properties)]
-    parts, rules = [], []
-    for j, name in enumerate(names):
+    for name in (*properties, *required):
         if not isinstance(name, str):
             raise _Unsupported(f"required names {name!r:.80}, which is no string")
+    names = [*properties, *dict.fromkeys(name for name in required if name not in properties)]
+    parts, rules = [], []
+    for j, name in enumerate(names):
         value = _Value(f"{rule}_{j}", argument_schema(parameters, name), parameters)
         opening = literal(f"<parameter={_spelled(name)}>\n")
         parts.append(f"{value.rule}{'' if name in required else '?'}")
@@ -134,11 +149,15 @@ class _Value:
         self.rules: list[str] = []
         self._root = root
         self._admitted = domain(schema, root)
+        self._visits = 0
         for branch in self._branches(schema, 0):
             self._add(branch)
 
     def _branches(self, schema: Any, depth: int) -> list[Any]:
         """Schemas one of which must hold, as far as that can be told apart."""
+        self._visits += 1
+        if self._visits > _MOST_BRANCHES:
+            raise _Unsupported(f"{self.rule}: more than {_MOST_BRANCHES} alternatives")
         if depth > _MAX_DEPTH or schema is False:
             raise _Unsupported(f"{self.rule}: a schema that admits nothing, or alternatives nested too deep")
         if not isinstance(schema, Mapping):

@@ -1,0 +1,194 @@
+"""Grammars that would never end, or fill the memory: their client is told which limit, and nobody else notices."""
+
+import asyncio
+import threading
+import time
+
+import httpx
+import pytest
+from launch import Server
+
+from tokenspeed.engine.checkpoint import resolve
+from tokenspeed.engine.errors import RequestError
+from tokenspeed.engine.server.formats import Format, Formats
+from tokenspeed.engine.server.shares import Shares
+from tokenspeed.engine.text.grammar import json_schema
+from tokenspeed.engine.text.tool_grammar import ToolGrammars
+
+SMALL = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+PATTERNS = {"allOf": [{"type": "string", "pattern": f".*x{i}.*"} for i in range(20)]}
+REFERENCES = {
+    "$defs": {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 10} for i in range(6)} | {"d6": {"type": "integer"}},
+    "type": "object",
+    "properties": {"p": {"$ref": "#/$defs/d0"}},
+}
+
+
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def tool(parameters):
+    return {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+
+
+LIMIT = "needs more than"  # and then 256 MiB of memory, 2 s of computing or, on a busy machine, 30 s
+BOMBS = {
+    "patterns": ({"response_format": schema_format(PATTERNS)}, LIMIT),
+    "patterns in a strict tool": (
+        {"tools": [tool({"type": "object", "properties": {"p": {"type": "array", "items": PATTERNS}}})]},
+        LIMIT,
+    ),
+    "references in a strict tool": ({"tools": [tool(REFERENCES)]}, "more than 1000 alternatives"),
+    "a required list": ({"tools": [tool({"type": "object", "required": [[]]})]}, "required names [], which is no"),
+    "too many characters": (
+        {"tools": [tool({"type": "object", "description": "word " * 10_000})] * 30},
+        "at most 1048576 are supported",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def running():
+    server = Server("--served-model-name", "tiny", "--api-key", "one", "--api-key", "two")
+    yield server
+    assert server.stop() == 0, "".join(server.log)
+
+
+def ask(server, key="one", path="/v1/chat/completions", **more):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, **more}
+    return httpx.post(f"{server.url}{path}", json=body, headers={"x-api-key": key}, timeout=60)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_with_the_limit_and_nobody_waits(running, name):
+    asked, words = BOMBS[name]
+    ask(running, "two", response_format=schema_format(SMALL))
+    slowest, stop = {"health": 0.0, "format": 0.0}, threading.Event()
+
+    def watch() -> None:
+        number = 0
+        while not stop.is_set():
+            start, number = time.monotonic(), number + 1
+            assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
+            between = time.monotonic()
+            fresh = SMALL | {"description": f"{name} {number}"}
+            assert ask(running, "two", response_format=schema_format(fresh)).status_code == 200
+            slowest["health"] = max(slowest["health"], between - start)
+            slowest["format"] = max(slowest["format"], time.monotonic() - between)
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    answer = ask(running, **asked)
+    stop.set()
+    watcher.join()
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    assert words in message, message
+    assert slowest["health"] < 2 and slowest["format"] < 8, slowest  # for ever, where it waits
+
+
+def test_a_completion_and_an_anthropic_tool_meet_the_same_limits(running):
+    prompt = {"prompt": "Hi", "max_tokens": 4, "response_format": schema_format(PATTERNS)}
+    answer = httpx.post(f"{running.url}/v1/completions", json=prompt, headers={"x-api-key": "one"}, timeout=60)
+    assert answer.status_code == 400 and "needs more than" in answer.json()["error"]["message"]
+    tools = [
+        {"name": "f", "input_schema": {"type": "object", "properties": {"p": {"type": "array", "items": PATTERNS}}}}
+    ]
+    answer = ask(running, path="/v1/messages", tools=tools, tool_choice={"type": "any"})
+    assert answer.status_code == 400 and "needs more than" in answer.json()["error"]["message"]
+
+
+@pytest.fixture
+def formats():
+    """`run(work)`: with a worker of its own on a fresh event loop."""
+
+    def run(work):
+        async def whole():
+            formats = Formats(resolve(None))
+            try:
+                return await work(formats)
+            finally:
+                await formats.close()
+
+        return asyncio.run(whole())
+
+    return run
+
+
+def test_what_is_compiled_is_what_the_text_side_makes(formats):
+    strict = [tool(SMALL)]
+
+    async def both(formats):
+        asked = (Format(True, schema_format(SMALL)), Format(False, None, strict, "required"))
+        return [await formats.compile("k", "n", format) for format in asked]
+
+    answer, call = formats(both)
+    assert answer.spec == json_schema(SMALL, reasoning=True) and call.spec == ToolGrammars().spec(strict, "required")
+    assert 0 <= answer.size < 64 << 20
+
+
+def test_a_bomb_whose_client_goes_away_is_killed_and_others_compile_meanwhile(formats):
+    async def leave(formats):
+        await formats.compile("one", "", Format(False, schema_format(SMALL)))
+        bombs = [Format(False, schema_format(PATTERNS | {"title": str(i)})) for i in range(6)]
+        tasks = [asyncio.ensure_future(formats.compile("one", "", bomb)) for bomb in bombs]
+        await asyncio.sleep(0.1)
+        start = time.monotonic()
+        await formats.compile("two", "", Format(False, schema_format(SMALL | {"title": "other"})))
+        waited = time.monotonic() - start
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.3)
+        children = f"/proc/{formats._process.pid}/task/{formats._process.pid}/children"
+        with open(children) as file:
+            return waited, file.read().split()
+
+    waited, left = formats(leave)
+    assert waited < 4 and left == []
+
+
+def test_the_worker_comes_back_when_it_is_killed(formats):
+    async def kill(formats):
+        await formats.compile(None, "", Format(False, schema_format(SMALL)))
+        formats._process.kill()
+        await formats._process.wait()
+        await asyncio.sleep(0.05)
+        return await formats.compile(None, "", Format(False, schema_format(SMALL | {"title": "again"})))
+
+    assert formats(kill).spec is not None
+
+
+def test_what_is_remembered_is_remembered_for_its_name_space_alone(formats):
+    async def jobs(formats):
+        counts = []
+        for name_space in ("mine", "mine", "yours"):
+            await formats.compile(None, name_space, Format(False, schema_format(SMALL)))
+            counts.append(next(formats._numbers))
+        return counts
+
+    first, again, other = formats(jobs)
+    assert again == first + 1 and other == again + 2, "the same again starts no job, another's does"
+
+
+def test_a_key_s_share_is_its_own():
+    async def work():
+        shares, order = Shares(1), []
+
+        async def one(key, name, seconds):
+            async with shares.one(key):
+                order.append(name)
+                await asyncio.sleep(seconds)
+
+        await asyncio.gather(one("a", "a1", 0.2), one("a", "a2", 0), one("b", "b1", 0))
+        return order, shares._running
+
+    order, left = asyncio.run(work())
+    assert order == ["a1", "b1", "a2"] and left == {}
+
+
+def test_a_branching_schema_is_refused_where_no_process_protects():
+    with pytest.raises(RequestError, match="more than 1000 alternatives"):
+        ToolGrammars().spec([tool(REFERENCES)])

@@ -1,0 +1,114 @@
+"""A client's name for a request means something inside its key, and nothing on its way to one reaches another."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from launch import Server
+
+from tokenspeed.engine.errors import RequestError
+from tokenspeed.engine.request import Request, SamplingParams, Update
+from tokenspeed.engine.server.metrics import Metrics
+from tokenspeed.engine.server.names import Names
+from tokenspeed.engine.server.service import Service, ServiceConfig, caller
+
+STREAM = {"prompt": "The price of kelp", "max_tokens": 3000, "ignore_eos": True, "stream": True, "request_id": "same"}
+
+
+@pytest.fixture(scope="module")
+def url():
+    server = Server("--served-model-name", "tiny", "--api-key", "one", "--api-key", "two")
+    yield server.url
+    assert server.stop() == 0, "".join(server.log)
+
+
+def post(url, key, path="/v1/completions", **body):
+    return httpx.post(f"{url}{path}", json=body, headers={"x-api-key": key}, timeout=30)
+
+
+def streaming(url, key, **more):
+    return httpx.stream("POST", f"{url}/v1/completions", json=STREAM | more, headers={"x-api-key": key}, timeout=30)
+
+
+def test_two_keys_use_one_name_at_a_time_and_each_aborts_its_own(url):
+    with streaming(url, "one") as first, streaming(url, "two") as second:
+        lines = [response.iter_lines() for response in (first, second)]
+        assert (first.status_code, second.status_code) == (200, 200)
+        for its in lines:
+            next(its)
+        assert post(url, "two", "/v1/abort", request_id="same").json() == {"aborted": True}
+        ended = [json.loads(line[6:]) for line in lines[1] if line.startswith("data: {")]
+        assert ended[-1]["choices"][0]["finish_reason"] == "abort"
+        assert "abort" not in next(line for line in lines[0] if line), "the other key's goes on"
+        assert post(url, "two", "/v1/abort", request_id="same").json() == {"aborted": False}
+        assert post(url, "one", "/v1/abort", request_id="same").json() == {"aborted": True}
+
+
+def test_who_takes_over_a_name_hears_nothing_of_who_had_it(url):
+    asked = {
+        "prompt": "How many boxes",
+        "max_tokens": 6,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    alone = post(url, "two", **asked).json()["choices"][0]["token_ids"]
+    for _ in range(25):
+        with streaming(url, "one") as response:
+            next(response.iter_lines())
+        found = post(url, "two", **asked, request_id="same")
+        assert found.status_code == 200 and found.json()["choices"][0]["token_ids"] == alone
+
+
+def test_an_abort_ends_every_prompt_of_a_completion(url):
+    with streaming(url, "one", prompt=["One", "Two"], request_id="pair") as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert post(url, "one", "/v1/abort", request_id="pair").json() == {"aborted": True}
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    ends = [event["choices"][0] for event in events if event["choices"][0]["finish_reason"]]
+    assert {(end["index"], end["finish_reason"]) for end in ends} == {(0, "abort"), (1, "abort")}
+
+
+class Recorder:
+    """Stands where the engine is: tells each request one token and keeps the ids it was given."""
+
+    def __init__(self):
+        self.ids: list[str] = []
+
+    async def generate(self, request, grammar=None, timeout=None, grammar_bytes=0):
+        self.ids.append(request.id)
+        await asyncio.sleep(0)
+        yield Update(request.id, 0, [1], "a", finish_reason="length")
+
+
+def test_the_engine_s_ids_are_never_the_same_and_never_the_client_s():
+    engine = Recorder()
+    service = object.__new__(Service)
+    service.engine, service.config, service.names, service.metrics = engine, ServiceConfig("m"), Names(), Metrics()
+
+    async def ask(key, name):
+        caller.set(key)
+        return [update async for update in service.run(Request(name, (1,), SamplingParams()))]
+
+    async def everybody():
+        tasks = [asyncio.create_task(ask(key, "x")) for key in ("one", "two", None)]
+        await asyncio.gather(*tasks)
+        await ask("one", "x")
+
+    asyncio.run(everybody())
+    assert len(set(engine.ids)) == 4 and "x" not in engine.ids
+
+
+def test_a_name_is_free_again_however_its_request_ends():
+    names = Names()
+    with names.used("k", "n") as first:
+        assert names.ids("k", "n") == [first] and names.ids("other", "n") == []
+        with pytest.raises(RequestError, match="'n' is in use"), names.used("k", "n"):
+            pass
+        with names.used("k", "n", 1) as second:
+            assert names.ids("k", "n") == [first, second]
+    with pytest.raises(ValueError), names.used("k", "n") as third:
+        raise ValueError
+    assert third not in (first, second) and names.ids("k", "n") == [] and not names._running

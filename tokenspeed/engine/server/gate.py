@@ -1,0 +1,143 @@
+"""What a request must bring before anything of it is read: a key, or that it comes from this machine's own pages."""
+
+import asyncio
+import hmac
+import ipaddress
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .service import caller
+
+OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """most_bytes: of one body; most_in_all: of those that are held at a time; pause: seconds in which some of it must
+    come; seconds: in which all of it must."""
+
+    most_bytes: int = 32 << 20
+    most_in_all: int = 1 << 30
+    pause: float = 20.0
+    seconds: float = 300.0
+
+
+class Gate:
+    """Checks a request by its headers, and then passes its body on within limits.
+
+    With keys: the caller's, compared in constant time, on every path that is not open. Without: that Host names this
+    machine, so that a page elsewhere whose name was made to point here is refused, and that Origin, which browsers
+    send with what pages make them send, is this server's own.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], limits: BodyLimits, names: Collection[str] = ()):
+        """names: of this machine, beside localhost and its loopback addresses."""
+        self._app, self._limits = app, limits
+        self._keys = [key.encode() for key in keys]
+        self._names = {"localhost", *(name.lower() for name in names)}
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            status, kind, message = refusal
+            body = {"message": message, "type": kind, "code": status, "param": None}
+            response = JSONResponse({"type": "error", "error": body}, status, {"connection": "close"})
+            await response(scope, receive, send)
+            return
+        body = _Body(self, receive)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            self._held -= body.bytes
+
+    def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str, str] | None:
+        """Status, type and message; None for a request that may pass. Sets `caller`."""
+        caller.set(None)
+        if self._keys:
+            if scope["path"] not in OPEN_PATHS and not self._known(headers):
+                message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
+                return 401, "authentication_error", message
+        elif refusal := self._foreign(headers):
+            return 403, "permission_error", refusal
+        announced = headers.get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > self._limits.most_bytes:
+            return 413, "invalid_request_error", too_large(self._limits)
+        if self._held + int(announced) > self._limits.most_in_all:
+            return 429, "rate_limit_error", f"bodies of {self._held} bytes are being worked on; try again later."
+        return None
+
+    def _known(self, headers: Headers) -> bool:
+        given = headers.get("x-api-key") or ""
+        scheme, _, token = (headers.get("authorization") or "").partition(" ")
+        if scheme.lower() == "bearer":
+            given = token.strip()
+        matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]
+        if any(matches):
+            caller.set(given)
+        return any(matches)
+
+    def _foreign(self, headers: Headers) -> str | None:
+        """Why a server without keys may not answer."""
+        host = headers.get("host", "")
+        if not self._own(f"//{host}"):
+            return f"Host is {host!r:.100}, no name of this machine; use localhost, or start the server with --api-key."
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(f"//{host}").netloc.lower() != origin.lower().partition("://")[2]:
+            return f"Origin is {origin!r:.100}: pages of other servers may use this one only with an --api-key."
+        return None
+
+    def _own(self, address: str) -> bool:
+        try:
+            name = urlsplit(address).hostname or ""
+        except ValueError:
+            return False
+        if name in self._names:
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+
+class _Body:
+    """One request's body as it comes."""
+
+    def __init__(self, gate: Gate, receive: Receive):
+        self._gate, self._limits, self._receive = gate, gate._limits, receive
+        self._more = True
+        self._end = time.monotonic() + self._limits.seconds
+        self.bytes = 0
+
+    async def receive(self):
+        if not self._more:
+            return await self._receive()
+        left = min(self._limits.pause, self._end - time.monotonic())
+        try:
+            message = await asyncio.wait_for(self._receive(), max(left, 0))
+        except asyncio.TimeoutError:
+            raise HTTPException(408, "the body came too slowly", {"connection": "close"}) from None
+        got = len(message.get("body", b""))
+        self.bytes += got
+        self._gate._held += got
+        self._more = message.get("more_body", False)
+        if self.bytes > self._limits.most_bytes:
+            raise HTTPException(413, too_large(self._limits), {"connection": "close"})
+        if self._gate._held > self._limits.most_in_all:
+            raise HTTPException(429, "too many bodies are being worked on; try again later.", {"retry-after": "1"})
+        return message
+
+
+def too_large(limits: BodyLimits) -> str:
+    return f"the body is larger than {limits.most_bytes} bytes, the most this server takes"
