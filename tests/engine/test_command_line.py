@@ -27,6 +27,24 @@ def test_generate_streams_the_answer_and_reports_its_speed(capsys):
     assert "tok/s" in err and "prompt tokens" in err
 
 
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_draft_options_reach_the_engine_and_change_no_text(capsys, tmp_path, temperature):
+    found = {}
+    for options in ("--draft-tokens 0", "--draft-tokens auto", "--draft-tokens 7", "--draft-vocabulary 90"):
+        log = tmp_path / "log"
+        arguments = ["generate", "What is 12 plus 30?", "--temperature", temperature, "--log-steps", str(log)]
+        assert main([*arguments, *options.split()]) == 0
+        header, *steps = map(json.loads, log.read_text().splitlines())
+        drafted = header["draft_tokens"], header["draft_vocabulary"], {step["step"]["drafts"] for step in steps}
+        found[options] = capsys.readouterr().out, len(steps), drafted
+        assert main(["bench", "replay", str(log), "--quiet"]) == 0
+        assert "bit for bit" in capsys.readouterr().out
+    assert len({text for text, *_ in found.values()}) == 1
+    plain, auto, deep, few = (steps for _, steps, _ in found.values())
+    assert deep <= auto < few < plain, "fewer steps the more is drafted well"
+    assert [drafted for *_, drafted in found.values()] == [(0, None, {0}), (3, None, {3}), (7, None, {7}), (3, 90, {3})]
+
+
 def test_generate_reads_a_file_or_standard_input_alike(capsys, monkeypatch, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("Hello!")
@@ -69,6 +87,12 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--memory-fraction", "2"], ["memory_fraction", "2"]),
         (["generate", "x", "--log-steps", "/"], ["/", "cannot be written"]),
         (["generate", "x", "--max-tokens", "9000"], ["9000", "8192"]),
+        (["generate", "x", "--draft-tokens", "8"], ["draft_tokens", "8", "'auto' or 0 to 7"]),
+        (["serve", "--draft-tokens", "some"], ["draft_tokens", "'some'", "'auto' or 0 to 7"]),
+        (["generate", "x", "--draft-vocabulary", "0"], ["draft_vocabulary", "0", "at least 1"]),
+        (["generate", "x", "--draft-vocabulary", "641"], ["draft_vocabulary", "641", "640"]),
+        (["generate", "x", "--draft-vocabulary", "9", "--draft-tokens", "0"], ["draft_vocabulary", "9", "MTP head"]),
+        (["bench", "--draft-vocabulary", "9", "--tp", "2"], ["draft_vocabulary", "9", "tp is 2"]),
         (["chat", "--n", "2"], ["n is 2"]),
         (["chat", "--load", "missing.json"], ["missing.json"]),
         (["bench", "--input-len", "0"], ["--input-len", "0"]),

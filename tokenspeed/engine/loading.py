@@ -10,6 +10,7 @@ from tqdm import tqdm
 from .. import ops
 from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, use_threads
+from .errors import ConfigError
 from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import holds_mtp, load_weights
@@ -33,8 +34,11 @@ def load_runner(
     pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
     model_config, dtype = ModelConfig.from_directory(directory), pick_dtype(config.dtype, device)
     mtp = config.draft_tokens != 0 and holds_mtp(model_config, directory)
+    _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
     load_weights(model, directory, progress)
+    if config.draft_vocabulary is not None:
+        model.mtp.reduce_vocabulary(torch.arange(config.draft_vocabulary))
     threads = config.threads
     if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:
         threads = 1
@@ -53,6 +57,18 @@ def load_runner(
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
     runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
     return runner, plan
+
+
+def _check_draft_vocabulary(ids: int | None, vocab: int, mtp: bool) -> None:
+    if ids is None:
+        return
+    if not mtp:
+        raise ConfigError(
+            f"draft_vocabulary is {ids}, but no MTP head drafts: the checkpoint has none, or draft_tokens is 0; "
+            "it must be None."
+        )
+    if ids > vocab:
+        raise ConfigError(f"draft_vocabulary is {ids}; it must be at most {vocab}, the model's number of ids.")
 
 
 def slot_sizes(config: ModelConfig, drafts: int, kernel: bool) -> tuple[int, int]:

@@ -33,7 +33,8 @@ _BIAS = Begin._fields.index("bias")
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a Runner and its Memory are rebuilt from. model: the checkpoint directory's name; device: its type; threads:
     of torch on a CPU, which the order of its sums depends on; ring_rows, window_entries: as in MemoryLayout;
-    draft_tokens: behind an id at most; mtp: whether the MTP head makes them; vocabulary: how many ids;
+    draft_tokens: behind an id at most; mtp: whether the MTP head makes them; draft_vocabulary: among how many of the
+    lowest ids it chooses, None for all; vocabulary: how many ids;
     package: this package's version."""
 
     model: str
@@ -47,6 +48,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: _Count
     draft_tokens: Annotated[int, Meta(ge=0)]
     mtp: bool
+    draft_vocabulary: _Count | None
     window_entries: _Count
     vocabulary: _Count
     package: str
@@ -68,7 +70,8 @@ def hash_logits(logits: Tensor) -> str:
 
 
 def header_of(engine: Engine, model: str) -> Header:
-    memory = engine.runner.memory
+    memory, mtp = engine.runner.memory, engine.runner.model.mtp
+    drafted = mtp.draft_ids if mtp else None
     return Header(
         model=model,
         dtype=str(memory.kv.dtype).removeprefix("torch."),
@@ -80,7 +83,8 @@ def header_of(engine: Engine, model: str) -> Header:
         max_num_seqs=engine.limits.max_seqs,
         max_model_len=engine.limits.max_tokens,
         draft_tokens=engine.limits.most_drafts,
-        mtp=engine.runner.model.mtp is not None,
+        mtp=mtp is not None,
+        draft_vocabulary=None if drafted is None else len(drafted),
         window_entries=memory.layout.window_entries,
         vocabulary=engine.vocabulary,
         package=__version__,
@@ -210,6 +214,10 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     use_threads(header.threads)
     model = Qwen3_5.empty(config, dtype, device, mtp=header.mtp)
     load_weights(model, directory, progress=False)
+    if header.draft_vocabulary is not None:
+        if not header.mtp:
+            raise LogError(f"{path} has a draft vocabulary of {header.draft_vocabulary} ids and no MTP head.")
+        model.mtp.reduce_vocabulary(torch.arange(header.draft_vocabulary))
     layout = MemoryLayout(model.share, dtype, header.ring_rows, header.window_entries)
     memory = Memory(layout, header.pages, header.slots, device)
     runner = Runner(model, memory, header.max_num_seqs, header.max_model_len, header.draft_tokens)

@@ -146,6 +146,12 @@ class MtpHead(nn.Module):
         for call in self._stores:
             x, residual = call(x, residual, batch)
 
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """What the vocabulary was reduced to, [V'] int64; None where it is whole."""
+        last = self.program[-1]
+        return last.ids if isinstance(last, ReducedHead) else None
+
     def reduce_vocabulary(self, ids: Tensor) -> None:
         """From now on compute logits of these ids alone, from a copy of their rows of the head, made once the weights
         are loaded; logits of all others are minus infinity. Text does not change by it: drafts are verified.
