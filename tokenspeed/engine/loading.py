@@ -44,10 +44,9 @@ def load_runner(
         threads = 1
     if threads is not None:
         use_threads(threads)
-    kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
     depths = config.draft_depths(mtp)
     drafts = max((drafts for _, drafts in depths), default=0)
-    layout = MemoryLayout(model.share, dtype, *slot_sizes(model_config, drafts, kernel))
+    layout = MemoryLayout(model.share, dtype, *slot_sizes(model_config, drafts, decodes_by_kernel(device)))
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
     plan = fit_memory(model_config, layout, config, free, device.type)
     plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))
@@ -57,6 +56,11 @@ def load_runner(
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
     runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
     return runner, plan
+
+
+def decodes_by_kernel(device: torch.device) -> bool:
+    """Whether a compiled kernel decodes there, whose slots have a ring of updates."""
+    return device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
 
 
 def _check_draft_vocabulary(ids: int | None, vocab: int, mtp: bool) -> None:

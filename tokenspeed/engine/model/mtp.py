@@ -115,8 +115,8 @@ class MtpHead(nn.Module):
 
     def link(self) -> None:
         """Make the program's callables; again where a stage or its `forward` was replaced."""
-        named = zip(("embed_tokens", *self.names, "lm_head"), self.program, strict=True)
-        named, mesh = list(named), self.communicator.mesh
+        names = ("embed_tokens", *(name.removesuffix(".") or "join_tokens" for name in self.names), "lm_head")
+        named, mesh = list(zip(names, self.program, strict=True)), self.communicator.mesh
         self.plan = plan_program(named, mesh, self.program[-1].output)
         self._calls = link(self.plan, self.communicator)
         keys = [*named[:3], ("keys", StoreKeys(named[3][1]))]
