@@ -27,6 +27,10 @@ def test_generate_streams_the_answer_and_reports_its_speed(capsys):
     out, err = capsys.readouterr()
     assert out.strip()
     assert "tok/s" in err and "prompt tokens" in err
+    assert "tokens a step, drafts right by position: " in err
+    assert main(["generate", "Hello!", "--max-tokens", "12", "--no-thinking", "--draft-tokens", "0"]) == 0
+    plain, err = capsys.readouterr()
+    assert plain == out and "a step" not in err
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

@@ -200,7 +200,7 @@ def test_commands_do_what_help_says(conversation, capsys, tmp_path):
         (f"/save {saved}", []),
         ("/reset", []),
         (f"/load {saved}", ["4 messages"]),
-        ("/stats", ["tokens generated", "cached", "pages free"]),
+        ("/stats", ["tokens generated", "cached", "drafts ", "pages free"]),
     ):
         assert chat.take(line), line
         out = capsys.readouterr().out
