@@ -25,8 +25,9 @@ def test_every_stored_plan_is_tested():
     assert sorted(DIRECTORY.iterdir()) == sorted(stored(size, ranks) for size in PUBLISHED for ranks in RANKS)
 
 
-def test_info_prints_the_plan(capsys):
-    arguments = ["info", "--size", "397B-A17B", "--tp", "8", "--ep", "8", "--dtype", "bfloat16", "--memory-gib", "139"]
+def test_info_prints_the_plan(capsys, monkeypatch):
+    monkeypatch.setattr("tokenspeed.engine.commands.info.free_memory", lambda device: 139 << 30)
+    arguments = ["info", "--size", "397B-A17B", "--tp", "8", "--ep", "8", "--dtype", "bfloat16", "--device", "cpu"]
     assert main([*arguments, "--plan"]) == 0
     planned = capsys.readouterr().out.splitlines()
     assert set(plan_lines("397B-A17B", 8)) <= set(planned)

@@ -12,7 +12,7 @@ import msgspec
 from ..errors import RequestError
 from ..frontend import Collector
 from ..llm import LLM
-from ..request import Request
+from ..request import Acceptance, Request
 from .options import add_engine_options, add_run_options, add_sampling_options, chosen_sampling, note, open_model
 from .records import Dialogue, as_record, encode_dialogue, run_jsonl
 
@@ -85,6 +85,7 @@ def _continue(llm: LLM, request: Request, dialogue: Dialogue | None, options: ar
     for _, update in llm.follow([request]):
         collector.take(update)
         meter.count(len(update.ids))
+        meter.drafts.add(update.metrics and update.metrics.drafts)
         meter.cached = collector.output.num_cached_tokens
         if request.params.n == 1 and not options.json:
             print(update.text, end="", flush=True)
@@ -129,12 +130,13 @@ def read_tools(path: str | None) -> Any:
 
 
 class Meter:
-    """Times one or more generations: tokens, time to first token, tokens per second after it."""
+    """Times generations: tokens, time to first token, tokens per second after it; drafts: how they fared."""
 
     def __init__(self, prompt_tokens: int):
         self.prompt_tokens, self.cached, self.tokens = prompt_tokens, 0, 0
         self._start = self._last = time.perf_counter()
         self.first_s, self._first_tokens = 0.0, 0
+        self.drafts = Acceptance()
 
     def count(self, tokens: int = 1) -> None:
         """More tokens have come."""
@@ -152,7 +154,9 @@ class Meter:
     @property
     def speed(self) -> str:
         after = self.tokens - self._first_tokens
-        return f"{after / self.decode_s:.1f} tok/s" if after and self.decode_s else "no more"
+        if not after or not self.decode_s:
+            return "no more"
+        return f"{after / self.decode_s:.1f} tok/s" + (f" ({self.drafts})" if self.drafts.steps else "")
 
     def summary(self) -> str:
         return (

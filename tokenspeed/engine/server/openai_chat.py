@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ..errors import RequestError
-from ..request import Request, Update
+from ..request import Acceptance, Request, Update
 from ..text.tools import Arguments, CallCut, CallStarted, Content
 from .protocol import ChatRequest, NamedToolChoice
 from .scores import chat_logprob, prompt_logprobs
@@ -15,7 +15,9 @@ from .sse import DONE, event
 from .turns import Conversation, PreparedTurn, Reasoning, TurnEvent, TurnParser, prepare
 
 
-def usage(prompt: int, completion: int, cached: int, reasoning: int | None = None, restored: int = 0) -> dict[str, Any]:
+def usage(
+    prompt: int, completion: int, cached: int, drafts: Acceptance, reasoning: int | None = None, restored: int = 0
+) -> dict[str, Any]:
     """OpenAI's usage object; restored_turns: turns of the history that were put back as generated."""
     found: dict[str, Any] = {
         "prompt_tokens": prompt,
@@ -23,8 +25,9 @@ def usage(prompt: int, completion: int, cached: int, reasoning: int | None = Non
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-    if reasoning is not None:
-        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    details = ({} if reasoning is None else {"reasoning_tokens": reasoning}) | drafts.prediction_tokens()
+    if details:
+        found["completion_tokens_details"] = details
     if restored:
         found["prompt_tokens_details"]["restored_turns"] = restored
     return found
@@ -66,7 +69,7 @@ class Chat:
         )
         service.metrics.restored.inc(self._prepared.restored)
         self._parsers = [TurnParser(service.frontend, self._prepared) for _ in range(body.n)]
-        self._cached = 0
+        self._cached, self._drafts = 0, Acceptance()
 
     @property
     def _request(self) -> Request:
@@ -78,6 +81,7 @@ class Chat:
             async for update in updates:
                 if update.reuse:
                     self._cached = update.reuse.cached_tokens
+                self._drafts.add(update.metrics and update.metrics.drafts)
                 parser = self._parsers[update.index]
                 events = parser.push(update)
                 if update.finish_reason == "stop":
@@ -87,7 +91,9 @@ class Chat:
     def _usage(self) -> dict[str, Any]:
         generated = sum(len(parser.ids) for parser in self._parsers)
         reasoning = sum(parser.reasoning_tokens for parser in self._parsers)
-        return usage(len(self._request.prompt), generated, self._cached, reasoning, self._prepared.restored)
+        return usage(
+            len(self._request.prompt), generated, self._cached, self._drafts, reasoning, self._prepared.restored
+        )
 
     def _finish(self, update: Update) -> str:
         called = self._parsers[update.index].called and update.finish_reason == "stop"

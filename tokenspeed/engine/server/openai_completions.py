@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ..errors import RequestError
-from ..request import CompletionOutput, Request, TokenScores, Update
+from ..request import Acceptance, CompletionOutput, Request, TokenScores, Update
 from .openai_chat import usage
 from .protocol import CompletionRequest
 from .scores import completion_logprobs, prompt_logprobs
@@ -45,7 +45,7 @@ class Completion:
                     priority=body.priority,
                 )
             )
-        self._cached = self._generated = 0
+        self._cached, self._generated, self._drafts = 0, 0, Acceptance()
 
     async def whole(self) -> dict[str, Any]:
         """The response object. Raises as `Service.run` does."""
@@ -163,10 +163,11 @@ class Completion:
             async for update in updates:
                 self._generated += len(update.ids)
                 self._cached += update.reuse.cached_tokens if update.reuse else 0
+                self._drafts.add(update.metrics and update.metrics.drafts)
                 yield update
 
     def _usage(self) -> dict[str, Any]:
-        return usage(sum(len(request.prompt) for request in self.requests), self._generated, self._cached)
+        return usage(sum(len(request.prompt) for request in self.requests), self._generated, self._cached, self._drafts)
 
     def _frame(self, choices: list[dict]) -> dict[str, Any]:
         model = self._service.config.model_name
