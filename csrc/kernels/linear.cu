@@ -22,9 +22,10 @@
 //
 // e4m3 weights are multiplied as fp16, which holds them exactly and which the card converts two an instruction; a slab
 // is 1,024 columns of them, so that a warp's part of a row, 128 bytes again, lies under one scale. x becomes fp16 on
-// its way to shared memory, each 128 columns of a row times the power of two that brings the largest below 2^15: all
+// its way to shared memory, each 256 columns of a row times the power of two that brings the largest below 2^15: all
 // bits of what is more than 2^-32 of the largest stay. The sums of 128 columns take the scale and the inverse of that
-// power.
+// power. Rows whose x leaves no room for a ring of 8 stages get one of 4; what does not fit beside that goes in two
+// launches.
 //
 // What was tried, and where the time between two launches goes: docs/kernels/launch_boundaries.md.
 //
@@ -34,6 +35,7 @@
 #include <reduce.h>
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 
 #include "bf16x8.h"
@@ -79,8 +81,7 @@ constexpr int kMostScales = 32;  // slabs of e4m3 a block: a warp's scales of a 
 enum class Operand { kCopied, kSiluMul, kAddNorm };
 
 template <int kRows>
-struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
-    static constexpr int kStages = kRows == 1 ? 11 : 8;
+struct alignas(128) Storage {                              // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
     float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
     float squares[kWarps];
@@ -89,6 +90,12 @@ struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1,
     // [stages][kWarps][kPieceBytes].
 };
 constexpr int kSharedLimit = 227 * 1024;  // bytes a block
+
+// Stages of the ring, and of the one of e4m3 weights where x leaves no room for that.
+constexpr int most_stages(int rows) {
+    return rows == 1 ? 11 : 8;
+}
+constexpr int kFewStages = 4;
 
 // A walk over a block's pieces: for every tile, for every slab.
 struct Walk {
@@ -139,28 +146,37 @@ struct Target {
     int groups;
 };
 
-// Stores eight bf16 of a row at the block's column `column`. For e4m3 weights as fp16: the sixteen lanes that hold a
-// group call it together.
+// Stores eight bf16 of a row at the block's column `column`. For e4m3 weights as fp16: a warp calls it together, for
+// 256 columns of one row.
 template <typename Weight>
 __device__ __forceinline__ void store_operand(const Target& to, int row, int column, uint4 packed) {
     if constexpr (Format<Weight>::kScaled) {
         float divisor;
-        packed = group_to_half(packed, divisor);
+        packed = row_to_half(packed, divisor);
         if (threadIdx.x % kGroupLanes == 0) to.divisors[row * to.groups + column / kScaleBlock] = divisor;
     }
     store_16(to.rows + row * to.pitch + column, packed);
 }
 
-// Copies x into the operand, zeros behind the last column.
-template <typename Weight, int kRows>
+// Copies x into the operand, zeros behind the last column: all threads through all rows, four loads ahead of what they
+// store. A warp has one row at a time.
+template <typename Weight>
 __device__ __forceinline__ void stage_copy(const Target& operand, const Linear& p, int first, int last) {
-    constexpr int kRowThreads = kRows == 1 ? kThreads : 32;
-    for (int row = threadIdx.x / kRowThreads; row < p.rows; row += kThreads / kRowThreads) {
-#pragma unroll 4
-        for (int column = first + threadIdx.x % kRowThreads * kChunk; column < last; column += kRowThreads * kChunk) {
+    constexpr int kAtOnce = 4;
+    const int chunks = (last - first) / kChunk, all = p.rows * chunks;
+    for (int from = threadIdx.x; from < all; from += kAtOnce * kThreads) {
+        uint4 values[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = from + i * kThreads, row = at / chunks, column = first + at % chunks * kChunk;
             // Not the read-only path: the kernel before may write x while this one already runs.
-            const auto* source = reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
-            store_operand<Weight>(operand, row, column - first, column < p.inputs ? *source : uint4{});
+            values[i] = at < all && column < p.inputs ? *reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column)
+                                                      : uint4{};
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = from + i * kThreads;
+            if (at < all) store_operand<Weight>(operand, at / chunks, at % chunks * kChunk, values[i]);
         }
     }
 }
@@ -290,12 +306,11 @@ __device__ __forceinline__ void multiply_piece(float (&sum)[kGroups][2][4], cons
     }
 }
 
-template <typename Weight, int kRows, bool kSplit, Operand kOperand>
+template <typename Weight, int kRows, int kStages, bool kSplit, Operand kOperand>
 __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     using F = Format<Weight>;
     constexpr int kSlab = F::kSlab, kXChunks = 2 * F::kXChunks;
     constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
-    constexpr int kStages = Storage<kRows>::kStages;
     DYNAMIC_SHARED(shared);
     auto& storage = *reinterpret_cast<Storage<kRows>*>(shared);
     const auto* weight = static_cast<const Weight*>(p.weight);
@@ -337,11 +352,14 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
         ptx::cp_async_commit();
     }
     for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
-    float scales = 0, next_scales = 0;
-    if (F::kScaled) next_scales = load_scale(p, blockIdx.y, first_slab, last_slab);
+    float scales = 0, next_scales[2] = {};  // of the two tiles to come
+    if (F::kScaled) {
+        next_scales[0] = load_scale(p, blockIdx.y, first_slab, last_slab);
+        next_scales[1] = load_scale(p, blockIdx.y + stride, first_slab, last_slab);
+    }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    if constexpr (kOperand == Operand::kCopied) stage_copy<Weight, kRows>(operand, p, first, last);
+    if constexpr (kOperand == Operand::kCopied) stage_copy<Weight>(operand, p, first, last);
     if constexpr (kOperand == Operand::kSiluMul) stage_silu_mul<Weight, kRows>(operand, p, first, last);
     if constexpr (kOperand == Operand::kAddNorm) {
         ptx::cp_async_wait<kStages - 1>();
@@ -368,8 +386,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     for (int tile = blockIdx.y; tile < tiles; tile += stride, ++turn) {
         float sum[kGroups][2][4] = {};
         if (F::kScaled) {
-            scales = next_scales;
-            next_scales = load_scale(p, tile + stride, first_slab, last_slab);  // it arrives while this tile is read
+            scales = next_scales[0];
+            next_scales[0] = next_scales[1];
+            next_scales[1] = load_scale(p, tile + 2 * stride, first_slab, last_slab);
         }
         for (int slab = first_slab; slab < last_slab; ++slab) {
             const __nv_bfloat16* mine = operand.rows + lane / 4 * pitch + (slab - first_slab) * kSlab +
@@ -455,7 +474,7 @@ struct Plan {
 
 // The cheapest way to share tiles x slabs, in halves of a piece: the pieces of the busiest block, its part of x, and
 // what the exchange in a cluster takes (0.7 us on an H200). A ring holds no more stages than the block has pieces.
-template <typename Weight, int kRows, Operand kOperand>
+template <typename Weight, int kRows, int kStages, Operand kOperand>
 Plan plan(const Linear& p) {
     using F = Format<Weight>;
     const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + F::kSlab - 1) / F::kSlab;
@@ -470,7 +489,7 @@ Plan plan(const Linear& p) {
         if (ranks > 1 && turns > kMaxClusterTiles / ranks * ranks) continue;
         if (F::kScaled && share > kMostScales) continue;
         const int64_t pieces = int64_t{turns} * share;
-        const int stages = static_cast<int>(std::min<int64_t>(Storage<kRows>::kStages, pieces));
+        const int stages = static_cast<int>(std::min<int64_t>(kStages, pieces));
         const int operand_rows = p.rows + (kOperand == Operand::kAddNorm);
         const size_t shared_bytes = sizeof(Storage<kRows>) + operand_rows * F::operand_pitch(share) * size_t{2} +
                                     p.rows * F::groups(share) * sizeof(float) +
@@ -485,43 +504,68 @@ Plan plan(const Linear& p) {
     return best;  // no clusters: x does not fit
 }
 
-template <typename Weight, int kRows, Operand kOperand>
-cudaError_t launch_rows(const Linear& p, cudaStream_t stream) {
-    const Plan shares = plan<Weight, kRows, kOperand>(p);
+// Whether the kernel of so many rows and stages takes the call; starts it if `stream` is given.
+template <typename Weight, int kRows, int kStages, Operand kOperand>
+std::optional<cudaError_t> try_stages(const Linear& p, const cudaStream_t* stream) {
+    const Plan shares = plan<Weight, kRows, kStages, kOperand>(p);
+    if (shares.clusters == 0) return std::nullopt;
+    if (stream == nullptr) return cudaSuccess;
     const LaunchConfig config = {.grid = dim3(shares.ranks, shares.clusters),
                                  .block = dim3(kThreads),
                                  .shared_bytes = shares.shared_bytes,
-                                 .stream = stream,
+                                 .stream = *stream,
                                  .cluster = dim3(shares.ranks),
                                  .programmatic = true};
-    return launch(
-        shares.ranks > 1 ? linear_kernel<Weight, kRows, true, kOperand> : linear_kernel<Weight, kRows, false, kOperand>,
-        config, p);
+    return launch(shares.ranks > 1 ? linear_kernel<Weight, kRows, kStages, true, kOperand>
+                                   : linear_kernel<Weight, kRows, kStages, false, kOperand>,
+                  config, p);
+}
+
+template <typename Weight, int kRows, Operand kOperand>
+std::optional<cudaError_t> try_rows(const Linear& p, const cudaStream_t* stream) {
+    auto status = try_stages<Weight, kRows, most_stages(kRows), kOperand>(p, stream);
+    if constexpr (Format<Weight>::kScaled && kRows > 1) {
+        if (!status) status = try_stages<Weight, kRows, kFewStages, kOperand>(p, stream);
+    }
+    return status;
+}
+
+template <typename Weight, Operand kOperand>
+std::optional<cudaError_t> try_weight(const Linear& p, const cudaStream_t* stream) {
+    if (p.rows == 1) return try_rows<Weight, 1, kOperand>(p, stream);
+    if (p.rows <= 8) return try_rows<Weight, 8, kOperand>(p, stream);
+    if constexpr (kOperand == Operand::kCopied) return try_rows<Weight, 16, kOperand>(p, stream);
+    return std::nullopt;
+}
+
+template <Operand kOperand>
+std::optional<cudaError_t> try_launch(const Linear& p, const cudaStream_t* stream) {
+    return p.scale != nullptr ? try_weight<E4m3, kOperand>(p, stream) : try_weight<__nv_bfloat16, kOperand>(p, stream);
+}
+
+// The same of some of its rows.
+Linear rows_from(const Linear& p, int first, int rows) {
+    Linear part = p;
+    part.x += first * p.x_stride;
+    part.out += first * p.out_stride;
+    part.rows = rows;
+    return part;
+}
+
+// Rows of e4m3 weights whose x fits no shared memory go in two launches, for nothing else is as exact.
+std::optional<cudaError_t> try_halves(const Linear& p, const cudaStream_t* stream) {
+    const auto whole = try_launch<Operand::kCopied>(p, stream);
+    if (whole || p.scale == nullptr || p.rows == 1) return whole;
+    const int half = p.rows / 2;
+    for (const Linear& part : {rows_from(p, 0, half), rows_from(p, half, p.rows - half)}) {
+        const auto status = try_halves(part, stream);
+        if (!status || *status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
 }
 
 bool aligned(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
-template <typename Weight, Operand kOperand>
-bool fits(const Linear& p) {
-    if (p.rows == 1) return plan<Weight, 1, kOperand>(p).clusters > 0;
-    return (p.rows <= 8 ? plan<Weight, 8, kOperand>(p) : plan<Weight, 16, kOperand>(p)).clusters > 0;
-}
-
-template <Operand kOperand>
-bool fits(const Linear& p) {
-    return p.scale != nullptr ? fits<E4m3, kOperand>(p) : fits<__nv_bfloat16, kOperand>(p);
-}
-
-template <typename Weight, Operand kOperand>
-cudaError_t launch_few(const Linear& p, cudaStream_t stream) {
-    return p.rows == 1 ? launch_rows<Weight, 1, kOperand>(p, stream) : launch_rows<Weight, 8, kOperand>(p, stream);
-}
-
-template <Operand kOperand>
-cudaError_t launch_few(const Linear& p, cudaStream_t stream) {
-    return p.scale != nullptr ? launch_few<E4m3, kOperand>(p, stream) : launch_few<__nv_bfloat16, kOperand>(p, stream);
 }
 
 bool well_formed(const Linear& p) {
@@ -532,31 +576,28 @@ bool well_formed(const Linear& p) {
 }  // namespace
 
 bool linear_supported(const Linear& p) {
-    return well_formed(p) && fits<Operand::kCopied>(p);
+    return well_formed(p) && try_halves(p, nullptr);
 }
 
 bool add_rms_norm_linear_supported(const Linear& p) {
     return well_formed(p) && p.rows <= kLinearMaxStagedRows && aligned(p.residual) && aligned(p.norm_weight) &&
-           fits<Operand::kAddNorm>(p);
+           try_launch<Operand::kAddNorm>(p, nullptr);
 }
 
 bool silu_mul_linear_supported(const Linear& p) {
-    return well_formed(p) && p.rows <= kLinearMaxStagedRows && fits<Operand::kSiluMul>(p);
+    return well_formed(p) && p.rows <= kLinearMaxStagedRows && try_launch<Operand::kSiluMul>(p, nullptr);
 }
 
 cudaError_t linear(const Linear& p, cudaStream_t stream) {
-    if (!linear_supported(p)) return cudaErrorInvalidValue;
-    if (p.rows <= 8) return launch_few<Operand::kCopied>(p, stream);
-    return p.scale != nullptr ? launch_rows<E4m3, 16, Operand::kCopied>(p, stream)
-                              : launch_rows<__nv_bfloat16, 16, Operand::kCopied>(p, stream);
+    return linear_supported(p) ? *try_halves(p, &stream) : cudaErrorInvalidValue;
 }
 
 cudaError_t add_rms_norm_linear(const Linear& p, cudaStream_t stream) {
-    return add_rms_norm_linear_supported(p) ? launch_few<Operand::kAddNorm>(p, stream) : cudaErrorInvalidValue;
+    return add_rms_norm_linear_supported(p) ? *try_launch<Operand::kAddNorm>(p, &stream) : cudaErrorInvalidValue;
 }
 
 cudaError_t silu_mul_linear(const Linear& p, cudaStream_t stream) {
-    return silu_mul_linear_supported(p) ? launch_few<Operand::kSiluMul>(p, stream) : cudaErrorInvalidValue;
+    return silu_mul_linear_supported(p) ? *try_launch<Operand::kSiluMul>(p, &stream) : cudaErrorInvalidValue;
 }
 
 }  // namespace tokenspeed

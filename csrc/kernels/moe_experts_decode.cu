@@ -128,19 +128,20 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
     }
 }
 
-// Turns an entry's rows from bf16 to fp16, in place, each group of 128 columns by a power of two that stands behind the
+// Turns an entry's rows from bf16 to fp16, in place; what each group of 128 columns was divided by stands behind its
 // row. The warps kConsumers, who may read the rows afterwards.
 __device__ __forceinline__ void convert_rows(uint8_t* rows, int row_pitch, int choices, int depth) {
-    const int groups = depth / kScaleBlock, lane = threadIdx.x % kGroupLanes;
-    const int all = (choices * groups + 1) / 2 * 2;  // both halves of a warp call group_to_half
-    for (int i = threadIdx.x / kGroupLanes; i < all; i += kConsumerThreads / kGroupLanes) {
-        const int row = i / groups, group = i % groups;
-        auto* at = reinterpret_cast<uint4*>(rows + row * row_pitch + group * kScaleBlock * 2) + lane;
+    const int groups = depth / kScaleBlock, pairs = (groups + 1) / 2;
+    const int lane = threadIdx.x % kGroupLanes, half = threadIdx.x % 32 / kGroupLanes;
+    for (int i = threadIdx.x / 32; i < choices * pairs; i += kConsumers) {
+        uint8_t* row = rows + i / pairs * row_pitch;
+        const int group = i % pairs * 2 + half;
+        auto* at = reinterpret_cast<uint4*>(row + group * kScaleBlock * 2) + lane;
         float divisor;
-        const uint4 converted = group_to_half(row < choices ? *at : uint4{}, divisor);
-        if (row >= choices) continue;
+        const uint4 converted = row_to_half(group < groups ? *at : uint4{}, divisor);
+        if (group >= groups) continue;
         *at = converted;
-        if (lane == 0) *reinterpret_cast<float*>(rows + row * row_pitch + depth * 2 + group * 4) = divisor;
+        if (lane == 0) *reinterpret_cast<float*>(row + depth * 2 + group * 4) = divisor;
     }
     ptx::fence_async_shared();  // the next entry's rows come by bulk copies
     ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
