@@ -83,11 +83,15 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
                        cudaStream_t stream);
 
 // ---- moe_route.cu: logits [tokens, experts] by row stride; experts 256 or 512; top_k at most kMaxTopK.
-// positions [tokens] or null: negative for rows of padding. weights, chosen [tokens, top_k]; order [tokens top_k];
-// offsets [experts + 1]. One launch up to kRouteOneLaunch tokens, else two.
+// context_lens: of the sequences of `tokens` rows each, negative for padding, or null. weights, chosen [tokens, top_k];
+// order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch tokens, else two.
 constexpr int kMaxTopK = 16;
 constexpr int kRouteOneLaunch = 128;
-cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+struct SequenceRows {
+    const int32_t* context_lens;
+    int tokens;
+};
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, SequenceRows sequences,
                       __nv_bfloat16* weights, int32_t* chosen, int32_t* order, int32_t* offsets, int tokens,
                       int experts, int top_k, cudaStream_t stream);
 
@@ -238,13 +242,16 @@ struct PagedAttentionDecodeShape {
 PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecode& arguments);
 cudaError_t paged_attention_decode(PagedAttentionDecode arguments, cudaStream_t stream);
 struct PagedAttentionPrefill : PagedAttention {
-    const int32_t* cu_seqlens;  // [sequences + 1]
+    const int32_t* cu_seqlens;  // [sequences + 1]; null: every sequence has tokens_each, or is padding
     int64_t tokens;             // of all sequences
     int most_parts;             // of the workspace; see paged_attention_prefill_parts
     float* parts;               // [most_parts, kPrefillPartRows, D]
     float2* part_sums;          // [most_parts, kPrefillPartRows]: maximum in units of log 2, sum
+    int tokens_each = 1;        // 1 beside cu_seqlens
 };
 constexpr int kPrefillPartRows = 128;
+// Whether a decode call of that many tokens in all is faster in the prefill kernel: many rows read the same keys.
+bool paged_attention_decode_as_prefill(const PagedAttention& arguments, int64_t tokens);
 // Whether a lone sequence of that many tokens has so few rows that the decode kernel is faster.
 bool paged_attention_prefill_is_short(const PagedAttention& arguments, int64_t tokens);
 // How many parts the keys of that many tokens may be cut into, by the shapes alone; 0: they never are.

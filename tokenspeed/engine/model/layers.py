@@ -290,7 +290,9 @@ class MoE(Stage):
         projected, x, residual = x.linear(self.in_proj)
         gate, up, *others = self.widths
         shared, logits, shared_gate, _ = projected.split((gate + up, *others), dim=1)
-        weights, experts, order, offsets = ops.moe_route(logits, self.top_k, batch.positions)
+        padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding
+        contexts = padded.context_lens if padded else None
+        weights, experts, order, offsets = ops.moe_route(logits, self.top_k, contexts)
         held = (order, offsets[self.bounds], self.gate_up, self.down, self.first_expert)
         y = ops.moe_experts(x, weights, experts, *held)
         ops.add_gated_silu_mul_linear(y, shared, self.shared_down, shared_gate)
