@@ -63,24 +63,11 @@ std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared) {
     return out;
 }
 
-std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
-                                             const Tensor& page_table, const Tensor& context_lens, double scale) {
-    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
-    return shared ? decode(q, *shared) : std::nullopt;
-}
-
-std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gate, const Tensor& kv,
-                                              const Tensor& page_table, const Tensor& cu_seqlens,
-                                              const Tensor& context_lens, int64_t /*max_seqlen*/, double scale) {
-    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
-    const bool fits =
-        shared && is_int32(cu_seqlens) && cu_seqlens.is_contiguous() && has_shape(cu_seqlens, {shared->sequences + 1});
-    if (!fits) return std::nullopt;
-    if (shared->sequences == 1 && paged_attention_prefill_is_short(*shared, q.size(0))) {
-        if (auto out = decode(q, *shared)) return out;
-    }
-    const int parts = paged_attention_prefill_parts(*shared, q.size(0));
-    PagedAttentionPrefill arguments{*shared, data<int32_t>(cu_seqlens), q.size(0), parts, nullptr, nullptr};
+// The prefill kernel; cu_seqlens null: for sequences of tokens_each tokens.
+Tensor prefill(const Tensor& q, const PagedAttention& shared, const int32_t* cu_seqlens, int64_t tokens_each) {
+    const int parts = paged_attention_prefill_parts(shared, q.size(0));
+    PagedAttentionPrefill arguments{shared, cu_seqlens, q.size(0), parts, nullptr, nullptr};
+    arguments.tokens_each = static_cast<int>(tokens_each);
     Tensor out = new_tensor(q, {q.size(0), q.size(1) * q.size(2)});
     arguments.out = data(out);
     const Launch launch(q);
@@ -94,6 +81,28 @@ std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gat
     }
     check_launch(tokenspeed::paged_attention_prefill(arguments, launch.stream()), "paged_attention_prefill");
     return out;
+}
+
+std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
+                                             const Tensor& page_table, const Tensor& context_lens, double scale) {
+    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
+    if (shared && q.size(0) % shared->sequences == 0 && paged_attention_decode_as_prefill(*shared, q.size(0))) {
+        return prefill(q, *shared, nullptr, q.size(0) / shared->sequences);
+    }
+    return shared ? decode(q, *shared) : std::nullopt;
+}
+
+std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gate, const Tensor& kv,
+                                              const Tensor& page_table, const Tensor& cu_seqlens,
+                                              const Tensor& context_lens, int64_t /*max_seqlen*/, double scale) {
+    const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
+    const bool fits =
+        shared && is_int32(cu_seqlens) && cu_seqlens.is_contiguous() && has_shape(cu_seqlens, {shared->sequences + 1});
+    if (!fits) return std::nullopt;
+    if (shared->sequences == 1 && paged_attention_prefill_is_short(*shared, q.size(0))) {
+        if (auto out = decode(q, *shared)) return out;
+    }
+    return prefill(q, *shared, data<int32_t>(cu_seqlens), 1);
 }
 
 }  // namespace

@@ -75,7 +75,10 @@ constexpr int kLaneSequences = 32;  // one a lane: with more of them tiles are n
 constexpr int kSplitRounds = 2;     // nor with more tiles than that many rounds
 constexpr int kPartRounds = 3;      // rounds that the parts of a cut list may take
 constexpr int kEntryPages = 4, kMergePages = 4;  // what an entry and the merge cost, as pages
-constexpr int kShortRows = 32;   // at most: the decode kernel streams the keys as fast, and starts faster
+constexpr int kShortRows = 32;  // at most: the decode kernel streams the keys as fast, and starts faster
+// Decode calls that come here: rows of a sequence, at least, for the matrix unit takes them all at once; and sequences,
+// at least, for what this kernel takes to start (8 tokens of 32:2 heads behind 8192: 34 us where the other needs 24).
+constexpr int kManyRows = 32, kFewSequences = 4;
 constexpr int kMergeRounds = 8;  // blocks of the merge a multiprocessor
 constexpr int kMergeRows = 4, kMergeThreads = kMergeRows * kDim / 4;
 
@@ -94,13 +97,26 @@ struct Storage {
 static_assert(sizeof(Storage) <= 227 * 1024);
 static_assert(kQueryBytes == kBoxBytes);
 
+// Where a sequence's tokens begin; those of the one behind the last are their end.
+__device__ __forceinline__ int first_token_of(const PagedAttentionPrefill& p, int sequence) {
+    int first = sequence;
+    if (p.cu_seqlens != nullptr) first = p.cu_seqlens[sequence];
+    return first * p.tokens_each;
+}
+
+// None where a negative context marks padding.
+__device__ __forceinline__ int tokens_of(const PagedAttentionPrefill& p, int sequence) {
+    if (p.context_lens[sequence] < 0) return 0;
+    return first_token_of(p, sequence + 1) - first_token_of(p, sequence);
+}
+
 // A sequence's share of the list: its tiles of one KV head, and the pages that the last of them sees.
 struct Extent {
     int tiles, pages;
 };
 
 __device__ __forceinline__ Extent extent_of(const PagedAttentionPrefill& p, int sequence) {
-    const int tokens = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
+    const int tokens = tokens_of(p, sequence);
     if (tokens == 0) return {0, 0};
     return {(tokens * p.group + kRows - 1) / kRows, (p.context_lens[sequence] + tokens + kPage - 1) / kPage};
 }
@@ -123,7 +139,7 @@ __device__ __forceinline__ int choose_most_pages(const PagedAttentionPrefill& p,
     if (p.most_parts == 0) return kWhole;
     const int lane = threadIdx.x % 32;
     const Extent own = lane < p.sequences ? extent_of(p, lane) : Extent{0, 0};
-    const int own_tokens = lane < p.sequences ? p.cu_seqlens[lane + 1] - p.cu_seqlens[lane] : 0;
+    const int own_tokens = lane < p.sequences ? tokens_of(p, lane) : 0;
     const int longest = warp_maximum(own.pages);
     // Twice the mean pages of a tile: those of the last and of the first.
     const int pages = warp_sum(own.tiles * (2 * own.pages - own_tokens / kPage)) * p.kv_heads / 2;
@@ -184,7 +200,7 @@ __device__ __forceinline__ Located locate_longest(const PagedAttentionPrefill& p
     const int lane = threadIdx.x % 32;
     int start = 0, end = 0;
     if (lane < p.sequences) {
-        start = static_cast<int>(static_cast<int64_t>(p.context_lens[lane]) * p.group / kRows);
+        start = static_cast<int>(static_cast<int64_t>(max(p.context_lens[lane], 0)) * p.group / kRows);
         end = start + extent_of(p, lane).tiles;
     }
     for (int level = warp_maximum(end);;) {
@@ -222,9 +238,9 @@ __device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, const 
         Tile tile;
         tile.sequence = sequence;
         tile.head = item % p.kv_heads;
-        tile.first_token = p.cu_seqlens[sequence];
+        tile.first_token = first_token_of(p, sequence);
         tile.first_row = (offset - range * extent.tiles) * kRows;
-        tile.rows = (p.cu_seqlens[sequence + 1] - tile.first_token) * p.group;
+        tile.rows = (first_token_of(p, sequence + 1) - tile.first_token) * p.group;
         tile.context = p.context_lens[sequence];
         const int pages = visible_pages(p, tile.first_row, tile.rows, tile.context);
         const int range_pages = quotient_up(extent.pages, ranges);
@@ -293,6 +309,7 @@ class Consumer {
     __device__ __forceinline__ void run(const Tile& tile) {
         tile_ = tile;
         first_row_ = tile.first_row + group_ * kGroupRows;
+        if (first_row_ >= tile.rows) return hand_on();
         masked_from_ = tile.context + place_of_row(p_, min(first_row_, tile.rows - 1)).token + 1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -347,6 +364,16 @@ class Consumer {
     }
 
   private:
+    // None of the group's rows exists: the boxes are the other group's.
+    __device__ __forceinline__ void hand_on() {
+#pragma unroll 1
+        for (int left = 2 * (tile_.last_page - tile_.first_page); left > 0; --left) {
+            wait_for_box();
+            if (left == 1) silence_missing_values();
+            release_box();
+        }
+    }
+
     __device__ __forceinline__ void barrier() const { ptx::named_barrier_sync(kFirstGroupBarrier + group_, 128); }
 
     // The group's rows; missing ones become zero. All loads are under way at once.
@@ -601,6 +628,18 @@ class Consumer {
     RingPosition<kStages> at_;
 };
 
+// Zeros where a negative context marks padding, which a batch of sequences of one length may hold. By the producer's
+// idle neighbours.
+__device__ __forceinline__ void clear_padding(const PagedAttentionPrefill& p) {
+    if (p.cu_seqlens != nullptr) return;
+    const int vectors = p.tokens_each * p.q_heads * (kDim / 8);
+    for (int sequence = blockIdx.x; sequence < p.sequences; sequence += gridDim.x) {
+        if (p.context_lens[sequence] >= 0) continue;
+        auto* out = reinterpret_cast<uint4*>(out_of(p, static_cast<int64_t>(sequence) * p.tokens_each, 0, 0));
+        for (int i = threadIdx.x - kConsumers - 32; i < vectors; i += kThreads - kConsumers - 32) out[i] = uint4{};
+    }
+}
+
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ PagedAttentionPrefill p) {
     DYNAMIC_SHARED(raw);
@@ -623,7 +662,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     if (warp >= kConsumers / 32) {
         ptx::register_decrease<40>();
-        if (warp > kConsumers / 32) return;
+        if (warp > kConsumers / 32) {
+            clear_padding(p);
+            return;
+        }
         Producer producer(storage, &map, p);
         each_tile(p, storage.list, [&](const Tile& tile) { producer.run(tile); });
     } else {
@@ -645,10 +687,11 @@ __device__ __forceinline__ CutRow find_row(const PagedAttentionPrefill& p, int m
                                            int column) {
     // How many sequences end before the token. There may be tokens behind the last one.
     const int lane = threadIdx.x % 32;
-    const int sequence = __popc(__ballot_sync(0xffffffffu, lane < p.sequences && p.cu_seqlens[lane + 1] <= token));
+    const int sequence = __popc(__ballot_sync(0xffffffffu, lane < p.sequences && first_token_of(p, lane + 1) <= token));
     if (sequence == p.sequences) return {};
     const Extent extent = extent_of(p, sequence);
-    const int first_token = p.cu_seqlens[sequence], rows = (p.cu_seqlens[sequence + 1] - first_token) * p.group;
+    if (extent.tiles == 0) return {};
+    const int first_token = first_token_of(p, sequence), rows = tokens_of(p, sequence) * p.group;
     const int head = query_head / p.group, row = (token - first_token) * p.group + query_head % p.group;
     const int tile = row / kRows, pages = visible_pages(p, tile * kRows, rows, p.context_lens[sequence]);
     const int before = count_all(sequence, [&](int other) { return entries_of(extent_of(p, other), most_pages); });
@@ -705,6 +748,11 @@ int64_t most_tiles(const PagedAttention& p, int64_t tokens) {
 }
 
 }  // namespace
+
+bool paged_attention_decode_as_prefill(const PagedAttention& p, int64_t tokens) {
+    return tokens / p.sequences * (p.q_heads / p.kv_heads) >= kManyRows && p.sequences >= kFewSequences &&
+           p.sequences <= kLaneSequences;
+}
 
 bool paged_attention_prefill_is_short(const PagedAttention& p, int64_t tokens) {
     return tokens * (p.q_heads / p.kv_heads) <= kShortRows;
