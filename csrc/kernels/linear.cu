@@ -10,7 +10,9 @@
 //
 // A block has a multiprocessor's shared memory to itself where its share of the weights is long, for a deep ring is
 // what keeps memory busy from one launch to the next: a block starts as one of the kernel ahead leaves, and asks for
-// 11 slabs at once. Where the share is short the ring is no longer than it, and the next kernel's fits beside it.
+// 11 slabs at once. Where the share is short (of one row, no more than the ring) the ring is no longer than the share
+// or than half of a multiprocessor, so that the next kernel's fills beside it, and five slabs are asked for before the
+// wait, the others once x has been, which would wait behind them.
 //
 // x lies in shared memory, all rows of the block's columns. What comes before the product in a layer is done on the
 // way, up to eight rows: silu_mul, or the residual sum and its norm, whose sum of squares every block repeats. The
@@ -51,22 +53,31 @@ constexpr int kMaxClusterTiles = 12;          // tiles a cluster may own: what i
 // residual sum and its norm.
 enum class Operand { kCopied, kSiluMul, kAddNorm };
 
-template <int kRows>
+template <int kRows, bool kDeep>
 struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
-    static constexpr int kStages = kRows == 1 ? 11 : 8;
+    static constexpr int kStages = kRows == 1 ? 11 : kDeep ? 8 : 4;
     float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
     float squares[kWarps];
     uint64_t exchanged;  // mbarrier: the sums of this block's tiles are there
-    // Then the operand, [rows][operand_pitch], behind it a row of norm weights, and the ring, [stages][kWarps][kPiece].
+    // Then the operand, [rows][operand_pitch], behind it a row of norm weights, and, from a multiple of 128 bytes on
+    // (or each row of a piece would lie in two lines), the ring, [stages][kWarps][kPiece].
 };
-constexpr int kOperandPad = 32;           // elements; rows of x on each other's other half of the banks
-constexpr int kSharedLimit = 227 * 1024;  // bytes a block
+constexpr int kOperandPad = 32;               // elements; rows of x on each other's other half of the banks
+constexpr int kSharedLimit = 227 * 1024;      // bytes a block
+constexpr int kHalfSharedLimit = 113 * 1024;  // where two share a multiprocessor
+constexpr int kShortShare = 10;               // pieces
+constexpr int kFirstCopies = 5;               // before the wait, of a short share
 constexpr int kSlabBytes = kTileRows * kSlab * 2;
 
 // Elements in a row of the operand: the columns of this block, in whole slabs, and the padding.
 __host__ __device__ constexpr int operand_pitch(int slabs) {
     return slabs * kSlab + kOperandPad;
+}
+
+// Elements of `rows` rows, up to a multiple of 128 bytes.
+__host__ __device__ constexpr int operand_size(int rows, int slabs) {
+    return (rows * operand_pitch(slabs) + 63) / 64 * 64;
 }
 
 // A walk over a block's pieces: for every tile, for every slab.
@@ -189,12 +200,12 @@ __device__ __forceinline__ void stage_add_norm(__nv_bfloat16* operand, int pitch
     }
 }
 
-template <int kRows, bool kSplit, Operand kOperand>
+template <int kRows, bool kDeep, bool kSplit, Operand kOperand>
 __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
-    constexpr int kStages = Storage<kRows>::kStages;
+    constexpr int kStages = Storage<kRows, kDeep>::kStages;
     DYNAMIC_SHARED(shared);
-    auto& storage = *reinterpret_cast<Storage<kRows>*>(shared);
+    auto& storage = *reinterpret_cast<Storage<kRows, kDeep>*>(shared);
     auto* operand = reinterpret_cast<__nv_bfloat16*>(&storage + 1);
     const __nv_bfloat16* weight = p.weight;
     const int rows = p.rows, outputs = p.outputs, inputs = p.inputs;
@@ -205,9 +216,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     const int first_slab = slabs * rank / ranks, last_slab = slabs * (rank + 1) / ranks;
     const int first = first_slab * kSlab, last = last_slab * kSlab;
     // The same in every block of the cluster, whose shares may differ by a slab.
-    const int pitch = operand_pitch((slabs + ranks - 1) / ranks);
+    const int share = (slabs + ranks - 1) / ranks, pitch = operand_pitch(share);
     __nv_bfloat16* norm_weights = operand + rows * pitch;
-    __nv_bfloat16* ring = norm_weights + (kOperand == Operand::kAddNorm ? pitch : 0);
+    __nv_bfloat16* ring = operand + operand_size(rows + (kOperand == Operand::kAddNorm), share);
     const auto piece_of = [&](int stage) { return ring + (stage * kWarps + warp) * kPiece; };
     const int own_turns = kSplit ? (tiles - static_cast<int>(blockIdx.y) + stride - 1) / stride : 0;
     if constexpr (kSplit) {
@@ -231,16 +242,23 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
         copy_norm_weights(norm_weights, p, first, last);
         ptx::cp_async_commit();
     }
-    for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
+    const bool is_short = kRows == 1 && (tiles + stride - 1) / stride * share <= kStages;
+    const int first_copies = is_short ? kFirstCopies : kStages - 1;
+    for (int stage = 0; stage < first_copies; ++stage) copy_next(stage);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     if constexpr (kOperand == Operand::kCopied) stage_copy<kRows>(operand, pitch, p, first, last);
     if constexpr (kOperand == Operand::kSiluMul) stage_silu_mul<kRows>(operand, pitch, p, first, last);
     if constexpr (kOperand == Operand::kAddNorm) {
-        ptx::cp_async_wait<kStages - 1>();
+        if (is_short) {
+            ptx::cp_async_wait<kFirstCopies>();
+        } else {
+            ptx::cp_async_wait<kStages - 1>();
+        }
         __syncthreads();  // every thread's norm weights are there
         stage_add_norm<kRows>(operand, pitch, norm_weights, storage.squares, p, first, last);
     }
+    for (int stage = first_copies; stage < kStages - 1; ++stage) copy_next(stage);
     __syncthreads();
     if (kSplit) ptx::cluster_wait();
 
@@ -333,11 +351,21 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
 // The grid and the shared memory of a call.
 struct Plan {
     int ranks, clusters;
+    bool deep;
     size_t shared_bytes;
 };
 
+// Of a block with so many pieces. A ring holds no more stages than that.
+template <int kRows, bool kDeep, Operand kOperand>
+size_t shared_bytes_of(int rows, int slabs, int64_t pieces) {
+    rows += kOperand == Operand::kAddNorm;
+    const auto stages = std::min<int64_t>(Storage<kRows, kDeep>::kStages, pieces);
+    return sizeof(Storage<kRows, kDeep>) + operand_size(rows, slabs) * sizeof(__nv_bfloat16) + stages * kSlabBytes;
+}
+
 // The cheapest way to share tiles x slabs, in halves of a piece: the pieces of the busiest block, its part of x, and
-// what the exchange in a cluster takes (0.7 us on an H200). A ring holds no more stages than the block has pieces.
+// what the exchange in a cluster takes (0.7 us on an H200). By the class of rows alone, so that a row's sums have the
+// same order in every batch of the class.
 template <int kRows, Operand kOperand>
 Plan plan(const Linear& p) {
     const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + kSlab - 1) / kSlab;
@@ -351,15 +379,15 @@ Plan plan(const Linear& p) {
         const int turns = (tiles + clusters - 1) / clusters, share = (slabs + ranks - 1) / ranks;
         if (ranks > 1 && turns > kMaxClusterTiles / ranks * ranks) continue;
         const int64_t pieces = int64_t{turns} * share;
-        const int stages = static_cast<int>(std::min<int64_t>(Storage<kRows>::kStages, pieces));
-        const int operand_rows = p.rows + (kOperand == Operand::kAddNorm);
-        const size_t shared_bytes = sizeof(Storage<kRows>) + operand_rows * operand_pitch(share) * size_t{2} +
-                                    static_cast<size_t>(stages) * kSlabBytes;
-        if (shared_bytes > kSharedLimit) continue;
-        const int64_t cost = 2 * pieces + int64_t{p.rows} * share / kTileRows * 2 + (ranks > 1 ? 3 : 0);
+        const bool deep = kRows == 1 || pieces > kShortShare ||
+                          shared_bytes_of<kRows, false, kOperand>(kRows, share, pieces) > kHalfSharedLimit;
+        if (deep && shared_bytes_of<kRows, true, kOperand>(kRows, share, pieces) > kSharedLimit) continue;
+        const size_t shared_bytes = deep ? shared_bytes_of<kRows, true, kOperand>(p.rows, share, pieces)
+                                         : shared_bytes_of<kRows, false, kOperand>(p.rows, share, pieces);
+        const int64_t cost = 2 * pieces + kRows * share / kTileRows * 2 + (ranks > 1 ? 3 : 0);
         if (cost < best_cost) {
             best_cost = cost;
-            best = {ranks, clusters, shared_bytes};
+            best = {ranks, clusters, deep, shared_bytes};
         }
     }
     return best;  // no clusters: x does not fit
@@ -374,7 +402,14 @@ cudaError_t launch_rows(const Linear& p, cudaStream_t stream) {
                                  .stream = stream,
                                  .cluster = dim3(shares.ranks),
                                  .programmatic = true};
-    return launch(shares.ranks > 1 ? linear_kernel<kRows, true, kOperand> : linear_kernel<kRows, false, kOperand>,
+    constexpr bool kDeepOnly = kRows == 1;
+    if (shares.deep) {
+        return launch(
+            shares.ranks > 1 ? linear_kernel<kRows, true, true, kOperand> : linear_kernel<kRows, true, false, kOperand>,
+            config, p);
+    }
+    return launch(shares.ranks > 1 ? linear_kernel<kRows, kDeepOnly, true, kOperand>
+                                   : linear_kernel<kRows, kDeepOnly, false, kOperand>,
                   config, p);
 }
 

@@ -1,4 +1,8 @@
-"""The dense product, alone and with what comes before it in a layer."""
+"""The dense product, alone and with what comes before it in a layer.
+
+On a GPU the weights may be read before the launch ahead on the stream has finished: see "Weights stand still" in
+docs/ops.md.
+"""
 
 import torch
 import torch.nn.functional as F
