@@ -31,7 +31,8 @@
 // the rows in registers at every step and 32 lanes a row, which issues two to three times the instructions; two blocks
 // a multiprocessor at small batch, where the next kernel's blocks find no room (batch 2 took twice as long as batch 1).
 //
-// Measured on an H200: batch 1, Hv 32, one token 5.6 us (5.9 with a barrier for the sums), four 8.4; batch 64 53.7;
+// Measured on an H200 before new inputs were read ahead of the exchange: batch 1, Hv 32, one token 5.6 us (5.9 with a
+// barrier for the sums), four 8.4; batch 64 53.7;
 // T = 4, Hv 64, batch 64: 117.
 //
 // budget: decode_kernel registers<=160 shared<=0 hot
@@ -297,6 +298,10 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     __syncthreads();
     if (kSplit) ptx::cluster_arrive_relaxed();  // this block has read what the group shares; its barrier is ready
 
+    const WindowPart part(at);
+    uint4 input{};
+    if (kSplit && threadIdx.x < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, threadIdx.x);
+
     for (int i = warp; i < kTokens * kTokens + slots.pending; i += kWarps) {
         if (i < kTokens * kTokens) {
             triangle<kTokens>(at, shared, i / kTokens, i % kTokens);
@@ -342,12 +347,13 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
         }
         if (threadIdx.x < at.rows) store_updates<kTokens>(p, at, slots, threadIdx.x, u);  // a block has 256 at most
         if (at.rank == 0) store_shared_state<kTokens>(p, at, shared, slots);
-        store_window<kTokens>(p, at, slots);
+        store_window<kTokens>(p, at, slots, part, input);
         ptx::mbarrier_wait_cluster(shared.squares_full, 0);
     } else {
         load_norm_weight();
         store_shared_state<kTokens>(p, at, shared, slots);
-        store_window<kTokens>(p, at, slots);
+        if (threadIdx.x < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, threadIdx.x);
+        store_window<kTokens>(p, at, slots, part, input);
     }
     for (int first = 0; first < kTokens * quads; first += kThreads) {
         const int item = min(first + static_cast<int>(threadIdx.x), kTokens * quads - 1);
