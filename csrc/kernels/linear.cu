@@ -364,8 +364,8 @@ size_t shared_bytes_of(int rows, int slabs, int64_t pieces) {
 }
 
 // The cheapest way to share tiles x slabs, in halves of a piece: the pieces of the busiest block, its part of x, and
-// what the exchange in a cluster takes (0.7 us on an H200). By the class of rows alone, so that a row's sums have the
-// same order in every batch of the class.
+// what the exchange in a cluster takes (0.7 us on an H200); by the class of rows, so that a row's sums have the same
+// order in every batch of the class, unless x fits in one of them and not in another.
 template <int kRows, Operand kOperand>
 Plan plan(const Linear& p) {
     const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + kSlab - 1) / kSlab;
@@ -381,9 +381,9 @@ Plan plan(const Linear& p) {
         const int64_t pieces = int64_t{turns} * share;
         const bool deep = kRows == 1 || pieces > kShortShare ||
                           shared_bytes_of<kRows, false, kOperand>(kRows, share, pieces) > kHalfSharedLimit;
-        if (deep && shared_bytes_of<kRows, true, kOperand>(kRows, share, pieces) > kSharedLimit) continue;
         const size_t shared_bytes = deep ? shared_bytes_of<kRows, true, kOperand>(p.rows, share, pieces)
                                          : shared_bytes_of<kRows, false, kOperand>(p.rows, share, pieces);
+        if (shared_bytes > kSharedLimit) continue;
         const int64_t cost = 2 * pieces + kRows * share / kTileRows * 2 + (ranks > 1 ? 3 : 0);
         if (cost < best_cost) {
             best_cost = cost;
