@@ -168,7 +168,6 @@ BUGS = (
         "copy_on_write",
     ),
     ("fewer pages are told than are held", Tables.add_pages, "first + len(new)", "len(new)", "long_answer"),
-    ("a sequence forgets what its predecessor had left", Tables.begin, "(0, 0, b.left,", "(0, 0, 3,", "long_answer"),
     (
         "a page that a decode adds is counted twice",
         Scheduler._extend,
