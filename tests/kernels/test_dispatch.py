@@ -30,6 +30,7 @@ KERNELS = (
     "paged_attention_decode",
     "paged_attention_prefill",
     "moe_experts",
+    "moe_block",
 )
 HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
 HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))
@@ -125,7 +126,13 @@ def test_a_captured_graph_replays_to_the_same_bits(backend, name):
 
 
 # The arguments that are read before the wait, since nobody writes them while the model runs.
-WEIGHTS = {"linear": 1, "add_rms_norm_linear": 4, "silu_mul_linear": 1, "add_gated_silu_mul_linear": 2}
+WEIGHTS = {
+    "linear": (1,),
+    "add_rms_norm_linear": (4,),
+    "silu_mul_linear": (1,),
+    "add_gated_silu_mul_linear": (2,),
+    "moe_block": (2, 4, 7, 8, 9),
+}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -144,7 +151,7 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed)
     wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected or ())
     from_slot, to_slot, device = backend.tensor([0]), backend.tensor([1]), emulator()
     for position, arg in enumerate(args):
-        if not isinstance(arg, torch.Tensor) or position == WEIGHTS.get(name):
+        if not isinstance(arg, torch.Tensor) or position in WEIGHTS.get(name, ()):
             continue
         given = fresh()
         given[position], arena = behind_a_copy(arg)

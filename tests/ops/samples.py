@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from tokenspeed.ops.moe import MOE_COUNTERS
+
 from .backends import Backend
 from .gdn import Layer, cu_seqlens, published
 from .paging import PUBLISHED, Pages
@@ -89,6 +91,14 @@ def moe_experts(backend: Backend):
     return backend.randn(5, 128), *routed, backend.randn(8, 128, 128), backend.randn(8, 128, 64)
 
 
+def moe_block(backend: Backend):
+    x, residual, norm = backend.randn(3, 128), backend.randn(3, 128), backend.randn(128) * 0.1
+    in_proj, shared_down = backend.randn(2 * 64 + 256 + 8, 128) * 0.1, backend.randn(128, 64) * 0.1
+    gate_up, down = backend.randn(256, 128, 128) * 0.1, backend.randn(256, 128, 64) * 0.1
+    counters = backend.tensor([0] * MOE_COUNTERS)
+    return x, residual, norm, EPS, in_proj, 256, 8, gate_up, down, shared_down, counters
+
+
 def linear(backend: Backend):
     return backend.randn(3, 512), backend.randn(96, 512)
 
@@ -156,6 +166,7 @@ SAMPLES: dict[str, Callable] = {
         gated_delta_rule_prefill,
         gated_rms_norm,
         linear,
+        moe_block,
         moe_experts,
         moe_route,
         paged_attention_decode,

@@ -23,6 +23,7 @@ from .step import Edit, NextStep, Step
 _DECODE_OPERATORS = {
     "attention_prologue",
     "gated_delta_rule_decode",
+    "moe_block",
     "moe_experts",
     "moe_route",
     "paged_attention_decode",
