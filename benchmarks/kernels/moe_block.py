@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokenspeed.ops.moe import MOE_BLOCK_ROWS, MOE_COUNTERS
+from tokenspeed.ops.moe import MOE_BLOCK_ROWS, moe_block_scratch
 
 from ..cases import Case, Inputs, Sizes, operator_case
 from .moe_experts import MODELS, ON_CPU, Weights
@@ -36,11 +36,11 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 router = torch.linalg.lstsq(normed.cpu(), renamed.cpu()).solution.T
                 in_proj[2 * width : 2 * width + experts] = router.to(in_proj)
                 shared_down = draw.randn(hidden, width).mul_(width**-0.5)
-                counters = draw.integers([0] * MOE_COUNTERS)
+                scratch = draw.integers([0] * moe_block_scratch(experts, top_k, hidden))
                 norm_weight = draw.randn(hidden).mul_(1e-3)
                 gate_up, down = held.draw(draw)
                 stream = (x, residual, norm_weight, EPS)
-                return *stream, in_proj, experts, top_k, gate_up, down, shared_down, counters
+                return *stream, in_proj, experts, top_k, gate_up, down, shared_down, scratch
 
             dense = 2 * width + experts + 8 + width
             yield operator_case(

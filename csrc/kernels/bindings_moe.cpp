@@ -63,16 +63,16 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
 std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tensor& residual, const Tensor& norm_weight,
                                                     double eps, const Tensor& in_proj, int64_t experts, int64_t top_k,
                                                     const Tensor& gate_up, const Tensor& down,
-                                                    const Tensor& shared_down, const Tensor& counters,
+                                                    const Tensor& shared_down, const Tensor& scratch,
                                                     int64_t first_expert) {
     bool fits = has_kernels(x) && x.dim() == 2 && x.size(0) > 0 && x.size(0) <= kMoeBlockTokens && x.stride(1) == 1 &&
                 in_proj.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && shared_down.dim() == 2 &&
-                is_int32(counters) && counters.numel() >= moe_block_counters() && first_expert >= 0 &&
+                is_int32(scratch) && first_expert >= 0 &&
                 first_expert <= experts && top_k > 0 && top_k <= kMaxTopK && experts <= kMaxIndex;
     for (const Tensor* values : {&x, &residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down}) {
         fits = fits && is_bf16(*values);
     }
-    for (const Tensor* packed : {&residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down, &counters}) {
+    for (const Tensor* packed : {&residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down, &scratch}) {
         fits = fits && packed->is_contiguous();
     }
     if (!fits) return std::nullopt;
@@ -93,7 +93,7 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tenso
                        .gate_up = data(gate_up),
                        .down = data(down),
                        .shared_down = data(shared_down),
-                       .counters = data<uint32_t>(counters),
+                       .scratch = data<uint32_t>(scratch),
                        .out = nullptr,
                        .sum = nullptr,
                        .workspace = nullptr,
@@ -106,7 +106,7 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tenso
                        .width = static_cast<int>(width),
                        .shared = static_cast<int>(shared),
                        .projections = static_cast<int>(projections)};
-    if (!moe_block_supported(arguments)) return std::nullopt;
+    if (!moe_block_supported(arguments) || scratch.numel() < moe_block_scratch(arguments)) return std::nullopt;
     Tensor out = new_tensor(x, {tokens, hidden}), sum = new_tensor(x, {tokens, hidden});
     const Tensor workspace = new_workspace(x, moe_block_workspace(arguments));
     arguments.out = data(out);

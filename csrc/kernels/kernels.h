@@ -287,7 +287,7 @@ struct MoeBlock {
     const __nv_bfloat16* gate_up;  // [held, 2 width, hidden]
     const __nv_bfloat16* down;     // [held, hidden, width]
     const __nv_bfloat16* shared_down;  // [hidden, shared]
-    uint32_t* counters;                // moe_block_counters() of them
+    uint32_t* scratch;                 // moe_block_scratch() words, aligned to 16 bytes, zeros at first
     __nv_bfloat16* out;                // [tokens, hidden]
     __nv_bfloat16* sum;                // [tokens, hidden]: x + residual
     uint8_t* workspace;                // of moe_block_workspace bytes, any content
@@ -295,7 +295,7 @@ struct MoeBlock {
 };
 bool moe_block_supported(const MoeBlock& arguments);
 size_t moe_block_workspace(const MoeBlock& arguments);
-int moe_block_counters();
+int64_t moe_block_scratch(const MoeBlock& arguments);  // from the sizes alone
 cudaError_t moe_block(const MoeBlock& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

@@ -16,11 +16,13 @@
 // 8, all of them for each expert: the operand is the same for every unit, and columns of tokens that did not choose the
 // expert are not stored. Another warp brings the activations of units of 2 and 4 into shared memory.
 //
-// Dependencies are counters in the caller's memory: `projected` (1 to top-k and 2), one for each entry (3 to 4), one
-// for each tile of the output. Who stores adds with a release; who needs it waits with an acquire. Every block repeats
-// norm and top-k, which costs less than to wait for another's. Last, a block finishes its own 16 columns of the output,
-// those of its tile of shared_down, ranks in order: no float atomics, the same input gives the same bits. There are two
-// sets of counters, used in turn; a launch clears the one that the launch before has used, so a graph may replay.
+// Dependencies. Where a wait is all there is to do, what is handed on carries its own flag: the router's logits and the
+// rows of down are words with the launch's number in the upper half, and the reader spins on the words. The others are
+// counters: one of the first product (for 2), one for each entry (3 to 4); who stores adds with a release, who needs it
+// waits with an acquire. Every block repeats norm and top-k, which costs less than to wait for another's. Last, a block
+// finishes its own 16 columns of the output, those of its tile of shared_down, ranks in order: no float atomics, the
+// same input gives the same bits. All this lies in the caller's memory, since its old content must be known: a launch
+// counts itself, uses one of two sets of counters in turn and clears the other, so a graph may replay.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
 // have. What the kernel ahead still holds it gives back without waiting for us. The next kernel's ring fills where ours
@@ -46,7 +48,7 @@ namespace {
 using namespace moe_layer;
 
 constexpr int kBatch = 4;        // 16-byte loads of an operand that a thread has under way
-constexpr int kRanksAtOnce = 8;  // of a token's rows
+constexpr int kRanksAtOnce = 8;  // of a token's rows, four lanes each
 
 struct Maps {
     CUtensorMap in_proj, shared_down, gate_up, down;
@@ -61,16 +63,20 @@ __device__ __forceinline__ int first_unit(int before) {
 
 // How many units of each kind there are, and who has them.
 struct Work {
-    int in_tiles, column_tiles, gate_up_tiles, down_tiles;
+    int in_tiles, router_tile, router_tiles, column_tiles, gate_up_tiles, down_tiles;
 
     __device__ explicit Work(const MoeBlock& p)
         : in_tiles((p.projections + Dense::kTileColumns - 1) / Dense::kTileColumns),
+          router_tile(2 * p.shared / Dense::kTileColumns),
+          router_tiles(p.experts / Dense::kTileColumns),
           column_tiles(p.hidden / Dense::kTileColumns),
           gate_up_tiles(p.width / GateUp::kTileColumns),
-          down_tiles(p.hidden / Down::kTileColumns) {}
+          down_tiles((p.hidden + Down::kTileColumns - 1) / Down::kTileColumns) {}
+    // Whether a tile of in_proj is the router's: its product goes as tagged words.
+    __device__ bool routes(int tile) const { return tile >= router_tile && tile < router_tile + router_tiles; }
     // What `projected` counts to.
     __device__ uint32_t projections(int tokens) const {
-        return static_cast<uint32_t>(in_tiles * tokens + max(static_cast<int>(gridDim.x) - in_tiles, 0));
+        return gridDim.x + static_cast<uint32_t>((in_tiles - router_tiles) * tokens);
     }
 };
 
@@ -128,7 +134,7 @@ __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots)
     const int lane = threadIdx.x % 32, blocks = static_cast<int>(gridDim.x);
     const int slot_bytes = a.layout.tokens * a.layout.slot_pitch;
     ptx::mbarrier_wait(&control.begun, 0);
-    CounterSet& counters = reinterpret_cast<Counters*>(p.counters)->sets[control.turn];
+    CounterSet& counters = reinterpret_cast<Header*>(p.scratch)->sets[control.launch % 2];
     Cursor at;
     if (static_cast<int>(blockIdx.x) < work.column_tiles) {
         if (lane == 0) ptx::wait_at_least(&counters.projected, work.projections(p.tokens));
@@ -278,10 +284,9 @@ __device__ void stage_norm(const Arguments& a, Control& control, uint8_t* rows) 
     uint4 early{};
     if (from < p.hidden) early = ptx::load_16_read_only(p.norm_weight + from);
     ptx::grid_dependency_wait();
-    uint32_t turn = 0;
-    if (threadIdx.x == 0) turn = ptx::load_acquire(p.counters);
     uint8_t* mine = rows + token * a.layout.row_pitch;
     float total = 0;
+    uint32_t launches = 0;
     if (token < p.tokens) {
         const __nv_bfloat16* x = p.x + token * p.x_stride;
         const __nv_bfloat16* residual = p.residual + int64_t{token} * p.hidden;
@@ -294,6 +299,7 @@ __device__ void stage_norm(const Arguments& a, Control& control, uint8_t* rows) 
                 added[i] = ptx::load_16_no_allocate(x + column);
                 old[i] = ptx::load_16_no_allocate(residual + column);
             }
+            if (threadIdx.x == 0 && base == from) launches = *p.scratch;  // behind x: an acquire would go first
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int column = base + i * step;
@@ -306,8 +312,10 @@ __device__ void stage_norm(const Arguments& a, Control& control, uint8_t* rows) 
         }
     }
     if (threadIdx.x == 0) {
-        control.turn = static_cast<int>(turn & 1);
+        control.launch = launches + 1;
         ptx::mbarrier_arrive(&control.begun);
+        // Whoever sees this count knows that the number has been read.
+        ptx::add_relaxed(&reinterpret_cast<Header*>(p.scratch)->sets[(launches + 1) % 2].projected, 1);
     }
     total = warp_sum(total);
     if (alone) {
@@ -333,96 +341,105 @@ __device__ void stage_norm(const Arguments& a, Control& control, uint8_t* rows) 
 }
 
 // Each token's choices by a warp, then the list of entries by the first: experts here that any token chose, in the
-// order of the first choice.
+// order of the first choice. Weights come after the list: nobody waits for them.
 template <int kPerLane>
-__device__ void list_entries(const Arguments& a, Control& control, uint32_t* first, const CounterSet& counters,
-                             uint32_t projections) {
+__device__ void list_entries(const Arguments& a, Control& control, uint32_t* first) {
     const MoeBlock& p = a.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, choices = p.tokens * p.top_k;
+    Choice choice{};
     if (warp < p.tokens) {
-        if (lane == 0) ptx::wait_at_least(&counters.projected, projections);
+        uint32_t bits[kPerLane];
+        ptx::wait_tagged(bits, a.logits + warp * p.experts + lane * kPerLane, control.launch);
         __syncwarp();
-        const Choice choice = select_experts<kPerLane>(a.projected + warp * a.projected_pitch + 2 * p.shared, p.top_k);
-        if (lane < p.top_k) {
-            const int flat = warp * p.top_k + lane, here = choice.expert - p.first_expert;
-            const bool held = here >= 0 && here < p.held;
-            control.chosen[flat] = static_cast<int16_t>(held ? here : -1);
-            control.weights[flat] = to_float(__float2bfloat16(choice.weight));
-            if (held) atomicMin(first + here, static_cast<uint32_t>(flat));
+        float logits[kPerLane];
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) logits[i] = __uint_as_float(bits[i]);
+        choice = select_experts(logits, p.top_k);
+        const int flat = warp * p.top_k + lane, here = choice.expert - p.first_expert;
+        const bool held = lane < p.top_k && here >= 0 && here < p.held;
+        if (lane < p.top_k) control.chosen[flat] = static_cast<int16_t>(held ? here : -1);
+        if (p.tokens == 1) {  // no two choices are the same
+            const unsigned all = __ballot_sync(kAllLanes, held);
+            if (held) {
+                const int entry = __popc(all & ((1u << lane) - 1));
+                control.experts[entry] = static_cast<uint16_t>(here);
+                control.ranks[entry][0] = static_cast<uint8_t>(lane);
+            }
+            if (lane == 0) control.entries = __popc(all);
+        } else if (held) {
+            atomicMin(first + here, static_cast<uint32_t>(flat));
         }
     }
-    if (p.tokens > 1) ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
-    if (warp > 0) return;
-    __syncwarp();
-    int entries = 0, local_choices = 0;
-    for (int base = 0; base < choices; base += 32) {
-        const int flat = base + lane, here = flat < choices ? control.chosen[flat] : -1;
-        const bool leads = here >= 0 && first[here] == static_cast<uint32_t>(flat);
-        const unsigned leaders = __ballot_sync(kAllLanes, leads);
-        if (leads) {
-            const int entry = entries + __popc(leaders & ((1u << lane) - 1));
-            control.experts[entry] = static_cast<uint16_t>(here);
-            control.entry_of[flat] = static_cast<uint8_t>(entry);
+    if (p.tokens > 1) {
+        ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+        if (warp == 0) {
+            int entries = 0;
+            for (int base = 0; base < choices; base += 32) {
+                const int flat = base + lane, here = flat < choices ? control.chosen[flat] : -1;
+                const bool leads = here >= 0 && first[here] == static_cast<uint32_t>(flat);
+                const unsigned leaders = __ballot_sync(kAllLanes, leads);
+                if (leads) {
+                    const int entry = entries + __popc(leaders & ((1u << lane) - 1));
+                    control.experts[entry] = static_cast<uint16_t>(here);
+                    control.entry_of[flat] = static_cast<uint8_t>(entry);
+                }
+                entries += __popc(leaders);
+            }
+            __syncwarp();
+            for (int flat = lane; flat < choices; flat += 32) {
+                const int here = control.chosen[flat];
+                if (here < 0) continue;
+                const int token = flat / p.top_k;
+                control.ranks[control.entry_of[first[here]]][token] = static_cast<uint8_t>(flat - token * p.top_k);
+            }
+            if (lane == 0) control.entries = entries;
         }
-        entries += __popc(leaders);
-        local_choices += __popc(__ballot_sync(kAllLanes, here >= 0));
     }
-    __syncwarp();
-    for (int flat = lane; flat < choices; flat += 32) {
-        const int here = control.chosen[flat];
-        if (here < 0) continue;
-        control.ranks[control.entry_of[first[here]]][flat / p.top_k] = static_cast<uint8_t>(flat % p.top_k);
+    if (warp == 0) {
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&control.listed);
     }
-    if (lane == 0) control.entries = entries, control.local_choices = local_choices;
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&control.listed);
+    if (warp < p.tokens) {
+        const float weight = weight_of(choice, p.top_k);
+        if (lane < p.top_k) control.weights[warp * p.top_k + lane] = to_float(__float2bfloat16(weight));
+    }
 }
 
-// out of this block's columns: a warp has 16 of them, a lane four of a token.
-__device__ void finish_columns(const Arguments& a, const Control& control, const CounterSet& counters,
-                               const Work& work) {
+// out of this block's columns: a warp has 16 of them of one token, a lane four of one of its ranks.
+__device__ void finish_columns(const Arguments& a, const Control& control, const Work& work) {
     const MoeBlock& p = a.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = static_cast<int>(gridDim.x);
-    const int token = lane / 4;
-    for (int tile = static_cast<int>(blockIdx.x) + warp * blocks; tile < work.column_tiles;
-         tile += kConsumers * blocks) {
-        const int column = tile * Dense::kTileColumns + lane % 4 * 4;
-        uint2 shared{};
-        float share = 0;
-        if (token < p.tokens) {
-            shared = *reinterpret_cast<const uint2*>(a.shared_rows + int64_t{token} * p.hidden + column);
-            share = sigmoid(to_float(a.projected[token * a.projected_pitch + 2 * p.shared + p.experts]));
-        }
-        if (lane == 0) {
-            ptx::wait_at_least(&counters.done[column / Down::kTileColumns],
-                               static_cast<uint32_t>(control.local_choices) * 2);
-        }
-        __syncwarp();
-        if (token >= p.tokens) continue;
-        const int first = token * p.top_k;
+    const int block = static_cast<int>(blockIdx.x);
+    const int tiles = block < work.column_tiles ? (work.column_tiles - block + blocks - 1) / blocks : 0;
+    for (int item = warp; item < tiles * p.tokens; item += kConsumers) {
+        const int token = item % p.tokens, first = token * p.top_k;
+        const int column = (block + item / p.tokens * blocks) * Dense::kTileColumns + lane % 4 * 4;
+        const uint2 shared = *reinterpret_cast<const uint2*>(a.shared_rows + int64_t{token} * p.hidden + column);
+        const float share = sigmoid(to_float(a.projected[token * a.projected_pitch + 2 * p.shared + p.experts]));
         float sum[4] = {};
-        for (int base = first; base < first + p.top_k; base += kRanksAtOnce) {
-            uint4 rows[kRanksAtOnce];
-#pragma unroll
-            for (int i = 0; i < kRanksAtOnce; ++i) {
-                const int flat = min(base + i, first + p.top_k - 1);  // a row of an expert elsewhere holds anything
-                rows[i] = ptx::load_16_no_allocate(a.rows + int64_t{flat} * p.hidden + column);
+        for (int base = 0; base < p.top_k; base += kRanksAtOnce) {
+            const int rank = base + lane / 4;
+            uint32_t values[4] = {};
+            if (rank < p.top_k && control.chosen[first + rank] >= 0) {
+                ptx::wait_tagged(values, a.rows + int64_t{first + rank} * p.hidden + column, control.launch);
             }
+            __syncwarp();
 #pragma unroll
             for (int i = 0; i < kRanksAtOnce; ++i) {
-                const int flat = base + i;
-                if (flat >= first + p.top_k || control.chosen[flat] < 0) continue;
-                const float weight = control.weights[flat];
-                sum[0] += weight * __uint_as_float(rows[i].x);
-                sum[1] += weight * __uint_as_float(rows[i].y);
-                sum[2] += weight * __uint_as_float(rows[i].z);
-                sum[3] += weight * __uint_as_float(rows[i].w);
+                const bool counts = base + i < p.top_k && control.chosen[first + base + i] >= 0;
+                const float weight = counts ? control.weights[first + base + i] : 0.0f;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const uint32_t value = __shfl_sync(kAllLanes, values[j], i * 4 + lane % 4);
+                    if (counts) sum[j] += weight * __uint_as_float(value);
+                }
             }
         }
         const float added[4] = {__uint_as_float(shared.x << 16), __uint_as_float(shared.x & 0xffff0000u),
                                 __uint_as_float(shared.y << 16), __uint_as_float(shared.y & 0xffff0000u)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] = to_float(__float2bfloat16(sum[i])) + share * added[i];
+        for (int j = 0; j < 4; ++j) sum[j] = to_float(__float2bfloat16(sum[j])) + share * added[j];
+        if (lane >= 4) continue;
         *reinterpret_cast<uint2*>(p.out + int64_t{token} * p.hidden + column) =
             make_uint2(pack<__nv_bfloat16>(sum[0], sum[1]), pack<__nv_bfloat16>(sum[2], sum[3]));
     }
@@ -439,39 +456,43 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     uint8_t* x = shared_memory + layout.rows_offset();
     uint8_t* slots = shared_memory + layout.slots_offset();
     auto* first = reinterpret_cast<uint32_t*>(shared_memory + layout.first_offset());
-    // What a thread finishes of a tile of 16 columns; `adds` where it then counts for its token.
+    // What a thread finishes of a tile of 16 columns.
     const int token = threadIdx.x / 16, column = threadIdx.x % 16;
-    const bool finishes = warp * 2 < p.tokens;
     stage_norm(a, control, x);
-    auto* all_counters = reinterpret_cast<Counters*>(p.counters);
-    CounterSet& counters = all_counters->sets[control.turn];
+    auto& header = *reinterpret_cast<Header*>(p.scratch);
+    const uint32_t launch = control.launch;
+    CounterSet& counters = header.sets[launch % 2];
     Multiplier multiplier{
         control, layout, shared_memory, reinterpret_cast<float*>(shared_memory + layout.sums_offset()), {}};
 
-    if (block >= work.in_tiles && threadIdx.x == 0) ptx::add_release(&counters.projected, 1);
     for (int tile = block; tile < work.in_tiles; tile += blocks) {
         const float* sums = multiplier.unit<Dense>(x, layout.row_pitch, p.hidden);
-        if (!finishes) continue;
+        if (warp * 2 >= p.tokens) continue;
         const int output = tile * Dense::kTileColumns + column;
-        if (token < p.tokens && output < p.projections) {
-            a.projected[token * a.projected_pitch + output] =
-                __float2bfloat16(multiplier.total<Dense>(sums, token, column));
+        const bool inside = token < p.tokens && output < p.projections;
+        const __nv_bfloat16 value = __float2bfloat16(inside ? multiplier.total<Dense>(sums, token, column) : 0.0f);
+        if (work.routes(tile)) {
+            if (!inside) continue;
+            ptx::store_tagged(a.logits + token * p.experts + output - 2 * p.shared, __float_as_uint(to_float(value)),
+                              launch);
+            continue;
         }
+        if (inside) a.projected[token * a.projected_pitch + output] = value;
         __syncwarp();
         if (token < p.tokens && column == 0) ptx::add_release(&counters.projected, 1);
     }
 
-    list_entries<kPerLane>(a, control, first, counters, work.projections(p.tokens));
+    list_entries<kPerLane>(a, control, first);
     ptx::mbarrier_wait(&control.listed, 0);
-    if (block == 0) {  // every block has read the turn: it has counted
-        auto* other = reinterpret_cast<uint32_t*>(&all_counters->sets[control.turn ^ 1]);
-        for (int i = threadIdx.x; i < kSetWords; i += kConsumerThreads) other[i] = 0;
-        if (threadIdx.x == 0) all_counters->turn = static_cast<uint32_t>(control.turn ^ 1);
-    }
 
     Cursor at_rows;
     if (block < work.column_tiles) {
-        ptx::mbarrier_wait(&control.rows_full[0], 0);
+        ptx::mbarrier_wait(&control.rows_full[0], 0);  // and all blocks have read the launch's number
+        if (block == 0) {
+            auto* other = reinterpret_cast<uint32_t*>(&header.sets[(launch + 1) % 2]);
+            for (int i = threadIdx.x; i < kSetWords; i += kConsumerThreads) other[i] = 0;
+            if (threadIdx.x == 0) header.launches = launch;
+        }
         for (int tile = block; tile < work.column_tiles; tile += blocks) {
             const float* sums = multiplier.unit<Dense>(slots, layout.slot_pitch, p.shared);
             if (token < p.tokens) {
@@ -486,18 +507,20 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     const int units = control.entries * work.gate_up_tiles;
     for (int unit = block; unit < units; unit += blocks) {
         const float* sums = multiplier.unit<GateUp>(x, layout.row_pitch, p.hidden);
-        if (!finishes) continue;
+        constexpr int kColumns = GateUp::kTileColumns;
+        if (warp * 32 >= p.tokens * kColumns) continue;
         const int entry = unit / work.gate_up_tiles, tile = unit % work.gate_up_tiles;
-        const int rank = token < p.tokens ? control.ranks[entry][token] : kNobody;
+        const int of = threadIdx.x / kColumns, output = threadIdx.x % kColumns;
+        const int rank = of < p.tokens ? control.ranks[entry][of] : kNobody;
         if (rank != kNobody) {
-            const int row = column / 8 * 16 + column % 8;  // each warp's gate rows, then its up rows
-            const float gate = multiplier.total<GateUp>(sums, token, row);
-            const float up = multiplier.total<GateUp>(sums, token, row + 8);
-            a.activations[int64_t{token * p.top_k + rank} * p.width + tile * GateUp::kTileColumns + column] =
+            const int row = output / 8 * 16 + output % 8;  // each warp's gate rows, then its up rows
+            const float gate = multiplier.total<GateUp>(sums, of, row);
+            const float up = multiplier.total<GateUp>(sums, of, row + 8);
+            a.activations[int64_t{of * p.top_k + rank} * p.width + tile * kColumns + output] =
                 __float2bfloat16(silu(gate) * up);
         }
         __syncwarp();
-        if (rank != kNobody && column == 0) ptx::add_release(&counters.activated[entry], 1);
+        if (rank != kNobody && output == 0) ptx::add_release(&counters.activated[entry], 1);
     }
 
     const int down_units = control.entries * work.down_tiles;
@@ -511,15 +534,13 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         for (int i = threadIdx.x; i < p.tokens * Down::kTileColumns; i += kConsumerThreads) {
             const int of = i / Down::kTileColumns, output = i % Down::kTileColumns;  // a warp has one token
             const int rank = control.ranks[entry][of];
-            if (rank == kNobody) continue;
-            a.rows[int64_t{of * p.top_k + rank} * p.hidden + tile * Down::kTileColumns + output] =
-                multiplier.total<Down>(sums, of, output);
-            __syncwarp();
-            if (lane == 0) ptx::add_release(&counters.done[tile], 1);
+            if (rank == kNobody || tile * Down::kTileColumns + output >= p.hidden) continue;
+            ptx::store_tagged(a.rows + int64_t{of * p.top_k + rank} * p.hidden + tile * Down::kTileColumns + output,
+                              __float_as_uint(multiplier.total<Down>(sums, of, output)), launch);
         }
     }
     ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // this block's shared rows are stored
-    finish_columns(a, control, counters, work);
+    finish_columns(a, control, work);
 }
 
 template <int kPerLane>
@@ -601,8 +622,8 @@ int projected_pitch(const MoeBlock& p) {
 
 }  // namespace
 
-int moe_block_counters() {
-    return sizeof(Counters) / sizeof(uint32_t);
+int64_t moe_block_scratch(const MoeBlock& p) {
+    return kHeaderWords + int64_t{2} * kTokens * (p.experts + int64_t{p.top_k} * p.hidden);
 }
 
 bool moe_block_supported(const MoeBlock& p) {
@@ -610,33 +631,32 @@ bool moe_block_supported(const MoeBlock& p) {
     const auto whole = [](int size) { return size >= kChunk && size % kChunk == 0; };
     return p.tokens >= 1 && p.tokens <= kTokens && p.top_k >= 1 && p.top_k <= kMaxTopK &&
            (p.experts == 256 || p.experts == 512) && p.held >= 1 && p.held <= p.experts && whole(p.hidden) &&
-           p.hidden / Down::kTileColumns <= kMaxOutputTiles && whole(p.width) && whole(p.shared) &&
+           p.hidden <= expert_decode::kMaxDepth && whole(p.width) && whole(p.shared) &&
            p.width <= expert_decode::kMaxDepth && p.shared <= expert_decode::kMaxDepth &&
            p.projections >= 2 * p.shared + p.experts + 1 && p.x_stride % 8 == 0 && aligned(p.x) &&
            aligned(p.residual) && aligned(p.norm_weight) && aligned(p.in_proj) && aligned(p.gate_up) &&
-           aligned(p.down) && aligned(p.shared_down) && layout_for(p).stages >= kLeastStages;
+           aligned(p.down) && aligned(p.shared_down) && aligned(p.scratch) && layout_for(p).bytes() <= kSharedLimit;
 }
 
 size_t moe_block_workspace(const MoeBlock& p) {
-    const size_t choices = static_cast<size_t>(p.tokens) * p.top_k, tokens = p.tokens;
-    return choices * p.hidden * sizeof(float) +
-           (choices * p.width + tokens * (p.hidden + projected_pitch(p))) * sizeof(__nv_bfloat16);
+    const size_t tokens = p.tokens;
+    return tokens * (p.top_k * p.width + p.hidden + projected_pitch(p)) * sizeof(__nv_bfloat16);
 }
 
 cudaError_t moe_block(const MoeBlock& p, cudaStream_t stream) {
     if (!moe_block_supported(p)) return cudaErrorInvalidValue;
-    const int64_t choices = int64_t{p.tokens} * p.top_k;
-    Arguments arguments{p, layout_for(p), projected_pitch(p), nullptr, nullptr, nullptr, nullptr};
-    arguments.rows = reinterpret_cast<float*>(p.workspace);
-    arguments.activations = reinterpret_cast<__nv_bfloat16*>(arguments.rows + choices * p.hidden);
-    arguments.projected = arguments.activations + choices * p.width;
+    Arguments arguments{.p = p, .layout = layout_for(p), .projected_pitch = projected_pitch(p)};
+    arguments.logits = reinterpret_cast<uint64_t*>(p.scratch + kHeaderWords);
+    arguments.rows = arguments.logits + int64_t{kTokens} * p.experts;
+    arguments.activations = reinterpret_cast<__nv_bfloat16*>(p.workspace);
+    arguments.projected = arguments.activations + int64_t{p.tokens} * p.top_k * p.width;
     arguments.shared_rows = arguments.projected + int64_t{p.tokens} * arguments.projected_pitch;
     Maps maps;
     const cudaError_t status = encode(&maps, p);
     if (status != cudaSuccess) return status;
     const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
                                  .block = dim3(kThreads),
-                                 .shared_bytes = static_cast<size_t>(arguments.layout.bytes()),
+                                 .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
                                  .stream = stream,
                                  .programmatic = true};
     const auto kernel = p.experts == 256 ? moe_block_kernel<8> : moe_block_kernel<16>;

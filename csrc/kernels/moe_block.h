@@ -12,14 +12,10 @@
 namespace tokenspeed::moe_layer {
 
 using expert_decode::Cursor;
-using expert_decode::Down;
-using expert_decode::GateUp;
 using expert_decode::kChunk;
 using expert_decode::kConsumerBarrier;
 using expert_decode::kConsumers;
 using expert_decode::kConsumerThreads;
-using expert_decode::kLeastStages;
-using expert_decode::kMaxStages;
 using expert_decode::kRowPadding;
 using expert_decode::kRowWarp;
 using expert_decode::kSharedLimit;
@@ -32,14 +28,25 @@ constexpr int kTokens = kMoeBlockTokens;
 constexpr int kMaxEntries = kTokens * kMaxTopK;
 constexpr int kRowSlots = 2;
 constexpr uint8_t kNobody = 0xff;  // the rank of a token that has not chosen the expert
-// Of the ring that leaves room for a neighbouring kernel's: what a block may have of a multiprocessor then.
-constexpr int kTogetherStages = 6;
-constexpr int kHalfMultiprocessor = 113 * 1024;
+// Four stages lose nothing to twelve and gain up to a tenth: with more under way, memory is slower.
+constexpr int kStages = 4;
+// A block takes more than half of what a multiprocessor has, so that no two share one while the kernel ahead ends, and
+// leaves room for the next kernel's ring where its tokens are few.
+constexpr int kLeastShared = 114 * 1024;
 
-// A product that every token takes part in: a stage is 16 rows x 512 of depth, whose warps meet at the end.
-struct Dense {
+// Shapes of a stage, by the warps that share its rows; the others share its depth. In tiles of gate_up half the rows
+// are gates, each of which meets an up row.
+struct Dense {  // in_proj and shared_down: 16 rows x 512 of depth
     static constexpr int kRowWarps = 1;
     static constexpr int kTileColumns = 16;
+};
+struct GateUp {
+    static constexpr int kRowWarps = 2;
+    static constexpr int kTileColumns = 16;
+};
+struct Down {
+    static constexpr int kRowWarps = 4;
+    static constexpr int kTileColumns = 64;
 };
 
 template <typename... Products>
@@ -48,28 +55,30 @@ constexpr int most_sums() {
 }
 constexpr int kTokenSums = most_sums<Dense, GateUp, Down>();  // floats that one token's sums of a unit take
 
-// In the caller's memory: a word whose last bit says which of two sets the next launch counts in, and the sets. A
-// launch clears the set that it does not use.
-constexpr int kMaxOutputTiles = 320;
+// The caller's memory: how many launches have used it; two sets of counters, used in turn, of which a launch clears the
+// one it does not use; and words that carry the number of their launch, the router's logits [kTokens, experts] and the
+// rows of down [kTokens, top_k, hidden].
 struct CounterSet {
-    uint32_t projected;  // tiles of the first product, a count for each token, and blocks without one
+    uint32_t projected;  // blocks that have begun, and what other blocks read of the first product: tiles of each token
     uint32_t padding[31];
     uint32_t activated[kMaxEntries];  // tiles of an expert's activations, a count for each token
-    uint32_t done[kMaxOutputTiles];   // rows of an output tile, two counts each
 };
-struct Counters {
-    uint32_t turn;
+struct Header {
+    uint32_t launches;
     uint32_t padding[31];
     CounterSet sets[2];
+    uint32_t end[32];
 };
 constexpr int kSetWords = sizeof(CounterSet) / sizeof(uint32_t);
-static_assert(sizeof(Counters) <= 1024 * sizeof(uint32_t), "the operator asks for 1024");
+constexpr int kHeaderWords = sizeof(Header) / sizeof(uint32_t);
+static_assert(kHeaderWords == 384, "so says the operator");
 
 struct Control {
-    uint64_t full[kMaxStages], empty[kMaxStages];
+    uint64_t full[kStages], empty[kStages];
     uint64_t rows_full[kRowSlots], rows_empty[kRowSlots];
-    uint64_t begun, listed;               // the turn is known; the list of entries is complete
-    int turn, entries, local_choices;     // local: of experts that are here
+    uint64_t begun, listed;  // the launch's number is known; the list of entries is complete
+    uint32_t launch;
+    int entries;
     float squares[kConsumers];            // of one row of x, by warp
     float weights[kMaxEntries];           // of the choices, token top_k + rank
     int16_t chosen[kMaxEntries];          // the expert among those here, or -1
@@ -90,14 +99,8 @@ struct Layout {
     __host__ __device__ int bytes() const { return control_offset() + static_cast<int>(sizeof(Control)); }
 };
 
-// Six stages where that leaves room for a neighbour, else the deepest ring that fits.
 inline Layout layout_for(const MoeBlock& p) {
-    Layout layout{kTogetherStages, p.tokens, p.hidden * 2 + kRowPadding, std::max(p.width, p.shared) * 2 + kRowPadding,
-                  p.held};
-    if (layout.bytes() <= kHalfMultiprocessor) return layout;
-    layout.stages = 0;
-    layout.stages = std::min((kSharedLimit - layout.bytes()) / kStageBytes, kMaxStages);
-    return layout;
+    return {kStages, p.tokens, p.hidden * 2 + kRowPadding, std::max(p.width, p.shared) * 2 + kRowPadding, p.held};
 }
 
 struct Arguments {
@@ -105,8 +108,9 @@ struct Arguments {
     Layout layout;
     int projected_pitch;         // elements
     __nv_bfloat16* projected;    // [tokens, projected_pitch]
+    uint64_t* logits;            // [tokens, experts], tagged
+    uint64_t* rows;              // [choices, hidden], by token and rank, tagged
     __nv_bfloat16* activations;  // [choices, width], by token and rank
-    float* rows;                 // [choices, hidden], by token and rank
     __nv_bfloat16* shared_rows;  // [tokens, hidden]
 };
 

@@ -39,6 +39,17 @@ constexpr int kLeastTokens = 8;  // of a block of route_kernel; kRouteOneLaunch 
 constexpr int kGroupBlocks = 128;
 constexpr int kGroupWarps = 32;
 
+// This lane's logits of a token.
+template <int kPerLane>
+__device__ __forceinline__ void load_logits(float (&logits)[kPerLane], const __nv_bfloat16* row) {
+    const __nv_bfloat16* mine = row + threadIdx.x % 32 * kPerLane;
+    uint4 packed[kPerLane / 8];
+#pragma unroll
+    for (int i = 0; i < kPerLane / 8; ++i) packed[i] = ptx::load_16_no_allocate(mine + i * 8);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) logits[i] = unpack(packed[i / 8]).v[i % 8];
+}
+
 // A cluster for all tokens, block_tokens (at most 32) a block, a warp a token or more. Threads: at least `experts`.
 template <int kPerLane>
 __global__ void __launch_bounds__(1024)
@@ -61,10 +72,13 @@ __global__ void __launch_bounds__(1024)
     ptx::grid_dependency_launch();
 
     for (int token = warp; token < local_tokens; token += warps) {
-        const Choice choice = select_experts<kPerLane>(logits + (first_token + token) * logits_stride, top_k);
+        float mine[kPerLane];
+        load_logits(mine, logits + (first_token + token) * logits_stride);
+        const Choice choice = select_experts(mine, top_k);
+        const float weight = weight_of(choice, top_k);
         if (lane < top_k) {
             const int flat = (first_token + token) * top_k + lane;
-            weights[flat] = __float2bfloat16(choice.weight);
+            weights[flat] = __float2bfloat16(weight);
             chosen[flat] = choice.expert;
             local_choice[token * top_k + lane] = choice.expert;
             atomicOr(&own[choice.expert], 1u << token);
@@ -124,9 +138,12 @@ __global__ void __launch_bounds__(kSelectWarps * 32)
     ptx::grid_dependency_launch();
     const int token = blockIdx.x * kSelectWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= tokens) return;
-    const Choice choice = select_experts<kPerLane>(logits + token * logits_stride, top_k);
+    float mine[kPerLane];
+    load_logits(mine, logits + token * logits_stride);
+    const Choice choice = select_experts(mine, top_k);
+    const float weight = weight_of(choice, top_k);
     if (lane < top_k) {
-        weights[int64_t(token) * top_k + lane] = __float2bfloat16(choice.weight);
+        weights[int64_t(token) * top_k + lane] = __float2bfloat16(weight);
         chosen[int64_t(token) * top_k + lane] = choice.expert;
     }
 }

@@ -21,8 +21,18 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // The rank-th choice of a token, held by lane `rank` of its warp.
 struct Choice {
     int expert;
-    float weight;
+    uint32_t ordered;   // its logit's bits in the order of the values; 0 for all that underflow
+    uint32_t greatest;  // of the token, in the same order
 };
+
+// 16 bits of bf16, ordered as the values are, and back.
+__device__ __forceinline__ uint32_t ordered_bits(float logit) {
+    const uint32_t bits = __float_as_uint(logit) >> 16;
+    return bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
+}
+__device__ __forceinline__ float from_ordered(uint32_t ordered) {
+    return __uint_as_float((ordered & 0x8000u ? ordered & 0x7fffu : ~ordered & 0xffffu) << 16);
+}
 
 // As a tree: a chain of maxima would take most of a round.
 template <int kCount>
@@ -37,31 +47,24 @@ __device__ __forceinline__ uint32_t greatest_key(const uint32_t (&key)[kCount]) 
     }
 }
 
-// kPerLane: logits per lane, a multiple of 8. Called by a whole warp.
+// logits: bf16 values, those of experts kPerLane lane and following. Called by a whole warp.
 template <int kPerLane>
-__device__ __forceinline__ Choice select_experts(const __nv_bfloat16* logits, int top_k) {
+__device__ __forceinline__ Choice select_experts(const float (&logits)[kPerLane], int top_k) {
     constexpr float kUnderflow = -87.3f;  // exp of less is no normal fp32 number
     const int lane = threadIdx.x % 32;
+    float logit[kPerLane];
     uint32_t key[kPerLane];
-    float greatest = -INFINITY;
-    uint4 packed[kPerLane / 8];
-#pragma unroll
-    for (int i = 0; i < kPerLane / 8; ++i) packed[i] = ptx::load_16_no_allocate(logits + lane * kPerLane + i * 8);
-#pragma unroll
-    for (int i = 0; i < kPerLane / 8; ++i) {
-        const Float8 x = unpack(packed[i]);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) greatest = fmaxf(greatest, x.v[j]);
-    }
-    greatest = warp_maximum(greatest);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-        const Float8 x = unpack(packed[i / 8]);
-        const float logit = x.v[i % 8] + 0.0f;  // -0 becomes 0
-        const uint32_t bits = __float_as_uint(logit) >> 16;
-        uint32_t ordered = bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
-        if (logit - greatest < kUnderflow) ordered = 0;
-        key[i] = ordered << 16 | (0xffffu - (lane * kPerLane + i));
+        logit[i] = logits[i] + 0.0f;  // -0 becomes 0
+        key[i] = ordered_bits(logit[i]);
+    }
+    const uint32_t most = __reduce_max_sync(kAllLanes, greatest_key(key));
+    const float greatest = from_ordered(most);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        if (logit[i] - greatest < kUnderflow) key[i] = 0;
+        key[i] = key[i] << 16 | (0xffffu - (lane * kPerLane + i));
     }
     uint32_t best = greatest_key(key);
     uint32_t mine = 0;
@@ -74,12 +77,16 @@ __device__ __forceinline__ Choice select_experts(const __nv_bfloat16* logits, in
         }
         best = greatest_key(key);
     }
-    Choice choice{static_cast<int>(0xffffu - (mine & 0xffffu)), 0.0f};
-    const uint32_t ordered = mine >> 16;
-    const uint32_t bits = ordered & 0x8000u ? ordered & 0x7fffu : ~ordered & 0xffffu;
-    if (lane < top_k) choice.weight = ordered == 0 ? 0.0f : expf(__uint_as_float(bits << 16) - greatest);
-    choice.weight /= warp_sum(choice.weight);
-    return choice;
+    return {static_cast<int>(0xffffu - (mine & 0xffffu)), mine >> 16, most};
+}
+
+// The weight of this lane's choice among the token's. Called by a whole warp.
+__device__ __forceinline__ float weight_of(const Choice& choice, int top_k) {
+    float weight = 0;
+    if (threadIdx.x % 32 < top_k && choice.ordered != 0) {
+        weight = expf(from_ordered(choice.ordered) - from_ordered(choice.greatest));
+    }
+    return weight / warp_sum(weight);
 }
 
 }  // namespace tokenspeed

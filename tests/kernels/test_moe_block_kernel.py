@@ -12,7 +12,7 @@ import tokenspeed.ops
 from tests.kernels.launches import behind_a_copy, emulator, torch_served
 from tests.ops import reference
 from tests.ops.backends import Backend, bounded, relative_error, same_bits
-from tokenspeed.ops.moe import MOE_COUNTERS
+from tokenspeed.ops.moe import moe_block_scratch
 
 pytest_plugins = ["tests.kernels.schedules"]
 
@@ -54,7 +54,7 @@ class Layer:
         unused[self.choices()[1].flatten()] = False
         self.gate_up[unused.to(backend.device)] = torch.nan
         self.down[unused.to(backend.device)] = torch.nan
-        self.counters = backend.tensor([0] * MOE_COUNTERS)
+        self.scratch = backend.tensor([0] * moe_block_scratch(experts, top_k, hidden))
 
     def sum(self) -> Tensor:
         return self.x + self.residual
@@ -77,7 +77,7 @@ class Layer:
         share = (self.gate_up[held].clone(), self.down[held].clone())
         return [
             *(self.x, self.residual, self.norm_weight, EPS, self.in_proj, experts, top_k, *share),
-            *(self.shared_down, self.counters, held.start or 0),
+            *(self.shared_down, self.scratch, held.start or 0),
         ]
 
     def expected(self, held: slice = slice(None)) -> Tensor:
@@ -193,13 +193,13 @@ def test_a_share_that_nobody_chose_leaves_the_shared_expert(scheduled):
 
 
 @pytest.mark.parametrize("others", [[1], [8, 3], [2, 9, 1]])
-def test_calls_pass_the_counters_on(scheduled, others):
-    """Whatever the last call counted, a kernel's or torch's (nine tokens), the next finds its set of them clear."""
-    layer = Layer(scheduled, 5)
+def test_calls_of_all_sizes_pass_the_scratch_on(scheduled, others):
+    """Whatever the last call left, a kernel's or torch's (nine tokens), the next takes nothing for its own."""
+    layer = Layer(scheduled, 5, hidden=192)
     first = layer.check()
     for tokens in others:
-        other = Layer(scheduled, tokens, hidden=192)
-        other.counters = layer.counters
+        other = Layer(scheduled, tokens, hidden=64 * tokens % 256 or 64)
+        other.scratch = layer.scratch
         scheduled.op("moe_block")(*other.arguments())
         assert all(same_bits(a, b) for a, b in zip(layer.check(), first, strict=True))
 
@@ -214,7 +214,7 @@ def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, se
     layer, device = Layer(backend, tokens, 64), emulator()
     expected = layer.check()
     from_slot, to_slot = backend.tensor([0]), backend.tensor([1])
-    for position in (0, 1, 10):  # x, residual, counters
+    for position in (0, 1, 10):  # x, residual, scratch
         given = layer.arguments()
         given[position], arena = behind_a_copy(given[position])
         device.emulator_seed(seed)
@@ -274,9 +274,9 @@ def on_card(experts: int, top_k: int, hidden: int, width: int, tokens: int) -> l
 
     in_proj = draw(2 * width + experts + 8, hidden, scale=hidden**-0.5)
     weights = (draw(experts, 2 * width, hidden, scale=hidden**-0.5), draw(experts, hidden, width, scale=width**-0.5))
-    counters = torch.zeros(MOE_COUNTERS, dtype=torch.int32, device="cuda")
+    scratch = torch.zeros(moe_block_scratch(experts, top_k, hidden), dtype=torch.int32, device="cuda")
     stream = (draw(tokens, hidden), draw(tokens, hidden), draw(hidden, scale=0.1), EPS)
-    return [*stream, in_proj, experts, top_k, *weights, draw(hidden, width, scale=width**-0.5), counters]
+    return [*stream, in_proj, experts, top_k, *weights, draw(hidden, width, scale=width**-0.5), scratch]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from tokenspeed.ops.moe import MOE_COUNTERS
+from tokenspeed.ops.moe import moe_block_scratch
 
 from .backends import Backend
 from .gdn import Layer, cu_seqlens, published
@@ -95,8 +95,8 @@ def moe_block(backend: Backend):
     x, residual, norm = backend.randn(3, 128), backend.randn(3, 128), backend.randn(128) * 0.1
     in_proj, shared_down = backend.randn(2 * 64 + 256 + 8, 128) * 0.1, backend.randn(128, 64) * 0.1
     gate_up, down = backend.randn(256, 128, 128) * 0.1, backend.randn(256, 128, 64) * 0.1
-    counters = backend.tensor([0] * MOE_COUNTERS)
-    return x, residual, norm, EPS, in_proj, 256, 8, gate_up, down, shared_down, counters
+    scratch = backend.tensor([0] * moe_block_scratch(256, 8, 128))
+    return x, residual, norm, EPS, in_proj, 256, 8, gate_up, down, shared_down, scratch
 
 
 def linear(backend: Backend):

@@ -10,8 +10,13 @@ from .library import operator
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear
 from .norm import silu_mul
 
-MOE_COUNTERS = 1024  # that `moe_block` asks for
-MOE_BLOCK_ROWS = 8  # that its kernel serves
+MOE_BLOCK_ROWS = 8  # that the kernel of `moe_block` serves
+
+
+def moe_block_scratch(experts: int, top_k: int, hidden: int) -> int:
+    """How many int32 `moe_block` wants for scratch, in a model of these sizes: counters, and what blocks tell others in
+    8 bytes each."""
+    return 384 + 2 * MOE_BLOCK_ROWS * (experts + top_k * hidden)
 
 
 def _route_fake(logits: Tensor, top_k: int):
@@ -78,7 +83,7 @@ def _block_fake(x, residual, *others):
     return torch.empty_like(residual), torch.empty_like(residual)
 
 
-@operator(fake=_block_fake, mutates=("counters",))
+@operator(fake=_block_fake, mutates=("scratch",))
 def moe_block(
     x: Tensor,
     residual: Tensor,
@@ -90,7 +95,7 @@ def moe_block(
     gate_up: Tensor,
     down: Tensor,
     shared_down: Tensor,
-    counters: Tensor,
+    scratch: Tensor,
     first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The mixture of experts of a decode layer, from the residual sum to the sum of all experts, in one launch.
@@ -101,8 +106,8 @@ def moe_block(
     Returns `y = moe_experts(norm) + sigmoid(gate) shared(norm)` and the residual sum, both [N, H]; rounded where
     `add_rms_norm_linear`, `moe_route`, `moe_experts` and `add_gated_silu_mul_linear` round, of which this is made where
     no kernel serves the call (more than MOE_BLOCK_ROWS rows, for one).
-    Mutates counters, [MOE_COUNTERS] int32: zeros at first, then what the last call left. Calls that may run at the same
-    time need counters of their own.
+    Mutates scratch, [moe_block_scratch(E, top_k, H)] int32: zeros at first, then what the last call left, whatever its
+    sizes. Calls that may run at the same time need one of their own each.
     """
     shared, held = 2 * shared_down.shape[1], len(gate_up)
     projected, normed, total = add_rms_norm_linear(x, residual, norm_weight, eps, in_proj)
@@ -111,8 +116,8 @@ def moe_block(
     y = moe_experts(normed, weights, chosen, order, offsets, gate_up, down, first_expert)
     gate = projected[:, shared + experts : shared + experts + 1]
     add_gated_silu_mul_linear(y, projected[:, :shared], shared_down, gate)
-    counters[1:] = 0
-    counters[:1] ^= 1  # the word by which the kernel knows which half of the rest is clear: now both are
+    scratch[1:384] = 0  # the kernel counts from here, and finds the half of it clear that the number of calls names
+    scratch[:1] += 1
     return y, total
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...ops.moe import MOE_BLOCK_ROWS, MOE_COUNTERS
+from ...ops.moe import MOE_BLOCK_ROWS, moe_block_scratch
 from ..batch import Batch
 from ..config import DenseConfig, ModelConfig
 from ..memory import StateViews
@@ -264,8 +264,9 @@ class MoE(Stage):
         self.shared_down = weight(mesh, hidden, shared)
         self.gate_up = weight(mesh, self.experts, (intermediate, intermediate), hidden)
         self.down = weight(mesh, self.experts, hidden, intermediate)
-        # Where the kernel of a small decode batch counts, from one step to the next.
-        self.register_buffer("counters", torch.zeros(MOE_COUNTERS, dtype=torch.int32), persistent=False)
+        # What the kernel of a small decode batch leaves for the next; the model's layers share one.
+        size = moe_block_scratch(self.experts.count, self.top_k, hidden)
+        self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
         held = self.experts.slice(mesh)
         self.first_expert, self.bounds = held.start, slice(held.start, held.stop + 1)
 
@@ -292,7 +293,7 @@ class MoE(Stage):
     def forward(self, x, residual, batch):
         if batch.prefill is None and x.residual is not None and len(x.x) <= MOE_BLOCK_ROWS:
             experts = (self.in_proj, self.experts.count, self.top_k, self.gate_up, self.down, self.shared_down)
-            return ops.moe_block(*x, *experts, self.counters, self.first_expert)
+            return ops.moe_block(*x, *experts, self.scratch, self.first_expert)
         projected, x, residual = x.linear(self.in_proj)
         gate, up, *others = self.widths
         shared, logits, shared_gate, _ = projected.split((gate + up, *others), dim=1)
