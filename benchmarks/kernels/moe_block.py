@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokenspeed.ops.moe import MOE_BLOCK_ROWS, moe_block_scratch
+from tokenspeed.ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 
 from ..cases import Case, Inputs, Sizes, operator_case
 from .moe_experts import MODELS, ON_CPU, Weights

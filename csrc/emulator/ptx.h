@@ -209,6 +209,9 @@ inline void wait_equal(const uint32_t* flag, uint32_t value) {
     emulator::wait_for_flag(flag, value, true);
 }
 
+inline uint32_t fetch_add_relaxed(uint32_t* global, uint32_t value) {
+    return fetch_add_acq_rel(global, value);
+}
 inline void store_tagged(uint64_t* global, uint32_t value, uint32_t tag) {
     emulator::check_aligned(global, 8);
     *global = static_cast<uint64_t>(tag) << 32 | value;

@@ -27,6 +27,9 @@ using expert_decode::Shape;
 constexpr int kTokens = kMoeBlockTokens;
 constexpr int kMaxEntries = kTokens * kMaxTopK;
 constexpr int kRowSlots = 2;
+constexpr int kUnitSlots = 4;
+// With few units a block, equal shares are more even than whatever the blocks take one by one.
+constexpr int kMostTokensOfEqualShares = 2;
 constexpr uint8_t kNobody = 0xff;  // the rank of a token that has not chosen the expert
 // Four stages lose nothing to twelve and gain up to a tenth: with more under way, memory is slower.
 constexpr int kStages = 4;
@@ -61,6 +64,8 @@ constexpr int kTokenSums = most_sums<Dense, GateUp, Down>();  // floats that one
 struct CounterSet {
     uint32_t projected;  // blocks that have begun, and what other blocks read of the first product: tiles of each token
     uint32_t padding[31];
+    uint32_t taken;  // units of the experts beyond the first of each block
+    uint32_t more_padding[31];
     uint32_t activated[kMaxEntries];  // tiles of an expert's activations, a count for each token
 };
 struct Header {
@@ -71,14 +76,19 @@ struct Header {
 };
 constexpr int kSetWords = sizeof(CounterSet) / sizeof(uint32_t);
 constexpr int kHeaderWords = sizeof(Header) / sizeof(uint32_t);
-static_assert(kHeaderWords == 384, "so says the operator");
+static_assert(kHeaderWords == 448, "so says the operator");
+
+constexpr int kBatch = 4;        // 16-byte loads of an operand that a thread has under way
+constexpr int kRanksAtOnce = 8;  // of a token's rows, four lanes each
 
 struct Control {
     uint64_t full[kStages], empty[kStages];
     uint64_t rows_full[kRowSlots], rows_empty[kRowSlots];
+    uint64_t units_full[kUnitSlots], units_empty[kUnitSlots];
     uint64_t begun, listed;  // the launch's number is known; the list of entries is complete
     uint32_t launch;
     int entries;
+    int units[kUnitSlots];                // what the block has taken of the experts; -1: nothing is left
     float squares[kConsumers];            // of one row of x, by warp
     float weights[kMaxEntries];           // of the choices, token top_k + rank
     int16_t chosen[kMaxEntries];          // the expert among those here, or -1
@@ -112,6 +122,25 @@ struct Arguments {
     uint64_t* rows;              // [choices, hidden], by token and rank, tagged
     __nv_bfloat16* activations;  // [choices, width], by token and rank
     __nv_bfloat16* shared_rows;  // [tokens, hidden]
+};
+
+// How many units of each kind there are, and who has them.
+struct Work {
+    int in_tiles, router_tile, router_tiles, column_tiles, gate_up_tiles, down_tiles;
+
+    __device__ explicit Work(const MoeBlock& p)
+        : in_tiles((p.projections + Dense::kTileColumns - 1) / Dense::kTileColumns),
+          router_tile(2 * p.shared / Dense::kTileColumns),
+          router_tiles(p.experts / Dense::kTileColumns),
+          column_tiles(p.hidden / Dense::kTileColumns),
+          gate_up_tiles(p.width / GateUp::kTileColumns),
+          down_tiles((p.hidden + Down::kTileColumns - 1) / Down::kTileColumns) {}
+    // Whether a tile of in_proj is the router's: its product goes as tagged words.
+    __device__ bool routes(int tile) const { return tile >= router_tile && tile < router_tile + router_tiles; }
+    // What `projected` counts to.
+    __device__ uint32_t projections(int tokens) const {
+        return gridDim.x + static_cast<uint32_t>((in_tiles - router_tiles) * tokens);
+    }
 };
 
 }  // namespace tokenspeed::moe_layer

@@ -2,10 +2,10 @@
 //
 // Each lane has experts / 32 neighbouring logits as sortable keys in registers: the 16 bits of the logit in the order
 // of its value, then the expert counted backwards. So keys differ, the greatest key is the greatest probability, and of
-// equal ones the lowest expert. A round is one warp-wide maximum, and the lane that owns it strikes it out. Logits
-// whose probability underflows to zero in fp32 are ties, and become equal first. The exponential is taken of the chosen
-// only: the sum over all experts cancels when the weights are renormalised. NaN has a key like any other value, so a
-// padding row of garbage still gives distinct, valid experts.
+// equal ones the lowest expert. A lane sorts its keys; a round is one warp-wide maximum of the lanes' first, and the
+// lane that owns it moves on to its next. Logits whose probability underflows to zero in fp32 are ties, and become
+// equal first. The exponential is taken of the chosen only: the sum over all experts cancels when the weights are
+// renormalised. NaN has a key like any other value, so a padding row of garbage still gives distinct, valid experts.
 #pragma once
 #include <ptx.h>
 #include <reduce.h>
@@ -47,6 +47,41 @@ __device__ __forceinline__ uint32_t greatest_key(const uint32_t (&key)[kCount]) 
     }
 }
 
+// Batcher's network: the pairs to compare, in order.
+template <int kCount>
+struct SortingNetwork {
+    int pairs = 0;
+    uint8_t upper[kCount * 5]{}, lower[kCount * 5]{};
+
+    constexpr SortingNetwork() {
+        for (int p = 1; p < kCount; p *= 2) {
+            for (int k = p; k >= 1; k /= 2) {
+                for (int j = k % p; j + k < kCount; j += 2 * k) {
+                    for (int i = j; i < j + k && i + k < kCount; ++i) {
+                        if (i / (2 * p) != (i + k) / (2 * p)) continue;
+                        upper[pairs] = static_cast<uint8_t>(i);
+                        lower[pairs++] = static_cast<uint8_t>(i + k);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// Falling.
+template <int kCount>
+__device__ __forceinline__ void sort_keys(uint32_t (&key)[kCount]) {
+    constexpr SortingNetwork<kCount> kNetwork;
+#pragma unroll
+    for (int i = 0; i < kNetwork.pairs; ++i) {
+        uint32_t& a = key[kNetwork.upper[i]];
+        uint32_t& b = key[kNetwork.lower[i]];
+        const uint32_t greater = max(a, b);
+        b = min(a, b);
+        a = greater;
+    }
+}
+
 // logits: bf16 values, those of experts kPerLane lane and following. Called by a whole warp.
 template <int kPerLane>
 __device__ __forceinline__ Choice select_experts(const float (&logits)[kPerLane], int top_k) {
@@ -66,16 +101,16 @@ __device__ __forceinline__ Choice select_experts(const float (&logits)[kPerLane]
         if (logit[i] - greatest < kUnderflow) key[i] = 0;
         key[i] = key[i] << 16 | (0xffffu - (lane * kPerLane + i));
     }
-    uint32_t best = greatest_key(key);
+    sort_keys(key);
     uint32_t mine = 0;
+#pragma unroll 1
     for (int rank = 0; rank < top_k; ++rank) {
-        const uint32_t winner = __reduce_max_sync(kAllLanes, best);
+        const uint32_t winner = __reduce_max_sync(kAllLanes, key[0]);
         if (lane == rank) mine = winner;
+        const bool won = key[0] == winner;
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-            if (key[i] == winner) key[i] = 0;
-        }
-        best = greatest_key(key);
+        for (int i = 0; i + 1 < kPerLane; ++i) key[i] = won ? key[i + 1] : key[i];
+        if (won) key[kPerLane - 1] = 0;
     }
     return {static_cast<int>(0xffffu - (mine & 0xffffu)), mine >> 16, most};
 }

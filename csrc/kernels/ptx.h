@@ -376,6 +376,13 @@ __device__ __forceinline__ void wait_equal(const uint32_t* flag, uint32_t value)
     }
 }
 
+// Returns the value before the addition; orders nothing.
+__device__ __forceinline__ uint32_t fetch_add_relaxed(uint32_t* global, uint32_t value) {
+    uint32_t old;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(global), "r"(value) : "memory");
+    return old;
+}
+
 // Words that carry their own flag: a value below, above it a tag that no earlier content of the word had. Whoever finds
 // the tag has the value: without a fence, and one way through L2 instead of two.
 __device__ __forceinline__ void store_tagged(uint64_t* global, uint32_t value, uint32_t tag) {

@@ -12,7 +12,7 @@ import tokenspeed.ops
 from tests.kernels.launches import behind_a_copy, emulator, torch_served
 from tests.ops import reference
 from tests.ops.backends import Backend, bounded, relative_error, same_bits
-from tokenspeed.ops.moe import moe_block_scratch
+from tokenspeed.ops.moe_block import moe_block_scratch
 
 pytest_plugins = ["tests.kernels.schedules"]
 

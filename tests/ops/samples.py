@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from tokenspeed.ops.moe import moe_block_scratch
+from tokenspeed.ops.moe_block import moe_block_scratch
 
 from .backends import Backend
 from .gdn import Layer, cu_seqlens, published

@@ -12,7 +12,8 @@ from .conv import causal_conv1d
 from .copies import copy_pages, copy_states
 from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
-from .moe import moe_block, moe_experts, moe_route
+from .moe import moe_experts, moe_route
+from .moe_block import moe_block
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
 from .sampling import sample
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...ops.moe import MOE_BLOCK_ROWS, moe_block_scratch
+from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 from ..batch import Batch
 from ..config import DenseConfig, ModelConfig
 from ..memory import StateViews
