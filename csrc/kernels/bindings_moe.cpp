@@ -67,8 +67,8 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tenso
                                                     int64_t first_expert) {
     bool fits = has_kernels(x) && x.dim() == 2 && x.size(0) > 0 && x.size(0) <= kMoeBlockTokens && x.stride(1) == 1 &&
                 in_proj.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && shared_down.dim() == 2 &&
-                is_int32(scratch) && first_expert >= 0 &&
-                first_expert <= experts && top_k > 0 && top_k <= kMaxTopK && experts <= kMaxIndex;
+                is_int32(scratch) && first_expert >= 0 && first_expert <= experts && top_k > 0 && top_k <= kMaxTopK &&
+                experts <= kMaxIndex;
     for (const Tensor* values : {&x, &residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down}) {
         fits = fits && is_bf16(*values);
     }

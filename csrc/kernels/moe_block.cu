@@ -6,8 +6,10 @@
 //
 // A block has a list of units, cut from the same weights whatever the routing says, and one ring of 16 KB stages that
 // one thread keeps full in the order of the list:
-//     1. tiles of 16 rows of in_proj            before the wait for the kernel ahead: nobody waits for weights
-//     2. tiles of 16 columns of shared_down     the same
+//     1. tiles of 16 rows of in_proj, before the wait for the kernel ahead: nobody waits for weights
+//     2. tiles of 16 columns of shared_down; the first before the wait, too, and beside the ring: its operand comes
+//     late,
+//        so it is multiplied after the first unit of 3
 //     3. gate_up: 16 gate and 16 up rows of an entry, an expert that a token chose
 //     4. down: 64 rows of an entry
 // Of 1 and 2 a block has its fixed share. 3 and 4 go round the blocks, entry by entry; from three tokens on, each block
@@ -74,20 +76,22 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
             ptx::tma_load<3>(stage, &maps.in_proj, full, {0, tile * Dense::kTileColumns, chunk});
         });
     }
-    for (int tile = block; tile < work.column_tiles; tile += blocks) {
-        stream_unit<Dense>(control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
-            ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk});
-        });
+    const bool beside = work.fits_beside(p);
+    if (beside && block < work.column_tiles) {
+        ptx::mbarrier_arrive_expect_tx(&control.shared_full, kStageBytes);
+        ptx::tma_load<3>(ring + a.layout.shared_offset(), &maps.shared_down, &control.shared_full,
+                         {0, block * Dense::kTileColumns, 0});
     }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     ptx::mbarrier_wait(&control.listed, 0);
-    uint32_t* taken = &reinterpret_cast<Header*>(p.scratch)->sets[control.launch % 2].taken;
+    uint32_t* taken = &counters_of(p.scratch, control.launch).taken;
     const int gate_up_units = control.entries * work.gate_up_tiles;
     const int units = gate_up_units + control.entries * work.down_tiles;
     const bool equal_shares = p.tokens <= kMostTokensOfEqualShares;
     Cursor at_units;
-    for (int unit = block;;) {
+    bool shared_left = true;
+    for (int unit = block, item = 0;; ++item) {
         // The next is taken before this one's copies start: the answer takes longer than a stage.
         uint32_t next = static_cast<uint32_t>(unit);
         if (!equal_shares && unit < units) next = ptx::fetch_add_relaxed(taken, 1);
@@ -95,6 +99,14 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
         control.units[at_units.slot] = unit < units ? unit : -1;
         ptx::mbarrier_arrive(&control.units_full[at_units.slot]);
         at_units.next(kUnitSlots);
+        if (shared_left && work.is_shared_turn(item, unit < units ? unit : -1, gate_up_units)) {
+            shared_left = false;
+            for (int tile = beside ? block + blocks : block; tile < work.column_tiles; tile += blocks) {
+                stream_unit<Dense>(control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                    ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk});
+                });
+            }
+        }
         if (unit >= units) return;
         if (unit < gate_up_units) {
             const int expert = control.experts[unit / work.gate_up_tiles], tile = unit % work.gate_up_tiles;
@@ -112,17 +124,24 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
     }
 }
 
-// Brings the activations of each unit of down into a row slot. One warp.
+// Brings activations into the row slots: those of the shared expert, then those of each unit of down. One warp.
 __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots) {
     const MoeBlock& p = a.p;
     const Work work(p);
     const int lane = threadIdx.x % 32, slot_bytes = a.layout.tokens * a.layout.slot_pitch;
     ptx::mbarrier_wait(&control.begun, 0);
-    ptx::mbarrier_wait(&control.listed, 0);
-    CounterSet& counters = reinterpret_cast<Header*>(p.scratch)->sets[control.launch % 2];
-    const int gate_up_units = control.entries * work.gate_up_tiles, pieces = p.width / 8;
+    CounterSet& counters = counters_of(p.scratch, control.launch);
     Cursor at, at_units;
-    if (static_cast<int>(blockIdx.x) < work.column_tiles) at.next(kRowSlots);  // of the shared expert
+    if (static_cast<int>(blockIdx.x) < work.column_tiles) {
+        if (lane == 0) ptx::wait_at_least(&counters.projected, work.projections(p.tokens));
+        __syncwarp();
+        activate_shared(a, slots);
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[0]);
+        at.next(kRowSlots);
+    }
+    ptx::mbarrier_wait(&control.listed, 0);
+    const int gate_up_units = control.entries * work.gate_up_tiles, pieces = p.width / 8;
     for (int unit; (unit = next_unit(control, at_units)) >= 0;) {
         if (unit < gate_up_units) continue;
         const int entry = (unit - gate_up_units) / work.down_tiles;
@@ -168,9 +187,6 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     // What a thread finishes of a tile of 16 columns.
     const int token = threadIdx.x / 16, column = threadIdx.x % 16;
     stage_norm(a, control, x);
-    auto& header = *reinterpret_cast<Header*>(p.scratch);
-    const uint32_t launch = control.launch;
-    CounterSet& counters = header.sets[launch % 2];
     Multiplier multiplier{
         control, layout, shared_memory, reinterpret_cast<float*>(shared_memory + layout.sums_offset()), {}};
 
@@ -183,28 +199,32 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         if (work.routes(tile)) {
             if (!inside) continue;
             ptx::store_tagged(a.logits + token * p.experts + output - 2 * p.shared, __float_as_uint(to_float(value)),
-                              launch);
+                              control.launch);
             continue;
         }
         if (inside) a.projected[token * a.projected_pitch + output] = value;
         __syncwarp();
-        if (token < p.tokens && column == 0) ptx::add_release(&counters.projected, 1);
+        if (token < p.tokens && column == 0) ptx::add_release(&counters_of(p.scratch, control.launch).projected, 1);
     }
 
     list_entries<kPerLane>(a, control, first);
     ptx::mbarrier_wait(&control.listed, 0);
 
-    Cursor at_rows;
-    if (block < work.column_tiles) {
-        activate_shared(a, slots, counters, work.projections(p.tokens));
-        if (threadIdx.x == 0) ptx::mbarrier_arrive(&control.rows_full[0]);
+    Cursor at_rows, at_units;
+    const auto multiply_shared = [&] {
+        if (block >= work.column_tiles) return;
+        ptx::mbarrier_wait(&control.rows_full[0], 0);
         if (block == 0) {  // every block has read the launch's number: it is in `projected`
-            auto* other = reinterpret_cast<uint32_t*>(&header.sets[(launch + 1) % 2]);
+            auto* other = reinterpret_cast<uint32_t*>(&counters_of(p.scratch, control.launch + 1));
             for (int i = threadIdx.x; i < kSetWords; i += kConsumerThreads) other[i] = 0;
-            if (threadIdx.x == 0) header.launches = launch;
+            if (threadIdx.x == 0) *p.scratch = control.launch;
         }
+        const bool beside = work.fits_beside(p);
+        if (beside) ptx::mbarrier_wait(&control.shared_full, 0);
         for (int tile = block; tile < work.column_tiles; tile += blocks) {
-            const float* sums = multiplier.unit<Dense>(slots, layout.slot_pitch, p.shared);
+            const float* sums = beside && tile == block ? multiplier.unit_beside(shared_memory + layout.shared_offset(),
+                                                                                 slots, layout.slot_pitch, p.shared)
+                                                        : multiplier.unit<Dense>(slots, layout.slot_pitch, p.shared);
             if (token < p.tokens) {
                 a.shared_rows[int64_t{token} * p.hidden + tile * Dense::kTileColumns + column] =
                     __float2bfloat16(multiplier.total<Dense>(sums, token, column));
@@ -212,15 +232,20 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         }
         if (lane == 0) ptx::mbarrier_arrive(&control.rows_empty[0]);
         at_rows.next(kRowSlots);
-    }
+    };
 
     const int gate_up_units = control.entries * work.gate_up_tiles;
-    Cursor at_units;
-    for (int unit; (unit = next_unit(control, at_units)) >= 0;) {
+    bool shared_left = true;
+    for (int item = 0;; ++item) {
+        const int unit = next_unit(control, at_units);
+        if (shared_left && work.is_shared_turn(item, unit, gate_up_units)) {
+            shared_left = false;
+            multiply_shared();
+        }
+        if (unit < 0) break;
         if (unit < gate_up_units) {
             const float* sums = multiplier.unit<GateUp>(x, layout.row_pitch, p.hidden);
-            finish_gate_up(a, control, multiplier, sums, unit / work.gate_up_tiles, unit % work.gate_up_tiles,
-                           counters);
+            finish_gate_up(a, control, multiplier, sums, unit / work.gate_up_tiles, unit % work.gate_up_tiles);
             continue;
         }
         const int of_down = unit - gate_up_units;
@@ -256,6 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             ptx::mbarrier_init(&control.units_full[i], 1);
             ptx::mbarrier_init(&control.units_empty[i], kConsumers + 1);
         }
+        ptx::mbarrier_init(&control.shared_full, 1);
         ptx::mbarrier_init(&control.begun, 1);
         ptx::mbarrier_init(&control.listed, 1);
         ptx::fence_mbarrier_init();

@@ -81,10 +81,15 @@ static_assert(kHeaderWords == 448, "so says the operator");
 constexpr int kBatch = 4;        // 16-byte loads of an operand that a thread has under way
 constexpr int kRanksAtOnce = 8;  // of a token's rows, four lanes each
 
+__device__ inline CounterSet& counters_of(uint32_t* scratch, uint32_t launch) {
+    return reinterpret_cast<Header*>(scratch)->sets[launch % 2];
+}
+
 struct Control {
     uint64_t full[kStages], empty[kStages];
     uint64_t rows_full[kRowSlots], rows_empty[kRowSlots];
     uint64_t units_full[kUnitSlots], units_empty[kUnitSlots];
+    uint64_t shared_full;
     uint64_t begun, listed;  // the launch's number is known; the list of entries is complete
     uint32_t launch;
     int entries;
@@ -97,11 +102,13 @@ struct Control {
     uint8_t ranks[kMaxEntries][kTokens];  // [entry, token]: the rank that the token gave it, or kNobody
 };
 
-// Dynamic shared memory: the ring, rows of x, row slots, two units' sums, the first choice of each expert, control.
+// Dynamic shared memory: the ring, a stage of shared_down, rows of x, row slots, two units' sums, the first choice of
+// each expert, control.
 struct Layout {
     int stages, tokens, row_pitch, slot_pitch, experts;  // pitches in bytes
 
-    __host__ __device__ int rows_offset() const { return stages * kStageBytes; }
+    __host__ __device__ int shared_offset() const { return stages * kStageBytes; }
+    __host__ __device__ int rows_offset() const { return (stages + 1) * kStageBytes; }
     __host__ __device__ int slots_offset() const { return rows_offset() + tokens * row_pitch; }
     __host__ __device__ int sums_offset() const { return slots_offset() + kRowSlots * tokens * slot_pitch; }
     __host__ __device__ int first_offset() const { return sums_offset() + 2 * tokens * kTokenSums * 4; }
@@ -135,6 +142,13 @@ struct Work {
           column_tiles(p.hidden / Dense::kTileColumns),
           gate_up_tiles(p.width / GateUp::kTileColumns),
           down_tiles((p.hidden + Down::kTileColumns - 1) / Down::kTileColumns) {}
+    // The block's first tile of shared_down lies beside the ring, if it is one stage; others pass through it.
+    __device__ static bool fits_beside(const MoeBlock& p) { return p.shared <= Shape<Dense>::kDepth; }
+    // The shared expert's turn is after a block's first unit, or before it if that wants rows, or if there is none: by
+    // then its activations are there.
+    __device__ static bool is_shared_turn(int item, int unit, int gate_up_units) {
+        return item == 1 || unit < 0 || unit >= gate_up_units;
+    }
     // Whether a tile of in_proj is the router's: its product goes as tagged words.
     __device__ bool routes(int tile) const { return tile >= router_tile && tile < router_tile + router_tiles; }
     // What `projected` counts to.

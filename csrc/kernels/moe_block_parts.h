@@ -64,7 +64,7 @@ __device__ inline void stage_norm(const Arguments& a, Control& control, uint8_t*
         control.launch = launches + 1;
         ptx::mbarrier_arrive(&control.begun);
         // Whoever sees this count knows that the number has been read.
-        ptx::add_relaxed(&reinterpret_cast<Header*>(p.scratch)->sets[(launches + 1) % 2].projected, 1);
+        ptx::add_relaxed(&counters_of(p.scratch, launches + 1).projected, 1);
     }
     total = warp_sum(total);
     if (alone) {
@@ -131,12 +131,12 @@ struct Multiplier {
         constexpr int kRowWarps = Product::kRowWarps;
         using S = Shape<Product>;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
-        const int row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps, tokens = layout.tokens;
+        const int row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps;
         // Of gate_up all gate rows of a chunk come first, then its up rows; else 16 rows of a warp are neighbours.
         constexpr bool kPairs = std::is_same_v<Product, GateUp>;
         const int low = depth_warp * S::kRows * 128 + row_warp * (kPairs ? 8 : 16) * 128;
         const int high = low + (kPairs ? S::kRows / 2 : 8) * 128;
-        const uint8_t* row = operand + min(quad, tokens - 1) * pitch;  // columns without a token are not stored
+        const uint8_t* row = operand + min(quad, layout.tokens - 1) * pitch;  // columns without a token are not stored
         float sum[2][4] = {};
         for (int chunk = depth_warp; (chunk - depth_warp) * kChunk < depth; chunk += S::kDepthWarps) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
@@ -146,6 +146,27 @@ struct Multiplier {
             if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
             at.next(layout.stages);
         }
+        return gather<Product>(sum);
+    }
+
+    // The same for one stage of Dense that lies beside the ring.
+    __device__ __forceinline__ const float* unit_beside(const uint8_t* stage, const uint8_t* operand, int pitch,
+                                                        int depth) {
+        const int warp = threadIdx.x / 32, quad = threadIdx.x % 32 / 4;
+        const uint8_t* rows = stage + warp * Shape<Dense>::kRows * 128;
+        float sum[2][4] = {};
+        if (warp * kChunk < depth) {
+            multiply_chunk(sum, rows, rows + 8 * 128, operand + min(quad, layout.tokens - 1) * pitch + warp * 128);
+        }
+        return gather<Dense>(sum);
+    }
+
+    // All warps' sums of a unit.
+    template <typename Product>
+    __device__ __forceinline__ const float* gather(const float (&sum)[2][4]) {
+        using S = Shape<Product>;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, tokens = layout.tokens;
+        const int row_warp = warp % Product::kRowWarps, depth_warp = warp / Product::kRowWarps;
         // The other half was read before every warp came to the barrier of the unit before.
         float* mine = sums + turn * tokens * kTokenSums;
         turn ^= 1;
@@ -237,29 +258,36 @@ __device__ void list_entries(const Arguments& a, Control& control, uint32_t* fir
     }
 }
 
-// Writes the shared expert's activations, silu(gate) * up, into the first row slot. The warps that multiply.
-__device__ inline void activate_shared(const Arguments& a, uint8_t* slot, const CounterSet& counters,
-                                       uint32_t projections) {
+// Writes the shared expert's activations, silu(gate) * up, into a row slot. One warp.
+__device__ inline void activate_shared(const Arguments& a, uint8_t* slot) {
     const MoeBlock& p = a.p;
-    if (threadIdx.x % 32 == 0) ptx::wait_at_least(&counters.projected, projections);
-    __syncwarp();
-    const int pieces = p.shared / 8;
-    for (int i = threadIdx.x; i < p.tokens * pieces; i += kConsumerThreads) {
-        const int token = i / pieces, piece = i - token * pieces;
-        const __nv_bfloat16* gate = a.projected + token * a.projected_pitch + piece * 8;
-        const uint4 gates = ptx::load_16_no_allocate(gate), ups = ptx::load_16_no_allocate(gate + p.shared);
-        const Float8 g = unpack(gates), u = unpack(ups);
-        Float8 y;
+    const int lane = threadIdx.x % 32, pieces = p.shared / 8, all = p.tokens * pieces;
+    for (int base = lane; base < all; base += kBatch * 32) {
+        uint4 gates[kBatch], ups[kBatch];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
-        store_16(slot + token * a.layout.slot_pitch + piece * 16, pack(y));
+        for (int i = 0; i < kBatch; ++i) {
+            const int piece = base + i * 32;
+            if (piece >= all) continue;
+            const __nv_bfloat16* gate = a.projected + piece / pieces * a.projected_pitch + piece % pieces * 8;
+            gates[i] = ptx::load_16_no_allocate(gate);
+            ups[i] = ptx::load_16_no_allocate(gate + p.shared);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int piece = base + i * 32;
+            if (piece >= all) continue;
+            const Float8 g = unpack(gates[i]), u = unpack(ups[i]);
+            Float8 y;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
+            store_16(slot + piece / pieces * a.layout.slot_pitch + piece % pieces * 16, pack(y));
+        }
     }
-    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
 }
 
 // Stores a tile of an entry's activations, and counts it for each token that chose the expert.
 __device__ __forceinline__ void finish_gate_up(const Arguments& a, const Control& control, const Multiplier& multiplier,
-                                               const float* sums, int entry, int tile, CounterSet& counters) {
+                                               const float* sums, int entry, int tile) {
     constexpr int kColumns = GateUp::kTileColumns;
     const MoeBlock& p = a.p;
     if (static_cast<int>(threadIdx.x) / 32 * 32 >= p.tokens * kColumns) return;
@@ -273,7 +301,7 @@ __device__ __forceinline__ void finish_gate_up(const Arguments& a, const Control
             __float2bfloat16(silu(gate) * up);
     }
     __syncwarp();
-    if (rank != kNobody && output == 0) ptx::add_release(&counters.activated[entry], 1);
+    if (rank != kNobody && output == 0) ptx::add_release(&counters_of(p.scratch, control.launch).activated[entry], 1);
 }
 
 // Stores a tile of the rows that the tokens of an entry will sum.
