@@ -106,7 +106,10 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tenso
                        .width = static_cast<int>(width),
                        .shared = static_cast<int>(shared),
                        .projections = static_cast<int>(projections)};
-    if (!moe_block_supported(arguments) || scratch.numel() < moe_block_scratch(arguments)) return std::nullopt;
+    if (!moe_block_supported(arguments)) return std::nullopt;
+    const int64_t wanted = moe_block_scratch(arguments);
+    STD_TORCH_CHECK(scratch.numel() >= wanted, "scratch has ", scratch.numel(), " elements; ", experts,
+                    " experts, top ", top_k, " want ", wanted);
     Tensor out = new_tensor(x, {tokens, hidden}), sum = new_tensor(x, {tokens, hidden});
     const Tensor workspace = new_workspace(x, moe_block_workspace(arguments));
     arguments.out = data(out);

@@ -1,4 +1,5 @@
-// What moe_block.cu's kernel is laid out by: the third shape of a tile, counters, shared memory, the workspace.
+// What moe_block.cu's kernel is laid out by: shapes of a stage, the caller's memory, shared memory, who has which
+// units.
 #pragma once
 #include <launch.h>
 #include <ptx.h>
@@ -72,7 +73,7 @@ struct Header {
     uint32_t launches;
     uint32_t padding[31];
     CounterSet sets[2];
-    uint32_t end[32];
+    uint32_t padding_behind[32];
 };
 constexpr int kSetWords = sizeof(CounterSet) / sizeof(uint32_t);
 constexpr int kHeaderWords = sizeof(Header) / sizeof(uint32_t);
@@ -123,12 +124,12 @@ inline Layout layout_for(const MoeBlock& p) {
 struct Arguments {
     MoeBlock p;
     Layout layout;
-    int projected_pitch;         // elements
-    __nv_bfloat16* projected;    // [tokens, projected_pitch]
-    uint64_t* logits;            // [tokens, experts], tagged
-    uint64_t* rows;              // [choices, hidden], by token and rank, tagged
-    __nv_bfloat16* activations;  // [choices, width], by token and rank
-    __nv_bfloat16* shared_rows;  // [tokens, hidden]
+    int projected_pitch;                   // elements
+    __nv_bfloat16* projected = nullptr;    // [tokens, projected_pitch]
+    uint64_t* logits = nullptr;            // [tokens, experts], tagged
+    uint64_t* rows = nullptr;              // [choices, hidden], by token and rank, tagged
+    __nv_bfloat16* activations = nullptr;  // [choices, width], by token and rank
+    __nv_bfloat16* shared_rows = nullptr;  // [tokens, hidden]
 };
 
 // How many units of each kind there are, and who has them.

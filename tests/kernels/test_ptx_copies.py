@@ -66,17 +66,6 @@ def test_blocks_hand_on_through_flags(shuffled):
     assert last[0] == 2 * blocks + expected
 
 
-def test_blocks_hand_on_words_that_carry_their_flag(shuffled, rng):
-    blocks = 9
-    words = rng.integers(0, 7, 4 * blocks, dtype=np.uint64) << np.uint64(32)  # tags of launches before
-    taken, sums = np.zeros(2, np.uint32), np.zeros(blocks, np.uint32)
-    shuffled.call("self_test_tagged_words", words, taken, sums, blocks, 7)
-    expected = sum(40 * block + 6 for block in range(blocks))
-    assert (sums == expected).all()
-    assert taken.tolist() == [blocks, blocks * expected]
-    assert (words == [7 << 32 | 10 * block + i for block in range(blocks) for i in range(4)]).all()
-
-
 def chain(rng, blocks: int, links: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(weights, buffers with only the input filled in, what the buffers must hold afterwards)."""
     n = blocks * 64

@@ -44,8 +44,11 @@ def moe_block(
     `add_rms_norm_linear`, `moe_route`, `moe_experts` and `add_gated_silu_mul_linear` round, of which this is made where
     no kernel serves the call (more than MOE_BLOCK_ROWS rows, for one).
     Mutates scratch, [moe_block_scratch(E, top_k, H)] int32: zeros at first, then what the last call left, whatever its
-    sizes. Calls that may run at the same time need one of their own each.
+    sizes. Calls that may run at the same time need one of their own each. Raises ValueError where it is too short.
     """
+    wanted = moe_block_scratch(experts, top_k, x.shape[1])
+    if len(scratch) < wanted:
+        raise ValueError(f"scratch has {len(scratch)} elements; {experts} experts, top {top_k} want {wanted}")
     shared, held = 2 * shared_down.shape[1], len(gate_up)
     projected, normed, total = add_rms_norm_linear(x, residual, norm_weight, eps, in_proj)
     weights, chosen, order, offsets = moe_route(projected[:, shared : shared + experts], top_k)
