@@ -97,7 +97,7 @@ class Engine:
                 sequence,
                 sink,
                 Detokenizer(self.tokenizer, params.skip_special_tokens),
-                StopStrings(params.stop, params.include_stop_str_in_output),
+                StopStrings(params.stop, params.include_stop_str_in_output, request.stops_after),
                 rules,
                 words.single if words else (),
                 now,
@@ -224,7 +224,7 @@ class Engine:
                 if found is not None and reason is None:
                     reason, stop = "stop", found
             else:
-                update.text = text
+                update.text = generation.stops.pass_over(text)
         if reason is None and outputs >= sequence.limit:
             reason = "length"
         if reason is None:

@@ -13,21 +13,28 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ... import __version__
+from ..chat.conversation import Conversation
 from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
-from .anthropic import Message
+from .anthropic import Message, count_tokens
 from .client import DeadlineExceeded
+from .http import HeadRequests, allow_origins
+from .models import UnknownModel, model_card, model_list
 from .openai_chat import Chat
 from .openai_completions import Completion
+from .openai_responses import Response as ModelResponse
 from .page import page
 from .protocol import (
     AbortRequest,
+    AnthropicConversation,
     AnthropicRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ResponsesRequest,
     TokenizeRequest,
 )
-from .service import Overloaded, Service
+from .response_store import UnknownResponse
+from .service import ContextOverflow, Overloaded, Service, Unsupported
 from .sse import EventStream, disconnected, event
 
 _LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
@@ -36,12 +43,17 @@ _PING_SECONDS = 10.0
 log = logging.getLogger("tokenspeed.server")
 
 
-def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes: int = 64 << 20) -> FastAPI:
-    """The application over a running service. most_body_bytes: a larger request is refused with 413."""
+def create_app(
+    service: Service, api_keys: tuple[str, ...] = (), most_body_bytes: int = 64 << 20, origins: tuple[str, ...] = ()
+) -> FastAPI:
+    """The application over a running service. most_body_bytes: a larger request is refused with 413; origins: of pages
+    that may use it from a browser."""
     # No /docs: those pages would load scripts from elsewhere. The schema is at /openapi.json.
     about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
     app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, most_bytes=most_body_bytes)
+    app.add_middleware(HeadRequests)
+    allow_origins(app, origins)
     _errors(app)
 
     async def key(request: Request) -> str | None:  # async: FastAPI sends plain functions to a thread
@@ -94,15 +106,30 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
     async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
         return await answer(request, lambda: Message(service, body, key), body.stream)
 
+    @app.post("/v1/messages/count_tokens")
+    async def message_tokens(body: AnthropicConversation, request: Request, key: str | None = Depends(key)):
+        return await elsewhere(request, lambda: count_tokens(service, body, key))
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request, key: str | None = Depends(key)):
+        return await answer(request, lambda: ModelResponse(service, body, key), body.stream)
+
+    @app.get("/v1/responses/{id}")
+    async def response(id: str, key: str | None = Depends(key)):
+        return service.responses.get(service.name_space(key, None), id).frame
+
+    @app.delete("/v1/responses/{id}")
+    async def forget_response(id: str, key: str | None = Depends(key)):
+        service.responses.forget(service.name_space(key, None), id)
+        return {"id": id, "object": "response", "deleted": True}
+
     @app.get("/v1/models", dependencies=[Depends(key)])
     async def models():
-        card = {
-            "id": service.config.model_name,
-            "object": "model",
-            "owned_by": "tokenspeed",
-            "max_model_len": service.room,
-        }
-        return {"object": "list", "data": [card]}
+        return model_list(service)
+
+    @app.get("/v1/models/{id:path}", dependencies=[Depends(key)])
+    async def model(id: str):
+        return model_card(service, id)
 
     @app.post("/tokenize", dependencies=[Depends(key)])
     async def tokenize(body: TokenizeRequest, request: Request):
@@ -112,7 +139,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
             if body.messages is None:
                 return tokenizer.encode(body.prompt)
             options = {"add_generation_prompt": body.add_generation_prompt}
-            return service.frontend.encode_chat(body.messages, body.tools, **options)
+            return service.conversations.encode(Conversation(body.messages, body.tools, **options)).ids
 
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages.")
@@ -137,8 +164,8 @@ def create_app(service: Service, api_keys: tuple[str, ...] = (), most_body_bytes
     @app.post("/reset_prefix_cache", dependencies=[Depends(key)])
     async def reset_prefix_cache():
         await service.engine.clear_cache()
-        if service.history is not None:
-            service.history.clear()
+        service.conversations.clear()
+        service.responses.clear()
         return {"reset": True}
 
     front = page()
@@ -188,6 +215,10 @@ async def _while_connected(request: Request, work) -> Any:
 _STATUS = {
     RequestError: (400, "invalid_request_error"),
     CapacityError: (400, "invalid_request_error"),
+    ContextOverflow: (400, "invalid_request_error"),
+    Unsupported: (400, "invalid_request_error"),
+    UnknownResponse: (400, "invalid_request_error"),
+    UnknownModel: (404, "not_found_error"),
     Overloaded: (429, "rate_limit_error"),
     DeadlineExceeded: (504, "timeout_error"),
     EngineError: (503, "service_unavailable_error"),
@@ -197,7 +228,21 @@ _STATUS = {
 def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
     found, kind = _STATUS.get(type(error), (500, "internal_error"))
     message = str(error) if isinstance(error, TokenSpeedError) else "internal error"
-    return {"message": message, "type": kind, "code": status or found, "param": None}
+    return {"message": message, "type": kind, "code": status or found, "param": None} | _known_to_clients(error)
+
+
+def _known_to_clients(error: Exception) -> dict[str, Any]:
+    """What clients tell an error by, beside its words."""
+    match error:
+        case ContextOverflow():
+            return {"code": "context_length_exceeded", "param": "messages"}
+        case UnknownResponse():
+            return {"code": "previous_response_not_found", "param": "previous_response_id"}
+        case UnknownModel():
+            return {"code": "model_not_found", "param": "model"}
+        case Unsupported():
+            return {"details": error.details}
+    return {}
 
 
 def _errors(app: FastAPI) -> None:
@@ -209,12 +254,17 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(TokenSpeedError)
     async def ours(request: Request, error: TokenSpeedError):
         body = _error_body(error)
+        if isinstance(error, ContextOverflow) and request.url.path.startswith("/v1/messages"):
+            body["message"] = error.as_anthropic()
         headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else None
-        return respond(body["code"], body, headers)
+        return respond(_STATUS.get(type(error), (500, ""))[0], body, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
+        if found["type"] == "json_invalid":
+            message = f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}"
+            return respond(400, _error_body(RequestError(message)))
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
         given = repr(found.get("input"))
         message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"

@@ -31,6 +31,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     model: str | None = None
     model_name: str | None = None
     most_requests: int = 512
@@ -64,7 +65,7 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         name = options.model_name or options.model or frontend.directory.name
         service_config = ServiceConfig(name, options.most_requests, options.timeout, options.exact_history)
         service = Service(frontend, engine, service_config)
-        app = AccessLog(create_app(service, options.api_keys, options.most_body_bytes))
+        app = AccessLog(create_app(service, options.api_keys, options.most_body_bytes, options.origins))
         server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", proxy_headers=False))
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -53,8 +53,9 @@ class ToolGrammars:
     ) -> GrammarSpec | None:
         """For a turn with `tools` (`messages.check_tools`) under OpenAI's `tool_choice`; None where it may be any text.
 
-        choice: "auto": text, then calls, if any tool is strict; "required": calls alone; {"type": "function",
-        "function": {"name": ...}}: one call of that function; "none". parallel: more than one call may be made.
+        choice: "auto": text, then calls, if any tool is strict or calls are limited; "required": calls alone; {"type":
+        "function", "function": {"name": ...}}: one call of that function; "none". parallel: more than one call may be
+        made.
 
         Arguments come in the order of the schema's properties: the required ones, others that it names, no more;
         `format` says nothing. A tool that is not strict is held to its schema only where a call is required and the
@@ -73,7 +74,8 @@ class ToolGrammars:
             )
         if choice == "required" and not functions:
             raise RequestError("tool_choice is 'required', but there are no tools")
-        if choice == "none" or (choice == "auto" and not any(function.get("strict") is True for function in functions)):
+        free = parallel and not any(function.get("strict") is True for function in functions)
+        if choice == "none" or (choice == "auto" and (free or not functions)):
             return None
         rules = [_ARGUMENT_RULES, _CALL_RULES]
         for i, function in enumerate(functions):
