@@ -1,5 +1,7 @@
 """Which device, dtype and thread count a run uses."""
 
+import platform
+
 import torch
 
 from .errors import ConfigError
@@ -29,6 +31,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; it must be auto, {' or '.join(_DTYPES)}.")
     return _DTYPES[name]
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls it: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    threads = torch.get_num_threads()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def use_threads(count: int) -> None:

@@ -38,8 +38,7 @@ def load_runner(
         threads = 1
     if threads is not None:
         use_threads(threads)
-    kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
-    layout = MemoryLayout(model.share, dtype, ring_rows=RING_ROWS if kernel else 0)
+    layout = MemoryLayout(model.share, dtype, ring_rows=RING_ROWS if decodes_by_kernel(device) else 0)
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
     plan = fit_memory(model_config, layout, config, free, device.type)
     plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))
@@ -49,6 +48,11 @@ def load_runner(
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan))
     runner.capture(progress)
     return runner, plan
+
+
+def decodes_by_kernel(device: torch.device) -> bool:
+    """Whether a compiled kernel decodes there, whose slots have a ring of updates."""
+    return device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig, plan: MemoryPlan) -> int:

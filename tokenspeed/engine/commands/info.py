@@ -10,7 +10,7 @@ from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..device import pick_device, pick_dtype
 from ..errors import CapacityError, ConfigError
-from ..loading import fit_memory
+from ..loading import RING_ROWS, decodes_by_kernel, fit_memory
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..parallel.comm import Communicator
@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--memory-gib",
         type=float,
         metavar="GIB",
-        help="plan for a GPU with this much free (default: this device, as is)",
+        help="plan for a GPU with this much free, of the memory a GPU's kernels use (default: this device, as is)",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print a rank's program: stages, weights, collectives (default off)"
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
         name, config = options.size, PUBLISHED[options.size]
     else:
         raise ConfigError(f"size {options.size!r} is not published; it must be one of {', '.join(PUBLISHED)}.")
-    dtype = pick_dtype(options.dtype, device)
+    # A plan for a GPU is of what one would use: its dtype, and slots with a ring of updates.
+    dtype = pick_dtype(options.dtype, torch.device("cuda") if options.memory_gib else device)
     mesh = Mesh(options.tp, options.ep)
     model = Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh))
     for line in describe(name, model, dtype, device, options.memory_gib, EngineConfig(**engine_settings(options))):
@@ -76,8 +77,10 @@ def describe(
 ) -> Iterator[str]:
     """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
     assumed, None for the device as it is."""
-    layout, weights = MemoryLayout(model.share, dtype), weight_bytes(model)
-    yield from needs(name, model, dtype)
+    kernel = memory_gib is not None or decodes_by_kernel(device)
+    layout = MemoryLayout(model.share, dtype, ring_rows=RING_ROWS if kernel else 0)
+    weights = weight_bytes(model)
+    yield from needs(name, model, layout)
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
     left = free - weights
@@ -92,12 +95,11 @@ def describe(
     yield f"kernels            {_kernels(device)}"
 
 
-def needs(name: str, model: Qwen3_5, dtype: torch.dtype) -> Iterator[str]:
+def needs(name: str, model: Qwen3_5, layout: MemoryLayout) -> Iterator[str]:
     """What holds on any machine: the size of the model, and what one rank holds and sends."""
-    config, mesh, ffn = model.config, model.mesh, model.config.ffn
+    config, mesh, ffn, dtype = model.config, model.mesh, model.config.ffn, layout.dtype
     whole = Qwen3_5.empty(config, dtype, torch.device("meta"))
     parameters = sum(p.numel() for p in whole.parameters())
-    layout = MemoryLayout(model.share, dtype)
     width = (
         f"dense, intermediate {ffn.intermediate}"
         if isinstance(ffn, DenseConfig)
@@ -114,7 +116,10 @@ def needs(name: str, model: Qwen3_5, dtype: torch.dtype) -> Iterator[str]:
         yield f"traffic            {sent.collectives} collectives a step, {terms}"
         yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
     yield f"KV per token       {_bytes(layout.kv_token_bytes)}"
-    yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {_bytes(layout.recurrent_bytes)} fp32 recurrence"
+    parts = f"{_bytes(layout.recurrent_bytes)} fp32 recurrence"
+    if layout.ring_rows:
+        parts += f" beside a ring of {layout.ring_rows} updates"
+    yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {parts}"
 
 
 def weight_bytes(model: Qwen3_5) -> int:
