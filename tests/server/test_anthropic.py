@@ -105,8 +105,9 @@ def test_equal_tools_give_equal_prompts_through_both_apis(client, server):
     other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
     function = {name: CALCULATOR[name] for name in ("name", "description")}
     function["parameters"] = CALCULATOR["input_schema"]
-    for strict in ({}, {"strict": True}):
-        tool = {"type": "function", "function": function | strict}
+    backwards = dict(reversed(function.items())) | {"strict": False}
+    for strict, sent in (({}, function), ({"strict": True}, function | {"strict": True}), ({}, backwards)):
+        tool = {"function": sent, "type": "function"}
         one = client.messages.create(messages=SUM, tools=[CALCULATOR | strict], **COMMON)
         two = other.chat.completions.create(model="tiny", messages=SUM, tools=[tool], temperature=0)
         assert one.usage.input_tokens + one.usage.cache_read_input_tokens == two.usage.prompt_tokens

@@ -1,6 +1,6 @@
 """A conversation on its way into the engine, and its answer on its way out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from ..text.tools import CallFinished
 from ..text.turn import AnswerParser, TurnEvent, parse_answer
 from .conversation import Conversation
 from .formats import turn_grammar
+
+_TOOL_FIELDS = ("name", "description", "parameters", "strict")
+_NOT_STRICT = ("strict", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Conversations:
         """The conversation as ids. Raises RequestError."""
         return self.frontend.template.encode(
             chat.messages,
-            chat.tools,
+            _in_order(chat.tools),
             add_generation_prompt=chat.generation_prompt,
             continue_final_message=chat.continues,
             enable_thinking=chat.enable_thinking,
@@ -112,6 +115,21 @@ class Conversations:
             )
 
         return same
+
+
+def _in_order(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Tools with their fields in the order that most clients send, so that equal tools give equal prompts. What is null
+    or not asked for (`strict: false`) is left out."""
+
+    def ordered(tool: Any) -> Any:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping):
+            return tool
+        given = {name: value for name, value in function.items() if value is not None and (name, value) != _NOT_STRICT}
+        known = {name: given[name] for name in _TOOL_FIELDS if name in given}
+        return {"type": "function", **tool, "function": known | given}
+
+    return [ordered(tool) for tool in tools] if isinstance(tools, list) else tools
 
 
 class TurnParser:
