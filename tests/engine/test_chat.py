@@ -7,10 +7,11 @@ import pytest
 
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.chat.conversation import Conversation
-from tokenspeed.engine.chat.formats import answer_format, plain_formats
+from tokenspeed.engine.chat.formats import Format, plain_formats
 from tokenspeed.engine.errors import RequestError
 from tokenspeed.engine.llm import LLM, AsyncLLM
 from tokenspeed.engine.request import SamplingParams
+from tokenspeed.engine.text.tool_grammar import ToolGrammars
 from tokenspeed.engine.text.turn import ToolCall, TurnText
 
 PROPERTIES = {"a": {"type": "number"}, "op": {"type": "string"}, "b": {"type": "number"}}
@@ -112,7 +113,7 @@ def test_an_option_that_is_none_is_named(llm):
 )
 def test_formats_that_cannot_be_kept_are_named(formats, words):
     with pytest.raises(RequestError, match=words):
-        answer_format(**formats)
+        Format(**formats).spec(ToolGrammars())
 
 
 def test_unknown_formats_of_a_schema_are_annotations_wherever_it_holds_a_schema():

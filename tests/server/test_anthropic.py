@@ -174,7 +174,7 @@ def test_a_thread_is_refused_so_that_the_client_goes_on_without(server):
     assert answer.json()["error"]["details"]["error_code"] == "thread_unsupported_request"
     client = anthropic.Anthropic(base_url=server.url, api_key="unused", max_retries=0)
     with pytest.raises(anthropic.types.ThreadUnsupportedRequestError):
-        client.beta.messages.thread(**COMMON).send(SUM)
+        client.beta.messages.thread(**COMMON).send(*SUM)
     # The tool runner asks for a thread first, too, and then goes on without one: the test above.
 
 

@@ -67,7 +67,7 @@ def test_a_tool_loop_by_items_and_by_previous_response(client):
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "42"}
     second = client.responses.create(input=[result], previous_response_id=first.id, tools=[CALCULATOR], **GREEDY)
     assert "42" in second.output_text
-    assert second.usage.input_tokens_details.cached_tokens == first.usage.total_tokens
+    assert second.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens
     by_items = [*question, *(item.model_dump() for item in first.output), result]
     whole = client.responses.create(input=by_items, tools=[CALCULATOR], **GREEDY)
     assert whole.output_text == second.output_text and whole.usage.input_tokens == second.usage.input_tokens

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .cache import CacheConfig, Policy, PrefixCache
 from .chat.conversation import Conversation
-from .chat.formats import answer_format
+from .chat.formats import Format
 from .chat.turn import Conversations, PreparedTurn, TurnReader
 from .checkpoint import resolve
 from .collector import Collector
@@ -93,7 +93,7 @@ class LLM:
         """
         prompts = [prompts] if _is_prompt(prompts) else list(prompts)
         params = self._params(sampling_params, len(prompts))
-        grammar = answer_format(response_format, structured_outputs)
+        grammar = self.conversations.grammar(Format.of_text(response_format, structured_outputs))
         requests = [self.frontend.request(self._id(), *pair) for pair in zip(prompts, params, strict=True)]
         tokenizer = self.frontend.tokenizer
         collectors = [
@@ -125,7 +125,8 @@ class LLM:
             Collector(self.frontend.tokenizer, request, None, reader)
             for request, reader in zip(requests, readers, strict=True)
         ]
-        return self._run(requests, [turn.grammar for turn in turns], collectors, progress)
+        grammars = [self.conversations.grammar(turn.format) for turn in turns]
+        return self._run(requests, grammars, collectors, progress)
 
     def prepare(self, chat: Conversation, params: SamplingParams | None = None) -> PreparedTurn:
         """A conversation ready for `follow_turn`. Raises RequestError for what cannot be asked."""
@@ -134,7 +135,7 @@ class LLM:
     def follow_turn(self, turn: PreparedTurn) -> Iterator[tuple[Update, list[TurnEvent]]]:
         """Answer a conversation and yield the news as they come, each with what it adds to the turn. As `stream`."""
         reader = TurnReader(self.conversations, turn)
-        with contextlib.closing(self.follow([turn.request], [turn.grammar])) as news:
+        with contextlib.closing(self.follow([turn.request], [self.conversations.grammar(turn.format)])) as news:
             for _, update in news:
                 yield update, reader.take(update)
 
@@ -268,7 +269,8 @@ class AsyncLLM:
         turn = conversations.prepare(request_id or self._id(), _conversation(messages, tools, options), params)
         reader = TurnReader(conversations, turn)
         collector = Collector(self.frontend.tokenizer, turn.request, None, reader)
-        async for output in self._follow(turn.request, turn.grammar, collector):
+        grammar = conversations.grammar(turn.format)
+        async for output in self._follow(turn.request, grammar, collector):
             yield output
 
     def _id(self) -> str:

@@ -16,7 +16,7 @@ from ..text.tool_grammar import ToolGrammars
 from ..text.tools import CallFinished
 from ..text.turn import AnswerParser, TurnEvent, parse_answer
 from .conversation import Conversation
-from .formats import turn_grammar
+from .formats import Format
 
 _TOOL_FIELDS = ("name", "description", "parameters", "strict")
 _NOT_STRICT = ("strict", False)
@@ -26,13 +26,14 @@ _NOT_STRICT = ("strict", False)
 class PreparedTurn:
     """A conversation ready for the engine.
 
-    reasoning: whether the turn begins inside reasoning; resumed: whether it goes on with content that the prompt ends
+    format: what the turn was asked to look like, None for any text (`Conversations.grammar`); reasoning: whether the
+    turn begins inside reasoning; resumed: whether it goes on with content that the prompt ends
     in; restored: turns of the history that were put back as generated; tools: those whose calls are looked for, None
     for none; close_id: of `</think>`, None where the tokenizer has none.
     """
 
     request: Request
-    grammar: GrammarSpec | None
+    format: Format | None
     reasoning: bool
     resumed: bool
     restored: int
@@ -75,8 +76,8 @@ class Conversations:
             cut = len(ids) - chat.truncate_prompt_tokens
             ids, boundaries = ids[cut:], [count - cut for count in boundaries if count > cut]
         reasoning = encoded.reasoning_open
-        spec = turn_grammar(self._tools, chat, reasoning)
-        if spec is not None and chat.continues:
+        form = Format.of(chat, reasoning)
+        if form is not None and chat.continues:
             raise RequestError("an answer that is begun already can have no format and no demanded call; drop either.")
         if chat.choice == "none":
             params = replace(params, bad_words=(*params.bad_words, TOOL_CALL))
@@ -91,7 +92,12 @@ class Conversations:
             stops_after=CLOSE if reasoning else None,
         )
         close_id = self.frontend.tokenizer.token_to_id(CLOSE)
-        return PreparedTurn(request, spec, reasoning, chat.continues, restored, chat.readable_tools, close_id)
+        return PreparedTurn(request, form, reasoning, chat.continues, restored, chat.readable_tools, close_id)
+
+    def grammar(self, form: Format | None) -> GrammarSpec | None:
+        """The grammar of what was asked for; making it may take long. Raises RequestError for what cannot be
+        enforced."""
+        return None if form is None else form.spec(self._tools)
 
     def remember(self, turn: PreparedTurn, ids: Sequence[int]) -> None:
         """A turn that was answered to its end, for the prompts that send it back."""
@@ -139,7 +145,7 @@ class TurnParser:
     """
 
     def __init__(self, turn: PreparedTurn):
-        self._parser = AnswerParser(turn.reasoning, turn.tools, turn.resumed, exact=turn.grammar is not None)
+        self._parser = AnswerParser(turn.reasoning, turn.tools, turn.resumed, exact=turn.format is not None)
         self._close_id = turn.close_id
         self._in_reasoning = turn.reasoning
         self.ids: list[int] = []

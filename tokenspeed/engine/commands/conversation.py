@@ -33,7 +33,7 @@ class Turn:
         turn.request.check(d.llm.engine.vocabulary, longest)
         self._reader = TurnReader(d.llm.conversations, turn)
         self.meter = Meter(len(turn.request.prompt))
-        self._updates = d.llm.follow([turn.request], [turn.grammar])
+        self._updates = d.llm.follow([turn.request], [d.llm.conversations.grammar(turn.format)])
 
     def __iter__(self) -> Iterator[list[TurnEvent]]:
         try:

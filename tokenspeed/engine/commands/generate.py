@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ..chat.conversation import Conversation
-from ..chat.formats import answer_format
+from ..chat.formats import Format
 from ..chat.turn import TurnReader
 from ..collector import Collector
 from ..errors import RequestError
@@ -79,14 +79,15 @@ def run(options: argparse.Namespace) -> int:
     with open_model(options) as llm:
         params, conversations = llm.frontend.sampling_params(**chosen), llm.conversations
         if options.raw:
-            request, grammar, reader = llm.frontend.request("0", prompt, params), answer_format(**formats), None
+            form = Format.of_text(formats.get("response_format"), formats.get("structured_outputs"))
+            request, reader = llm.frontend.request("0", prompt, params), None
         else:
             system = [{"role": "system", "content": options.system}] if options.system else []
             messages = [*system, {"role": "user", "content": prompt}]
             chat = Conversation(messages, tools, enable_thinking=False if options.no_thinking else None, **formats)
             turn = conversations.prepare("0", chat, params)
-            request, grammar, reader = turn.request, turn.grammar, TurnReader(conversations, turn)
-        _continue(llm, request, grammar, reader, options)
+            request, form, reader = turn.request, turn.format, TurnReader(conversations, turn)
+        _continue(llm, request, conversations.grammar(form), reader, options)
     return 0
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from ..chat.formats import answer_format
+from ..chat.formats import Format
 from ..errors import RequestError
 from ..request import CompletionOutput, Request, TokenScores, Update
 from .openai_chat import usage
@@ -29,7 +29,7 @@ class Completion:
             raise RequestError("prompt is an empty list; at least one prompt is needed.")
         refuse(body, {"suffix": ""})
         asked = body.response_format.asked() if body.response_format else None
-        self._grammar = answer_format(asked, body.structure())
+        self._format = Format.of_text(asked, body.structure())
         self.requests: list[Request] = []
         for i, prompt in enumerate(prompts):
             ids = service.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -172,7 +172,7 @@ class Completion:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, request: Request) -> AsyncIterator[Update]:
-        run = self._service.run(request, self._grammar, self._body.timeout)
+        run = self._service.run(request, self._format, self._body.timeout)
         async with contextlib.aclosing(run) as updates:
             async for update in updates:
                 if self._scores_only:

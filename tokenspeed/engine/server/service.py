@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..chat.conversation import Conversation
+from ..chat.formats import Format
 from ..chat.turn import Conversations, PreparedTurn, TurnReader
 from ..errors import RequestError, TokenSpeedError
 from ..frontend import Frontend
 from ..request import Request, SamplingParams, Update
-from ..text.grammar import GrammarSpec
 from ..text.turn import TurnEvent
 from .client import DeadlineExceeded, EngineClient
 from .metrics import Metrics
@@ -111,7 +111,7 @@ class Service:
         self.in_flight -= requests
 
     async def run(
-        self, request: Request, grammar: GrammarSpec | None = None, timeout: float | None = None
+        self, request: Request, form: Format | None = None, timeout: float | None = None
     ) -> AsyncIterator[Update]:
         """The updates of a request, timed and within its deadline. Leaving early aborts it.
 
@@ -121,6 +121,7 @@ class Service:
         start = last = time.monotonic()
         outcome, first = "aborted", True
         try:
+            grammar = self.conversations.grammar(form)
             async with aclosing(self.engine.generate(request, grammar, min(limits, default=None))) as updates:
                 async for update in updates:
                     now = time.monotonic()
@@ -174,7 +175,7 @@ class Service:
         """The updates of a conversation's turn, each with what it adds. As `run`."""
         turn: PreparedTurn = reader.turn
         self.metrics.restored.inc(turn.restored)
-        async with aclosing(self.run(turn.request, turn.grammar, timeout)) as updates:
+        async with aclosing(self.run(turn.request, turn.format, timeout)) as updates:
             async for update in updates:
                 yield update, reader.take(update)
 

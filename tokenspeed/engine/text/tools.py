@@ -7,66 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from .argument_types import TEXT, Domain, argument_schema, domain, is_text, read
+from .call_tags import (
+    ANY_MARK,
+    ANY_START,
+    ARGUMENT_START,
+    CALL,
+    CALL_END,
+    CALL_ENDS,
+    CALL_START,
+    CLOSES,
+    FUNCTION,
+    FUNCTION_END,
+    MAX_NAME,
+    MAY_BE_ARGUMENT,
+    MAY_END,
+    NEXT_ARGUMENT,
+    OPENS,
+    OPENS_BARE,
+    VALUE_END,
+    VALUE_MARK,
+)
 from .reasoning import partial
 
 _TELLING = 8  # characters of a value that tell whether it can be anything but a string
-_MAX_NAME = 256  # characters of a function's or argument's name, and of white space between two tags
-_CALL, _CALL_END, _FUNCTION, _ARGUMENT_START = "<tool_call>", "</tool_call>", "<function=", "<parameter="
-_VALUE_END, _FUNCTION_END = "</parameter>", "</function>"
-# Patterns as their atoms, so that `_beginning` can tell what may still become a match.
-_NAME = [rf"([^>\n]{{1,{_MAX_NAME}}})", ">"]
-_GAP = [rf"\s{{0,{_MAX_NAME}}}"]
-_NEWLINE = ["\n?"]
-_FUNCTION_OPENS = [*_FUNCTION, *_NAME]
-_ARGUMENT_OPENS = [*_ARGUMENT_START, *_NAME]
-_CLOSING = [*_NEWLINE, *_VALUE_END]
-
-
-def _beginning(*alternatives: list[str]) -> re.Pattern[str]:
-    """For fullmatch: what more text may make a match of one of these."""
-
-    def nested(atoms: list[str]) -> str:
-        end = ""
-        for atom in reversed(atoms):
-            end = f"(?:{atom}{end})?"
-        return end
-
-    return re.compile("|".join(map(nested, alternatives)))
-
-
-class _Tag:
-    """`atoms`, and then an argument's opening, the function's end or the call's end."""
-
-    def __init__(self, atoms: list[str]):
-        follow = [[*_GAP, *_ARGUMENT_OPENS], [*_GAP, *_FUNCTION_END], [*_GAP, *_CALL_END]]
-        argument, function_end, call_end = map("".join, follow)
-        self._whole = re.compile(f"{''.join(atoms)}(?:{argument}|{function_end}|({call_end}))")
-        self._part = _beginning(*([*atoms, *rest] for rest in follow))
-
-    def match(self, text: str, at: int) -> re.Match[str] | None:
-        """Its last group: the call's end, where the function's is missing; the one before: the argument's name."""
-        return self._whole.match(text, at)
-
-    def may_match(self, text: str, at: int) -> bool:
-        """Whether more text may make a match."""
-        return self._part.fullmatch(text, at) is not None
-
-
-_OPENS = _Tag([*_CALL, *_GAP, *_FUNCTION_OPENS])
-_OPENS_BARE = _Tag(_FUNCTION_OPENS)
-_CLOSES = _Tag(_CLOSING)
-_NEXT_ARGUMENT, _MAY_BE_ARGUMENT = re.compile("".join(_ARGUMENT_OPENS)), _beginning(_ARGUMENT_OPENS)
-# The end of a call whose last `</parameter>` is missing, and what must follow it: nothing, or the next call.
-_ENDS = [[*_FUNCTION_END, *_GAP, *_CALL_END], [*_FUNCTION_END], [*_CALL_END]]
-_GOES_ON = [[*_CALL, *_GAP, *_FUNCTION_OPENS], _FUNCTION_OPENS]
-_CALL_ENDS = re.compile(
-    f"({''.join(_NEWLINE)}(?:{'|'.join(map(''.join, _ENDS))}))(?:{''.join(_GAP)}(?:{''.join(_CALL)}{''.join(_GAP)})?"
-    rf"{''.join(_FUNCTION_OPENS)}|({''.join(_GAP)}\Z))"
-)
-_MAY_END = _beginning(*([*_NEWLINE, *end, *_GAP, *rest] for end in _ENDS for rest in _GOES_ON))
-_ANY_START, _CALL_START = re.compile(f"{_CALL}|{_FUNCTION}"), re.compile(_CALL)
-_ANY_MARK = re.compile("|".join((_VALUE_END, _ARGUMENT_START, _FUNCTION_END, _CALL_END)))
-_VALUE_MARK = re.compile(_VALUE_END)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +141,17 @@ class ToolCallParser:
     # Each state takes what it can from the front of the text and says whether to go on.
 
     def _content(self, final: bool) -> bool:
-        start = (_ANY_START if self._recovers else _CALL_START).search(self._text, self._at)
+        start = (ANY_START if self._recovers else CALL_START).search(self._text, self._at)
         if start is None:
-            tags = (_CALL, _FUNCTION) if self._recovers else (_CALL,)
+            tags = (CALL, FUNCTION) if self._recovers else (CALL,)
             held = 0 if final else max(partial(self._text, tag) for tag in tags)
             self._tell(self._take(len(self._text) - held))
             return False
         self._tell(self._take(start.start()))
-        bare = start[0] == _FUNCTION
+        bare = start[0] == FUNCTION
         if bare and self._line:
-            return self._pass_over(_FUNCTION)
-        opens = _OPENS_BARE if bare else _OPENS
+            return self._pass_over(FUNCTION)
+        opens = OPENS_BARE if bare else OPENS
         match = opens.match(self._text, self._at)
         if match is None:
             waits = not final and opens.may_match(self._text, self._at)
@@ -220,24 +183,24 @@ class ToolCallParser:
         return True
 
     def _value(self, final: bool) -> bool:
-        marks = _ANY_MARK if self._call.recovers else _VALUE_MARK
+        marks = ANY_MARK if self._call.recovers else VALUE_MARK
         mark = marks.search(self._text, self._at)
-        tags = (_VALUE_END, _ARGUMENT_START, _FUNCTION_END, _CALL_END) if self._call.recovers else (_VALUE_END,)
+        tags = (VALUE_END, ARGUMENT_START, FUNCTION_END, CALL_END) if self._call.recovers else (VALUE_END,)
         held = 0 if final or mark else max(partial(self._text, tag) for tag in tags)
         known = mark.start() if mark else len(self._text) - held
         self._add(known - self._text.endswith("\n", self._at, known))
         if mark is None:
             return False
-        if mark[0] == _VALUE_END:
+        if mark[0] == VALUE_END:
             return self._value_end(mark.end(), final)
-        if mark[0] == _ARGUMENT_START:
+        if mark[0] == ARGUMENT_START:
             return self._next_argument(mark, final)
         return self._call_ends(mark, final)
 
     def _value_end(self, end: int, final: bool) -> bool:
         """At `</parameter>`."""
-        match = _CLOSES.match(self._text, self._at)
-        if match is None and not final and _CLOSES.may_match(self._text, self._at):
+        match = CLOSES.match(self._text, self._at)
+        if match is None and not final and CLOSES.may_match(self._text, self._at):
             return False
         argument, call_end = match.groups() if match else (None, None)
         if match is None or argument in self._call.names or (call_end and not self._call.recovers):
@@ -251,9 +214,9 @@ class ToolCallParser:
     def _next_argument(self, mark: re.Match[str], final: bool) -> bool:
         """At `<parameter=` inside a value."""
         begins_line = mark.start() > self._at or (self._call.line_start and not self._call.has_value)
-        match = _NEXT_ARGUMENT.match(self._text, mark.start()) if begins_line else None
+        match = NEXT_ARGUMENT.match(self._text, mark.start()) if begins_line else None
         if match is None:
-            if begins_line and not final and _MAY_BE_ARGUMENT.fullmatch(self._text, mark.start()):
+            if begins_line and not final and MAY_BE_ARGUMENT.fullmatch(self._text, mark.start()):
                 return False
         elif self._call.may_begin(match[1]):
             self._call.raw.append(self._take(match.end()))
@@ -265,25 +228,25 @@ class ToolCallParser:
 
     def _call_ends(self, mark: re.Match[str], final: bool) -> bool:
         """At `</function>` or `</tool_call>` inside a value."""
-        match = _CALL_ENDS.match(self._text, self._at)
+        match = CALL_ENDS.match(self._text, self._at)
         if match and (match[2] in self._parameters if match[3] is None else final):
             self._call.raw.append(self._take(match.end(1)))
             self._argue(self._call.value_end())
             self._open(None, True)
             return True
-        if not final and _MAY_END.fullmatch(self._text, self._at):
+        if not final and MAY_END.fullmatch(self._text, self._at):
             return False
         self._add(mark.end())
         return True
 
     def _call_end(self, final: bool) -> bool:
         """The closing tag and the white space before it belong to the call."""
-        rest = self._text[self._at : self._at + _MAX_NAME + len(_CALL_END)]
+        rest = self._text[self._at : self._at + MAX_NAME + len(CALL_END)]
         tag = rest.lstrip()
-        if len(tag) < len(_CALL_END) and _CALL_END.startswith(tag) and len(rest) - len(tag) <= _MAX_NAME:
+        if len(tag) < len(CALL_END) and CALL_END.startswith(tag) and len(rest) - len(tag) <= MAX_NAME:
             return False  # at the end of the turn: a closing tag cut short, which is no content
-        if tag.startswith(_CALL_END):
-            self._take(self._at + len(rest) - len(tag) + len(_CALL_END))
+        if tag.startswith(CALL_END):
+            self._take(self._at + len(rest) - len(tag) + len(CALL_END))
         self._state = self._content
         return True
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .call_tags import CALL
 from .reasoning import ReasoningSplitter, partial
 from .tools import Arguments, CallCut, CallFinished, CallStarted, Content, Event, ToolCallParser
 
-_CALL = "<tool_call>"
 _CHUNK = 64  # characters a candidate for a call is given at a time, so that one that is none costs no more
 
 
@@ -105,8 +105,8 @@ class _Thought:
             if self._parser is None:
                 if self._held:
                     text, at, self._held = "".join((*self._held, text[at:])), 0, []
-                start = text.find(_CALL, at)
-                known = len(text) - partial(text, _CALL) if start < 0 else start
+                start = text.find(CALL, at)
+                known = len(text) - partial(text, CALL) if start < 0 else start
                 if known < len(text):
                     known = at + len(text[at:known].rstrip())
                 told.append(text[at:known])
