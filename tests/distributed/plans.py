@@ -7,6 +7,7 @@ import torch
 
 from tokenspeed.engine.commands.info import needs
 from tokenspeed.engine.config import MoeConfig
+from tokenspeed.engine.memory import MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
@@ -31,7 +32,7 @@ def planned_model(size: str, ranks: int) -> Qwen3_5:
 def plan_lines(size: str, ranks: int) -> Iterator[str]:
     """What `info --size SIZE --tp RANKS --ep RANKS --plan` prints of it on any machine; dense models have no ep."""
     model = planned_model(size, ranks)
-    yield from needs(size, model, torch.bfloat16)
+    yield from needs(size, model, MemoryLayout(model.share, torch.bfloat16))
     yield ""
     yield from describe_plan(model.plan, model.mesh)
 

@@ -95,6 +95,15 @@ def test_info_states_published_figures(capsys):
     assert "131072 tokens" in out
 
 
+def test_info_for_a_gpu_plans_the_dtype_and_the_ring_that_one_would_use(capsys):
+    assert main(["info", "--size", "35B-A3B", "--memory-gib", "139"]) == 0
+    out = capsys.readouterr().out
+    assert "in bfloat16" in out and "ring of 8 updates" in out and "20.00 KiB" in out
+    assert main(["info", "--size", "2B", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "in float32" in out and "ring" not in out
+
+
 def test_info_says_when_the_weights_do_not_fit(capsys):
     assert main(["info", "--size", "397B-A17B", "--dtype", "bfloat16", "--memory-gib", "100"]) == 0
     assert "none" in capsys.readouterr().out

@@ -8,9 +8,10 @@ import httpx
 import pytest
 from launch import Server
 
+from tokenspeed.engine.chat.formats import Format
 from tokenspeed.engine.checkpoint import resolve
 from tokenspeed.engine.errors import RequestError
-from tokenspeed.engine.server.formats import Format, Formats
+from tokenspeed.engine.server.formats import Formats
 from tokenspeed.engine.server.shares import Shares
 from tokenspeed.engine.text.grammar import json_schema
 from tokenspeed.engine.text.tool_grammar import ToolGrammars

@@ -41,10 +41,9 @@ def load_runner(
         threads = 1
     if threads is not None:
         use_threads(threads)
-    kernel = device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
     depths = config.draft_depths(mtp)
     drafts = max((drafts for _, drafts in depths), default=0)
-    sizes, kv_dtype = slot_sizes(model_config, drafts, kernel), pick_kv_dtype(config.kv_dtype)
+    sizes, kv_dtype = slot_sizes(model_config, drafts, decodes_by_kernel(device)), pick_kv_dtype(config.kv_dtype)
     layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
     plan = fit_memory(model_config, layout, config, free, device.type)
@@ -55,6 +54,11 @@ def load_runner(
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
     runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
     return runner, plan
+
+
+def decodes_by_kernel(device: torch.device) -> bool:
+    """Whether a compiled kernel decodes there, whose slots have a ring of updates."""
+    return device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
 
 
 def slot_sizes(config: ModelConfig, drafts: int, kernel: bool) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..device import pick_device, pick_dtype, pick_kv_dtype
 from ..errors import CapacityError
-from ..loading import fit_memory
+from ..loading import RING_ROWS, decodes_by_kernel, fit_memory
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import with_formats
@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--memory-gib",
         type=float,
         metavar="GIB",
-        help="plan for a GPU with this much free (default: this device, as is)",
+        help="plan for a GPU with this much free, of the memory a GPU's kernels use (default: this device, as is)",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print a rank's program: stages, weights, collectives (default off)"
@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         name, config = options.size, published(options.size)
         config = replace(config, fp8=PRODUCTS if options.quantization == "fp8" else frozenset())
-    dtype = pick_dtype(options.dtype, device)
+    # A plan for a GPU is of what one would use: its dtype, and slots with a ring of updates.
+    dtype = pick_dtype(options.dtype, torch.device("cuda") if options.memory_gib else device)
     mesh = Mesh(options.tp, options.ep)
     model = Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh))
     for line in describe(name, model, dtype, device, options.memory_gib, EngineConfig(**engine_settings(options))):
@@ -81,9 +82,11 @@ def describe(
 ) -> Iterator[str]:
     """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
     assumed, None for the device as it is."""
+    kernel = memory_gib is not None or decodes_by_kernel(device)
     kv_dtype = pick_kv_dtype(engine.kv_dtype)
-    layout, weights = MemoryLayout(model.share, dtype, kv_dtype=kv_dtype), weight_bytes(model)
-    yield from needs(name, model, dtype, kv_dtype)
+    layout = MemoryLayout(model.share, dtype, ring_rows=RING_ROWS if kernel else 0, kv_dtype=kv_dtype)
+    weights = weight_bytes(model)
+    yield from needs(name, model, layout)
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
     left = free - weights
@@ -98,15 +101,13 @@ def describe(
     yield f"kernels            {_kernels(device)}"
 
 
-def needs(name: str, model: Qwen3_5, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Iterator[str]:
-    """What holds on any machine: the size of the model, and what one rank holds and sends. kv_dtype: as MemoryLayout
-    takes it."""
-    config, mesh, ffn = model.config, model.mesh, model.config.ffn
+def needs(name: str, model: Qwen3_5, layout: MemoryLayout) -> Iterator[str]:
+    """What holds on any machine: the size of the model, and what one rank holds and sends."""
+    config, mesh, ffn, dtype = model.config, model.mesh, model.config.ffn, layout.dtype
     whole = Qwen3_5.empty(config, dtype, torch.device("meta"))
     parameters = sum(p.numel() for p in whole.parameters() if p.dims)  # without scales
     fp8 = sum(p.numel() for p in whole.parameters() if p.dtype == FP8)
     held = f"in {str(dtype)[6:]}" if fp8 == 0 else f"({fp8 / 1e9:.3f} G in FP8 blocks, the rest in {str(dtype)[6:]})"
-    layout = MemoryLayout(model.share, dtype, kv_dtype=kv_dtype)
     width = (
         f"dense, intermediate {ffn.intermediate}"
         if isinstance(ffn, DenseConfig)
@@ -122,8 +123,11 @@ def needs(name: str, model: Qwen3_5, dtype: torch.dtype, kv_dtype: torch.dtype |
         terms = f"{_bytes(sent.token)} of terms a token and {_bytes(sent.logit_row)} a logit row"
         yield f"traffic            {sent.collectives} collectives a step, {terms}"
         yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
-    yield f"KV per token       {_bytes(layout.kv_token_bytes)}{' in FP8' if kv_dtype else ''}"
-    yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {_bytes(layout.recurrent_bytes)} fp32 recurrence"
+    yield f"KV per token       {_bytes(layout.kv_token_bytes)}{' in FP8' if layout.kv_dtype else ''}"
+    parts = f"{_bytes(layout.recurrent_bytes)} fp32 recurrence"
+    if layout.ring_rows:
+        parts += f" beside a ring of {layout.ring_rows} updates"
+    yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {parts}"
 
 
 def weight_bytes(model: Qwen3_5) -> int:

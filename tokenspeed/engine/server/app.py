@@ -13,23 +13,30 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ... import __version__
+from ..chat.conversation import Conversation
 from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
-from .anthropic import Message
+from .anthropic import Message, count_tokens
 from .bodies import JsonRoute
 from .client import DeadlineExceeded
 from .gate import BodyLimits, Gate
+from .http import HeadRequests, allow_origins
+from .models import UnknownModel, model_card, model_list
 from .openai_chat import Chat
 from .openai_completions import Completion
+from .openai_responses import Response as ModelResponse
 from .page import page
 from .protocol import (
     AbortRequest,
+    AnthropicConversation,
     AnthropicRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ResponsesRequest,
     TokenizeRequest,
 )
-from .service import Overloaded, Service, caller
+from .response_store import UnknownResponse
+from .service import ContextOverflow, Overloaded, Service, Unsupported, caller
 from .shares import Shares
 from .sse import EventStream, disconnected, event, json_response
 
@@ -41,15 +48,22 @@ log = logging.getLogger("tokenspeed.server")
 
 
 def create_app(
-    service: Service, limits: BodyLimits, api_keys: tuple[str, ...] = (), names: tuple[str, ...] = ()
+    service: Service,
+    limits: BodyLimits,
+    api_keys: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
 ) -> FastAPI:
-    """The application over a running service. limits: of bodies; names: of this machine, where no key is needed."""
+    """The application over a running service. limits: of bodies; names: of this machine, where no key is needed;
+    origins: of pages that may use it from a browser."""
     # No /docs: those pages would load scripts from elsewhere. The schema is at /openapi.json.
     about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
     app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.decoding = Shares(1)
-    app.add_middleware(Gate, keys=api_keys, limits=limits, names=names)
+    app.add_middleware(Gate, keys=api_keys, limits=limits, names=names, origins=origins)
+    app.add_middleware(HeadRequests)
+    allow_origins(app, origins)
     _errors(app)
 
     async def key() -> str | None:  # async: FastAPI sends plain functions to a thread
@@ -95,15 +109,30 @@ def create_app(
     async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
         return await answer(request, lambda: Message(service, body, key), body.stream)
 
+    @app.post("/v1/messages/count_tokens")
+    async def message_tokens(body: AnthropicConversation, request: Request, key: str | None = Depends(key)):
+        return await _while_connected(request, elsewhere(request, lambda: count_tokens(service, body, key)))
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request, key: str | None = Depends(key)):
+        return await answer(request, lambda: ModelResponse(service, body, key), body.stream)
+
+    @app.get("/v1/responses/{id}")
+    async def response(id: str, key: str | None = Depends(key)):
+        return json_response(service.responses.get(service.name_space(key, None), id).frame)
+
+    @app.delete("/v1/responses/{id}")
+    async def forget_response(id: str, key: str | None = Depends(key)):
+        service.responses.forget(service.name_space(key, None), id)
+        return {"id": id, "object": "response", "deleted": True}
+
     @app.get("/v1/models")
     async def models():
-        card = {
-            "id": service.config.model_name,
-            "object": "model",
-            "owned_by": "tokenspeed",
-            "max_model_len": service.room,
-        }
-        return {"object": "list", "data": [card]}
+        return model_list(service)
+
+    @app.get("/v1/models/{id:path}")
+    async def model(id: str):
+        return model_card(service, id)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request):
@@ -114,7 +143,7 @@ def create_app(
                 ids = tokenizer.encode(body.prompt)
             else:
                 options = {"add_generation_prompt": body.add_generation_prompt}
-                ids = service.frontend.encode_chat(body.messages, body.tools, **options)
+                ids = service.conversations.encode(Conversation(body.messages, body.tools, **options)).ids
             found = {"tokens": ids, "count": len(ids), "max_model_len": service.room}
             if body.return_token_strs:
                 found["token_strs"] = [tokenizer.decode([id], skip_special_tokens=False) for id in ids]
@@ -143,8 +172,8 @@ def create_app(
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache():
         await service.engine.clear_cache()
-        if service.history is not None:
-            service.history.clear()
+        service.conversations.clear()
+        service.responses.clear()
         return {"reset": True}
 
     front = page()
@@ -199,6 +228,10 @@ def _brief(value: Any) -> str:
 _STATUS = {
     RequestError: (400, "invalid_request_error"),
     CapacityError: (400, "invalid_request_error"),
+    ContextOverflow: (400, "invalid_request_error"),
+    Unsupported: (400, "invalid_request_error"),
+    UnknownResponse: (400, "invalid_request_error"),
+    UnknownModel: (404, "not_found_error"),
     Overloaded: (429, "rate_limit_error"),
     DeadlineExceeded: (504, "timeout_error"),
     EngineError: (503, "service_unavailable_error"),
@@ -208,7 +241,21 @@ _STATUS = {
 def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
     found, kind = _STATUS.get(type(error), (500, "internal_error"))
     message = str(error) if isinstance(error, TokenSpeedError) else "internal error"
-    return {"message": message, "type": kind, "code": status or found, "param": None}
+    return {"message": message, "type": kind, "code": status or found, "param": None} | _known_to_clients(error)
+
+
+def _known_to_clients(error: Exception) -> dict[str, Any]:
+    """What clients tell an error by, beside its words."""
+    match error:
+        case ContextOverflow():
+            return {"code": "context_length_exceeded", "param": "messages"}
+        case UnknownResponse():
+            return {"code": "previous_response_not_found", "param": "previous_response_id"}
+        case UnknownModel():
+            return {"code": "model_not_found", "param": "model"}
+        case Unsupported():
+            return {"details": error.details}
+    return {}
 
 
 def _errors(app: FastAPI) -> None:
@@ -220,12 +267,17 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(TokenSpeedError)
     async def ours(request: Request, error: TokenSpeedError):
         body = _error_body(error)
+        if isinstance(error, ContextOverflow) and request.url.path.startswith("/v1/messages"):
+            body["message"] = error.as_anthropic()
         headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else None
-        return respond(body["code"], body, headers)
+        return respond(_STATUS.get(type(error), (500, ""))[0], body, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
+        if found["type"] == "json_invalid":
+            message = f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}"
+            return respond(400, _error_body(RequestError(message)))
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
         given = _brief(found.get("input"))
         message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import msgspec
 
+from ..chat.formats import Format
 from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..text.grammar import GrammarCompiler, GrammarSpec
 from ..text.tool_grammar import ToolGrammars
-from .formats import MOST_BYTES, MOST_CPU_SECONDS, STATUS, Compiled, Format, NotCompiled
+from .formats import MOST_BYTES, MOST_CPU_SECONDS, STATUS, Compiled, NotCompiled
 from .lifeline import end_with_parent
 
 _LEAST_BYTES = 1 << 16  # that a grammar counts for where it is kept
