@@ -70,6 +70,10 @@ def opencode(folder: Path, url: str) -> tuple[list, dict]:
 
 
 def qwen_code(folder: Path, url: str) -> tuple[list, dict]:
+    (folder / ".qwen").mkdir()
+    patient = {"timeout": SECONDS * 1000, "maxRetries": 1}
+    settings = {"model": {"generationConfig": patient}, "contentGenerator": patient}
+    (folder / ".qwen" / "settings.json").write_text(json.dumps(settings))
     command = [npm(folder, "@qwen-code/qwen-code") / "qwen", "--auth-type", "openai", "-p", "Hello!"]
     return command, {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "unused", "OPENAI_MODEL": "tiny"}
 
