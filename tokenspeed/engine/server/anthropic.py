@@ -1,6 +1,7 @@
 """Anthropic's messages, the text and tool subset, over the same conversations as OpenAI's chat."""
 
 import json
+import reprlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -37,8 +38,8 @@ def conversation(body: AnthropicConversation) -> Conversation:
         mark(kept[-1] if kept else None)
     for i, message in enumerate(body.messages):
         role, content = message.get("role"), message.get("content")
-        if role not in _CONVERT:
-            raise RequestError(f"messages[{i}]: role is {role!r}; it must be one of {', '.join(_CONVERT)}")
+        if not isinstance(role, str) or role not in _CONVERT:
+            raise RequestError(f"messages[{i}]: role is {reprlib.repr(role)}; it must be one of {', '.join(_CONVERT)}")
         blocks = [{"type": "text", "text": content or ""}] if content is None or isinstance(content, str) else content
         if not isinstance(blocks, list):
             raise RequestError(f"messages[{i}]: content must be a string or a list of blocks")
@@ -70,7 +71,8 @@ def _check(body: AnthropicConversation) -> None:
 
 def _format(form: Any) -> dict[str, Any]:
     if not isinstance(form, dict) or form.get("type") != "json_schema" or "schema" not in form:
-        raise RequestError(f"output_config.format is {form!r:.80}; it must be of type json_schema, with a schema")
+        given = reprlib.repr(form)
+        raise RequestError(f"output_config.format is {given}; it must be of type json_schema, with a schema")
     return {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
 
 
@@ -86,7 +88,8 @@ def _text(content: Any, where: str) -> str:
     for block in blocks:
         if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
             kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-            raise RequestError(f"{where}: content of type {kind!r} is not supported; this engine reads text only")
+            given = reprlib.repr(kind)
+            raise RequestError(f"{where}: content of type {given} is not supported; this engine reads text only")
     return "\n".join(block["text"] for block in blocks)
 
 
@@ -109,7 +112,7 @@ def _assistant(blocks: list, where: str) -> list[dict[str, Any]]:
     for block in blocks:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "thinking":
-            message["reasoning_content"] = message.get("reasoning_content", "") + str(block.get("thinking", ""))
+            message["reasoning_content"] = message.get("reasoning_content", "") + _thought(block, where)
         elif kind == "tool_use":
             function = {"name": block.get("name"), "arguments": block.get("input") or {}}
             message.setdefault("tool_calls", []).append(
@@ -118,6 +121,13 @@ def _assistant(blocks: list, where: str) -> list[dict[str, Any]]:
         elif kind != "redacted_thinking":
             message["content"] += _text([block], where)
     return [message]
+
+
+def _thought(block: dict[str, Any], where: str) -> str:
+    text = block.get("thinking") or ""
+    if not isinstance(text, str):
+        raise RequestError(f"{where}: thinking is {reprlib.repr(text)}; it must be a string")
+    return text
 
 
 def _system(blocks: list, where: str) -> list[dict[str, Any]]:
@@ -130,7 +140,8 @@ _CONVERT = {"user": _user, "assistant": _assistant, "system": _system}
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     """As the same tool is written for OpenAI's API, so that the prompts are the same."""
     if tool.get("type") not in (None, "custom"):
-        raise RequestError(f"{where}: type {tool['type']!r:.80} is run by Anthropic's own servers; give a custom tool")
+        kind = reprlib.repr(tool["type"])
+        raise RequestError(f"{where}: type {kind} is run by Anthropic's own servers; give a custom tool")
     if not isinstance(tool.get("name"), str):
         raise RequestError(f"{where} needs a name")
     function = {"name": tool["name"]}
@@ -149,7 +160,8 @@ def _tool_choice(body: AnthropicConversation) -> str | dict[str, Any]:
         return {"type": "function", "function": {"name": choice["name"]}}
     kinds = {"auto": "auto", "any": "required", "none": "none"}
     if kind not in kinds:
-        raise RequestError(f"tool_choice is {choice!r}; its type must be auto, any, tool (with a name) or none")
+        given = reprlib.repr(choice)
+        raise RequestError(f"tool_choice is {given}; its type must be auto, any, tool (with a name) or none")
     return kinds[kind]
 
 

@@ -70,12 +70,15 @@ def create_app(
         """The caller's key, which the gate has accepted."""
         return caller.get()
 
-    async def answer(request: Request, make: Callable[[], Any], stream: bool, count: int = 1) -> Response:
-        """Prepare a job where it disturbs nobody, then stream it or wait for it while the client is there."""
+    async def answer(
+        request: Request, make: Callable[[], Any], stream: bool, count: int = 1, long: bool = False
+    ) -> Response:
+        """Prepare a job where it disturbs nobody, then stream it or wait for it while the client is there. long: its
+        text may be longer than the body."""
         service.admit(count)
         streaming = False
         try:
-            job = await _while_connected(request, elsewhere(request, make))
+            job = await _while_connected(request, elsewhere(request, make, long))
             if not stream:
                 return json_response(await _while_connected(request, job.whole()))
             pieces = job.stream()
@@ -89,10 +92,10 @@ def create_app(
             if not streaming:
                 service.release(count)
 
-    async def elsewhere(request: Request, work: Callable[[], Any]) -> Any:
+    async def elsewhere(request: Request, work: Callable[[], Any], long: bool = False) -> Any:
         """Long texts are rendered and tokenised beside the event loop."""
         announced = request.headers.get("content-length")
-        short = announced is not None and int(announced) <= _LONG_TEXT
+        short = not long and announced is not None and int(announced) <= _LONG_TEXT
         return work() if short else await service.background.run(caller.get(), work)
 
     @app.post("/v1/chat/completions")
@@ -115,7 +118,7 @@ def create_app(
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: ModelResponse(service, body, key), body.stream)
+        return await answer(request, lambda: ModelResponse(service, body, key), body.stream, long=body.resumes)
 
     @app.get("/v1/responses/{id}")
     async def response(id: str, key: str | None = Depends(key)):
@@ -276,8 +279,7 @@ def _errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
         if found["type"] == "json_invalid":
-            message = f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}"
-            return respond(400, _error_body(RequestError(message)))
+            return respond(400, _error_body(RequestError(f"the body is not JSON: {found['ctx']['error']}")))
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
         given = _brief(found.get("input"))
         message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"

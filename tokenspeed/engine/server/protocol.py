@@ -4,6 +4,7 @@ Unknown fields are ignored, as peers do, and null is a field that was not given.
 answer means and is not done here is refused by its name.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from ..request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STRINGS, 
 
 MOST_MESSAGES = 4096
 MOST_TOOLS = 512
+MOST_ITEMS = 4 * MOST_MESSAGES  # of responses: an answer is reasoning, a text and its calls
 
 Text = Annotated[str, Field(max_length=64 << 20)]
 Strings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MOST_STRINGS)]
@@ -51,7 +53,7 @@ def refuse(body: Body, fields: Mapping[str, Any]) -> None:
     for name, harmless in fields.items():
         value = getattr(body, name)
         if value is not None and value != harmless and value not in ([], {}, ""):
-            raise RequestError(f"{name} is {value!r:.80}; this server does not support it: leave it out.")
+            raise RequestError(f"{name} is {reprlib.repr(value)}; this server does not support it: leave it out.")
 
 
 class StreamOptions(Body):
@@ -101,7 +103,7 @@ class Sampling(Body):
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], _FIRST_ERROR] | None = None
     # Refused where they ask for something.
     guided_grammar: Any = None
     use_beam_search: Any = None
@@ -182,7 +184,7 @@ class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     model: str | None = None
-    input: Text | list[dict[str, Any]] = Field(max_length=64 << 20)
+    input: Text | Annotated[list[dict[str, Any]], Field(max_length=MOST_ITEMS), _FIRST_ERROR]
     instructions: Text | None = None
     previous_response_id: str | None = Field(None, max_length=256)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
@@ -193,7 +195,7 @@ class ResponsesRequest(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(max_length=64), _FIRST_ERROR] | None = None
     truncation: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool = True
@@ -204,6 +206,12 @@ class ResponsesRequest(Body):
     prompt: Any = None
     top_logprobs: Any = None
     max_tool_calls: Any = None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on with what was stored."""
+        items = () if isinstance(self.input, str) else self.input
+        return self.previous_response_id is not None or any(item.get("type") == "item_reference" for item in items)
 
     def format(self) -> dict[str, Any] | None:
         """text.format as a response_format."""
@@ -238,10 +246,10 @@ class AbortRequest(Body):
 def _kind(value: Any) -> Any:
     """A dictionary whose `type` is a string, and whose budget fits 32 bits."""
     if not isinstance(value.get("type"), str):
-        raise ValueError(f"its type is {value.get('type')!r:.80}; it must be a string")
+        raise ValueError(f"its type is {reprlib.repr(value.get('type'))}; it must be a string")
     budget = value.get("budget_tokens")
     if isinstance(budget, int) and not 0 <= budget < 2**31:
-        raise ValueError(f"budget_tokens is {budget!r:.80}; it must be in [0, 2^31)")
+        raise ValueError(f"budget_tokens is {budget!r}; it must be in [0, 2^31)")
     return value
 
 

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,14 +24,24 @@ def as_messages(given: str | list[Any], look_up: Callable[[str], dict[str, Any]]
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     messages: list[dict[str, Any]] = []
+    named: set[str] = set()
     for i, item in enumerate(given):
         where = f"input[{i}]"
         if not isinstance(item, Mapping):
-            raise RequestError(f"{where} must be an object, not {item!r:.80}")
+            raise RequestError(f"{where} must be an object, not {reprlib.repr(item)}")
         if item.get("type") == "item_reference":
-            item = look_up(str(item.get("id")))
+            item = look_up(_new_name(item.get("id"), named, where))
         _add(messages, item, where)
     return messages
+
+
+def _new_name(id: Any, named: set[str], where: str) -> str:
+    """The id of a referenced item. One is taken once, so that a short body has no prompt longer than what is stored."""
+    if not isinstance(id, str) or id in named:
+        why = "is referenced twice" if isinstance(id, str) else "must be a string"
+        raise RequestError(f"{where}: the id {reprlib.repr(id)} of an item {why}")
+    named.add(id)
+    return id
 
 
 def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
@@ -60,7 +71,9 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
         text = _text(item.get("output"), where)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
     else:
-        raise RequestError(f"{where}: an item of type {kind!r:.80} is not supported; this engine reads text and calls")
+        raise RequestError(
+            f"{where}: an item of type {reprlib.repr(kind)} is not supported; this engine reads text and calls"
+        )
 
 
 def _text(content: Any, where: str) -> str:
@@ -71,7 +84,9 @@ def _text(content: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, Mapping) else None
         if kind not in (*_TEXT_PARTS, "refusal") or not isinstance(text, str):
-            raise RequestError(f"{where}: content of type {kind!r:.80} is not supported; this engine reads text only")
+            raise RequestError(
+                f"{where}: content of type {reprlib.repr(kind)} is not supported; this engine reads text only"
+            )
         texts.append(text)
     return "".join(texts)
 
@@ -116,7 +131,7 @@ class Tools:
                 self._take(inner, where)
             return
         if kind not in ("function", "custom") or not isinstance(tool.get("name"), str):
-            raise RequestError(f"{where} is {tool!r:.80}; it must be a function or a custom tool with a name")
+            raise RequestError(f"{where} is {reprlib.repr(tool)}; it must be a function or a custom tool with a name")
         function = {"name": tool["name"]}
         if tool.get("description"):
             function["description"] = tool["description"]
@@ -126,7 +141,8 @@ class Tools:
                 function["strict"] = True
         else:
             self._custom.add(tool["name"])
-            grammar = (tool.get("format") or {}).get("definition")
+            form = tool.get("format")
+            grammar = form.get("definition") if isinstance(form, Mapping) else None
             about = "free text" + (f" of this grammar:\n{grammar}" if isinstance(grammar, str) else "")
             properties = {_INPUT: {"type": "string", "description": about}}
             function["parameters"] = {"type": "object", "properties": properties, "required": [_INPUT]}
@@ -137,7 +153,7 @@ class Tools:
         if isinstance(given, Mapping) and given.get("type") in ("function", "custom"):
             return {"type": "function", "function": {"name": given.get("name")}}
         if isinstance(given, Mapping):
-            raise RequestError(f"tool_choice is {given!r:.80}; it must be none, auto, required or name a tool")
+            raise RequestError(f"tool_choice is {reprlib.repr(given)}; it must be none, auto, required or name a tool")
         return given if self.definitions or given != "auto" else None
 
     def call_item(self, name: str) -> dict[str, Any]:

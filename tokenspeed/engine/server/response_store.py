@@ -1,8 +1,9 @@
 """Responses that a later one may go on with: the latest, bounded by their size."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from ..errors import RequestError
 from ..text.sized_cache import SizedCache
@@ -47,10 +48,10 @@ class ResponseStore:
         return found
 
     def put(self, name_space: str, id: str, response: StoredResponse) -> None:
-        size = len(json.dumps(response.messages)) + len(json.dumps(response.frame))
+        size = _size(response.messages) + _size(response.frame)
         self._kept.put((name_space, id), response, size)
         for item in response.frame["output"]:
-            self._items.put((name_space, item["id"]), item, len(json.dumps(item)))
+            self._items.put((name_space, item["id"]), item, _size(item))
 
     def forget(self, name_space: str, id: str) -> None:
         """Raises UnknownResponse."""
@@ -61,3 +62,8 @@ class ResponseStore:
     def clear(self) -> None:
         self._kept.clear()
         self._items.clear()
+
+
+def _size(value: Any) -> int:
+    """Bytes of a value's JSON."""
+    return len(msgspec.json.encode(value))
