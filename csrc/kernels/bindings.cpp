@@ -185,22 +185,25 @@ bool copy_pages(const Tensor& pages, const Tensor& source, const Tensor& destina
 }
 
 std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> moe_route(const Tensor& logits, int64_t top_k,
-                                                                    const std::optional<Tensor>& positions) {
+                                                                    const std::optional<Tensor>& context_lens) {
     const int64_t tokens = logits.size(0), experts = logits.size(1);
-    const bool fits =
-        has_kernels(logits) && is_bf16(logits) && has_vector_rows(logits) && (experts == 256 || experts == 512) &&
-        top_k >= 1 && top_k <= kMaxTopK && tokens * top_k <= kMaxIndex &&
-        (!positions || (is_int64(*positions) && has_shape(*positions, {tokens}) && positions->is_contiguous()));
+    bool fits = has_kernels(logits) && is_bf16(logits) && has_vector_rows(logits) &&
+                (experts == 256 || experts == 512) && top_k >= 1 && top_k <= kMaxTopK && tokens * top_k <= kMaxIndex;
+    SequenceRows sequences{nullptr, 1};
+    if (context_lens) {
+        const int64_t count = context_lens->size(0);
+        fits = fits && is_int32(*context_lens) && context_lens->is_contiguous() && count > 0 && tokens % count == 0;
+        if (fits) sequences = {data<int32_t>(*context_lens), static_cast<int>(tokens / count)};
+    }
     if (!fits) return std::nullopt;
     Tensor weights = new_tensor(logits, {tokens, top_k});
     Tensor chosen = new_tensor(logits, {tokens, top_k}, ScalarType::Int);
     Tensor order = new_tensor(logits, {tokens * top_k}, ScalarType::Int);
     Tensor offsets = new_tensor(logits, {experts + 1}, ScalarType::Int);
     const Launch launch(logits);
-    check_launch(tokenspeed::moe_route(data(logits), logits.stride(0), positions ? data<int64_t>(*positions) : nullptr,
-                                       data(weights), data<int32_t>(chosen), data<int32_t>(order),
-                                       data<int32_t>(offsets), static_cast<int>(tokens), static_cast<int>(experts),
-                                       static_cast<int>(top_k), launch.stream()),
+    check_launch(tokenspeed::moe_route(data(logits), logits.stride(0), sequences, data(weights), data<int32_t>(chosen),
+                                       data<int32_t>(order), data<int32_t>(offsets), static_cast<int>(tokens),
+                                       static_cast<int>(experts), static_cast<int>(top_k), launch.stream()),
                  "moe_route");
     return std::make_tuple(weights, chosen, order, offsets);
 }

@@ -16,20 +16,17 @@ using E4m3 = __nv_fp8_e4m3;  // sign, four bits of exponent (bias 7), three of m
 
 constexpr int kGroupLanes = kScaleBlock / 8;
 
-// The other operand, which may be of any size, in fp16. Eight bf16 of a group of 128 that sixteen neighbouring lanes
-// hold, times the power of two that brings the group's largest below 2^15; `divisor` is its inverse, for the sums. What
-// is more than 2^-32 of the largest keeps all its bits. All lanes of the warp call it.
-__device__ __forceinline__ uint4 group_to_half(uint4 packed, float& divisor) {
+// The other operand, which may be of any size, in fp16: eight bf16 a lane, 256 columns of one row a warp, times the
+// power of two that brings the largest below 2^15; `divisor` is its inverse, for the sums. What is more than 2^-32 of
+// the largest keeps all its bits. All lanes of the warp call it.
+__device__ __forceinline__ uint4 row_to_half(uint4 packed, float& divisor) {
     const Float8 x = unpack(packed);
-    float peak = 0;
+    float most = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) peak = fmaxf(peak, fabsf(x.v[i]));
-#pragma unroll
-    for (int distance = kGroupLanes / 2; distance > 0; distance /= 2) {
-        peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, distance));
-    }
+    for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x.v[i]));
+    const uint32_t peak = __reduce_max_sync(0xffffffffu, __float_as_uint(most));  // no float here is below zero
     // peak * factor lies in [2^14, 2^15), but for a peak below 2^-112 and one that is infinite.
-    const int exponent = min(max(static_cast<int>(__float_as_uint(peak) >> 23), 15), 254);
+    const int exponent = min(max(static_cast<int>(peak >> 23), 15), 254);
     const float factor = __uint_as_float(static_cast<uint32_t>(268 - exponent) << 23);
     divisor = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
     const auto two = [&](int i) { return pack<__half>(x.v[i] * factor, x.v[i + 1] * factor); };

@@ -1,4 +1,4 @@
-// One decode step of a Gated DeltaNet mixer in one launch: causal convolution, SiLU, unit q and k, gates, T >= 1
+// One decode step of a Gated DeltaNet mixer in one launch: causal convolution, SiLU, unit q and k, gates, 1 to 8
 // delta-rule updates, gated RMSNorm, and the state's housekeeping. Contract: tokenspeed/ops/delta_rule.py.
 //
 // Algorithm. The state of a slot is S (after `cursor` tokens) plus a ring of the updates (k_i, u_i, g_i) of the p
@@ -22,7 +22,8 @@
 // block writes each element, nobody reads it afterwards. In the pass, eight lanes share a row, 16 columns each: one
 // 16-byte load instruction of a warp covers 4 x 128 bytes, a sum needs three shuffles, and 16 rows a warp are in flight
 // at once, the first of them before anything else is computed. What follows from the products takes one thread a row.
-// Sums of squares go through 16-row units in a fixed tree, so the result does not depend on the split. Ahead of the
+// Sums of squares go through 16-row units in a fixed tree, so the result does not depend on the split; they reach the
+// cluster by asynchronous stores ahead of the block's stores to memory, for which a barrier would wait. Ahead of the
 // dependency wait, weights are read and the slot's record is only prefetched into L2, where it stays coherent: nothing
 // stale can be read, whatever kernel runs before.
 //
@@ -30,8 +31,9 @@
 // the rows in registers at every step and 32 lanes a row, which issues two to three times the instructions; two blocks
 // a multiprocessor at small batch, where the next kernel's blocks find no room (batch 2 took twice as long as batch 1).
 //
-// Predicted (this version not run yet): batch 1, Hv 32: 4.0 us; batch 64, Hv 32: 44 us without and 75 us with a fold,
-// 47 averaged; T = 4, Hv 64, batch 64: 85 us.
+// Measured on an H200 before new inputs were read ahead of the exchange: batch 1, Hv 32, one token 5.6 us (5.9 with a
+// barrier for the sums), four 8.4; batch 64 53.7;
+// T = 4, Hv 64, batch 64: 117.
 //
 // budget: decode_kernel registers<=160 shared<=0 hot
 #include <launch.h>
@@ -296,6 +298,10 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     __syncthreads();
     if (kSplit) ptx::cluster_arrive_relaxed();  // this block has read what the group shares; its barrier is ready
 
+    const WindowPart part(at);
+    uint4 input{};
+    if (kSplit && threadIdx.x < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, threadIdx.x);
+
     for (int i = warp; i < kTokens * kTokens + slots.pending; i += kWarps) {
         if (i < kTokens * kTokens) {
             triangle<kTokens>(at, shared, i / kTokens, i % kTokens);
@@ -341,12 +347,13 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
         }
         if (threadIdx.x < at.rows) store_updates<kTokens>(p, at, slots, threadIdx.x, u);  // a block has 256 at most
         if (at.rank == 0) store_shared_state<kTokens>(p, at, shared, slots);
-        store_window<kTokens>(p, at, slots);
+        store_window<kTokens>(p, at, slots, part, input);
         ptx::mbarrier_wait_cluster(shared.squares_full, 0);
     } else {
         load_norm_weight();
         store_shared_state<kTokens>(p, at, shared, slots);
-        store_window<kTokens>(p, at, slots);
+        if (threadIdx.x < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, threadIdx.x);
+        store_window<kTokens>(p, at, slots, part, input);
     }
     for (int first = 0; first < kTokens * quads; first += kThreads) {
         const int item = min(first + static_cast<int>(threadIdx.x), kTokens * quads - 1);

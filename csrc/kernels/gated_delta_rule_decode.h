@@ -288,31 +288,51 @@ __device__ __forceinline__ void suffix_decays(const GatedDeltaRuleDecode& p, con
     }
 }
 
-// The window of the write slot: the new inputs, and the entries before them when it is another slot. 8 channels a
-// thread.
-template <int kTokens>
-__device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots) {
-    const int shared_chunks = at.rank == 0 ? 2 * kDim / 8 : 0;  // q and k channels, which every block of the group has
-    const int chunks = shared_chunks + at.rows / 8;
-    const int newest = slots.context % p.window_entries;
-    for (int i = threadIdx.x; i < chunks * p.window_entries; i += kThreads) {
-        const int entry = i / chunks, chunk = i % chunks;
-        const int token = entry >= newest ? entry - newest : entry - newest + p.window_entries;
-        int channel = (2 * p.key_heads + at.key_head * at.ratio) * kDim + at.first_row + (chunk - shared_chunks) * 8;
+// Which part of the window a block stores: its value channels, and of one block those of q and k, which every block of
+// the group has. 8 channels a chunk.
+struct WindowPart {
+    int shared_chunks, chunks;
+
+    __device__ __forceinline__ explicit WindowPart(const Place& at)
+        : shared_chunks(at.rank == 0 ? 2 * kDim / 8 : 0), chunks(shared_chunks + at.rows / 8) {}
+
+    __device__ __forceinline__ int channel(const GatedDeltaRuleDecode& p, const Place& at, int chunk) const {
         if (chunk < shared_chunks) {
-            channel = at.key_head * kDim + (chunk < kDim / 8 ? chunk * 8 : p.key_heads * kDim + chunk * 8 - kDim);
+            return at.key_head * kDim + (chunk < kDim / 8 ? chunk * 8 : p.key_heads * kDim + chunk * 8 - kDim);
         }
-        const int64_t offset = static_cast<int64_t>(entry) * p.channels + channel;
-        const __nv_bfloat16* source = nullptr;
-        if (token < kTokens) {
-            source = p.qkv + (static_cast<int64_t>(at.sequence) * kTokens + token) * p.qkv_stride + channel;
-        } else if (slots.read != slots.write && slots.context > 0) {
-            source = p.window + slots.read * p.window_stride + offset;
-        } else {
-            continue;
-        }
-        *reinterpret_cast<uint4*>(p.window + slots.write * p.window_stride + offset) =
-            *reinterpret_cast<const uint4*>(source);
+        return (2 * p.key_heads + at.key_head * at.ratio) * kDim + at.first_row + (chunk - shared_chunks) * 8;
+    }
+};
+
+// Input `item` of the new ones that the block stores: token item / chunks, chunk item % chunks.
+template <int kTokens>
+__device__ __forceinline__ uint4 load_input(const GatedDeltaRuleDecode& p, const Place& at, const WindowPart& part,
+                                            int item) {
+    const int64_t row = static_cast<int64_t>(at.sequence) * kTokens + item / part.chunks;
+    return *reinterpret_cast<const uint4*>(p.qkv + row * p.qkv_stride + part.channel(p, at, item % part.chunks));
+}
+
+// The window of the write slot: the new inputs, of which this thread's first was loaded before (`ahead`), and the
+// entries before them when it is another slot.
+template <int kTokens>
+__device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
+                                             const WindowPart& part, uint4 ahead) {
+    auto* window = p.window + slots.write * p.window_stride;
+    for (int i = threadIdx.x; i < part.chunks * kTokens; i += kThreads) {
+        const int entry = (slots.context + i / part.chunks) % p.window_entries;
+        const uint4 input = i < kThreads ? ahead : load_input<kTokens>(p, at, part, i);
+        *reinterpret_cast<uint4*>(window + static_cast<int64_t>(entry) * p.channels +
+                                  part.channel(p, at, i % part.chunks)) = input;
+    }
+    if (slots.read == slots.write || slots.context == 0) return;
+    const auto* from = p.window + slots.read * p.window_stride;
+    const int newest = slots.context % p.window_entries;
+    for (int i = threadIdx.x; i < part.chunks * p.window_entries; i += kThreads) {
+        const int entry = i / part.chunks;
+        const int token = entry >= newest ? entry - newest : entry - newest + p.window_entries;
+        if (token < kTokens) continue;
+        const int64_t offset = static_cast<int64_t>(entry) * p.channels + part.channel(p, at, i % part.chunks);
+        *reinterpret_cast<uint4*>(window + offset) = *reinterpret_cast<const uint4*>(from + offset);
     }
 }
 

@@ -135,11 +135,15 @@ cudaError_t copy_pages(uint8_t* pages, int64_t page_stride, int boxes, int box_r
                        cudaStream_t stream);
 
 // ---- moe_route.cu: logits [tokens, experts] by row stride; experts 256 or 512; top_k at most kMaxTopK.
-// positions [tokens] or null: negative for rows of padding. weights, chosen [tokens, top_k]; order [tokens top_k];
-// offsets [experts + 1]. One launch up to kRouteOneLaunch tokens, else two.
+// context_lens: of the sequences of `tokens` rows each, negative for padding, or null. weights, chosen [tokens, top_k];
+// order [tokens top_k]; offsets [experts + 1]. One launch up to kRouteOneLaunch tokens, else two.
 constexpr int kMaxTopK = 16;
 constexpr int kRouteOneLaunch = 128;
-cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+struct SequenceRows {
+    const int32_t* context_lens;
+    int tokens;
+};
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, SequenceRows sequences,
                       __nv_bfloat16* weights, int32_t* chosen, int32_t* order, int32_t* offsets, int tokens,
                       int experts, int top_k, cudaStream_t stream);
 

@@ -10,7 +10,9 @@
 //
 // A block has a multiprocessor's shared memory to itself where its share of the weights is long, for a deep ring is
 // what keeps memory busy from one launch to the next: a block starts as one of the kernel ahead leaves, and asks for
-// 11 slabs at once. Where the share is short the ring is no longer than it, and the next kernel's fits beside it.
+// 11 slabs at once. Where the share is short (of one row, no more than the ring) the ring is no longer than the share
+// or than half of a multiprocessor, so that the next kernel's fills beside it, and five slabs are asked for before the
+// wait, the others once x has been, which would wait behind them.
 //
 // x lies in shared memory, all rows of the block's columns. What comes before the product in a layer is done on the
 // way, up to eight rows: silu_mul, or the residual sum and its norm, whose sum of squares every block repeats. The
@@ -22,9 +24,10 @@
 //
 // e4m3 weights are multiplied as fp16, which holds them exactly and which the card converts two an instruction; a slab
 // is 1,024 columns of them, so that a warp's part of a row, 128 bytes again, lies under one scale. x becomes fp16 on
-// its way to shared memory, each 128 columns of a row times the power of two that brings the largest below 2^15: all
+// its way to shared memory, each 256 columns of a row times the power of two that brings the largest below 2^15: all
 // bits of what is more than 2^-32 of the largest stay. The sums of 128 columns take the scale and the inverse of that
-// power.
+// power. Rows whose x leaves no room for a deep ring get a short one; what does not fit beside that goes in two
+// launches.
 //
 // What was tried, and where the time between two launches goes: docs/kernels/launch_boundaries.md.
 //
@@ -34,6 +37,7 @@
 #include <reduce.h>
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 
 #include "bf16x8.h"
@@ -70,6 +74,10 @@ struct Format {
     __host__ __device__ static constexpr int operand_pitch(int slabs) { return slabs * kSlab + kOperandPad; }
     // Floats behind a row of the operand's rows: what a group of its columns was divided by.
     __host__ __device__ static constexpr int groups(int slabs) { return kScaled ? slabs * kWarps : 0; }
+    // Bytes of all that, up to a multiple of 128.
+    __host__ __device__ static constexpr int operand_bytes(int rows, bool norm, int slabs) {
+        return ((rows + norm) * operand_pitch(slabs) * 2 + rows * groups(slabs) * 4 + 127) / 128 * 128;
+    }
 };
 static_assert(Format<E4m3>::kColumns == kScaleBlock && kScaleBlock % kTileRows == 0, "one scale a piece");
 constexpr int kMostScales = 32;  // slabs of e4m3 a block: a warp's scales of a tile are one a lane
@@ -78,17 +86,21 @@ constexpr int kMostScales = 32;  // slabs of e4m3 a block: a warp's scales of a 
 // residual sum and its norm.
 enum class Operand { kCopied, kSiluMul, kAddNorm };
 
-template <int kRows>
+template <int kRows, bool kDeep>
 struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
-    static constexpr int kStages = kRows == 1 ? 11 : 8;
+    static constexpr int kStages = kRows == 1 ? 11 : kDeep ? 8 : 4;
     float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
     float squares[kWarps];
     uint64_t exchanged;  // mbarrier: the sums of this block's tiles are there
-    // Then the operand, [rows][operand_pitch], behind it a row of norm weights, [rows][groups] floats, and the ring,
+    // Then the operand, [rows][operand_pitch], behind it a row of norm weights, [rows][groups] floats, and, from a
+    // multiple of 128 bytes on (or each row of a piece would lie in two lines), the ring,
     // [stages][kWarps][kPieceBytes].
 };
-constexpr int kSharedLimit = 227 * 1024;  // bytes a block
+constexpr int kSharedLimit = 227 * 1024;      // bytes a block
+constexpr int kHalfSharedLimit = 113 * 1024;  // where two share a multiprocessor
+constexpr int kShortShare = 10;               // pieces
+constexpr int kFirstCopies = 5;               // before the wait, of a short share
 
 // A walk over a block's pieces: for every tile, for every slab.
 struct Walk {
@@ -139,28 +151,37 @@ struct Target {
     int groups;
 };
 
-// Stores eight bf16 of a row at the block's column `column`. For e4m3 weights as fp16: the sixteen lanes that hold a
-// group call it together.
+// Stores eight bf16 of a row at the block's column `column`. For e4m3 weights as fp16: a warp calls it together, for
+// 256 columns of one row.
 template <typename Weight>
 __device__ __forceinline__ void store_operand(const Target& to, int row, int column, uint4 packed) {
     if constexpr (Format<Weight>::kScaled) {
         float divisor;
-        packed = group_to_half(packed, divisor);
+        packed = row_to_half(packed, divisor);
         if (threadIdx.x % kGroupLanes == 0) to.divisors[row * to.groups + column / kScaleBlock] = divisor;
     }
     store_16(to.rows + row * to.pitch + column, packed);
 }
 
-// Copies x into the operand, zeros behind the last column.
-template <typename Weight, int kRows>
+// Copies x into the operand, zeros behind the last column: all threads through all rows, four loads ahead of what they
+// store. A warp has one row at a time.
+template <typename Weight>
 __device__ __forceinline__ void stage_copy(const Target& operand, const Linear& p, int first, int last) {
-    constexpr int kRowThreads = kRows == 1 ? kThreads : 32;
-    for (int row = threadIdx.x / kRowThreads; row < p.rows; row += kThreads / kRowThreads) {
-#pragma unroll 4
-        for (int column = first + threadIdx.x % kRowThreads * kChunk; column < last; column += kRowThreads * kChunk) {
+    constexpr int kAtOnce = 4;
+    const int chunks = (last - first) / kChunk, all = p.rows * chunks;
+    for (int from = threadIdx.x; from < all; from += kAtOnce * kThreads) {
+        uint4 values[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = from + i * kThreads, row = at / chunks, column = first + at % chunks * kChunk;
             // Not the read-only path: the kernel before may write x while this one already runs.
-            const auto* source = reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
-            store_operand<Weight>(operand, row, column - first, column < p.inputs ? *source : uint4{});
+            values[i] = at < all && column < p.inputs ? *reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column)
+                                                      : uint4{};
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = from + i * kThreads;
+            if (at < all) store_operand<Weight>(operand, at / chunks, at % chunks * kChunk, values[i]);
         }
     }
 }
@@ -290,14 +311,14 @@ __device__ __forceinline__ void multiply_piece(float (&sum)[kGroups][2][4], cons
     }
 }
 
-template <typename Weight, int kRows, bool kSplit, Operand kOperand>
+template <typename Weight, int kRows, bool kDeep, bool kSplit, Operand kOperand>
 __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     using F = Format<Weight>;
     constexpr int kSlab = F::kSlab, kXChunks = 2 * F::kXChunks;
     constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
-    constexpr int kStages = Storage<kRows>::kStages;
+    constexpr int kStages = Storage<kRows, kDeep>::kStages;
     DYNAMIC_SHARED(shared);
-    auto& storage = *reinterpret_cast<Storage<kRows>*>(shared);
+    auto& storage = *reinterpret_cast<Storage<kRows, kDeep>*>(shared);
     const auto* weight = static_cast<const Weight*>(p.weight);
     const int rows = p.rows, outputs = p.outputs, inputs = p.inputs;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -310,9 +331,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     const int share = (slabs + ranks - 1) / ranks, pitch = F::operand_pitch(share);
     auto* operand_rows = reinterpret_cast<__nv_bfloat16*>(&storage + 1);
     __nv_bfloat16* norm_weights = operand_rows + rows * pitch;
-    auto* divisors = reinterpret_cast<float*>(norm_weights + (kOperand == Operand::kAddNorm ? pitch : 0));
+    constexpr bool kNorm = kOperand == Operand::kAddNorm;
+    auto* divisors = reinterpret_cast<float*>(norm_weights + (kNorm ? pitch : 0));
     const Target operand = {operand_rows, pitch, divisors, F::groups(share)};
-    auto* ring = reinterpret_cast<uint8_t*>(divisors + rows * operand.groups);
+    uint8_t* ring = reinterpret_cast<uint8_t*>(operand_rows) + F::operand_bytes(rows, kNorm, share);
     const auto piece_of = [&](int stage) { return ring + (stage * kWarps + warp) * kPieceBytes; };
     const int own_turns = kSplit ? (tiles - static_cast<int>(blockIdx.y) + stride - 1) / stride : 0;
     if constexpr (kSplit) {
@@ -336,18 +358,28 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
         copy_norm_weights(norm_weights, p, first, last);
         ptx::cp_async_commit();
     }
-    for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
-    float scales = 0, next_scales = 0;
-    if (F::kScaled) next_scales = load_scale(p, blockIdx.y, first_slab, last_slab);
+    float scales = 0, next_scales[2] = {};  // of the two tiles to come
+    if (F::kScaled) {
+        next_scales[0] = load_scale(p, blockIdx.y, first_slab, last_slab);
+        next_scales[1] = load_scale(p, blockIdx.y + stride, first_slab, last_slab);
+    }
+    const bool is_short = kRows == 1 && (tiles + stride - 1) / stride * share <= kStages;
+    const int first_copies = is_short ? kFirstCopies : kStages - 1;
+    for (int stage = 0; stage < first_copies; ++stage) copy_next(stage);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    if constexpr (kOperand == Operand::kCopied) stage_copy<Weight, kRows>(operand, p, first, last);
+    if constexpr (kOperand == Operand::kCopied) stage_copy<Weight>(operand, p, first, last);
     if constexpr (kOperand == Operand::kSiluMul) stage_silu_mul<Weight, kRows>(operand, p, first, last);
     if constexpr (kOperand == Operand::kAddNorm) {
-        ptx::cp_async_wait<kStages - 1>();
+        if (is_short) {
+            ptx::cp_async_wait<kFirstCopies>();
+        } else {
+            ptx::cp_async_wait<kStages - 1>();
+        }
         __syncthreads();  // every thread's norm weights are there
         stage_add_norm<Weight, kRows>(operand, norm_weights, storage.squares, p, first, last);
     }
+    for (int stage = first_copies; stage < kStages - 1; ++stage) copy_next(stage);
     __syncthreads();
     if (kSplit) ptx::cluster_wait();
 
@@ -368,8 +400,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     for (int tile = blockIdx.y; tile < tiles; tile += stride, ++turn) {
         float sum[kGroups][2][4] = {};
         if (F::kScaled) {
-            scales = next_scales;
-            next_scales = load_scale(p, tile + stride, first_slab, last_slab);  // it arrives while this tile is read
+            scales = next_scales[0];
+            next_scales[0] = next_scales[1];
+            next_scales[1] = load_scale(p, tile + 2 * stride, first_slab, last_slab);
         }
         for (int slab = first_slab; slab < last_slab; ++slab) {
             const __nv_bfloat16* mine = operand.rows + lane / 4 * pitch + (slab - first_slab) * kSlab +
@@ -450,11 +483,21 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
 // The grid and the shared memory of a call.
 struct Plan {
     int ranks, clusters;
+    bool deep;
     size_t shared_bytes;
 };
 
+// Of a block with so many pieces. A ring holds no more stages than that.
+template <typename Weight, int kRows, bool kDeep, Operand kOperand>
+size_t shared_bytes_of(int rows, int slabs, int64_t pieces) {
+    const auto stages = std::min<int64_t>(Storage<kRows, kDeep>::kStages, pieces);
+    return sizeof(Storage<kRows, kDeep>) + Format<Weight>::operand_bytes(rows, kOperand == Operand::kAddNorm, slabs) +
+           stages * kSlabBytes;
+}
+
 // The cheapest way to share tiles x slabs, in halves of a piece: the pieces of the busiest block, its part of x, and
-// what the exchange in a cluster takes (0.7 us on an H200). A ring holds no more stages than the block has pieces.
+// what the exchange in a cluster takes (0.7 us on an H200). By the class of rows alone, so that a row's sums have the
+// same order in every batch of the class.
 template <typename Weight, int kRows, Operand kOperand>
 Plan plan(const Linear& p) {
     using F = Format<Weight>;
@@ -470,58 +513,84 @@ Plan plan(const Linear& p) {
         if (ranks > 1 && turns > kMaxClusterTiles / ranks * ranks) continue;
         if (F::kScaled && share > kMostScales) continue;
         const int64_t pieces = int64_t{turns} * share;
-        const int stages = static_cast<int>(std::min<int64_t>(Storage<kRows>::kStages, pieces));
-        const int operand_rows = p.rows + (kOperand == Operand::kAddNorm);
-        const size_t shared_bytes = sizeof(Storage<kRows>) + operand_rows * F::operand_pitch(share) * size_t{2} +
-                                    p.rows * F::groups(share) * sizeof(float) +
-                                    static_cast<size_t>(stages) * kSlabBytes;
-        if (shared_bytes > kSharedLimit) continue;
-        const int64_t cost = 2 * pieces + int64_t{p.rows} * share * F::kXChunks / kTileRows * 2 + (ranks > 1 ? 3 : 0);
+        const auto bytes = [&](bool deep, int rows) {
+            return deep ? shared_bytes_of<Weight, kRows, true, kOperand>(rows, share, pieces)
+                        : shared_bytes_of<Weight, kRows, false, kOperand>(rows, share, pieces);
+        };
+        bool deep = kRows == 1 || pieces > kShortShare || bytes(false, kRows) > kHalfSharedLimit;
+        if (deep && bytes(true, kRows) > kSharedLimit) {
+            if (!F::kScaled || kRows == 1 || bytes(false, kRows) > kSharedLimit) continue;
+            deep = false;  // x of e4m3 weights takes twice the room beside as many bytes of them
+        }
+        const size_t shared_bytes = bytes(deep, p.rows);
+        const int64_t cost = 2 * pieces + kRows * share * F::kXChunks / kTileRows * 2 + (ranks > 1 ? 3 : 0);
         if (cost < best_cost) {
             best_cost = cost;
-            best = {ranks, clusters, shared_bytes};
+            best = {ranks, clusters, deep, shared_bytes};
         }
     }
     return best;  // no clusters: x does not fit
 }
 
+// Whether the kernel of so many rows takes the call; starts it if `stream` is given.
 template <typename Weight, int kRows, Operand kOperand>
-cudaError_t launch_rows(const Linear& p, cudaStream_t stream) {
+std::optional<cudaError_t> try_rows(const Linear& p, const cudaStream_t* stream) {
     const Plan shares = plan<Weight, kRows, kOperand>(p);
+    if (shares.clusters == 0) return std::nullopt;
+    if (stream == nullptr) return cudaSuccess;
     const LaunchConfig config = {.grid = dim3(shares.ranks, shares.clusters),
                                  .block = dim3(kThreads),
                                  .shared_bytes = shares.shared_bytes,
-                                 .stream = stream,
+                                 .stream = *stream,
                                  .cluster = dim3(shares.ranks),
                                  .programmatic = true};
-    return launch(
-        shares.ranks > 1 ? linear_kernel<Weight, kRows, true, kOperand> : linear_kernel<Weight, kRows, false, kOperand>,
-        config, p);
+    constexpr bool kDeepOnly = kRows == 1;
+    if (shares.deep) {
+        return launch(shares.ranks > 1 ? linear_kernel<Weight, kRows, true, true, kOperand>
+                                       : linear_kernel<Weight, kRows, true, false, kOperand>,
+                      config, p);
+    }
+    return launch(shares.ranks > 1 ? linear_kernel<Weight, kRows, kDeepOnly, true, kOperand>
+                                   : linear_kernel<Weight, kRows, kDeepOnly, false, kOperand>,
+                  config, p);
+}
+
+template <typename Weight, Operand kOperand>
+std::optional<cudaError_t> try_weight(const Linear& p, const cudaStream_t* stream) {
+    if (p.rows == 1) return try_rows<Weight, 1, kOperand>(p, stream);
+    if (p.rows <= 8) return try_rows<Weight, 8, kOperand>(p, stream);
+    if constexpr (kOperand == Operand::kCopied) return try_rows<Weight, 16, kOperand>(p, stream);
+    return std::nullopt;
+}
+
+template <Operand kOperand>
+std::optional<cudaError_t> try_launch(const Linear& p, const cudaStream_t* stream) {
+    return p.scale != nullptr ? try_weight<E4m3, kOperand>(p, stream) : try_weight<__nv_bfloat16, kOperand>(p, stream);
+}
+
+// The same of some of its rows.
+Linear rows_from(const Linear& p, int first, int rows) {
+    Linear part = p;
+    part.x += first * p.x_stride;
+    part.out += first * p.out_stride;
+    part.rows = rows;
+    return part;
+}
+
+// Rows of e4m3 weights whose x fits no shared memory go in two launches, for nothing else is as exact.
+std::optional<cudaError_t> try_halves(const Linear& p, const cudaStream_t* stream) {
+    const auto whole = try_launch<Operand::kCopied>(p, stream);
+    if (whole || p.scale == nullptr || p.rows == 1) return whole;
+    const int half = p.rows / 2;
+    for (const Linear& part : {rows_from(p, 0, half), rows_from(p, half, p.rows - half)}) {
+        const auto status = try_halves(part, stream);
+        if (!status || *status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
 }
 
 bool aligned(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
-template <typename Weight, Operand kOperand>
-bool fits(const Linear& p) {
-    if (p.rows == 1) return plan<Weight, 1, kOperand>(p).clusters > 0;
-    return (p.rows <= 8 ? plan<Weight, 8, kOperand>(p) : plan<Weight, 16, kOperand>(p)).clusters > 0;
-}
-
-template <Operand kOperand>
-bool fits(const Linear& p) {
-    return p.scale != nullptr ? fits<E4m3, kOperand>(p) : fits<__nv_bfloat16, kOperand>(p);
-}
-
-template <typename Weight, Operand kOperand>
-cudaError_t launch_few(const Linear& p, cudaStream_t stream) {
-    return p.rows == 1 ? launch_rows<Weight, 1, kOperand>(p, stream) : launch_rows<Weight, 8, kOperand>(p, stream);
-}
-
-template <Operand kOperand>
-cudaError_t launch_few(const Linear& p, cudaStream_t stream) {
-    return p.scale != nullptr ? launch_few<E4m3, kOperand>(p, stream) : launch_few<__nv_bfloat16, kOperand>(p, stream);
 }
 
 bool well_formed(const Linear& p) {
@@ -532,31 +601,28 @@ bool well_formed(const Linear& p) {
 }  // namespace
 
 bool linear_supported(const Linear& p) {
-    return well_formed(p) && fits<Operand::kCopied>(p);
+    return well_formed(p) && try_halves(p, nullptr);
 }
 
 bool add_rms_norm_linear_supported(const Linear& p) {
     return well_formed(p) && p.rows <= kLinearMaxStagedRows && aligned(p.residual) && aligned(p.norm_weight) &&
-           fits<Operand::kAddNorm>(p);
+           try_launch<Operand::kAddNorm>(p, nullptr);
 }
 
 bool silu_mul_linear_supported(const Linear& p) {
-    return well_formed(p) && p.rows <= kLinearMaxStagedRows && fits<Operand::kSiluMul>(p);
+    return well_formed(p) && p.rows <= kLinearMaxStagedRows && try_launch<Operand::kSiluMul>(p, nullptr);
 }
 
 cudaError_t linear(const Linear& p, cudaStream_t stream) {
-    if (!linear_supported(p)) return cudaErrorInvalidValue;
-    if (p.rows <= 8) return launch_few<Operand::kCopied>(p, stream);
-    return p.scale != nullptr ? launch_rows<E4m3, 16, Operand::kCopied>(p, stream)
-                              : launch_rows<__nv_bfloat16, 16, Operand::kCopied>(p, stream);
+    return linear_supported(p) ? *try_halves(p, &stream) : cudaErrorInvalidValue;
 }
 
 cudaError_t add_rms_norm_linear(const Linear& p, cudaStream_t stream) {
-    return add_rms_norm_linear_supported(p) ? launch_few<Operand::kAddNorm>(p, stream) : cudaErrorInvalidValue;
+    return add_rms_norm_linear_supported(p) ? *try_launch<Operand::kAddNorm>(p, &stream) : cudaErrorInvalidValue;
 }
 
 cudaError_t silu_mul_linear(const Linear& p, cudaStream_t stream) {
-    return silu_mul_linear_supported(p) ? launch_few<Operand::kSiluMul>(p, stream) : cudaErrorInvalidValue;
+    return silu_mul_linear_supported(p) ? *try_launch<Operand::kSiluMul>(p, &stream) : cudaErrorInvalidValue;
 }
 
 }  // namespace tokenspeed

@@ -8,6 +8,9 @@
 // A tile and a stage have the shapes and bytes of bf16, with twice the columns. A tile of gate and up is 128 columns of
 // the activations: a whole group of each row, whose four lanes find its largest magnitude and store it as e4m3.
 //
+// Measured on an H200: 8192 tokens of 35B 717 us (575 TFLOP/s) against 1042 of bf16 in the same run, of half the
+// experts of 397B 3.03 ms (681 TFLOP/s) against 4.67.
+//
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=QGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=QGMMA
 #include <bf16x8.h>

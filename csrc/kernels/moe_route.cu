@@ -114,14 +114,14 @@ __device__ __forceinline__ Choice no_choice(int experts) {
     return {experts, 0.0f};
 }
 
-__device__ __forceinline__ bool is_padding(const int64_t* positions, int token) {
-    return positions != nullptr && positions[token] < 0;
+__device__ __forceinline__ bool is_padding(const SequenceRows& sequences, int token) {
+    return sequences.context_lens != nullptr && sequences.context_lens[token / sequences.tokens] < 0;
 }
 
 // A cluster for all tokens, block_tokens (at most 32) a block, a warp a token or more. Threads: at least `experts`.
 template <int kPerLane>
 __global__ void __launch_bounds__(1024)
-    route_kernel(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+    route_kernel(const __nv_bfloat16* logits, int64_t logits_stride, SequenceRows sequences,
                  __nv_bfloat16* __restrict__ weights, int32_t* __restrict__ chosen, int32_t* __restrict__ order,
                  int32_t* __restrict__ offsets, int tokens, int top_k, int block_tokens) {
     constexpr int kExperts = 32 * kPerLane;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(1024)
     ptx::grid_dependency_launch();
 
     for (int token = warp; token < local_tokens; token += warps) {
-        const bool padding = is_padding(positions, first_token + token);
+        const bool padding = is_padding(sequences, first_token + token);
         Choice choice = select_experts<kPerLane>(logits + (first_token + token) * logits_stride, top_k);
         if (padding) choice = no_choice(kExperts);
         if (lane < top_k) {
@@ -210,13 +210,13 @@ constexpr int kSelectWarps = 8;
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kSelectWarps * 32)
-    select_kernel(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+    select_kernel(const __nv_bfloat16* logits, int64_t logits_stride, SequenceRows sequences,
                   __nv_bfloat16* __restrict__ weights, int32_t* __restrict__ chosen, int tokens, int top_k) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const int token = blockIdx.x * kSelectWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= tokens) return;
-    const bool padding = is_padding(positions, token);
+    const bool padding = is_padding(sequences, token);
     Choice choice = select_experts<kPerLane>(logits + token * logits_stride, top_k);
     if (padding) choice = no_choice(32 * kPerLane);
     if (lane < top_k) {
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kGroupWarps * 32)
 }
 
 template <int kPerLane>
-cudaError_t route(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions, __nv_bfloat16* weights,
+cudaError_t route(const __nv_bfloat16* logits, int64_t logits_stride, SequenceRows sequences, __nv_bfloat16* weights,
                   int32_t* chosen, int32_t* order, int32_t* offsets, int tokens, int top_k, cudaStream_t stream) {
     constexpr int kExperts = 32 * kPerLane;
     LaunchConfig config;
@@ -317,13 +317,13 @@ cudaError_t route(const __nv_bfloat16* logits, int64_t logits_stride, const int6
         config.cluster = config.grid;
         config.block = dim3(static_cast<unsigned>(std::max(kExperts, block_tokens * 32)));
         config.shared_bytes = sizeof(int32_t) * ((blocks + 2) * (kExperts + 1) + 32 + block_tokens * top_k);
-        return launch(route_kernel<kPerLane>, config, logits, logits_stride, positions, weights, chosen, order, offsets,
+        return launch(route_kernel<kPerLane>, config, logits, logits_stride, sequences, weights, chosen, order, offsets,
                       tokens, top_k, block_tokens);
     }
     config.grid = dim3(static_cast<unsigned>((tokens + kSelectWarps - 1) / kSelectWarps));
     config.block = dim3(kSelectWarps * 32);
     const auto status =
-        launch(select_kernel<kPerLane>, config, logits, logits_stride, positions, weights, chosen, tokens, top_k);
+        launch(select_kernel<kPerLane>, config, logits, logits_stride, sequences, weights, chosen, tokens, top_k);
     if (status != cudaSuccess) return status;
     constexpr int kOwned = kExperts / kGroupBlocks;
     config.grid = dim3(kGroupBlocks);
@@ -334,11 +334,11 @@ cudaError_t route(const __nv_bfloat16* logits, int64_t logits_stride, const int6
 
 }  // namespace
 
-cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, const int64_t* positions,
+cudaError_t moe_route(const __nv_bfloat16* logits, int64_t logits_stride, SequenceRows sequences,
                       __nv_bfloat16* weights, int32_t* chosen, int32_t* order, int32_t* offsets, int tokens,
                       int experts, int top_k, cudaStream_t stream) {
     const auto run = experts == 256 ? route<8> : route<16>;
-    return run(logits, logits_stride, positions, weights, chosen, order, offsets, tokens, top_k, stream);
+    return run(logits, logits_stride, sequences, weights, chosen, order, offsets, tokens, top_k, stream);
 }
 
 }  // namespace tokenspeed

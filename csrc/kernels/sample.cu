@@ -7,7 +7,7 @@
 //   2. distances d = max - x >= 0 of the scaled logits x, made anew where they are needed; their bits order as integers
 //   3. a bound that surely holds what top-k and top-p keep: for top-k the k-th largest of the warps' largest logits,
 //   for
-//      top-p alone the smallest of four distances whose mass reaches the target. The few ids within it are listed, and
+//      top-p alone the smallest of three distances whose mass reaches the target. The few ids within it are listed, and
 //      one block finds the exact cuts by comparing each with each, and draws
 //   4. where the list would overflow, or k is large: the smallest distance at which a running sum (of ones, of masses)
 //      reaches its target, by histograms that narrow the range of bits: the first level has linear bins of 1/32, where
@@ -41,7 +41,7 @@ constexpr float kLinearBins = 32;          // per unit of distance
 constexpr uint32_t kInfinity = 0x7f800000;
 constexpr int kList = 512;      // ids that are compared each with each
 constexpr int kListTopK = 128;  // the largest top-k that is bounded by the warps' largest: they are 256 or 128
-constexpr int kBounds = 4;      // distances that may bound top-p
+constexpr int kBounds = 3;      // distances that may bound top-p
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr size_t kSharedLimit = 227 * 1024;
 
@@ -59,6 +59,7 @@ struct alignas(16) Exchange {  // of dynamic shared memory, before the row
     int found_bin;
     // Of the list: a block's own ids, then in one block those of all.
     unsigned long long mass_within[kBounds + 1][kWarps];  // of each bound, and of the whole row
+    int ids_within[kBounds][kWarps];
     unsigned long long masses[kList];
     float list_distance[kList];
     int list_id[kList];
@@ -288,19 +289,29 @@ __device__ float bound_of_top_k(Exchange& exchange, const float* warp_largest, i
 }
 
 // The smallest of a few distances within which `share` of the row's mass lies, and the mass of the row; infinity where
-// none holds it.
+// none holds it, or more ids than a list takes.
 template <typename T>
 __device__ float bound_of_top_p(Exchange& exchange, const Part<T>& part, float share, unsigned long long& row_mass) {
-    constexpr float kDistances[kBounds] = {1.5f, 3.0f, 6.0f, 12.0f};
+    constexpr float kDistances[kBounds] = {2.0f, 5.0f, 12.0f};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     unsigned long long sums[kBounds + 1] = {};
+    uint32_t counts = 0;  // of each bound, 8 bits: a thread has 98 ids at most
+    static_assert(kBounds <= 4 && kSampleMaxVocabulary / (kFewestBlocks * kThreads) < 255);
     for (int i = threadIdx.x; i < part.count; i += kThreads) {
         const float distance = part.distance(i);
         if (!(distance <= INFINITY)) continue;
         const unsigned long long mass = mass_of(distance);
 #pragma unroll
-        for (int j = 0; j < kBounds; ++j) sums[j] += distance <= kDistances[j] ? mass : 0;
+        for (int j = 0; j < kBounds; ++j) {
+            sums[j] += distance <= kDistances[j] ? mass : 0;
+            counts += distance <= kDistances[j] ? 1u << (8 * j) : 0;
+        }
         sums[kBounds] += mass;
+    }
+#pragma unroll
+    for (int j = 0; j < kBounds; ++j) {
+        const int ids = __reduce_add_sync(kAllLanes, static_cast<int>(counts >> (8 * j) & 0xff));
+        if (lane == 0) exchange.ids_within[j][warp] = ids;
     }
 #pragma unroll
     for (int j = 0; j <= kBounds; ++j) {
@@ -313,6 +324,11 @@ __device__ float bound_of_top_p(Exchange& exchange, const Part<T>& part, float s
         unsigned long long total = 0;
         for (int i = 0; i < kWarps; ++i) total += exchange.mass_within[threadIdx.x][i];
         exchange.mass_within[threadIdx.x][0] = total;
+        if (threadIdx.x < kBounds) {
+            int ids = 0;
+            for (int i = 0; i < kWarps; ++i) ids += exchange.ids_within[threadIdx.x][i];
+            exchange.ids_within[threadIdx.x][0] = ids;
+        }
     }
     ptx::cluster_sync();
 #pragma unroll
@@ -322,11 +338,17 @@ __device__ float bound_of_top_p(Exchange& exchange, const Part<T>& part, float s
     }
     row_mass = sums[kBounds];
     const double target = fmax(static_cast<double>(share) * static_cast<double>(row_mass), 1.0);
+    float bound = INFINITY;
+    int which = 0;
 #pragma unroll
     for (int j = 0; j < kBounds; ++j) {
-        if (static_cast<double>(sums[j]) >= target) return kDistances[j];
+        if (bound < INFINITY || static_cast<double>(sums[j]) < target) continue;
+        which = j;
+        bound = kDistances[j];
     }
-    return INFINITY;
+    int ids = 0;
+    for (int i = 0; i < gridDim.x; ++i) ids += *ptx::cluster_map(&exchange.ids_within[which][0], i);
+    return ids <= kList ? bound : INFINITY;
 }
 
 // Lists this block's ids within `bound`. Whether the lists of all blocks fit in one; ends with a barrier of the

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
-from tokenspeed.engine.commands.info import needs
+from tokenspeed.engine.commands.info import Parts, head_needs, needs, program
 from tokenspeed.engine.config import MoeConfig
 from tokenspeed.engine.memory import MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
-from tokenspeed.engine.parallel.plan import describe_plan
 from tokenspeed.engine.sizes import PUBLISHED
 
 DIRECTORY = Path(__file__).parent / "plans"
@@ -22,19 +21,20 @@ def stored(size: str, ranks: int) -> Path:
     return DIRECTORY / f"{size}-{ranks}.txt"
 
 
-def planned_model(size: str, ranks: int) -> Qwen3_5:
-    """A rank's part of a published size, without memory; experts over as many ranks as heads."""
+def planned_model(size: str, ranks: int, mtp: bool = False) -> Qwen3_5:
+    """A rank's part of a published size, without memory; experts over as many ranks as heads. mtp: with its head."""
     config = PUBLISHED[size]
     mesh = Mesh(ranks, ranks if isinstance(config.ffn, MoeConfig) else 1)
-    return Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"), Communicator(mesh))
+    return Qwen3_5.empty(config, torch.bfloat16, torch.device("meta"), Communicator(mesh), mtp)
 
 
 def plan_lines(size: str, ranks: int) -> Iterator[str]:
     """What `info --size SIZE --tp RANKS --ep RANKS --plan` prints of it on any machine; dense models have no ep."""
-    model = planned_model(size, ranks)
-    yield from needs(size, model, MemoryLayout(model.share, torch.bfloat16))
-    yield ""
-    yield from describe_plan(model.plan, model.mesh)
+    parts = Parts(planned_model(size, ranks), planned_model(size, ranks, mtp=True))
+    plain = MemoryLayout(parts.trunk.share, torch.bfloat16)
+    yield from needs(size, parts.trunk, plain)
+    yield from head_needs(parts, plain)
+    yield from program(parts.whole)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def test_every_stored_plan_is_tested():
     assert sorted(DIRECTORY.iterdir()) == sorted(stored(size, ranks) for size in PUBLISHED for ranks in RANKS)
 
 
-def test_info_prints_the_plan(capsys):
+def test_info_prints_the_plan(capsys, monkeypatch):
+    monkeypatch.setattr("tokenspeed.engine.commands.info.free_memory", lambda device: 139 << 30)
     arguments = ["info", "--size", "397B-A17B", "--tp", "8", "--ep", "8", "--dtype", "bfloat16", "--device", "cpu"]
     assert main([*arguments, "--plan"]) == 0
     planned = capsys.readouterr().out.splitlines()

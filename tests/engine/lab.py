@@ -63,11 +63,11 @@ def uncached_logits(model: Qwen3_5, tokens: list[int]) -> tuple[Tensor, int]:
     runner = Runner(model, Memory(MemoryLayout(model.share, torch.float32), pages, 1, CPU), max_seqs=1)
     clear, route = [count], ops.moe_route
 
-    def watch(scores: Tensor, top_k: int, positions: Tensor):
+    def watch(scores: Tensor, top_k: int, context_lens: Tensor | None):
         best = scores.float().softmax(-1).sort(descending=True).values
         close = (best[:, top_k - 1] - best[:, top_k] < NEAR_TIE).nonzero()
         clear.extend(close.flatten().tolist())
-        return route(scores, top_k, positions)
+        return route(scores, top_k, context_lens)
 
     with patch.object(ops, "moe_route", watch):
         row = PrefillRow(tuple(tokens), 0, 0, 0, logits=count)

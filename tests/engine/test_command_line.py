@@ -9,8 +9,10 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tokenspeed.engine.__main__ import build_parser, main
+from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.commands.interrupts import interruptible
 from tokenspeed.engine.commands.options import add_sampling_options, chosen_sampling
 from tokenspeed.engine.core import Engine
@@ -25,6 +27,28 @@ def test_generate_streams_the_answer_and_reports_its_speed(capsys):
     out, err = capsys.readouterr()
     assert out.strip()
     assert "tok/s" in err and "prompt tokens" in err
+    assert "tokens a step, drafts right by position: " in err
+    assert main(["generate", "Hello!", "--max-tokens", "12", "--no-thinking", "--draft-tokens", "0"]) == 0
+    plain, err = capsys.readouterr()
+    assert plain == out and "a step" not in err
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_draft_options_reach_the_engine_and_change_no_text(capsys, tmp_path, temperature):
+    found = {}
+    for options in ("--draft-tokens 0", "--draft-tokens auto", "--draft-tokens 7", "--draft-vocabulary 90"):
+        log = tmp_path / "log"
+        arguments = ["generate", "What is 12 plus 30?", "--temperature", temperature, "--log-steps", str(log)]
+        assert main([*arguments, *options.split()]) == 0
+        header, *steps = map(json.loads, log.read_text().splitlines())
+        drafted = header["draft_tokens"], header["draft_vocabulary"], {step["step"]["drafts"] for step in steps}
+        found[options] = capsys.readouterr().out, len(steps), drafted
+        assert main(["bench", "replay", str(log), "--quiet"]) == 0
+        assert "bit for bit" in capsys.readouterr().out
+    assert len({text for text, *_ in found.values()}) == 1
+    plain, auto, deep, few = (steps for _, steps, _ in found.values())
+    assert deep <= auto < few < plain, "fewer steps the more is drafted well"
+    assert [drafted for *_, drafted in found.values()] == [(0, None, {0}), (3, None, {3}), (7, None, {7}), (3, 90, {3})]
 
 
 def test_generate_reads_a_file_or_standard_input_alike(capsys, monkeypatch, tmp_path):
@@ -69,6 +93,12 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--memory-fraction", "2"], ["memory_fraction", "2"]),
         (["generate", "x", "--log-steps", "/"], ["/", "cannot be written"]),
         (["generate", "x", "--max-tokens", "9000"], ["9000", "8192"]),
+        (["generate", "x", "--draft-tokens", "8"], ["draft_tokens", "8", "'auto' or 0 to 7"]),
+        (["serve", "--draft-tokens", "some"], ["draft_tokens", "'some'", "'auto' or 0 to 7"]),
+        (["generate", "x", "--draft-vocabulary", "0"], ["draft_vocabulary", "0", "at least 1"]),
+        (["generate", "x", "--draft-vocabulary", "641"], ["draft_vocabulary", "641", "640"]),
+        (["generate", "x", "--draft-vocabulary", "9", "--draft-tokens", "0"], ["draft_vocabulary", "9", "MTP head"]),
+        (["bench", "--draft-vocabulary", "9", "--tp", "2"], ["draft_vocabulary", "9", "tp is 2"]),
         (["chat", "--n", "2"], ["n is 2"]),
         (["chat", "--load", "missing.json"], ["missing.json"]),
         (["bench", "--input-len", "0"], ["--input-len", "0"]),
@@ -102,6 +132,57 @@ def test_info_for_a_gpu_plans_the_dtype_and_the_ring_that_one_would_use(capsys):
     assert main(["info", "--size", "2B", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "in float32" in out and "ring" not in out
+
+
+def info(capsys, *arguments):
+    """Its lines without the alignment."""
+    assert main(["info", *arguments]) == 0
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_info_says_what_an_mtp_head_costs_and_what_drafts_need(capsys):
+    gpu = ["--size", "35B-A3B", "--memory-gib", "139"]
+    lines = info(capsys, *gpu)
+    # fc 2 H^2, three norms and two of the layer, attention of 16:2 heads of 256 with gates, a router, 257 experts.
+    attention = 2048 * (2 * 16 + 2 * 2) * 256 + 16 * 256 * 2048 + 2 * 256
+    experts = 257 * 3 * 2048 * 512 + 2048 * 256 + 2048
+    parameters = 2 * 2048**2 + 5 * 2048 + attention + experts
+    head = lines.index(f"MTP head {parameters / 1e9:.3f} G parameters, {parameters * 2 / 2**30:.2f} GiB")
+    assert lines[head + 1] == "adds 2.00 KiB to the KV of a token and 4.00 KiB to the state of a sequence"
+    assert "3 behind each token where up to 4 sequences decode, 2 up to 16" in lines[head + 2]
+    # Two more entries of the window for each of 30 layers with 2 x 16 x 128 + 32 x 128 channels of 2 bytes.
+    assert "6 entries" in lines[head + 3] and f"{30 * 2 * 8192 * 2 / 2**10:.2f} KiB more" in lines[head + 3]
+    (each,) = [line for line in lines if "of 4096 tokens" in line and line.startswith("sequences")]
+    assert each.split("(")[1].split()[0] == f"{(67.54 * 2**20 + 4096 * 22 * 2**10 + 4096 + 960 * 2**10) / 2**20:.2f}"
+    lines = info(capsys, *gpu, "--draft-tokens", "0")
+    assert "drafts none (--draft-tokens 0)" in lines and any("nothing is drafted" in line for line in lines)
+    (each,) = [line for line in lines if "of 4096 tokens" in line and line.startswith("sequences")]
+    assert each.endswith(f"({67.54 + 80:.2f} MiB each)")
+    lines = info(capsys, *gpu, "--draft-tokens", "7", "--draft-vocabulary", "32768")
+    assert "drafts 7 behind each token, by the MTP head" in lines
+    assert any("32768 lowest ids" in line and "128.00 MiB" in line for line in lines)
+
+
+def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):
+    assert any(line.startswith("MTP head 0.") for line in info(capsys))
+    for file in SHIPPED.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(SHIPPED / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith("mtp.")}, tmp_path / "model.safetensors")
+    lines = info(capsys, "--model", str(tmp_path), "--plan")
+    assert "MTP head none: the checkpoint has no mtp.* tensors, though its config.json names a head" in lines
+    assert "drafts none: auto drafts with an MTP head alone" in lines and "join_tokens" not in "".join(lines)
+    lines = info(capsys, "--model", str(tmp_path), "--draft-tokens", "2")
+    assert "drafts 2 behind each token, looked up in the sequence" in lines
+
+
+def test_the_plan_has_the_heads_program(capsys):
+    lines = info(capsys, "--plan")
+    program = lines[next(i for i, line in enumerate(lines) if line.startswith("MTP head, once a draft")) :]
+    stages = [line.split(" Replicate")[0] for line in program if line.endswith("Replicate -> Replicate")]
+    assert stages[:3] == ["embed_tokens", "join_tokens", "input_layernorm"] and stages[-2:] == ["norm", "lm_head"]
+    assert not any("join_tokens" in line for line in info(capsys, "--plan", "--draft-tokens", "0"))
 
 
 def test_info_says_when_the_weights_do_not_fit(capsys):

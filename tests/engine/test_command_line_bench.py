@@ -9,6 +9,7 @@ from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.commands.measure import Case, measure
 from tokenspeed.engine.commands.spread import Spread
 from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.request import Acceptance
 
 SMALL = ["--max-num-seqs", "4", "--quiet"]
 
@@ -61,6 +62,52 @@ def test_the_clock_counts_from_submission_to_each_token(monkeypatch):
     assert measured.ttft_ms == (1000, 1000, 1000)
     assert measured.itl_ms == measured.tpot_ms == (500, 500, 500)
     assert measured.output_tok_s == pytest.approx(10 / (2 * 3.0))
+
+
+def test_tokens_that_come_together_are_one_event_and_drafts_are_told(monkeypatch):
+    llm = LLM(progress=False, max_num_seqs=2, draft_tokens=3)
+    now = [0.0]
+    monkeypatch.setattr("tokenspeed.engine.commands.measure.time.perf_counter", lambda: now[0])
+    step, reconcile, brought = llm.engine.step, llm.engine.scheduler.reconcile, []
+
+    def slow():
+        now[0] += 0.5
+        step()
+
+    def told(planned, ids):
+        if planned.step.decode and planned.step.width > 1 and ids[0]:
+            brought.append(len(ids[0]))
+        reconcile(planned, ids)
+
+    llm.engine.step, llm.engine.scheduler.reconcile = slow, told
+    measured = measure(llm, Case(8, 21, 1, 0, requests=1, warm_up=1), random.Random(2))
+    own = brought[len(brought) - measured.drafts.steps :]
+    assert measured.drafts.steps == len(own) > 3 and measured.drafts.ids == sum(own)
+    assert measured.drafts.drafted == [len(own)] * 3
+    assert measured.drafts.accepted == [sum(count > place for count in own) for place in (1, 2, 3)]
+    assert measured.itl_ms.p50 == 500 and measured.tpot_ms.p50 < 500
+    assert measured.row().split()[11] == f"{sum(own) / len(own):.2f}"
+    assert [*map(float, measured.row().split()[12:])] == [round(100 * rate) for rate in measured.drafts.rates]
+    assert measured.as_dict()["drafts"]["ids_a_step"] == sum(own) / len(own)
+
+
+def test_acceptance_adds_up_and_counts_since():
+    def counted(*steps):
+        acceptance = Acceptance()
+        for drafts, ids in steps:
+            acceptance.count(drafts, ids)
+        return acceptance
+
+    early, late = [(3, 4), (1, 1), (3, 2)], [(1, 2), (2, 2)]
+    both = counted(*early)
+    both.add(counted(*late))
+    both.add(None)
+    assert both == counted(*early, *late)
+    assert both.since(counted(*early)) == counted(*late)
+    assert both.since(both) == Acceptance() and str(Acceptance()) == "no drafts"
+    assert counted(*early).rates == [2 / 3, 1 / 2, 1 / 2]
+    assert counted(*early).prediction_tokens() == {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 3}
+    assert Acceptance().prediction_tokens() == {}
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,13 @@ def test_a_turn_that_cannot_be_answered_leaves_everything_as_it_was(conversation
 
 
 def test_closing_a_turn_keeps_what_was_said_and_frees_the_memory(conversation, llm):
+    whole = say(conversation, FACT).meter.tokens
+    conversation.undo()
     turn = conversation.ask(FACT)
-    for _ in itertools.islice(turn, 5):
+    for _ in itertools.islice(turn, 2):
         pass
     turn.close()
-    assert conversation.messages[-1]["role"] == "assistant" and turn.meter.tokens == 5
+    assert conversation.messages[-1]["role"] == "assistant" and 2 <= turn.meter.tokens < whole
     assert not llm.engine.has_work and llm.engine.cache.stats()["running"] == 0
     before = list(conversation.messages)
     conversation.ask(QUESTION).close()  # before its first token: the question is taken back
@@ -169,7 +171,7 @@ def test_an_interrupt_ends_the_answer_and_the_conversation_goes_on(conversation,
 
     def interrupted(requests, grammars):
         for i, update in enumerate(follow(requests, grammars)):
-            if i == 6:
+            if i == 2:
                 raise KeyboardInterrupt
             yield update
 
@@ -200,7 +202,7 @@ def test_commands_do_what_help_says(conversation, capsys, tmp_path):
         (f"/save {saved}", []),
         ("/reset", []),
         (f"/load {saved}", ["4 messages"]),
-        ("/stats", ["tokens generated", "cached", "pages free"]),
+        ("/stats", ["tokens generated", "cached", "drafts ", "pages free"]),
     ):
         assert chat.take(line), line
         out = capsys.readouterr().out

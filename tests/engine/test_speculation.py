@@ -100,6 +100,14 @@ def test_what_is_said_is_what_is_said_without_drafts(models, checkpoints, name):
     assert looked_up == plain and lab.engine.acceptance.steps > 0
 
 
+def test_what_is_said_does_not_depend_on_the_draft_vocabulary(models):
+    whole, _ = answers(models["shipped"], "shipped", drafts=3)
+    model = load(SHIPPED)
+    model.mtp.reduce_vocabulary(torch.arange(300))
+    reduced, lab = answers(model, "shipped", drafts=3)
+    assert reduced == whole and lab.engine.acceptance.steps > 0
+
+
 def test_drafts_are_looked_up_where_the_same_was_said_before(checkpoints):
     lab = Lab(load(checkpoints["dense"], mtp=False), drafts=3)
     talk = lab.ask(text(1, 20) * 3, [], max_tokens=60, logit_bias={7: 100.0})  # says nothing but 7

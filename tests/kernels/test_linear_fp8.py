@@ -184,10 +184,18 @@ def test_scales_of_other_shapes_and_other_types_go_to_torch(backend):
         assert relative_error(results[0], exact(x) @ by_hand(weight, scale).T) < 4e-3
 
 
+@pytest.mark.parametrize(("rows", "inputs"), [(8, 8192), (16, 5120), (7, 17408)])
+def test_rows_that_fit_no_shared_memory_go_in_parts(backend, rows, inputs):
+    """With a shorter ring, with half of the rows, and with half of the half."""
+    x, (weight, scale) = backend.randn(rows, inputs), draw_weight(backend, 24, inputs)
+    out = run(backend, "linear", [x, weight, scale])[0]
+    assert relative_error(out, exact(x) @ by_hand(weight, scale).T) < 4e-3
+
+
 def test_the_largest_operand_that_shared_memory_holds(backend):
-    """One row of 17408 columns is staged; eight of 4096 leave the ring no room, and go to the separate operators."""
+    """One row of 17408 columns is staged; eight of 8192 go to the separate operators."""
     assert error(backend, "silu_mul_linear", 1, 20, 17408) < 1e-2
-    values = arguments(make_backend("torch-bf16"), "silu_mul_linear", 8, 640, 4096)
+    values = arguments(make_backend("torch-bf16"), "silu_mul_linear", 8, 640, 8192)
     values = [value.to(backend.device) for value in values]
     gate, up = exact(values[0]).chunk(2, dim=1)
     expected = (gate * torch.sigmoid(gate) * up) @ by_hand(*values[1:]).T

@@ -45,13 +45,6 @@ def test_clusters_share_memory_multicast_and_remote_arrivals(shuffled, rng):
     assert (out[0, 2] == 1002).all() and (out[1, 2] == 1001).all()
 
 
-def test_clusters_store_asynchronously_into_each_other(shuffled, rng):
-    x = rng.integers(0, 1000, (4, 32)).astype(np.float32)
-    out = np.zeros((4, 4, 32), np.float32)
-    shuffled.call("self_test_cluster_stores", x, out)
-    np.testing.assert_array_equal(out, x[None] + np.arange(4, dtype=np.float32)[:, None, None])
-
-
 def test_bulk_reductions_add_into_global_memory(shuffled, rng):
     blocks = 5
     x = rng.integers(-50, 50, (blocks, 64)).astype(np.float32)

@@ -83,7 +83,7 @@ def rope(backend: Backend):
 
 
 def moe_route(backend: Backend):
-    return backend.randn(5, 256), 8, backend.tensor([3, -1, 0, 9, -1], torch.int64)
+    return backend.randn(6, 256), 8, backend.tensor([3, -1, 0])
 
 
 def moe_experts(backend: Backend):

@@ -175,10 +175,11 @@ def test_a_groups_scale_is_its_largest_magnitude_over_448_and_elements_are_round
     assert (values.shape, scale.shape) == (x.shape, (rows, -(-columns // BLOCK)))
     for group in range(scale.shape[1]):
         part = slice(group * BLOCK, (group + 1) * BLOCK)
-        peak = x[:, part].float().abs().amax(1).clamp(min=2.0**-100)
-        factor = torch.full_like(peak, 448) / peak
-        assert torch.equal(scale[:, group], peak / 448)
-        assert torch.equal(values[:, part].double().cpu(), nearest(x[:, part].float() * factor[:, None]))
+        rows_of_group = x[:, part].cpu().float()
+        peak = rows_of_group.abs().amax(1).clamp(min=2.0**-100)
+        largest = torch.full_like(peak, 448)  # torch divides by a number, or a number, with its reciprocal
+        assert torch.equal(scale[:, group].cpu(), peak / largest)
+        assert torch.equal(values[:, part].double().cpu(), nearest(rows_of_group * (largest / peak)[:, None]))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 9, 65])
@@ -192,5 +193,8 @@ def test_the_product_of_e4m3_activations_sums_in_fp32(backend, rows):
             out = backend.op("linear_fp8")(x, x_scale, weight, scale, dtype)
             assert out.dtype == dtype
             expected, sizes = wide @ stands_for(weight, scale).T, wide.abs() @ stands_for(weight, scale).T.abs()
-            bound = 1e-5 * sizes + (2**-8 * expected.abs() if dtype == torch.bfloat16 else 0)
+            # A card's matrix unit keeps about 14 bits of the sum of a block.
+            bound = (5e-4 if backend.name == "cuda" else 1e-5) * sizes + (
+                2**-8 * expected.abs() if dtype == torch.bfloat16 else 0
+            )
             assert ((exact(out) - expected).abs() <= bound).all()

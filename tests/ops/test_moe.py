@@ -59,16 +59,16 @@ def test_large_logits_do_not_overflow(backend):
     assert check_route(backend, logits, 8)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 7, 33, 130])
-def test_rows_of_padding_choose_nobody_and_add_nothing(backend, tokens):
+@pytest.mark.parametrize(("sequences", "each"), [(1, 1), (4, 1), (7, 1), (11, 3), (130, 1), (70, 2)])
+def test_rows_of_padding_choose_nobody_and_add_nothing(backend, sequences, each):
     """The other rows' results have the same bits as without them, and experts that padding alone would have chosen are
     not read."""
-    experts, top_k = SHAPES[0]
-    logits, positions = spread_logits(backend, tokens, experts), torch.arange(tokens)
-    positions[torch.rand(tokens) < 0.4] = -1
-    positions[tokens // 2] = -1
-    kept = positions >= 0
-    padded = backend.op("moe_route")(logits, top_k, positions.to(backend.device))
+    (experts, top_k), tokens = SHAPES[0], sequences * each
+    logits, contexts = spread_logits(backend, tokens, experts), torch.arange(sequences, dtype=torch.int32)
+    contexts[torch.rand(sequences) < 0.4] = -1
+    contexts[sequences // 2] = -1
+    kept = (contexts >= 0).repeat_interleave(each)
+    padded = backend.op("moe_route")(logits, top_k, contexts.to(backend.device))
     weights, chosen, order, offsets = (x.cpu() for x in padded)
     alone = [x.cpu() for x in backend.op("moe_route")(logits[kept.to(logits.device)], top_k)]
     assert same_bits(weights[kept], alone[0]) and same_bits(chosen[kept], alone[1])

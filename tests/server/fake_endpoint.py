@@ -41,12 +41,14 @@ def respond(status: str, body: str = "", head: str = "") -> bytes:
 
 class FakeEndpoint:
     """answer: for the body of a chat request, the bytes to write, seconds to wait between them, or CUT. bodies, heads:
-    of the chat requests so far; most: requests at once, at most."""
+    of the chat requests so far; most: requests at once, at most; metrics: what /metrics says, one text after the other.
+    """
 
     def __init__(self, answer: Callable[[dict], Script] = lambda body: PLAIN):
         self.answer = answer
         self.bodies: list[dict] = []
         self.heads: list[str] = []
+        self.metrics: list[str] = []
         self.most = self._running = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -75,6 +77,8 @@ class FakeEndpoint:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             if head.startswith("GET /v1/models "):
                 writer.write(respond("200 OK", '{"data": [{"id": "fake"}]}'))
+            elif head.startswith("GET /metrics "):
+                writer.write(respond("200 OK", self.metrics.pop(0)) if self.metrics else respond("404 Not Found"))
             else:
                 size = int(head.lower().partition("content-length:")[2].split()[0])
                 self.heads.append(head)

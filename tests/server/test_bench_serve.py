@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 
 import httpx
@@ -17,6 +18,7 @@ from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.commands.endpoint import Answer, Endpoint, Events
 from tokenspeed.engine.commands.load import Client, Figures, Level, Run
 from tokenspeed.engine.commands.workload import PRESETS, WORDS, Calibration, Conversation, make_conversations, text
+from tokenspeed.engine.server.metrics import Metrics
 
 
 class Clock:
@@ -267,6 +269,36 @@ def test_no_conversation_of_a_level_shares_words_with_another_but_the_seed_repea
     assert len({first[:30] for first in firsts}) == 8
     assert make(1) == make(1) != make(2)
     assert set(text(len(WORDS), random.Random(0)).split()) == set(WORDS)
+
+
+def counters(steps: int, tokens: int, drafted: list[int], accepted: list[int]) -> str:
+    """As `serve` shows them, to someone who reads its metrics."""
+    fared = {"draft_steps": steps, "draft_step_tokens": tokens}
+    for name, counts in (("drafted", drafted), ("accepted", accepted)):
+        fared |= {f"{name}_{place}": count for place, count in enumerate(counts, 1)}
+    return Metrics().render(fared).decode()
+
+
+def test_drafts_of_a_level_are_told_from_the_endpoints_counters(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    options = ["--preset", "chat", "--conversations", "1", "--concurrency", "1", "2", "3", "--quiet", "--seed", "1"]
+    with FakeEndpoint() as fake:
+        fake.metrics = [
+            *(counters(0, 0, [], []), counters(10, 25, [10, 10], [9, 6])),
+            *(counters(10, 25, [10, 10], [9, 6]), counters(30, 60, [30, 10], [24, 6])),
+            *(counters(30, 60, [30, 10], [24, 6]), "no metrics {"),
+        ]
+        assert main(["bench", "serve", "--url", fake.url, "--json", str(out), *options]) == 0
+        assert not fake.metrics
+    table = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert table["tokens a step"].split() == ["2.50", "1.75", "-"]
+    assert table["draft 1 right [%]"].split() == ["90.0", "75.0", "-"]
+    assert table["draft 2 right [%]"].split() == ["60.0", "-", "-"]
+    levels = json.loads(out.read_text())["levels"]
+    assert [level["drafts"] and level["drafts"]["steps"] for level in levels] == [10, 20, None]
+    with FakeEndpoint() as fake:  # one without counters
+        assert main(["bench", "serve", "--url", fake.url, *options]) == 0
+    assert "a step" not in capsys.readouterr().out
 
 
 def test_fields_and_keys_are_sent_as_given(monkeypatch):

@@ -42,6 +42,44 @@ def test_chat_answers_and_counts(client):
     assert 0 < answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens
 
 
+def test_the_usage_says_how_drafts_fared_and_metrics_add_it_up(client, server):
+    def counters():
+        found = {}
+        for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if name.startswith(("tokenspeed_draft", "tokenspeed_accepted")):
+                found[name] = float(value)
+        return found
+
+    def told(usage):
+        details = usage.completion_tokens_details
+        return details.accepted_prediction_tokens, details.rejected_prediction_tokens
+
+    before, usages = counters(), []
+    usages.append(client.chat.completions.create(messages=SUM, **GREEDY).usage)
+    usages.append(client.chat.completions.create(messages=SUM, tools=[CALCULATOR], **GREEDY).usage)
+    for chunk in client.chat.completions.create(
+        messages=KELP, stream=True, stream_options={"include_usage": True}, **GREEDY
+    ):
+        usages += [chunk.usage] if chunk.usage else []
+    usages.append(client.completions.create(prompt=["The price of", "What is"], n=2, **GREEDY).usage)
+    after = counters()
+    gone = {name: after[name] - before.get(name, 0) for name in after}
+    accepted, rejected = (sum(counts) for counts in zip(*map(told, usages), strict=True))
+    assert all(sum(told(usage)) > 0 for usage in usages), "a chat without tools is drafted for, too"
+    assert told(usages[1])[0] > told(usages[1])[1], "calls are easy to foresee"
+    by_place = {
+        name: [gone[f'tokenspeed_{name}_tokens_total{{position="{place}"}}'] for place in (1, 2, 3)]
+        for name in ("drafted", "accepted")
+    }
+    assert sum(by_place["accepted"]) == accepted and sum(by_place["drafted"]) == accepted + rejected
+    assert by_place["drafted"] == sorted(by_place["drafted"], reverse=True)
+    assert by_place["accepted"] == sorted(by_place["accepted"], reverse=True)
+    steps = gone["tokenspeed_draft_steps_total"]
+    assert steps == by_place["drafted"][0]
+    assert gone["tokenspeed_draft_step_tokens_total"] <= steps + accepted, "an end may cut what was accepted"
+
+
 def test_the_stream_joined_is_the_whole_answer(client):
     whole = client.chat.completions.create(messages=SUM, tools=[CALCULATOR], **GREEDY).choices[0]
     text, name, arguments, finish, usage = "", "", "", None, None
@@ -71,7 +109,7 @@ def test_a_tool_round_trip_resumes_at_the_end_of_the_call(client):
     messages.append({"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "42"})
     second = client.chat.completions.create(messages=messages, tools=[CALCULATOR], **GREEDY)
     assert "42" in second.choices[0].message.content
-    consumed = first.usage.prompt_tokens + first.usage.completion_tokens
+    consumed = first.usage.prompt_tokens + first.usage.completion_tokens - 1  # the last id is chosen, not consumed
     assert second.usage.prompt_tokens_details.cached_tokens >= consumed
 
 

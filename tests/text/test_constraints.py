@@ -32,6 +32,13 @@ def test_a_bad_word_is_not_completed_in_either_spelling(tokenizer):
         assert ids[-1] not in rule.verdict(ids[1:-1]).banned, "half a word in the prompt is none"
 
 
+def test_what_ends_in_a_forbidden_id_needs_no_look_at_the_outputs(tokenizer):
+    (call,) = tokenizer.encode("<tool_call>")
+    assert len(tokenizer.encode(" <tool_call>")) > 1
+    rule = BadWords(["<tool_call>"], tokenizer)
+    assert rule.single == (call,) and not rule.may_act(99)
+
+
 def test_a_bad_word_of_one_id_is_always_forbidden_and_costs_no_waiting(tokenizer):
     rule = BadWords(["!"], tokenizer)
     assert tokenizer.encode("!") == [*rule.single][:1]

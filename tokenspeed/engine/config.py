@@ -186,7 +186,8 @@ class EngineConfig:
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
     one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, none
-    without a head.
+    without a head. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a tokenizer's merges
+    make the most frequent; None for all.
     tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
     torch.distributed takes it, None where this process is to start the others on this machine.
     """
@@ -208,6 +209,7 @@ class EngineConfig:
     seed: int = 0
     validate: bool = False
     draft_tokens: int | str = "auto"
+    draft_vocabulary: int | None = None
     tp: int = 1
     ep: int = 1
     rendezvous: str | None = None
@@ -239,6 +241,12 @@ class EngineConfig:
                 "draft_tokens",
                 self.draft_tokens == "auto" or self.draft_tokens in range(MOST_DRAFTS + 1),
                 f"'auto' or 0 to {MOST_DRAFTS}",
+            ),
+            ("draft_vocabulary", positive(self.draft_vocabulary), "at least 1, or None for every id"),
+            (
+                "draft_vocabulary",
+                self.draft_vocabulary is None or self.tp == self.ep == 1,
+                f"None where a head is split over ranks (tp is {self.tp}, ep is {self.ep})",
             ),
         )
         for name, valid, wanted in checks:

@@ -146,7 +146,11 @@ class Engine:
             "state_slots": config.slots,
         }
         reasons = {f"reason_{name.lower()}": count for name, count in scheduler.reasons.items()}
-        return own | reasons | self.cache.stats()
+        fared = self.acceptance
+        drafts = {"draft_steps": fared.steps, "draft_step_tokens": fared.ids}
+        for name, counts in (("drafted", fared.drafted), ("accepted", fared.accepted)):
+            drafts |= {f"{name}_{place}": count for place, count in enumerate(counts, 1)}
+        return own | reasons | drafts | self.cache.stats()
 
     @property
     def request_ids(self) -> list[str]:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from .. import ops
 from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, pick_kv_dtype, use_threads
+from .errors import ConfigError
 from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import holds_mtp, load_weights, with_formats
@@ -34,8 +35,11 @@ def load_runner(
     dtype = pick_dtype(config.dtype, device)
     model_config = with_formats(ModelConfig.from_directory(directory), directory, config.quantization)
     mtp = config.draft_tokens != 0 and holds_mtp(model_config, directory)
+    _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
     load_weights(model, directory, progress)
+    if config.draft_vocabulary is not None:
+        model.mtp.reduce_vocabulary(torch.arange(config.draft_vocabulary))
     threads = config.threads
     if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:
         threads = 1
@@ -59,6 +63,18 @@ def load_runner(
 def decodes_by_kernel(device: torch.device) -> bool:
     """Whether a compiled kernel decodes there, whose slots have a ring of updates."""
     return device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
+
+
+def _check_draft_vocabulary(ids: int | None, vocab: int, mtp: bool) -> None:
+    if ids is None:
+        return
+    if not mtp:
+        raise ConfigError(
+            f"draft_vocabulary is {ids}, but no MTP head drafts: the checkpoint has none, or draft_tokens is 0; "
+            "it must be None."
+        )
+    if ids > vocab:
+        raise ConfigError(f"draft_vocabulary is {ids}; it must be at most {vocab}, the model's number of ids.")
 
 
 def slot_sizes(config: ModelConfig, drafts: int, kernel: bool) -> tuple[int, int]:

@@ -237,9 +237,52 @@ class Acceptance:
             for place in range(verified):
                 counts[place] += 1
 
+    def add(self, other: "Acceptance | None") -> None:
+        """Mutates this one. None: nothing was verified."""
+        if other is None:
+            return
+        self.steps += other.steps
+        self.ids += other.ids
+        for own, more in ((self.drafted, other.drafted), (self.accepted, other.accepted)):
+            own += [0] * (len(more) - len(own))
+            for place, count in enumerate(more):
+                own[place] += count
+
+    def since(self, before: "Acceptance") -> "Acceptance":
+        """What has come to it since it was as `before`."""
+
+        def left(now: list[int], then: list[int]) -> list[int]:
+            return [count - (then[place] if place < len(then) else 0) for place, count in enumerate(now)]
+
+        drafted, accepted = left(self.drafted, before.drafted), left(self.accepted, before.accepted)
+        while drafted and not drafted[-1]:
+            drafted, accepted = drafted[:-1], accepted[:-1]
+        return Acceptance(self.steps - before.steps, self.ids - before.ids, drafted, accepted)
+
     @property
     def ids_a_step(self) -> float:
         return self.ids / self.steps if self.steps else 1.0
+
+    @property
+    def rates(self) -> list[float]:
+        """Of the first draft behind an id, the second, and so on, what share was right."""
+        return [right / made if made else 0.0 for made, right in zip(self.drafted, self.accepted, strict=True)]
+
+    def prediction_tokens(self) -> dict[str, int]:
+        """OpenAI's names for them in a usage; empty where nothing was verified."""
+        if not self.steps:
+            return {}
+        accepted = sum(self.accepted)
+        return {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(self.drafted) - accepted,
+        }
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "no drafts"
+        rates = " ".join(f"{100 * rate:.0f}%" for rate in self.rates)
+        return f"{self.ids_a_step:.2f} tokens a step, drafts right by position: {rates}"
 
 
 @dataclass(frozen=True, slots=True)

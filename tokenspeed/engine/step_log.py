@@ -34,8 +34,9 @@ _BIAS = Begin._fields.index("bias")
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a Runner and its Memory are rebuilt from. model: the checkpoint directory's name; device: its type; threads:
     of torch on a CPU, which the order of its sums depends on; ring_rows, window_entries: as in MemoryLayout;
-    draft_tokens: behind an id at most; mtp: whether the MTP head makes them; vocabulary: how many ids;
-    package: this package's version; fp8: as in ModelConfig; kv_dtype: as in EngineConfig."""
+    draft_tokens: behind an id at most; mtp: whether the MTP head makes them; draft_vocabulary: among how many of the
+    lowest ids it chooses, None for all; vocabulary: how many ids; package: this package's version; fp8: as in
+    ModelConfig; kv_dtype: as in EngineConfig."""
 
     model: str
     dtype: str
@@ -48,6 +49,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: _Count
     draft_tokens: Annotated[int, Meta(ge=0)]
     mtp: bool
+    draft_vocabulary: _Count | None
     window_entries: _Count
     vocabulary: _Count
     package: str
@@ -71,7 +73,8 @@ def hash_logits(logits: Tensor) -> str:
 
 
 def header_of(engine: Engine, model: str) -> Header:
-    memory = engine.runner.memory
+    memory, mtp = engine.runner.memory, engine.runner.model.mtp
+    drafted = mtp.draft_ids if mtp else None
     return Header(
         model=model,
         dtype=str(memory.layout.dtype).removeprefix("torch."),
@@ -83,7 +86,8 @@ def header_of(engine: Engine, model: str) -> Header:
         max_num_seqs=engine.limits.max_seqs,
         max_model_len=engine.limits.max_tokens,
         draft_tokens=engine.limits.most_drafts,
-        mtp=engine.runner.model.mtp is not None,
+        mtp=mtp is not None,
+        draft_vocabulary=None if drafted is None else len(drafted),
         window_entries=memory.layout.window_entries,
         vocabulary=engine.vocabulary,
         package=__version__,
@@ -216,6 +220,10 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     config = replace(config, fp8=frozenset(header.fp8))
     model = Qwen3_5.empty(config, dtype, device, mtp=header.mtp)
     load_weights(model, directory, progress=False)
+    if header.draft_vocabulary is not None:
+        if not header.mtp:
+            raise LogError(f"{path} has a draft vocabulary of {header.draft_vocabulary} ids and no MTP head.")
+        model.mtp.reduce_vocabulary(torch.arange(header.draft_vocabulary))
     sizes, kv_dtype = (header.ring_rows, header.window_entries), pick_kv_dtype(header.kv_dtype)
     layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
     memory = Memory(layout, header.pages, header.slots, device)

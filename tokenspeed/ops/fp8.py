@@ -112,17 +112,17 @@ def quantise_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.shape[1]
     groups = F.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
     peak = groups.abs().amax(2).clamp_(min=_SMALLEST_PEAK)
-    # Not LARGEST / peak, which torch takes for LARGEST times a rounded reciprocal.
-    values = to_fp8(groups * (torch.full_like(peak, LARGEST) / peak)[..., None]).flatten(1)
+    largest = torch.full_like(peak, LARGEST)  # torch divides by a number, or a number, with a rounded reciprocal
+    values = to_fp8(groups * (largest / peak)[..., None]).flatten(1)
     scale = peak.new_empty(peak.shape[1], peak.shape[0])
-    return values[:, :columns].contiguous(), scale.copy_((peak / LARGEST).t()).t()
+    return values[:, :columns].contiguous(), scale.copy_((peak / largest).t()).t()
 
 
 def _cublas_takes(x: Tensor, x_scale: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether cuBLAS has this product with a scale for each block; csrc/kernels/bindings_fp8.cpp asks the same."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0) or out_dtype != torch.bfloat16:
         return False
-    sizes = len(x) % 4 == 0 and weight.shape[0] % 16 == 0 and weight.shape[1] % (4 * BLOCK) == 0
+    sizes = len(x) > 0 and len(x) % 4 == 0 and weight.shape[0] % 16 == 0 and weight.shape[1] % (4 * BLOCK) == 0
     return sizes and x_scale.t().is_contiguous()
 
 

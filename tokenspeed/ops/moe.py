@@ -11,28 +11,28 @@ from .library import operator
 from .norm import silu_mul
 
 
-def _route_fake(logits: Tensor, top_k: int, positions: Tensor | None = None):
+def _route_fake(logits: Tensor, top_k: int, context_lens: Tensor | None = None):
     rows, experts = logits.shape
     integers = [(rows, top_k), (rows * top_k,), (experts + 1,)]
     return logits.new_empty(rows, top_k), *(logits.new_empty(shape, dtype=torch.int32) for shape in integers)
 
 
 @operator(fake=_route_fake)
-def moe_route(logits: Tensor, top_k: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moe_route(logits: Tensor, top_k: int, context_lens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose `top_k` experts a token and group the choices by expert.
 
     logits: [N, E]. Softmax over all experts in fp32; of equal probabilities the lower expert wins; weights are
     renormalised to sum to 1 and rounded to logits' dtype. Returns weights [N, top_k]; experts [N, top_k] int32, by
     falling probability; order [N top_k] int32, the flat choices (token * top_k + rank) sorted by expert, stable;
     offsets [E + 1] int32, expert e owns order[offsets[e] : offsets[e + 1]].
-    positions: [N] int64, negative for a row of padding: it chooses "expert" E with weight 0, which is nobody's, so its
-    choices stand behind offsets[E] and it costs no expert's weights.
+    context_lens: [B] int32 of sequences of N / B rows each, negative for padding: its rows choose "expert" E, weight 0,
+    which is nobody's, so their choices stand behind offsets[E] and cost no expert's weights.
     """
     probabilities, experts = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
     weights, experts = probabilities[:, :top_k], experts[:, :top_k]
     weights = (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
-    if positions is not None:
-        padding = (positions < 0)[:, None]
+    if context_lens is not None and len(context_lens):
+        padding = (context_lens < 0).repeat_interleave(len(logits) // len(context_lens))[:, None]
         weights, experts = weights.masked_fill(padding, 0), experts.masked_fill(padding, logits.shape[1])
     grouped, order = experts.flatten().sort(stable=True)
     bounds = torch.arange(logits.shape[1] + 1, device=logits.device)

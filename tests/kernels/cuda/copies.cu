@@ -90,21 +90,25 @@ __global__ void __launch_bounds__(96) bulk_ring(const uint8_t* in, uint8_t* out,
 }
 
 // A cluster of two: block 0 multicasts 64 bytes to both, block 1 sends 64 bytes from its shared memory to block 0, each
-// adds its rank to a cell of the other, and arrives there.
+// adds its rank to a cell of the other, and arrives there. Lanes also store a number each into the other block, on an
+// mbarrier of its own; without the right number a lane leaves nothing.
 __global__ void __launch_bounds__(32) cluster_copies(const uint32_t* in, uint32_t* out) {
     DYNAMIC_SHARED(raw);
     auto* words = reinterpret_cast<uint32_t*>(raw);  // 0..15 multicast, 16..31 received, 32..47 to send, 48 the cell
     auto* barriers = reinterpret_cast<uint64_t*>(raw + 256);
+    auto* numbers = reinterpret_cast<float*>(raw + 320);
     const uint32_t rank = ptx::cluster_rank(), lane = threadIdx.x;
     if (lane == 0) {
-        for (int i = 0; i < 3; ++i) ptx::mbarrier_init(barriers + i, i < 2 ? 1 : 2);
+        for (int i = 0; i < 4; ++i) ptx::mbarrier_init(barriers + i, i == 2 ? 2 : 1);
         ptx::fence_mbarrier_init();
         words[48] = 1000;
         ptx::mbarrier_arrive_expect_tx(barriers, 64);
+        ptx::mbarrier_arrive_expect_tx(barriers + 3, 32 * sizeof(float));
     }
     if (lane < 16) words[32 + lane] = in[16 + lane] + rank;
     ptx::fence_async_shared();
     ptx::cluster_sync();
+    ptx::store_async_cluster(numbers + lane, in[lane % 16] + lane * 0.5f + rank, barriers + 3, rank ^ 1);
     if (lane == 0) {
         if (rank == 0) {
             ptx::mbarrier_arrive_expect_tx(barriers + 1, 64);
@@ -118,9 +122,10 @@ __global__ void __launch_bounds__(32) cluster_copies(const uint32_t* in, uint32_
     }
     ptx::mbarrier_wait(barriers, 0);
     ptx::mbarrier_wait_cluster(barriers + 2, 0);
+    ptx::mbarrier_wait_cluster(barriers + 3, 0);
     if (rank == 0) ptx::mbarrier_wait_cluster(barriers + 1, 0);
     uint32_t* to = out + rank * 48;
-    if (lane < 16) {
+    if (lane < 16 && numbers[lane] == in[lane] + lane * 0.5f + (rank ^ 1)) {
         to[lane] = words[lane];
         to[16 + lane] = rank == 0 ? words[16 + lane] : ptx::cluster_size();
         to[32 + lane] = words[48];
@@ -129,27 +134,6 @@ __global__ void __launch_bounds__(32) cluster_copies(const uint32_t* in, uint32_
 }
 
 // Adds 64 floats of each block to sums through the copy engine.
-// Blocks of a cluster store a number each into every one of them, and wait for all of theirs.
-__global__ void __launch_bounds__(32) cluster_stores(const float* in, float* out) {
-    DYNAMIC_SHARED(raw);
-    auto* numbers = reinterpret_cast<float*>(raw + 16);  // [blocks, 32]
-    auto* barrier = reinterpret_cast<uint64_t*>(raw);
-    const uint32_t rank = ptx::cluster_rank(), blocks = ptx::cluster_size(), lane = threadIdx.x;
-    if (lane == 0) {
-        ptx::mbarrier_init(barrier, 1);
-        ptx::fence_mbarrier_init();
-    }
-    __syncwarp();
-    ptx::cluster_arrive_relaxed();
-    if (lane == 0) ptx::mbarrier_arrive_expect_tx(barrier, blocks * 32 * sizeof(float));
-    ptx::cluster_wait();
-    for (uint32_t to = 0; to < blocks; ++to) {
-        ptx::store_async_cluster(numbers + rank * 32 + lane, in[rank * 32 + lane] + to, barrier, to);
-    }
-    ptx::mbarrier_wait_cluster(barrier, 0);
-    for (uint32_t from = 0; from < blocks; ++from) out[(rank * blocks + from) * 32 + lane] = numbers[from * 32 + lane];
-}
-
 __global__ void __launch_bounds__(64) bulk_sums(const float* in, float* sums) {
     DYNAMIC_SHARED(raw);
     auto* values = reinterpret_cast<float*>(raw);
@@ -239,10 +223,7 @@ int self_test_bulk_ring(const uint8_t* in, uint8_t* out, int chunks) {
     return launch(bulk_ring, {.grid = 1, .block = 96, .shared_bytes = 2 * kStages * kChunk + 32}, in, out, chunks);
 }
 int self_test_cluster_copies(const uint32_t* in, uint32_t* out) {
-    return launch(cluster_copies, {.grid = 2, .block = 32, .shared_bytes = 320, .cluster = 2}, in, out);
-}
-int self_test_cluster_stores(const float* in, float* out) {
-    return launch(cluster_stores, {.grid = 4, .block = 32, .shared_bytes = 528, .cluster = 4}, in, out);
+    return launch(cluster_copies, {.grid = 2, .block = 32, .shared_bytes = 448, .cluster = 2}, in, out);
 }
 int self_test_bulk_sums(const float* in, float* sums, int blocks) {
     return launch(bulk_sums, {.grid = dim3(blocks), .block = 64, .shared_bytes = 256}, in, sums);

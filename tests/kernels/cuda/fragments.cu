@@ -141,7 +141,7 @@ __global__ void vectors(const __half* in, __half* out, int n) {
     if (i >= n) return;
     store_vector(out + i, load_vector<8>(in + i));
     store_vector<Cache::kStreaming>(out + n + i, load_vector<8, Cache::kStreaming>(in + i));
-    store_vector(out + 2 * n + i, load_vector<8, Cache::kReadOnly>(in + i));
+    store_vector(out + 2 * n + i, load_vector<8, Cache::kL2Only>(in + i));
     store_vector(out + 3 * n + i, load_vector<8, Cache::kL2Only>(in + i));
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..frontend import Frontend
-from ..request import Request, SamplingParams, Update
+from ..request import Acceptance, Request, SamplingParams, Update
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
 from ..text.messages import TOOL_CALL
@@ -173,18 +173,19 @@ class TurnParser:
 class TurnReader:
     """All continuations of a turn, taken apart as their updates come.
 
-    parsers: one each; cached: tokens of the prompt that were resumed.
+    parsers: one each; cached: tokens of the prompt that were resumed; drafts: how those for its answer fared.
     """
 
     def __init__(self, conversations: Conversations, turn: PreparedTurn):
         self._conversations, self.turn = conversations, turn
         self.parsers = [TurnParser(turn) for _ in range(turn.request.params.n)]
-        self.cached = 0
+        self.cached, self.drafts = 0, Acceptance()
 
     def take(self, update: Update) -> list[TurnEvent]:
         """What an update makes certain. A turn that came to its end is remembered."""
         if update.reuse:
             self.cached = update.reuse.cached_tokens
+        self.drafts.add(update.metrics and update.metrics.drafts)
         parser = self.parsers[update.index]
         events = parser.push(update)
         if update.finish_reason == "stop":

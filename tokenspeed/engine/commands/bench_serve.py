@@ -172,16 +172,20 @@ async def _measure(
             conversations = make_conversations(preset, count, shared, calibration, vary)
             total = sum(len(conversation.turns) for conversation in conversations)
             with tqdm(total=total, desc=level.name, unit="request", disable=options.quiet, leave=False) as bar:
-                run, complete = Run(level, endpoint.clock()), False
+                before = await endpoint.drafts()
+                run, ended, fared = Run(level, endpoint.clock()), None, None
                 try:
                     if level.rate:
                         await client.open(run, conversations, preset.output, bar.update, vary)
                     else:
                         await client.closed(run, conversations, preset.output, bar.update)
-                    complete = True
+                    ended = endpoint.clock()
+                    after = await endpoint.drafts()
+                    fared = after and before and after.since(before)
                 finally:
                     if run.answers:
-                        measured.append(Figures.of(run, endpoint.clock(), complete))
+                        complete = ended is not None
+                        measured.append(Figures.of(run, ended or endpoint.clock(), complete, fared))
             _tell_failures(run)
 
 
@@ -224,6 +228,10 @@ def table(measured: list[Figures]) -> str:
     line("prompt, mean [tokens]", lambda f: f.prompt_tokens)
     line("output, mean [tokens]", lambda f: f.output_tokens)
     line("cached of prompt [%]", lambda f: None if f.hit_rate is None else 100 * f.hit_rate, 1)
+    if deepest := max((len(f.drafts.drafted) for f in measured if f.drafts), default=0):
+        line("tokens a step", lambda f: f.drafts and f.drafts.ids_a_step, 2)
+        for place in range(deepest):
+            line(f"draft {place + 1} right [%]", lambda f, p=place: _right(f, p), 1)
     for name, spread in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("ITL", "itl_ms")):
         for percentile in ("p50", "p90", "p99"):
             line(f"{name} {percentile} [ms]", lambda f, s=spread, p=percentile: getattr(getattr(f, s), p, None), 2)
@@ -240,6 +248,11 @@ def table(measured: list[Figures]) -> str:
     if not all(figures.complete for figures in measured):
         text.append("* stopped before its end")
     return "\n".join(text)
+
+
+def _right(figures: Figures, place: int) -> float | None:
+    rates = figures.drafts.rates if figures.drafts else []
+    return 100 * rates[place] if place < len(rates) else None
 
 
 def plot(measured: list[Figures], path: Path, title: str) -> None:

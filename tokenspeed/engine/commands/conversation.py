@@ -40,6 +40,7 @@ class Turn:
             for _, update in self._updates:
                 self.reuse = self.reuse or update.reuse
                 self.meter.count(len(update.ids))
+                self.meter.drafts.add(update.metrics and update.metrics.drafts)
                 events = self._reader.take(update)
                 self._text.add(events)
                 self._stopped = update.finish_reason
@@ -189,6 +190,7 @@ class Dialogue:
         speed = (self._generated - self._turns) / self._decode_s if self._decode_s else 0.0
         yield f"turns              {self._turns}, {self._generated} tokens generated at {speed:.1f} tok/s"
         yield f"prompt tokens      {self._prompt}, {self._cached} of them cached"
+        yield f"drafts             {self.llm.engine.acceptance}"
         for name, value in self.llm.engine.cache.stats().items():
             yield f"cache              {name.replace('_', ' ')} {value}"
 

@@ -11,6 +11,7 @@ import httpx
 import msgspec
 
 from ..errors import ConfigError, EngineError
+from ..request import Acceptance
 
 _MOST_EVENT_BYTES = 16 << 20
 _MOST_ERROR_BYTES = 64 << 10
@@ -166,6 +167,15 @@ class Endpoint:
         except (msgspec.DecodeError, LookupError, TypeError):
             raise EngineError(f"{where} names no model; give --model.") from None
 
+    async def drafts(self) -> Acceptance | None:
+        """How drafts have fared there so far, by the counters of its /metrics; None where it has none of ours."""
+        try:
+            response = await self._client.get(f"{self.url}/metrics", timeout=_CALL_SECONDS)
+            response.raise_for_status()
+            return read_drafts(response.text)
+        except (httpx.HTTPError, ValueError):
+            return None
+
     async def chat(self, body: dict[str, Any], asked: float | None = None) -> Answer:
         """Stream one chat completion. asked: when it was due (default: now). Never raises for what the endpoint does:
         that is the answer's `error`."""
@@ -203,6 +213,27 @@ class Endpoint:
                         return
                     _take(data, now, answer)
             raise Failure("disconnected", "the stream ended without [DONE]")
+
+
+def read_drafts(metrics: str) -> Acceptance | None:
+    """From Prometheus text as `server.metrics` writes it; None where the counters are not in it. Raises ValueError for
+    what is no such text."""
+    from prometheus_client.parser import text_string_to_metric_families  # only here: no other command reads metrics
+
+    found, told = Acceptance(), False
+    by_name = {
+        "tokenspeed_drafted_tokens_total": found.drafted,
+        "tokenspeed_accepted_tokens_total": found.accepted,
+    }
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if sample.name == "tokenspeed_draft_steps_total":
+                found.steps, told = int(sample.value), True
+            elif sample.name == "tokenspeed_draft_step_tokens_total":
+                found.ids = int(sample.value)
+            elif sample.name in by_name:
+                by_name[sample.name].append(int(sample.value))  # positions come in order
+    return found if told else None
 
 
 async def _beginning(response: httpx.Response) -> str:

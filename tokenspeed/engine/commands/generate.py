@@ -15,7 +15,7 @@ from ..chat.turn import TurnReader
 from ..collector import Collector
 from ..errors import RequestError
 from ..llm import LLM
-from ..request import CompletionOutput, Request
+from ..request import Acceptance, CompletionOutput, Request
 from ..text.grammar import GrammarSpec
 from .options import add_engine_options, add_run_options, add_sampling_options, chosen_sampling, note, open_model
 from .records import as_record, run_jsonl
@@ -101,6 +101,7 @@ def _continue(
     for _, update in llm.follow([request], [grammar]):
         events = collector.take(update)
         meter.count(len(update.ids))
+        meter.drafts.add(update.metrics and update.metrics.drafts)
         meter.cached = collector.output.num_cached_tokens
         if streams:
             printer.show(events)
@@ -163,12 +164,13 @@ def _read_json(path: str, what: str) -> Any:
 
 
 class Meter:
-    """Times one or more generations: tokens, time to first token, tokens per second after it."""
+    """Times generations: tokens, time to first token, tokens per second after it; drafts: how they fared."""
 
     def __init__(self, prompt_tokens: int):
         self.prompt_tokens, self.cached, self.tokens = prompt_tokens, 0, 0
         self._start = self._last = time.perf_counter()
         self.first_s, self._first_tokens = 0.0, 0
+        self.drafts = Acceptance()
 
     def count(self, tokens: int = 1) -> None:
         """More tokens have come."""
@@ -186,7 +188,9 @@ class Meter:
     @property
     def speed(self) -> str:
         after = self.tokens - self._first_tokens
-        return f"{after / self.decode_s:.1f} tok/s" if after and self.decode_s else "no more"
+        if not after or not self.decode_s:
+            return "no more"
+        return f"{after / self.decode_s:.1f} tok/s" + (f" ({self.drafts})" if self.drafts.steps else "")
 
     def summary(self) -> str:
         return (

@@ -1,8 +1,9 @@
-"""`info`: what a model needs and what this machine has for it."""
+"""`info`: what a model and its MTP head need, and what this machine has for them."""
 
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -12,10 +13,10 @@ from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..device import pick_device, pick_dtype, pick_kv_dtype
 from ..errors import CapacityError
-from ..loading import RING_ROWS, decodes_by_kernel, fit_memory
+from ..loading import decodes_by_kernel, fit_memory, slot_sizes
 from ..memory import MemoryLayout, free_memory
 from ..model.qwen3_5 import Qwen3_5
-from ..model.weights import with_formats
+from ..model.weights import holds_mtp, with_formats
 from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.plan import describe_plan, traffic
@@ -31,7 +32,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "info",
         help="what a model needs, and what fits here",
-        description="Weights, KV and state bytes of a model, how many sequences fit, and which kernels serve them.",
+        description="Weights, KV and state bytes of a model and of its MTP head, what drafts add to them, how many "
+        "sequences fit, and which kernels serve them.",
     )
     parser.add_argument(
         "--size",
@@ -44,37 +46,72 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="plan for a GPU with this much free, of the memory a GPU's kernels use (default: this device, as is)",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="print a rank's program: stages, weights, collectives (default off)"
+        "--plan",
+        action="store_true",
+        help="print a rank's program and that of its MTP head: stages, weights, collectives (default off)",
     )
     add_engine_options(parser)
     return parser
 
 
+class Parts(NamedTuple):
+    """A rank of a model, without and with its MTP head, of which one is loaded: `whole` where drafts are wanted.
+
+    whole is None where there is no head; absent says why.
+    """
+
+    trunk: Qwen3_5
+    whole: Qwen3_5 | None
+    absent: str = ""
+
+    def loaded(self, engine: EngineConfig) -> Qwen3_5:
+        return self.whole if self.whole and engine.draft_tokens != 0 else self.trunk
+
+
 def run(options: argparse.Namespace) -> int:
-    device = pick_device(options.device)
+    device, absent = pick_device(options.device), ""
     if options.size is None:
         directory = resolve(options.model)
         name, config = str(options.model or directory.name), ModelConfig.from_directory(directory)
+        if any(directory.glob("*.safetensors")) and not holds_mtp(config, directory):
+            absent = "the checkpoint has no mtp.* tensors" + (
+                ", though its config.json names a head" if config.mtp_layers else ""
+            )
         config = with_formats(config, directory, options.quantization)
     else:
         name, config = options.size, published(options.size)
         config = replace(config, fp8=PRODUCTS if options.quantization == "fp8" else frozenset())
+    if not config.mtp_layers:
+        absent = absent or "its config.json names none"
     # A plan for a GPU is of what one would use: its dtype, and slots with a ring of updates.
     dtype = pick_dtype(options.dtype, torch.device("cuda") if options.memory_gib else device)
-    mesh = Mesh(options.tp, options.ep)
-    model = Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh))
-    for line in describe(name, model, dtype, device, options.memory_gib, EngineConfig(**engine_settings(options))):
+    mesh, engine = Mesh(options.tp, options.ep), EngineConfig(**engine_settings(options))
+
+    def empty(mtp: bool) -> Qwen3_5:
+        return Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh), mtp)
+
+    parts = Parts(empty(False), None if absent else empty(True), absent)
+    for line in describe(name, parts, dtype, device, options.memory_gib, engine):
         print(line)
     if options.plan:
-        print()
-        for line in describe_plan(model.plan, mesh):
+        for line in program(parts.loaded(engine)):
             print(line)
     return 0
 
 
+def program(model: Qwen3_5) -> Iterator[str]:
+    """The lines of --plan."""
+    yield ""
+    yield from describe_plan(model.plan, model.mesh)
+    if model.mtp:
+        yield ""
+        yield "MTP head, once a draft; embed_tokens and lm_head are the ones above"
+        yield from describe_plan(model.mtp.plan, model.mesh)
+
+
 def describe(
     name: str,
-    model: Qwen3_5,
+    parts: Parts,
     dtype: torch.dtype,
     device: torch.device,
     memory_gib: float | None,
@@ -82,11 +119,26 @@ def describe(
 ) -> Iterator[str]:
     """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
     assumed, None for the device as it is."""
-    kernel = memory_gib is not None or decodes_by_kernel(device)
+    model, kernel = parts.loaded(engine), memory_gib is not None or decodes_by_kernel(device)
+    depths = engine.draft_depths(model.mtp is not None)
+    drafts = max((drafts for _, drafts in depths), default=0)
     kv_dtype = pick_kv_dtype(engine.kv_dtype)
-    layout = MemoryLayout(model.share, dtype, ring_rows=RING_ROWS if kernel else 0, kv_dtype=kv_dtype)
+    plain = MemoryLayout(parts.trunk.share, dtype, *slot_sizes(model.config, 0, kernel), kv_dtype=kv_dtype)
+    layout = MemoryLayout(model.share, dtype, *slot_sizes(model.config, drafts, kernel), kv_dtype=kv_dtype)
+    yield from needs(name, parts.trunk, plain)
+    yield from head_needs(parts, plain, loaded=model is parts.whole)
+    yield f"drafts             {_drafts(engine, depths, model.mtp is not None)}"
+    if drafts:
+        window = f"{layout.window_entries} entries of the convolution's window instead of {plain.window_entries}"
+        updates = "" if layout.ring_rows == plain.ring_rows else f", {layout.ring_rows} updates beside the state"
+        rest = layout.slot_bytes - layout.hidden_bytes - plain.slot_bytes
+        yield f"                   taking them back needs {window}{updates}: {_bytes(rest)} more a sequence"
     weights = weight_bytes(model)
-    yield from needs(name, model, layout)
+    if model.mtp and engine.draft_vocabulary:
+        copied = engine.draft_vocabulary * model.config.hidden * dtype.itemsize
+        ids = f"the {engine.draft_vocabulary} lowest ids"
+        yield f"                   chosen among {ids}, whose rows of the head are copied: {_bytes(copied)}"
+        weights += copied
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
     left = free - weights
@@ -102,7 +154,7 @@ def describe(
 
 
 def needs(name: str, model: Qwen3_5, layout: MemoryLayout) -> Iterator[str]:
-    """What holds on any machine: the size of the model, and what one rank holds and sends."""
+    """What holds on any machine: the size of a model without its MTP head, and what one rank holds and sends."""
     config, mesh, ffn, dtype = model.config, model.mesh, model.config.ffn, layout.dtype
     whole = Qwen3_5.empty(config, dtype, torch.device("meta"))
     parameters = sum(p.numel() for p in whole.parameters() if p.dims)  # without scales
@@ -124,10 +176,41 @@ def needs(name: str, model: Qwen3_5, layout: MemoryLayout) -> Iterator[str]:
         yield f"traffic            {sent.collectives} collectives a step, {terms}"
         yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
     yield f"KV per token       {_bytes(layout.kv_token_bytes)}{' in FP8' if layout.kv_dtype else ''}"
-    parts = f"{_bytes(layout.recurrent_bytes)} fp32 recurrence"
+    split = f"{_bytes(layout.recurrent_bytes)} fp32 recurrence"
     if layout.ring_rows:
-        parts += f" beside a ring of {layout.ring_rows} updates"
-    yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {parts}"
+        split += f" beside a ring of {layout.ring_rows} updates"
+    yield f"state per sequence {_bytes(layout.slot_bytes)}, of which {split}"
+
+
+def head_needs(parts: Parts, plain: MemoryLayout, loaded: bool = True) -> Iterator[str]:
+    """What a rank's MTP head adds to `plain`, the layout without one. loaded: whether it is."""
+    if parts.whole is None:
+        yield f"MTP head           none: {parts.absent}"
+        return
+    whole, trunk, dtype = parts.whole, parts.trunk, plain.dtype
+    layout = MemoryLayout(whole.share, dtype, plain.ring_rows, plain.window_entries, plain.kv_dtype)
+    parameters = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in trunk.parameters())
+    size = f"{parameters / 1e9:.3f} G" if parameters >= 1e7 else f"{parameters / 1e6:.3f} M"
+    added = f"{size} parameters, {_bytes(weight_bytes(whole) - weight_bytes(trunk))}"
+    yield f"MTP head           {added}{'' if loaded else '; not loaded, for nothing is drafted'}"
+    kv, state = layout.kv_token_bytes - plain.kv_token_bytes, layout.slot_bytes - plain.slot_bytes
+    yield f"                   adds {_bytes(kv)} to the KV of a token and {_bytes(state)} to the state of a sequence"
+    if whole.mesh.world > 1:
+        row = whole.config.hidden * dtype.itemsize
+        sent = traffic(whole.mtp.plan, whole.mesh, row, whole.share.vocab * dtype.itemsize)
+        yield f"                   {sent.collectives} collectives a draft, {_bytes(sent.token)} of terms a token"
+
+
+def _drafts(engine: EngineConfig, depths: tuple[tuple[int, int], ...], mtp: bool) -> str:
+    """How deeply is drafted, and by what."""
+    if not depths:
+        return "none (--draft-tokens 0)" if engine.draft_tokens == 0 else "none: auto drafts with an MTP head alone"
+    by = "by the MTP head" if mtp else "looked up in the sequence"
+    if engine.draft_tokens != "auto":
+        return f"{engine.draft_tokens} behind each token, {by}"
+    (few, deepest), *rest = depths
+    more = "".join(f", {drafts} up to {most}" for most, drafts in rest)
+    return f"{deepest} behind each token where up to {few} sequences decode{more}, else none, {by}"
 
 
 def weight_bytes(model: Qwen3_5) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from ..request import Acceptance
 from .endpoint import Answer, Endpoint
 from .spread import Spread
 from .workload import GUESS, WORDS, Calibration, Conversation, text
@@ -44,7 +45,7 @@ class Figures:
     ttft: from when a request was due to its first text; itl: between two events with text of an answer; tpot: of an
     answer, the time from its first text to its end over the tokens generated in it; tok_s_user: 1000 / mean tpot;
     prompt_tokens, output_tokens: means by the endpoint's usage; hit_rate: cached / prompt tokens, of the answers that
-    say what was cached.
+    say what was cached; drafts: how they fared meanwhile, by the endpoint's counters, whoever else asked it.
     """
 
     level: Level
@@ -64,9 +65,10 @@ class Figures:
     total_tok_s: float
     requests_s: float
     hit_rate: float | None
+    drafts: Acceptance | None
 
     @classmethod
-    def of(cls, run: Run, ended: float, complete: bool = True) -> "Figures":
+    def of(cls, run: Run, ended: float, complete: bool = True, drafts: Acceptance | None = None) -> "Figures":
         """ended: on the clock of the run's times."""
         good = [answer for answer in run.answers if answer.error is None]
         seconds = ended - run.started
@@ -94,6 +96,7 @@ class Figures:
             total_tok_s=(output + sum(prompts)) / seconds if seconds else 0.0,
             requests_s=len(good) / seconds if seconds else 0.0,
             hit_rate=sum(a.cached_tokens for a in told) / sum(a.prompt_tokens for a in told) if told else None,
+            drafts=drafts,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """One measurement: requests of one shape, a number of them at once, timed token by token."""
 
+import copy
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from ..core import Sink, Update
 from ..llm import LLM
-from ..request import Request, SamplingParams
+from ..request import Acceptance, Request, SamplingParams
 from .drive import drive
 from .spread import Spread
 
@@ -31,9 +33,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Times in milliseconds. ttft: from submission to the first token; itl: between two tokens of a request; tpot: of a
-    request, its mean itl; tok_s: over the time from the first submission to the last token; hit_rate: of the prompt
-    tokens, how many the prefix cache had."""
+    """Times in milliseconds. ttft: from submission to the first token; itl: between two steps that brought tokens of a
+    request, one or several each; tpot: of a request, from its first tokens to its last over the tokens behind the
+    first; tok_s: over the time from the first submission to the last token; hit_rate: of the prompt tokens, how many
+    the prefix cache had; drafts: how they fared."""
 
     case: Case
     ttft_ms: Spread
@@ -42,18 +45,48 @@ class Measured:
     output_tok_s: float
     total_tok_s: float
     hit_rate: float
+    drafts: Acceptance
 
     def as_dict(self) -> dict:
         figures = {"output_tok_s": self.output_tok_s, "total_tok_s": self.total_tok_s, "hit_rate": self.hit_rate}
         for name in ("ttft_ms", "tpot_ms", "itl_ms"):
             figures[name] = getattr(self, name)._asdict()
-        return asdict(self.case) | figures
+        drafts = asdict(self.drafts) | {"ids_a_step": self.drafts.ids_a_step}
+        return asdict(self.case) | figures | {"drafts": drafts}
 
     @staticmethod
     def heading() -> str:
-        units = ("tokens", "tokens", "", "ms p50", "ms p99", "ms p50", "ms p50", "ms p99", "tok/s", "tok/s", "%")
-        names = ("prompt", "output", "at once", "TTFT", "TTFT", "TPOT", "ITL", "ITL", "output", "in all", "cached")
-        return "\n".join("".join(f"{text:>9}" for text in line) for line in (names, units))
+        units = (
+            "tokens",
+            "tokens",
+            "",
+            "ms p50",
+            "ms p99",
+            "ms p50",
+            "ms p50",
+            "ms p99",
+            "tok/s",
+            "tok/s",
+            "%",
+            "tokens",
+            "% by position",
+        )
+        names = (
+            "prompt",
+            "output",
+            "at once",
+            "TTFT",
+            "TTFT",
+            "TPOT",
+            "ITL",
+            "ITL",
+            "output",
+            "in all",
+            "cached",
+            "a step",
+            "drafts right",
+        )
+        return "\n".join("".join(f"{text:>9}" for text in line[:-1]) + f"  {line[-1]}" for line in (names, units))
 
     def row(self) -> str:
         c = self.case
@@ -62,21 +95,35 @@ class Measured:
             f"{c.prompt_tokens:9d}{c.output_tokens:9d}{c.concurrency:9d}"
             + "".join(f"{value:9.2f}" for value in times)
             + f"{self.output_tok_s:9.1f}{self.total_tok_s:9.1f}{100 * self.hit_rate:9.1f}"
+            + f"{self.drafts.ids_a_step:9.2f}  "
+            + (" ".join(f"{100 * rate:.0f}" for rate in self.drafts.rates) or "-")
         )
 
 
 @dataclass(slots=True)
 class _Timed:
-    """When a request's tokens came, in seconds of a monotonic clock."""
+    """When a request's tokens came, in seconds of a monotonic clock, and how many each time."""
 
     submitted: float
-    tokens: list[float] = field(default_factory=list)
+    steps: list[tuple[float, int]] = field(default_factory=list)
     cached: int = 0
 
     def take(self, update: Update) -> None:
         if update.reuse:
             self.cached = update.reuse.cached_tokens
-        self.tokens += [time.perf_counter()] * len(update.ids)
+        if update.ids:
+            self.steps.append((time.perf_counter(), len(update.ids)))
+
+    @property
+    def generated(self) -> int:
+        return sum(count for _, count in self.steps)
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds; None where everything came at once."""
+        (first, at_first), (last, _) = self.steps[0], self.steps[-1]
+        rest = self.generated - at_first
+        return (last - first) / rest if rest else None
 
 
 def measure(
@@ -86,18 +133,20 @@ def measure(
     llm.engine.cache.clear("")
     prefix = _ids(llm, case.prefix_tokens, vary)
     _run(llm, case, prefix, case.warm_up, vary, progress)
+    before = copy.deepcopy(llm.engine.acceptance)
     timed = _run(llm, case, prefix, case.requests, vary, progress)
-    gaps = [[b - a for a, b in zip(t.tokens, t.tokens[1:], strict=False)] for t in timed]
-    wall = max(t.tokens[-1] for t in timed) - min(t.submitted for t in timed)
-    generated, prompts = sum(len(t.tokens) for t in timed), case.prompt_tokens * len(timed)
+    gaps = [b - a for t in timed for (a, _), (b, _) in itertools.pairwise(t.steps)]
+    wall = max(t.steps[-1][0] for t in timed) - min(t.submitted for t in timed)
+    generated, prompts = sum(t.generated for t in timed), case.prompt_tokens * len(timed)
     return Measured(
         case,
-        Spread.of([1e3 * (t.tokens[0] - t.submitted) for t in timed]),
-        Spread.of([1e3 * sum(own) / len(own) for own in gaps if own]),
-        Spread.of([1e3 * gap for own in gaps for gap in own]),
+        Spread.of([1e3 * (t.steps[0][0] - t.submitted) for t in timed]),
+        Spread.of([1e3 * tpot for t in timed if (tpot := t.tpot) is not None]),
+        Spread.of([1e3 * gap for gap in gaps]),
         generated / wall,
         (generated + prompts) / wall,
         sum(t.cached for t in timed) / prompts,
+        llm.engine.acceptance.since(before),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import EngineConfig
+from ..config import AUTO_DRAFTS, MOST_DRAFTS, EngineConfig
 from ..errors import ConfigError
 from ..llm import LLM
 from ..ranges import add_ranges
@@ -95,12 +95,42 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help=f"distance of optional states kept in long prompts, 0 for none (default {default.snapshot_grid} tokens)",
     )
     engine.add_argument(
+        "--draft-tokens",
+        type=_drafts,
+        default=default.draft_tokens,
+        metavar="N|auto|0",
+        help=f"tokens drafted behind each and verified in one step, 0 to {MOST_DRAFTS}, by the MTP head or, without "
+        "one, by lookup in the sequence; the text is the same (default auto: with a head "
+        f"{_auto_drafts()}; without one 0)",
+    )
+    engine.add_argument(
+        "--draft-vocabulary",
+        type=int,
+        metavar="N",
+        help="the MTP head chooses among the N lowest ids, the most frequent ones: cheaper drafts, the same text "
+        "(default: among all)",
+    )
+    engine.add_argument(
         "--tp", type=int, default=1, metavar="N", help="split heads, columns and vocabulary over N ranks (default 1)"
     )
     engine.add_argument(
         "--ep", type=int, default=1, metavar="N", help="split the experts over N of the same ranks (default 1)"
     )
     engine.add_argument("--validate", action="store_true", help="check every step and the cache: slow (default off)")
+
+
+def _drafts(text: str) -> int | str:
+    """A number where it is one; what else there may be, EngineConfig says."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _auto_drafts() -> str:
+    steps = [f"{drafts} for up to {most} sequences that decode" for most, drafts in AUTO_DRAFTS[:1]]
+    steps += [f"{drafts} for up to {most}" for most, drafts in AUTO_DRAFTS[1:]]
+    return ", ".join([*steps, "none for more"])
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -267,7 +267,9 @@ class MoE(Stage):
 
     def forward(self, x, residual, batch):
         (shared, logits, shared_gate), x, residual = self.in_proj(x)
-        weights, experts, order, offsets = ops.moe_route(logits, self.top_k)
+        padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding
+        contexts = padded.context_lens if padded else None
+        weights, experts, order, offsets = ops.moe_route(logits, self.top_k, contexts)
         held = (order, offsets[self.bounds], self.gate_up.data, self.down.data, self.first_expert)
         y = ops.moe_experts(x, weights, experts, *held, self.gate_up.scale, self.down.scale)
         down, scale = self.shared_down

@@ -116,8 +116,8 @@ class MtpHead(nn.Module):
 
     def link(self) -> None:
         """Make the program's callables; again where a stage or its `forward` was replaced."""
-        named = zip(("embed_tokens", *self.names, "lm_head"), self.program, strict=True)
-        named, mesh = list(named), self.communicator.mesh
+        names = ("embed_tokens", *(name.removesuffix(".") or "join_tokens" for name in self.names), "lm_head")
+        named, mesh = list(zip(names, self.program, strict=True)), self.communicator.mesh
         self.plan = plan_program(named, mesh, self.program[-1].output)
         self._calls = link(self.plan, self.communicator)
         keys = [*named[:3], ("keys", StoreKeys(named[3][1]))]
@@ -146,6 +146,12 @@ class MtpHead(nn.Module):
         x, residual = None, hidden
         for call in self._stores:
             x, residual = call(x, residual, batch)
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """What the vocabulary was reduced to, [V'] int64; None where it is whole."""
+        last = self.program[-1]
+        return last.ids if isinstance(last, ReducedHead) else None
 
     def reduce_vocabulary(self, ids: Tensor) -> None:
         """From now on compute logits of these ids alone, from a copy of their rows of the head, made once the weights

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 
+from ..config import MOST_DRAFTS
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # The names of Engine.stats, and the server's own, with their help.
 _GAUGES = {
@@ -31,8 +33,11 @@ _COUNTERS = {
     "snapshots_evicted": "states that were let go",
     "pages_evicted": "KV pages that were let go",
     "page_copies": "KV pages copied on write",
+    "draft_steps": "times that a sequence's drafts were verified",
+    "draft_step_tokens": "tokens that came of them: accepted drafts, and one more each time",
 }
 _REASON = "reason_"
+_DRAFTS = {"drafted": "drafts verified", "accepted": "drafts accepted"}  # by position: the first behind a token is 1
 
 
 class Metrics:
@@ -71,6 +76,12 @@ class Metrics:
             if name.startswith(_REASON):
                 reuse.add_metric([name.removeprefix(_REASON)], value)
         yield reuse
+        for name, help in _DRAFTS.items():
+            family = CounterMetricFamily(f"tokenspeed_{name}_tokens", f"{help}, by position", labels=["position"])
+            for place in range(1, MOST_DRAFTS + 1):
+                if f"{name}_{place}" in self._stats:
+                    family.add_metric([str(place)], self._stats[f"{name}_{place}"])
+            yield family
 
     def render(self, stats: Mapping[str, float]) -> bytes:
         """The exposition text. stats: the engine's and the server's numbers as of now."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..chat.conversation import Conversation
 from ..errors import RequestError
-from ..request import Request, Update
+from ..request import Acceptance, Request, Update
 from ..text.tools import Arguments, CallCut, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent, TurnText
 from .protocol import ChatRequest, refuse
@@ -28,7 +28,9 @@ _REFUSED = {
 }
 
 
-def usage(prompt: int, completion: int, cached: int, reasoning: int | None = None, restored: int = 0) -> dict[str, Any]:
+def usage(
+    prompt: int, completion: int, cached: int, drafts: Acceptance, reasoning: int | None = None, restored: int = 0
+) -> dict[str, Any]:
     """OpenAI's usage object; restored_turns: turns of the history that were put back as generated."""
     found: dict[str, Any] = {
         "prompt_tokens": prompt,
@@ -36,8 +38,9 @@ def usage(prompt: int, completion: int, cached: int, reasoning: int | None = Non
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-    if reasoning is not None:
-        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    details = ({} if reasoning is None else {"reasoning_tokens": reasoning}) | drafts.prediction_tokens()
+    if details:
+        found["completion_tokens_details"] = details
     if restored:
         found["prompt_tokens_details"]["restored_turns"] = restored
     return found
@@ -85,7 +88,7 @@ class Chat:
     def _usage(self) -> dict[str, Any]:
         reader = self._reader
         prompt, restored = len(self._request.prompt), reader.turn.restored
-        return usage(prompt, reader.generated, reader.cached, reader.reasoning_tokens, restored)
+        return usage(prompt, reader.generated, reader.cached, reader.drafts, reader.reasoning_tokens, restored)
 
     def _finish(self, update: Update) -> str:
         called = self._reader.parsers[update.index].called and update.finish_reason == "stop"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..chat.formats import Format
 from ..errors import RequestError
-from ..request import CompletionOutput, Request, TokenScores, Update
+from ..request import Acceptance, CompletionOutput, Request, TokenScores, Update
 from .openai_chat import usage
 from .protocol import CompletionRequest, refuse
 from .scores import completion_logprobs, prompt_logprobs, token_text
@@ -48,7 +48,7 @@ class Completion:
             )
             service.check_room(request)
             self.requests.append(request)
-        self._cached = self._generated = 0
+        self._cached, self._generated, self._drafts = 0, 0, Acceptance()
 
     @property
     def _scores_only(self) -> bool:
@@ -179,10 +179,11 @@ class Completion:
                     update.ids, update.text, update.scores = [], "", []
                 self._generated += len(update.ids)
                 self._cached += update.reuse.cached_tokens if update.reuse else 0
+                self._drafts.add(update.metrics and update.metrics.drafts)
                 yield update
 
     def _usage(self) -> dict[str, Any]:
-        return usage(sum(len(request.prompt) for request in self.requests), self._generated, self._cached)
+        return usage(sum(len(request.prompt) for request in self.requests), self._generated, self._cached, self._drafts)
 
     def _frame(self, choices: list[dict]) -> dict[str, Any]:
         model = self._service.config.model_name

@@ -33,13 +33,13 @@ class Constraint(Protocol):
 class BadWords:
     """Words that are never completed, each spelled as at the start of a text and after a space.
 
-    single: ids that are words by themselves, forbidden whatever came before; longer: spellings of several ids.
+    single: ids that are words by themselves, forbidden whatever came before; longer: spellings of several other ids.
     """
 
     def __init__(self, words: Sequence[str], tokenizer: Tokenizer):
         spellings = {tuple(tokenizer.encode(text)) for word in words for text in (word, " " + word.lstrip())}
         self.single = tuple(sorted(ids[0] for ids in spellings if len(ids) == 1))
-        self.longer = sorted(ids for ids in spellings if len(ids) > 1)
+        self.longer = sorted(ids for ids in spellings if not set(ids) & set(self.single))
 
     def may_act(self, output: int) -> bool:
         return bool(self.longer) and output > 0
