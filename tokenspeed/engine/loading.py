@@ -10,6 +10,7 @@ from tqdm import tqdm
 from .. import ops
 from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, use_threads
+from .errors import CapacityError, ConfigError
 from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import load_weights
@@ -31,6 +32,9 @@ def load_runner(
     """A rank's weights and memory. smallest: of each number the smallest that any rank has, so that all get the same
     pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
     model_config, dtype = ModelConfig.from_directory(directory), pick_dtype(config.dtype, device)
+    check_context(model_config, config)
+    free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
+    check_weights(model_config, dtype, communicator, free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator)
     load_weights(model, directory, progress)
     threads = config.threads
@@ -49,6 +53,28 @@ def load_runner(
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan))
     runner.capture(progress)
     return runner, plan
+
+
+def check_context(model: ModelConfig, config: EngineConfig) -> None:
+    """Raises ConfigError for a context that the model was not made for."""
+    if config.max_model_len is not None and config.max_model_len > model.max_context:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the model's context is {model.max_context} tokens, and a longer "
+            "one needs YaRN in its rope_parameters."
+        )
+
+
+def check_weights(
+    model: ModelConfig, dtype: torch.dtype, communicator: Communicator, free: int, device_type: str
+) -> None:
+    """Raises CapacityError where a rank's weights do not fit into `free` bytes. Nothing is allocated to find out."""
+    empty = Qwen3_5.empty(model, dtype, torch.device("meta"), communicator)
+    needed = sum(tensor.nbytes for tensor in (*empty.parameters(), *empty.buffers()))
+    if needed > free:
+        raise CapacityError(
+            f"the weights take {needed / 2**30:.2f} GiB as {str(dtype).removeprefix('torch.')}, and {free / 2**30:.2f} "
+            f"GiB of {device_type} memory are free: take a smaller model or dtype, or more ranks."
+        )
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig, plan: MemoryPlan) -> int:
