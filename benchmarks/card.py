@@ -113,7 +113,7 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
 @contextmanager
 def operators(**replacements: Callable) -> Iterator[None]:
     """Operators of the model, and those that others are made of, replaced by functions of the same signature."""
-    modules = (ops, sys.modules[ops.linear.__module__])
+    modules = (ops, *(sys.modules[operator.__module__] for operator in (ops.linear, ops.moe_block)))
     before = [(module, name, vars(module)[name]) for module in modules for name in replacements if name in vars(module)]
     try:
         for module, name, _ in before:
@@ -174,7 +174,8 @@ def compare_logits(model: Qwen3_5, tokens: int, kv_dtype: torch.dtype | None) ->
     result = {"relative_distance": distances(ours), "same_argmax": agree}
     if routes:
         replay = iter(routes)
-        with operators(moe_route=lambda *arguments: next(replay)):
+        # What does the routing itself cannot be told the choices.
+        with operators(moe_route=lambda *arguments: next(replay), moe_block=torch_ops["moe_block"]):
             result["relative_distance_by_the_same_experts"] = distances(logits())
     return result
 

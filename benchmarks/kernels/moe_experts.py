@@ -16,7 +16,7 @@ LEAST_CHOICES = 256  # of an expert in the largest prefill: about where the prod
 ON_CPU = (("tiny", 8, 2, 128, 64),)
 
 
-class _Weights:
+class Weights:
     """One model's weights, shared by the input sets of a case, which differ in the experts they hit; freed with them:
     four sets of the largest model's weights would fill the card."""
 
@@ -56,7 +56,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         "flashinfer": _flashinfer(optional_peer("flashinfer.fused_moe", "cutlass_fused_moe")),
     }
     for model, experts, top_k, hidden, width in MODELS if on_gpu else ON_CPU:
-        shared = _Weights(experts, hidden, width)
+        shared = Weights(experts, hidden, width)
         prefills = [sizes.prefill]
         while on_gpu and prefills[-1] * top_k < LEAST_CHOICES * experts:
             prefills.append(2 * prefills[-1])

@@ -201,6 +201,9 @@ inline void add_release(uint32_t* global, uint32_t value) {
     *global += value;
     emulator::pause();
 }
+inline void add_relaxed(uint32_t* global, uint32_t value) {
+    add_release(global, value);
+}
 inline uint32_t fetch_add_acq_rel(uint32_t* global, uint32_t value) {
     emulator::pause();
     const uint32_t old = *global;
@@ -212,6 +215,24 @@ inline void wait_at_least(const uint32_t* flag, uint32_t value) {
 }
 inline void wait_equal(const uint32_t* flag, uint32_t value) {
     emulator::wait_for_flag(flag, value, true);
+}
+
+inline uint32_t fetch_add_relaxed(uint32_t* global, uint32_t value) {
+    return fetch_add_acq_rel(global, value);
+}
+inline void store_tagged(uint64_t* global, uint32_t value, uint32_t tag) {
+    emulator::check_aligned(global, 8);
+    *global = static_cast<uint64_t>(tag) << 32 | value;
+    emulator::pause();
+}
+template <int kCount>
+void wait_tagged(uint32_t (&values)[kCount], const uint64_t* global, uint32_t tag) {
+    static_assert(kCount % 2 == 0);
+    emulator::check_aligned(global, 16);
+    for (int i = 0; i < kCount; ++i) {
+        emulator::wait_for_flag(reinterpret_cast<const uint32_t*>(global + i) + 1, tag, true);
+        values[i] = static_cast<uint32_t>(global[i]);
+    }
 }
 
 // ---- 16-byte global memory access

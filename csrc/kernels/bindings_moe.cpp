@@ -75,10 +75,72 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
     return out;
 }
 
+std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tensor& residual, const Tensor& norm_weight,
+                                                    double eps, const Tensor& in_proj, int64_t experts, int64_t top_k,
+                                                    const Tensor& gate_up, const Tensor& down,
+                                                    const Tensor& shared_down, const Tensor& scratch,
+                                                    int64_t first_expert) {
+    bool fits = has_kernels(x) && x.dim() == 2 && x.size(0) > 0 && x.size(0) <= kMoeBlockTokens && x.stride(1) == 1 &&
+                in_proj.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && shared_down.dim() == 2 &&
+                is_int32(scratch) && first_expert >= 0 && first_expert <= experts && top_k > 0 && top_k <= kMaxTopK &&
+                experts <= kMaxIndex;
+    for (const Tensor* values : {&x, &residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down}) {
+        fits = fits && is_bf16(*values);
+    }
+    for (const Tensor* packed : {&residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down, &scratch}) {
+        fits = fits && packed->is_contiguous();
+    }
+    if (!fits) return std::nullopt;
+    const int64_t tokens = x.size(0), hidden = x.size(1), held = down.size(0), width = down.size(2);
+    const int64_t shared = shared_down.size(1), projections = in_proj.size(0);
+    fits = has_shape(residual, {tokens, hidden}) && has_shape(norm_weight, {hidden}) &&
+           has_shape(in_proj, {projections, hidden}) && has_shape(gate_up, {held, 2 * width, hidden}) &&
+           has_shape(down, {held, hidden, width}) && has_shape(shared_down, {hidden, shared});
+    for (const int64_t size : {projections, held, hidden, 2 * width, 2 * shared}) fits = fits && size <= kMaxIndex;
+    if (!fits) return std::nullopt;
+
+    MoeBlock arguments{.x = data(x),
+                       .x_stride = tokens > 1 ? x.stride(0) : 0,
+                       .residual = data(residual),
+                       .norm_weight = data(norm_weight),
+                       .eps = static_cast<float>(eps),
+                       .in_proj = data(in_proj),
+                       .gate_up = data(gate_up),
+                       .down = data(down),
+                       .shared_down = data(shared_down),
+                       .scratch = data<uint32_t>(scratch),
+                       .out = nullptr,
+                       .sum = nullptr,
+                       .workspace = nullptr,
+                       .tokens = static_cast<int>(tokens),
+                       .experts = static_cast<int>(experts),
+                       .held = static_cast<int>(held),
+                       .first_expert = static_cast<int>(first_expert),
+                       .top_k = static_cast<int>(top_k),
+                       .hidden = static_cast<int>(hidden),
+                       .width = static_cast<int>(width),
+                       .shared = static_cast<int>(shared),
+                       .projections = static_cast<int>(projections)};
+    if (!moe_block_supported(arguments)) return std::nullopt;
+    const int64_t wanted = moe_block_scratch(arguments);
+    STD_TORCH_CHECK(scratch.numel() >= wanted, "scratch has ", scratch.numel(), " elements; ", experts,
+                    " experts, top ", top_k, " want ", wanted);
+    Tensor out = new_tensor(x, {tokens, hidden}), sum = new_tensor(x, {tokens, hidden});
+    const Tensor workspace = new_workspace(x, moe_block_workspace(arguments));
+    arguments.out = data(out);
+    arguments.sum = data(sum);
+    arguments.workspace = data<uint8_t>(workspace);
+    const Launch launch(x);
+    launch.keep(workspace);
+    check_launch(tokenspeed::moe_block(arguments, launch.stream()), "moe_block");
+    return std::make_tuple(out, sum);
+}
+
 }  // namespace
 
 TOKENSPEED_KERNELS(library) {
     TOKENSPEED_KERNEL(library, moe_experts);
+    TOKENSPEED_KERNEL(library, moe_block);
 }
 
 }  // namespace tokenspeed::binding

@@ -366,4 +366,28 @@ bool moe_experts_prefill_fp8_supported(const MoeExperts& arguments);
 size_t moe_experts_prefill_fp8_workspace(const MoeExperts& arguments);
 cudaError_t moe_experts_prefill_fp8(const MoeExperts& arguments, cudaStream_t stream);
 
+// ---- moe_block.cu: see the operator of that name; up to kMoeBlockTokens tokens, 256 or 512 experts, sizes multiples
+// of 64.
+constexpr int kMoeBlockTokens = 8;
+struct MoeBlock {
+    const __nv_bfloat16* x;  // [tokens, hidden] by row stride
+    int64_t x_stride;
+    const __nv_bfloat16* residual;     // [tokens, hidden]
+    const __nv_bfloat16* norm_weight;  // [hidden]
+    float eps;
+    const __nv_bfloat16* in_proj;  // [projections, hidden]: the shared expert's gate and up, the router, its own gate
+    const __nv_bfloat16* gate_up;  // [held, 2 width, hidden]
+    const __nv_bfloat16* down;     // [held, hidden, width]
+    const __nv_bfloat16* shared_down;  // [hidden, shared]
+    uint32_t* scratch;                 // moe_block_scratch() words, aligned to 16 bytes, zeros at first
+    __nv_bfloat16* out;                // [tokens, hidden]
+    __nv_bfloat16* sum;                // [tokens, hidden]: x + residual
+    uint8_t* workspace;                // of moe_block_workspace bytes, any content
+    int tokens, experts, held, first_expert, top_k, hidden, width, shared, projections;
+};
+bool moe_block_supported(const MoeBlock& arguments);
+size_t moe_block_workspace(const MoeBlock& arguments);
+int64_t moe_block_scratch(const MoeBlock& arguments);  // from the sizes alone
+cudaError_t moe_block(const MoeBlock& arguments, cudaStream_t stream);
+
 }  // namespace tokenspeed

@@ -2,13 +2,8 @@
 //
 // Floor: latency. 64 tokens x 256 experts read 32 KB and write 5 KB; a decode layer waits for the whole of it.
 //
-// Selection: a warp per token, each lane with experts / 32 neighbouring logits as sortable keys in registers: the 16
-// bits of the logit in the order of its value, then the expert counted backwards. So keys differ, the greatest key is
-// the greatest probability, and of equal ones the lowest expert. A round is one warp-wide maximum, and the lane that
-// owns it strikes it out. Logits whose probability underflows to zero in fp32 are ties, and become equal first. The
-// exponential is taken of the chosen only: the sum over all experts cancels when the weights are renormalised. NaN has
-// a key like any other value, so a row of garbage still gives distinct, valid experts. Rows of padding, where the
-// caller names them, choose the expert behind the last, which nobody has: their choices come last in the order.
+// Selection: a warp per token, see moe_select.h. Rows of padding, where the caller names them, choose the expert behind
+// the last, which nobody has: their choices come last in the order.
 //
 // Grouping is stable in the token and free of float or racing atomics: bit t of member[t / 32][expert] says that token
 // t chose the expert. Counts are population counts, offsets their prefix sum, and a choice's place is its expert's
@@ -35,83 +30,25 @@
 
 #include "bf16x8.h"
 #include "kernels.h"
+#include "moe_select.h"
 
 namespace tokenspeed {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxBlocks = 8;    // of a cluster
 constexpr int kLeastTokens = 8;  // of a block of route_kernel; kRouteOneLaunch / kMaxBlocks at most, a word of bits
 constexpr int kGroupBlocks = 128;
 constexpr int kGroupWarps = 32;
 
-// The rank-th choice of a token, held by lane `rank` of its warp.
-struct Choice {
-    int expert;
-    float weight;
-};
-
-// As a tree: a chain of maxima would take most of a round.
-template <int kCount>
-__device__ uint32_t greatest_key(const uint32_t (&key)[kCount]) {
-    uint32_t level[kCount / 2];
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) level[i] = max(key[i], key[i + kCount / 2]);
-    if constexpr (kCount == 2) {
-        return level[0];
-    } else {
-        return greatest_key(level);
-    }
-}
-
-// kPerLane: logits per lane, a multiple of 8. Called by a whole warp.
+// This lane's logits of a token.
 template <int kPerLane>
-__device__ Choice select_experts(const __nv_bfloat16* logits, int top_k) {
-    constexpr float kUnderflow = -87.3f;  // exp of less is no normal fp32 number
-    const int lane = threadIdx.x % 32;
-    uint32_t key[kPerLane];
-    float greatest = -INFINITY;
+__device__ __forceinline__ void load_logits(float (&logits)[kPerLane], const __nv_bfloat16* row) {
+    const __nv_bfloat16* mine = row + threadIdx.x % 32 * kPerLane;
     uint4 packed[kPerLane / 8];
 #pragma unroll
-    for (int i = 0; i < kPerLane / 8; ++i) packed[i] = ptx::load_16_no_allocate(logits + lane * kPerLane + i * 8);
+    for (int i = 0; i < kPerLane / 8; ++i) packed[i] = ptx::load_16_no_allocate(mine + i * 8);
 #pragma unroll
-    for (int i = 0; i < kPerLane / 8; ++i) {
-        const Float8 x = unpack(packed[i]);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) greatest = fmaxf(greatest, x.v[j]);
-    }
-    greatest = warp_maximum(greatest);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-        const Float8 x = unpack(packed[i / 8]);
-        const float logit = x.v[i % 8] + 0.0f;  // -0 becomes 0
-        const uint32_t bits = __float_as_uint(logit) >> 16;
-        uint32_t ordered = bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
-        if (logit - greatest < kUnderflow) ordered = 0;
-        key[i] = ordered << 16 | (0xffffu - (lane * kPerLane + i));
-    }
-    uint32_t best = greatest_key(key);
-    uint32_t mine = 0;
-    for (int rank = 0; rank < top_k; ++rank) {
-        const uint32_t winner = __reduce_max_sync(kAllLanes, best);
-        if (lane == rank) mine = winner;
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-            if (key[i] == winner) key[i] = 0;
-        }
-        best = greatest_key(key);
-    }
-    Choice choice{static_cast<int>(0xffffu - (mine & 0xffffu)), 0.0f};
-    const uint32_t ordered = mine >> 16;
-    const uint32_t bits = ordered & 0x8000u ? ordered & 0x7fffu : ~ordered & 0xffffu;
-    if (lane < top_k) choice.weight = ordered == 0 ? 0.0f : expf(__uint_as_float(bits << 16) - greatest);
-    choice.weight /= warp_sum(choice.weight);
-    return choice;
-}
-
-// What a token of padding chooses, of `experts` experts.
-__device__ __forceinline__ Choice no_choice(int experts) {
-    return {experts, 0.0f};
+    for (int i = 0; i < kPerLane; ++i) logits[i] = unpack(packed[i / 8]).v[i % 8];
 }
 
 __device__ __forceinline__ bool is_padding(const SequenceRows& sequences, int token) {
@@ -142,11 +79,14 @@ __global__ void __launch_bounds__(1024)
 
     for (int token = warp; token < local_tokens; token += warps) {
         const bool padding = is_padding(sequences, first_token + token);
-        Choice choice = select_experts<kPerLane>(logits + (first_token + token) * logits_stride, top_k);
-        if (padding) choice = no_choice(kExperts);
+        float mine[kPerLane];
+        load_logits(mine, logits + (first_token + token) * logits_stride);
+        Choice choice = select_experts(mine, top_k);
+        const float weight = padding ? 0.0f : weight_of(choice, top_k);
+        if (padding) choice.expert = kExperts;
         if (lane < top_k) {
             const int flat = (first_token + token) * top_k + lane;
-            weights[flat] = __float2bfloat16(choice.weight);
+            weights[flat] = __float2bfloat16(weight);
             chosen[flat] = choice.expert;
             local_choice[token * top_k + lane] = choice.expert;
             atomicOr(&own[choice.expert], 1u << token);
@@ -217,10 +157,13 @@ __global__ void __launch_bounds__(kSelectWarps * 32)
     const int token = blockIdx.x * kSelectWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= tokens) return;
     const bool padding = is_padding(sequences, token);
-    Choice choice = select_experts<kPerLane>(logits + token * logits_stride, top_k);
-    if (padding) choice = no_choice(32 * kPerLane);
+    float mine[kPerLane];
+    load_logits(mine, logits + token * logits_stride);
+    Choice choice = select_experts(mine, top_k);
+    const float weight = padding ? 0.0f : weight_of(choice, top_k);
+    if (padding) choice.expert = 32 * kPerLane;
     if (lane < top_k) {
-        weights[int64_t(token) * top_k + lane] = __float2bfloat16(choice.weight);
+        weights[int64_t(token) * top_k + lane] = __float2bfloat16(weight);
         chosen[int64_t(token) * top_k + lane] = choice.expert;
     }
 }

@@ -366,6 +366,11 @@ __device__ __forceinline__ void add_release(uint32_t* global, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(global), "r"(value) : "memory");
 }
 
+// An addition that orders nothing: for a count that stands for no writes.
+__device__ __forceinline__ void add_relaxed(uint32_t* global, uint32_t value) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(global), "r"(value) : "memory");
+}
+
 // Returns the value before the addition.
 __device__ __forceinline__ uint32_t fetch_add_acq_rel(uint32_t* global, uint32_t value) {
     uint32_t old;
@@ -382,6 +387,42 @@ __device__ __forceinline__ void wait_at_least(const uint32_t* flag, uint32_t val
 // Spins until *flag == value.
 __device__ __forceinline__ void wait_equal(const uint32_t* flag, uint32_t value) {
     while (load_acquire(flag) != value) {
+    }
+}
+
+// Returns the value before the addition; orders nothing.
+__device__ __forceinline__ uint32_t fetch_add_relaxed(uint32_t* global, uint32_t value) {
+    uint32_t old;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(global), "r"(value) : "memory");
+    return old;
+}
+
+// Words that carry their own flag: a value below, above it a tag that no earlier content of the word had. Whoever finds
+// the tag has the value: without a fence, and one way through L2 instead of two.
+__device__ __forceinline__ void store_tagged(uint64_t* global, uint32_t value, uint32_t tag) {
+    const uint64_t word = static_cast<uint64_t>(tag) << 32 | value;
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(global), "l"(word) : "memory");
+}
+
+// Spins until kCount words, aligned to 16 bytes, have the tag. Who stores them must be running or done.
+template <int kCount>
+__device__ __forceinline__ void wait_tagged(uint32_t (&values)[kCount], const uint64_t* global, uint32_t tag) {
+    static_assert(kCount % 2 == 0);
+    for (bool complete = false; !complete;) {
+        complete = true;
+        uint64_t words[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) {
+            asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                         : "=l"(words[i]), "=l"(words[i + 1])
+                         : "l"(global + i)
+                         : "memory");
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            values[i] = static_cast<uint32_t>(words[i]);
+            complete = complete && static_cast<uint32_t>(words[i] >> 32) == tag;
+        }
     }
 }
 

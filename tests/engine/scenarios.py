@@ -6,6 +6,7 @@ from random import Random
 import torch
 from lab import ENDS, Lab, Qwen3_5
 
+from tokenspeed.engine.batch import STOPS
 from tokenspeed.engine.cache import Policy
 
 OPENING = [7, 3, 9]  # what the template puts before an answer
@@ -71,11 +72,23 @@ def end_by_length(model: Qwen3_5, **settings) -> Lab:
 def end_by_token(model: Qwen3_5, **settings) -> Lab:
     """A token that ends the answer is not consumed: the state stands one before the end."""
     lab = Lab(model, **settings)
-    talk = lab.ask(text(1, 70), [], max_tokens=200, stop_token_ids=ENDS, temperature=1.0)
+    talk = lab.ask(text(1, 70), [], max_tokens=200, stop_token_ids=ENDS[:STOPS], temperature=1.0)
     assert talk.reasons[0] == "stop"
     following = lab.ask(talk.history() + text(2, 12), [])
     assert lab.admission(following).match.state_tokens == len(talk.history()) - 1 == lab.ends[talk.sequences[0].id][-1]
     assert lab.tokens_computed(following) == 13
+    return lab
+
+
+def end_that_the_host_finds(model: Qwen3_5, **settings) -> Lab:
+    """More ends than the device knows: it has consumed the last token, and maybe more, before the host tells."""
+    lab = Lab(model, **settings)
+    unsaid = {"logit_bias": dict.fromkeys(ENDS[:STOPS], -100.0)}
+    talk = lab.ask(text(1, 70), [], max_tokens=200, stop_token_ids=ENDS, temperature=1.0, **unsaid)
+    assert talk.reasons[0] == "stop"
+    following = lab.ask(talk.history() + text(2, 12), [])
+    assert lab.ends[talk.sequences[0].id][-1] == len(talk.history())
+    assert lab.admission(following).match.state_tokens in (0, len(talk.history()))
     return lab
 
 
@@ -254,6 +267,7 @@ SCENARIOS = (
     append_or_copy,
     end_by_length,
     end_by_token,
+    end_that_the_host_finds,
     fork,
     fork_at_a_snapshot,
     eviction,

@@ -151,6 +151,12 @@ def test_what_the_host_decides_is_kept(edit):
     agree(draw(begin, edit=edit), distribution(begin, edit=edit))
 
 
+@pytest.mark.parametrize("output", [0, 1, 2, 7])
+def test_end_ids_are_forbidden_for_as_many_outputs_as_asked_and_then_no_more(output):
+    begin = Begin(0, **PLAIN, min_tokens=2, banned=(FIRST, SECOND))
+    agree(draw(begin, output), distribution(begin, output))
+
+
 def test_the_noise_of_one_output_says_nothing_about_the_next():
     begin = Begin(0, **PLAIN)
     first, second = draw(begin, 0), draw(begin, 1)

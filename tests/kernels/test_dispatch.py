@@ -33,6 +33,7 @@ KERNELS = (
     "next_tokens",
     "paged_rows",
     "accept_tokens",
+    "moe_block",
 )
 HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
 HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))
@@ -128,7 +129,13 @@ def test_a_captured_graph_replays_to_the_same_bits(backend, name):
 
 
 # The arguments that are read before the wait, since nobody writes them while the model runs.
-WEIGHTS = {"linear": {1}, "add_rms_norm_linear": {2, 4}, "silu_mul_linear": {1}, "add_gated_silu_mul_linear": {2}}
+WEIGHTS = {
+    "linear": {1},
+    "add_rms_norm_linear": {2, 4},
+    "silu_mul_linear": {1},
+    "add_gated_silu_mul_linear": {2},
+    "moe_block": {2, 4, 7, 8, 9},
+}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -133,3 +133,14 @@ def test_a_fault_ends_in_a_report_that_names_the_place(emulated, kind, reason):
 def test_a_launch_past_the_limits_is_refused(emulated):
     with pytest.raises(KernelError, match="233472 bytes of dynamic shared memory"):
         emulated.call("self_test_too_much_shared_memory", np.zeros(512, np.uint32))
+
+
+def test_blocks_hand_on_words_that_carry_their_flag(shuffled, rng):
+    blocks = 9
+    words = rng.integers(0, 7, 4 * blocks, dtype=np.uint64) << np.uint64(32)  # tags of launches before
+    taken, sums = np.zeros(2, np.uint32), np.zeros(blocks, np.uint32)
+    shuffled.call("self_test_tagged_words", words, taken, sums, blocks, 7, golden=False)
+    expected = sum(40 * block + 6 for block in range(blocks))
+    assert (sums == expected).all()
+    assert taken.tolist() == [blocks, blocks * expected]
+    assert (words == [7 << 32 | 10 * block + i for block in range(blocks) for i in range(4)]).all()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from tokenspeed.ops.fp8 import quantise_blocks
+from tokenspeed.ops.moe_block import moe_block_scratch
 
 from .backends import Backend
 from .gdn import Layer, cu_seqlens, published
@@ -89,6 +90,14 @@ def moe_route(backend: Backend):
 def moe_experts(backend: Backend):
     routed = torch.ops.tokenspeed.moe_route(backend.randn(5, 8), 2)
     return backend.randn(5, 128), *routed, backend.randn(8, 128, 128), backend.randn(8, 128, 64)
+
+
+def moe_block(backend: Backend):
+    x, residual, norm = backend.randn(3, 128), backend.randn(3, 128), backend.randn(128) * 0.1
+    in_proj, shared_down = backend.randn(2 * 64 + 256 + 8, 128) * 0.1, backend.randn(128, 64) * 0.1
+    gate_up, down = backend.randn(256, 128, 128) * 0.1, backend.randn(256, 128, 64) * 0.1
+    scratch = backend.tensor([0] * moe_block_scratch(256, 8, 128))
+    return x, residual, norm, EPS, in_proj, 256, 8, gate_up, down, shared_down, scratch
 
 
 def linear(backend: Backend):
@@ -195,6 +204,7 @@ SAMPLES: dict[str, Callable] = {
         gated_rms_norm,
         linear,
         linear_fp8,
+        moe_block,
         moe_experts,
         moe_route,
         next_tokens,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from . import reference
 from .backends import bounded, same_bits
+from .samples import SAMPLES
 
 SHAPES = [(256, 8), (512, 10)]  # experts and top-k of the published models
 
@@ -154,3 +155,32 @@ def test_experts_that_nobody_chose_add_zero(backend):
     gate_up, down = expert_weights(backend, 4, 64, 32)
     out = backend.op("moe_experts")(backend.randn(5, 64), *routed[:3], routed[3][:5], gate_up, down, 0)
     assert out.tolist() == torch.zeros(5, 64).tolist()
+
+
+def test_a_block_wants_scratch_of_its_size(backend):
+    args = list(SAMPLES["moe_block"](backend))
+    args[10] = args[10][:-1].clone()
+    with pytest.raises((ValueError, RuntimeError), match=f"scratch has {len(args[10])} elements"):
+        backend.op("moe_block")(*args)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 9])
+def test_a_block_is_the_composition_of_its_operators(backend, rows):
+    """Norm, routing, experts and the shared expert, each against the published mathematics."""
+    _, _, norm, eps, in_proj, experts, top_k, gate_up, down, shared_down, scratch = SAMPLES["moe_block"](backend)
+    x, residual = backend.randn(rows, 128), backend.randn(rows, 128)
+    y, total = backend.op("moe_block")(
+        x, residual, norm, eps, in_proj, experts, top_k, gate_up, down, shared_down, scratch
+    )
+    backend.assert_close(total, reference.exact(x) + reference.exact(residual))
+    normed = reference.rms_norm(total, norm, eps).to(backend.dtype)
+    projected = (normed.double() @ reference.exact(in_proj).T).to(backend.dtype)
+    weights, chosen, _ = reference.route(projected[:, 128 : 128 + experts], top_k)
+    gate, up = reference.exact(projected[:, :64]), reference.exact(projected[:, 64:128])
+    shared = (reference.silu(gate) * up) @ reference.exact(shared_down).T
+    shared *= reference.sigmoid(projected[:, 128 + experts : 129 + experts])
+    expected = reference.mixture(normed, weights.to(backend.dtype), chosen, gate_up, down) + shared
+    near = (y.double().cpu() - expected).norm(dim=1) / expected.norm(dim=1)
+    tolerance = 1e-5 if backend.dtype == torch.float32 else 2e-2
+    assert near.median() < tolerance  # a tie that rounding decides otherwise costs a row
+    assert (near < tolerance).sum() >= rows - 1

@@ -175,3 +175,72 @@ def test_no_sequences_are_no_work(backend, name):
         empty = none.view(0, 2)
         rules = backend.tensor(tables.min_tokens), int64(backend, tables.stops)
         assert len(backend.op(name)(empty, empty, empty, few, none, *rules, *counts[:2], ids)) == 0
+
+
+# tokens, chosen, left, min_tokens, stops; how many count, what is left. The first id chosen is output 0.
+COUNTED = {
+    "all drafts are right": ([5, 6, 7, 8], [6, 7, 8, 9], 99, 0, [], 4, 95),
+    "the second is wrong": ([5, 6, 0, 8], [6, 7, 8, 9], 99, 0, [], 2, 97),
+    "the first is wrong, those behind it right": ([5, 0, 7, 8], [6, 7, 8, 9], 99, 0, [], 1, 98),
+    "a stop among them": ([5, 6, 7, 8], [6, 7, 8, 9], 99, 0, [7], 2, 0),
+    "a stop behind a wrong one": ([5, 0, 7, 8], [6, 7, 8, 9], 99, 0, [8], 1, 98),
+    "a stop before min_tokens": ([5, 6, 7, 8], [6, 7, 8, 9], 99, 3, [7], 4, 95),
+    "a stop with which min_tokens are reached": ([5, 6, 7, 8], [6, 7, 8, 9], 99, 2, [7], 2, 0),
+    "no more than is left": ([5, 6, 7, 8], [6, 7, 8, 9], 2, 0, [], 2, 0),
+}
+
+
+def counted(backend, accept, name: str) -> None:
+    tokens, chosen, left, min_tokens, stops, count, rest = COUNTED[name]
+    length, remaining, ids = backend.tensor([30]), backend.tensor([left]), int64(backend, [[5, 0, 0, 0]])
+    rules = backend.tensor([min_tokens]), int64(backend, [[*stops, *[-1] * (STOPS - len(stops))]])
+    rows = (int64(backend, [x]) for x in (chosen, tokens, [0, 1, 2, 3]))
+    found = accept(*rows, backend.tensor([30]), int64(backend, [0]), *rules, length, remaining, ids)
+    assert (found.item(), length.item(), remaining.item()) == (count, 30 + count, rest)
+    assert ids[0, 0].item() == chosen[count - 1]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_of_the_ids_chosen_count(backend, name):
+    counted(backend, backend.op("accept_tokens"), name)
+
+
+def _left_again(accept, *a):
+    before = a[8].clone()
+    found = accept(*a)
+    a[8].copy_(before)
+    return found
+
+
+def _length_by_width(accept, *a):
+    found = accept(*a)
+    a[7].copy_(a[3] + a[0].shape[1])
+    return found
+
+
+def _stop_of_any_row(accept, *a):
+    found = accept(*a)
+    a[8].masked_fill_((a[0][:, :, None] == a[6][:, None]).any(-1).any(-1), 0)
+    return found
+
+
+# Wrong ways, of (chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids).
+WRONG = {
+    "drafts count unseen": lambda accept, *a: accept(a[0], torch.cat([a[1][:, :1], a[0][:, :-1]], 1), *a[2:]),
+    "ids behind a stop count": lambda accept, *a: accept(*a[:6], torch.full_like(a[6], -1), *a[7:]),
+    "min_tokens by the first output": lambda accept, *a: accept(*a[:2], a[2][:, :1].expand_as(a[2]) * 1, *a[3:]),
+    "min_tokens are ignored": lambda accept, *a: accept(*a[:5], a[5] * 0, *a[6:]),
+    "left is not counted down": _left_again,
+    "length goes on by the width": _length_by_width,
+    "a stop behind a rejected draft ends": _stop_of_any_row,
+}
+
+
+@pytest.mark.parametrize("bug", WRONG)
+def test_a_wrong_way_to_count_is_found(backend, bug):
+    def wrong(*arguments):
+        return WRONG[bug](backend.op("accept_tokens"), *arguments)
+
+    with pytest.raises(AssertionError):
+        for name in COUNTED:
+            counted(backend, wrong, name)

@@ -24,6 +24,7 @@ from .step import Edit, Step
 _DECODE_OPERATORS = {
     "attention_prologue",
     "gated_delta_rule_decode",
+    "moe_block",
     "moe_experts",
     "moe_route",
     "paged_attention_decode",

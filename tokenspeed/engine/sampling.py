@@ -130,7 +130,7 @@ class Sampler:
         self._floats = torch.zeros(3, indices + 1, device=device)  # temperature, top_p, min_p of each index
         self._integers_of = torch.zeros(2, indices + 1, dtype=torch.int64, device=device)  # top_k, seed
         self._counts: Tensor | None = None  # [indices, V] int32: of ids in the output, where a penalty asks for them
-        self._seen: Tensor | None = None  # [indices, V] bool: ids in prompt or output
+        self._seen: Tensor | None = None  # [indices, V] bool: ids in the prompt
 
     def begin(self, begins: Sequence[Begin]) -> None:
         """Sequences take their indices. Mutates the tables."""
@@ -179,10 +179,7 @@ class Sampler:
         sample = self._integers([i for i in penalised for _ in choices.rows(i)])
         local, here = self._local_ids(ids[rows])
         here &= place < accepted[sample]
-        at = (choices.index[rows], local)
-        self._counts.index_put_(at, here.int(), accumulate=True)
-        self._seen.view(torch.uint8).index_put_(at, here.view(torch.uint8), accumulate=True)
-        self._seen.view(torch.uint8).clamp_(max=1)
+        self._counts.index_put_((choices.index[rows], local), here.int(), accumulate=True)
 
     def _local_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids counted from the rank's first, and whether the rank holds them."""
@@ -278,7 +275,6 @@ class Sampler:
         counts, seen = self._counts[begin.index].zero_(), self._seen[begin.index].zero_()
         output = self._local(begin.output)
         counts.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
-        seen[output] = True
         seen[self._local(begin.prompt)] = True
 
     def _local(self, ids: Sequence[int]) -> Tensor:

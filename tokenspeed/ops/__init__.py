@@ -14,6 +14,7 @@ from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
 from .fp8 import linear_fp8, quantise_groups
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
 from .moe import moe_experts, moe_route
+from .moe_block import moe_block
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
 from .progress import accept_tokens, next_tokens, paged_rows
 from .sampling import sample
@@ -33,6 +34,7 @@ __all__ = [
     "gated_rms_norm",
     "linear",
     "linear_fp8",
+    "moe_block",
     "moe_experts",
     "moe_route",
     "next_tokens",

@@ -162,6 +162,22 @@ __global__ void __launch_bounds__(32) flag_chain(uint32_t* flags, uint32_t* valu
     }
 }
 
+// Co-resident blocks tell each other by words that carry their flag: each takes a number from `taken`, stores four
+// words of its own, and sums everybody's. `words` [blocks, 4] hold what other tags left.
+__global__ void __launch_bounds__(32) tagged_words(uint64_t* words, uint32_t* taken, uint32_t* sums, uint32_t tag) {
+    if (threadIdx.x != 0) return;
+    const uint32_t mine = ptx::fetch_add_relaxed(taken, 1);
+    for (uint32_t i = 0; i < 4; ++i) ptx::store_tagged(words + mine * 4 + i, mine * 10 + i, tag);
+    uint32_t sum = 0;
+    for (uint32_t other = 0; other < gridDim.x; ++other) {
+        uint32_t values[4];
+        ptx::wait_tagged(values, words + other * 4, tag);
+        sum += values[0] + values[1] + values[2] + values[3];
+    }
+    sums[mine] = sum;
+    ptx::add_relaxed(taken + 1, sum);
+}
+
 // Programmatic chain: each link reads what the one before wrote, after a part that does not depend on it.
 __global__ void __launch_bounds__(64) chain_link(const uint32_t* weights, const uint32_t* in, uint32_t* out, int wait) {
     const uint32_t i = blockIdx.x * 64 + threadIdx.x;
@@ -232,6 +248,11 @@ int self_test_flag_chain(uint32_t* flags, uint32_t* value, uint32_t* arrivals, u
     const LaunchConfig config{.grid = dim3(blocks), .block = 32};
     if (max_resident_blocks(flag_chain, config) < blocks) return cudaErrorCooperativeLaunchTooLarge;
     return launch(flag_chain, config, flags, value, arrivals, last);
+}
+int self_test_tagged_words(uint64_t* words, uint32_t* taken, uint32_t* sums, int blocks, int tag) {
+    const LaunchConfig config{.grid = dim3(blocks), .block = 32};
+    if (max_resident_blocks(tagged_words, config) < blocks) return cudaErrorCooperativeLaunchTooLarge;
+    return launch(tagged_words, config, words, taken, sums, static_cast<uint32_t>(tag));
 }
 int self_test_chain(const uint32_t* weights, uint32_t* buffers, int blocks, int links, int wait) {
     return launch_chain(weights, buffers, blocks, links, wait != 0);

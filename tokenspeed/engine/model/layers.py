@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 from ..batch import Batch
 from ..config import DenseConfig, ModelConfig
 from ..memory import StateViews
@@ -243,6 +244,11 @@ class MoE(Stage):
         self.gate_up = matrix(mesh, self.experts, (intermediate, intermediate), hidden, fp8=fp8, halves=True)
         down = in_fp8(config, "mlp", {"experts.down_proj": hidden})
         self.down = matrix(mesh, self.experts, hidden, intermediate, fp8=down)
+        # What the kernel of a small decode batch leaves for the next; the model's layers share one.
+        size = moe_block_scratch(self.experts.count, self.top_k, hidden)
+        self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
+        used = (*self.in_proj, self.shared_down, self.gate_up, self.down)
+        self.in_one = all(weight.scale is None for weight in used)  # whose kernel takes no FP8
         held = self.experts.slice(mesh)
         self.first_expert, self.bounds = held.start, slice(held.start, held.stop + 1)
 
@@ -266,6 +272,9 @@ class MoE(Stage):
                 yield source(key, parts.expert(local), self.mesh, *dims) if held else elsewhere(key, *dims)
 
     def forward(self, x, residual, batch):
+        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= MOE_BLOCK_ROWS:
+            experts = (self.in_proj[0].data, self.experts.count, self.top_k, self.gate_up.data, self.down.data)
+            return ops.moe_block(*x, *experts, self.shared_down.data, self.scratch, self.first_expert)
         (shared, logits, shared_gate), x, residual = self.in_proj(x)
         padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding
         contexts = padded.context_lens if padded else None

@@ -1,0 +1,392 @@
+// The mixture of experts of a decode layer, 1 to 8 tokens, as one persistent launch: residual sum and norm, the router
+// beside the shared expert's gate and up, top-k, the experts, and the weighted sum with the shared expert in it.
+//
+// Bytes. One token of 35B: 5.3 MB of the first product, 50.3 of eight experts, 2.1 of the shared expert's down: 57.7
+// MB, 13.8 us at 4.17 TB/s. As launches the parts cost 17 us more: each ends, waits and fills its ring anew.
+//
+// A block has a list of units, cut from the same weights whatever the routing says, and one ring of 16 KB stages that
+// one thread keeps full in the order of the list:
+//     1. tiles of 16 rows of in_proj, before the wait for the kernel ahead: nobody waits for weights
+//     2. tiles of 16 columns of shared_down; the first before the wait, too, and beside the ring: its operand comes
+//     late,
+//        so it is multiplied after the first unit of 3
+//     3. gate_up: 16 gate and 16 up rows of an entry, an expert that a token chose
+//     4. down: 64 rows of an entry
+// Of 1 and 2 a block has its fixed share. 3 and 4 go round the blocks, entry by entry; from three tokens on, each block
+// takes the next unit when it asks for the weights of the one before: multiprocessors do not get the same share of
+// memory's bandwidth, and with equal shares the slowest ended a tenth after the middle one. When a block comes to its
+// first unit of down, the first entries' activations are long complete. Eight warps multiply: mma.sync with weights on
+// M = 16 and tokens on N = 8, all of them for each expert: the operand is the same for every unit, and columns of
+// tokens that did not choose the expert are not stored. Another warp brings the activations of units of 4 into shared
+// memory.
+//
+// Dependencies. Where a wait is all there is to do, what is handed on carries its own flag: the router's logits and the
+// rows of down are words with the launch's number in the upper half, and the reader spins on the words. The others are
+// counters: one of the first product (for 2), one for each entry (3 to 4); who stores adds with a release, who needs it
+// waits with an acquire. Every block repeats norm and top-k, which costs less than to wait for another's. Last, a block
+// finishes its own 16 columns of the output, those of its tile of shared_down, ranks in order: no float atomics, the
+// same input gives the same bits. All this lies in the caller's memory, since its old content must be known: a launch
+// counts itself, uses one of two sets of counters in turn and clears the other, so a graph may replay.
+//
+// All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
+// have. What the kernel ahead still holds it gives back without waiting for us. The next kernel's ring fills where ours
+// rests: between the first product and the first expert.
+//
+// Rounding is that of the operators that the torch implementation names. What depends on the weights' format: the
+// tensor maps, Shape, and multiply_chunk.
+//
+// budget: moe_block_kernel registers<=96 shared<=0 hot sass=HMMA
+#include <bf16x8.h>
+#include <launch.h>
+#include <ptx.h>
+#include <ptx_tma.h>
+
+#include "kernels.h"
+#include "moe_block.h"
+#include "moe_block_parts.h"
+
+namespace tokenspeed {
+namespace {
+
+using namespace moe_layer;
+
+struct Maps {
+    CUtensorMap in_proj, shared_down, gate_up, down;
+};
+
+// The copies of one unit; `load` starts that of one stage, given its first chunk of depth. One thread.
+template <typename Product, typename Load>
+__device__ __forceinline__ void stream_unit(Control& control, uint8_t* ring, int stages, Cursor& at, int depth,
+                                            Load load) {
+    for (int chunk = 0; chunk * kChunk < depth; chunk += Shape<Product>::kDepthWarps) {
+        ptx::mbarrier_wait(&control.empty[at.slot], at.phase ^ 1);
+        ptx::mbarrier_arrive_expect_tx(&control.full[at.slot], kStageBytes);
+        load(ring + at.slot * kStageBytes, &control.full[at.slot], chunk);
+        at.next(stages);
+    }
+}
+
+__device__ void stream_weights(const Maps& maps, const Arguments& a, Control& control, uint8_t* ring) {
+    const MoeBlock& p = a.p;
+    const Work work(p);
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), stages = a.layout.stages;
+    Cursor at;
+    for (int tile = block; tile < work.in_tiles; tile += blocks) {
+        stream_unit<Dense>(control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+            ptx::tma_load<3>(stage, &maps.in_proj, full, {0, tile * Dense::kTileColumns, chunk});
+        });
+    }
+    const bool beside = work.fits_beside(p);
+    if (beside && block < work.column_tiles) {
+        ptx::mbarrier_arrive_expect_tx(&control.shared_full, kStageBytes);
+        ptx::tma_load<3>(ring + a.layout.shared_offset(), &maps.shared_down, &control.shared_full,
+                         {0, block * Dense::kTileColumns, 0});
+    }
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    ptx::mbarrier_wait(&control.listed, 0);
+    uint32_t* taken = &counters_of(p.scratch, control.launch).taken;
+    const int gate_up_units = control.entries * work.gate_up_tiles;
+    const int units = gate_up_units + control.entries * work.down_tiles;
+    const bool equal_shares = p.tokens <= kMostTokensOfEqualShares;
+    Cursor at_units;
+    bool shared_left = true;
+    for (int unit = block, item = 0;; ++item) {
+        // The next is taken before this one's copies start: the answer takes longer than a stage.
+        uint32_t next = static_cast<uint32_t>(unit);
+        if (!equal_shares && unit < units) next = ptx::fetch_add_relaxed(taken, 1);
+        ptx::mbarrier_wait(&control.units_empty[at_units.slot], at_units.phase ^ 1);
+        control.units[at_units.slot] = unit < units ? unit : -1;
+        ptx::mbarrier_arrive(&control.units_full[at_units.slot]);
+        at_units.next(kUnitSlots);
+        if (shared_left && work.is_shared_turn(item, unit < units ? unit : -1, gate_up_units)) {
+            shared_left = false;
+            for (int tile = beside ? block + blocks : block; tile < work.column_tiles; tile += blocks) {
+                stream_unit<Dense>(control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                    ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk});
+                });
+            }
+        }
+        if (unit >= units) return;
+        if (unit < gate_up_units) {
+            const int expert = control.experts[unit / work.gate_up_tiles], tile = unit % work.gate_up_tiles;
+            stream_unit<GateUp>(control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                ptx::tma_load<5>(stage, &maps.gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
+            });
+        } else {
+            const int of_down = unit - gate_up_units;
+            const int expert = control.experts[of_down / work.down_tiles], tile = of_down % work.down_tiles;
+            stream_unit<Down>(control, ring, stages, at, p.width, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                ptx::tma_load<4>(stage, &maps.down, full, {0, tile * Down::kTileColumns, chunk, expert});
+            });
+        }
+        unit = blocks + static_cast<int>(next);
+    }
+}
+
+// Brings activations into the row slots: those of the shared expert, then those of each unit of down. One warp.
+__device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots) {
+    const MoeBlock& p = a.p;
+    const Work work(p);
+    const int lane = threadIdx.x % 32, slot_bytes = a.layout.tokens * a.layout.slot_pitch;
+    ptx::mbarrier_wait(&control.begun, 0);
+    CounterSet& counters = counters_of(p.scratch, control.launch);
+    Cursor at, at_units;
+    if (static_cast<int>(blockIdx.x) < work.column_tiles) {
+        if (lane == 0) ptx::wait_at_least(&counters.projected, work.projections(p.tokens));
+        __syncwarp();
+        activate_shared(a, slots);
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[0]);
+        at.next(kRowSlots);
+    }
+    ptx::mbarrier_wait(&control.listed, 0);
+    const int gate_up_units = control.entries * work.gate_up_tiles, pieces = p.width / 8;
+    for (int unit; (unit = next_unit(control, at_units)) >= 0;) {
+        if (unit < gate_up_units) continue;
+        const int entry = (unit - gate_up_units) / work.down_tiles;
+        const bool chose = lane < p.tokens && control.ranks[entry][lane] != kNobody;
+        unsigned left = __ballot_sync(kAllLanes, chose);
+        if (lane == 0) ptx::wait_at_least(&counters.activated[entry], __popc(left) * work.gate_up_tiles);
+        __syncwarp();
+        ptx::mbarrier_wait(&control.rows_empty[at.slot], at.phase ^ 1);
+        uint8_t* slot = slots + at.slot * slot_bytes;
+        for (; left != 0; left &= left - 1) {
+            const int token = __ffs(static_cast<int>(left)) - 1;
+            const auto* row = a.activations + int64_t{token * p.top_k + control.ranks[entry][token]} * p.width;
+            for (int base = lane; base < pieces; base += kBatch * 32) {
+                uint4 values[kBatch];
+#pragma unroll
+                for (int i = 0; i < kBatch; ++i) {
+                    if (base + i * 32 < pieces) values[i] = ptx::load_16_no_allocate(row + (base + i * 32) * 8);
+                }
+#pragma unroll
+                for (int i = 0; i < kBatch; ++i) {
+                    if (base + i * 32 >= pieces) continue;
+                    store_16(slot + token * a.layout.slot_pitch + (base + i * 32) * 16, values[i]);
+                }
+            }
+        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[at.slot]);
+        at.next(kRowSlots);
+    }
+}
+
+// The warps that multiply, from the norm to the sum.
+template <int kPerLane>
+__device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_memory) {
+    const Layout& layout = a.layout;
+    const MoeBlock& p = a.p;
+    const Work work(p);
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint8_t* x = shared_memory + layout.rows_offset();
+    uint8_t* slots = shared_memory + layout.slots_offset();
+    auto* first = reinterpret_cast<uint32_t*>(shared_memory + layout.first_offset());
+    // What a thread finishes of a tile of 16 columns.
+    const int token = threadIdx.x / 16, column = threadIdx.x % 16;
+    stage_norm(a, control, x);
+    Multiplier multiplier{
+        control, layout, shared_memory, reinterpret_cast<float*>(shared_memory + layout.sums_offset()), {}};
+
+    for (int tile = block; tile < work.in_tiles; tile += blocks) {
+        const float* sums = multiplier.unit<Dense>(x, layout.row_pitch, p.hidden);
+        if (warp * 2 >= p.tokens) continue;
+        const int output = tile * Dense::kTileColumns + column;
+        const bool inside = token < p.tokens && output < p.projections;
+        const __nv_bfloat16 value = __float2bfloat16(inside ? multiplier.total<Dense>(sums, token, column) : 0.0f);
+        if (work.routes(tile)) {
+            if (!inside) continue;
+            ptx::store_tagged(a.logits + token * p.experts + output - 2 * p.shared, __float_as_uint(to_float(value)),
+                              control.launch);
+            continue;
+        }
+        if (inside) a.projected[token * a.projected_pitch + output] = value;
+        __syncwarp();
+        if (token < p.tokens && column == 0) ptx::add_release(&counters_of(p.scratch, control.launch).projected, 1);
+    }
+
+    list_entries<kPerLane>(a, control, first);
+    ptx::mbarrier_wait(&control.listed, 0);
+
+    Cursor at_rows, at_units;
+    const auto multiply_shared = [&] {
+        if (block >= work.column_tiles) return;
+        ptx::mbarrier_wait(&control.rows_full[0], 0);
+        if (block == 0) {  // every block has read the launch's number: it is in `projected`
+            auto* other = reinterpret_cast<uint32_t*>(&counters_of(p.scratch, control.launch + 1));
+            for (int i = threadIdx.x; i < kSetWords; i += kConsumerThreads) other[i] = 0;
+            if (threadIdx.x == 0) *p.scratch = control.launch;
+        }
+        const bool beside = work.fits_beside(p);
+        if (beside) ptx::mbarrier_wait(&control.shared_full, 0);
+        for (int tile = block; tile < work.column_tiles; tile += blocks) {
+            const float* sums = beside && tile == block ? multiplier.unit_beside(shared_memory + layout.shared_offset(),
+                                                                                 slots, layout.slot_pitch, p.shared)
+                                                        : multiplier.unit<Dense>(slots, layout.slot_pitch, p.shared);
+            if (token < p.tokens) {
+                a.shared_rows[int64_t{token} * p.hidden + tile * Dense::kTileColumns + column] =
+                    __float2bfloat16(multiplier.total<Dense>(sums, token, column));
+            }
+        }
+        if (lane == 0) ptx::mbarrier_arrive(&control.rows_empty[0]);
+        at_rows.next(kRowSlots);
+    };
+
+    const int gate_up_units = control.entries * work.gate_up_tiles;
+    bool shared_left = true;
+    for (int item = 0;; ++item) {
+        const int unit = next_unit(control, at_units);
+        if (shared_left && work.is_shared_turn(item, unit, gate_up_units)) {
+            shared_left = false;
+            multiply_shared();
+        }
+        if (unit < 0) break;
+        if (unit < gate_up_units) {
+            const float* sums = multiplier.unit<GateUp>(x, layout.row_pitch, p.hidden);
+            finish_gate_up(a, control, multiplier, sums, unit / work.gate_up_tiles, unit % work.gate_up_tiles);
+            continue;
+        }
+        const int of_down = unit - gate_up_units;
+        ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
+        const uint8_t* slot = slots + at_rows.slot * layout.tokens * layout.slot_pitch;
+        const float* sums = multiplier.unit<Down>(slot, layout.slot_pitch, p.width);
+        if (lane == 0) ptx::mbarrier_arrive(&control.rows_empty[at_rows.slot]);
+        at_rows.next(kRowSlots);
+        finish_down(a, control, multiplier, sums, of_down / work.down_tiles, of_down % work.down_tiles);
+    }
+    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // this block's shared rows are stored
+    finish_columns(a, control, work);
+}
+
+template <int kPerLane>
+__global__ void __launch_bounds__(kThreads, 2)
+    moe_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
+    DYNAMIC_SHARED(shared_memory);
+    const Layout& layout = a.layout;
+    auto& control = *reinterpret_cast<Control*>(shared_memory + layout.control_offset());
+    auto* first = reinterpret_cast<uint32_t*>(shared_memory + layout.first_offset());
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == kWeightWarp * 32) {
+        for (int i = 0; i < layout.stages; ++i) {
+            ptx::mbarrier_init(&control.full[i], 1);
+            ptx::mbarrier_init(&control.empty[i], kConsumers);
+        }
+        for (int i = 0; i < kRowSlots; ++i) {
+            ptx::mbarrier_init(&control.rows_full[i], 1);
+            ptx::mbarrier_init(&control.rows_empty[i], kConsumers);
+        }
+        for (int i = 0; i < kUnitSlots; ++i) {
+            ptx::mbarrier_init(&control.units_full[i], 1);
+            ptx::mbarrier_init(&control.units_empty[i], kConsumers + 1);
+        }
+        ptx::mbarrier_init(&control.shared_full, 1);
+        ptx::mbarrier_init(&control.begun, 1);
+        ptx::mbarrier_init(&control.listed, 1);
+        ptx::fence_mbarrier_init();
+        for (const CUtensorMap* map : {&maps.in_proj, &maps.shared_down, &maps.gate_up, &maps.down}) {
+            ptx::prefetch_tensor_map(map);
+        }
+    }
+    for (int i = threadIdx.x; i < layout.experts; i += kThreads) first[i] = UINT32_MAX;
+    for (int i = threadIdx.x; i < a.p.tokens * a.p.top_k * kTokens; i += kThreads) {
+        control.ranks[i / kTokens][i % kTokens] = kNobody;
+    }
+    __syncthreads();
+    if (warp == kWeightWarp) {
+        if (lane != 0) return;
+        stream_weights(maps, a, control, shared_memory);
+    } else if (warp == kRowWarp) {
+        ptx::grid_dependency_wait();
+        bring_rows(a, control, shared_memory + layout.slots_offset());
+    } else {
+        multiply<kPerLane>(a, control, shared_memory);
+    }
+}
+
+// Boxes of 16 rows x 512 columns of a matrix.
+cudaError_t encode_dense(CUtensorMap* map, const __nv_bfloat16* weight, int rows, int columns) {
+    const auto width = static_cast<uint64_t>(columns);
+    return encode_tensor_map<3>(map, TensorElement::kBf16,
+                                {.base = weight,
+                                 .sizes = {kChunk, static_cast<uint64_t>(rows), width / kChunk},
+                                 .strides = {2, width * 2, kChunk * 2},
+                                 .box = {kChunk, Dense::kTileColumns, Shape<Dense>::kDepthWarps}},
+                                Swizzle::k128);
+}
+
+cudaError_t encode(Maps* maps, const MoeBlock& p) {
+    const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
+    const auto held = static_cast<uint64_t>(p.held);
+    cudaError_t status = encode_dense(&maps->in_proj, p.in_proj, p.projections, p.hidden);
+    if (status != cudaSuccess) return status;
+    status = encode_dense(&maps->shared_down, p.shared_down, p.hidden, p.shared);
+    if (status != cudaSuccess) return status;
+    status = encode_tensor_map<5>(&maps->gate_up, TensorElement::kBf16,
+                                  {.base = p.gate_up,
+                                   .sizes = {kChunk, width, 2, hidden / kChunk, held},
+                                   .strides = {2, hidden * 2, width * hidden * 2, kChunk * 2, 2 * width * hidden * 2},
+                                   .box = {kChunk, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
+                                  Swizzle::k128);
+    if (status != cudaSuccess) return status;
+    return encode_tensor_map<4>(&maps->down, TensorElement::kBf16,
+                                {.base = p.down,
+                                 .sizes = {kChunk, hidden, width / kChunk, held},
+                                 .strides = {2, width * 2, kChunk * 2, hidden * width * 2},
+                                 .box = {kChunk, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
+                                Swizzle::k128);
+}
+
+int projected_pitch(const MoeBlock& p) {
+    return (p.projections + 7) / 8 * 8;
+}
+
+}  // namespace
+
+int64_t moe_block_scratch(const MoeBlock& p) {
+    return kHeaderWords + int64_t{2} * kTokens * (p.experts + int64_t{p.top_k} * p.hidden);
+}
+
+bool moe_block_supported(const MoeBlock& p) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    const auto whole = [](int size) { return size >= kChunk && size % kChunk == 0; };
+    return p.tokens >= 1 && p.tokens <= kTokens && p.top_k >= 1 && p.top_k <= kMaxTopK &&
+           (p.experts == 256 || p.experts == 512) && p.held >= 1 && p.held <= p.experts && whole(p.hidden) &&
+           p.hidden <= expert_decode::kMaxDepth && whole(p.width) && whole(p.shared) &&
+           p.width <= expert_decode::kMaxDepth && p.shared <= expert_decode::kMaxDepth &&
+           p.projections >= 2 * p.shared + p.experts + 1 && p.x_stride % 8 == 0 && aligned(p.x) &&
+           aligned(p.residual) && aligned(p.norm_weight) && aligned(p.in_proj) && aligned(p.gate_up) &&
+           aligned(p.down) && aligned(p.shared_down) && aligned(p.scratch) && layout_for(p).bytes() <= kSharedLimit;
+}
+
+size_t moe_block_workspace(const MoeBlock& p) {
+    const size_t tokens = p.tokens;
+    return tokens * (p.top_k * p.width + p.hidden + projected_pitch(p)) * sizeof(__nv_bfloat16);
+}
+
+cudaError_t moe_block(const MoeBlock& p, cudaStream_t stream) {
+    if (!moe_block_supported(p)) return cudaErrorInvalidValue;
+    Arguments arguments{.p = p, .layout = layout_for(p), .projected_pitch = projected_pitch(p)};
+    arguments.logits = reinterpret_cast<uint64_t*>(p.scratch + kHeaderWords);
+    arguments.rows = arguments.logits + int64_t{kTokens} * p.experts;
+    arguments.activations = reinterpret_cast<__nv_bfloat16*>(p.workspace);
+    arguments.projected = arguments.activations + int64_t{p.tokens} * p.top_k * p.width;
+    arguments.shared_rows = arguments.projected + int64_t{p.tokens} * arguments.projected_pitch;
+    Maps maps;
+    const cudaError_t status = encode(&maps, p);
+    if (status != cudaSuccess) return status;
+    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                                 .block = dim3(kThreads),
+                                 .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
+                                 .stream = stream,
+                                 .programmatic = true};
+    const auto kernel = p.experts == 256 ? moe_block_kernel<8> : moe_block_kernel<16>;
+    // Blocks wait for each other: all must be on the device at once.
+    if (max_resident_blocks(kernel, config) < static_cast<int>(config.grid.x)) {
+        return cudaErrorCooperativeLaunchTooLarge;
+    }
+    return launch(kernel, config, maps, arguments);
+}
+
+}  // namespace tokenspeed

@@ -1,0 +1,39 @@
+"""What is looked up as drafts: what stood behind the latest place of the same three ids, and nothing of others."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import CPU
+
+from tokenspeed.engine.batch import Tables
+from tokenspeed.engine.drafting import Chosen, LookupDrafter
+from tokenspeed.engine.step import Begin
+
+PREDECESSOR = (*range(1, 6), 1, 2, 3, *range(20, 50))
+LOOKED_UP = {
+    "behind the same three": ((1, 2, 3, 4, 5, 1, 2), 3, [4, 5, 1]),
+    "behind the latest of them": ((1, 2, 3, 9, 1, 2, 3, 8, 1, 2), 3, [8, 1, 2]),
+    "nothing where they did not stand": ((1, 2, 3, 4, 8, 2), 3, [0, 0, 0]),
+    "nothing where too little was said": ((1,), 2, [0, 0, 0]),
+    "up to the last id and no further": ((7, 7, 7), 7, [7, 7, 7]),
+    "nothing of who was there before": ((1, 2), 3, [0, 0, 0]),
+}
+
+
+def looked_up(history: tuple[int, ...], id: int) -> list[int]:
+    """The drafts behind a prompt and its first output, at an index where others were before."""
+    tables = Tables(2, 4, CPU, drafts=3)
+    drafter = LookupDrafter(tables, 60)
+    for each in (PREDECESSOR, history):
+        drafter.begin([Begin(1, 0.0, 0, 1.0, 0.0, 0, history=each)])
+    tables.length[1], tables.ids[1, 0] = len(history), id
+    first = torch.tensor([1]), torch.tensor([0], dtype=torch.int32)
+    drafter.follow(Chosen(SimpleNamespace(decode=None), None, None, None, first), 3)
+    return tables.ids[1, 1:].tolist()
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_drafts_are(name):
+    history, id, drafts = LOOKED_UP[name]
+    assert looked_up(history, id) == drafts
