@@ -75,6 +75,7 @@ def test_a_response_is_its_keys_alone(url):
     mine = post(url, "one", "/v1/responses", input="The price of kelp is 551.", max_output_tokens=4).json()
     item = {"type": "item_reference", "id": mine["output"][0]["id"]}
     asked = {"max_output_tokens": 2, "input": "And of salt?"}
+    assert post(url, "two", "/reset_prefix_cache").json() == {"reset": True}, "responses are no cache"
     for more in ({"previous_response_id": mine["id"]}, {"input": [item]}):
         assert post(url, "one", "/v1/responses", **asked | more).status_code == 200
         other = post(url, "two", "/v1/responses", **asked | more)

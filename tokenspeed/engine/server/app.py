@@ -176,7 +176,6 @@ def create_app(
     async def reset_prefix_cache():
         await service.engine.clear_cache()
         service.conversations.clear()
-        service.responses.clear()
         return {"reset": True}
 
     front = page()
@@ -290,6 +289,10 @@ def _errors(app: FastAPI) -> None:
         kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
         body = {"message": str(error.detail), "type": kind, "code": error.status_code, "param": None}
         return respond(error.status_code, body, dict(error.headers or {}))
+
+    @app.exception_handler(RecursionError)
+    async def nested(request: Request, error: RecursionError):  # nothing but a body is nested
+        return respond(400, _error_body(RequestError("the body is nested too deeply")))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception):

@@ -59,10 +59,6 @@ class ResponseStore:
             self._items.drop((name_space, item["id"]))
         self._kept.drop((name_space, id))
 
-    def clear(self) -> None:
-        self._kept.clear()
-        self._items.clear()
-
 
 def _size(value: Any) -> int:
     """Bytes of a value's JSON."""

@@ -39,8 +39,3 @@ class SizedCache(Generic[Value]):
         """Forget a value; harmless where there is none."""
         with self._lock:
             self._size -= self._kept.pop(key, (None, 0))[1]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._kept.clear()
-            self._size = 0
