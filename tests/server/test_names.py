@@ -72,7 +72,7 @@ def test_an_abort_ends_every_prompt_of_a_completion(url):
 
 
 def test_a_response_is_its_keys_alone(url):
-    mine = post(url, "one", "/v1/responses", input="The price of kelp is 551.", max_output_tokens=4).json()
+    mine = post(url, "one", "/v1/responses", input="Remember: The price of kelp is 551.").json()
     item = {"type": "item_reference", "id": mine["output"][0]["id"]}
     asked = {"max_output_tokens": 2, "input": "And of salt?"}
     assert post(url, "two", "/reset_prefix_cache").json() == {"reset": True}, "responses are no cache"
@@ -88,7 +88,7 @@ def test_a_response_is_its_keys_alone(url):
 
 
 def test_an_item_is_referenced_once(url):
-    mine = post(url, "one", "/v1/responses", input="The price of kelp is 551.", max_output_tokens=4).json()
+    mine = post(url, "one", "/v1/responses", input="Remember: The price of kelp is 551.").json()
     item = {"type": "item_reference", "id": mine["output"][0]["id"]}
     answer = post(url, "one", "/v1/responses", input=[item, item])
     assert answer.status_code == 400 and "input[1]" in answer.text and "twice" in answer.text
