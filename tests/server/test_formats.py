@@ -44,7 +44,7 @@ BOMBS = {
     "references in a strict tool": ({"tools": [tool(REFERENCES)]}, "more than 1000 alternatives"),
     "a required list": ({"tools": [tool({"type": "object", "required": [[]]})]}, "required names [], which is no"),
     "too many characters": (
-        {"tools": [tool({"type": "object", "description": "word " * 10_000})] * 30},
+        {"response_format": schema_format({"type": "object", "description": "word " * 300_000})},
         "at most 1048576 are supported",
     ),
 }
