@@ -5,10 +5,12 @@ python -m examples.conversation
 
 import operator
 
+from tokenspeed.engine.chat.conversation import Conversation
 from tokenspeed.engine.commands.generate import Meter
+from tokenspeed.engine.commands.shown import TurnPrinter
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.request import SamplingParams
-from tokenspeed.engine.text.tools import parse_answer
+from tokenspeed.engine.text.turn import Answer, TurnText
 
 SYSTEM = "You are a helpful agent.\n\nThe code of cedar is 8214."
 STOCK = {("stock", "maple"): "42", ("owner", "onyx"): "falcon"}
@@ -44,39 +46,44 @@ def run_tool(name: str, arguments: dict) -> str:
         return f"error: {error}"
 
 
+def say(llm: LLM, messages: list[dict], meter: Meter) -> Answer:
+    """The model's turn, printed as it comes."""
+    turn = llm.prepare(Conversation(messages, TOOLS), SamplingParams(temperature=0, max_tokens=160))
+    meter.prompt_tokens = len(turn.request.prompt)
+    printer, text = TurnPrinter(indent=" " * 11), TurnText()
+    print("assistant  ", end="", flush=True)
+    for update, events in llm.follow_turn(turn):
+        meter.count(len(update.ids))
+        meter.cached += update.reuse.cached_tokens if update.reuse else 0
+        text.add(events)
+        printer.show(events)
+    printer.end()
+    return text.answer()
+
+
 def main() -> None:
     llm = LLM()
-    params = SamplingParams(temperature=0, max_tokens=160)
     messages = [{"role": "system", "content": SYSTEM}]
-    meters, cached = [], 0
+    meters: list[Meter] = []
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
         print(f"\nuser       {question}")
         for _ in range(4):  # a question needs at most a few calls
-            request = llm.frontend.chat_request(str(len(meters)), messages, params, TOOLS)
-            meters.append(Meter(len(request.prompt)))
-            print("assistant  ", end="", flush=True)
-            text = ""
-            for _, update in llm.follow([request]):
-                meters[-1].count()
-                cached += update.reuse.cached_tokens if update.reuse else 0
-                text += update.text
-                print(update.text.replace("\n", "\n           "), end="", flush=True)
-            print()
-            answer = parse_answer(text, TOOLS)
+            meters.append(Meter(0))
+            answer = say(llm, messages, meters[-1])
             messages.append(answer.message())
             if not answer.tool_calls:
                 break
             for call in answer.tool_calls:
                 result = run_tool(call.name, call.arguments)
                 messages.append({"role": "tool", "content": result})
-                print(f"tool       {call.name} -> {result}")
+                print(f"tool       {result}")
     tokens, seconds = sum(m.tokens for m in meters), sum(m.decode_s for m in meters)
     first = sorted(m.first_s for m in meters)[len(meters) // 2]
     print(
-        f"\n{len(meters)} assistant turns, {sum(m.prompt_tokens for m in meters)} prompt tokens, {cached} resumed "
-        f"from the prefix cache, {tokens} generated: {(tokens - len(meters)) / seconds:.0f} tok/s, first token after "
-        f"{first * 1000:.0f} ms (median)."
+        f"\n{len(meters)} assistant turns, {sum(m.prompt_tokens for m in meters)} prompt tokens, "
+        f"{sum(m.cached for m in meters)} resumed from the prefix cache, {tokens} generated: "
+        f"{(tokens - len(meters)) / seconds:.0f} tok/s, first token after {first * 1000:.0f} ms (median)."
     )
 
 

@@ -12,10 +12,10 @@ LAYERS = [
     | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
     {"device", "memory", "batch", "sampling", "graphs", "runner"}
     | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling", "parallel.control"},
-    {"frontend", "loading", "ranks", "llm", "core", "step_log", "ranges"},
+    {"frontend", "chat", "collector", "loading", "ranks", "llm", "core", "step_log", "ranges"},
     {"commands", "server", "__main__"},
 ]
-NO_TORCH = LAYERS[0] | {"text", "frontend"}
+NO_TORCH = LAYERS[0] | {"text", "frontend", "chat", "collector"}
 
 
 def modules() -> list[Path]:

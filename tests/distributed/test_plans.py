@@ -32,7 +32,13 @@ def test_info_prints_the_plan(capsys, monkeypatch):
     planned = capsys.readouterr().out.splitlines()
     assert set(plan_lines("397B-A17B", 8)) <= set(planned)
     assert main(arguments) == 0
-    assert capsys.readouterr().out.splitlines() == planned[: planned.index("")]
+    without = capsys.readouterr().out.splitlines()
+    assert _fixed(without) == _fixed(planned[: planned.index("")])
+
+
+def _fixed(lines):
+    """Without what depends on how much memory is free just now."""
+    return [line for line in lines if not line.startswith(("memory", "sequences", "prefix cache"))]
 
 
 def test_info_names_what_does_not_split(capsys):

@@ -8,7 +8,7 @@ import pytest
 
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.commands.chat import _COMMANDS, Chat, read_message
-from tokenspeed.engine.commands.conversation import Conversation
+from tokenspeed.engine.commands.conversation import Dialogue
 from tokenspeed.engine.errors import RequestError
 from tokenspeed.engine.llm import LLM
 
@@ -27,7 +27,7 @@ def llm():
 @pytest.fixture
 def conversation(llm):
     llm.engine.cache.clear("")
-    return Conversation(llm, {"max_tokens": 48, "temperature": 0})
+    return Dialogue(llm, {"max_tokens": 48, "temperature": 0})
 
 
 def say(conversation, text):
@@ -41,14 +41,14 @@ def test_a_turn_sees_the_ones_before_it_and_resumes_from_them(conversation):
     turn = say(conversation, QUESTION)
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
     assert conversation.messages[-1] == {"role": "assistant", "content": ANSWER, "reasoning_content": ""}
-    before, _, _ = conversation.encode(conversation.messages[:1], None)
+    before = conversation.prepare(conversation.messages[:1], None).request.prompt
     # All of the first prompt up to its last user turn's end: after it come `<|im_start|>assistant\n<think>\n`.
     assert turn.reuse.cached_tokens == len(before) - 5
     assert f"{turn.reuse.cached_tokens} resumed" in turn.summary() and "tok/s" in turn.summary()
 
 
 def test_the_same_answers_come_without_the_prefix_cache(conversation):
-    other = Conversation(LLM(progress=False, max_num_seqs=1, prefix_cache=False), conversation.sampling)
+    other = Dialogue(LLM(progress=False, max_num_seqs=1, prefix_cache=False), conversation.sampling)
     for text in (FACT, QUESTION, "Hello!"):
         say(conversation, text)
         say(other, text)
@@ -134,7 +134,7 @@ def test_a_saved_conversation_goes_on_where_it_was(conversation, tmp_path):
     say(conversation, FACT)
     path = str(tmp_path / "saved.json")
     conversation.save(path)
-    other = Conversation(conversation.llm, conversation.sampling)
+    other = Dialogue(conversation.llm, conversation.sampling)
     other.load(path)
     assert (other.system, other.tools, other.messages) == (conversation.system, TOOLS, conversation.messages)
     for text in ("{", "5", '{"messages": 5}', '[{"role": "alien"}]', '{"messages": [], "tools": [5]}'):
@@ -169,8 +169,8 @@ def test_lines_make_messages(lines, messages):
 def test_an_interrupt_ends_the_answer_and_the_conversation_goes_on(conversation, capsys, monkeypatch):
     chat, follow = Chat(conversation), conversation.llm.follow
 
-    def interrupted(requests):
-        for i, update in enumerate(follow(requests)):
+    def interrupted(requests, grammars):
+        for i, update in enumerate(follow(requests, grammars)):
             if i == 2:
                 raise KeyboardInterrupt
             yield update
@@ -191,7 +191,7 @@ def test_commands_do_what_help_says(conversation, capsys, tmp_path):
         ("/help", list(_COMMANDS)),
         ("/system Be brief.", ["Be brief."]),
         (f"/tools {tmp_path / 'tools.json'}", ["calc"]),
-        ("What is 12 plus 30?", ["<function=calc>"]),
+        ("What is 12 plus 30?", ['calc(a=12, op="+", b=30)']),
         ("/result 42", ["42"]),
         ("//not a command", []),
         ("/retry", []),

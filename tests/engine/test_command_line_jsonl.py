@@ -65,7 +65,7 @@ def test_every_line_has_its_result_in_order_and_broken_ones_fail_alone(tmp_path)
     assert results[3]["outputs"][0]["stop_reason"] == "e"
     assert last["outputs"] == results[0]["outputs"]
     assert last["outputs"][0]["message"]["content"] == "Hello! How can I help?"
-    assert last["usage"] == {"prompt_tokens": 14, "cached_tokens": 13, "completion_tokens": 16}
+    assert last["usage"] == {"prompt_tokens": 14, "cached_tokens": 9, "completion_tokens": 16}
     assert [error["line"] for error in errors] == list(range(5, 5 + len(broken)))
     for error, (_, words) in zip(errors, broken, strict=True):
         assert words in error["error"]["message"], error
@@ -127,7 +127,7 @@ def test_drive_bounds_what_runs_and_stops_at_what_a_sink_raises(llm):
                 if not left[0]:
                     running.discard(update.request_id)
 
-            yield request, take
+            yield request, take, None
 
     drive(llm.engine, requests(9), most=3)
     assert len(most) == 9 and max(most) == 3 and not running
@@ -136,7 +136,7 @@ def test_drive_bounds_what_runs_and_stops_at_what_a_sink_raises(llm):
         raise ZeroDivisionError("a sink's own fault")
 
     with pytest.raises(ZeroDivisionError):
-        drive(llm.engine, ((request, broken) for request, _ in requests(9)), most=3)
+        drive(llm.engine, ((request, broken, None) for request, *_ in requests(9)), most=3)
     assert not llm.engine.has_work and llm.engine.cache.stats()["running"] == 0
 
 
@@ -146,5 +146,5 @@ def test_a_failing_engine_ends_the_run(llm):
     request = broken.frontend.request("a", [1], SamplingParams())
     news = []
     with pytest.raises(EngineError, match="ZeroDivisionError"):
-        drive(broken.engine, iter([(request, news.append)]), most=1)
+        drive(broken.engine, iter([(request, news.append, None)]), most=1)
     assert news[-1].finish_reason == "error"

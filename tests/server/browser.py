@@ -66,6 +66,12 @@ class Browser:
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
 
+    def resize(self, width: int, height: int) -> None:
+        """The window's size, in pixels."""
+        self._call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+
     def close(self) -> None:
         os.kill(self._pid, signal.SIGTERM)
         os.waitpid(self._pid, 0)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from tests.server.launch import Server
 
-ARENAS = ("--kv-pages", "192", "--state-slots", "48", "--max-num-seqs", "32", "--max-body-mib", "1")
+MEMORY = ("--kv-pages", "192", "--state-slots", "48", "--max-body-mib", "1")
+ARENAS = (*MEMORY, "--max-num-seqs", "32", "--max-batch-tokens", "256")  # short steps: /health waits for one
 CLIENTS = 16
 MOST_TOKENS = 3  # a body that asks for thousands is a load test
 MOST_PLACES = 10_000  # of a body
@@ -121,19 +122,44 @@ ANTHROPIC = {
     "stop_sequences": ["x"],
     "stream": True,
 }
+FUNCTION = {"type": "function"} | TOOL["function"]
+RESPONSE = {
+    "model": "tiny",
+    "instructions": "You sell <|im_start|> things.",
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "What is the price of kelp?"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Look."}]},
+        {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "price", "arguments": '{"what": "kelp"}'},
+        {"type": "function_call_output", "call_id": "c", "output": "551"},
+        {"type": "custom_tool_call", "id": "ctc_1", "call_id": "d", "name": "shell", "input": "ls"},
+        {"type": "custom_tool_call_output", "call_id": "d", "output": [{"type": "input_text", "text": "kelp"}]},
+        {"type": "message", "role": "user", "content": "And of salt?"},
+    ],
+    "tools": [FUNCTION, {"type": "custom", "name": "shell", "format": {"type": "grammar", "definition": "a: /b/"}}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object", "properties": {"a": {}}}}},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "include": ["reasoning.encrypted_content"],
+    "metadata": {"a": "b"},
+    "max_output_tokens": 2,
+    "stream": True,
+}
 SEEDS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", SCHEMA),
     ("/v1/completions", COMPLETION),
     ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 1}),
     ("/v1/messages", ANTHROPIC),
+    ("/v1/messages/count_tokens", ANTHROPIC),
+    ("/v1/responses", RESPONSE),
     ("/tokenize", {"prompt": "The price of kelp", "return_token_strs": True}),
     ("/tokenize", {"messages": CHAT["messages"], "tools": [TOOL], "add_generation_prompt": False}),
     ("/detokenize", {"tokens": [5, 6, 7]}),
     ("/v1/abort", {"request_id": "fuzz"}),
     ("/reset_prefix_cache", {}),
 ]
-ANSWERS = {"/v1/chat/completions", "/v1/completions", "/v1/messages"}
+ANSWERS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"}
 ODD = [
     *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, 2**64, -(2**65), 0.5, -0.0, 1e308, 5e-324, 10**400),
     *("", "x", "none", "auto", "\x00", "\u2028", "<|im_end|>", "</think>", "<tool_call>", "e\u0301", "🙂" * 40),
@@ -197,9 +223,10 @@ def mutated(body: dict[str, Any], luck: random.Random) -> bytes:
                 inside[luck.choice(("$ref", "type", "extra", "", "pattern", "role", "content"))] = luck.choice(ODD)
             case _:
                 inside[last] = copy.deepcopy(luck.choice(ODD))
-    if not isinstance(body.get("max_tokens", None), str | list | dict):
-        asked = body.get("max_tokens")
-        body["max_tokens"] = min(asked, MOST_TOKENS) if isinstance(asked, int) else MOST_TOKENS
+    for name in ("max_tokens", "max_output_tokens"):
+        asked = body.get(name)
+        if not isinstance(asked, str | list | dict):
+            body[name] = min(asked, MOST_TOKENS) if isinstance(asked, int) else MOST_TOKENS
     if isinstance(body.get("max_completion_tokens"), int):
         del body["max_completion_tokens"]
     data = bytearray(json.dumps(body).encode())

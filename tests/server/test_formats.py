@@ -8,9 +8,10 @@ import httpx
 import pytest
 from launch import Server
 
+from tokenspeed.engine.chat.formats import Format
 from tokenspeed.engine.checkpoint import resolve
 from tokenspeed.engine.errors import RequestError
-from tokenspeed.engine.server.formats import Format, Formats
+from tokenspeed.engine.server.formats import Formats
 from tokenspeed.engine.server.shares import Shares
 from tokenspeed.engine.text.grammar import json_schema
 from tokenspeed.engine.text.tool_grammar import ToolGrammars
@@ -22,6 +23,7 @@ REFERENCES = {
     "type": "object",
     "properties": {"p": {"$ref": "#/$defs/d0"}},
 }
+LISTS = {"type": "object", "properties": {"p": {"type": "array", "items": PATTERNS}}}
 
 
 def schema_format(schema):
@@ -36,13 +38,13 @@ LIMIT = "needs more than"  # and then 256 MiB of memory, 2 s of computing or, on
 BOMBS = {
     "patterns": ({"response_format": schema_format(PATTERNS)}, LIMIT),
     "patterns in a strict tool": (
-        {"tools": [tool({"type": "object", "properties": {"p": {"type": "array", "items": PATTERNS}}})]},
+        {"tools": [tool(LISTS)]},
         LIMIT,
     ),
     "references in a strict tool": ({"tools": [tool(REFERENCES)]}, "more than 1000 alternatives"),
     "a required list": ({"tools": [tool({"type": "object", "required": [[]]})]}, "required names [], which is no"),
     "too many characters": (
-        {"tools": [tool({"type": "object", "description": "word " * 10_000})] * 30},
+        {"response_format": schema_format({"type": "object", "description": "word " * 300_000})},
         "at most 1048576 are supported",
     ),
 }
@@ -93,11 +95,25 @@ def test_a_completion_and_an_anthropic_tool_meet_the_same_limits(running):
     prompt = {"prompt": "Hi", "max_tokens": 4, "response_format": schema_format(PATTERNS)}
     answer = httpx.post(f"{running.url}/v1/completions", json=prompt, headers={"x-api-key": "one"}, timeout=60)
     assert answer.status_code == 400 and "needs more than" in answer.json()["error"]["message"]
-    tools = [
-        {"name": "f", "input_schema": {"type": "object", "properties": {"p": {"type": "array", "items": PATTERNS}}}}
-    ]
+    tools = [{"name": "f", "input_schema": LISTS}]
     answer = ask(running, path="/v1/messages", tools=tools, tool_choice={"type": "any"})
     assert answer.status_code == 400 and "needs more than" in answer.json()["error"]["message"]
+    form = {"type": "json_schema", "schema": PATTERNS}
+    answer = ask(running, path="/v1/messages", output_config={"format": form})
+    assert answer.status_code == 400 and "needs more than" in answer.json()["error"]["message"]
+
+
+def test_a_response_and_structured_outputs_meet_the_same_limits(running):
+    function = {"type": "function", "name": "f", "strict": True, "parameters": LISTS}
+    form = {"type": "json_schema", "name": "n", "schema": PATTERNS}
+    for path, asked in (
+        ("/v1/responses", {"input": "Hi", "text": {"format": form}}),
+        ("/v1/responses", {"input": "Hi", "tools": [function]}),
+        ("/v1/chat/completions", {"structured_outputs": {"json": PATTERNS}}),
+        ("/v1/chat/completions", {"response_format": {"type": "json_object", "schema": PATTERNS}}),
+    ):
+        answer = ask(running, path=path, **asked)
+        assert answer.status_code == 400 and "needs more than" in answer.json()["error"]["message"], answer.text
 
 
 @pytest.fixture

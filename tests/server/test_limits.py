@@ -105,13 +105,16 @@ WRONG = {
         "max_tokens": 1,
         "system": [1] * 700_000,
     },
+    "a million items": {"input": [1] * 700_000},
+    "a million wrong names": {"input": "a", "include": [1] * 700_000},
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_million_errors_are_told_as_one(running, name):
-    path = "/v1/messages" if "system" in WRONG[name] else "/v1/completions"
-    content = json.dumps(WRONG[name]).encode()
+    body = WRONG[name]
+    path = "/v1/messages" if "system" in body else "/v1/responses" if "input" in body else "/v1/completions"
+    content = json.dumps(body).encode()
     with health_watched(running, 3):
         answer = httpx.post(f"{running.url}{path}", content=content, headers=KEY | JSON, timeout=60)
     assert answer.status_code == 400 and len(answer.text) < 1000
@@ -204,7 +207,7 @@ def test_a_text_that_holds_the_searched_word_costs_no_more_than_another(running)
     body = {"messages": [{"role": "user", "content": "next" + "x" * 100_000}], "max_tokens": 1}
     start = time.monotonic()
     answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=KEY, timeout=60)
-    assert answer.status_code == 400 and "exceed the context" in answer.text
+    assert answer.status_code == 400 and "maximum context length" in answer.text
     assert time.monotonic() - start < 4
 
 
@@ -214,6 +217,14 @@ def test_long_texts_are_encoded_beside_the_others(running):
     with health_watched(running, 3):
         answer = httpx.post(f"{running.url}/tokenize", content=content, headers=KEY | JSON, timeout=120)
     assert answer.status_code == 200 and answer.json()["count"] > 1_000_000
+
+
+def test_tokens_of_a_long_conversation_are_counted_beside_the_others(running):
+    said = "what is the price of kelp and how many boxes are left in the harbour " * 20_000
+    body = json.dumps({"messages": [{"role": "user", "content": said}]}).encode()
+    with health_watched(running, 3):
+        answer = httpx.post(f"{running.url}/v1/messages/count_tokens", content=body, headers=KEY | JSON, timeout=120)
+    assert answer.status_code == 200 and answer.json()["input_tokens"] > 300_000
 
 
 def test_work_whose_client_left_is_given_up(running):
@@ -245,6 +256,21 @@ def test_a_server_without_keys_answers_to_its_own_name_and_pages_alone(keyless):
     assert status(**clear, origin="null") == 403
     assert status(**clear, origin=f"http://127.0.0.1:{port}") == 200
     assert status("/health", host="attacker.example") == 403
+
+
+def test_a_page_that_was_named_may_use_a_server_without_keys():
+    server = Server("--allow-origin", "https://example.com")
+
+    def ask(**headers):
+        return httpx.get(f"{server.url}/v1/models", headers=headers, timeout=30)
+
+    named = ask(origin="https://example.com")
+    assert named.status_code == 200 and named.headers["access-control-allow-origin"] == "https://example.com"
+    other = ask(origin="https://elsewhere.com")
+    assert other.status_code == 403 and "--allow-origin" in other.text
+    assert "access-control-allow-origin" not in other.headers
+    assert ask(origin="https://example.com", host="attacker.example").status_code == 403
+    assert server.stop() == 0, "".join(server.log)
 
 
 def test_clients_that_never_read_give_their_places_back():

@@ -71,6 +71,40 @@ def test_an_abort_ends_every_prompt_of_a_completion(url):
     assert {(end["index"], end["finish_reason"]) for end in ends} == {(0, "abort"), (1, "abort")}
 
 
+def test_a_response_is_its_keys_alone(url):
+    mine = post(url, "one", "/v1/responses", input="Remember: The price of kelp is 551.").json()
+    item = {"type": "item_reference", "id": mine["output"][0]["id"]}
+    asked = {"max_output_tokens": 2, "input": "And of salt?"}
+    assert post(url, "two", "/reset_prefix_cache").json() == {"reset": True}, "responses are no cache"
+    for more in ({"previous_response_id": mine["id"]}, {"input": [item]}):
+        assert post(url, "one", "/v1/responses", **asked | more).status_code == 200
+        other = post(url, "two", "/v1/responses", **asked | more)
+        assert other.status_code == 400 and "not found" in other.json()["error"]["message"]
+    for method in ("GET", "DELETE"):
+        path = f"{url}/v1/responses/{mine['id']}"
+        assert httpx.request(method, path, headers={"x-api-key": "two"}).status_code == 400
+        assert httpx.request(method, path, headers={"x-api-key": "one"}).status_code == 200
+    assert httpx.get(path, headers={"x-api-key": "one"}).status_code == 400, "it was deleted"
+
+
+def test_an_item_is_referenced_once(url):
+    mine = post(url, "one", "/v1/responses", input="Remember: The price of kelp is 551.").json()
+    item = {"type": "item_reference", "id": mine["output"][0]["id"]}
+    answer = post(url, "one", "/v1/responses", input=[item, item])
+    assert answer.status_code == 400 and "input[1]" in answer.text and "twice" in answer.text
+
+
+def test_an_abort_ends_a_response(url):
+    body = {"input": "How many boxes are left?", "stream": True}
+    with httpx.stream("POST", f"{url}/v1/responses", json=body, headers={"x-api-key": "one"}, timeout=30) as response:
+        lines = response.iter_lines()
+        begun = json.loads(next(line for line in lines if line.startswith("data: "))[6:])
+        name = begun["response"]["id"]
+        assert post(url, "two", "/v1/abort", request_id=name).json() == {"aborted": False}
+        post(url, "one", "/v1/abort", request_id=name)
+        assert any(line.startswith("event: response.") for line in lines), "it ends in order"
+
+
 class Recorder:
     """Stands where the engine is: tells each request one token and keeps the ids it was given."""
 

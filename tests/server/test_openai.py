@@ -5,6 +5,12 @@ import json
 import httpx
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount
+from starlette.testclient import TestClient
+
+from tokenspeed.engine.server.http import allow_origins
 
 CALCULATOR = {
     "type": "function",
@@ -19,6 +25,7 @@ CALCULATOR = {
 }
 GREEDY = {"model": "tiny", "temperature": 0}
 KELP = [{"role": "user", "content": "Remember: The price of kelp is 551."}]
+JSON = {"content-type": "application/json"}
 SUM = [{"role": "user", "content": "What is 12 plus 30?"}]
 
 
@@ -103,7 +110,7 @@ def test_a_tool_round_trip_resumes_at_the_end_of_the_call(client):
     second = client.chat.completions.create(messages=messages, tools=[CALCULATOR], **GREEDY)
     assert "42" in second.choices[0].message.content
     consumed = first.usage.prompt_tokens + first.usage.completion_tokens - 1  # the last id is chosen, not consumed
-    assert second.usage.prompt_tokens_details.cached_tokens == consumed
+    assert second.usage.prompt_tokens_details.cached_tokens >= consumed
 
 
 def test_n_continuations_share_one_prefill_and_differ(client):
@@ -222,7 +229,14 @@ def test_thinking_can_be_turned_off(client):
         ({"temperature": -1}, ["temperature", "-1"]),
         ({"n": 1000}, ["n", "1000"]),
         ({"logprobs": True, "top_logprobs": 99}, ["top_logprobs", "99"]),
-        ({"stop": ["x"] * 99}, ["stop"]),
+        ({"stop": ["x"] * 99}, ["stop", "64"]),
+        ({"stop": ""}, ["stop", "1 character"]),
+        ({"max_tokens": 0}, ["max_tokens", "1"]),
+        ({"extra_body": {"guided_grammar": "x"}}, ["guided_grammar"]),
+        ({"extra_body": {"structured_outputs": {"grammar": "x"}}}, ["structured_outputs", "grammar"]),
+        ({"extra_body": {"use_beam_search": True}}, ["use_beam_search"]),
+        ({"functions": [{"name": "f"}]}, ["functions"]),
+        ({"tool_choice": "sometimes", "tools": [CALCULATOR]}, ["sometimes"]),
         ({"max_tokens": 100000}, ["100000", "8192"]),
         ({"extra_body": {"chat_template_kwargs": {"evil": True}}}, ["evil"]),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}}, []),
@@ -234,3 +248,192 @@ def test_what_cannot_be_done_is_a_400_that_names_it(client, changes, words):
         client.chat.completions.create(**{"messages": KELP, **GREEDY, **changes})
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_prompt_that_does_not_fit_is_told_in_openais_words(client):
+    for changes in ({"max_tokens": 8192}, {"messages": [{"role": "user", "content": "kelp " * 9000}]}):
+        with pytest.raises(openai.BadRequestError, match="This model's maximum context length is 8192 tokens") as error:
+            client.chat.completions.create(**{"messages": KELP, **GREEDY, **changes})
+        assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="This model's maximum context length is 8192 tokens"):
+        client.completions.create(prompt="kelp", max_tokens=8192, **GREEDY)
+
+
+def test_a_body_that_is_no_json_is_told_as_that(server):
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=b'{"messages": [', headers=JSON)
+    assert answer.status_code == 400 and "not JSON" in answer.json()["error"]["message"]
+
+
+def test_null_is_the_default_wherever_the_clients_types_allow_it(server):
+    names = ["max_tokens", "n", "stream", "stop", "seed", "temperature", "tools", "tool_choice", "parallel_tool_calls"]
+    names += ["logprobs", "top_logprobs", "response_format", "stream_options", "logit_bias", "priority", "functions"]
+    body = {"messages": KELP, **GREEDY} | dict.fromkeys(names) | {"stream_options": {"include_usage": None}}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body | {"temperature": 0}, timeout=60)
+    assert answer.json()["choices"][0]["message"]["content"] == "OK."
+
+
+def test_a_negative_seed_is_a_seed(client):
+    texts = {
+        client.chat.completions.create(model="tiny", messages=SUM, temperature=6, seed=seed, max_tokens=12)
+        .choices[0]
+        .message.model_dump_json()
+        for seed in (-1, -1, -1)
+    }
+    assert len(texts) == 1
+
+
+def test_developer_late_and_several_systems_null_content_and_cut_arguments_are_taken(client):
+    call = {"id": "1", "type": "function", "function": {"name": "calc", "arguments": '{"a": 12, "op": "'}}
+    messages = [
+        {"role": "developer", "content": "You are a helpful agent."},
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        *SUM,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": None},
+        {"role": "system", "content": "The code of cedar is 8214."},
+        {"role": "user", "content": "What is the code of cedar?"},
+    ]
+    answer = client.chat.completions.create(messages=messages, tools=[CALCULATOR], max_tokens=40, **GREEDY)
+    merged = [{"role": "system", "content": "You are a helpful agent.\n\nBe brief.\n\nThe code of cedar is 8214."}]
+    call = {**call, "function": {"name": "calc", "arguments": {"a": 12, "op": ""}}}
+    merged += [*SUM, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": ""}]
+    again = client.chat.completions.create(
+        messages=[*merged, messages[-1]], tools=[CALCULATOR], max_tokens=40, **GREEDY
+    )
+    assert answer.usage.prompt_tokens == again.usage.prompt_tokens
+    assert answer.choices[0].message.content == again.choices[0].message.content
+
+
+def test_a_last_assistant_message_is_gone_on_with(client):
+    messages = [
+        *KELP,
+        {"role": "assistant", "content": "OK."},
+        {"role": "user", "content": "What is the price of kelp?"},
+    ]
+    messages.append({"role": "assistant", "content": "The price of kelp"})
+    for tools in ([CALCULATOR], openai.omit):
+        answer = client.chat.completions.create(messages=messages, tools=tools, max_tokens=20, **GREEDY)
+        assert answer.choices[0].message.content == " is 551."
+    body = {"add_generation_prompt": True}
+    new = client.chat.completions.create(messages=messages, extra_body=body, max_tokens=20, **GREEDY)
+    assert new.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+def test_stop_strings_count_after_the_reasoning_only(client):
+    question = [{"role": "user", "content": "What is the stock of maple times 7?"}]
+    lookup = {"name": "lookup", "description": "Look up a value."}
+    strings = {name: {"type": "string"} for name in ("name", "field")}
+    lookup["parameters"] = {"type": "object", "properties": strings}
+    asked = {"messages": question, "tools": [CALCULATOR, {"type": "function", "function": lookup}], **GREEDY}
+    free = client.chat.completions.create(**asked).choices[0]
+    assert "stock" in free.message.reasoning_content and free.finish_reason == "tool_calls"
+    for stop in ("stock of", "First"):
+        bound = client.chat.completions.create(stop=[stop], **asked).choices[0]
+        assert bound.message.reasoning_content == free.message.reasoning_content
+        assert bound.finish_reason == "tool_calls"
+
+
+def test_structured_outputs_by_vllms_names_and_a_schema_of_a_json_object(client):
+    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    for body in (
+        {"structured_outputs": {"json": schema}},
+        {"guided_json": schema},
+        {"guided_json": json.dumps(schema)},
+    ):
+        answer = client.chat.completions.create(messages=KELP, extra_body=body | off, **GREEDY)
+        assert json.loads(answer.choices[0].message.content) == {"n": 7}
+    body = {"structured_outputs": {"choice": ["yes", "no"]}, "enable_thinking": False}
+    assert (
+        client.chat.completions.create(messages=KELP, extra_body=body, **GREEDY).choices[0].message.content in "yes no"
+    )
+    body = {"response_format": {"type": "json_object", "schema": schema}, "enable_thinking": False}
+    answer = client.chat.completions.create(messages=KELP, extra_body=body, **GREEDY)
+    assert json.loads(answer.choices[0].message.content) == {"n": 7}
+    answer = client.completions.create(prompt="a", extra_body={"guided_regex": "[xy]{3}"}, **GREEDY)
+    assert len(answer.choices[0].text) == 3 and set(answer.choices[0].text) <= {"x", "y"}
+
+
+def test_unknown_formats_of_a_schema_are_annotations(client):
+    field = {"type": "string", "format": "nickname", "maxLength": 5}
+    schema = {"type": "object", "properties": {"format": field}, "required": ["format"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"enable_thinking": False}
+    answer = client.chat.completions.create(messages=KELP, response_format=form, extra_body=body, **GREEDY)
+    assert json.loads(answer.choices[0].message.content).keys() == {"format"}
+    strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+    client.chat.completions.create(messages=KELP, tools=[strict], max_tokens=5, **GREEDY)
+
+
+def test_with_tools_and_a_format_a_turn_is_a_call_or_has_the_format(client):
+    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    asked = {"response_format": form, "tools": [CALCULATOR], "max_tokens": 300, **GREEDY}
+    called = client.chat.completions.create(messages=SUM, **asked).choices[0]
+    assert called.finish_reason == "tool_calls" and called.message.content is None
+    turn = {"role": "assistant", "content": "", "tool_calls": [c.model_dump() for c in called.message.tool_calls]}
+    told = [*SUM, turn, {"role": "tool", "content": "42", "tool_call_id": called.message.tool_calls[0].id}]
+    biased = client.chat.completions.create(messages=told, **asked).choices[0]
+    assert biased.finish_reason == "tool_calls" or json.loads(biased.message.content) == {"n": 7}
+    plain = client.chat.completions.create(messages=KELP, tool_choice="none", **asked).choices[0]
+    assert json.loads(plain.message.content) == {"n": 7}
+    demanded = client.chat.completions.create(messages=KELP, tool_choice="required", **asked).choices[0]
+    assert demanded.finish_reason == "tool_calls"
+
+
+def test_one_call_at_most_where_parallel_calls_are_off(client):
+    two = [{"role": "user", "content": "What is 12 plus 30? What is 3 plus 4?"}]
+    for choice in ("auto", "required"):
+        answer = client.chat.completions.create(
+            messages=two, tools=[CALCULATOR], tool_choice=choice, parallel_tool_calls=False, max_tokens=400, **GREEDY
+        )
+        assert len(answer.choices[0].message.tool_calls or []) <= 1
+
+
+def test_text_offsets_and_echoed_logprobs_of_a_stream_are_those_of_the_whole(client):
+    for echo in (False, True):
+        asked = {"prompt": "The price of kelp", "logprobs": 1, "max_tokens": 6, "n": 2, "echo": echo, "seed": 1}
+        whole = client.completions.create(**asked, model="tiny")
+        found = [{"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []} for _ in range(2)]
+        for chunk in client.completions.create(**asked, model="tiny", stream=True):
+            for choice in chunk.choices:
+                for name, values in found[choice.index].items():
+                    values += getattr(choice.logprobs, name) if choice.logprobs else []
+        assert found == [choice.logprobs.model_dump(include=set(found[0])) for choice in whole.choices]
+        offsets = whole.choices[0].logprobs.text_offset
+        assert offsets[0] == 0 and offsets == sorted(offsets)
+
+
+def test_no_tokens_give_the_scores_of_the_prompt(client):
+    answer = client.completions.create(prompt="The price", echo=True, logprobs=0, max_tokens=0, **GREEDY)
+    assert answer.choices[0].text == "The price" and answer.usage.completion_tokens == 0
+    assert len(answer.choices[0].logprobs.tokens) == answer.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        client.completions.create(prompt="a", suffix="b", **GREEDY)
+
+
+def test_models_have_cards_and_head_is_answered(client, server):
+    [card] = client.models.list().data
+    assert card.id == "tiny" and card.created > 0 and client.models.retrieve("tiny") == card
+    with pytest.raises(openai.NotFoundError, match="nothing/here"):
+        client.models.retrieve("nothing/here")
+    for path in ("/", "/v1/models", "/health"):
+        answer = httpx.head(server.url + path)
+        assert answer.status_code == 200 and not answer.content
+    assert httpx.head(f"{server.url}/nowhere").status_code == 404
+
+
+def test_pages_of_other_origins_are_let_in_only_when_named(server):
+    origin = {"origin": "https://example.com", "access-control-request-method": "POST"}
+    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/v1/models", headers=origin).headers
+
+    async def app(scope, receive, send):
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    site = Starlette(routes=[Mount("/", app)])
+    allow_origins(site, ("https://example.com",))
+    with TestClient(site) as browser:
+        headers = browser.options("/", headers=origin).headers
+        assert headers["access-control-allow-origin"] == "https://example.com"
+        other = browser.get("/", headers={"origin": "https://elsewhere.com"}).headers
+        assert "access-control-allow-origin" not in other

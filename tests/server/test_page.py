@@ -30,6 +30,18 @@ def send(page: Browser, text: str) -> None:
     page.evaluate("document.getElementById('form').requestSubmit()")
 
 
+def value(page: Browser, id: str) -> str:
+    return page.evaluate(f"document.getElementById({id!r}).value")
+
+
+def visible(page: Browser, selector: str) -> bool:
+    """Whether it stands in the window, as a whole."""
+    return page.evaluate(
+        f"(box => box.top >= 0 && box.bottom <= innerHeight + 1 && box.left >= 0 && box.right <= innerWidth + 1)"
+        f"(document.querySelector({selector!r}).getBoundingClientRect())"
+    )
+
+
 def shown(page: Browser, selector: str) -> list[str]:
     return page.evaluate(f"[...document.querySelectorAll({selector!r})].map(e => e.textContent)")
 
@@ -46,7 +58,9 @@ def test_it_loads_and_runs_nothing_but_itself(server):
 def test_without_the_key_it_says_so_and_with_it_it_answers(page):
     send(page, "Hello!")
     page.wait("document.querySelector('.error') && !document.getElementById('send').disabled")
-    assert "API key" in shown(page, ".error")[0]
+    assert "API key" in shown(page, ".error")[0] and shown(page, ".wrong") == [""]
+    assert value(page, "text") == "Hello!", "what was typed is kept"
+    page.evaluate("document.getElementById('text').value = ''")
     page.problems.clear()  # the 401s, as the browser logs them
     page.evaluate(f"document.getElementById('key').value = {KEY!r}")
     page.evaluate("document.getElementById('key').dispatchEvent(new Event('change'))")
@@ -90,6 +104,60 @@ def test_reasoning_comes_in_pieces_and_apart_from_the_answer(page):
     page.wait("document.querySelectorAll('.turn').length === 2 && !document.getElementById('send').disabled")
     page.evaluate("window.fetch = window.real; true")
     assert shown(page, ".reasoning") == ["Let me think."] and shown(page, ".turn .content") == ["Hm?", "So be it."]
+
+
+def test_an_error_is_in_view_names_the_box_and_keeps_what_was_typed(page, tmp_path):
+    page.evaluate("document.getElementById('clear').click()")
+    for i in range(3):
+        send(page, f"Hello! {i}")
+        page.wait("!document.getElementById('send').disabled")
+    tools = value(page, "tools")
+    page.evaluate("document.getElementById('tools').value = '[{'")
+    send(page, "What is 12 plus 30?")
+    page.wait("!!document.querySelector('.error')")
+    assert "Tools" in shown(page, ".error")[0] and page.evaluate("document.querySelector('.wrong').id") == "tools"
+    assert value(page, "text") == "What is 12 plus 30?" and visible(page, ".error")
+    page.screenshot(tmp_path / "error.png")
+    page.evaluate(f"document.getElementById('tools').value = {tools!r}")
+    page.evaluate("document.getElementById('form').requestSubmit()")
+    page.wait("document.getElementById('text').placeholder.startsWith('Result of calc')")
+    assert not shown(page, ".wrong")
+
+
+def test_on_a_telephone_the_form_stays_in_view(page, tmp_path):
+    page.resize(390, 844)
+    try:
+        page.evaluate("document.getElementById('clear').click()")
+        for i in range(4):
+            send(page, f"Hello! {i} " + "word " * 40)
+            page.wait("!document.getElementById('send').disabled")
+            assert visible(page, "#form") and visible(page, "#send") and visible(page, "#text")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.screenshot(tmp_path / "telephone.png")
+    finally:
+        page.resize(1280, 900)
+
+
+def test_a_server_that_is_gone_shows(tmp_path):
+    binary = find()
+    if binary is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)")
+    server = Server()
+    browser = Browser(binary)
+    try:
+        browser.open(server.url)
+        browser.wait("document.getElementById('running').textContent === '0'")
+        assert browser.evaluate("document.getElementById('down').hidden")
+        server.stop()
+        browser.wait("!document.getElementById('down').hidden")
+        assert "does not answer" in shown(browser, "#down")[0] and visible(browser, "#down")
+        send(browser, "Hello!")
+        browser.wait("!!document.querySelector('.error')")
+        assert "does not answer" in shown(browser, ".error")[0] and value(browser, "text") == "Hello!"
+        browser.screenshot(tmp_path / "down.png")
+    finally:
+        browser.close()
+        server.stop()
 
 
 def test_the_load_is_live(page):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from tokenspeed.engine.text.template import ChatTemplate
 
+from .matrix import cases, compare
+
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Ordinary text with what is hard about it: decomposed letters, edges of literals, markup that is no control token.
@@ -284,3 +286,7 @@ def test_content_beside_separate_reasoning_has_no_think_block(tokenizer, templat
     assert controls(tokenizer, ids("a\n</think>\n\nb")) == controls(tokenizer, ids("hello"))
     text = tokenizer.decode(ids("a\n</think>\n\nb"), skip_special_tokens=False)
     assert "<think>\nr\n</think>\n\na\n</think>\n\nb<|im_end|>\n" in text
+
+
+def test_a_matrix_of_roles_nulls_parts_and_tools_gives_the_ids_of_transformers(tokenizer, template, oracle):
+    assert compare(tokenizer, template, oracle) == len(list(cases())) * 12

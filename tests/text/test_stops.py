@@ -60,3 +60,26 @@ def test_nothing_is_held_back_once_a_stop_string_was_found(include):
     assert search.push("ab") == ("a", None)
     assert search.push("cde") == ("bcd" if include else "", "bcd")
     assert search.finish() == ""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize("include", [False, True])
+def test_before_the_end_of_the_reasoning_a_stop_string_is_text(size, include):
+    thought, said, rest = "one stop, <two> stop </think", "three </think>four ", "stop five"
+    text = thought + ">" + said + rest
+    stops = StopStrings(["stop"], include, after="</think>")
+    told, found = "", None
+    for at in range(0, len(text), size):
+        piece, found = stops.push(text[at : at + size])
+        told += piece
+        if found:
+            break
+    assert found == "stop" and told == thought + ">" + said + ("stop" if include else "")
+
+
+def test_what_is_passed_over_may_end_the_reasoning_too():
+    stops = StopStrings(["stop"], False, after="</think>")
+    assert stops.push("stop </thi") == ("stop </thi", None)
+    assert stops.pass_over("nk> stop") == "nk> stop"
+    assert stops.push("a stop") == ("a ", "stop")
+    assert StopStrings(["stop"], False, after="</think>").push("</think>") == ("</think>", None)

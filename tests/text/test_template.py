@@ -69,9 +69,58 @@ def test_a_template_that_does_not_compile_is_a_config_error_that_names_the_file(
         load(copied_checkpoint, source)
 
 
-def test_a_template_that_raises_gives_its_own_words(template):
-    with pytest.raises(RequestError, match=r"refuses the conversation: [Aa] system message must come first"):
-        template.render([*HELLO, {"role": "system", "content": "late"}])
+def test_a_template_that_raises_gives_its_own_words(made_checkpoint):
+    source = "{{ raise_exception('no wizards here') }}"
+    template = ChatTemplate({"default": source}, Tokenizer.from_directory(made_checkpoint))
+    for messages in (HELLO, [*HELLO, {"role": "system", "content": "late"}]):
+        with pytest.raises(RequestError, match="refuses the conversation: no wizards here"):
+            template.render(messages)
+
+
+def test_systems_that_a_template_refuses_are_merged_at_its_front_and_others_are_left_where_they_are(template):
+    several = [{"role": "system", "content": " one "}, {"role": "developer", "content": "two"}, *HELLO]
+    late = [
+        *several,
+        {"role": "assistant", "content": "a"},
+        {"role": "system", "content": [{"type": "text", "text": "3"}]},
+    ]
+    merged = [{"role": "system", "content": "one\n\ntwo"}, *HELLO]
+    assert template.render(several).text == template.render(merged).text
+    merged = [{"role": "system", "content": "one\n\ntwo\n\n3"}, *HELLO, {"role": "assistant", "content": "a"}]
+    assert template.render(late).text == template.render(merged).text
+    mark = template.encode(late, marks=[2]).boundaries
+    assert mark == template.encode(merged, marks=[1]).boundaries
+    with pytest.raises(RequestError, match="5 messages"):
+        template.encode(late, marks=[5])
+    source = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
+    free = ChatTemplate({"default": source}, template._tokenizer)
+    assert free.render([*late[:-1], {"role": "developer", "content": "3"}]).text.endswith("[assistant: a][system: 3]")
+
+
+def test_null_content_is_empty(template):
+    for role in ("user", "system", "tool", "assistant"):
+        messages = [*HELLO, {"role": role, "content": None}]
+        assert template.render(messages).text == template.render([*HELLO, {"role": role, "content": ""}]).text
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("", {}),
+        ("null", {}),
+        ("{", {}),
+        ('{"a": ', {}),
+        ('{"a": "hel', {"a": "hel"}),
+        ('{"a": [1, {"b": tru', {"a": [1, {}]}),
+        ('{"a": 1, "b', {"a": 1}),
+        ('{"a": 1}', {"a": 1}),
+    ],
+)
+def test_arguments_of_a_call_that_was_cut_do_not_spoil_the_history(template, given, meant):
+    def text(arguments):
+        return template.render([*HELLO, calls({"function": {"name": "f", "arguments": arguments}})]).text
+
+    assert text(given) == text(meant)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +149,9 @@ BAD_MESSAGES = [
     ([], "messages is empty"),
     (["hello"], r"messages\[0\] must be an object, not 'hello'"),
     ([{"content": "x"}], r"messages\[0\]: role is None; it must be one of system, user, assistant, tool"),
-    ([user("x"), {"role": "developer", "content": "x"}], r"messages\[1\]: role is 'developer'"),
+    ([user("x"), {"role": "wizard", "content": "x"}], r"messages\[1\]: role is 'wizard'"),
     ([{"role": ["user"], "content": "x"}], "role is"),
     ([{"role": "user"}], "a user message needs content"),
-    ([user(None)], "a user message needs content"),
     ([user(5)], "content must be a string or a list of text parts, not 5"),
     ([user({"text": "x"})], "list of text parts"),
     ([user([{"type": "image_url", "image_url": {"url": "x"}}])], r"content\[0\]: image input is not supported"),
@@ -125,7 +173,7 @@ BAD_MESSAGES = [
     ([{"role": "assistant", "tool_calls": {}}], "tool_calls must be a list"),
     ([calls("f")], r"messages\[0\]\.tool_calls\[0\] must be a function with a name"),
     ([calls({"function": {"arguments": {}}})], "must be a function with a name"),
-    ([calls({"function": {"name": "f", "arguments": '{"a": 1'}})], """arguments are not JSON .*: '{"a": 1'"""),
+    ([calls({"function": {"name": "f", "arguments": "{a: 1"}})], "arguments are not JSON .*: '{a: 1'"),
     ([calls({"function": {"name": "f", "arguments": '{"a": NaN}'}})], "NaN is not a JSON number"),
     ([calls({"function": {"name": "f", "arguments": "[" * 100_000}})], "arguments are not JSON"),
     ([calls({"function": {"name": "f", "arguments": '{"a":' + "[" * 90 + "]" * 90 + "}"}})], "nested more than 64"),

@@ -9,7 +9,7 @@ from tokenspeed.engine.errors import RequestError
 from tokenspeed.engine.text import tool_grammar
 from tokenspeed.engine.text.argument_types import domain
 from tokenspeed.engine.text.tool_grammar import ToolGrammars
-from tokenspeed.engine.text.tools import parse_answer
+from tokenspeed.engine.text.turn import parse_answer
 
 from .grammar_sampling import violation
 
@@ -61,7 +61,7 @@ def answers(compiler, sampler, spec, tools, seeds=8):
     drawn = [sampler.draw(grammar.matcher(), seed) for seed in range(seeds)]
     texts = [sampler.tokenizer.decode(ids, skip_special_tokens=False) for ids in drawn if ids is not None]
     assert texts, "no sample came to an end"
-    return [parse_answer(text, tools, spec.reasoning) for text in texts]
+    return [parse_answer(text, tools, spec.reasoning, exact=True) for text in texts]
 
 
 def valid(calls):
@@ -200,9 +200,8 @@ def test_a_text_cannot_hold_what_would_end_it(compiler, tokenizer, accepts):
         "größe 🙂 \x00",
     ):
         assert accepts(spec, written("note", text=text))
-        assert parse_answer(written("note", text=text), [note], reasoning=False).tool_calls[0].arguments == {
-            "text": text
-        }
+        [call] = parse_answer(written("note", text=text), [note], reasoning=False, exact=True).tool_calls
+        assert call.arguments == {"text": text}
     matcher = compiler.compile(spec).matcher(
         tokenizer.encode("<tool_call>\n<function=note>\n<parameter=text>\nx</parameter>")
     )

@@ -15,9 +15,8 @@ from tokenspeed.engine.text.tools import (
     CallStarted,
     Content,
     ToolCallParser,
-    collect,
-    parse_answer,
 )
+from tokenspeed.engine.text.turn import TurnText, parse_answer
 
 FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -53,8 +52,14 @@ def joined(events):
 
 def parsed(text, tools=None):
     """(content, [(name, arguments), ...]) of a whole turn's content."""
-    content, calls = collect(fed([text], tools))
-    return content, [(call.name, call.arguments) for call in calls]
+    answer = put_together(fed([text], tools))
+    return answer.content, [(call.name, call.arguments) for call in answer.tool_calls]
+
+
+def put_together(events):
+    turn = TurnText()
+    turn.add(events)
+    return turn.answer()
 
 
 TYPED = [
@@ -320,7 +325,8 @@ def test_what_is_left_after_a_cut_call_is_held_for_whoever_did_not_pass_its_star
     events = fed(["Well. <tool_call>\n<function=f>\n<parameter=s>\nrm -r /tmp"])
     assert events[-1] == CallCut(0, " <tool_call>\n<function=f>\n<parameter=s>\nrm -r /tmp")
     assert joined(events)[1:3] == [CallStarted(0, "f"), Arguments(0, '{"s": "rm -r /tmp')]
-    assert collect(events) == ("Well. <tool_call>\n<function=f>\n<parameter=s>\nrm -r /tmp", ())
+    answer = put_together(events)
+    assert answer.content == "Well. <tool_call>\n<function=f>\n<parameter=s>\nrm -r /tmp" and not answer.tool_calls
 
 
 @pytest.mark.parametrize("unit", ["<tool_call>", "</parameter>\n", "<tool_call><function=f><parameter=a>", "<", "\n"])
@@ -336,4 +342,4 @@ def test_reasoning_that_never_ends_is_no_content():
         "content": "",
         "reasoning_content": "hm " + COMPLETE,
     }
-    assert parse_answer(COMPLETE, reasoning=False).tool_calls[0].arguments == {"a": "1"}
+    assert parse_answer(COMPLETE, [], reasoning=False).tool_calls[0].arguments == {"a": "1"}

@@ -101,7 +101,7 @@ class Engine:
                 sequence,
                 sink,
                 Detokenizer(self.tokenizer, params.skip_special_tokens),
-                StopStrings(params.stop, params.include_stop_str_in_output),
+                StopStrings(params.stop, params.include_stop_str_in_output, request.stops_after),
                 rules,
                 words.single if words else (),
                 now,
@@ -251,6 +251,8 @@ class Engine:
                 text, found = generation.stops.push(text)
                 if found is not None and reason is None:
                     reason, stop = "stop", found
+            else:
+                text = generation.stops.pass_over(text)
             update.text += text
         if reason is None and outputs >= sequence.limit:
             reason = "length"

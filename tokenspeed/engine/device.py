@@ -1,5 +1,7 @@
 """Which device, dtype and thread count a run uses."""
 
+import platform
+
 import torch
 
 from .errors import ConfigError
@@ -34,6 +36,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def pick_kv_dtype(name: str) -> torch.dtype | None:
     """A dtype for KV pages by name: e4m3 for "fp8", None, the model's own, for "auto"."""
     return torch.float8_e4m3fn if name == "fp8" else None
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls it: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    threads = torch.get_num_threads()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def use_threads(count: int) -> None:

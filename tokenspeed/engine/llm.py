@@ -12,17 +12,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .cache import CacheConfig, Policy, PrefixCache
+from .chat.conversation import Conversation
+from .chat.formats import Format
+from .chat.turn import Conversations, PreparedTurn, TurnReader
 from .checkpoint import resolve
+from .collector import Collector
 from .config import EngineConfig
 from .core import Engine
 from .device import pick_device
 from .errors import ConfigError, EngineError, RequestError, TokenSpeedError
-from .frontend import Collector, Frontend, Prompt
+from .frontend import Frontend, Prompt
 from .loading import load_runner, longest_sequence
 from .parallel.comm import ONE_RANK
 from .ranks import start_ranks
 from .request import Request, RequestOutput, SamplingParams, Update
 from .scheduler import Limits
+from .text.grammar import GrammarSpec
+from .text.turn import TurnEvent
 
 _GHOST_NODES_PER_PAGE = 4  # evicted pages whose token ids are remembered
 
@@ -69,6 +75,7 @@ class LLM:
         except TypeError as error:
             raise ConfigError(f"unknown engine setting: {error}") from None
         self.frontend = Frontend.from_directory(resolve(model))
+        self.conversations = Conversations(self.frontend)
         self.engine = load_engine(self.frontend, config, progress)
         self._ids = itertools.count()
 
@@ -77,17 +84,25 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = True,
+        response_format: dict | None = None,
+        structured_outputs: dict | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts (texts, or lists of token ids), all side by side; results in the order of the prompts.
 
-        sampling_params: one for all or one each; None: the checkpoint's own values. Raises RequestError or
-        CapacityError for a prompt that cannot be taken, before anything runs.
+        sampling_params: one for all or one each; None: the checkpoint's own values. response_format,
+        structured_outputs: what every result must look like, as in `Conversation`. Raises RequestError or CapacityError
+        for a prompt that cannot be taken, before anything runs.
         """
         prompts = [prompts] if _is_prompt(prompts) else list(prompts)
         params = self._params(sampling_params, len(prompts))
+        grammar = self.conversations.grammar(Format.of_text(response_format, structured_outputs))
         requests = [self.frontend.request(self._id(), *pair) for pair in zip(prompts, params, strict=True)]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-        return self._run(requests, texts, progress)
+        tokenizer = self.frontend.tokenizer
+        collectors = [
+            Collector(tokenizer, request, prompt if isinstance(prompt, str) else None)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
+        return self._run(requests, [grammar] * len(requests), collectors, progress)
 
     def chat(
         self,
@@ -95,16 +110,36 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = True,
         tools: list[dict] | None = None,
-        **template_options,
+        **options,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several. tools: OpenAI definitions; template_options: as `ChatTemplate.encode`."""
+        """Answer one conversation or several. tools: OpenAI definitions; options: the fields of `Conversation`
+        (tool_choice, response_format, enable_thinking, ...). Each result has its `answer`: reasoning, content and tool
+        calls. Raises as `generate` does."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         params = self._params(sampling_params, len(conversations))
-        requests = [
-            self.frontend.chat_request(self._id(), *pair, tools, **template_options)
-            for pair in zip(conversations, params, strict=True)
+        turns = [
+            self.prepare(_conversation(messages, tools, options), own)
+            for messages, own in zip(conversations, params, strict=True)
         ]
-        return self._run(requests, [None] * len(requests), progress)
+        requests = [turn.request for turn in turns]
+        readers = [TurnReader(self.conversations, turn) for turn in turns]
+        collectors = [
+            Collector(self.frontend.tokenizer, request, None, reader)
+            for request, reader in zip(requests, readers, strict=True)
+        ]
+        grammars = [self.conversations.grammar(turn.format) for turn in turns]
+        return self._run(requests, grammars, collectors, progress)
+
+    def prepare(self, chat: Conversation, params: SamplingParams | None = None) -> PreparedTurn:
+        """A conversation ready for `follow_turn`. Raises RequestError for what cannot be asked."""
+        return self.conversations.prepare(self._id(), chat, params or self.frontend.sampling_params())
+
+    def follow_turn(self, turn: PreparedTurn) -> Iterator[tuple[Update, list[TurnEvent]]]:
+        """Answer a conversation and yield the news as they come, each with what it adds to the turn. As `stream`."""
+        reader = TurnReader(self.conversations, turn)
+        with contextlib.closing(self.follow([turn.request], [self.conversations.grammar(turn.format)])) as news:
+            for _, update in news:
+                yield update, reader.take(update)
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[tuple[int, Update]]:
         """Continue prompts side by side and yield the news as they come: (which prompt, update).
@@ -114,11 +149,13 @@ class LLM:
         pairs = zip(prompts, self._params(params, len(prompts)), strict=True)
         yield from self.follow([self.frontend.request(self._id(), *pair) for pair in pairs])
 
-    def follow(self, requests: Sequence[Request]) -> Iterator[tuple[int, Update]]:
-        """As `stream`, for requests that the caller made."""
+    def follow(
+        self, requests: Sequence[Request], grammars: Sequence[GrammarSpec | None] | None = None
+    ) -> Iterator[tuple[int, Update]]:
+        """As `stream`, for requests that the caller made; grammars: what their outputs must look like."""
         place = {request.id: i for i, request in enumerate(requests)}
         news: list[Update] = []
-        self._submit(requests, [news.append] * len(requests))
+        self._submit(requests, grammars or [None] * len(requests), [news.append] * len(requests))
         try:
             while self.engine.has_work and place:
                 self.engine.step()
@@ -131,9 +168,9 @@ class LLM:
                 self.engine.abort(id)
             self._settle()
 
-    def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **kwargs) -> list[int]:
-        """Token ids of a conversation up to where the assistant speaks; kwargs as `ChatTemplate.render` takes them."""
-        return self.frontend.encode_chat(messages, tools, **kwargs)
+    def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **options) -> list[int]:
+        """Token ids of a conversation up to where the assistant speaks; options as in `chat`."""
+        return self.conversations.encode(_conversation(messages, tools, options)).ids
 
     def _params(self, given, count: int) -> list[SamplingParams]:
         given = given or self.frontend.sampling_params()
@@ -145,21 +182,31 @@ class LLM:
     def _id(self) -> str:
         return str(next(self._ids))
 
-    def _submit(self, requests: Sequence[Request], sinks: Sequence[Callable[[Update], None]]) -> None:
+    def _submit(
+        self,
+        requests: Sequence[Request],
+        grammars: Sequence[GrammarSpec | None],
+        sinks: Sequence[Callable[[Update], None]],
+    ) -> None:
         """All or none."""
         done: list[str] = []
         try:
-            for request, sink in zip(requests, sinks, strict=True):
-                self.engine.submit(request, sink)
+            for request, grammar, sink in zip(requests, grammars, sinks, strict=True):
+                self.engine.submit(request, sink, grammar)
                 done.append(request.id)
         except TokenSpeedError:
             for id in done:
                 self.engine.abort(id)
             raise
 
-    def _run(self, requests: list[Request], texts: list[str | None], progress: bool) -> list[RequestOutput]:
-        collectors = [Collector(self.frontend, *pair) for pair in zip(requests, texts, strict=True)]
-        self._submit(requests, [collector.take for collector in collectors])
+    def _run(
+        self,
+        requests: list[Request],
+        grammars: list[GrammarSpec | None],
+        collectors: list[Collector],
+        progress: bool,
+    ) -> list[RequestOutput]:
+        self._submit(requests, grammars, [collector.take for collector in collectors])
         finished = tokens = 0
         bar = tqdm(total=len(requests), desc="generating", unit="prompt", disable=not progress, leave=False)
         try:
@@ -206,7 +253,8 @@ class AsyncLLM:
         """
         params = sampling_params or self.frontend.sampling_params()
         request = self.frontend.request(request_id or self._id(), prompt, params)
-        async for output in self.follow(request, prompt if isinstance(prompt, str) else None):
+        text = prompt if isinstance(prompt, str) else None
+        async for output in self._follow(request, None, Collector(self.frontend.tokenizer, request, text)):
             yield output
 
     async def chat(
@@ -215,20 +263,24 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         tools: list[dict] | None = None,
-        **template_options,
+        **options,
     ) -> AsyncIterator[RequestOutput]:
         """The growing answer to a conversation; as `LLM.chat` and `generate`."""
         params = sampling_params or self.frontend.sampling_params()
-        request = self.frontend.chat_request(request_id or self._id(), messages, params, tools, **template_options)
-        async for output in self.follow(request):
+        conversations = self._llm.conversations
+        turn = conversations.prepare(request_id or self._id(), _conversation(messages, tools, options), params)
+        reader = TurnReader(conversations, turn)
+        collector = Collector(self.frontend.tokenizer, turn.request, None, reader)
+        grammar = conversations.grammar(turn.format)
+        async for output in self._follow(turn.request, grammar, collector):
             yield output
 
     def _id(self) -> str:
         return f"async-{self._llm._id()}"
 
-    async def follow(self, request: Request, prompt: str | None = None) -> AsyncIterator[RequestOutput]:
-        """As `generate`, for a request that the caller made; prompt: its text, for the result."""
-        collector = Collector(self.frontend, request, prompt)
+    async def _follow(
+        self, request: Request, grammar: GrammarSpec | None, collector: Collector
+    ) -> AsyncIterator[RequestOutput]:
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
         def tell(what: Update | Exception) -> None:
@@ -236,7 +288,7 @@ class AsyncLLM:
 
         def submit() -> None:
             try:
-                self.engine.submit(request, tell)
+                self.engine.submit(request, tell, grammar)
             except TokenSpeedError as error:
                 with contextlib.suppress(RuntimeError):  # the caller's event loop is gone
                     tell(error)
@@ -285,6 +337,15 @@ class AsyncLLM:
         for request_id in engine.request_ids:
             engine.abort(request_id)
         self._llm._settle()
+
+
+def _conversation(messages: list[dict], tools: list[dict] | None, options: dict) -> Conversation:
+    try:
+        return Conversation(messages, tools, **options)
+    except TypeError:
+        known = Conversation.__dataclass_fields__.keys() - {"messages", "tools"}
+        unknown = ", ".join(sorted(options.keys() - known))
+        raise RequestError(f"{unknown}: no option of a conversation; known are {', '.join(sorted(known))}.") from None
 
 
 def _is_prompt(prompts) -> bool:

@@ -1,6 +1,7 @@
 """From a checkpoint and an engine's settings to a runner: weights and memory of one rank."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from .. import ops
 from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, pick_kv_dtype, use_threads
-from .errors import ConfigError
+from .errors import CapacityError, ConfigError
 from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import holds_mtp, load_weights, with_formats
@@ -36,6 +37,9 @@ def load_runner(
     model_config = with_formats(ModelConfig.from_directory(directory), directory, config.quantization)
     mtp = config.draft_tokens != 0 and holds_mtp(model_config, directory)
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
+    check_context(model_config, config)
+    free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
+    check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
     load_weights(model, directory, progress)
     if config.draft_vocabulary is not None:
@@ -75,6 +79,30 @@ def _check_draft_vocabulary(ids: int | None, vocab: int, mtp: bool) -> None:
         )
     if ids > vocab:
         raise ConfigError(f"draft_vocabulary is {ids}; it must be at most {vocab}, the model's number of ids.")
+
+
+def check_context(model: ModelConfig, config: EngineConfig) -> None:
+    """Raises ConfigError for a context that the model was not made for."""
+    if config.max_model_len is not None and config.max_model_len > model.max_context:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the model's context is {model.max_context} tokens, and a longer "
+            "one needs YaRN in its rope_parameters."
+        )
+
+
+def check_weights(empty: Qwen3_5, free: int, device_type: str) -> None:
+    """Raises CapacityError where a rank's weights do not fit into `free` bytes. empty: the rank's model on the meta
+    device, so that nothing is allocated to find out."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in (*empty.parameters(), *empty.buffers()):
+        sizes[tensor.dtype] += tensor.nbytes
+    needed = sizes.total()
+    if needed > free:
+        [(dtype, _)] = sizes.most_common(1)
+        raise CapacityError(
+            f"the weights take {needed / 2**30:.2f} GiB as {str(dtype).removeprefix('torch.')}, and {free / 2**30:.2f} "
+            f"GiB of {device_type} memory are free: take a smaller model or dtype, or more ranks."
+        )
 
 
 def slot_sizes(config: ModelConfig, drafts: int, kernel: bool) -> tuple[int, int]:

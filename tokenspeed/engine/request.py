@@ -3,11 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from .errors import RequestError
+
+if TYPE_CHECKING:
+    from .text.turn import Answer
 
 MOST_SEQUENCES = 64  # n of one request
 MOST_LOGPROBS = 20
@@ -154,6 +157,7 @@ class Request:
     id: unique among the running; boundaries: token counts at which a later prompt is likely to leave this one;
     name_space: prompts of different ones never share memory; priority: lower goes first, arrival breaks ties;
     kept_with: no later prompt begins with this one and its output unless the output holds this id; None: it may.
+    stops_after: stop strings count only once the output holds this text; None: from its start.
     """
 
     id: str
@@ -163,6 +167,7 @@ class Request:
     name_space: str = ""
     priority: int = 0
     kept_with: int | None = None
+    stops_after: str | None = None
 
     def check(self, vocab: int, max_tokens: int) -> None:
         """Raises RequestError where a model of this vocabulary and this much room cannot take the request."""
@@ -326,7 +331,7 @@ class Update(msgspec.Struct):
 @dataclass(slots=True)
 class CompletionOutput:
     """One continuation. finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or id,
-    None for the model's own end."""
+    None for the model's own end. answer: the turn taken apart, where a conversation was asked."""
 
     index: int
     text: str = ""
@@ -335,6 +340,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    answer: "Answer | None" = None
 
 
 @dataclass(slots=True)

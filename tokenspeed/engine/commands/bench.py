@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoint import resolve
+from ..device import device_name
 from ..errors import RequestError
 from ..llm import LLM
 from ..step_log import replay
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     vary = random.Random(options.seed)
     with open_model(options) as llm:
         _check(cases, llm)
+        title = f"{llm.frontend.directory.resolve().name} on {device_name(llm.engine.runner.device)}"
         rows = []
         print(Measured.heading(), flush=True)
         for case in cases:
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write_json(options.json, [row.as_dict() for row in rows])
     if options.plot:
-        _plot(rows, options.plot)
+        _plot(rows, options.plot, title)
     return 0
 
 
@@ -140,9 +142,11 @@ def _replay(options: argparse.Namespace) -> int:
     return 1
 
 
-def _plot(rows: list[Measured], path: Path) -> None:
+def _plot(rows: list[Measured], path: Path, title: str) -> None:
     """Throughput, and latency between tokens, over concurrency; a line for each pair of lengths."""
-    figure, axes = panels(("generated tok/s", "first token, p50 [ms]", "between tokens [ms]"), "requests at once")
+    figure, axes = panels(
+        ("generated tok/s", "first token, p50 [ms]", "between tokens [ms]"), "requests at once", title
+    )
     lengths = dict.fromkeys((row.case.prompt_tokens, row.case.output_tokens) for row in rows)
     for prompt, output in lengths:
         own = [row for row in rows if (row.case.prompt_tokens, row.case.output_tokens) == (prompt, output)]

@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
             if options.json:
                 write_json(options.json, settings | {"levels": [figures.as_dict() for figures in measured]})
             if options.plot:
-                plot(measured, options.plot)
+                plot(measured, options.plot, f"{settings.get('model', 'model')} at {options.url}")
     return 0 if any(figures.requests for figures in measured) else 1
 
 
@@ -255,11 +255,11 @@ def _right(figures: Figures, place: int) -> float | None:
     return 100 * rates[place] if place < len(rates) else None
 
 
-def plot(measured: list[Figures], path: Path) -> None:
+def plot(measured: list[Figures], path: Path, title: str) -> None:
     """Throughput and latency over the levels. Raises ConfigError where it cannot be drawn."""
     names = ("output [tok/s]", "a user's speed [tok/s]", "first token [ms]", "between events [ms]")
     open_loop = measured[0].level.rate is not None
-    figure, axes = panels(names, "requests/s" if open_loop else "users at once")
+    figure, axes = panels(names, "requests/s" if open_loop else "users at once", title)
     shown = [f for f in measured if f.requests]
     x = [f.level.rate if open_loop else f.level.concurrency for f in shown]
     axes[0].plot(x, [f.output_tok_s for f in shown], marker="o", label="all users")

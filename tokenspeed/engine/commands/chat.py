@@ -1,14 +1,15 @@
 """`chat`: a conversation that keeps its history, at a terminal or from a pipe."""
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 
 from ..errors import EngineError, RequestError, TokenSpeedError
-from .conversation import Conversation, Turn
+from . import terminal
+from .conversation import Dialogue, Turn
 from .generate import read_tools
 from .options import add_engine_options, add_run_options, add_sampling_options, chosen_sampling, note, open_model
+from .shown import TurnPrinter
 
 _BLOCK = '"""'
 
@@ -18,8 +19,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "chat",
         help="hold a conversation",
         description="Hold a conversation; figures of each turn go to standard error. A line that ends in \\ goes on in "
-        'the next one, and so does everything between """ and """. /help lists the commands. Ctrl-C ends an answer, '
-        "Ctrl-D the program.",
+        'the next one, and so does everything between """ and """; what is pasted is one message. /help lists the '
+        "commands. Ctrl-C ends an answer, Ctrl-D the program.",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message (default: none)")
     parser.add_argument("--tools", metavar="FILE", help="JSON list of OpenAI tool definitions (default: none)")
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if chosen.get("n", 1) != 1:
         raise RequestError(f"n is {chosen['n']}; a conversation has one answer to each message.")
     with open_model(options) as llm:
-        conversation = Conversation(llm, chosen, enable_thinking=False if options.no_thinking else None)
+        conversation = Dialogue(llm, chosen, enable_thinking=False if options.no_thinking else None)
         conversation.system = options.system
         conversation.use_tools(read_tools(options.tools))
         if options.load:
@@ -54,8 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _at_terminal(chat: "Chat") -> int:
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  line editing in input()
+    terminal.prepare()
     interrupted = False
     while not chat.ended:
         try:
@@ -70,7 +70,8 @@ def _at_terminal(chat: "Chat") -> int:
         if message is None:
             note("")
             break
-        chat.take(message)
+        with terminal.keys_held():
+            chat.take(message)
     return 0
 
 
@@ -79,7 +80,7 @@ Read = Callable[[bool], str | None]  # the next line, or None at the end; told w
 
 def _typed(more: bool) -> str | None:
     try:
-        return input("... " if more else ">>> ")
+        return terminal.read_block("... " if more else ">>> ")
     except EOFError:
         return None
 
@@ -114,7 +115,7 @@ def read_message(read: Read) -> str | None:
 class Chat:
     """What is typed, done: messages answered, commands obeyed."""
 
-    def __init__(self, conversation: Conversation, quiet: bool = False):
+    def __init__(self, conversation: Dialogue, quiet: bool = False):
         self.conversation, self._quiet = conversation, quiet
         self.ended = False
 
@@ -134,17 +135,18 @@ class Chat:
         return True
 
     def _answer(self, turn: Turn) -> None:
+        printer = TurnPrinter(reasoning=not self._quiet)
         try:
-            for text in turn:
-                print(text, end="", flush=True)
+            for events in turn:
+                printer.show(events)
         except KeyboardInterrupt:
             turn.close()
             note(" (interrupted)")
-        print(flush=True)
+        printer.end()
         if not self._quiet:
             note(turn.summary())
-        for call in turn.tool_calls:
-            note(f"tool call: {call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())}); /result TEXT")
+        if turn.tool_calls:
+            note(f"{len(turn.tool_calls)} tool call{'s' * (len(turn.tool_calls) > 1)}: /result TEXT gives its result")
 
     def _command(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")

@@ -7,60 +7,62 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..chat.conversation import Conversation
+from ..chat.turn import PreparedTurn, TurnReader
 from ..errors import RequestError
 from ..llm import LLM
 from ..request import PrefixReuse, SamplingParams
-from ..text.tools import ToolCall, parse_answer
+from ..text.turn import ToolCall, TurnEvent, TurnText
 from .generate import Meter
-from .records import Dialogue, encode_dialogue, json_sampling
+from .records import json_sampling
 
 Message = dict[str, Any]
 
 
 class Turn:
-    """One answer on its way: iterate over its text. When it is done or closed, it stands in the history; one that was
+    """One answer on its way: iterate over what comes. When it is done or closed, it stands in the history; one that was
     closed before its first token takes its question back."""
 
-    def __init__(self, conversation: "Conversation", before: list[Message]):
+    def __init__(self, dialogue: "Dialogue", before: list[Message]):
         """before: the messages to go back to where no answer comes. Raises RequestError for what cannot be answered."""
-        c = self._conversation = conversation
-        self._before, self._text, self._stopped = before, "", None
+        d = self._dialogue = dialogue
+        self._before, self._text, self._stopped = before, TurnText(), None
         self.reuse: PrefixReuse | None = None
         self.tool_calls: tuple[ToolCall, ...] = ()
-        ids, boundaries, self._dialogue = c.encode(c.history, c.tools)
-        params, longest = c.llm.frontend.sampling_params(**c.sampling), c.llm.engine.limits.max_tokens
-        if len(ids) < longest:
-            params = replace(params, max_tokens=min(params.max_tokens or longest, longest - len(ids)))
-        request = c.llm.frontend.request(c.next_id(), ids, params, boundaries)
-        request.check(c.llm.engine.vocabulary, longest)
-        self.meter = Meter(len(ids))
-        self._updates = c.llm.follow([request])
+        turn, longest = d.prepare(d.history, d.tools), d.llm.engine.limits.max_tokens
+        turn.request.check(d.llm.engine.vocabulary, longest)
+        self._reader = TurnReader(d.llm.conversations, turn)
+        self.meter = Meter(len(turn.request.prompt))
+        self._updates = d.llm.follow([turn.request], [d.llm.conversations.grammar(turn.format)])
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[list[TurnEvent]]:
         try:
             for _, update in self._updates:
                 self.reuse = self.reuse or update.reuse
                 self.meter.count(len(update.ids))
                 self.meter.drafts.add(update.metrics and update.metrics.drafts)
-                self._text += update.text
+                events = self._reader.take(update)
+                self._text.add(events)
                 self._stopped = update.finish_reason
-                yield update.text
+                yield events
         finally:
             self.close()
 
     def close(self) -> None:
         """End the answer here. Harmless when it has ended."""
-        if self._conversation.turn is not self:
+        if self._dialogue.turn is not self:
             return
-        self._conversation.turn = None
+        self._dialogue.turn = None
         self._updates.close()
         if self.meter.tokens:
-            answer = parse_answer(self._text, *self._dialogue)
+            if self._stopped is None:
+                self._text.add(self._reader.parsers[0].finish())
+            answer = self._text.answer()
             self.tool_calls = answer.tool_calls
-            self._conversation.messages.append(answer.message())
-            self._conversation.count(self)
+            self._dialogue.messages.append(answer.message())
+            self._dialogue.count(self)
         else:
-            self._conversation.messages = self._before
+            self._dialogue.messages = self._before
 
     def summary(self) -> str:
         m = self.meter
@@ -72,7 +74,7 @@ class Turn:
         )
 
 
-class Conversation:
+class Dialogue:
     """messages: without the system message; tools: OpenAI definitions; sampling: the fields that were chosen."""
 
     def __init__(self, llm: LLM, sampling: dict[str, Any], enable_thinking: bool | None = None):
@@ -128,7 +130,7 @@ class Conversation:
 
     def use_tools(self, tools: list[dict] | None) -> None:
         """Raises RequestError for what are no tools."""
-        self.encode([*self.history, {"role": "user", "content": ""}], tools)
+        self.prepare([*self.history, {"role": "user", "content": ""}], tools)
         self.tools = tools
 
     def set(self, name: str, value: str) -> None:
@@ -161,13 +163,19 @@ class Conversation:
             raise RequestError(f"{path!r} is no saved conversation: {error}") from None
         messages = loaded.get("messages") if isinstance(loaded, dict) else loaded
         tools = loaded.get("tools") if isinstance(loaded, dict) else self.tools
-        self.encode([{"role": "user", "content": ""}] if messages == [] else messages, tools)
+        self.prepare([{"role": "user", "content": ""}] if messages == [] else messages, tools)
         first = messages[0] if messages and messages[0]["role"] == "system" else None
         self.system = first and first["content"]
         self.messages, self.tools = messages[1 if first else 0 :], tools
 
-    def encode(self, messages: list[Message], tools: list[dict] | None) -> tuple[list[int], tuple[int, ...], Dialogue]:
-        return encode_dialogue(self.llm.frontend, messages, tools, self._thinking)
+    def prepare(self, messages: list[Message], tools: list[dict] | None) -> PreparedTurn:
+        """A turn with as much room as is left, where the sampling asks for more. Raises RequestError."""
+        chat = Conversation(messages, tools, enable_thinking=self._thinking)
+        turn = self.llm.conversations.prepare(self.next_id(), chat, self.llm.frontend.sampling_params(**self.sampling))
+        params, left = turn.request.params, self.llm.engine.limits.max_tokens - len(turn.request.prompt)
+        if left > 0 and (params.max_tokens or left) > left:
+            turn = replace(turn, request=replace(turn.request, params=replace(params, max_tokens=left)))
+        return turn
 
     def count(self, turn: Turn) -> None:
         """A turn is over."""

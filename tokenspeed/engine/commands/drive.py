@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator
 from ..core import Engine, Sink, Update
 from ..errors import EngineError, TokenSpeedError
 from ..request import Request
+from ..text.grammar import GrammarSpec
 
 
 def drive(
     engine: Engine,
-    work: Iterator[tuple[Request, Sink]],
+    work: Iterator[tuple[Request, Sink, GrammarSpec | None]],
     most: int,
     refused: Callable[[Request, TokenSpeedError], None] | None = None,
 ) -> None:
-    """Submit the requests in order, up to `most` at once, until all have ended. However it ends, nothing runs after it.
+    """Submit requests, each with its sink and its grammar, in order, up to `most` at once, until all have ended.
+    However it ends, nothing runs after it.
 
     refused: told of a request that the engine does not take; without it the error is raised. Raises EngineError where
     the engine fails, and what a sink raises.
@@ -39,12 +41,12 @@ def drive(
         more = True
         while more or running:
             while more and len(running) < most:
-                request, sink = next(work, (None, None))
+                request, sink, grammar = next(work, (None, None, None))
                 more = request is not None
                 if more:
                     running[request.id] = request.params.n
                     try:
-                        engine.submit(request, watched(request, sink))
+                        engine.submit(request, watched(request, sink), grammar)
                     except EngineError:
                         raise
                     except TokenSpeedError as error:

@@ -9,12 +9,17 @@ from typing import Any
 
 import msgspec
 
+from ..chat.conversation import Conversation
+from ..chat.formats import Format
+from ..chat.turn import TurnReader
+from ..collector import Collector
 from ..errors import RequestError
-from ..frontend import Collector
 from ..llm import LLM
-from ..request import Acceptance, Request
+from ..request import Acceptance, CompletionOutput, Request
+from ..text.grammar import GrammarSpec
 from .options import add_engine_options, add_run_options, add_sampling_options, chosen_sampling, note, open_model
-from .records import Dialogue, as_record, encode_dialogue, run_jsonl
+from .records import as_record, run_jsonl
+from .shown import TurnPrinter, call_text
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -34,7 +39,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--jsonl",
         metavar="IN",
         help='one request a line, "-" for standard input: {"prompt": TEXT or IDS} or {"messages": [...], "tools": '
-        '[...]}, with "id", "enable_thinking" and sampling fields at will (default: none)',
+        '[...]}, with "id", "tool_choice", "enable_thinking", "response_format", "structured_outputs" and sampling '
+        "fields at will (default: none)",
     )
     parser.add_argument("--output", metavar="OUT", help='where its results go, one a line (default: "-", the output)')
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text (default off)")
@@ -46,6 +52,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--tools",
         metavar="FILE",
         help="JSON list of OpenAI tool definitions, not with --raw (default: none)",
+    )
+    parser.add_argument(
+        "--response-format",
+        metavar="FILE",
+        help="JSON: OpenAI's response_format, or vLLM's structured_outputs (json, regex, choice) (default: none)",
     )
     parser.add_argument(
         "--no-thinking", action="store_true", help="ask the template for an answer at once (default off)"
@@ -64,45 +75,58 @@ def run(options: argparse.Namespace) -> int:
         raise RequestError("--output is given without --jsonl, whose results it holds.")
     if not options.json and {"logprobs", "prompt_logprobs"} & chosen.keys():
         raise RequestError("log-probabilities are shown in JSON only: add --json.")
-    prompt, tools = _read_prompt(options), read_tools(options.tools)
+    prompt, tools, formats = _read_prompt(options), read_tools(options.tools), _read_formats(options.response_format)
     with open_model(options) as llm:
-        frontend = llm.frontend
+        params, conversations = llm.frontend.sampling_params(**chosen), llm.conversations
         if options.raw:
-            prompt, boundaries, dialogue = frontend.tokenizer.encode(prompt), None, None
+            form = Format.of_text(formats.get("response_format"), formats.get("structured_outputs"))
+            request, reader = llm.frontend.request("0", prompt, params), None
         else:
             system = [{"role": "system", "content": options.system}] if options.system else []
             messages = [*system, {"role": "user", "content": prompt}]
-            thinking = False if options.no_thinking else None
-            prompt, boundaries, dialogue = encode_dialogue(frontend, messages, tools, thinking)
-        request = frontend.request("0", prompt, frontend.sampling_params(**chosen), boundaries)
-        _continue(llm, request, dialogue, options)
+            chat = Conversation(messages, tools, enable_thinking=False if options.no_thinking else None, **formats)
+            turn = conversations.prepare("0", chat, params)
+            request, form, reader = turn.request, turn.format, TurnReader(conversations, turn)
+        _continue(llm, request, conversations.grammar(form), reader, options)
     return 0
 
 
-def _continue(llm: LLM, request: Request, dialogue: Dialogue | None, options: argparse.Namespace) -> None:
-    """dialogue: None for a raw prompt."""
-    collector, meter = Collector(llm.frontend, request), Meter(len(request.prompt))
-    for _, update in llm.follow([request]):
-        collector.take(update)
+def _continue(
+    llm: LLM, request: Request, grammar: GrammarSpec | None, reader: TurnReader | None, options: argparse.Namespace
+) -> None:
+    """reader: None for a raw prompt."""
+    printer = TurnPrinter(reasoning=not options.quiet)
+    streams = request.params.n == 1 and not options.json
+    collector, meter = Collector(llm.frontend.tokenizer, request, None, reader), Meter(len(request.prompt))
+    for _, update in llm.follow([request], [grammar]):
+        events = collector.take(update)
         meter.count(len(update.ids))
         meter.drafts.add(update.metrics and update.metrics.drafts)
         meter.cached = collector.output.num_cached_tokens
-        if request.params.n == 1 and not options.json:
-            print(update.text, end="", flush=True)
+        if streams:
+            printer.show(events)
     output = collector.output
     if options.json:
-        print(msgspec.json.encode(as_record(output, dialogue)).decode())
-    elif request.params.n == 1:
-        print()
+        print(msgspec.json.encode(as_record(output)).decode())
+    elif streams:
+        printer.end()
     else:
-        for completion in output.outputs:
-            print(f"--- {completion.index + 1} of {request.params.n} ({completion.finish_reason})\n{completion.text}")
+        for found in output.outputs:
+            print(f"--- {found.index + 1} of {request.params.n} ({found.finish_reason})\n{_shown(found)}")
     if not options.quiet:
         note(meter.summary())
 
 
+def _shown(completion: CompletionOutput) -> str:
+    answer = completion.answer
+    if answer is None:
+        return completion.text
+    calls = (call_text(call.name, call.arguments) for call in answer.tool_calls)
+    return "\n".join(filter(None, (answer.content, *calls)))
+
+
 def _run_jsonl(options: argparse.Namespace, chosen: dict) -> int:
-    for name in ("prompt", "file", "system", "tools"):
+    for name in ("prompt", "file", "system", "tools", "response_format"):
         if getattr(options, name) is not None:
             raise RequestError(f"--jsonl is given, and so is {name!r}; each line of the file brings its own.")
     return run_jsonl(options, chosen)
@@ -121,12 +145,22 @@ def _read_prompt(options: argparse.Namespace) -> str:
 
 def read_tools(path: str | None) -> Any:
     """Tool definitions, which the template checks. Raises RequestError for a file that is no JSON."""
+    return None if path is None else _read_json(path, "tools")
+
+
+def _read_formats(path: str | None) -> dict[str, Any]:
+    """A format for the answer, under the name it goes by."""
     if path is None:
-        return None
+        return {}
+    found = _read_json(path, "response format")
+    return {"response_format" if isinstance(found, dict) and "type" in found else "structured_outputs": found}
+
+
+def _read_json(path: str, what: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"the tools cannot be read from {path}: {error}") from None
+        raise RequestError(f"the {what} cannot be read from {path}: {error}") from None
 
 
 class Meter:

@@ -160,7 +160,7 @@ def _run(
     params = SamplingParams(temperature=0, max_tokens=case.output_tokens, ignore_eos=True)
     timed: list[_Timed] = []
 
-    def work() -> Iterator[tuple[Request, Sink]]:
+    def work() -> Iterator[tuple[Request, Sink, None]]:
         for i in range(count):
             prompt = prefix + _ids(llm, case.prompt_tokens - len(prefix), vary)
             boundaries = {len(prefix), len(prompt) - 1} - {0}
@@ -173,7 +173,7 @@ def _run(
                 if update.finish_reason:
                     progress(1)
 
-            yield request, take
+            yield request, take, None
 
     drive(llm.engine, work(), case.concurrency)
     return timed

@@ -6,39 +6,37 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import msgspec
 from tqdm import tqdm
 
+from ..chat.conversation import Conversation
+from ..chat.formats import Format
+from ..chat.turn import TurnReader
+from ..collector import Collector
 from ..core import Sink, Update
 from ..errors import ConfigError, RequestError, TokenSpeedError
-from ..frontend import Collector, Frontend, chat_boundaries
 from ..llm import LLM
 from ..request import Request, RequestOutput, SamplingParams
-from ..text.tools import parse_answer
+from ..text.grammar import GrammarSpec
 from .drive import drive
 from .options import note, open_model
 
-_OWN_FIELDS = ("id", "prompt", "messages", "tools", "enable_thinking")
+_CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "enable_thinking")  # beside the messages
+_FORMAT_FIELDS = ("response_format", "structured_outputs")
+_OWN_FIELDS = ("id", "prompt", "messages", *_CHAT_FIELDS, *_FORMAT_FIELDS)
 _SAMPLING_FIELDS = tuple(SamplingParams.__dataclass_fields__)
 _QUEUED = 4  # times what runs at once: enough to find who shares a prefix, and the file need not fit in memory
 
 
-class Dialogue(NamedTuple):
-    """How the answers of a conversation are taken apart. reasoning: they begin inside `<think>`."""
-
-    tools: list | None
-    reasoning: bool
-
-
-def as_record(output: RequestOutput, dialogue: Dialogue | None) -> dict[str, Any]:
-    """A result as a JSON object. dialogue: None for a raw prompt."""
+def as_record(output: RequestOutput) -> dict[str, Any]:
+    """A result as a JSON object; answers of conversations have their `message` beside the text."""
     outputs = []
     for completion in output.outputs:
-        record = {name: value for name, value in asdict(completion).items() if value is not None}
-        if dialogue is not None:
-            record["message"] = parse_answer(completion.text, *dialogue).message()
+        record = {name: value for name, value in asdict(completion).items() if value is not None and name != "answer"}
+        if completion.answer is not None:
+            record["message"] = completion.answer.message()
         outputs.append(record)
     record = {
         "id": output.request_id,
@@ -77,7 +75,7 @@ class _Batch:
         self._lines: list[_Line] = []  # read, and not written yet
         self.written = self.failed = 0
 
-    def requests(self, source: BinaryIO) -> Iterator[tuple[Request, Sink]]:
+    def requests(self, source: BinaryIO) -> Iterator[tuple[Request, Sink, GrammarSpec | None]]:
         """Those that can be read. One that cannot has its error as its record."""
         for number, text in enumerate(source, 1):
             if not text.strip():
@@ -86,12 +84,12 @@ class _Batch:
             line = _Line(number, f"line-{number}")
             self._lines.append(line)
             try:
-                request, dialogue = self._read(text, line)
+                request, grammar, collector = self._read(text, line)
             except TokenSpeedError as error:
                 line.fail(error)
                 self._write()
                 continue
-            yield request, self._sink(line, request, dialogue)
+            yield request, self._sink(line, collector), grammar
 
     def refused(self, request: Request, error: TokenSpeedError) -> None:
         next(line for line in self._lines if request.id == str(line.number)).fail(error)
@@ -102,7 +100,7 @@ class _Batch:
         self._lines = [line for line in self._lines if line.record]
         self._write()
 
-    def _read(self, text: bytes, line: _Line) -> tuple[Request, Dialogue | None]:
+    def _read(self, text: bytes, line: _Line) -> tuple[Request, GrammarSpec | None, Collector]:
         try:
             fields = msgspec.json.decode(text)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -119,19 +117,35 @@ class _Batch:
             raise RequestError("one of 'prompt' and 'messages' is needed, and not both.")
         sampling = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields}
         params = self._llm.frontend.sampling_params(**self._chosen | json_sampling(sampling))
-        ids, boundaries, dialogue = _encode(self._llm.frontend, fields, self._raw, self._thinking)
-        return self._llm.frontend.request(str(line.number), ids, params, boundaries), dialogue
+        return self._prepare(str(line.number), fields, params)
 
-    def _sink(self, line: _Line, request: Request, dialogue: Dialogue | None) -> Sink:
-        collector = Collector(self._llm.frontend, request)
+    def _prepare(self, id: str, fields: dict, params: SamplingParams) -> tuple[Request, GrammarSpec | None, Collector]:
+        """A prompt that is text is a user's message, unless raw."""
+        prompt, tokenizer = fields.get("prompt"), self._llm.frontend.tokenizer
+        formats = {name: fields.get(name) for name in _FORMAT_FIELDS}
+        if "prompt" in fields and (self._raw or not isinstance(prompt, str)):
+            if unused := [name for name in _CHAT_FIELDS if fields.get(name) is not None]:
+                raise RequestError(f"{unused[0]} need a conversation: give 'messages', or a 'prompt' that is text.")
+            if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(id) is int for id in prompt)):
+                raise RequestError(f"prompt is {prompt!r}; it must be text or a list of token ids.")
+            request = self._llm.frontend.request(id, prompt, params)
+            return request, self._llm.conversations.grammar(Format.of_text(**formats)), Collector(tokenizer, request)
+        messages = fields.get("messages", [{"role": "user", "content": prompt}])
+        chosen = {name: fields[name] for name in _CHAT_FIELDS if fields.get(name) is not None}
+        options = {"enable_thinking": self._thinking} | chosen
+        conversations = self._llm.conversations
+        turn = conversations.prepare(id, Conversation(messages, **options, **formats), params)
+        collector = Collector(tokenizer, turn.request, None, TurnReader(conversations, turn))
+        return turn.request, conversations.grammar(turn.format), collector
 
+    def _sink(self, line: _Line, collector: Collector) -> Sink:
         def take(update: Update) -> None:
             collector.take(update)
             if collector.output.finished and update.finish_reason != "abort":
                 if collector.error:
                     line.fail(collector.error)
                 else:
-                    line.record = as_record(collector.output, dialogue) | {"id": line.name}
+                    line.record = as_record(collector.output) | {"id": line.name}
                 self._write()
 
         return take
@@ -144,31 +158,6 @@ class _Batch:
             self.failed += "error" in line.record
             self._bar.update()
         self._out.flush()
-
-
-def _encode(
-    frontend: Frontend, fields: dict, raw: bool, thinking: bool | None
-) -> tuple[Any, tuple | None, Dialogue | None]:
-    """The prompt with its boundaries, and what its answers are made of. Text is a user's message, unless raw."""
-    prompt, tools = fields.get("prompt"), fields.get("tools")
-    if "prompt" in fields and (raw or not isinstance(prompt, str)):
-        if tools is not None:
-            raise RequestError("tools need a conversation: give 'messages', or a 'prompt' that is text.")
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(id) is int for id in prompt)):
-            raise RequestError(f"prompt is {prompt!r}; it must be text or a list of token ids.")
-        return prompt, None, None
-    messages = fields.get("messages", [{"role": "user", "content": prompt}])
-    thinking = fields.get("enable_thinking", thinking)
-    return encode_dialogue(frontend, messages, tools, thinking)
-
-
-def encode_dialogue(
-    frontend: Frontend, messages: list, tools: list | None, thinking: bool | None
-) -> tuple[list[int], tuple[int, ...], Dialogue]:
-    """Ids, the boundaries at which other prompts will leave them, the last token among them, for the same prompt again,
-    and how to read the answer."""
-    encoded = frontend.template.encode(messages, tools, enable_thinking=thinking)
-    return encoded.ids, chat_boundaries(encoded), Dialogue(tools, encoded.reasoning_open)
 
 
 def json_sampling(fields: dict) -> dict:

@@ -23,6 +23,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--api-key", action="append", default=[], metavar="KEY", help="a key clients may use; may repeat (default none)"
     )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin, as https://example.com, use the server from a browser; * for all; may repeat "
+        "(default none)",
+    )
     add("--served-model-name", metavar="NAME", help="the model's name to clients (default: the checkpoint's)")
     add("--max-requests", type=int, default=512, metavar="N", help="in flight at once, beyond it 429 (default 512)")
     add("--max-body-mib", type=int, default=32, metavar="MIB", help="the largest request taken (default 32 MiB)")
@@ -64,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         api_keys=tuple(options.api_key),
+        origins=tuple(options.allow_origin),
         model=options.model,
         model_name=options.served_model_name,
         most_requests=options.max_requests,

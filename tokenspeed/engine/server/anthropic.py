@@ -1,24 +1,29 @@
 """Anthropic's messages, the text and tool subset, over the same conversations as OpenAI's chat."""
 
 import json
+import reprlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from ..chat.conversation import Conversation
 from ..errors import RequestError
 from ..request import Update
 from ..text.template import MAX_MARKS
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
-from .protocol import AnthropicRequest
-from .service import Service, new_id
+from ..text.turn import Reasoning, TurnEvent
+from .protocol import AnthropicConversation, AnthropicRequest, refuse
+from .service import Service, Unsupported, new_id
 from .sse import event
-from .turns import Conversation, Reasoning, TurnEvent, TurnParser, prepare
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "end_turn"}
+# Of Claude Code, for whom it bills: other with every request, so that no prompt would begin like the one before it.
+_BILLING = "x-anthropic-billing-header:"
 
 
-def conversation(service: Service, body: AnthropicRequest, key: str | None) -> Conversation:
+def conversation(body: AnthropicConversation) -> Conversation:
     """The request in the form that every chat endpoint shares. Raises RequestError for what is not text or tools."""
+    _check(body)
     messages: list[dict[str, Any]] = []
     marks: list[int] = []
 
@@ -27,33 +32,53 @@ def conversation(service: Service, body: AnthropicRequest, key: str | None) -> C
             marks.append(len(messages) - 1)
 
     if body.system:
-        messages.append({"role": "system", "content": _text(body.system, "system")})
-        mark(body.system[-1] if isinstance(body.system, list) else None)
+        blocks = body.system if isinstance(body.system, list) else [{"type": "text", "text": body.system}]
+        kept = [block for block in blocks if not _is_billing(block)]
+        messages.append({"role": "system", "content": _text(kept, "system")})
+        mark(kept[-1] if kept else None)
     for i, message in enumerate(body.messages):
         role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant"):
-            raise RequestError(f"messages[{i}]: role is {role!r}; it must be user or assistant")
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(role, str) or role not in _CONVERT:
+            raise RequestError(f"messages[{i}]: role is {reprlib.repr(role)}; it must be one of {', '.join(_CONVERT)}")
+        blocks = [{"type": "text", "text": content or ""}] if content is None or isinstance(content, str) else content
         if not isinstance(blocks, list):
             raise RequestError(f"messages[{i}]: content must be a string or a list of blocks")
-        convert = _assistant if role == "assistant" else _user
-        messages += convert(blocks, f"messages[{i}]")
+        messages += _CONVERT[role](blocks, f"messages[{i}]")
         for block in blocks:
             mark(block)
+    if body.cache_control and messages:
+        marks.append(len(messages) - 1)
     thinking = (body.thinking or {}).get("type")
-    sampling = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p", "max_tokens")}
-    if thinking == "enabled" and isinstance(body.thinking.get("budget_tokens"), int):
-        sampling["thinking_token_budget"] = body.thinking["budget_tokens"]
+    form = (body.output_config or {}).get("format") or body.output_format
     return Conversation(
         messages=messages,
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)] if body.tools else None,
         tool_choice=_tool_choice(body),
         parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use", False),
-        sampling=sampling | {"stop": body.stop_sequences},
+        response_format=_format(form) if form else None,
         marks=tuple(sorted(set(marks))[-MAX_MARKS:]),
         enable_thinking={"enabled": True, "disabled": False}.get(thinking),
-        name_space=service.name_space(key, None),
     )
+
+
+def _check(body: AnthropicConversation) -> None:
+    """Raises RequestError for what would change the answer and is not done here."""
+    if body.thread is not None:
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise Unsupported("thread is not supported: send the whole conversation without it.", details)
+    refuse(body, {"mcp_servers": None, "container": None})
+
+
+def _format(form: Any) -> dict[str, Any]:
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or "schema" not in form:
+        given = reprlib.repr(form)
+        raise RequestError(f"output_config.format is {given}; it must be of type json_schema, with a schema")
+    return {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
+
+
+def _is_billing(block: Any) -> bool:
+    text = block.get("text") if isinstance(block, dict) else None
+    return isinstance(text, str) and text.startswith(_BILLING)
 
 
 def _text(content: Any, where: str) -> str:
@@ -63,7 +88,8 @@ def _text(content: Any, where: str) -> str:
     for block in blocks:
         if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
             kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-            raise RequestError(f"{where}: content of type {kind!r} is not supported; this engine reads text only")
+            given = reprlib.repr(kind)
+            raise RequestError(f"{where}: content of type {given} is not supported; this engine reads text only")
     return "\n".join(block["text"] for block in blocks)
 
 
@@ -73,6 +99,8 @@ def _user(blocks: list, where: str) -> list[dict[str, Any]]:
     for block in blocks:
         if isinstance(block, dict) and block.get("type") == "tool_result":
             text = _text(block.get("content") or "", where)
+            if block.get("is_error") and "error" not in text.lower():
+                text = f"Error: {text}"
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
         else:
             said.append(block)
@@ -84,7 +112,7 @@ def _assistant(blocks: list, where: str) -> list[dict[str, Any]]:
     for block in blocks:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "thinking":
-            message["reasoning_content"] = message.get("reasoning_content", "") + str(block.get("thinking", ""))
+            message["reasoning_content"] = message.get("reasoning_content", "") + _thought(block, where)
         elif kind == "tool_use":
             function = {"name": block.get("name"), "arguments": block.get("input") or {}}
             message.setdefault("tool_calls", []).append(
@@ -95,24 +123,52 @@ def _assistant(blocks: list, where: str) -> list[dict[str, Any]]:
     return [message]
 
 
+def _thought(block: dict[str, Any], where: str) -> str:
+    text = block.get("thinking") or ""
+    if not isinstance(text, str):
+        raise RequestError(f"{where}: thinking is {reprlib.repr(text)}; it must be a string")
+    return text
+
+
+def _system(blocks: list, where: str) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": _text(blocks, where)}]
+
+
+_CONVERT = {"user": _user, "assistant": _assistant, "system": _system}
+
+
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    """As the same tool is written for OpenAI's API, so that the prompts are the same."""
+    if tool.get("type") not in (None, "custom"):
+        kind = reprlib.repr(tool["type"])
+        raise RequestError(f"{where}: type {kind} is run by Anthropic's own servers; give a custom tool")
     if not isinstance(tool.get("name"), str):
         raise RequestError(f"{where} needs a name")
-    function = {"name": tool["name"], "parameters": tool.get("input_schema") or {"type": "object", "properties": {}}}
+    function = {"name": tool["name"]}
     if tool.get("description"):
         function["description"] = tool["description"]
+    function["parameters"] = tool.get("input_schema") or {"type": "object", "properties": {}}
+    if tool.get("strict"):
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 
-def _tool_choice(body: AnthropicRequest) -> str | dict[str, Any]:
+def _tool_choice(body: AnthropicConversation) -> str | dict[str, Any]:
     choice = body.tool_choice or {"type": "auto" if body.tools else "none"}
     kind = choice.get("type")
     if kind == "tool" and isinstance(choice.get("name"), str):
         return {"type": "function", "function": {"name": choice["name"]}}
     kinds = {"auto": "auto", "any": "required", "none": "none"}
     if kind not in kinds:
-        raise RequestError(f"tool_choice is {choice!r}; its type must be auto, any, tool (with a name) or none")
+        given = reprlib.repr(choice)
+        raise RequestError(f"tool_choice is {given}; its type must be auto, any, tool (with a name) or none")
     return kinds[kind]
+
+
+def count_tokens(service: Service, body: AnthropicConversation, key: str | None) -> dict[str, int]:
+    """The tokens of a conversation as a prompt. Raises RequestError for what cannot be asked."""
+    prompt = service.conversations.encode(conversation(body), service.name_space(key, None))
+    return {"input_tokens": len(prompt.ids)}
 
 
 class Message:
@@ -122,40 +178,34 @@ class Message:
         """Raises RequestError for what cannot be asked."""
         self._service, self._body = service, body
         self.id = new_id("msg")
-        self._prepared = prepare(
-            service.frontend,
-            service.tool_grammars,
-            service.history,
-            self.id,
-            conversation(service, body, key),
-            service.room,
-        )
-        self._parser = TurnParser(service.frontend, self._prepared)
-        self._cached = 0
+        refuse(body, {"compaction": None})
+        sampling = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
+        # None are asked for to fill the prefix cache: the token that the engine gives all the same is dropped.
+        sampling |= {"max_tokens": max(body.max_tokens, 1), "stop": body.stop_sequences}
+        thinking = body.thinking or {}
+        if thinking.get("type") == "enabled" and isinstance(thinking.get("budget_tokens"), int):
+            sampling["thinking_token_budget"] = thinking["budget_tokens"]
+        self._reader = service.prepare(self.id, conversation(body), sampling, key)
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
-        request = self._prepared.request
-        async with aclosing(self._service.run(request, self._prepared.grammar)) as updates:
-            async for update in updates:
-                if update.reuse:
-                    self._cached = update.reuse.cached_tokens
-                events = self._parser.push(update)
-                if update.finish_reason == "stop":
-                    self._service.remember(request, self._parser.ids)
-                yield update, events
+        async with aclosing(self._service.converse(self._reader)) as updates:
+            async for update, events in updates:
+                yield update, events if self._body.max_tokens else []
 
     def _usage(self) -> dict[str, int]:
-        prompt = len(self._prepared.request.prompt)
+        prompt, cached = len(self._reader.turn.request.prompt), self._reader.cached
         return {
-            "input_tokens": prompt - self._cached,
-            "output_tokens": len(self._parser.ids),
-            "cache_read_input_tokens": self._cached,
+            "input_tokens": prompt - cached,
+            "output_tokens": min(self._reader.generated, self._body.max_tokens),
+            "cache_read_input_tokens": cached,
             "cache_creation_input_tokens": 0,
         }
 
     def _stopped(self, update: Update) -> dict[str, Any]:
         reason, stop = _STOP_REASONS[update.finish_reason], None
-        if self._parser.called and update.finish_reason == "stop":
+        if not self._body.max_tokens:
+            reason = "max_tokens"
+        elif self._reader.parsers[0].called and update.finish_reason == "stop":
             reason = "tool_use"
         if isinstance(update.stop_reason, str):
             reason, stop = "stop_sequence", update.stop_reason
@@ -175,7 +225,7 @@ class Message:
 
     async def whole(self) -> dict[str, Any]:
         """The message object. Raises as `Service.run` does."""
-        blocks: list[dict[str, Any]] = []
+        blocks: list[dict[str, Any]] = []  # their texts in pieces
         pieces: dict[int, tuple[dict, list[str]]] = {}  # of calls: their block and their arguments
         stopped: dict[str, Any] = {}
         async for update, events in self._updates():
@@ -198,6 +248,9 @@ class Message:
                         _append(blocks, "text", text)
             if update.finish_reason:
                 stopped = self._stopped(update)
+        for block in blocks:
+            if block["type"] != "tool_use":
+                block[block["type"]] = "".join(block[block["type"]])
         return self._frame(blocks) | stopped | {"usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -256,5 +309,5 @@ def _block(found: TurnEvent) -> tuple[str | None, dict[str, Any]]:
 
 def _append(blocks: list[dict[str, Any]], kind: str, text: str) -> None:
     if not blocks or blocks[-1]["type"] != kind:
-        blocks.append({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
-    blocks[-1][kind] += text
+        blocks.append({"type": kind, kind: [], **({"signature": ""} if kind == "thinking" else {})})
+    blocks[-1][kind].append(text)

@@ -13,23 +13,30 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ... import __version__
+from ..chat.conversation import Conversation
 from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
-from .anthropic import Message
+from .anthropic import Message, count_tokens
 from .bodies import JsonRoute
 from .client import DeadlineExceeded
 from .gate import BodyLimits, Gate
+from .http import HeadRequests, allow_origins
+from .models import UnknownModel, model_card, model_list
 from .openai_chat import Chat
 from .openai_completions import Completion
+from .openai_responses import Response as ModelResponse
 from .page import page
 from .protocol import (
     AbortRequest,
+    AnthropicConversation,
     AnthropicRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ResponsesRequest,
     TokenizeRequest,
 )
-from .service import Overloaded, Service, caller
+from .response_store import UnknownResponse
+from .service import ContextOverflow, Overloaded, Service, Unsupported, caller
 from .shares import Shares
 from .sse import EventStream, disconnected, event, json_response
 
@@ -41,27 +48,37 @@ log = logging.getLogger("tokenspeed.server")
 
 
 def create_app(
-    service: Service, limits: BodyLimits, api_keys: tuple[str, ...] = (), names: tuple[str, ...] = ()
+    service: Service,
+    limits: BodyLimits,
+    api_keys: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
 ) -> FastAPI:
-    """The application over a running service. limits: of bodies; names: of this machine, where no key is needed."""
+    """The application over a running service. limits: of bodies; names: of this machine, where no key is needed;
+    origins: of pages that may use it from a browser."""
     # No /docs: those pages would load scripts from elsewhere. The schema is at /openapi.json.
     about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
     app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.decoding = Shares(1)
-    app.add_middleware(Gate, keys=api_keys, limits=limits, names=names)
+    app.add_middleware(Gate, keys=api_keys, limits=limits, names=names, origins=origins)
+    app.add_middleware(HeadRequests)
+    allow_origins(app, origins)
     _errors(app)
 
     async def key() -> str | None:  # async: FastAPI sends plain functions to a thread
         """The caller's key, which the gate has accepted."""
         return caller.get()
 
-    async def answer(request: Request, make: Callable[[], Any], stream: bool, count: int = 1) -> Response:
-        """Prepare a job where it disturbs nobody, then stream it or wait for it while the client is there."""
+    async def answer(
+        request: Request, make: Callable[[], Any], stream: bool, count: int = 1, long: bool = False
+    ) -> Response:
+        """Prepare a job where it disturbs nobody, then stream it or wait for it while the client is there. long: its
+        text may be longer than the body."""
         service.admit(count)
         streaming = False
         try:
-            job = await _while_connected(request, elsewhere(request, make))
+            job = await _while_connected(request, elsewhere(request, make, long))
             if not stream:
                 return json_response(await _while_connected(request, job.whole()))
             pieces = job.stream()
@@ -75,10 +92,10 @@ def create_app(
             if not streaming:
                 service.release(count)
 
-    async def elsewhere(request: Request, work: Callable[[], Any]) -> Any:
+    async def elsewhere(request: Request, work: Callable[[], Any], long: bool = False) -> Any:
         """Long texts are rendered and tokenised beside the event loop."""
         announced = request.headers.get("content-length")
-        short = announced is not None and int(announced) <= _LONG_TEXT
+        short = not long and announced is not None and int(announced) <= _LONG_TEXT
         return work() if short else await service.background.run(caller.get(), work)
 
     @app.post("/v1/chat/completions")
@@ -95,15 +112,30 @@ def create_app(
     async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
         return await answer(request, lambda: Message(service, body, key), body.stream)
 
+    @app.post("/v1/messages/count_tokens")
+    async def message_tokens(body: AnthropicConversation, request: Request, key: str | None = Depends(key)):
+        return await _while_connected(request, elsewhere(request, lambda: count_tokens(service, body, key)))
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request, key: str | None = Depends(key)):
+        return await answer(request, lambda: ModelResponse(service, body, key), body.stream, long=body.resumes)
+
+    @app.get("/v1/responses/{id}")
+    async def response(id: str, key: str | None = Depends(key)):
+        return json_response(service.responses.get(service.name_space(key, None), id).frame)
+
+    @app.delete("/v1/responses/{id}")
+    async def forget_response(id: str, key: str | None = Depends(key)):
+        service.responses.forget(service.name_space(key, None), id)
+        return {"id": id, "object": "response", "deleted": True}
+
     @app.get("/v1/models")
     async def models():
-        card = {
-            "id": service.config.model_name,
-            "object": "model",
-            "owned_by": "tokenspeed",
-            "max_model_len": service.room,
-        }
-        return {"object": "list", "data": [card]}
+        return model_list(service)
+
+    @app.get("/v1/models/{id:path}")
+    async def model(id: str):
+        return model_card(service, id)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request):
@@ -114,7 +146,7 @@ def create_app(
                 ids = tokenizer.encode(body.prompt)
             else:
                 options = {"add_generation_prompt": body.add_generation_prompt}
-                ids = service.frontend.encode_chat(body.messages, body.tools, **options)
+                ids = service.conversations.encode(Conversation(body.messages, body.tools, **options)).ids
             found = {"tokens": ids, "count": len(ids), "max_model_len": service.room}
             if body.return_token_strs:
                 found["token_strs"] = [tokenizer.decode([id], skip_special_tokens=False) for id in ids]
@@ -143,8 +175,7 @@ def create_app(
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache():
         await service.engine.clear_cache()
-        if service.history is not None:
-            service.history.clear()
+        service.conversations.clear()
         return {"reset": True}
 
     front = page()
@@ -199,6 +230,10 @@ def _brief(value: Any) -> str:
 _STATUS = {
     RequestError: (400, "invalid_request_error"),
     CapacityError: (400, "invalid_request_error"),
+    ContextOverflow: (400, "invalid_request_error"),
+    Unsupported: (400, "invalid_request_error"),
+    UnknownResponse: (400, "invalid_request_error"),
+    UnknownModel: (404, "not_found_error"),
     Overloaded: (429, "rate_limit_error"),
     DeadlineExceeded: (504, "timeout_error"),
     EngineError: (503, "service_unavailable_error"),
@@ -208,7 +243,21 @@ _STATUS = {
 def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
     found, kind = _STATUS.get(type(error), (500, "internal_error"))
     message = str(error) if isinstance(error, TokenSpeedError) else "internal error"
-    return {"message": message, "type": kind, "code": status or found, "param": None}
+    return {"message": message, "type": kind, "code": status or found, "param": None} | _known_to_clients(error)
+
+
+def _known_to_clients(error: Exception) -> dict[str, Any]:
+    """What clients tell an error by, beside its words."""
+    match error:
+        case ContextOverflow():
+            return {"code": "context_length_exceeded", "param": "messages"}
+        case UnknownResponse():
+            return {"code": "previous_response_not_found", "param": "previous_response_id"}
+        case UnknownModel():
+            return {"code": "model_not_found", "param": "model"}
+        case Unsupported():
+            return {"details": error.details}
+    return {}
 
 
 def _errors(app: FastAPI) -> None:
@@ -220,12 +269,16 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(TokenSpeedError)
     async def ours(request: Request, error: TokenSpeedError):
         body = _error_body(error)
+        if isinstance(error, ContextOverflow) and request.url.path.startswith("/v1/messages"):
+            body["message"] = error.as_anthropic()
         headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else None
-        return respond(body["code"], body, headers)
+        return respond(_STATUS.get(type(error), (500, ""))[0], body, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
+        if found["type"] == "json_invalid":
+            return respond(400, _error_body(RequestError(f"the body is not JSON: {found['ctx']['error']}")))
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
         given = _brief(found.get("input"))
         message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"
@@ -236,6 +289,10 @@ def _errors(app: FastAPI) -> None:
         kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
         body = {"message": str(error.detail), "type": kind, "code": error.status_code, "param": None}
         return respond(error.status_code, body, dict(error.headers or {}))
+
+    @app.exception_handler(RecursionError)
+    async def nested(request: Request, error: RecursionError):  # nothing but a body is nested
+        return respond(400, _error_body(RequestError("the body is nested too deeply")))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception):

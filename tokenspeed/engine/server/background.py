@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from ..text.interrupt import interrupt
+from .lifeline import give_way
 from .shares import Shares
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ class Background:
     """One event loop uses it."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text", initializer=give_way)
         self._shares = Shares(SHARE)
 
     async def run(self, key: str | None, work: Callable[[], T]) -> T:

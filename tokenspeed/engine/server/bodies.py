@@ -31,7 +31,7 @@ def decode_json(body: bytes) -> Any:
     try:
         return _decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise json.JSONDecodeError(f"{error}"[:200], "", 0) from None
+        raise json.JSONDecodeError(f"{error}"[:200].removeprefix("JSON is malformed: "), "", 0) from None
     finally:
         gc.enable()
 

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import msgspec
 
+from ..chat.formats import Format
 from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..text.grammar import GrammarCompiler, GrammarSpec
 from ..text.tool_grammar import ToolGrammars
-from .formats import MOST_BYTES, MOST_CPU_SECONDS, STATUS, Compiled, Format, NotCompiled
-from .lifeline import end_with_parent
+from .formats import MOST_BYTES, MOST_CPU_SECONDS, STATUS, Compiled, NotCompiled
+from .lifeline import end_with_parent, give_way
 
 _LEAST_BYTES = 1 << 16  # that a grammar counts for where it is kept
-_NICE = 5  # the engine and the event loop go first
 
 
 class FormatWorker:
@@ -90,7 +90,7 @@ class FormatWorker:
     def _work(self, job: socket.socket) -> None:
         """In the process of the job: it ends here."""
         job.setblocking(True)
-        os.nice(_NICE)
+        give_way()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a failed allocation writes there
         signal.set_wakeup_fd(-1)
         with job.makefile("rb") as incoming:

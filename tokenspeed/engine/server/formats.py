@@ -14,17 +14,14 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from ..chat.formats import Format
 from ..errors import EngineError, RequestError
 from ..text.grammar import GrammarSpec, json_object
 from ..text.sized_cache import SizedCache
-from ..text.tool_grammar import ToolGrammars, constrains
 from .shares import Shares
 
 MOST_CPU_SECONDS = 2.0
@@ -34,42 +31,6 @@ MOST_CHARACTERS = 1 << 20  # of one request's schemas and tools
 SHARE = 4  # of one key at a time
 STATUS = struct.Struct("<qq")  # a job's number, a wait status
 _KEPT_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """What an answer was asked to look like, which nobody has looked at yet. response_format as OpenAI's; tools, choice
-    and parallel as `ToolGrammars.spec` takes them."""
-
-    reasoning: bool = False
-    response_format: Mapping[str, Any] | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
-    choice: str | Mapping[str, Any] = "none"
-    parallel: bool = True
-
-    def spec(self, grammars: ToolGrammars) -> GrammarSpec | None:
-        """The grammar; may take for ever. Raises RequestError."""
-        if self.response_format is not None:
-            return grammars.response_format(self.response_format, self.reasoning)
-        return grammars.spec(self.tools or (), self.choice, self.parallel, self.reasoning)
-
-
-class Postponed:
-    """Stands where `ToolGrammars` makes grammars: what it gives is a Format, made into one later."""
-
-    def response_format(self, value: Mapping[str, Any], reasoning: bool = False) -> Format | None:
-        """None for plain text."""
-        return None if value.get("type") == "text" else Format(reasoning, value)
-
-    def spec(
-        self,
-        tools: Sequence[Mapping[str, Any]],
-        choice: str | Mapping[str, Any] = "auto",
-        parallel: bool = True,
-        reasoning: bool = False,
-    ) -> Format | None:
-        """None where the turn may be any text."""
-        return Format(reasoning, None, tools, choice, parallel) if constrains(tools, choice) else None
 
 
 class Compiled(msgspec.Struct, tag=True, frozen=True):
@@ -127,7 +88,7 @@ class Formats:
         Raises RequestError for what cannot be enforced, or only beyond a limit, which it names; EngineError where the
         process cannot be used.
         """
-        if format.response_format is not None and format.response_format.get("type") == "json_object":
+        if format.is_json_object:
             return Compiled(json_object(format.reasoning), _JSON_OBJECT_BYTES)
         try:
             data = msgspec.msgpack.encode(format)

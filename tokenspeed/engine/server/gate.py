@@ -34,14 +34,23 @@ class Gate:
 
     With keys: the caller's, compared in constant time, on every path that is not open. Without: that Host names this
     machine, so that a page elsewhere whose name was made to point here is refused, and that Origin, which browsers
-    send with what pages make them send, is this server's own.
+    send with what pages make them send, is this server's own or one that may use it.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], limits: BodyLimits, names: Collection[str] = ()):
-        """names: of this machine, beside localhost and its loopback addresses."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        limits: BodyLimits,
+        names: Collection[str] = (),
+        origins: Collection[str] = (),
+    ):
+        """names: of this machine, beside localhost and its loopback addresses; origins: of pages that may ask, beside
+        this server's own, "*" for all."""
         self._app, self._limits = app, limits
         self._keys = [key.encode() for key in keys]
         self._names = {"localhost", *(name.lower() for name in names)}
+        self._origins = frozenset(origin.lower() for origin in origins)
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,8 +103,13 @@ class Gate:
         if not self._own(f"//{host}"):
             return f"Host is {host!r:.100}, no name of this machine; use localhost, or start the server with --api-key."
         origin = headers.get("origin")
-        if origin is not None and urlsplit(f"//{host}").netloc.lower() != origin.lower().partition("://")[2]:
-            return f"Origin is {origin!r:.100}: pages of other servers may use this one only with an --api-key."
+        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+            return None
+        if urlsplit(f"//{host}").netloc.lower() != origin.lower().partition("://")[2]:
+            return (
+                f"Origin is {origin!r:.100}: pages of other servers may use this one only with an --allow-origin that "
+                "names theirs, or with an --api-key."
+            )
         return None
 
     def _own(self, address: str) -> bool:

@@ -41,6 +41,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     model: str | None = None
     model_name: str | None = None
     most_requests: int = 512
@@ -78,7 +79,7 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         formats = service.formats
         await formats.start()
         limits, connections = BodyLimits(options.most_body_bytes), Connections(ConnectionLimits())
-        app = AccessLog(create_app(service, limits, options.api_keys, (options.host,)))
+        app = AccessLog(create_app(service, limits, options.api_keys, (options.host,), options.origins))
         settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
         server = _Server(uvicorn.Config(app, http=connections, **settings))
         signals = _Signals()

@@ -5,14 +5,27 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from ..chat.conversation import Conversation
 from ..errors import RequestError
 from ..request import Acceptance, Request, Update
 from ..text.tools import Arguments, CallCut, CallStarted, Content
-from .protocol import ChatRequest, NamedToolChoice
+from ..text.turn import Reasoning, TurnEvent, TurnText
+from .protocol import ChatRequest, refuse
 from .scores import chat_logprob, prompt_logprobs
 from .service import Service, new_id
 from .sse import DONE, event
-from .turns import Conversation, PreparedTurn, Reasoning, TurnEvent, TurnParser, prepare
+
+# What would change the answer and is not done here, with its harmless value.
+_REFUSED = {
+    "functions": None,
+    "function_call": None,
+    "modalities": ["text"],
+    "audio": None,
+    "web_search_options": None,
+    "chat_template": None,
+    "documents": None,
+    "echo": False,
+}
 
 
 def usage(
@@ -41,62 +54,44 @@ class Chat:
         self._service, self._body = service, body
         self.id = body.request_id or new_id("chatcmpl")
         self._created = int(time.time())
-        choice = body.tool_choice or ("auto" if body.tools else "none")
+        refuse(body, _REFUSED)
         kwargs = dict(body.chat_template_kwargs or {})
-        enable_thinking = kwargs.pop("enable_thinking", None)
+        enable_thinking = kwargs.pop("enable_thinking", body.enable_thinking)
         if body.reasoning_effort == "none" and enable_thinking is None:
             enable_thinking = False
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true; it is false.")
         chat = Conversation(
             messages=body.messages,
             tools=body.tools or None,
-            tool_choice=choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
+            tool_choice=body.tool_choice,
             parallel_tool_calls=body.parallel_tool_calls,
-            sampling=body.sampling(logprobs=logprobs, max_tokens=body.max_completion_tokens or body.max_tokens),
-            response_format=body.response_format.model_dump(by_alias=True) if body.response_format else None,
+            response_format=body.response_format.asked() if body.response_format else None,
+            structured_outputs=body.structure(),
             enable_thinking=enable_thinking,
             template_kwargs=kwargs,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             truncate_prompt_tokens=body.truncate_prompt_tokens,
-            name_space=service.name_space(key, body.cache_salt),
-            priority=body.priority,
         )
-        self._prepared: PreparedTurn = prepare(
-            service.frontend, service.tool_grammars, service.history, self.id, chat, service.room
-        )
-        service.metrics.restored.inc(self._prepared.restored)
-        self._parsers = [TurnParser(service.frontend, self._prepared) for _ in range(body.n)]
-        self._cached, self._drafts = 0, Acceptance()
+        sampling = body.sampling(logprobs=logprobs, max_tokens=body.max_completion_tokens or body.max_tokens)
+        self._reader = service.prepare(self.id, chat, sampling, key, body.cache_salt, body.priority)
 
     @property
     def _request(self) -> Request:
-        return self._prepared.request
+        return self._reader.turn.request
 
-    async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
-        run = self._service.run(self._request, self._prepared.grammar, self._body.timeout)
-        async with aclosing(run) as updates:
-            async for update in updates:
-                if update.reuse:
-                    self._cached = update.reuse.cached_tokens
-                self._drafts.add(update.metrics and update.metrics.drafts)
-                parser = self._parsers[update.index]
-                events = parser.push(update)
-                if update.finish_reason == "stop":
-                    self._service.remember(self._request, parser.ids)
-                yield update, events
+    def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
+        return self._service.converse(self._reader, self._body.timeout)
 
     def _usage(self) -> dict[str, Any]:
-        generated = sum(len(parser.ids) for parser in self._parsers)
-        reasoning = sum(parser.reasoning_tokens for parser in self._parsers)
-        return usage(
-            len(self._request.prompt), generated, self._cached, self._drafts, reasoning, self._prepared.restored
-        )
+        reader = self._reader
+        prompt, restored = len(self._request.prompt), reader.turn.restored
+        return usage(prompt, reader.generated, reader.cached, reader.drafts, reader.reasoning_tokens, restored)
 
     def _finish(self, update: Update) -> str:
-        called = self._parsers[update.index].called and update.finish_reason == "stop"
+        called = self._reader.parsers[update.index].called and update.finish_reason == "stop"
         return "tool_calls" if called else update.finish_reason
 
     async def whole(self) -> dict[str, Any]:
@@ -110,25 +105,26 @@ class Chat:
             }
             for i in range(self._body.n)
         ]
-        calls: list[dict[int, dict]] = [{} for _ in choices]
+        turns = [TurnText() for _ in choices]
         prompt_scores = None
         async for update, events in self._updates():
             choice = choices[update.index]
-            message = choice["message"]
+            turns[update.index].add(events)
             if update.prompt_scores is not None:
                 prompt_scores = prompt_logprobs(self._service.frontend.tokenizer, update.prompt_scores)
             if choice["logprobs"]:
                 choice["logprobs"]["content"] += [
                     chat_logprob(self._service.frontend.tokenizer, scores) for scores in update.scores
                 ]
-            for found in events:
-                _add(message, calls[update.index], found)
             if update.finish_reason:
                 choice["finish_reason"], choice["stop_reason"] = self._finish(update), update.stop_reason
-                if calls[update.index]:
-                    message["tool_calls"] = list(calls[update.index].values())
+        for choice, turn in zip(choices, turns, strict=True):
+            message = choice["message"]
+            message["content"], message["reasoning_content"] = turn.content or None, turn.reasoning or None
+            if turn.calls:
+                message["tool_calls"] = [_call(name, arguments) for name, arguments in turn.calls]
         if self._body.return_token_ids:
-            for choice, parser in zip(choices, self._parsers, strict=True):
+            for choice, parser in zip(choices, self._reader.parsers, strict=True):
                 choice["token_ids"] = parser.ids
         return self._frame("chat.completion", choices) | {
             "usage": self._usage(),
@@ -187,9 +183,7 @@ def _delta(found: TurnEvent) -> dict[str, Any] | None:
         case Content(text):
             return {"content": text}
         case CallStarted(index, name):
-            function = {"name": name, "arguments": ""}
-            call = {"index": index, "id": new_id("call"), "type": "function", "function": function}
-            return {"tool_calls": [call]}
+            return {"tool_calls": [{"index": index} | _call(name, "")]}
         case Arguments(index, piece):
             return {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
         case CallCut(_, text):
@@ -197,20 +191,5 @@ def _delta(found: TurnEvent) -> dict[str, Any] | None:
     return None
 
 
-def _add(message: dict[str, Any], calls: dict[int, dict], found: TurnEvent) -> None:
-    match found:
-        case Reasoning(text):
-            message["reasoning_content"] = (message["reasoning_content"] or "") + text
-        case Content(text):
-            message["content"] = (message["content"] or "") + text
-        case CallStarted(index, name):
-            calls[index] = {
-                "id": new_id("call"),
-                "type": "function",
-                "function": {"name": name, "arguments": ""},
-            }
-        case Arguments(index, piece):
-            calls[index]["function"]["arguments"] += piece
-        case CallCut(index, text):
-            del calls[index]
-            message["content"] = (message["content"] or "") + text
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": new_id("call"), "type": "function", "function": {"name": name, "arguments": arguments}}

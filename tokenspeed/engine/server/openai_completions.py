@@ -6,11 +6,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from ..chat.formats import Format
 from ..errors import RequestError
 from ..request import Acceptance, CompletionOutput, Request, TokenScores, Update
 from .openai_chat import usage
-from .protocol import CompletionRequest
-from .scores import completion_logprobs, prompt_logprobs
+from .protocol import CompletionRequest, refuse
+from .scores import completion_logprobs, prompt_logprobs, token_text
 from .service import Service, new_id
 from .sse import DONE, event
 
@@ -26,26 +27,32 @@ class Completion:
         prompts = [body.prompt] if _is_one(body.prompt) else body.prompt
         if not prompts:
             raise RequestError("prompt is an empty list; at least one prompt is needed.")
-        asked = body.response_format
-        self._grammar = service.tool_grammars.response_format(asked.model_dump(by_alias=True)) if asked else None
+        refuse(body, {"suffix": ""})
+        asked = body.response_format.asked() if body.response_format else None
+        self._format = Format.of_text(asked, body.structure())
         self.requests: list[Request] = []
         for prompt in prompts:
             ids = service.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             if body.truncate_prompt_tokens is not None:
                 ids = ids[-body.truncate_prompt_tokens :]
             wants = body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs
-            room = max(service.room - len(ids), 1)
-            sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=wants, max_tokens=body.max_tokens or room)
-            self.requests.append(
-                service.frontend.request(
-                    self.id,
-                    ids,
-                    service.frontend.sampling_params(**sampling),
-                    name_space=service.name_space(key, body.cache_salt),
-                    priority=body.priority,
-                )
+            # None are asked for: the token that the engine gives all the same is dropped.
+            most = 1 if self._scores_only else body.max_tokens
+            sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=wants, max_tokens=most)
+            request = service.frontend.request(
+                self.id,
+                ids,
+                service.params(sampling),
+                name_space=service.name_space(key, body.cache_salt),
+                priority=body.priority,
             )
+            service.check_room(request)
+            self.requests.append(request)
         self._cached, self._generated, self._drafts = 0, 0, Acceptance()
+
+    @property
+    def _scores_only(self) -> bool:
+        return self._body.max_tokens == 0
 
     async def whole(self) -> dict[str, Any]:
         """The response object. Raises as `Service.run` does."""
@@ -100,17 +107,24 @@ class Completion:
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events: chunks of all prompts as they come, the usage where it is asked for, and the end."""
         options = self._body.stream_options
-        echoed: set[int] = set()
+        tokenizer = self._service.frontend.tokenizer
+        told: dict[int, int] = {}  # characters of a choice's tokens so far
+        prompt_scores: dict[int, list[TokenScores]] = {}  # which come with the first choice of a prompt
         async with contextlib.aclosing(self._updates()) as updates:
             async for number, update in updates:
                 prompt = self.requests[number].prompt
                 text, index = update.text, number * self._body.n + update.index
-                if self._body.echo and index not in echoed:
-                    echoed.add(index)
-                    text = self._service.frontend.tokenizer.decode(list(prompt)) + text
+                ids, scores = list(update.ids), list(update.scores)
+                if update.prompt_scores is not None:
+                    prompt_scores[number] = update.prompt_scores
+                if self._body.echo and index not in told:
+                    text = tokenizer.decode(list(prompt)) + text
+                    ids, scores = [*prompt, *ids], [None, *prompt_scores.get(number, ()), *scores]
+                at = told.setdefault(index, 0)
                 logprobs = None
-                if self._body.logprobs is not None and update.scores:
-                    logprobs = completion_logprobs(self._service.frontend.tokenizer, update.ids, update.scores)
+                if self._body.logprobs is not None and scores:
+                    logprobs = completion_logprobs(tokenizer, ids, scores, at)
+                    told[index] = at + sum(len(token_text(tokenizer, id)) for id in ids)
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": update.finish_reason}
                 choice["stop_reason"] = update.stop_reason
                 if self._body.return_token_ids:
@@ -158,9 +172,11 @@ class Completion:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, number: int) -> AsyncIterator[Update]:
-        run = self._service.run(self.requests[number], self._grammar, self._body.timeout, number)
+        run = self._service.run(self.requests[number], self._format, self._body.timeout, number)
         async with contextlib.aclosing(run) as updates:
             async for update in updates:
+                if self._scores_only:
+                    update.ids, update.text, update.scores = [], "", []
                 self._generated += len(update.ids)
                 self._cached += update.reuse.cached_tokens if update.reuse else 0
                 self._drafts.add(update.metrics and update.metrics.drafts)

@@ -3,11 +3,9 @@
 python -m tokenspeed.engine.server.process ENDPOINT PARENT    with the settings as JSON on standard input
 """
 
-import contextlib
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from ..llm import load_engine
 from ..request import Request, Update
 from ..text.grammar import Grammar
 from .kv_events import KvEventPublisher
-from .lifeline import end_with_parent
+from .lifeline import end_with_parent, give_way
 from .messages import (
     Abort,
     Clear,
@@ -39,7 +37,7 @@ from .messages import (
 )
 
 _ORPHAN_CHECK_MS, _COMPILE_CHECK_MS = 1000, 2
-_MOST_COMPILING, _NICE = 32, 10
+_MOST_COMPILING = 32
 
 
 class EngineProcess:
@@ -50,7 +48,7 @@ class EngineProcess:
         self._news: list[Update] = []
         self._parent = os.getppid()
         # As many side by side as can come: they were compiled before, within limits, each key's few at a time.
-        self._workers = ThreadPoolExecutor(_MOST_COMPILING, initializer=_be_nice)
+        self._workers = ThreadPoolExecutor(_MOST_COMPILING, initializer=give_way)
         self._compiling: dict[str, tuple[Future[Grammar], Request]] = {}
         self._stopped = False
 
@@ -125,12 +123,6 @@ class EngineProcess:
 
     def _send(self, message) -> None:
         self._socket.send(encode(message))
-
-
-def _be_nice() -> None:
-    """A thread that compiles gives way to the one that runs the engine."""
-    with contextlib.suppress(OSError, AttributeError):  # only Linux knows it of threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def main() -> int:

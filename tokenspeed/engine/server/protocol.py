@@ -1,16 +1,26 @@
-"""What OpenAI's endpoints take, checked by pydantic: names, types and caps. Unknown fields are ignored, as peers do."""
+"""What the endpoints take, checked by pydantic: names, types and caps.
 
+Unknown fields are ignored, as peers do, and null is a field that was not given. A field that would change what an
+answer means and is not done here is refused by its name.
+"""
+
+import reprlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..errors import RequestError
 from ..request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STRINGS, SamplingParams
 
 MOST_MESSAGES = 4096
 MOST_TOOLS = 512
+MOST_ITEMS = 4 * MOST_MESSAGES  # of responses: an answer is reasoning, a text and its calls
 
 Text = Annotated[str, Field(max_length=64 << 20)]
 Strings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MOST_STRINGS)]
+# One string is a list of one, before anything is checked: an error then names the string, and not the other form.
+OneOrMore = Annotated[Strings, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 # Whatever counts or names tokens fits 32 bits, so that no later stage meets a number it cannot hold.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
@@ -27,25 +37,42 @@ def _few(biases: Any) -> Any:
     return biases
 
 
-class StreamOptions(BaseModel):
+class Body(BaseModel):
+    """An object of a request."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, value: Any) -> Any:
+        return {name: v for name, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+
+
+def refuse(body: Body, fields: Mapping[str, Any]) -> None:
+    """Raises RequestError for the first of the fields (name to its harmless value) that asks for something."""
+    for name, harmless in fields.items():
+        value = getattr(body, name)
+        if value is not None and value != harmless and value not in ([], {}, ""):
+            raise RequestError(f"{name} is {reprlib.repr(value)}; this server does not support it: leave it out.")
+
+
+class StreamOptions(Body):
     """include_usage: a last chunk with the usage; continuous_usage_stats: usage in every chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class Sampling(BaseModel):
+class Sampling(Body):
     """What both endpoints have in common."""
-
-    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
     max_tokens: Count | None = None
     n: int = Field(1, ge=1, le=MOST_SEQUENCES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Annotated[str, Field(min_length=1, max_length=1024)] | Strings | None = None
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: OneOrMore | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -73,31 +100,41 @@ class Sampling(BaseModel):
         None, gt=0, allow_inf_nan=False, description="seconds after which the request is ended"
     )
     request_id: str | None = Field(None, min_length=1, max_length=128)
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], _FIRST_ERROR] | None = None
+    # Refused where they ask for something.
+    guided_grammar: Any = None
+    use_beam_search: Any = None
+    best_of: Any = None
+    length_penalty: Any = None
 
     def sampling(self, **more: Any) -> dict[str, Any]:
         """The fields that SamplingParams has, where they were given."""
+        refuse(self, {"guided_grammar": None, "use_beam_search": False, "best_of": self.n, "length_penalty": 1})
         names = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields.keys() - {"logprobs", "max_tokens"}
-        return {name: getattr(self, name) for name in names} | more
+        seed = None if self.seed is None else self.seed % 2**63
+        return {name: getattr(self, name) for name in names} | {"seed": seed} | more
+
+    def structure(self) -> dict[str, Any] | None:
+        """vLLM's structured_outputs, also by their older names."""
+        older = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
+        older = {name: value for name, value in older.items() if value is not None}
+        if self.structured_outputs is not None and older:
+            raise RequestError("structured_outputs and guided fields are given; one is needed.")
+        return self.structured_outputs if self.structured_outputs is not None else older or None
 
 
-class JsonSchema(BaseModel):
-    name: str = "schema"
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
+class ResponseFormat(Body):
+    """schema: of a json_object, as some peers take it."""
 
-
-class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: dict[str, Any] | None = None
+    json_object_schema: dict[str, Any] | None = Field(None, alias="schema")
 
-
-class NamedFunction(BaseModel):
-    name: str
-
-
-class NamedToolChoice(BaseModel):
-    type: Literal["function"] = "function"
-    function: NamedFunction
+    def asked(self) -> dict[str, Any]:
+        return {"type": self.type, "json_schema": self.json_schema, "schema": self.json_object_schema}
 
 
 class ChatRequest(Sampling):
@@ -105,16 +142,26 @@ class ChatRequest(Sampling):
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    # Refused where they ask for something.
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    chat_template: Any = None
+    documents: Any = None
+    echo: Any = None
 
 
 class CompletionRequest(Sampling):
@@ -126,13 +173,55 @@ class CompletionRequest(Sampling):
         | Annotated[list[Text], Field(max_length=64), _FIRST_ERROR]
         | Annotated[list[Annotated[list[TokenId], _FIRST_ERROR]], Field(max_length=64), _FIRST_ERROR]
     )
-    max_tokens: Count | None = 16
+    max_tokens: CountFromZero | None = 16
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = False
     response_format: ResponseFormat | None = None
+    suffix: Any = None  # refused where it asks for something
 
 
-class TokenizeRequest(BaseModel):
+class ResponsesRequest(Body):
+    """POST /v1/responses."""
+
+    model: str | None = None
+    input: Text | Annotated[list[dict[str, Any]], Field(max_length=MOST_ITEMS), _FIRST_ERROR]
+    instructions: Text | None = None
+    previous_response_id: str | None = Field(None, max_length=256)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    max_output_tokens: Count | None = None
+    temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: Annotated[list[str], Field(max_length=64), _FIRST_ERROR] | None = None
+    truncation: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool = True
+    stream: bool = False
+    # Refused where they ask for something.
+    background: Any = None
+    conversation: Any = None
+    prompt: Any = None
+    top_logprobs: Any = None
+    max_tool_calls: Any = None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on with what was stored."""
+        items = () if isinstance(self.input, str) else self.input
+        return self.previous_response_id is not None or any(item.get("type") == "item_reference" for item in items)
+
+    def format(self) -> dict[str, Any] | None:
+        """text.format as a response_format."""
+        form = (self.text or {}).get("format")
+        if not isinstance(form, Mapping) or form.get("type") != "json_schema":
+            return form
+        return {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
+
+
+class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or messages."""
 
     prompt: Text | None = None
@@ -142,13 +231,13 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     tokens: Annotated[list[TokenId], _FIRST_ERROR] = Field(max_length=1 << 20)
 
 
-class AbortRequest(BaseModel):
+class AbortRequest(Body):
     """POST /v1/abort."""
 
     request_id: str
@@ -157,31 +246,42 @@ class AbortRequest(BaseModel):
 def _kind(value: Any) -> Any:
     """A dictionary whose `type` is a string, and whose budget fits 32 bits."""
     if not isinstance(value.get("type"), str):
-        raise ValueError(f"its type is {value.get('type')!r:.80}; it must be a string")
+        raise ValueError(f"its type is {reprlib.repr(value.get('type'))}; it must be a string")
     budget = value.get("budget_tokens")
     if isinstance(budget, int) and not 0 <= budget < 2**31:
-        raise ValueError(f"budget_tokens is {budget!r:.80}; it must be in [0, 2^31)")
+        raise ValueError(f"budget_tokens is {budget!r}; it must be in [0, 2^31)")
     return value
 
 
 Kind = Annotated[dict[str, Any], AfterValidator(_kind)]
 
 
-class AnthropicRequest(BaseModel):
-    """POST /v1/messages, text and tools."""
-
-    model_config = ConfigDict(extra="ignore")
+class AnthropicConversation(Body):
+    """What is counted at POST /v1/messages/count_tokens: text and tools."""
 
     model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
-    max_tokens: Count
     system: Text | Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES), _FIRST_ERROR] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Kind | None = None
+    thinking: Kind | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+    # Refused where they ask for something.
+    thread: Any = None
+    mcp_servers: Any = None
+    container: Any = None
+
+
+class AnthropicRequest(AnthropicConversation):
+    """POST /v1/messages."""
+
+    max_tokens: CountFromZero
     stop_sequences: Strings | None = None
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
-    tool_choice: Kind | None = None
-    thinking: Kind | None = None
     metadata: dict[str, Any] | None = None
+    compaction: Any = None  # refused where it asks for something

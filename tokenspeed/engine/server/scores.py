@@ -40,10 +40,11 @@ def prompt_logprobs(tokenizer: Tokenizer, scores: Sequence[TokenScores]) -> list
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], scores: Sequence[TokenScores | None]
+    tokenizer: Tokenizer, ids: Sequence[int], scores: Sequence[TokenScores | None], at: int = 0
 ) -> dict[str, Any]:
-    """A text completion's `logprobs`; None among the scores: the first token of a prompt."""
-    tokens, offsets, at = [token_text(tokenizer, id) for id in ids], [], 0
+    """A text completion's `logprobs`; None among the scores: the first token of a prompt. at: where in the choice's
+    text the first token begins, in characters."""
+    tokens, offsets = [token_text(tokenizer, id) for id in ids], []
     for token in tokens:
         offsets.append(at)
         at += len(token)

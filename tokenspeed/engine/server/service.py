@@ -8,16 +8,21 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import TokenSpeedError
+from ..chat.conversation import Conversation
+from ..chat.formats import Format
+from ..chat.turn import Conversations, PreparedTurn, TurnReader
+from ..errors import RequestError, TokenSpeedError
 from ..frontend import Frontend
-from ..request import Request, Update
-from ..text.history import TurnHistory
+from ..request import Request, SamplingParams, Update
+from ..text.turn import TurnEvent
 from .background import Background
 from .client import DeadlineExceeded, EngineClient
-from .formats import Compiled, Format, Formats, Postponed
+from .formats import Compiled, Formats
 from .metrics import Metrics
 from .names import Names
+from .response_store import ResponseStore
 
 # The key of the request that is being answered, None where none is needed. It follows a request through its tasks and
 # threads, so that no endpoint can forget to say whose a name is.
@@ -30,6 +35,35 @@ class Overloaded(TokenSpeedError):
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ContextOverflow(RequestError):
+    """A prompt and its answer do not fit. prompt, answer, room: tokens; answer: as asked for, 0 where any would do."""
+
+    def __init__(self, prompt: int, answer: int, room: int):
+        self.prompt, self.answer, self.room = prompt, answer, room
+        parts = f"{prompt} in the messages, {answer} in the completion" if answer else f"{prompt} in the messages"
+        super().__init__(  # clients look for the first words, and for the numbers in this order
+            f"This model's maximum context length is {room} tokens. However, you requested {prompt + answer} tokens "
+            f"({parts}). Please reduce the length of the messages{' or completion' if answer else ''}."
+        )
+
+    def as_anthropic(self) -> str:
+        """The same in the words that Anthropic's clients shrink a request by."""
+        if self.answer and self.prompt < self.room:
+            return (
+                f"input length and `max_tokens` exceed context limit: {self.prompt} + {self.answer} > {self.room}, "
+                "decrease input length or `max_tokens` and try again"
+            )
+        return f"prompt is too long: {self.prompt} tokens > {self.room - 1} maximum"
+
+
+class Unsupported(RequestError):
+    """Something a client can go on without. details: as the API's clients read them."""
+
+    def __init__(self, message: str, details: dict[str, Any]):
+        super().__init__(message)
+        self.details = details
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +83,10 @@ class Service:
     def __init__(self, frontend: Frontend, engine: EngineClient, config: ServiceConfig):
         self.frontend, self.engine, self.config = frontend, engine, config
         self.metrics = Metrics()
-        self.history = TurnHistory(frontend.defaults.eos_ids) if config.exact_history else None
-        self.formats, self.tool_grammars = Formats(frontend.directory), Postponed()
-        self.names, self.background = Names(), Background()
+        self.conversations = Conversations(frontend, config.exact_history)
+        self.responses = ResponseStore()
+        self.formats, self.names, self.background = Formats(frontend.directory), Names(), Background()
+        self.started = int(time.time())
         self.draining = False
         self.in_flight = 0
 
@@ -85,7 +120,7 @@ class Service:
         self.in_flight -= requests
 
     async def run(
-        self, request: Request, grammar: Format | None = None, timeout: float | None = None, part: int = 0
+        self, request: Request, format: Format | None = None, timeout: float | None = None, part: int = 0
     ) -> AsyncIterator[Update]:
         """The updates of a request, timed and within its deadline. Leaving early aborts it.
 
@@ -101,7 +136,7 @@ class Service:
         outcome, first, key = "aborted", True, caller.get()
         try:
             with self.names.used(key, request.id, part) as id:
-                compiled = await self._compiled(key, request, grammar, limit)
+                compiled = await self._compiled(key, request, format, limit)
                 own = replace(request, id=id)
                 left = None if limit is None else max(limit - (time.monotonic() - start), 0.001)
                 async with aclosing(self.engine.generate(own, compiled.spec, left, compiled.size)) as updates:
@@ -138,16 +173,49 @@ class Service:
         found = [await self.engine.abort(id) for id in self.names.ids(caller.get(), name)]
         return any(found)
 
+    def check_room(self, request: Request) -> None:
+        """Raises ContextOverflow where the prompt and the answer asked for do not fit."""
+        prompt, answer = len(request.prompt), request.params.max_tokens or 0
+        if prompt + max(answer, 1) > self.room:
+            raise ContextOverflow(prompt, answer, self.room)
+
+    def prepare(
+        self,
+        id: str,
+        chat: Conversation,
+        sampling: dict[str, Any],
+        key: str | None,
+        salt: str | None = None,
+        priority: int = 0,
+    ) -> TurnReader:
+        """A conversation ready for `converse`. sampling: fields of SamplingParams that were given; key, salt: as
+        `name_space`. Raises RequestError for what cannot be asked."""
+        params = self.params(sampling)
+        turn = self.conversations.prepare(id, chat, params, self.name_space(key, salt), priority)
+        self.check_room(turn.request)
+        return TurnReader(self.conversations, turn)
+
+    def params(self, sampling: dict[str, Any]) -> SamplingParams:
+        """The checkpoint's values, and over them those that were given; without max_tokens, as many as fit."""
+        bound = sampling.get("max_tokens")
+        params = self.frontend.sampling_params(**sampling | {"max_tokens": bound or self.room})
+        return params if bound else replace(params, max_tokens=None)
+
+    async def converse(
+        self, reader: TurnReader, timeout: float | None = None
+    ) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
+        """The updates of a conversation's turn, each with what it adds. As `run`."""
+        turn: PreparedTurn = reader.turn
+        self.metrics.restored.inc(turn.restored)
+        async with aclosing(self.run(turn.request, turn.format, timeout)) as updates:
+            async for update in updates:
+                yield update, reader.take(update)
+
     async def stats(self, timeout: float) -> dict[str, float]:
         """The engine's numbers (`Engine.stats`) and this process's. Raises EngineError as `EngineClient.stats`."""
         own = {"requests_in_flight": self.in_flight, "server_tasks": len(asyncio.all_tasks())}
         return await self.engine.stats(timeout) | own
 
-    def remember(self, request: Request, ids: list[int]) -> None:
-        """A turn that was answered to its end, for the prompts that send it back."""
-        if self.history is not None:
-            self.history.store(request.name_space, request.prompt, ids)
 
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+def new_id(prefix: str, mark: str = "-") -> str:
+    return f"{prefix}{mark}{uuid.uuid4().hex}"

@@ -4,7 +4,9 @@ Qwen3.5 writes an argument as bare text (`12`, `true`, `[1, 2]`, `some words`), 
 from the number. `read` decides; on doubt an argument stays the string that the model wrote.
 """
 
+import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,8 @@ _SPELLINGS = {"True": "true", "False": "false", "None": "null"}  # templates tha
 _MAX_DEPTH = 32  # of nested anyOf and $ref; what lies deeper says nothing
 _MAX_VISITS = 1000
 _MOST_COMPARISONS = 100_000
+_MAX_LITERAL = 1 << 17  # characters of a value in Python's spelling
+_BRACKETS = re.compile(r"[\[\](){}]")
 
 # What a schema admits: for each kind of value its only values, or None for any of the kind.
 Domain = dict[str, tuple[Any, ...] | None]
@@ -64,7 +68,8 @@ def read(text: str, admitted: Domain) -> str:
     """The JSON text for an argument written as `text`.
 
     Where strings are admitted, only null, an array or an object that is admitted too is read as that: `12` may well be
-    meant as text, `["a", "b"]` hardly. Where no admitted kind fits, the text stays a string.
+    meant as text, `["a", "b"]` hardly. An array or object may be spelled as Python spells a list or a dictionary. Where
+    no admitted kind fits, the text stays a string.
     """
     other = admitted.keys() - {"string"}
     if "string" in admitted and _fits(text, "string", admitted):
@@ -75,13 +80,34 @@ def read(text: str, admitted: Domain) -> str:
             value = json.loads(spelled, parse_constant=_no_json)
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinity, no lone surrogate inside
         except (ValueError, RecursionError):
-            return json.dumps(text, ensure_ascii=False)
+            value = _python_value(spelled) if other & {"array", "object"} else None
+            if value is None:
+                return json.dumps(text, ensure_ascii=False)
+            spelled = json.dumps(value, ensure_ascii=False)
         if isinstance(value, float) and value.is_integer() and "integer" in other and "number" not in other:
             value = int(value)
             spelled = str(value)
         if any(kind in other and _fits(value, kind, admitted) for kind in _kinds_of(value)):
             return spelled
     return json.dumps(text, ensure_ascii=False)
+
+
+def _python_value(text: str) -> list | dict | None:
+    """The list or dictionary that `text` spells as Python does, None where it spells none that JSON can hold."""
+    if text[:1] not in ("[", "{", "(") or len(text) > _MAX_LITERAL:
+        return None
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(text):
+        depth += 1 if bracket in "([{" else -1
+        deepest = max(deepest, depth)
+    if deepest > _MAX_DEPTH:
+        return None
+    try:
+        value = ast.literal_eval(text)  # literals alone: names and calls are errors
+        plain = json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return plain if isinstance(plain, list | dict) else None
 
 
 def _no_json(name: str) -> Any:

@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
+
+from pydantic_core import from_json
 
 from ..errors import RequestError
 from .literals import Hidden, LiteralGuard, Span
 
 TOOL_CALL = "<tool_call>"  # opens one in the model's own markup
 ROLES = ("system", "user", "assistant", "tool")
+_SYSTEM_NAMES = ("developer",)  # what OpenAI's newer clients call it
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _MEDIA = ("image", "audio", "video", "file")
 _MAX_DEPTH = 64
@@ -21,14 +24,32 @@ _TOOL_CALL = re.compile(r"^</?tool_call>$", re.MULTILINE)
 def check_messages(messages: Any) -> list[dict[str, Any]]:
     """A copy of `messages` as templates of this family expect it; raises RequestError naming the message and the value.
 
-    Content is a string, a list of text parts, or, for an assistant, absent. Keys whose value is None are dropped, JSON
-    `arguments` of tool calls are parsed, and reasoning under another usual name becomes `reasoning_content`.
+    Content is a string, a list of text parts, or, for an assistant, absent; None is the empty string. Other keys whose
+    value is None are dropped, `developer` is `system`, and reasoning under another usual name is `reasoning_content`.
+    `arguments` of tool calls are parsed; of JSON that was cut short, as max_tokens cuts a call, what is there counts.
     """
     if not isinstance(messages, list | tuple):
         raise RequestError(f"messages must be a list of messages, not {type(messages).__name__}")
     if not messages:
         raise RequestError("messages is empty; give at least one message")
     return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def merge_systems(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Checked messages with one system message, at the front, that holds the text of all of them in their order, an
+    empty line between two; and for each of the messages its index there."""
+    texts = [_text(message["content"]) for message in messages if message["role"] == "system"]
+    merged: list[dict[str, Any]] = [{"role": "system", "content": "\n\n".join(filter(None, texts))}] if texts else []
+    places = []
+    for message in messages:
+        if message["role"] != "system":
+            merged.append(message)
+        places.append(0 if message["role"] == "system" else len(merged) - 1)
+    return merged, places
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    return (content if isinstance(content, str) else "".join(part["text"] for part in content)).strip()
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -81,8 +102,11 @@ def _hide_content(content: str, think: bool, guard: LiteralGuard, hidden: Hidden
 
 
 def _check_message(message: Any, where: str) -> dict[str, Any]:
-    message = {key: value for key, value in _plain_object(message, where).items() if value is not None}
+    given = _plain_object(message, where)
+    message = {key: value for key, value in given.items() if value is not None}
     role = message.get("role")
+    if role in _SYSTEM_NAMES:
+        role = message["role"] = "system"
     if role not in ROLES:
         raise RequestError(f"{where}: role is {role!r}; it must be one of {', '.join(ROLES)}")
     for name in _REASONING_NAMES:
@@ -91,7 +115,8 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     reasoning = next((message[name] for name in _REASONING_NAMES if name in message), None)
     if reasoning is not None:
         message["reasoning_content"] = reasoning
-    if "content" in message:
+    if "content" in given:
+        message.setdefault("content", "")
         _check_content(message["content"], where)
     elif role != "assistant":
         raise RequestError(f"{where}: a {role} message needs content")
@@ -127,17 +152,23 @@ def _check_tool_call(call: Any, where: str) -> None:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RequestError(f"{where} must be a function with a name and arguments, not {_show(call)}")
     arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments:
+        arguments = _plain(_parse_arguments(arguments, where), where, 0)
     if arguments is None or arguments == "":
         arguments = {}
-    elif isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments, parse_constant=_not_json)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{where}: arguments are not JSON ({error}): {_show(arguments)}") from None
-        arguments = _plain(arguments, where, 0)
     if not isinstance(arguments, dict):
         raise RequestError(f"{where}: arguments must be an object, not {_show(arguments)}")
     function["arguments"] = arguments
+
+
+def _parse_arguments(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_not_json)
+    except (ValueError, RecursionError) as error:
+        try:
+            return from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
+        except ValueError:
+            raise RequestError(f"{where}: arguments are not JSON ({error}): {_show(text)}") from None
 
 
 def _not_json(name: str) -> NoReturn:

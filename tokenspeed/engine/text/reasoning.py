@@ -29,7 +29,9 @@ class ReasoningSplitter:
         """opened: whether the prompt leaves the reasoning open (`leaves_reasoning_open`)."""
         self._opened = opened
         self._state = self._start
-        self._held = ""  # text that cannot be told yet: part of a tag, or white space that may be at an end
+        self._space: list[str] = []  # white space that may be at an end
+        self._held = ""  # after it, what may be part of a tag
+        self.inside = opened  # the text so far ends in the reasoning
 
     def push(self, text: str) -> Split:
         """What `text` makes certain; at most a tag's length and the white space around it are held back."""
@@ -41,15 +43,16 @@ class ReasoningSplitter:
         return self._state(final=True)
 
     def _start(self, final: bool) -> Split:
-        body = self._held.lstrip()
-        if not final and OPEN.startswith(body[: len(OPEN)]) and len(body) < len(OPEN):
+        self._skip_space()
+        if not final and OPEN.startswith(self._held[: len(OPEN)]) and len(self._held) < len(OPEN):
             return Split("", "")
-        if body.startswith(OPEN):
-            self._held = body[len(OPEN) :]
+        if self._held.startswith(OPEN):
+            self._held = self._held[len(OPEN) :]
+            self._opened = self.inside = True
         elif not self._opened:
             self._state = self._content
             return self._state(final)
-        self._held = self._held.lstrip()
+        self._space.clear()
         self._state = self._reasoning_start
         return self._state(final)
 
@@ -61,15 +64,17 @@ class ReasoningSplitter:
         return Split("", "")
 
     def _reasoning(self, final: bool) -> Split:
+        self._skip_space()
         reasoning, closed, rest = self._held.partition(CLOSE)
         if closed:
-            self._held = rest
+            told = self._told(reasoning)
+            self.inside, self._held = False, rest
+            self._space.clear()
             self._state = self._content_start
-            return Split(reasoning.rstrip(), self._state(final).content)
-        known = len(self._held) if final else len(self._held) - partial(self._held, CLOSE)
-        known = len(self._held[:known].rstrip())
+            return Split(told, self._state(final).content)
+        known = len(self._held) - (0 if final else partial(self._held, CLOSE))
         reasoning, self._held = self._held[:known], self._held[known:]
-        return Split(reasoning, "")
+        return Split(self._told(reasoning), "")
 
     def _content_start(self, final: bool) -> Split:
         self._held = self._held.lstrip()
@@ -79,8 +84,26 @@ class ReasoningSplitter:
         return Split("", "")
 
     def _content(self, final: bool) -> Split:
-        content, self._held = self._held, ""
+        content, self._held = "".join((*self._space, self._held)), ""
+        self._space.clear()
         return Split("", content)
+
+    def _skip_space(self) -> None:
+        """White space that the held text begins with is set aside, so that no later piece looks at it again."""
+        body = self._held.lstrip()
+        if len(body) < len(self._held):
+            self._space.append(self._held[: len(self._held) - len(body)])
+            self._held = body
+
+    def _told(self, text: str) -> str:
+        """The reasoning up to the last of it that is no white space; the white space waits for what follows."""
+        body = text.rstrip()
+        if not body:
+            self._space.append(text)
+            return ""
+        told = "".join((*self._space, body))
+        self._space = [text[len(body) :]]
+        return told
 
 
 def partial(text: str, tag: str) -> int:

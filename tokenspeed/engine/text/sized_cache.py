@@ -34,3 +34,8 @@ class SizedCache(Generic[Value]):
                 self._size += size
             while self._size > self._most:
                 self._size -= self._kept.popitem(last=False)[1][1]
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a value; harmless where there is none."""
+        with self._lock:
+            self._size -= self._kept.pop(key, (None, 0))[1]

@@ -6,25 +6,49 @@ from collections.abc import Sequence
 class StopStrings:
     """Finds the first of some strings, also across pieces. Text that may begin one is held back, and no more."""
 
-    def __init__(self, stops: Sequence[str], include: bool):
-        """include: the string that was found is part of the text."""
+    def __init__(self, stops: Sequence[str], include: bool, after: str | None = None):
+        """include: the string that was found is part of the text. after: strings count only behind this one, which ends
+        the reasoning; None: from the start."""
         self._stops, self._include = tuple(stops), include
+        self._after = after or ""
+        self._tail = ""  # of the text before `after`, as much as may begin it
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that is certain now, and the stop string that was found; nothing may be pushed after one."""
         if not self._stops:
             return text, None
+        before = ""
+        if self._after:
+            passed = self._find_after(text)
+            before, text = text[:passed], text[passed:]
         text = self._held + text
         # The one that is complete first; of several that end together, the longest.
         found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if found:
             end, length, stop = min(found)
             self._held = ""
-            return text[: end if self._include else end + length], stop
+            return before + text[: end if self._include else end + length], stop
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], None
+        return before + text[: len(text) - keep], None
+
+    def pass_over(self, text: str) -> str:
+        """Text in which no stop string counts, with what was held back before it."""
+        if self._after:
+            self._find_after(text)
+        return self.finish() + text
+
+    def _find_after(self, text: str) -> int:
+        """How much of the text is before the end of `after`."""
+        both = self._tail + text
+        end = both.find(self._after)
+        if end < 0:
+            self._tail = both[len(both) - len(self._after) + 1 :] if len(both) >= len(self._after) else both
+            return len(text)
+        passed = end + len(self._after) - len(self._tail)
+        self._after = self._tail = ""
+        return passed
 
     def finish(self) -> str:
         """What was held back, once no more text comes."""

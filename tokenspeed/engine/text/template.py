@@ -13,7 +13,7 @@ from ..files import read_optional_json_object, read_text
 from .boundaries import stable_cuts
 from .interrupt import check_interrupt
 from .literals import Hidden, Rendered, strings_in
-from .messages import TOOL_CALL, check_messages, check_tools, hide_literals
+from .messages import TOOL_CALL, check_messages, check_tools, hide_literals, merge_systems
 from .reasoning import leaves_reasoning_open
 from .sandbox import BoundedEnvironment, TemplateRefusal
 from .tokenizer import Tokenizer
@@ -92,14 +92,15 @@ class ChatTemplate:
     ) -> Rendered:
         """The conversation as text, for `Tokenizer.encode_rendered`.
 
-        messages, tools: as in OpenAI's chat API (`messages.check_messages` has the details); not changed.
+        messages, tools: as in OpenAI's chat API (`messages.check_messages` has the details); not changed. Where the
+        template refuses several system messages, or one that is not the first, they are merged at the front.
         enable_thinking: None leaves it to the template. template_kwargs: only names in TEMPLATE_KWARGS.
 
         Without a control-token literal in any string the text is `transformers`' own; with one it is the same text,
         except that a template does not react to markup that a user or a tool wrote (`messages.hide_literals`).
         Raises RequestError for a bad message, tool or kwarg, and with the template's words when it refuses or fails.
         """
-        conversation = _Conversation(self, messages, tools, enable_thinking, template_kwargs)
+        conversation, _ = self._accepted(messages, tools, enable_thinking, template_kwargs)
         return conversation.hidden.reveal(conversation.text(conversation.messages, add_generation_prompt))
 
     def encode(
@@ -120,10 +121,11 @@ class ChatTemplate:
         marks: indices of at most MAX_MARKS messages whose ends the caller wants boundaries at.
         name_space: as in `Tokenizer.encode_with_counts`.
         """
-        conversation = _Conversation(self, messages, tools, enable_thinking, template_kwargs)
-        count = len(conversation.messages)
+        conversation, places = self._accepted(messages, tools, enable_thinking, template_kwargs)
+        count = len(places)
         if len(marks) > MAX_MARKS or not all(0 <= mark < count for mark in marks):
             raise RequestError(f"marks are {list(marks)}; give at most {MAX_MARKS} indices of the {count} messages")
+        marks = sorted({places[mark] for mark in marks})
         text = conversation.text(conversation.messages, add_generation_prompt)
         bare = conversation.without_generation_prompt(text) if add_generation_prompt else text
         if continue_final_message:
@@ -137,15 +139,28 @@ class ChatTemplate:
         kept_with = None if comes_back else self._tokenizer.token_to_id(TOOL_CALL)
         return EncodedPrompt(ids, boundaries, leaves_reasoning_open(rendered.text), kept_with)
 
+    def _accepted(
+        self, messages: Any, tools: Any, enable_thinking: bool | None, kwargs: Mapping[str, bool] | None
+    ) -> tuple["_Conversation", list[int]]:
+        """The conversation as the template takes it, and for each of the messages its index there."""
+        checked, places = check_messages(messages), list(range(len(messages)))
+        conversation = _Conversation(self, checked, tools, enable_thinking, kwargs)
+        if any(message["role"] == "system" for message in checked[1:]):
+            merged, moved = merge_systems(checked)
+            if conversation.text_or_none(conversation.messages) is None:
+                return _Conversation(self, merged, tools, enable_thinking, kwargs), moved
+        return conversation, places
+
 
 def _opened(text: str, message: Mapping[str, Any]) -> str:
-    """A rendered conversation up to where its last message's content ends."""
+    """A rendered conversation up to where its last message's content ends, with the white space that ends it."""
     content = message.get("content") or ""
-    said = (content if isinstance(content, str) else content[-1].get("text", "")).strip()
+    given = content if isinstance(content, str) else content[-1].get("text", "")
+    said = given.strip()
     place = text.rfind(said)
     if not said or place < 0:
         raise RequestError("continue_final_message needs a last message with content that the template shows as it is")
-    return text[: place + len(said)]
+    return text[: place + len(said)] + given[len(given.rstrip()) :]
 
 
 class _Conversation:
@@ -162,7 +177,7 @@ class _Conversation:
         enable_thinking: bool | None,
         kwargs: Mapping[str, bool] | None,
     ):
-        messages = check_messages(messages)
+        """messages: checked."""
         tools = check_tools(tools)
         tokenizer = template._tokenizer
         self._variables: dict[str, Any] = {**tokenizer.special_tokens, **_check_kwargs(kwargs)}

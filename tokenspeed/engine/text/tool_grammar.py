@@ -10,7 +10,7 @@ import llguidance
 
 from ..errors import RequestError
 from .argument_types import Domain, argument_schema, domain, resolve
-from .grammar import LIMITS, GrammarSpec, json_rule, literal, reason, response_format
+from .grammar import LIMITS, GrammarSpec, json_rule, literal, reason
 from .sized_cache import SizedCache
 
 _VALUE_END = r'"\n</parameter>\n"'
@@ -45,10 +45,6 @@ class ToolGrammars:
     def __init__(self) -> None:
         self._arguments: SizedCache[str] = SizedCache(_KEPT_CHARACTERS)
 
-    def response_format(self, value: Any, reasoning: bool = False) -> GrammarSpec | None:
-        """`grammar.response_format`."""
-        return response_format(value, reasoning)
-
     def spec(
         self,
         tools: Sequence[Mapping[str, Any]],
@@ -58,8 +54,9 @@ class ToolGrammars:
     ) -> GrammarSpec | None:
         """For a turn with `tools` (`messages.check_tools`) under OpenAI's `tool_choice`; None where it may be any text.
 
-        choice: "auto": text, then calls, if any tool is strict; "required": calls alone; {"type": "function",
-        "function": {"name": ...}}: one call of that function; "none". parallel: more than one call may be made.
+        choice: "auto": text, then calls, if any tool is strict or calls are limited; "required": calls alone; {"type":
+        "function", "function": {"name": ...}}: one call of that function; "none". parallel: more than one call may be
+        made.
 
         Arguments come in the order of the schema's properties: the required ones, others that it names, no more;
         `format` says nothing. A tool that is not strict is held to its schema only where a call is required and the
@@ -78,7 +75,8 @@ class ToolGrammars:
             )
         if choice == "required" and not functions:
             raise RequestError("tool_choice is 'required', but there are no tools")
-        if not constrains(functions, choice):
+        free = parallel and not any(function.get("strict") is True for function in functions)
+        if choice == "none" or (choice == "auto" and (free or not functions)):
             return None
         rules = [_ARGUMENT_RULES, _CALL_RULES]
         for i, function in enumerate(functions):
@@ -93,12 +91,6 @@ class ToolGrammars:
         rules.append(f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}\n")
         rules.append(f"answer: PROSE (call{more})?\n" if choice == "auto" else f"answer: call{more}\n")
         return GrammarSpec("".join(rules), reasoning)
-
-
-def constrains(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> bool:
-    """Whether a turn with these tools under this choice is held to a grammar."""
-    strict = any(tool.get("function", tool).get("strict") is True for tool in tools)
-    return choice != "none" and (choice != "auto" or strict)
 
 
 def _arguments(rule: str, function: Mapping[str, Any], required: bool) -> str:

@@ -1,42 +1,35 @@
-"""What an assistant turn says: its reasoning, its text, and the tool calls in Qwen3.5's XML, as the text comes."""
+"""The tool calls in an assistant turn's content, in Qwen3.5's XML, as the text comes."""
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .argument_types import TEXT, Domain, argument_schema, domain, is_text, read
-from .reasoning import ReasoningSplitter, partial
+from .call_tags import (
+    ANY_MARK,
+    ANY_START,
+    ARGUMENT_START,
+    CALL,
+    CALL_END,
+    CALL_ENDS,
+    CALL_START,
+    CLOSES,
+    FUNCTION,
+    FUNCTION_END,
+    MAX_NAME,
+    MAY_BE_ARGUMENT,
+    MAY_END,
+    NEXT_ARGUMENT,
+    OPENS,
+    OPENS_BARE,
+    VALUE_END,
+    VALUE_MARK,
+)
+from .reasoning import partial
 
-_MAX_NAME = 256  # characters of a function's or argument's name, and of white space between two tags
-_CALL, _CALL_END, _VALUE_END = "<tool_call>", "</tool_call>", "</parameter>"
-# Patterns as their atoms, so that `_beginning` can tell what may still become a match.
-_NAME = [rf"([^>\n]{{1,{_MAX_NAME}}})", ">"]
-_GAP = [rf"\s{{0,{_MAX_NAME}}}"]
-_ARGUMENT = [*_GAP, *"<parameter=", *_NAME]
-_FUNCTION_END = [*_GAP, *"</function>"]
-_OPENING = [*_CALL, *_GAP, *"<function=", *_NAME]
-_CLOSING = ["\n?", *_VALUE_END]
-
-
-def _whole(atoms: list[str]) -> re.Pattern[str]:
-    return re.compile(f"{''.join(atoms)}(?:{''.join(_ARGUMENT)}|{''.join(_FUNCTION_END)})")
-
-
-def _beginning(atoms: list[str]) -> re.Pattern[str]:
-    """For fullmatch: what more text may make a match of `_whole(atoms)`."""
-
-    def nested(atoms: list[str], end: str) -> str:
-        for atom in reversed(atoms):
-            end = f"(?:{atom}{end})?"
-        return end
-
-    return re.compile(nested(atoms, f"(?:{nested(_ARGUMENT, '')}|{nested(_FUNCTION_END, '')})"))
-
-
-_OPENS, _MAY_OPEN = _whole(_OPENING), _beginning(_OPENING)
-_CLOSES, _MAY_CLOSE = _whole(_CLOSING), _beginning(_CLOSING)
+_TELLING = 8  # characters of a value that tell whether it can be anything but a string
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +83,40 @@ class ToolCallParser:
     `</function>` follows: any other tag inside it is its text. The tool's schema gives a value its type
     (`argument_types`); strings are passed on as they come, other values when they are complete.
     White space at both ends of the content is dropped.
+
+    Calls of the request's own tools are also found where tags are missing:
+    - `<tool_call>`, where `<function=NAME>` begins a line or follows another call;
+    - `</function>` before `</tool_call>`;
+    - `</parameter>` before a line that begins with `<parameter=NAME>`, of a name the schema has and that is not used
+      yet;
+    - the last `</parameter>`, where nothing, or another call, follows `</function>` or `</tool_call>`.
     """
 
-    def __init__(self, tools: Sequence[dict[str, Any]] | None = None):
-        """tools: the request's definitions, in OpenAI's form or the bare functions. Other names may be called too."""
+    def __init__(
+        self,
+        tools: Sequence[dict[str, Any]] | None = None,
+        resumed: bool = False,
+        only_offered: bool = False,
+        exact: bool = False,
+    ):
+        """tools: the request's definitions, in OpenAI's form or the bare functions. resumed: the content goes on with
+        what stands before it, so its first white space counts. only_offered: calls of other names are content. exact:
+        no tag is missing, as under a grammar."""
         functions = [tool.get("function", tool) for tool in tools or ()]
         self._parameters = {function["name"]: function.get("parameters") for function in functions}
+        self._recovers = bool(functions) and not exact
+        self._only_offered = only_offered
         self._state = self._content
         self._text = ""  # not told yet from `_at` on
         self._at = 0
-        self._space = ""  # white space that follows the content told so far
-        self._has_content = False
+        self._taken = 0  # characters before `_text`
+        self._line = resumed  # whether the content's last line has more than white space
+        self._space: list[str] = []  # white space that follows the content told so far
+        self._has_content = resumed
         self._events: list[Event] = []
         self._calls = 0
-        self._call = _Call(None)
+        self._call = _Call(None, False)
+        self.content_at: int | None = None  # where in the text the first content that is no white space stands
 
     def push(self, text: str) -> list[Event]:
         """What `text` makes certain."""
@@ -121,68 +134,124 @@ class ToolCallParser:
         self._events = []
         while self._state(final):
             pass
+        self._taken += self._at
         self._text, self._at = self._text[self._at :], 0
         return self._events
 
     # Each state takes what it can from the front of the text and says whether to go on.
 
     def _content(self, final: bool) -> bool:
-        start = self._text.find(_CALL, self._at)
-        if start < 0:
-            self._tell(self._take(len(self._text) - (0 if final else partial(self._text, _CALL))))
+        start = (ANY_START if self._recovers else CALL_START).search(self._text, self._at)
+        if start is None:
+            tags = (CALL, FUNCTION) if self._recovers else (CALL,)
+            held = 0 if final else max(partial(self._text, tag) for tag in tags)
+            self._tell(self._take(len(self._text) - held))
             return False
-        self._tell(self._take(start))
-        match = _OPENS.match(self._text, start)
+        self._tell(self._take(start.start()))
+        bare = start[0] == FUNCTION
+        if bare and self._line:
+            return self._pass_over(FUNCTION)
+        opens = OPENS_BARE if bare else OPENS
+        match = opens.match(self._text, self._at)
         if match is None:
-            if not final and _MAY_OPEN.fullmatch(self._text, start):
-                return False
-            self._tell(self._take(start + len(_CALL)))
-            return True
-        self._call = _Call(self._parameters.get(match[1]))
-        self._events.append(CallStarted(self._calls, match[1]))
+            waits = not final and opens.may_match(self._text, self._at)
+            return not waits and self._pass_over(start[0])
+        name, argument, call_end = match.groups()
+        offered = name in self._parameters
+        recovers = offered and self._recovers
+        if (not recovers and (bare or call_end)) or (not offered and self._only_offered):
+            return self._pass_over(start[0])
+        self._call = _Call(self._parameters.get(name), recovers)
+        self._events.append(CallStarted(self._calls, name))
         self._calls += 1
         self._call.raw.append(self._take(match.end()))
-        self._open(match[2])
+        self._open(argument, bool(call_end))
+        return True
+
+    def _pass_over(self, tag: str) -> bool:
+        """A tag that is content."""
+        self._tell(self._take(self._at + len(tag)))
         return True
 
     def _value_start(self, final: bool) -> bool:
         if self._at == len(self._text):
             return False
-        if self._text[self._at] == "\n":
+        self._call.line_start = self._text[self._at] == "\n"
+        if self._call.line_start:
             self._call.raw.append(self._take(self._at + 1))
         self._state = self._value
         return True
 
     def _value(self, final: bool) -> bool:
-        end = self._text.find(_VALUE_END, self._at)
-        known = end if end >= 0 else len(self._text) - (0 if final else partial(self._text, _VALUE_END))
+        marks = ANY_MARK if self._call.recovers else VALUE_MARK
+        mark = marks.search(self._text, self._at)
+        tags = (VALUE_END, ARGUMENT_START, FUNCTION_END, CALL_END) if self._call.recovers else (VALUE_END,)
+        held = 0 if final or mark else max(partial(self._text, tag) for tag in tags)
+        known = mark.start() if mark else len(self._text) - held
         self._add(known - self._text.endswith("\n", self._at, known))
-        if end < 0:
+        if mark is None:
             return False
-        match = _CLOSES.match(self._text, self._at)
-        if match is None and not final and _MAY_CLOSE.fullmatch(self._text, self._at):
+        if mark[0] == VALUE_END:
+            return self._value_end(mark.end(), final)
+        if mark[0] == ARGUMENT_START:
+            return self._next_argument(mark, final)
+        return self._call_ends(mark, final)
+
+    def _value_end(self, end: int, final: bool) -> bool:
+        """At `</parameter>`."""
+        match = CLOSES.match(self._text, self._at)
+        if match is None and not final and CLOSES.may_match(self._text, self._at):
             return False
-        if match is None or match[1] in self._call.names:
-            self._add(end + len(_VALUE_END))
-        else:
+        argument, call_end = match.groups() if match else (None, None)
+        if match is None or argument in self._call.names or (call_end and not self._call.recovers):
+            self._add(end)
+            return True
+        self._call.raw.append(self._take(match.end()))
+        self._argue(self._call.value_end())
+        self._open(argument, bool(call_end))
+        return True
+
+    def _next_argument(self, mark: re.Match[str], final: bool) -> bool:
+        """At `<parameter=` inside a value."""
+        begins_line = mark.start() > self._at or (self._call.line_start and not self._call.has_value)
+        match = NEXT_ARGUMENT.match(self._text, mark.start()) if begins_line else None
+        if match is None:
+            if begins_line and not final and MAY_BE_ARGUMENT.fullmatch(self._text, mark.start()):
+                return False
+        elif self._call.may_begin(match[1]):
             self._call.raw.append(self._take(match.end()))
             self._argue(self._call.value_end())
-            self._open(match[1])
+            self._open(match[1], False)
+            return True
+        self._add(mark.end())
+        return True
+
+    def _call_ends(self, mark: re.Match[str], final: bool) -> bool:
+        """At `</function>` or `</tool_call>` inside a value."""
+        match = CALL_ENDS.match(self._text, self._at)
+        if match and (match[2] in self._parameters if match[3] is None else final):
+            self._call.raw.append(self._take(match.end(1)))
+            self._argue(self._call.value_end())
+            self._open(None, True)
+            return True
+        if not final and MAY_END.fullmatch(self._text, self._at):
+            return False
+        self._add(mark.end())
         return True
 
     def _call_end(self, final: bool) -> bool:
         """The closing tag and the white space before it belong to the call."""
-        rest = self._text[self._at : self._at + _MAX_NAME + len(_CALL_END)]
+        rest = self._text[self._at : self._at + MAX_NAME + len(CALL_END)]
         tag = rest.lstrip()
-        if len(tag) < len(_CALL_END) and _CALL_END.startswith(tag) and len(rest) - len(tag) <= _MAX_NAME:
+        if len(tag) < len(CALL_END) and CALL_END.startswith(tag) and len(rest) - len(tag) <= MAX_NAME:
             return False  # at the end of the turn: a closing tag cut short, which is no content
-        if tag.startswith(_CALL_END):
-            self._take(self._at + len(rest) - len(tag) + len(_CALL_END))
+        if tag.startswith(CALL_END):
+            self._take(self._at + len(rest) - len(tag) + len(CALL_END))
         self._state = self._content
         return True
 
-    def _open(self, argument: str | None) -> None:
-        """Goes on with the argument, or, where there is none, with the end of the call."""
+    def _open(self, argument: str | None, ended: bool) -> None:
+        """Goes on with the argument, or, where there is none, with the end of the call; ended: that has been read."""
         if argument is not None:
             self._argue(self._call.argument_start(argument))
             self._state = self._value_start
@@ -190,7 +259,8 @@ class ToolCallParser:
         self._argue("}" if self._call.names else "{}")
         self._events.append(CallFinished(self._calls - 1))
         self._call.raw.clear()
-        self._state = self._call_end
+        self._line = False
+        self._state = self._content if ended else self._call_end
 
     def _add(self, end: int) -> None:
         """The text up to `end` is the value's."""
@@ -207,6 +277,10 @@ class ToolCallParser:
         return taken
 
     def _tell(self, text: str) -> None:
+        if self.content_at is None and (body := text.lstrip()):
+            self.content_at = self._taken + self._at - len(body)
+        newline = text.rfind("\n")
+        self._line = bool(text[newline + 1 :].strip()) or (self._line and newline < 0)
         if told := self._as_content(text):
             self._events.append(Content(told))
 
@@ -214,30 +288,38 @@ class ToolCallParser:
         """`text` where white space waits for what follows it, so that none is told at the ends."""
         body = text.rstrip()
         if not body:
-            self._space += text
+            self._space.append(text)
             return ""
-        told = self._space + body if self._has_content else body.lstrip()
+        told = "".join((*self._space, body)) if self._has_content else body.lstrip()
         self._has_content = True
-        self._space = text[len(body) :]
+        self._space = [text[len(body) :]]
         return told
 
 
 class _Call:
-    """The call being read. raw: its text so far; names: of its arguments so far. The methods give JSON text."""
+    """The call being read. recovers: tags may be missing; raw: its text so far; names: of its arguments so far;
+    line_start: the value began on a line of its own; has_value: with any text. The methods give JSON text."""
 
-    def __init__(self, parameters: Any):
-        self._parameters = parameters
+    def __init__(self, parameters: Any, recovers: bool):
+        self._parameters, self.recovers = parameters, recovers
         self.raw: list[str] = []
         self.names: set[str] = set()
+        self.line_start = self.has_value = False
         self._admitted: Domain = TEXT
         self._buffer: list[str] = []
+        self._start = ""  # of the value, once it is more than white space
         self._streams: bool | None = None  # None: not known yet
+
+    def may_begin(self, name: str) -> bool:
+        """Whether an argument of this name may come: the schema has it, and it has not come."""
+        properties = self._parameters.get("properties") if isinstance(self._parameters, dict) else None
+        return isinstance(properties, dict) and name in properties and name not in self.names
 
     def argument_start(self, name: str) -> str:
         comma = ", " if self.names else "{"
         self.names.add(name)
         self._admitted = domain(argument_schema(self._parameters, name), self._parameters)
-        self._buffer, self._streams = [], None
+        self._buffer, self._start, self._streams, self.has_value = [], "", None, False
         return f"{comma}{json.dumps(name, ensure_ascii=False)}: "
 
     def value_text(self, text: str) -> str:
@@ -245,67 +327,13 @@ class _Call:
             return json.dumps(text, ensure_ascii=False)[1:-1]
         if text:
             self._buffer.append(text)
-        if text and self._streams is None:
-            start = "".join(self._buffer)
-            self._streams = is_text(self._admitted, start)
+            self.has_value = True
+        if text and self._streams is None and len(self._start) < _TELLING:
+            self._start = (self._start + text).lstrip()[:_TELLING]
+            self._streams = is_text(self._admitted, self._start)
             if self._streams:
-                return json.dumps(start, ensure_ascii=False)[:-1]
+                return json.dumps("".join(self._buffer), ensure_ascii=False)[:-1]
         return ""
 
     def value_end(self) -> str:
         return '"' if self._streams else read("".join(self._buffer), self._admitted)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """name: the function; arguments: its values by parameter, typed by the tool's schema where one is given."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One assistant turn taken apart."""
-
-    reasoning: str
-    content: str
-    tool_calls: tuple[ToolCall, ...]
-
-    def message(self) -> dict[str, Any]:
-        """The turn as a chat message, to be sent back in the history."""
-        calls = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in self.tool_calls]
-        message = {"role": "assistant", "content": self.content, "reasoning_content": self.reasoning}
-        return message | ({"tool_calls": calls} if calls else {})
-
-
-def parse_answer(text: str, tools: Sequence[dict[str, Any]] | None = None, reasoning: bool = True) -> Answer:
-    """Take a whole assistant turn apart. Never raises: what is no complete call is content.
-
-    text: without the end-of-turn token. tools: as ToolCallParser takes them. reasoning: whether the prompt left a
-    `<think>` open (`reasoning.leaves_reasoning_open`).
-    """
-    splitter, parser = ReasoningSplitter(reasoning), ToolCallParser(tools)
-    first, last = splitter.push(text), splitter.finish()
-    events = [*parser.push(first.content + last.content), *parser.finish()]
-    return Answer(first.reasoning + last.reasoning, *collect(events))
-
-
-def collect(events: Iterable[Event]) -> tuple[str, tuple[ToolCall, ...]]:
-    """The content and the complete calls of a whole turn's events."""
-    content: list[str] = []
-    names: dict[int, str] = {}
-    arguments: dict[int, str] = {}
-    for event in events:
-        match event:
-            case Content(text):
-                content.append(text)
-            case CallStarted(index, name):
-                names[index], arguments[index] = name, ""
-            case Arguments(index, piece):
-                arguments[index] += piece
-            case CallCut(index, text):
-                del names[index]
-                content.append(text)
-    calls = (ToolCall(name, json.loads(arguments[index])) for index, name in names.items())
-    return "".join(content), tuple(calls)

@@ -1,0 +1,43 @@
+"""What cannot be loaded is refused with its numbers before anything is allocated."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokenspeed.engine import loading
+from tokenspeed.engine.config import EngineConfig, YarnScaling
+from tokenspeed.engine.errors import CapacityError, ConfigError
+from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.sizes import PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "words"),
+    [("27B", torch.bfloat16, "50.10 GiB as bfloat16"), ("397B-A17B", torch.float32, "1476.51 GiB as float32")],
+)
+def test_a_model_larger_than_memory_is_refused_with_the_numbers(size, dtype, words):
+    empty = Qwen3_5.empty(PUBLISHED[size], dtype, torch.device("meta"))
+    with pytest.raises(CapacityError, match=f"take {words}, and 10.00 GiB of cpu memory are free"):
+        loading.check_weights(empty, 10 << 30, "cpu")
+    loading.check_weights(empty, 2000 << 30, "cpu")
+
+
+def test_weights_are_not_loaded_where_they_do_not_fit(monkeypatch):
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("the weights were loaded"))
+    with pytest.raises(CapacityError, match=r"and 0.00 GiB of cpu memory are free"):
+        LLM(progress=False, device="cpu")
+
+
+def test_a_context_beyond_the_model_s_needs_yarn():
+    plain = PUBLISHED["0.8B"]
+    with pytest.raises(ConfigError, match="max_model_len is 1000000; the model's context is 262144 tokens"):
+        loading.check_context(plain, EngineConfig(max_model_len=1_000_000))
+    loading.check_context(plain, EngineConfig(max_model_len=262_144))
+    with pytest.raises(ConfigError, match="max_model_len is 5000000"):
+        LLM(progress=False, device="cpu", max_model_len=5_000_000)
+    yarn = YarnScaling(4.0, 262_144, None, 32.0, 1.0, None, None, True)
+    stretched = replace(plain, rope=replace(plain.rope, yarn=yarn), max_context=4 * 262_144)
+    loading.check_context(stretched, EngineConfig(max_model_len=1_000_000))

@@ -1,0 +1,35 @@
+"""HTTP around the application: HEAD, and pages of other origins."""
+
+from starlette.middleware.cors import CORSMiddleware
+
+_EXPOSED = ("retry-after", "x-request-id")
+
+
+class HeadRequests:
+    """Answers HEAD as GET without the body. Clients ask with it whether a server is there."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self._app(scope, receive, send)
+
+        async def without_body(message):
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app({**scope, "method": "GET"}, receive, without_body)
+
+
+def allow_origins(app, origins: tuple[str, ...]) -> None:
+    """Let pages of these origins ("*" for all) use the API from a browser; none may without this."""
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=list(_EXPOSED),
+        )
