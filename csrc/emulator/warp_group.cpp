@@ -58,7 +58,7 @@ class Operand {
         }
         uint32_t address = start_ + offset;
         if (width_ > 16) address ^= (address >> 7 & (width_ / 16 - 1)) << 4;
-        if (address + 2 > block_.shared->bytes()) {
+        if (address + (element_ == Element::kE4m3 ? 1 : 2) > block_.shared->bytes()) {
             machine().fail("%s: wgmma reads shared offset 0x%x, past the %zu bytes of the block",
                            block_name(block_).c_str(), address, block_.shared->bytes());
         }

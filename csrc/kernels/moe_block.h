@@ -13,11 +13,9 @@
 namespace tokenspeed::moe_layer {
 
 using expert_decode::Cursor;
-using expert_decode::kChunk;
 using expert_decode::kConsumerBarrier;
 using expert_decode::kConsumers;
 using expert_decode::kConsumerThreads;
-using expert_decode::kRowPadding;
 using expert_decode::kRowWarp;
 using expert_decode::kSharedLimit;
 using expert_decode::kStageBytes;
@@ -25,6 +23,9 @@ using expert_decode::kThreads;
 using expert_decode::kWeightWarp;
 using expert_decode::Shape;
 
+using Format = expert_decode::Format<__nv_bfloat16>;
+
+constexpr int kChunk = Format::kChunk;  // of depth
 constexpr int kTokens = kMoeBlockTokens;
 constexpr int kMaxEntries = kTokens * kMaxTopK;
 constexpr int kRowSlots = 2;
@@ -118,7 +119,7 @@ struct Layout {
 };
 
 inline Layout layout_for(const MoeBlock& p) {
-    return {kStages, p.tokens, p.hidden * 2 + kRowPadding, std::max(p.width, p.shared) * 2 + kRowPadding, p.held};
+    return {kStages, p.tokens, Format::row_pitch(p.hidden), Format::row_pitch(std::max(p.width, p.shared)), p.held};
 }
 
 struct Arguments {
@@ -144,7 +145,7 @@ struct Work {
           gate_up_tiles(p.width / GateUp::kTileColumns),
           down_tiles((p.hidden + Down::kTileColumns - 1) / Down::kTileColumns) {}
     // The block's first tile of shared_down lies beside the ring, if it is one stage; others pass through it.
-    __device__ static bool fits_beside(const MoeBlock& p) { return p.shared <= Shape<Dense>::kDepth; }
+    __device__ static bool fits_beside(const MoeBlock& p) { return p.shared <= Shape<Dense>::kDepthWarps * kChunk; }
     // The shared expert's turn is after a block's first unit, or before it if that wants rows, or if there is none: by
     // then its activations are there.
     __device__ static bool is_shared_turn(int item, int unit, int gate_up_units) {

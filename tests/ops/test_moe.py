@@ -69,6 +69,7 @@ def test_rows_of_padding_choose_nobody_and_add_nothing(backend, sequences, each)
     contexts[torch.rand(sequences) < 0.4] = -1
     contexts[sequences // 2] = -1
     kept = (contexts >= 0).repeat_interleave(each)
+    logits[~kept.to(logits.device)] = torch.nan
     padded = backend.op("moe_route")(logits, top_k, contexts.to(backend.device))
     weights, chosen, order, offsets = (x.cpu() for x in padded)
     alone = [x.cpu() for x in backend.op("moe_route")(logits[kept.to(logits.device)], top_k)]
