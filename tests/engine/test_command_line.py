@@ -172,7 +172,7 @@ def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):
     save_file({k: v for k, v in weights.items() if not k.startswith("mtp.")}, tmp_path / "model.safetensors")
     lines = info(capsys, "--model", str(tmp_path), "--plan")
     assert "MTP head none: the checkpoint has no mtp.* tensors, though its config.json names a head" in lines
-    assert "drafts none: auto drafts with an MTP head alone" in lines and "join_tokens" not in "".join(lines)
+    assert "drafts none: auto drafts with an MTP head, on a CPU" in lines and "join_tokens" not in "".join(lines)
     lines = info(capsys, "--model", str(tmp_path), "--draft-tokens", "2")
     assert "drafts 2 behind each token, looked up in the sequence" in lines
 

@@ -185,8 +185,8 @@ class EngineConfig:
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
-    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, none
-    without a head. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a tokenizer's merges
+    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, on a
+    CPU and with a head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a tokenizer's merges
     make the most frequent; None for all.
     tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
     torch.distributed takes it, None where this process is to start the others on this machine.
@@ -214,10 +214,11 @@ class EngineConfig:
     ep: int = 1
     rendezvous: str | None = None
 
-    def draft_depths(self, mtp: bool) -> tuple[tuple[int, int], ...]:
-        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them; mtp: whether there is a head."""
+    def draft_depths(self, mtp: bool, on_gpu: bool) -> tuple[tuple[int, int], ...]:
+        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them. mtp: whether there is a head;
+        on_gpu: where "auto" makes none until a card has been seen to give the same ids with drafts as without."""
         if self.draft_tokens == "auto":
-            return AUTO_DRAFTS if mtp else ()
+            return AUTO_DRAFTS if mtp and not on_gpu else ()
         return ((self.max_num_seqs, self.draft_tokens),) if self.draft_tokens else ()
 
     def __post_init__(self):

@@ -56,7 +56,7 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
         )
     )
     longest = longest_sequence(frontend.config, config, plan)
-    drafts = config.draft_depths(runner.model.mtp is not None)
+    drafts = config.draft_depths(runner.model.mtp is not None, runner.device.type == "cuda")
     limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest, drafts=drafts)
     eos_ids = frontend.defaults.eos_ids
     return Engine(runner, cache, limits, frontend.tokenizer, eos_ids, config.seed, config.validate)

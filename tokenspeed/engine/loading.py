@@ -35,7 +35,8 @@ def load_runner(
     pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
     dtype = pick_dtype(config.dtype, device)
     model_config = with_formats(ModelConfig.from_directory(directory), directory, config.quantization)
-    mtp = config.draft_tokens != 0 and holds_mtp(model_config, directory)
+    on_gpu = device.type == "cuda"
+    mtp = bool(config.draft_depths(True, on_gpu)) and holds_mtp(model_config, directory)
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
@@ -49,7 +50,7 @@ def load_runner(
         threads = 1
     if threads is not None:
         use_threads(threads)
-    depths = config.draft_depths(mtp)
+    depths = config.draft_depths(mtp, on_gpu)
     drafts = max((drafts for _, drafts in depths), default=0)
     sizes, kv_dtype = slot_sizes(model_config, drafts, decodes_by_kernel(device)), pick_kv_dtype(config.kv_dtype)
     layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)

@@ -120,7 +120,7 @@ def describe(
     """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
     assumed, None for the device as it is."""
     model, kernel = parts.loaded(engine), memory_gib is not None or decodes_by_kernel(device)
-    depths = engine.draft_depths(model.mtp is not None)
+    depths = engine.draft_depths(model.mtp is not None, memory_gib is not None or device.type == "cuda")
     drafts = max((drafts for _, drafts in depths), default=0)
     kv_dtype = pick_kv_dtype(engine.kv_dtype)
     plain = MemoryLayout(parts.trunk.share, dtype, *slot_sizes(model.config, 0, kernel), kv_dtype=kv_dtype)
@@ -204,7 +204,7 @@ def head_needs(parts: Parts, plain: MemoryLayout, loaded: bool = True) -> Iterat
 def _drafts(engine: EngineConfig, depths: tuple[tuple[int, int], ...], mtp: bool) -> str:
     """How deeply is drafted, and by what."""
     if not depths:
-        return "none (--draft-tokens 0)" if engine.draft_tokens == 0 else "none: auto drafts with an MTP head alone"
+        return "none (--draft-tokens 0)" if engine.draft_tokens == 0 else "none: auto drafts with an MTP head, on a CPU"
     by = "by the MTP head" if mtp else "looked up in the sequence"
     if engine.draft_tokens != "auto":
         return f"{engine.draft_tokens} behind each token, {by}"

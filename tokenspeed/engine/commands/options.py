@@ -100,8 +100,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=default.draft_tokens,
         metavar="N|auto|0",
         help=f"tokens drafted behind each and verified in one step, 0 to {MOST_DRAFTS}, by the MTP head or, without "
-        "one, by lookup in the sequence; the text is the same (default auto: with a head "
-        f"{_auto_drafts()}; without one 0)",
+        "one, by lookup in the sequence; the text is the same (default auto: on a CPU with a head "
+        f"{_auto_drafts()}; otherwise 0)",
     )
     engine.add_argument(
         "--draft-vocabulary",

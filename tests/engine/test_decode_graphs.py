@@ -1,0 +1,82 @@
+"""On a card: decode steps by CUDA graphs give what the same steps give one by one, with drafts and without, wherever a
+sequence's index, slot and pages lie."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokenspeed import ops
+from tokenspeed.engine.loading import slot_sizes
+from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.sizes import PUBLISHED
+from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
+
+CUDA, SEQUENCES, PAGES = torch.device("cuda"), 2, 8
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or "accept_tokens" not in ops.compiled_operators(), reason="needs a card and kernels"
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = replace(PUBLISHED["0.8B"], layer_types=PUBLISHED["0.8B"].layer_types[:4])
+    made = Qwen3_5.empty(config, torch.bfloat16, CUDA, mtp=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith(("a_log", "dt_bias")):
+                parameter.uniform_(-4, 0)
+            else:
+                parameter.normal_(0, 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+    return made
+
+
+class Decoding:
+    """Two sequences behind prompts of 200 tokens. index, slot, page: the first of each."""
+
+    def __init__(self, model: Qwen3_5, drafts: int, index: int = 1, slot: int = 1, page: int = 1):
+        layout = MemoryLayout(model.share, torch.bfloat16, *slot_sizes(model.config, drafts, kernel=True))
+        memory = Memory(layout, SEQUENCES * PAGES + 1, SEQUENCES + 1, CUDA)
+        self.runner = Runner(model, memory, SEQUENCES + 1, PAGES * 64, drafts)
+        self.index, self.drafts = index, drafts
+        begins = tuple(Begin(index + i, 0.0, 0, 1.0, 0.0, 0) for i in range(SEQUENCES))
+        pages = tuple(
+            NewPages(index + i, 0, tuple(range(page + i * PAGES, page + (i + 1) * PAGES))) for i in range(SEQUENCES)
+        )
+        ids = torch.randint(0, 9999, (SEQUENCES, 200), generator=torch.Generator().manual_seed(5)).tolist()
+        rows = tuple(PrefillRow(tuple(ids[i]), 0, slot + i, slot + i, index + i) for i in range(SEQUENCES))
+        samples = tuple(Sample(i, index + i) for i in range(SEQUENCES))
+        prefill = Step(prefill=rows, begins=begins, pages=pages, samples=samples)
+        self.runner.choose(prefill, self.runner.forward(prefill), ())
+        decode = tuple(DecodeRow(index + i, slot + i, slot + i) for i in range(SEQUENCES))
+        self.step = Step(decode=decode, width=1 + drafts, samples=samples, drafts=drafts)
+
+    def go_on(self) -> torch.Tensor:
+        """Logits behind the first token of each sequence, fp32, after one step."""
+        forwarded = self.runner.forward(self.step)
+        logits = forwarded.logits[:: 1 + self.drafts][:SEQUENCES].float().clone()
+        self.runner.choose(self.step, forwarded, ())
+        return logits
+
+
+PLACES = [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("drafts", [0, 3])
+@torch.inference_mode()
+def test_the_next_logits_are_those_of_a_token_alone(model, drafts, graphs, place):
+    expected, decoding = Decoding(model, 0).go_on(), Decoding(model, drafts, *place)
+    if graphs:
+        memory = decoding.runner.memory
+        before = memory.kv.view(torch.int16).clone(), memory.slots.clone()
+        assert decoding.runner.capture(lambda sequences: drafts, progress=False)
+        assert torch.equal(before[0], memory.kv.view(torch.int16)) and torch.equal(before[1], memory.slots)
+    found = decoding.go_on()
+    distance = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert distance.max() < 0.03, f"of each sequence: {distance.tolist()}"
