@@ -142,14 +142,16 @@ def info(capsys, *arguments):
 
 def test_info_says_what_an_mtp_head_costs_and_what_drafts_need(capsys):
     gpu = ["--size", "35B-A3B", "--memory-gib", "139"]
-    lines = info(capsys, *gpu)
+    lines = info(capsys, *gpu, "--draft-tokens", "3")
     # fc 2 H^2, three norms and two of the layer, attention of 16:2 heads of 256 with gates, a router, 257 experts.
     attention = 2048 * (2 * 16 + 2 * 2) * 256 + 16 * 256 * 2048 + 2 * 256
     experts = 257 * 3 * 2048 * 512 + 2048 * 256 + 2048
     parameters = 2 * 2048**2 + 5 * 2048 + attention + experts
     head = lines.index(f"MTP head {parameters / 1e9:.3f} G parameters, {parameters * 2 / 2**30:.2f} GiB")
     assert lines[head + 1] == "adds 2.00 KiB to the KV of a token and 4.00 KiB to the state of a sequence"
-    assert "3 behind each token where up to 4 sequences decode, 2 up to 16" in lines[head + 2]
+    assert lines[head + 2] == "drafts 3 behind each token, by the MTP head"
+    assert any("3 behind each token where up to 4 sequences decode, 2 up to 16" in line for line in info(capsys))
+    assert "drafts none: auto drafts with an MTP head, on a CPU" in info(capsys, *gpu)
     # Two more entries of the window for each of 30 layers with 2 x 16 x 128 + 32 x 128 channels of 2 bytes.
     assert "6 entries" in lines[head + 3] and f"{30 * 2 * 8192 * 2 / 2**10:.2f} KiB more" in lines[head + 3]
     (each,) = [line for line in lines if "of 4096 tokens" in line and line.startswith("sequences")]

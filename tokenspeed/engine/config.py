@@ -186,8 +186,8 @@ class EngineConfig:
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
     one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, on a
-    CPU and with a head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a tokenizer's merges
-    make the most frequent; None for all.
+    CPU and with a head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
+    tokenizer's merges make the most frequent; None for all.
     tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
     torch.distributed takes it, None where this process is to start the others on this machine.
     """

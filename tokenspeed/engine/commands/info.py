@@ -64,8 +64,8 @@ class Parts(NamedTuple):
     whole: Qwen3_5 | None
     absent: str = ""
 
-    def loaded(self, engine: EngineConfig) -> Qwen3_5:
-        return self.whole if self.whole and engine.draft_tokens != 0 else self.trunk
+    def loaded(self, engine: EngineConfig, on_gpu: bool) -> Qwen3_5:
+        return self.whole if self.whole and engine.draft_depths(True, on_gpu) else self.trunk
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     for line in describe(name, parts, dtype, device, options.memory_gib, engine):
         print(line)
     if options.plan:
-        for line in program(parts.loaded(engine)):
+        for line in program(parts.loaded(engine, bool(options.memory_gib) or device.type == "cuda")):
             print(line)
     return 0
 
@@ -119,8 +119,9 @@ def describe(
 ) -> Iterator[str]:
     """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
     assumed, None for the device as it is."""
-    model, kernel = parts.loaded(engine), memory_gib is not None or decodes_by_kernel(device)
-    depths = engine.draft_depths(model.mtp is not None, memory_gib is not None or device.type == "cuda")
+    on_gpu = memory_gib is not None or device.type == "cuda"
+    model, kernel = parts.loaded(engine, on_gpu), memory_gib is not None or decodes_by_kernel(device)
+    depths = engine.draft_depths(model.mtp is not None, on_gpu)
     drafts = max((drafts for _, drafts in depths), default=0)
     kv_dtype = pick_kv_dtype(engine.kv_dtype)
     plain = MemoryLayout(parts.trunk.share, dtype, *slot_sizes(model.config, 0, kernel), kv_dtype=kv_dtype)
