@@ -1,6 +1,7 @@
 """What a caller can do wrong, or a device: a typed error that names it, and everything else goes on."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hash_device import EOS, VOCAB
@@ -205,3 +206,24 @@ def test_a_sink_that_raises_while_the_failure_is_told_hides_it_from_nobody():
 def test_end_ids_that_are_not_generated_end_nothing():
     bench = finish(Bench(Setting()), request("a", (EOS, EOS), max_tokens=4))
     assert bench.outcome("a").reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"boundaries": (2**40,)}, str(2**40)),
+        ({"boundaries": (-1,)}, "-1"),
+        ({"boundaries": (1.5,)}, "1.5"),
+        ({"name_space": "\ud800"}, "name space"),
+        ({"prompt": (1, "2")}, "no integer"),
+    ],
+)
+def test_a_malformed_request_is_refused_and_the_engine_goes_on(change, word):
+    bench = Bench(Setting())
+    good = Request("a", (1, 2, 3), SamplingParams(max_tokens=3, ignore_eos=True))
+    with pytest.raises(RequestError) as error:
+        bench.submit(replace(good, **change))
+    assert word in str(error.value)
+    bench.submit(good)
+    bench.run()
+    bench.check()

@@ -1,5 +1,8 @@
 """Generation: the shipped model against `transformers`, batches against single prompts, and refused requests."""
 
+from array import array
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
@@ -111,3 +114,49 @@ def test_more_memory_than_there_is_is_refused_with_the_sizes(settings):
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ConfigError, match="int3"):
         LLM(dtype="int3")
+
+
+def test_streams_side_by_side_and_calls_inside_them_lose_nothing(llm):
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    alone = {prompt: llm.generate(prompt, params, progress=False)[0].outputs[0].token_ids for prompt in ("one", "two")}
+    said = {"one": [], "two": []}
+    streams = {prompt: llm.stream([prompt], params) for prompt in said}
+    for _ in range(3):
+        said["one"] += next(streams["one"])[1].ids
+    said["two"] += [id for _, update in streams["two"] for id in update.ids]  # runs the first one, too
+    assert llm.generate("three", params, progress=False)[0].finished  # and so does this
+    said["one"] += [id for _, update in streams["one"] for id in update.ids]
+    assert said == alone
+    assert not llm.engine.has_work
+
+
+def test_a_stream_that_is_closed_leaves_the_other_alone(llm):
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    expected = llm.generate("one", params, progress=False)[0].outputs[0].token_ids
+    kept, closed = llm.stream(["one"], params), llm.stream(["two"], params)
+    said = list(next(kept)[1].ids)
+    next(closed)
+    closed.close()
+    said += [id for _, update in kept for id in update.ids]
+    assert said == expected and not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        (b"abc", "bytes"),
+        ([1.0, 2.0], "1.0"),
+        (["1", "2"], "'1'"),
+        (np.array([1.5, 2.5]), "ndarray"),
+        (None, "NoneType"),
+    ],
+)
+def test_prompts_that_are_no_ids_are_refused_by_what_they_are(llm, prompt, word):
+    with pytest.raises(RequestError) as error:
+        llm.frontend.request("a", prompt, SamplingParams())
+    assert word in str(error.value)
+
+
+def test_ids_may_come_in_any_container_of_integers(llm):
+    for prompt in ([5, 6], (5, 6), array("i", [5, 6]), np.array([5, 6]), torch.tensor([5, 6])):
+        assert llm.frontend.request("a", prompt, SamplingParams()).prompt == (5, 6)

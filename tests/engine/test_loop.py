@@ -346,3 +346,27 @@ class HalfCharacters(Letters):
 def test_a_sequence_may_fill_the_context_to_its_last_token(max_tokens):
     bench = finish(Bench(Setting(pages=1, slots=1, seqs=1)), request("a", prompt_of(21), max_tokens=max_tokens))
     assert len(bench.outcome("a").ids) == 43
+
+
+def test_one_of_low_priority_is_overtaken_for_a_while_and_no_longer():
+    bench = Bench(Setting(seqs=1))
+    bench.submit(request("running", prompt_of(9), max_tokens=2))
+    bench.step()
+    bench.submit(request("patient", prompt_of(9, 1), max_tokens=1, priority=1))
+    hasty = 0
+    while not bench.news["patient", 0]:  # there is always one of higher priority that waits
+        if hasty == 0 or bench.news[f"hasty {hasty - 1}", 0]:
+            bench.submit(request(f"hasty {hasty}", prompt_of(9, 2 + hasty), max_tokens=1))
+            hasty += 1
+        bench.step()
+    assert 60 <= hasty <= 66
+    bench.run()
+    bench.check()
+
+
+def test_thousands_of_requests_are_queued_in_order_of_arrival():
+    bench = Bench(Setting(seqs=1))
+    for i in range(3000):
+        bench.submit(request(str(i), (i % VOCAB, i // VOCAB), max_tokens=1))
+    waiting = bench.engine.scheduler.waiting
+    assert [s.request.id for s in waiting] == [str(i) for i in range(3000)]

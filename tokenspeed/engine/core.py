@@ -152,6 +152,16 @@ class Engine:
             drafts |= {f"{name}_{place}": count for place, count in enumerate(counts, 1)}
         return own | reasons | drafts | self.cache.stats()
 
+    def runs(self, request_id: str) -> bool:
+        """Whether a request of this id waits or runs."""
+        return request_id in self._requests
+
+    def holds(self, request_ids: set[str]) -> bool:
+        """Whether one of these still has a place on the device, or nobody else would reconcile what is on its way."""
+        if any(sequence.request.id in request_ids for sequence in self.scheduler.running):
+            return True
+        return bool(self._in_flight) and not self._requests
+
     @property
     def request_ids(self) -> list[str]:
         """Of the requests that wait or run."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 from .config import ModelConfig
@@ -56,7 +57,17 @@ class Frontend:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
         try:
-            ids = tuple(map(int, prompt))
-        except (TypeError, ValueError):
-            raise RequestError(f"the prompt is {type(prompt).__name__}; it must be text or token ids.") from None
+            if isinstance(prompt, (bytes, bytearray, memoryview)):
+                raise TypeError
+            ids = tuple(map(index, prompt))
+        except TypeError:
+            raise RequestError(f"the prompt is {_kind(prompt)}; it must be text or token ids (integers).") from None
         return Request(id, ids, params, (len(ids) - 1,) if boundaries is None else tuple(boundaries), **rest)
+
+
+def _kind(prompt: object) -> str:
+    """What a prompt is made of, in words."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview)) and prompt:
+        other = next((item for item in prompt if not isinstance(item, int)), prompt[0])
+        return f"a {type(prompt).__name__} with {other!r} in it"
+    return f"of type {type(prompt).__name__}"

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -157,16 +157,16 @@ class LLM:
         news: list[Update] = []
         self._submit(requests, grammars or [None] * len(requests), [news.append] * len(requests))
         try:
-            while self.engine.has_work and place:
-                self.engine.step()
+            # Whoever else runs the engine meanwhile leaves news here, too.
+            while news or any(map(self.engine.runs, place)):
+                if not news:
+                    self.engine.step()
                 ready, news[:] = list(news), []
                 for update in ready:
                     _raise_error(update.error)
                     yield place[update.request_id], update
         finally:
-            for id in place:
-                self.engine.abort(id)
-            self._settle()
+            self._settle(place)
 
     def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **options) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks; options as in `chat`."""
@@ -220,16 +220,18 @@ class LLM:
                     bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
         finally:
             bar.close()
-            for request in requests:
-                self.engine.abort(request.id)
-            self._settle()
+            self._settle([request.id for request in requests])
         for collector in collectors:
             _raise_error(collector.error)
         return [collector.output for collector in collectors]
 
-    def _settle(self) -> None:
-        """Reconcile what is still on its way, so that all memory is back."""
-        while self.engine.failed is None and self.engine.has_work:
+    def _settle(self, ids: Iterable[str]) -> None:
+        """Abort what still runs of these requests, and reconcile what is on its way, so that their memory is back. What
+        others asked for goes on as far as that takes."""
+        own = set(ids)
+        for id in own:
+            self.engine.abort(id)
+        while self.engine.failed is None and self.engine.holds(own):
             self.engine.step()
 
 
@@ -334,9 +336,7 @@ class AsyncLLM:
             if work is None:
                 break
             work()
-        for request_id in engine.request_ids:
-            engine.abort(request_id)
-        self._llm._settle()
+        self._llm._settle(engine.request_ids)
 
 
 def _conversation(messages: list[dict], tools: list[dict] | None, options: dict) -> Conversation:

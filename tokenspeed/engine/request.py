@@ -173,6 +173,14 @@ class Request:
         """Raises RequestError where a model of this vocabulary and this much room cannot take the request."""
         if not self.prompt:
             raise RequestError("the prompt is empty; at least one token is needed.")
+        if not all(isinstance(id, int) for id in self.prompt):
+            raise RequestError("the prompt holds something that is no integer; it must be token ids.")
+        if bad := [b for b in self.boundaries if not isinstance(b, int) or not 0 <= b <= len(self.prompt)]:
+            raise RequestError(f"boundary {bad[0]!r} is outside the prompt of {len(self.prompt)} tokens.")
+        try:
+            self.name_space.encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"the name space {self.name_space!r} is not valid Unicode.") from None
         if min(self.prompt) < 0 or max(self.prompt) >= vocab:
             position = next(i for i, id in enumerate(self.prompt) if not 0 <= id < vocab)
             raise RequestError(

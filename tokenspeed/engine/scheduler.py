@@ -19,6 +19,7 @@ Who owns what, by the state of a sequence:
 """
 
 from array import array
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from .errors import CapacityError
 from .request import PrefixReuse, Request
 from .step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 
+_AGE = 64  # admissions that may overtake a request for each step of priority between them
 _SCORED_TOKENS = 512  # of a prompt in one step where log-probabilities of all of them are wanted: they need all logits
 
 
@@ -69,6 +71,7 @@ class Sequence:
     tokens: array
     prompt_tokens: int
     constrained: bool = False
+    order: tuple[int, int] | None = None  # its place in the queue
     state: State = State.WAITING
     leaving: Leaving | None = None
     target: int = 0
@@ -164,7 +167,7 @@ class Scheduler:
 
     def __init__(self, cache: PrefixCache, limits: Limits, host: Host):
         self.cache, self.limits, self._host = cache, limits, host
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # in the order in which they are to be admitted
         self.running: list[Sequence] = []  # whoever has an index
         self.steps = 0  # planned so far
         self.preemptions = 0
@@ -172,7 +175,7 @@ class Scheduler:
         self._reconciled = -1
         self._free = list(range(limits.max_seqs - 1, -1, -1))
         self._children: dict[int, list[Sequence]] = {}  # of a parent that has not forked yet, by its id
-        self._next_id = self._passed = 0
+        self._next_id = self._passed = self._admissions = 0
 
     # ---- requests
 
@@ -396,6 +399,7 @@ class Scheduler:
                 blocked = True
                 continue
             self._passed = self._passed + 1 if blocked else 0
+            self._admissions += 1
             self.waiting.remove(sequence)
             match = admission.match
             sequence.state, sequence.index = State.PREFILLING, self._free.pop()
@@ -489,10 +493,11 @@ class Scheduler:
         return opening is None or opening in sequence.tokens[sequence.prompt_tokens :]
 
     def _enqueue(self, sequence: Sequence) -> None:
-        """Into the queue: lower priority first, then in order of submission, so that what gave way comes first."""
-        key = (sequence.request.priority, sequence.id)
-        place = next((i for i, s in enumerate(self.waiting) if (s.request.priority, s.id) > key), len(self.waiting))
-        self.waiting.insert(place, sequence)
+        """Into the queue: lower priority first, then in order of submission, so that what gave way comes first. Each
+        step of priority is worth _AGE admissions: whoever waits is overtaken for so long and no longer."""
+        if sequence.order is None:
+            sequence.order = (sequence.request.priority * _AGE + self._admissions, sequence.id)
+        insort(self.waiting, sequence, key=lambda other: other.order)
 
 
 class _Draft:
