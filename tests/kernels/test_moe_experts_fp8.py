@@ -186,3 +186,17 @@ def test_a_row_of_nan_stays_in_its_row(backend, tokens):
     others = [row for row in range(tokens) if row != 4]
     assert spoiled[4].isnan().all()
     assert same_bits(spoiled[others], clean[others])
+
+
+@pytest.mark.parametrize("tokens", [3, 99])
+def test_rows_of_padding_add_nothing_to_themselves_and_others(backend, tokens):
+    """They chose the expert behind the last, as `moe_route` says."""
+    x, _, chosen, _, _, *rest = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 128, 128)
+    padding = torch.arange(tokens, device=backend.device) % 3 == 1
+    chosen[padding] = 4
+    weights, chosen, order, offsets = routed(backend, chosen.long(), 4)
+    x[padding], weights[padding] = torch.nan, 0
+    out = run(backend, (x, weights, chosen, order, offsets, *rest))
+    kept = [part[~padding] for part in (x, weights, chosen)]
+    assert not out[padding].any()
+    assert relative_error(out[~padding], expected((*kept, order, offsets, *rest))) < PREFILL_TOLERANCE
