@@ -166,6 +166,30 @@ def test_no_weights_and_a_missing_shard_are_refused(checkpoint):
     refused(directory, "weight_map")
 
 
+def test_a_tensor_in_two_files_is_refused_with_both_names(checkpoint):
+    directory, tensors = checkpoint
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, directory / "model-left-over.safetensors")
+    refused(directory, "model-left-over.safetensors", "model.safetensors", "model.norm.weight")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert load(directory) is not None, "a file that the index leaves out is not the model's"
+
+
+def test_an_index_of_another_download_is_refused_with_the_files(checkpoint):
+    directory, tensors = checkpoint
+    save_file({"model.norm.weight": tensors.pop("model.norm.weight")}, directory / "last.safetensors")
+    rewrite(directory, tensors)
+    index = directory / "model.safetensors.index.json"
+    right = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "last.safetensors"}
+    index.write_text(json.dumps({"weight_map": right}))
+    assert load(directory) is not None
+    wrong = right | {"lm_head.weight": "last.safetensors"}
+    index.write_text(json.dumps({"weight_map": wrong}))
+    refused(directory, "last.safetensors holds 'lm_head.weight'", "model.safetensors does")
+    index.write_text(json.dumps({"weight_map": right | {"model.nowhere": "last.safetensors"}}))
+    refused(directory, "model.nowhere", "nor does another file")
+
+
 def test_a_model_that_is_neither_a_directory_nor_a_hub_id_is_refused():
     for name in ("./nowhere", "/nowhere/at/all", "tiny"):
         with pytest.raises(ConfigError, match="neither a directory nor a hub id"):

@@ -123,22 +123,44 @@ def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor, by the index where there is one, else by the files' own headers."""
+    """Which file holds each tensor, by the headers of the files that the index names, or of all without one.
+
+    Raises ConfigError where the index contradicts the headers, and for a tensor in two files, naming the files.
+    """
     index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ConfigError(f"{index} has no 'weight_map' from tensor names to file names.")
-        # The file name only: an index must not lead out of its directory.
-        where = {name: directory / Path(file).name for name, file in weight_map.items()}
-        for path in sorted(set(where.values())):
-            if not path.exists():
-                raise ConfigError(f"{index} names {path.name}, which does not exist: the checkpoint is incomplete.")
-        return where
-    files = sorted(directory.glob("*.safetensors"))
+    indexed = _index(index) if index.exists() else {}
+    files = sorted(set(indexed.values()) or directory.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{directory} holds no .safetensors file; other weight formats are not read.")
-    return {name: path for path in files for name in _open(path).keys()}  # noqa: SIM118 - not a dict
+    where: dict[str, Path] = {}
+    for path in files:
+        for name in _open(path).keys():  # noqa: SIM118 - not a dict
+            if name in where:
+                raise ConfigError(
+                    f"{where[name].name} and {path.name} in {directory} both hold {name!r}; one of them is left over "
+                    "from another download: remove it, or fetch the checkpoint again."
+                )
+            where[name] = path
+    for name, path in indexed.items():
+        if where.get(name) != path:
+            held = f"{where[name].name} does" if name in where else "nor does another file"
+            raise ConfigError(
+                f"{index} says that {path.name} holds {name!r}, but it does not; {held}: the index is of another "
+                "download; fetch the checkpoint again."
+            )
+    return where
+
+
+def _index(path: Path) -> dict[str, Path]:
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConfigError(f"{path} has no 'weight_map' from tensor names to file names.")
+    # The file name only: an index must not lead out of its directory.
+    indexed = {name: path.parent / Path(file).name for name, file in weight_map.items()}
+    for file in sorted(set(indexed.values())):
+        if not file.exists():
+            raise ConfigError(f"{path} names {file.name}, which does not exist: the checkpoint is incomplete.")
+    return indexed
 
 
 def _open(path: Path):
