@@ -105,3 +105,20 @@ def test_the_documented_function_is_the_operator(name):
     named = {overload(name)._schema.arguments[i].name for i in written(name)}
     assert ("Mutates" in function.__doc__) == bool(named)
     assert all(argument in function.__doc__.split("Mutates")[1] for argument in named)
+
+
+OF_INTEGERS = {"accept_tokens", "copy_states", "next_tokens", "paged_rows"}
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLES) - OF_INTEGERS))
+def test_a_gradient_is_refused_naming_the_argument(backend, name):
+    if backend.name not in ("torch-fp32", "cuda"):
+        pytest.skip("one refusal for all backends, checked once on each device")
+    args = list(SAMPLES[name](backend))
+    at = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point())
+    args[at] = args[at].detach().requires_grad_()
+    argument = overload(name)._schema.arguments[at].name
+    with pytest.raises(RuntimeError, match=f"{name}: {argument} requires a gradient"):
+        overload(name)(*args)
+    with torch.no_grad():
+        overload(name)(*args)

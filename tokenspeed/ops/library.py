@@ -13,6 +13,8 @@ def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
 
     The function is the implementation for every device; the compiled extension overrides the CUDA key for the
     operators it has a kernel for. `fake` gives shapes and dtypes only. `mutates` names the arguments written in place.
+
+    Operators are for inference: where autograd records, an argument that requires a gradient raises RuntimeError.
     """
 
     def register(implementation: Callable) -> Callable:
@@ -22,6 +24,7 @@ def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tokenspeed::{name}", fake, lib=_library)
         overload = getattr(torch.ops.tokenspeed, name).default
+        _library.impl(name, _without_gradient(overload), "Autograd")
 
         def call(*args, **kwargs):
             return overload(*args, **kwargs)
@@ -29,3 +32,20 @@ def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
         return update_wrapper(call, implementation)
 
     return register
+
+
+def _without_gradient(overload: torch._ops.OpOverload) -> Callable:
+    """What autograd calls in an operator's place. Under torch.inference_mode() it is not called at all."""
+
+    def call(*args, **kwargs):
+        if torch.is_grad_enabled():
+            for argument, value in zip(overload._schema.arguments, args, strict=False):
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"{overload.name()}: {argument.name} requires a gradient, and the operators have none; "
+                        "call them under torch.inference_mode() or torch.no_grad()."
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    return call
