@@ -315,9 +315,16 @@ BUGS = (
     Bug(
         "priority is ignored",
         Scheduler._enqueue,
-        "key = (sequence.request.priority, sequence.id)",
-        "key = (9, sequence.id)",
+        "sequence.request.priority * _AGE",
+        "9 * _AGE",
         loop.test_lower_priority_numbers_go_first_and_arrival_breaks_ties,
+    ),
+    Bug(
+        "low priority waits for ever",
+        Scheduler._enqueue,
+        " + self._admissions",
+        "",
+        loop.test_one_of_low_priority_is_overtaken_for_a_while_and_no_longer,
     ),
     Bug("promised indices are given away", Scheduler._available, " - promised", "", seeds(2)),
     Bug(
