@@ -137,7 +137,7 @@ def test_what_is_compiled_is_what_the_text_side_makes(formats):
     strict = [tool(SMALL)]
 
     async def both(formats):
-        asked = (Format(True, schema_format(SMALL)), Format(False, None, strict, "required"))
+        asked = (Format(True, schema_format(SMALL)), Format(tools=strict, choice="required"))
         return [await formats.compile("k", "n", format) for format in asked]
 
     answer, call = formats(both)
