@@ -11,7 +11,7 @@ from tests.server.launch import Server
 @pytest.fixture(scope="module")
 def report():
     server = Server(*soak.OPTIONS)
-    found = soak.soak(server, seconds=12, streams=500, progress=sys.stderr.isatty())
+    found = soak.soak(server, seconds=18, streams=500, progress=sys.stderr.isatty())
     yield found
     assert server.stop() == 0, "".join(server.log[-20:])
 
