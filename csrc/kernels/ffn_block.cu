@@ -22,7 +22,8 @@
 // count themselves in, and the first waits for that count and clears the next launch's.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
-// have. What the kernel ahead still holds it gives back without waiting for us.
+// have. What the kernel ahead still holds it gives back without waiting for us. The ring is short: with one token of
+// 0.8B a block takes 75 KB, and the next layer's in_proj fills its own ring beside it.
 //
 // Rounding is that of the operators that the torch implementation names. Sums have the same order for any number of
 // tokens and blocks.
@@ -62,8 +63,10 @@ static_assert(kTileRows * kDepth * 2 == kStageBytes);
 constexpr int kStages = 4;                             // of the ring, see the page
 constexpr int kSumSlots = 4;                           // tiles whose sums wait to be added
 constexpr int kSumPitch = kConsumers * kTileRows + 4;  // floats of a token's sums: distinct banks for a warp's stores
-// A block takes more than half of what a multiprocessor has, so that no two share one while the kernel ahead ends.
-constexpr int kLeastShared = 114 * 1024;
+// No two blocks may share a multiprocessor, as they might while the kernel ahead ends. By their registers they cannot,
+// so that the next kernel's ring has room beside a block's; should they once be fewer, this much shared memory sees to
+// it.
+constexpr int kAloneShared = 114 * 1024;
 constexpr int kWordsOfStage = kDepth / 2;  // of a token's activations that a stage of down meets
 
 // The caller's memory: how many launches have used it, and how many blocks of the launches of either parity have read
@@ -380,15 +383,14 @@ cudaError_t ffn_block(const FfnBlock& p, cudaStream_t stream) {
     Maps maps;
     const cudaError_t status = encode(&maps, p);
     if (status != cudaSuccess) return status;
-    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
-                                 .block = dim3(kThreads),
-                                 .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
-                                 .stream = stream,
-                                 .programmatic = true};
-    // Blocks wait for each other: all must be on the device at once.
-    if (max_resident_blocks(ffn_block_kernel, config) < static_cast<int>(config.grid.x)) {
-        return cudaErrorCooperativeLaunchTooLarge;
-    }
+    LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                           .block = dim3(kThreads),
+                           .shared_bytes = static_cast<size_t>(arguments.layout.bytes()),
+                           .stream = stream,
+                           .programmatic = true};
+    const int resident = max_resident_blocks(ffn_block_kernel, config), blocks = static_cast<int>(config.grid.x);
+    if (resident < blocks) return cudaErrorCooperativeLaunchTooLarge;  // blocks wait for each other
+    if (resident > blocks) config.shared_bytes = std::max<size_t>(config.shared_bytes, kAloneShared);
     return launch(ffn_block_kernel, config, maps, arguments);
 }
 
