@@ -6,13 +6,14 @@ A rank that is lost ends the others, with the reason: collectives cannot go on w
 """
 
 import contextlib
+import gc
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -20,9 +21,9 @@ import torch
 
 from .config import EngineConfig
 from .device import pick_device
-from .errors import ConfigError, TokenSpeedError
+from .errors import ConfigError, EngineError, TokenSpeedError
 from .loading import load_runner
-from .parallel.comm import Communicator, join_ranks
+from .parallel.comm import ProcessCommunicator, abort, join_ranks
 from .parallel.control import Inbox, StepChannel
 from .parallel.mesh import Mesh
 from .runner import Launched, Runner
@@ -40,37 +41,62 @@ class RankSettings(msgspec.Struct, frozen=True):
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ranks:
-    """Rank 0's side: its collectives, the channel to the others, and those it started itself."""
+    """Rank 0's side: its collectives, the channel to the others, why one of those it started is lost, and once it is
+    loaded its runner."""
 
     mesh: Mesh
     device: torch.device
-    communicator: Communicator
+    communicator: ProcessCommunicator
     channel: StepChannel
+    lost: list[str] = field(default_factory=list)
+    runner: Runner | None = None
+
+    def check(self) -> None:
+        """Raises EngineError where a rank is lost: what was computed without it is worth nothing."""
+        if self.lost:
+            raise EngineError(self.lost[0])
 
     def close(self) -> None:
-        """Lets the others end; harmless where they have."""
+        """Lets the others end; harmless where they have. Nothing runs after this."""
         with contextlib.suppress(RuntimeError):
             self.channel.send(None)
+        if self.runner and not self.lost:
+            _leave(self.runner, self.communicator)
 
 
 def start_ranks(directory: Path, config: EngineConfig) -> Ranks:
     """Make this process rank 0 of `config.tp` and `config.ep`. Without a rendezvous the other ranks are started on this
     machine; with one, somebody else starts them. Returns when all have met. Raises ConfigError where they cannot."""
     mesh = Mesh(config.tp, config.ep)
+    device = rank_device(config, 0)
+    others: list[subprocess.Popen] = []
     if config.rendezvous is None:
+        gpus = torch.cuda.device_count()
+        if device.type == "cuda" and mesh.world > gpus:
+            raise ConfigError(
+                f"tp {mesh.tp} and ep {mesh.ep} make {mesh.world} ranks, and this machine has {gpus} "
+                f"GPU{'s' * (gpus != 1)}: each rank needs its own; take fewer, or torchrun over several hosts."
+            )
         config = replace(config, rendezvous=f"tcp://127.0.0.1:{_free_port()}")
         others = [_start(directory, config, rank) for rank in range(1, mesh.world)]
-        threading.Thread(target=_watch_others, args=(others,), name="tokenspeed-ranks", daemon=True).start()
-    device = rank_device(config, 0)
-    return Ranks(mesh, device, join_ranks(mesh, device, config.rendezvous), StepChannel())
+    lost: list[str] = []
+    watch = threading.Thread(target=_watch_others, args=(others, lost), name="tokenspeed-ranks", daemon=True)
+    if others:
+        watch.start()
+    return Ranks(mesh, device, join_ranks(mesh, device, config.rendezvous), StepChannel(), lost)
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of a rank: the CPU, or one of this machine's GPUs, dealt out in order of rank."""
+    """The device of a rank: the CPU, or one of this machine's GPUs, dealt out in order of rank. Raises ConfigError
+    where the configuration names one GPU for all."""
     device = pick_device(config.device)
-    return torch.device("cuda", rank % torch.cuda.device_count()) if device.type == "cuda" else device
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ConfigError(f"device {config.device!r} names one GPU, but each rank needs its own: it must be cuda.")
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def follow(directory: Path, config: EngineConfig, rank: int) -> None:
@@ -84,6 +110,9 @@ def follow(directory: Path, config: EngineConfig, rank: int) -> None:
     while (message := inbox.get()) is not None:
         assert isinstance(message, Step)
         running = _run(runner, message, inbox, running)
+    if running:
+        running.read()
+    _leave(runner, communicator)
 
 
 def _run(runner: Runner, step: Step, inbox: Inbox, before: Launched | None) -> Launched:
@@ -102,14 +131,25 @@ def _start(directory: Path, config: EngineConfig, rank: int) -> subprocess.Popen
     return process
 
 
-def _watch_others(others: list[subprocess.Popen]) -> None:
+def _leave(runner: Runner, communicator: ProcessCommunicator) -> None:
+    """NCCL waits for the graphs that hold its collectives, and torch complains of groups that nobody left."""
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
+        runner.forget_graphs()
+        gc.collect()
+        communicator.close()
+
+
+def _watch_others(others: list[subprocess.Popen], lost: list[str]) -> None:
     while True:
         for rank, process in enumerate(others, start=1):
             if process.poll() is not None:
                 if process.returncode == 0:  # told to end
                     return
+                lost.append(f"rank {rank} ended with status {process.returncode}; the other ranks end with it.")
+                abort()  # whoever waits on the GPU for it goes on, and then finds it lost
                 time.sleep(_GRACE_SECONDS)
-                _end(f"rank {rank} ended with status {process.returncode}; the other ranks end with it.")
+                _end(lost[0])
         time.sleep(_CHECK_SECONDS)
 
 

@@ -1,5 +1,8 @@
 """Collectives over the groups of a mesh: torch.distributed between processes, or local stand-ins for one rank alone."""
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -13,6 +16,7 @@ from .mesh import GROUPS, Mesh
 # torch 2.13 renamed both; the old names warn there, the new ones are not in 2.11.
 _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_LEAVING_SECONDS = 5.0
 
 
 class Communicator:
@@ -75,6 +79,21 @@ class ProcessCommunicator(Communicator):
     def describe(self) -> str:
         return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}"
 
+    def connect(self, device: torch.device) -> None:
+        """Use every group once: NCCL connects and allocates at a group's first use, which must not fall into the
+        capture of a CUDA graph, nor behind the measurement of free memory."""
+        for canonical in dict.fromkeys(self.mesh.canonical(name) for name in GROUPS):
+            self.all_reduce(torch.zeros(1, device=device), canonical)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def close(self) -> None:
+        """Leave the groups; CUDA graphs that hold their collectives must be gone. Waits a few seconds at most where
+        other ranks are lost."""
+        leaving = threading.Thread(target=_quietly, args=(dist.destroy_process_group,), daemon=True)
+        leaving.start()
+        leaving.join(_LEAVING_SECONDS)
+
     def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
         dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._groups[group])
         return x
@@ -96,22 +115,37 @@ def join_ranks(mesh: Mesh, device: torch.device, address: str, timeout_s: float 
     """Make this process rank `mesh.rank` of the default process group and return its collectives.
 
     address: where ranks meet, as torch.distributed takes it: tcp://host:port, file:///path or env://. Raises
-    ConfigError where the backend of the device is not in this build of torch.
+    ConfigError where the backend of the device is not in this build of torch, and where the ranks do not meet.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_available() or not dist.is_backend_available(backend):
         raise ConfigError(f"this build of torch has no {backend}, which {device.type} ranks need.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        init_method=address,
-        rank=mesh.rank,
-        world_size=mesh.world,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if device.type == "cuda" else None,
-    )
-    return ProcessCommunicator(mesh)
+        os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast: it pays for large sums, and decode's are small
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=address,
+            rank=mesh.rank,
+            world_size=mesh.world,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+        communicator = ProcessCommunicator(mesh)
+        communicator.connect(device)
+    except RuntimeError as error:  # of which torch.distributed's are
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"rank {mesh.rank} of {mesh.world} did not meet the others at {address}: {reason}") from error
+    return communicator
+
+
+def abort() -> None:
+    """Let this process's collectives on a GPU end, with any result, though a rank that they wait for is lost. Returns
+    at once."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo notices by itself
+        work = dist.distributed_c10d._abort_process_group
+        threading.Thread(target=_quietly, args=(work,), name="tokenspeed-abort", daemon=True).start()
 
 
 def _own_group(mesh: Mesh, name: str) -> dist.ProcessGroup:
@@ -120,3 +154,8 @@ def _own_group(mesh: Mesh, name: str) -> dist.ProcessGroup:
         return dist.group.WORLD
     made = [(ranks, dist.new_group(list(ranks))) for ranks in mesh.members(name)]
     return next(group for ranks, group in made if mesh.rank in ranks)
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # of groups that are gone or half gone
+        work()
