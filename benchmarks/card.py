@@ -27,6 +27,7 @@ from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.parameters import Weight
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
 from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.sizes import PUBLISHED
@@ -39,10 +40,10 @@ CONTEXT = 1024  # tokens before the decode steps that are timed
 CUDA = torch.device("cuda")
 
 
-def random_model(config: ModelConfig, mtp: bool = False) -> Qwen3_5:
+def random_model(config: ModelConfig, mtp: bool = False, communicator: Communicator = ONE_RANK) -> Qwen3_5:
     """Weights drawn on the card so that activations keep their size and every decay is a plausible one; those in FP8
-    are quantised as they are drawn."""
-    model = Qwen3_5.empty(config, torch.bfloat16, CUDA, mtp=mtp)
+    are quantised as they are drawn. Every rank draws the same, so all route alike."""
+    model = Qwen3_5.empty(config, torch.bfloat16, CUDA, communicator, mtp=mtp)
     torch.manual_seed(0)
     for weight in (module for module in model.modules() if isinstance(module, Weight) and module.scale is not None):
         for data, scale in [weight] if weight.data.dim() == 2 else zip(*weight, strict=True):

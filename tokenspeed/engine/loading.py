@@ -61,7 +61,9 @@ def load_runner(
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
-    runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
+    captured = runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
+    if smallest([int(captured)]) == [0]:  # ranks replay their collectives together or not at all
+        runner.forget_graphs()
     return runner, plan
 
 

@@ -79,7 +79,7 @@ def start_ranks(directory: Path, config: EngineConfig) -> Ranks:
                 f"tp {mesh.tp} and ep {mesh.ep} make {mesh.world} ranks, and this machine has {gpus} "
                 f"GPU{'s' * (gpus != 1)}: each rank needs its own; take fewer, or torchrun over several hosts."
             )
-        config = replace(config, rendezvous=f"tcp://127.0.0.1:{_free_port()}")
+        config = replace(config, rendezvous=f"tcp://127.0.0.1:{free_port()}")
         others = [_start(directory, config, rank) for rank in range(1, mesh.world)]
     lost: list[str] = []
     watch = threading.Thread(target=_watch_others, args=(others, lost), name="tokenspeed-ranks", daemon=True)
@@ -166,7 +166,8 @@ def _end(reason: str) -> None:
     os._exit(1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import ops
 from .batch import Batch, DecodeRows, Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
 from .drafting import Chosen, Drafter, LookupDrafter, MtpDrafter
-from .errors import EngineError
+from .errors import CapacityError
 from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
@@ -280,14 +280,16 @@ class Runner:
     def capture(self, depths: Callable[[int], int] = lambda sequences: 0, progress: bool = True) -> bool:
         """Let decode Steps replay CUDA graphs from now on. depths: drafts by the number of sequences. False, and
         nothing changes, where no GPU kernel serves one of their operators, or where one cannot be captured. Raises
-        EngineError for the latter on one of several ranks: the others wait in the collectives that it leaves out."""
+        CapacityError where one of several ranks has no memory for them: the others wait for it in a collective."""
         if self.device.type != "cuda" or not set(ops.compiled_operators()) >= _DECODE_OPERATORS:
             return False
         try:
             self._graphs = DecodeGraphs(self, depths, progress)
         except RuntimeError as error:
-            if self.model.mesh.world > 1:
-                raise EngineError(f"decode steps cannot be captured: {str(error).splitlines()[0]}") from error
+            if isinstance(error, torch.OutOfMemoryError) and self.model.mesh.world > 1:
+                raise CapacityError(
+                    "no memory is left for CUDA graphs: lower memory_fraction or max_num_seqs."
+                ) from error
             tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
         return self._graphs is not None
 

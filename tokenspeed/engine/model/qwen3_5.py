@@ -53,11 +53,13 @@ class Qwen3_5(nn.Module):
         self.mtp = MtpHead(config, communicator, embedding, head) if drafts else None
         self.link()
 
-    def link(self) -> None:
-        """Make the program's callables; again where a stage's `forward` was replaced."""
+    def link(self, communicator: Communicator | None = None) -> None:
+        """Make the program's callables; again where a stage's `forward` was replaced, or with other collectives of the
+        same mesh."""
+        self.communicator = communicator or self.communicator
         self._calls = link(self.plan, self.communicator)
         if self.mtp:
-            self.mtp.link()
+            self.mtp.link(communicator)
 
     @classmethod
     def empty(
