@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tokenspeed import ops
 from tokenspeed.engine.errors import ConfigError
-from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator, join_ranks
+from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator, ProcessCommunicator, join_ranks
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.ranks import free_port
@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--drafts", nargs="+", default=["0"], metavar="K[:MEAN]", help="as in benchmarks.card")
     parser.add_argument("--skip-one", action="store_true", help="leave out the run on one GPU")
     parser.add_argument("--skip-sums", action="store_true", help="leave out the collectives alone")
+    parser.add_argument("--nccl-alone", action="store_true", help="no sums by peer memory")
     parser.add_argument("--json", type=Path, help="append each size's figures to this JSONL file")
     parser.add_argument("--worker", nargs=2, metavar=("RANK", "ADDRESS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -124,6 +125,9 @@ def measure(size: str, communicator: Communicator, options: argparse.Namespace) 
     named = f"{size} tp {mesh.tp} ep {mesh.ep}"
     result: dict = {"size": size, "tp": mesh.tp, "ep": mesh.ep, "weights": options.quantization}
     result |= {"device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy, "decode": [], "sums": []}
+    communicator.prepare(config.hidden, torch.device("cuda", torch.cuda.current_device()))
+    if options.nccl_alone and mesh.world > 1:
+        communicator = communicator.without_peers()
     print(f"{named}: {communicator.describe()}, copy {ceilings.copy:.0f} GB/s", flush=True)
     if mesh.world > 1 and not options.skip_sums:
         result["sums"] = measure_sums(communicator, config.hidden)
@@ -180,7 +184,7 @@ def graph_us(work: Callable[[], None], repeats: int = CHAIN) -> float:
     return seconds(graph.replay, ROUNDS) * 1e6 / repeats
 
 
-def measure_sums(communicator: Communicator, hidden: int) -> list[dict]:
+def measure_sums(communicator: ProcessCommunicator, hidden: int) -> list[dict]:
     """Of decode's sizes: the sum over ranks, and the sum with the residual and the norm behind it."""
     rows = []
     weight = torch.zeros(hidden, device=CUDA, dtype=torch.bfloat16)
@@ -196,12 +200,14 @@ def measure_sums(communicator: Communicator, hidden: int) -> list[dict]:
     return rows
 
 
-def contenders(communicator: Communicator) -> dict[str, Communicator]:
-    return {"nccl": communicator}
+def contenders(communicator: ProcessCommunicator) -> dict[str, ProcessCommunicator]:
+    """By torch.distributed alone, and with the sums that peer memory serves."""
+    return {"nccl": communicator.without_peers(), "ours": communicator}
 
 
 def normed(communicator: Communicator, x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-    return ops.add_rms_norm(communicator.all_reduce(x, "world"), residual, weight, 1e-6)[0]
+    done = communicator.add_rms_norm(x, residual, weight, 1e-6, "world")
+    return (done or ops.add_rms_norm(communicator.all_reduce(x, "world"), residual, weight, 1e-6))[0]
 
 
 def measure_draws(named: str, width: int, communicator: Communicator, batches: list[int]) -> list[dict]:

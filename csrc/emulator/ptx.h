@@ -235,6 +235,31 @@ void wait_tagged(uint32_t (&values)[kCount], const uint64_t* global, uint32_t ta
     }
 }
 
+// ---- tagged words between cards
+
+struct Patience {
+    const uint32_t* stop;
+    uint64_t nanoseconds;
+};
+
+inline void store_tagged_system(uint64_t* global, uint32_t first, uint32_t second, uint32_t tag) {
+    emulator::check_aligned(global, 16);
+    const uint64_t high = static_cast<uint64_t>(tag) << 32;
+    emulator::store_to_peer(global, high | first);
+    emulator::store_to_peer(global + 1, high | second);
+}
+inline bool load_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag) {
+    emulator::check_aligned(global, 16);
+    emulator::pause();
+    for (int i = 0; i < 2; ++i) values[i] = static_cast<uint32_t>(global[i]);
+    return global[0] >> 32 == tag && global[1] >> 32 == tag;
+}
+inline bool wait_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag, const Patience& patience) {
+    if (!emulator::wait_for_peer(global, tag, patience.stop)) return false;
+    for (int i = 0; i < 2; ++i) values[i] = static_cast<uint32_t>(global[i]);
+    return true;
+}
+
 // ---- 16-byte global memory access
 
 inline uint4 load_16_read_only(const void* global) {

@@ -23,6 +23,31 @@ cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bf
                          const __nv_bfloat16* weight, __nv_bfloat16* out, __nv_bfloat16* total, int64_t rows, int width,
                          float eps, cudaStream_t stream);
 
+// ---- all_reduce.cu: the sum over ranks of x [rows, width], contiguous as are all; width a multiple of 8. Without a
+// residual out is the sum, and may be x; with one, total is the sum and the residual, and out its norm. Every rank
+// makes the same calls in the same order.
+constexpr int kAllReduceMaxWidth = 8192;
+constexpr int kAllReduceRanks = 8;  // 2, 4 or 8 of them
+constexpr int kAllReduceTags = 32;  // words of `control` before its tags
+struct AllReduce {
+    const __nv_bfloat16* x;
+    const __nv_bfloat16* residual;     // or null
+    const __nv_bfloat16* norm_weight;  // [width]
+    __nv_bfloat16* out;
+    __nv_bfloat16* total;
+    uint64_t*
+        memory[kAllReduceRanks];  // of each rank all_reduce_memory bytes that every rank can write, zeros at first
+    uint32_t* control;            // [kAllReduceTags + most_rows] of this rank, zeros at first
+    uint32_t* status;             // host memory, [2]: set [0] and waits end; [1] is set where one has ended so
+    uint64_t patience_ns;         // a wait ends after this long, too
+    float eps;
+    int rank, ranks, rows, width;
+    int most_rows, most_width;  // of any call with this memory; most_width a multiple of 256
+};
+bool all_reduce_supported(const AllReduce& arguments);
+int64_t all_reduce_memory(int ranks, int most_rows, int most_width);  // bytes
+cudaError_t all_reduce(const AllReduce& arguments, cudaStream_t stream);
+
 // ---- gated_rms_norm.cu: x, gate [tokens, heads, 128] by token and head strides, weight [128], out contiguous.
 constexpr int kGatedNormWidth = 128;
 cudaError_t gated_rms_norm(const __nv_bfloat16* x, int64_t x_token_stride, int64_t x_head_stride,

@@ -426,6 +426,47 @@ __device__ __forceinline__ void wait_tagged(uint32_t (&values)[kCount], const ui
     }
 }
 
+// ---- tagged words between cards (system scope)
+
+// What ends a wait for another card without its words: a word in host memory that is not zero any more, or a time.
+struct Patience {
+    const uint32_t* stop;
+    uint64_t nanoseconds;
+};
+
+// Two words, aligned to 16 bytes, in any card's memory: each arrives whole, in any order.
+__device__ __forceinline__ void store_tagged_system(uint64_t* global, uint32_t first, uint32_t second, uint32_t tag) {
+    const uint64_t high = static_cast<uint64_t>(tag) << 32;
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(global), "l"(high | first), "l"(high | second)
+                 : "memory");
+}
+
+// Whether both words have the tag; then the values are theirs.
+__device__ __forceinline__ bool load_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag) {
+    uint64_t first, second;
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(global) : "memory");
+    values[0] = static_cast<uint32_t>(first);
+    values[1] = static_cast<uint32_t>(second);
+    return static_cast<uint32_t>(first >> 32) == tag && static_cast<uint32_t>(second >> 32) == tag;
+}
+
+// Spins until both words have the tag; false where patience was over before.
+__device__ __forceinline__ bool wait_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag,
+                                                   const Patience& patience) {
+    constexpr uint32_t kPolls = 1024;  // between two looks at the rest, which takes a way to the host
+    uint64_t start = 0;
+    for (uint32_t polls = 1; !load_tagged_system(values, global, tag); ++polls) {
+        if (polls % kPolls != 0) continue;
+        uint32_t stop;
+        uint64_t now;
+        asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(stop) : "l"(patience.stop) : "memory");
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        start = start == 0 ? now : start;
+        if (stop != 0 || now - start > patience.nanoseconds) return false;
+    }
+    return true;
+}
+
 // ---- 16-byte global memory access
 
 // Through the read-only path: for data that nobody writes while the kernel runs, which is weights. What the kernel

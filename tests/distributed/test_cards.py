@@ -81,7 +81,7 @@ def test_two_cards_say_what_one_would(checkpoints, name, drafts, ranks):
     limits = {"max_num_seqs": 8, "max_model_len": 1024, "memory_fraction": 0.2}
     greedy = {"max_tokens": 40, "temperature": 0}
     split = result(checkpoints(name), limits | ranks | {"draft_tokens": drafts}, greedy)
-    assert split["communicator"] == "rank 0 of 2 over nccl"
+    assert split["communicator"] == "rank 0 of 2 over nccl and peer memory"
     assert split["drafts"] is bool(drafts)
     if name != "shipped":  # whose sizes no kernel serves
         assert split["graphs"]

@@ -39,6 +39,7 @@ def load_runner(
     mtp = bool(config.draft_depths(True, on_gpu)) and holds_mtp(model_config, directory)
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
+    communicator.prepare(model_config.hidden, device)
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
     check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)

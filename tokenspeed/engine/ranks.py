@@ -57,6 +57,7 @@ class Ranks:
         """Raises EngineError where a rank is lost: what was computed without it is worth nothing."""
         if self.lost:
             raise EngineError(self.lost[0])
+        self.communicator.check()
 
     def close(self) -> None:
         """Lets the others end; harmless where they have. Nothing runs after this."""

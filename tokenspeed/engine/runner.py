@@ -146,7 +146,7 @@ class Runner:
         self.announce: Callable[[Step | list[Edit]], None] = lambda message: None
         self.observe: Callable[[Step, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
         # Raises where results are not to be trusted because another rank is lost.
-        self.check: Callable[[], None] = lambda: None
+        self.check: Callable[[], None] = model.communicator.check
         self._rotary = Rotary(*model.rotary(self.device))
         self._drafter: Drafter | None = None
         if model.mtp:

@@ -21,12 +21,13 @@ from ..batch import Batch
 from ..config import DenseConfig, ModelConfig
 from ..memory import StateViews
 from ..parallel import sharding
+from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
 from .parameters import Source, elsewhere, in_fp8, matrix, source, stacked, weight
-from .products import Joined, PendingNorm
+from .products import DoneNorm, Joined, PendingNorm
 
-Flow = tuple[Tensor | PendingNorm, Tensor | None]
+Flow = tuple[Tensor | PendingNorm | DoneNorm, Tensor | None]
 
 
 class Stage(nn.Module):
@@ -48,6 +49,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor | PendingNorm, residual: Tensor | None, batch: Batch) -> Flow:
         raise NotImplementedError
+
+    def reduce_into(self, x: Tensor, residual: Tensor | None, batch: Batch, communicator: Communicator, group: str):
+        """`forward` behind the sum of x over a group, of a stage that absorbs it."""
+        return self.forward(communicator.all_reduce(x, group), residual, batch)
 
 
 class Embedding(Stage):
@@ -88,6 +93,13 @@ class Norm(Stage):
 
     def forward(self, x, residual, batch):
         return PendingNorm(x, residual, self.weight, self.eps), None
+
+    def reduce_into(self, x, residual, batch, communicator, group):
+        if residual is not None:
+            done = communicator.add_rms_norm(x, residual, self.weight, self.eps, group)
+            if done is not None:
+                return DoneNorm(*done), None
+        return super().reduce_into(x, residual, batch, communicator, group)
 
 
 class LogitRows(Stage):

@@ -1,6 +1,7 @@
 """Collectives over the groups of a mesh: torch.distributed between processes, or local stand-ins for one rank alone."""
 
 import contextlib
+import copy
 import os
 import threading
 from collections.abc import Callable
@@ -11,12 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError
+from . import peers
 from .mesh import GROUPS, Mesh
 
 # torch 2.13 renamed both; the old names warn there, the new ones are not in 2.11.
 _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _LEAVING_SECONDS = 5.0
+STAGED_ROWS = 8  # of a batch whose residual sum and norm are one launch with the product behind them already
+_opened: list[peers.PeerSums] = []  # of this process
 
 
 class Communicator:
@@ -37,9 +41,21 @@ class Communicator:
             "so times and bytes are real and results are not the model's"
         )
 
+    def prepare(self, width: int, device: torch.device) -> None:
+        """Sums of [N, width] will follow. Every rank calls it alike, before what is free is measured."""
+
+    def check(self) -> None:
+        """Raises EngineError where another rank did not bring its part of a sum: results are not to be trusted."""
+
     def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
         """The sum (or the largest) of every rank's x. Mutates x and returns it."""
         return x
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """`ops.add_rms_norm` of the sum of every rank's x, in one launch; None where no kernel does both."""
+        return None
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
         """Every rank's x, joined along `dim` in order of rank."""
@@ -76,8 +92,42 @@ class ProcessCommunicator(Communicator):
                 self._groups[canonical] = _own_group(mesh, canonical)
             self._groups[name] = self._groups[canonical]
 
+        self._peers: dict[str, peers.PeerSums] = {}
+        self._peers_told = ""
+
     def describe(self) -> str:
-        return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}"
+        return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}{self._peers_told}"
+
+    def prepare(self, width: int, device: torch.device) -> None:
+        if device.type != "cuda" or self._peers_told:
+            return
+        handles = dist.new_group(backend="gloo")
+
+        def exchange(own: object) -> list:
+            everybody = [None] * self.mesh.world
+            dist.all_gather_object(everybody, own, group=handles)
+            return everybody
+
+        names = dict.fromkeys(self.mesh.canonical(name) for name in GROUPS)
+        groups = [name for name in names if self.mesh.size(name) > 1]
+        try:
+            made = peers.connect(self.mesh, groups, width, device, exchange)
+        except peers.PeerError as error:
+            self._peers_told = f" alone: {error}"
+            return
+        _opened.extend(made.values())
+        self._peers = {name: made[self.mesh.canonical(name)] for name in GROUPS if self.mesh.size(name) > 1}
+        self._peers_told = " and peer memory"
+
+    def check(self) -> None:
+        for sums in self._peers.values():
+            sums.check()
+
+    def without_peers(self) -> "ProcessCommunicator":
+        """The same groups, and every sum over them by torch.distributed."""
+        plain = copy.copy(self)
+        plain._peers, plain._peers_told = {}, " alone"
+        return plain
 
     def connect(self, device: torch.device) -> None:
         """Use every group once: NCCL connects and allocates at a group's first use, which must not fall into the
@@ -95,8 +145,19 @@ class ProcessCommunicator(Communicator):
         leaving.join(_LEAVING_SECONDS)
 
     def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
+        sums = self._peers.get(group)
+        if sums and not largest and sums.serves(x):
+            return sums.all_reduce(x)
         dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._groups[group])
         return x
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor] | None:
+        sums = self._peers.get(group)
+        if sums is None or len(x) <= STAGED_ROWS or not sums.serves(x) or not residual.is_contiguous():
+            return None
+        return sums.add_rms_norm(x, residual, weight, eps)
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
         x = x.movedim(dim, 0).contiguous()
@@ -143,6 +204,8 @@ def join_ranks(mesh: Mesh, device: torch.device, address: str, timeout_s: float 
 def abort() -> None:
     """Let this process's collectives on a GPU end, with any result, though a rank that they wait for is lost. Returns
     at once."""
+    for sums in _opened:
+        sums.stop()
     if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo notices by itself
         work = dist.distributed_c10d._abort_process_group
         threading.Thread(target=_quietly, args=(work,), name="tokenspeed-abort", daemon=True).start()
