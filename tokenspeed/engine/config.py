@@ -189,8 +189,8 @@ class EngineConfig:
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
-    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, on a
-    CPU and with a head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
+    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences with a
+    head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
     tokenizer's merges make the most frequent; None for all.
     tensor_parallel_size, expert_parallel_size: ranks the dense weights and the experts are split over; rendezvous:
     where the ranks meet, as torch.distributed takes it, None where this process is to start the others on this machine.
