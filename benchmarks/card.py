@@ -307,7 +307,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="decode batch sizes")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill that is timed (default 8192)")
     parser.add_argument("--quantization", choices=["none", "fp8"], default="none", help="of weights (default none)")
-    parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help="of KV pages (default bf16)")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of KV pages (default bf16)")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with torch's logits")
     parser.add_argument(
         "--drafts",
@@ -323,7 +323,7 @@ def main() -> int:
         return 2
     speeds = [speed(text) for text in options.drafts]
     for size in options.size:
-        formats = options.quantization == "fp8", pick_kv_dtype(options.kv_dtype)
+        formats = options.quantization == "fp8", pick_kv_dtype(options.kv_cache_dtype)
         result = measure(size, options.batches, options.prefill, not options.no_check, speeds, *formats)
         if options.json:
             with options.json.open("a") as out:

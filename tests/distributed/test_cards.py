@@ -34,13 +34,13 @@ EXPERTS = {
 }
 # model, its drafts, and the ranks
 CASES = [
-    ("dense", 0, {"tp": 2}),
-    ("dense-mtp", 3, {"tp": 2}),
-    ("dense", 3, {"tp": 2}),
-    ("moe-mtp", 3, {"tp": 2, "ep": 2}),
-    ("moe", 0, {"tp": 2}),
-    ("moe", 0, {"tp": 1, "ep": 2}),
-    ("shipped", 0, {"tp": 2, "ep": 2}),
+    ("dense", 0, {"tensor_parallel_size": 2}),
+    ("dense-mtp", 3, {"tensor_parallel_size": 2}),
+    ("dense", 3, {"tensor_parallel_size": 2}),
+    ("moe-mtp", 3, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+    ("moe", 0, {"tensor_parallel_size": 2}),
+    ("moe", 0, {"tensor_parallel_size": 1, "expert_parallel_size": 2}),
+    ("shipped", 0, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
 ]
 PROMPTS = [[(7 * i + 13 * j) % 600 for j in range(length)] for i, length in enumerate((5, 70, 131, 64, 90, 300))]
 # Largest and mean distance of log-probabilities: bf16 terms are summed in another order, and where experts nearly tie,
@@ -78,7 +78,7 @@ def result(model: str | None, settings: dict, params: dict, known: tuple = ()) -
 
 @pytest.mark.parametrize(("name", "drafts", "ranks"), CASES, ids=str)
 def test_two_cards_say_what_one_would(checkpoints, name, drafts, ranks):
-    limits = {"max_num_seqs": 8, "max_model_len": 1024, "memory_fraction": 0.2}
+    limits = {"max_num_seqs": 8, "max_model_len": 1024, "gpu_memory_utilization": 0.2}
     greedy = {"max_tokens": 40, "temperature": 0}
     split = result(checkpoints(name), limits | ranks | {"draft_tokens": drafts}, greedy)
     assert split["communicator"] == "rank 0 of 2 over nccl and peer memory"
@@ -103,7 +103,7 @@ def distances(ours: list[list[float]], theirs: list[list[float]]) -> list[float]
 
 
 def test_sampled_ids_of_two_cards_are_those_of_a_second_run(checkpoints):
-    limits = {"max_num_seqs": 8, "max_model_len": 1024, "memory_fraction": 0.2, "tp": 2}
+    limits = {"max_num_seqs": 8, "max_model_len": 1024, "gpu_memory_utilization": 0.2, "tensor_parallel_size": 2}
     sampled = {"max_tokens": 24, "temperature": 1.0, "seed": 3, "top_k": 20, "top_p": 0.9}
     first, second = (result(checkpoints("dense"), limits, sampled) for _ in range(2))
     assert first["plain"] == second["plain"] and len(set(map(tuple, first["plain"]))) == len(PROMPTS)
@@ -111,8 +111,17 @@ def test_sampled_ids_of_two_cards_are_those_of_a_second_run(checkpoints):
 
 @pytest.mark.parametrize("victim", ["other", "first"])
 def test_a_lost_rank_ends_the_others_within_ten_seconds_with_the_reason(checkpoints, victim):
-    command = [sys.executable, "-m", "tokenspeed.engine", "generate", "Hello!", "--tp", "2", "--ignore-eos"]
-    command += ["--model", checkpoints("dense"), "--max-tokens", "100000", "--memory-fraction", "0.5"]
+    command = [
+        sys.executable,
+        "-m",
+        "tokenspeed.engine",
+        "generate",
+        "Hello!",
+        "--tensor-parallel-size",
+        "2",
+        "--ignore-eos",
+    ]
+    command += ["--model", checkpoints("dense"), "--max-tokens", "100000", "--gpu-memory-utilization", "0.5"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     try:

@@ -117,7 +117,7 @@ class Lab:
         pages: int = 64,
         slots: int = 16,
         max_seqs: int = 4,
-        max_batch_tokens: int = 256,
+        max_num_batched_tokens: int = 256,
         ring_rows: int = 0,
         validate: bool = True,
         drafts: int = 0,
@@ -133,7 +133,7 @@ class Lab:
         self.runner = Runner(model, self.memory, max_seqs, longest, drafts)
         self.cache = PrefixCache(CacheConfig(**{"pages": pages, "slots": slots, "ghost_nodes": 4 * pages} | cache))
         depths = {"drafts": ((max_seqs, drafts),) if drafts else ()}
-        bounds = Limits(max_seqs, max_batch_tokens, longest, **depths | (limits or {}))
+        bounds = Limits(max_seqs, max_num_batched_tokens, longest, **depths | (limits or {}))
         self.engine = Engine(self.runner, self.cache, bounds, shipped_tokenizer(), (), validate=validate)
         self.scheduler = self.engine.scheduler
         self.talks: list[Talk] = []

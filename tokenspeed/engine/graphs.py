@@ -90,5 +90,6 @@ class DecodeGraphs:
         # Other threads may call CUDA meanwhile: NCCL's looks whether earlier collectives are complete.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
+        graph.replay()  # capturing computes nothing, and whoever is captured next reads this result
         self._pool = self._pool or graph.pool()
         return graph, result

@@ -68,17 +68,19 @@ class Ranks:
 
 
 def start_ranks(directory: Path, config: EngineConfig) -> Ranks:
-    """Make this process rank 0 of `config.tp` and `config.ep`. Without a rendezvous the other ranks are started on this
-    machine; with one, somebody else starts them. Returns when all have met. Raises ConfigError where they cannot."""
-    mesh = Mesh(config.tp, config.ep)
+    """Make this process rank 0 of `config.tensor_parallel_size` and `config.expert_parallel_size`. Without a rendezvous
+    the other ranks are started on this machine; with one, somebody else starts them. Returns when all have met. Raises
+    ConfigError where they cannot."""
+    mesh = Mesh(config.tensor_parallel_size, config.expert_parallel_size)
     device = rank_device(config, 0)
     others: list[subprocess.Popen] = []
     if config.rendezvous is None:
         gpus = torch.cuda.device_count()
         if device.type == "cuda" and mesh.world > gpus:
             raise ConfigError(
-                f"tp {mesh.tp} and ep {mesh.ep} make {mesh.world} ranks, and this machine has {gpus} "
-                f"GPU{'s' * (gpus != 1)}: each rank needs its own; take fewer, or torchrun over several hosts."
+                f"tensor_parallel_size {mesh.tp} and expert_parallel_size {mesh.ep} make {mesh.world} ranks, and this "
+                f"machine has {gpus} GPU{'s' * (gpus != 1)}: each rank needs its own; take fewer, or torchrun over "
+                "several hosts."
             )
         config = replace(config, rendezvous=f"tcp://127.0.0.1:{free_port()}")
         others = [_start(directory, config, rank) for rank in range(1, mesh.world)]
@@ -102,7 +104,7 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
 
 def follow(directory: Path, config: EngineConfig, rank: int) -> None:
     """Run what rank 0 sends, until it sends the end. Raises RuntimeError where another rank is lost."""
-    mesh, device = Mesh(config.tp, config.ep, rank), rank_device(config, rank)
+    mesh, device = Mesh(config.tensor_parallel_size, config.expert_parallel_size, rank), rank_device(config, rank)
     communicator = join_ranks(mesh, device, config.rendezvous)
     channel = StepChannel()
     runner, _ = load_runner(directory, config, device, communicator, channel.smallest, progress=False)

@@ -288,7 +288,7 @@ class Runner:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and self.model.mesh.world > 1:
                 raise CapacityError(
-                    "no memory is left for CUDA graphs: lower memory_fraction or max_num_seqs."
+                    "no memory is left for CUDA graphs: lower gpu_memory_utilization or max_num_seqs."
                 ) from error
             tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
         return self._graphs is not None
