@@ -27,7 +27,7 @@ from .parallel.comm import ProcessCommunicator, abort, join_ranks
 from .parallel.control import Inbox, StepChannel
 from .parallel.mesh import Mesh
 from .runner import Launched, Runner
-from .step import Step
+from .step import Edit, Step
 
 _CHECK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0  # for the loss to be noticed and told where the rank was needed
@@ -59,11 +59,25 @@ class Ranks:
             raise EngineError(self.lost[0])
         self.communicator.check()
 
+    def announce(self, message: Step | list[Edit]) -> None:
+        """Tells the others what to run. Raises EngineError where one of them is lost."""
+        try:
+            self.channel.send(message)
+        except RuntimeError as error:
+            time.sleep(2 * _CHECK_SECONDS)  # until it is known which one, and how it ended
+            self.check()
+            raise EngineError(f"another rank is lost: {str(error).splitlines()[0]}") from error
+
     def close(self) -> None:
-        """Lets the others end; harmless where they have. Nothing runs after this."""
+        """Lets the others end; harmless where they have. Nothing runs after this. Ends this process, too, where one of
+        them was lost on a GPU: NCCL's threads may wait for it for ever."""
         with contextlib.suppress(RuntimeError):
             self.channel.send(None)
-        if self.runner and not self.lost:
+        if self.lost and self.device.type == "cuda":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        if self.runner:
             _leave(self.runner, self.communicator)
 
 
