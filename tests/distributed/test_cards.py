@@ -76,6 +76,23 @@ def result(model: str | None, settings: dict, params: dict, known: tuple = ()) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_sums_by_peer_memory_are_those_of_nccl(tmp_path):
+    ranks = next(count for count in (8, 4, 2) if count <= torch.cuda.device_count())
+    command = [sys.executable, "-m", "tests.distributed.card_sums"]
+    arguments = [str(ranks), f"file://{tmp_path / 'meeting'}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([*command, str(rank), *arguments], cwd=ROOT, text=True, **pipes) for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=120)
+            assert (process.returncode, out) == (0, "equal\n"), error[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.mark.parametrize(("name", "drafts", "ranks"), CASES, ids=str)
 def test_two_cards_say_what_one_would(checkpoints, name, drafts, ranks):
     limits = {"max_num_seqs": 8, "max_model_len": 1024, "gpu_memory_utilization": 0.2}
