@@ -107,18 +107,22 @@ def test_the_norm_behind_the_sum(made, ranks, rows, width, seed):
             assert (out.double() - norm).abs().max() < 0.02
 
 
-def test_more_rows_than_blocks(made):
-    everybody = made(2, 40, 8, 3)
+@pytest.mark.parametrize("seed", range(12))
+def test_more_rows_than_blocks(made, seed):
+    rows, width = 70, 264
+    everybody = made(2, rows, width, seed)
     everybody.device.emulator_multiprocessors(1)  # 32 blocks at once
     try:
-        terms = drawn(2, 40, 8, 1)
+        terms, zeros = drawn(2, rows, width, 1), torch.zeros(rows, width).bfloat16()
         expected = summed(terms)
-        for rank, sums in enumerate(everybody.ranks):
-            sums.all_reduce(terms[rank])
+        results = [sums.add_rms_norm(terms[rank], zeros, zeros[0], EPS) for rank, sums in enumerate(everybody.ranks)]
         everybody.run()
-        assert all(same_bits(term, expected) for term in terms)
     finally:
         everybody.device.emulator_multiprocessors(4)
+    norm = reference.rms_norm(expected, zeros[0], EPS)
+    for out, total in results:
+        assert same_bits(total, expected)
+        assert (out.double() - norm).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -136,6 +140,7 @@ def test_a_lost_rank_is_told_and_later_sums_wait_no_more(made, lost, seed):
         if rank != lost:
             with pytest.raises(EngineError, match="lost"):
                 sums.check()
+            assert sums._control[0] == 1  # where later sums look before they wait
     everybody.ranks[lost].check()
 
 
