@@ -9,6 +9,7 @@ of the collectives alone: a sum of decode's sizes, and the norm behind it.
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -53,6 +54,7 @@ def main() -> int:
     parser.add_argument("--drafts", nargs="+", default=["0"], metavar="K[:MEAN]", help="as in benchmarks.card")
     parser.add_argument("--skip-one", action="store_true", help="leave out the run on one GPU")
     parser.add_argument("--skip-sums", action="store_true", help="leave out the collectives alone")
+    parser.add_argument("--seconds", type=float, default=290, help="ranks that take longer are ended (default 290)")
     parser.add_argument("--nccl-alone", action="store_true", help="no sums by peer memory")
     parser.add_argument("--json", type=Path, help="append each size's figures to this JSONL file")
     parser.add_argument("--worker", nargs=2, metavar=("RANK", "ADDRESS"), help=argparse.SUPPRESS)
@@ -104,6 +106,7 @@ def run_ranks(size: str, tp: int, ep: int) -> bool:
 def work(options: argparse.Namespace, rank: int, address: str) -> int:
     """One rank's part. Rank 0 tells."""
     mesh = Mesh(options.tp, options.ep, rank)
+    faulthandler.dump_traceback_later(options.seconds, exit=True)
     torch.cuda.set_device(rank)
     communicator = join_ranks(mesh, torch.device("cuda", rank), address) if mesh.world > 1 else ONE_RANK
     [size] = options.size

@@ -1,6 +1,7 @@
 """One rank on one GPU: `python -m tests.distributed.card_sums RANK RANKS ADDRESS` compares sums by peer memory with
 those of NCCL, one by one and in CUDA graphs, with ranks that come late."""
 
+import faulthandler
 import random
 import sys
 import time
@@ -15,6 +16,7 @@ WIDTH = 5120
 
 
 def main(rank: int, ranks: int, address: str) -> None:
+    faulthandler.dump_traceback_later(90, exit=True)
     device = torch.device("cuda", rank)
     communicator = join_ranks(Mesh(ranks, 1, rank), device, address, timeout_s=60)
     communicator.prepare(WIDTH, device)

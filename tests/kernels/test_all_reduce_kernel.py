@@ -107,13 +107,15 @@ def test_the_norm_behind_the_sum(made, ranks, rows, width, seed):
             assert (out.double() - norm).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_more_rows_than_blocks(made, seed):
-    rows, width = 70, 264
+    rows, width = 20, 2048
     everybody = made(2, rows, width, seed)
-    everybody.device.emulator_multiprocessors(1)  # 32 blocks at once
+    everybody.device.emulator_multiprocessors(1)  # 8 blocks at once
     try:
-        terms, zeros = drawn(2, rows, width, 1), torch.zeros(rows, width).bfloat16()
+        scale = 8.0 ** (torch.arange(rows) // 8)[:, None]  # rows of one block are far from alike
+        terms = [(term * scale).bfloat16() for term in drawn(2, rows, width, 1)]
+        zeros = torch.zeros(rows, width).bfloat16()
         expected = summed(terms)
         results = [sums.add_rms_norm(terms[rank], zeros, zeros[0], EPS) for rank, sums in enumerate(everybody.ranks)]
         everybody.run()
