@@ -23,7 +23,7 @@ from tokenspeed.engine.model.mtp import Output
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import holds_mtp, load_weights
 
-# Of what is right (rounding alone makes 1.1e-4 where a machine sums in another order), and of what a planted bug changes.
+# Of what is right (rounding makes 1.1e-4 where a machine sums in another order), and of what a planted bug changes.
 TOLERANCE, SHOWS = 5e-4, 1e-2
 TOKENS = 75  # more than a page
 PAGES = (2, 0, 3)
