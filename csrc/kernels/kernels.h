@@ -71,13 +71,14 @@ struct AttentionPrologue {
     const __nv_bfloat16* q_weight;  // [D]
     const __nv_bfloat16* k_weight;  // [D]
     const float* cos_sin;           // [tokens, rotary] contiguous
-    __nv_bfloat16* kv;              // [pages, 2, kv_heads, page_size, D]
-    int64_t page_stride;
-    const int64_t* kv_slots;  // [tokens]
-    __nv_bfloat16* q;         // [tokens, q_heads, D]
+    void* kv;                       // [pages, 2, kv_heads, page_size, D] bf16, or e4m3
+    int64_t page_stride;            // elements
+    const int64_t* kv_slots;        // [tokens]
+    __nv_bfloat16* q;               // [tokens, q_heads, D]
     int64_t tokens;
     int q_heads, kv_heads, page_size, rotary;
     float eps;
+    bool kv_is_e4m3;
 };
 cudaError_t attention_prologue(const AttentionPrologue& arguments, cudaStream_t stream);
 
@@ -313,9 +314,10 @@ struct PagedAttention {
     int64_t q_stride;
     const __nv_bfloat16* gate;  // [tokens, q_heads, D], any strides and alignment
     int64_t gate_token_stride, gate_head_stride, gate_stride;
-    const __nv_bfloat16* kv;  // [pages, 2, kv_heads, kPageTokens, D] by page stride
-    int64_t page_stride, pages;
-    const int32_t* page_table;  // [sequences, table_width] by table stride
+    const void* kv;  // [pages, 2, kv_heads, kPageTokens, D] by page stride, bf16 or e4m3
+    bool kv_is_e4m3;
+    int64_t page_stride, pages;  // the stride in elements
+    const int32_t* page_table;   // [sequences, table_width] by table stride
     int64_t table_stride;
     const int32_t* context_lens;  // [sequences]
     __nv_bfloat16* out;           // [tokens, q_heads, D] contiguous
