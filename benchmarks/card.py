@@ -125,7 +125,7 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
 @contextmanager
 def operators(**replacements: Callable) -> Iterator[None]:
     """Operators of the model, and those that others are made of, replaced by functions of the same signature."""
-    modules = (ops, *(sys.modules[operator.__module__] for operator in (ops.linear, ops.moe_block)))
+    modules = (ops, *(sys.modules[operator.__module__] for operator in (ops.linear, ops.moe_block, ops.ffn_block)))
     before = [(module, name, vars(module)[name]) for module in modules for name in replacements if name in vars(module)]
     try:
         for module, name, _ in before:

@@ -157,6 +157,47 @@ std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight, con
     return out;
 }
 
+std::optional<std::tuple<Tensor, Tensor>> ffn_block(const Tensor& x, const Tensor& residual, const Tensor& norm_weight,
+                                                    double eps, const Tensor& gate_up, const Tensor& down,
+                                                    const Tensor& scratch) {
+    bool fits = has_kernels(x) && x.dim() == 2 && x.size(0) > 0 && x.size(0) <= kFfnBlockTokens && x.stride(1) == 1 &&
+                gate_up.dim() == 2 && down.dim() == 2 && is_int32(scratch);
+    for (const Tensor* values : {&x, &residual, &norm_weight, &gate_up, &down}) fits = fits && is_bf16(*values);
+    for (const Tensor* packed : {&residual, &norm_weight, &gate_up, &down, &scratch}) {
+        fits = fits && packed->is_contiguous();
+    }
+    if (!fits) return std::nullopt;
+    const int64_t tokens = x.size(0), hidden = x.size(1), width = down.size(1);
+    fits = has_shape(residual, {tokens, hidden}) && has_shape(norm_weight, {hidden}) &&
+           has_shape(gate_up, {2 * width, hidden}) && has_shape(down, {hidden, width}) && hidden <= kMaxIndex &&
+           width <= kMaxIndex;
+    if (!fits) return std::nullopt;
+
+    FfnBlock arguments{.x = data(x),
+                       .x_stride = row_stride(x),
+                       .residual = data(residual),
+                       .norm_weight = data(norm_weight),
+                       .eps = static_cast<float>(eps),
+                       .gate_up = data(gate_up),
+                       .down = data(down),
+                       .scratch = data<uint32_t>(scratch),
+                       .out = nullptr,
+                       .sum = nullptr,
+                       .tokens = static_cast<int>(tokens),
+                       .hidden = static_cast<int>(hidden),
+                       .width = static_cast<int>(width)};
+    if (!ffn_block_supported(arguments)) return std::nullopt;
+    const int64_t wanted = ffn_block_scratch(arguments);
+    STD_TORCH_CHECK(scratch.numel() >= wanted, "scratch has ", scratch.numel(), " elements; ", width, " columns want ",
+                    wanted);
+    Tensor out = new_tensor(x, {tokens, hidden}), sum = new_tensor(x, {tokens, hidden});
+    arguments.out = data(out);
+    arguments.sum = data(sum);
+    const Launch launch(x);
+    check_launch(tokenspeed::ffn_block(arguments, launch.stream()), "ffn_block");
+    return std::make_tuple(out, sum);
+}
+
 bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& gate,
                                const Scale& scale) {
     const bool fits = x.size(1) % 2 == 0 && fits_linear(x, weight, scale, x.size(1) / 2) && is_bf16(y) &&
@@ -212,6 +253,7 @@ TOKENSPEED_KERNELS(library) {
     TOKENSPEED_KERNEL(library, add_rms_norm_linear);
     TOKENSPEED_KERNEL(library, silu_mul_linear);
     TOKENSPEED_KERNEL(library, add_gated_silu_mul_linear);
+    TOKENSPEED_KERNEL(library, ffn_block);
     TOKENSPEED_KERNEL(library, sample);
 }
 

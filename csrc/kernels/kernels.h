@@ -417,4 +417,23 @@ size_t moe_block_workspace(const MoeBlock& arguments);
 int64_t moe_block_scratch(const MoeBlock& arguments);  // from the sizes alone
 cudaError_t moe_block(const MoeBlock& arguments, cudaStream_t stream);
 
+// ---- ffn_block.cu: see the operator of that name; up to kFfnBlockTokens tokens, sizes multiples of 64.
+constexpr int kFfnBlockTokens = 8;
+struct FfnBlock {
+    const __nv_bfloat16* x;  // [tokens, hidden] by row stride
+    int64_t x_stride;
+    const __nv_bfloat16* residual;     // [tokens, hidden]
+    const __nv_bfloat16* norm_weight;  // [hidden]
+    float eps;
+    const __nv_bfloat16* gate_up;  // [2 width, hidden]
+    const __nv_bfloat16* down;     // [hidden, width]
+    uint32_t* scratch;             // ffn_block_scratch() words, aligned to 16 bytes, zeros at first
+    __nv_bfloat16* out;            // [tokens, hidden]
+    __nv_bfloat16* sum;            // [tokens, hidden]: x + residual
+    int tokens, hidden, width;
+};
+bool ffn_block_supported(const FfnBlock& arguments);
+int64_t ffn_block_scratch(const FfnBlock& arguments);  // from the sizes alone
+cudaError_t ffn_block(const FfnBlock& arguments, cudaStream_t stream);
+
 }  // namespace tokenspeed

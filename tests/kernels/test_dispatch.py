@@ -34,6 +34,7 @@ KERNELS = (
     "paged_rows",
     "accept_tokens",
     "moe_block",
+    "ffn_block",
 )
 HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
 HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))
@@ -135,6 +136,7 @@ WEIGHTS = {
     "silu_mul_linear": {1},
     "add_gated_silu_mul_linear": {2},
     "moe_block": {2, 4, 7, 8, 9},
+    "ffn_block": {2, 4, 5},
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from tokenspeed.ops.ffn_block import ffn_block_scratch
 from tokenspeed.ops.fp8 import quantise_blocks
 from tokenspeed.ops.moe_block import moe_block_scratch
 
@@ -98,6 +99,12 @@ def moe_block(backend: Backend):
     gate_up, down = backend.randn(256, 128, 128) * 0.1, backend.randn(256, 128, 64) * 0.1
     scratch = backend.tensor([0] * moe_block_scratch(256, 8, 128))
     return x, residual, norm, EPS, in_proj, 256, 8, gate_up, down, shared_down, scratch
+
+
+def ffn_block(backend: Backend):
+    x, residual, norm = backend.randn(3, 128), backend.randn(3, 128), backend.randn(128) * 0.1
+    weights = (backend.randn(2 * 192, 128) * 0.1, backend.randn(128, 192) * 0.1)
+    return x, residual, norm, EPS, *weights, backend.tensor([0] * ffn_block_scratch(192))
 
 
 def linear(backend: Backend):
@@ -199,6 +206,7 @@ SAMPLES: dict[str, Callable] = {
         causal_conv1d,
         copy_pages,
         copy_states,
+        ffn_block,
         gated_delta_rule_decode,
         gated_delta_rule_prefill,
         gated_rms_norm,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_ROWS, ffn_block_scratch
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 from ..config import DenseConfig, ModelConfig
 from ..parallel import sharding
@@ -217,6 +218,12 @@ class DenseFFN(Stage):
         fp8 = in_fp8(config, "mlp", dict.fromkeys(("gate_proj", "up_proj"), intermediate.size))
         self.gate_up = matrix(mesh, (intermediate, intermediate), hidden, fp8=fp8)
         self.down = matrix(mesh, hidden, intermediate, fp8=in_fp8(config, "mlp", {"down_proj": hidden}))
+        # What the kernel of a small decode batch leaves for the next; the model's layers share one.
+        size = ffn_block_scratch(intermediate.local(mesh))
+        self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
+        used = (self.gate_up, self.down)
+        few = sum(weight.data.nbytes for weight in used) <= FFN_BLOCK_BYTES
+        self.in_one = few and all(weight.scale is None for weight in used)  # whose kernel takes no FP8
 
     def sources(self):
         hidden, intermediate = self.down.dims
@@ -226,6 +233,8 @@ class DenseFFN(Stage):
         yield source("down_proj.weight", self.down, self.mesh, hidden, intermediate)
 
     def forward(self, x, residual, batch):
+        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= FFN_BLOCK_ROWS:
+            return ops.ffn_block(*x, self.gate_up.data, self.down.data, self.scratch)
         gate_up, _, residual = x.linear(*self.gate_up)
         return ops.silu_mul_linear(gate_up, *self.down), residual
 
