@@ -45,9 +45,10 @@ class Qwen3_5(nn.Module):
         program += [("norm", Norm(config, mesh)), ("lm_head", head)]
         self.names = [name for name, _ in program]
         self.program = nn.ModuleList(stage for _, stage in program)
-        mixtures = [stage for stage in self.program if isinstance(stage, MoE)]
-        for stage in mixtures:
-            stage.scratch = mixtures[0].scratch
+        for kind in (MoE, GatedDeltaNet):
+            alike = [stage for stage in self.program if isinstance(stage, kind)]
+            for stage in alike:
+                stage.scratch = alike[0].scratch
         self.plan = plan_program(program, mesh, head.output)
         self.communicator = communicator
         self.mtp = MtpHead(config, communicator, embedding, head) if drafts else None
