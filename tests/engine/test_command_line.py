@@ -90,7 +90,7 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--jsonl", "in"], ["prompt"]),
         (["generate", "--jsonl", "missing.jsonl"], ["missing.jsonl"]),
         (["generate", "x", "--max-num-seqs", "0"], ["max_num_seqs", "0"]),
-        (["generate", "x", "--memory-fraction", "2"], ["memory_fraction", "2"]),
+        (["generate", "x", "--gpu-memory-utilization", "2"], ["gpu_memory_utilization", "2"]),
         (["generate", "x", "--log-steps", "/"], ["/", "cannot be written"]),
         (["generate", "x", "--max-tokens", "9000"], ["9000", "8192"]),
         (["generate", "x", "--draft-tokens", "8"], ["draft_tokens", "8", "'auto' or 0 to 7"]),
@@ -98,7 +98,7 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--draft-vocabulary", "0"], ["draft_vocabulary", "0", "at least 1"]),
         (["generate", "x", "--draft-vocabulary", "641"], ["draft_vocabulary", "641", "640"]),
         (["generate", "x", "--draft-vocabulary", "9", "--draft-tokens", "0"], ["draft_vocabulary", "9", "MTP head"]),
-        (["bench", "--draft-vocabulary", "9", "--tp", "2"], ["draft_vocabulary", "9", "tp is 2"]),
+        (["bench", "--draft-vocabulary", "9", "--tp", "2"], ["draft_vocabulary", "9", "tensor_parallel_size is 2"]),
         (["chat", "--n", "2"], ["n is 2"]),
         (["chat", "--load", "missing.json"], ["missing.json"]),
         (["bench", "--input-len", "0"], ["--input-len", "0"]),
@@ -203,7 +203,7 @@ def test_info_says_how_many_agent_turns_the_prefix_cache_keeps(capsys):
     assert slots - spare == 32
     assert kept == {tokens: min(spare, pages * 64 // tokens) for tokens in (512, 4096, 32_768)}
     assert pages * 64 * 20 * 2**10 + slots * 62 * 2**20 < 0.9 * (139 - 64) * 2**30, "more than the memory holds"
-    assert main([*arguments, "--prefix-cache", "off"]) == 0
+    assert main([*arguments, "--no-enable-prefix-caching"]) == 0
     assert "kept: 0 of 512 tokens" in capsys.readouterr().out
 
 
@@ -222,6 +222,8 @@ def test_help_names_the_default_of_every_option(name, parser):
         if action.option_strings and not {"--help", "--version"} & set(action.option_strings):
             assert "default" in action.help, f"{name} {action.option_strings[0]}"
             shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+            if isinstance(action, argparse.BooleanOptionalAction):
+                shown = "on" if action.default else "off"
             assert not action.default or shown in action.help, f"{name} {action.option_strings[0]}: {shown}"
 
 

@@ -38,8 +38,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "loading), or none (dequantised while loading) (default auto)",
     )
     model.add_argument(
-        "--kv-dtype",
-        default=default.kv_dtype,
+        "--kv-cache-dtype",
+        default=default.kv_cache_dtype,
         choices=["auto", "fp8"],
         help="of the KV pages: the dtype, or FP8, half of bfloat16's bytes (default auto)",
     )
@@ -61,24 +61,25 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help=f"sequences that run at once (default {default.max_num_seqs})",
     )
     engine.add_argument(
-        "--max-batch-tokens",
+        "--max-num-batched-tokens",
         type=int,
-        default=default.max_batch_tokens,
+        default=default.max_num_batched_tokens,
         metavar="TOKENS",
-        help=f"tokens of one step, prefill and decode together (default {default.max_batch_tokens})",
+        help=f"tokens of one step, prefill and decode together (default {default.max_num_batched_tokens})",
     )
     engine.add_argument(
-        "--memory-fraction",
+        "--gpu-memory-utilization",
         type=float,
         metavar="F",
-        help="of the memory left beside the weights, for KV pages and state slots (default 0.9 on a GPU, 0.5 on a CPU)",
+        help="of the device's whole memory that may be in use, weights included; KV pages and state slots fill it "
+        "(default 0.9 on a GPU; on a CPU half of what is free)",
     )
     engine.add_argument("--kv-pages", type=int, metavar="N", help="KV pages of 64 tokens (default: what fits)")
     engine.add_argument("--state-slots", type=int, metavar="N", help="recurrent states kept (default: what fits)")
     engine.add_argument(
-        "--prefix-cache",
-        choices=["on", "off"],
-        default="on",
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=default.enable_prefix_caching,
         help="reuse what prompts have in common (default on)",
     )
     engine.add_argument(
@@ -111,10 +112,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "(default: among all)",
     )
     engine.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="split heads, columns and vocabulary over N ranks (default 1)"
+        "--tensor-parallel-size",
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split heads, columns and vocabulary over N ranks (default 1)",
     )
     engine.add_argument(
-        "--ep", type=int, default=1, metavar="N", help="split the experts over N of the same ranks (default 1)"
+        "--expert-parallel-size",
+        "--ep",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the experts over N of the same ranks (default 1)",
     )
     engine.add_argument("--validate", action="store_true", help="check every step and the cache: slow (default off)")
 
@@ -243,7 +254,7 @@ def chosen_sampling(options: argparse.Namespace) -> dict:
 def engine_settings(options: argparse.Namespace) -> dict:
     """The fields of EngineConfig."""
     names = set(EngineConfig.__dataclass_fields__) & set(vars(options))
-    return {name: getattr(options, name) for name in names} | {"prefix_cache": options.prefix_cache == "on"}
+    return {name: getattr(options, name) for name in names}
 
 
 @contextlib.contextmanager
