@@ -250,15 +250,6 @@ void wait_tagged(uint32_t (&values)[kRows][kCount], const uint64_t* global, int6
     }
 }
 
-template <int kPairs>
-void wait_tagged_pairs(uint2 (&values)[kPairs], const uint64_t* global, int step, int count, uint32_t tag) {
-    for (int i = 0; i < kPairs && i < count; ++i) {
-        uint32_t pair[2];
-        wait_tagged(pair, global + i * step, tag);
-        values[i] = {pair[0], pair[1]};
-    }
-}
-
 // ---- tagged words between cards
 
 struct Patience {

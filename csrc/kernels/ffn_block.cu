@@ -22,15 +22,15 @@
 // count themselves in, and the first waits for that count and clears the next launch's.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
-// have. What the kernel ahead still holds it gives back without waiting for us. The ring is short: with one token of
-// 0.8B a block takes 75 KB, and the next layer's in_proj fills its own ring beside it.
+// have. What the kernel ahead still holds it gives back without waiting for us. Half of a multiprocessor is left to the
+// next one, whose ring fills while ours runs dry.
 //
 // Rounding is that of the operators that the torch implementation names. Sums have the same order for any number of
 // tokens and blocks.
 //
 // What was predicted and measured: docs/kernels/ffn_block.md.
 //
-// budget: ffn_block_kernel registers<=112 shared<=0 hot sass=HMMA
+// budget: ffn_block_kernel registers<=96 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
 #include <launch.h>
 #include <ptx.h>
@@ -63,10 +63,9 @@ static_assert(kTileRows * kDepth * 2 == kStageBytes);
 constexpr int kStages = 4;                             // of the ring, see the page
 constexpr int kSumSlots = 4;                           // tiles whose sums wait to be added
 constexpr int kSumPitch = kConsumers * kTileRows + 4;  // floats of a token's sums: distinct banks for a warp's stores
-// No two blocks may share a multiprocessor, as they might while the kernel ahead ends. By their registers they cannot,
-// so that the next kernel's ring has room beside a block's; should they once be fewer, this much shared memory sees to
-// it.
-constexpr int kAloneShared = 114 * 1024;
+// A block takes more than half of what a multiprocessor has, so that no two share one while the kernel ahead ends, and
+// leaves room for the next kernel's ring where its tokens are few.
+constexpr int kLeastShared = 114 * 1024;
 constexpr int kWordsOfStage = kDepth / 2;  // of a token's activations that a stage of down meets
 
 // The caller's memory: how many launches have used it, and how many blocks of the launches of either parity have read
@@ -226,12 +225,12 @@ __device__ __forceinline__ void bring_activations(const Arguments& a, uint32_t l
     uint8_t* to = rows + column * 2;
     int token = 0;
     for (int base = 0; base < count; base += kPairs) {
-        uint2 values[kPairs];
-        ptx::wait_tagged_pairs(values, words + base * kWordsOfStage, kWordsOfStage, count - base, launch);
+        uint32_t values[kPairs][2];
+        ptx::wait_tagged(values, words + base * kWordsOfStage, kWordsOfStage, count - base, launch);
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             if (base + i >= count) break;
-            *reinterpret_cast<uint2*>(to + token * a.layout.y_pitch) = values[i];
+            *reinterpret_cast<uint2*>(to + token * a.layout.y_pitch) = {values[i][0], values[i][1]};
             if (++token == p.tokens) token = 0, to += kDepth * 2;
         }
     }
@@ -314,7 +313,7 @@ __device__ void finish(const Arguments& a, Control& control, const float* sums) 
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     ffn_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(shared_memory);
     const Layout& layout = a.layout;
@@ -383,14 +382,15 @@ cudaError_t ffn_block(const FfnBlock& p, cudaStream_t stream) {
     Maps maps;
     const cudaError_t status = encode(&maps, p);
     if (status != cudaSuccess) return status;
-    LaunchConfig config = {.grid = dim3(multiprocessor_count()),
-                           .block = dim3(kThreads),
-                           .shared_bytes = static_cast<size_t>(arguments.layout.bytes()),
-                           .stream = stream,
-                           .programmatic = true};
-    const int resident = max_resident_blocks(ffn_block_kernel, config), blocks = static_cast<int>(config.grid.x);
-    if (resident < blocks) return cudaErrorCooperativeLaunchTooLarge;  // blocks wait for each other
-    if (resident > blocks) config.shared_bytes = std::max<size_t>(config.shared_bytes, kAloneShared);
+    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                                 .block = dim3(kThreads),
+                                 .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
+                                 .stream = stream,
+                                 .programmatic = true};
+    // Blocks wait for each other: all must be on the device at once.
+    if (max_resident_blocks(ffn_block_kernel, config) < static_cast<int>(config.grid.x)) {
+        return cudaErrorCooperativeLaunchTooLarge;
+    }
     return launch(ffn_block_kernel, config, maps, arguments);
 }
 

@@ -472,36 +472,6 @@ __device__ __forceinline__ void wait_tagged(uint32_t (&values)[kRows][kCount], c
     }
 }
 
-// The same of pairs of words that lie apart: pair i, for i < count, at global + i step; the rest of `values` is left
-// alone. What has come is not asked for again: much of it is old when the last of it is still on its way.
-template <int kPairs>
-__device__ __forceinline__ void wait_tagged_pairs(uint2 (&values)[kPairs], const uint64_t* global, int step, int count,
-                                                  uint32_t tag) {
-    uint64_t words[kPairs][2];
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) words[i][0] = words[i][1] = static_cast<uint64_t>(~tag) << 32;
-    const auto is_there = [&](int i) {
-        return static_cast<uint32_t>(words[i][0] >> 32) == tag && static_cast<uint32_t>(words[i][1] >> 32) == tag;
-    };
-    for (bool complete = false; !complete;) {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            if (i >= count || is_there(i)) continue;
-            asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                         : "=l"(words[i][0]), "=l"(words[i][1])
-                         : "l"(global + i * step)
-                         : "memory");
-        }
-        complete = true;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) complete = complete && (i >= count || is_there(i));
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-        if (i < count) values[i] = {static_cast<uint32_t>(words[i][0]), static_cast<uint32_t>(words[i][1])};
-    }
-}
-
 // ---- tagged words between cards (system scope)
 
 // What ends a wait for another card without its words: a word in host memory that is not zero any more, or a time.
