@@ -370,8 +370,8 @@ BUGS = (
     Bug(
         "min_tokens of text are ignored",
         Engine._accept,
-        "if outputs >= params.min_tokens:\n            text, found",
-        "if True:\n            text, found",
+        "push(text, outputs > params.min_tokens)",
+        "push(text)",
         loop.test_nothing_ends_before_min_tokens,
     ),
     Bug(

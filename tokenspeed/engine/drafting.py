@@ -21,8 +21,8 @@ class Chosen(NamedTuple):
     """A Step's rows and what was chosen behind them.
 
     batch, hidden: of the forward pass, hidden [N, hidden] or None; ids: [B, T] int64, behind the tokens of its decode
-    rows, of which counts [B] int32 are accepted; first: a prefill row's index, of those that end with an id, [P] int64,
-    and their working slots, [P] int32: to draft behind.
+    rows, 0 where none could be chosen, of which counts [B] int32 are accepted; first: a prefill row's index, of those
+    that end with an id, [P] int64, and their working slots, [P] int32: to draft behind.
     """
 
     batch: Batch
@@ -101,7 +101,7 @@ class MtpDrafter:
             rows = Rows(page_table, torch.where(going, context + k, -1), slots, slots)
             batch = paged(self._memory, tables, self._rotary, rows, index, token[:, None], -1)
             logits, hidden = self._head(batch, hidden)
-            token = self._sampler.draw(logits, index, output + (1 + k))
+            token = self._sampler.draw(logits, index, output + (1 + k)).clamp_(min=0)  # a draft may be any id
             tables.ids[index, 1 + k] = token
 
     def _kept(self, slots: Tensor) -> Tensor:

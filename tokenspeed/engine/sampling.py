@@ -60,11 +60,11 @@ class Vocabulary:
         return split_sampling.sample(logits, *arguments, self._communicator)
 
     def scores(self, logits: Tensor, chosen: Tensor, alternatives: int) -> Scores:
-        """logits: [S, width]; chosen: [S] int64, of the whole vocabulary."""
+        """logits: [S, width]; chosen: [S] int64, of the whole vocabulary; scores of a negative "id" mean nothing."""
         logits = logits.float()
         if self._ranks == 1:
             logprobs = logits.log_softmax(-1)
-            own = logprobs.gather(1, chosen[:, None])
+            own = logprobs.gather(1, chosen[:, None].clamp(min=0))
             top, ids = logprobs.topk(alternatives, dim=-1)
         else:
             reduce = self._communicator.all_reduce
@@ -153,7 +153,7 @@ class Sampler:
 
     def draw(self, logits: Tensor, index: Tensor, output: Tensor) -> Tensor:
         """An id from each row of logits [L, V], for output number `output` of sequence `index`, both [L] int64: [L]
-        int64. Reads nothing on the host."""
+        int64, negative where there is none (`ops.sample`). Reads nothing on the host."""
         temperature, top_p, min_p = self._floats[:, index]
         top_k, seed = self._integers_of[:, index]
         return self._vocabulary.sample(logits, temperature, top_k.int(), top_p, min_p, seed, output)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...ops.sampling import gumbel_scores, masses
+from ...ops.sampling import gumbel_scores, id_or_reason, masses
 from .comm import Communicator
 
 _LOW = 0xFFFFFFFF
@@ -19,7 +19,8 @@ _LEVELS = ((20, 11), (10, 10), (0, 10))  # lowest bit and count of bits: the 31 
 def greedy(logits: Tensor, communicator: Communicator) -> Tensor:
     """The largest logit of a row, the lowest id of equals. One reduction.
 
-    logits: [B, V / tp], the rank's slice. Returns ids of the whole vocabulary, [B] int64, the same on every rank.
+    logits: [B, V / tp], the rank's slice, finite or -inf. Returns ids of the whole vocabulary, [B] int64, the same on
+    every rank.
     """
     return _winner(logits.float(), communicator)
 
@@ -43,12 +44,17 @@ def sample(
     logits = logits.float()
     greedy_rows = temperature <= 0
     scaled = logits / torch.where(greedy_rows, 1, temperature)[:, None]
-    largest = communicator.all_reduce(scaled.amax(-1, keepdim=True), "tp", largest=True)
-    distance = largest - scaled
+    largest = _largest(scaled, communicator)
+    distance = largest[:, None] - scaled
     limit = torch.minimum(-torch.log(min_p), _limit(distance, top_k, top_p, communicator))
     score = gumbel_scores(distance, seed, index, mesh.index("tp") * width)
     score.masked_fill_(distance > limit[:, None], -torch.inf)
-    return _winner(torch.where(greedy_rows[:, None], logits, score), communicator)
+    return id_or_reason(_winner(torch.where(greedy_rows[:, None], logits, score), communicator), largest)
+
+
+def _largest(logits: Tensor, communicator: Communicator) -> Tensor:
+    """The largest logit of each row, [B]; infinity for NaN, of which a maximum over ranks need not tell."""
+    return communicator.all_reduce(logits.amax(-1).nan_to_num_(torch.inf, torch.inf, -torch.inf), "tp", largest=True)
 
 
 def _winner(values: Tensor, communicator: Communicator) -> Tensor:
