@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from random import Random
+from zlib import crc32
 
 from hash_device import (
     END_THINK,
@@ -269,12 +270,13 @@ def random_request(random: Random, number: int, setting: Setting, histories: lis
         prompt = prompt[: random.choice([len(prompt), random.randint(0, len(prompt))])]
     fresh = random.choice([0, 1, 3, 30, 63, 64, 65, 130])
     prompt = (prompt + tuple(random.randrange(VOCAB) for _ in range(fresh)))[: setting.tokens - 1] or (1,)
-    if random.random() < 0.06:
-        at = random.randrange(len(prompt))
+    luck = Random(crc32(as_bytes(prompt)) + number)
+    if luck.random() < 0.05:
+        at = luck.randrange(len(prompt))
         prompt = (*prompt[:at], *POISON, *prompt[at + 3 :])[: setting.tokens - 1]
     length = len(prompt)
     params = random_params(random, setting.tokens - length)
-    if random.random() < 0.06:
+    if luck.random() < 0.05:
         params = replace(params, allowed_token_ids=POISON)
     if params.n > setting.seqs:
         params = SamplingParams(max_tokens=params.max_tokens)

@@ -115,7 +115,7 @@ def test_the_rare_tail_of_a_large_vocabulary_is_drawn_as_often_as_it_should():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [1, 7, 1003])
+@pytest.mark.parametrize("vocabulary", [1, 300])
 @pytest.mark.parametrize("kind", ["torch-fp32", "emulated", "cuda"])
 def test_where_there_is_no_id_the_reason_stands_in_its_place(kind, vocabulary, dtype):
     """Wherever in the row it stands, whatever is asked for."""
@@ -219,4 +219,4 @@ def test_equal_logits_and_forbidden_rows(backend):
     logits[1] = -math.inf
     assert_same_draws(backend, arguments(logits[:1], temperature=torch.tensor([0.0])))
     assert_same_draws(backend, arguments(logits[:1], temperature=0.7, top_k=3, top_p=0.5, index=4))
-    assert 0 <= int(backend.op("sample")(*(x.to(backend.device) for x in arguments(logits[1:])))[0]) < 50
+    assert backend.op("sample")(*(x.to(backend.device) for x in arguments(logits[1:]))).tolist() == [NONE_ALLOWED]

@@ -74,7 +74,7 @@ class LLM:
             config = EngineConfig(**settings)
         except TypeError as error:
             raise ConfigError(f"unknown engine setting: {error}") from None
-        self.frontend = Frontend.from_directory(resolve(model))
+        self.frontend = Frontend.from_directory(resolve(model, config.load_format))
         self.conversations = Conversations(self.frontend)
         self.engine = load_engine(self.frontend, config, progress)
         self._ids = itertools.count()
