@@ -2,6 +2,7 @@
 
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from random import Random
@@ -50,6 +51,20 @@ class Setting:
     @property
     def tokens(self) -> int:
         return self.pages * PAGE_TOKENS
+
+    @classmethod
+    def tight(cls, random: Random) -> "Setting":
+        """Hardly room for two sequences of which many run, with drafts: somebody always gives way."""
+        return cls(
+            pages=random.choice([2, 3, 3, 4, 5]),
+            slots=random.choice([1, 2, 2, 3, 4]),
+            seqs=random.randint(3, 6),
+            batch_tokens=random.choice([30, 64, 100, 1000]),
+            wait_steps=random.choice([0, 2, 64]),
+            drafts=random.choice([((6, 1),), ((6, 3),), ((6, 7),), ((1, 7), (3, 2))]),
+            right=random.choice([0, 60, 95]),
+            cache={"grid_tokens": random.choice([0, 64]), "policy": random.choice([Policy.VALUE, Policy.LRU])},
+        )
 
     @classmethod
     def random(cls, random: Random) -> "Setting":
@@ -286,10 +301,10 @@ def random_request(random: Random, number: int, setting: Setting, histories: lis
     return Request(str(number), prompt, params, tuple(sorted(boundaries)), name_space, priority)
 
 
-def run_schedule(seed: int, requests: int = 10) -> Bench:
+def run_schedule(seed: int, requests: int = 10, settings: Callable[[Random], Setting] = Setting.random) -> Bench:
     """One random life of an engine. Raises AssertionError, or what the engine raises, where anything is wrong."""
     random = Random(seed)
-    bench = Bench(Setting.random(random))
+    bench = Bench(settings(random))
     histories: list[tuple[int, ...]] = []
     busy = random.choice([0.05, 0.3, 0.9])  # how fast requests arrive
     impatient = random.choice([0, 0, 0.02, 0.1])

@@ -140,8 +140,8 @@ BUGS = (
     Bug(
         "min_tokens by a step's first output",
         Engine.judge,
-        "id, sequence.outputs + count",
-        "id, sequence.outputs + 1",
+        "sequence.outputs + count, update",
+        "sequence.outputs + 1, update",
         seeds(0),
     ),
     Bug("log-probabilities of a step's first id", Engine.judge, "scores[count - 1 : count]", "scores[:1]", seeds(5)),
