@@ -94,11 +94,13 @@ class MtpDrafter:
 
     def _draft(self, index: Tensor, context: Tensor, slots: Tensor, page_table: Tensor, drafts: int) -> None:
         """Draft behind the last id of B sequences, which stands at row `context`, negative for padding."""
-        tables, going = self._tables, context >= 0
+        tables = self._tables
+        room = tables.capacity[index].masked_fill(context < 0, 0)  # behind it there is no page to look at
         token, hidden = tables.ids[index, 0], self._kept(slots)
         output = (context - tables.prompt[index]).long()  # the number of the last id
         for k in range(drafts):
-            rows = Rows(page_table, torch.where(going, context + k, -1), slots, slots)
+            row = context + k
+            rows = Rows(page_table, torch.where(row < room, row, -1), slots, slots)
             batch = paged(self._memory, tables, self._rotary, rows, index, token[:, None], -1)
             logits, hidden = self._head(batch, hidden)
             token = self._sampler.draw(logits, index, output + (1 + k)).clamp_(min=0)  # a draft may be any id
