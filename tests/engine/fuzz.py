@@ -53,7 +53,7 @@ def real_life(model: Qwen3_5, seed: int) -> Counter:
         "pages": random.choice([7, 8, 9, 12]),
         "slots": random.choice([1, 2, 3, 4]),
         "max_seqs": random.choice([3, 4, 6]),
-        "max_batch_tokens": random.choice([33, 64, 256]),
+        "max_num_batched_tokens": random.choice([33, 64, 256]),
         "drafts": random.choice([0, 1, 3, 7]),
         "grid_tokens": random.choice([0, 50]),
     }

@@ -61,7 +61,7 @@ ASKED = [{}, {"n": 2}, {"logprobs": 1}, {"prompt_logprobs": 1}, {"temperature": 
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_that_is_not_finite_ends_alone(model, drafts, value):
-    settings = {"max_seqs": 16, "max_batch_tokens": 100, "slots": 48, "drafts": drafts}
+    settings = {"max_seqs": 16, "max_num_batched_tokens": 100, "slots": 48, "drafts": drafts}
     alone = Lab(model, **settings)
     expected = good_talks(alone)
     alone.run()
@@ -106,7 +106,7 @@ def test_one_that_breaks_on_its_way_says_what_it_said_and_ends(model, drafts):
 
 
 def test_a_prompt_that_breaks_in_its_first_chunk_publishes_none_of_its_chunks(model):
-    lab = Lab(model, max_batch_tokens=64)
+    lab = Lab(model, max_num_batched_tokens=64)
     long = prompt(4, 310)
     long[70] = BROKEN
     with broken_token(model, BROKEN):
