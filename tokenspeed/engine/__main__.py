@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started the ranks, and brings them together
             options.rendezvous, rank = "env://", int(os.environ["RANK"])
             if rank > 0:
-                follow(resolve(options.model), EngineConfig(**engine_settings(options)), rank)
+                follow(resolve(options.model, options.load_format), EngineConfig(**engine_settings(options)), rank)
                 return 0
         return options.run(options)
     except TokenSpeedError as error:

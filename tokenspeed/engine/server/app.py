@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ... import __version__
 from ..chat.conversation import Conversation
-from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
+from ..errors import CapacityError, CorruptedError, EngineError, RequestError, TokenSpeedError
 from .anthropic import Message, count_tokens
 from .bodies import JsonRoute
 from .client import DeadlineExceeded
@@ -236,6 +236,7 @@ _STATUS = {
     UnknownModel: (404, "not_found_error"),
     Overloaded: (429, "rate_limit_error"),
     DeadlineExceeded: (504, "timeout_error"),
+    CorruptedError: (500, "internal_error"),
     EngineError: (503, "service_unavailable_error"),
 }
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 import msgspec
 import zmq
 
-from .. import errors
 from ..errors import EngineError, RequestError, TokenSpeedError
 from ..request import Request, Update
 from ..text.grammar import GrammarSpec
@@ -108,7 +107,7 @@ class EngineClient:
                     raise what
                 if what.error:
                     left = 0
-                    raise EngineError(what.error)
+                    raise what.error.error
                 left -= what.finish_reason is not None
                 yield what
         finally:
@@ -193,9 +192,9 @@ class EngineClient:
                 future = self._pongs.get(pong.number)
                 if future and not future.done():
                     future.set_result(pong)
-            case Refused(request_id, kind, message):
+            case Refused(request_id, failure):
                 if queue := self._queues.get(request_id):
-                    queue.put_nowait(getattr(errors, kind)(message))
+                    queue.put_nowait(failure.error)
             case Ready() as ready:
                 self.ready = ready
                 self._started.set()

@@ -16,7 +16,7 @@ from ..core import Engine
 from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..llm import load_engine
-from ..request import Request, Update
+from ..request import Failure, Request, Update
 from ..text.grammar import Grammar
 from .kv_events import KvEventPublisher
 from .lifeline import end_with_parent, give_way
@@ -104,7 +104,7 @@ class EngineProcess:
         try:
             self._engine.submit(request, self._news.append, None if grammar is None else grammar.result())
         except TokenSpeedError as error:
-            self._send(Refused(request.id, type(error).__name__, str(error)))
+            self._send(Refused(request.id, Failure.of(error)))
 
     def _submit_compiled(self) -> None:
         for id, (future, request) in list(self._compiling.items()):
