@@ -19,9 +19,9 @@ help:
 	@echo "make gpu-check      tests and benchmarks of the kernels on this machine's GPU, within ten minutes"
 
 .venv/installed: requirements.txt Makefile
-	@command -v $(PYTHON) >/dev/null || { echo "TokenSpeed needs Python 3.10 or later: $(PYTHON) was not found."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "TokenSpeed needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "TokenSpeed needs Python 3.11 or later: $(PYTHON) was not found."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "TokenSpeed needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || { echo "TokenSpeed needs a C++ compiler: install g++, or set CXX."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments: install its venv package (python3-venv)."; exit 1; }

@@ -75,7 +75,7 @@ void call(Served (*binding)(Arguments...), StableIValue* stack, uint64_t argumen
         return;
     }
     torch::stable::detail::box_from_tuple<std::decay_t<Arguments>...>(stack, std::move(values));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(torch_operator, "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(torch_operator, "", stack, TORCH_ABI_VERSION));
 }
 
 inline void check_launch(cudaError_t status, const char* name) {
@@ -136,7 +136,7 @@ class Launch {
         }();
         STD_TORCH_CHECK(accessor != nullptr, "torch was built without CUDA");
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(accessor(device_, &stream));
+        TORCH_ERROR_CODE_CHECK(accessor(device_, &stream));
         return static_cast<cudaStream_t>(stream);
     }
 
