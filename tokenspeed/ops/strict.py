@@ -46,10 +46,8 @@ def _float(**tensors: Tensor) -> str | None:
 def _int32(**tensors: Tensor) -> str | None:
     """Index arrays: 32 bits, contiguous."""
     for name, tensor in tensors.items():
-        if problem := _dtype(name, tensor, torch.int32):
+        if problem := _dtype(name, tensor, torch.int32) or _contiguous(**{name: tensor}):
             return problem
-        if not tensor.is_contiguous():
-            return f"{name} has strides {tensor.stride()}; it must be contiguous."
     return None
 
 
@@ -67,8 +65,34 @@ def _vectors(name: str, tensor: Tensor) -> str | None:
     return None
 
 
+def _contiguous(**tensors: Tensor) -> str | None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()}; it must be contiguous."
+    return None
+
+
+def _aligned(**tensors: Tensor) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.data_ptr() % 16:
+            return f"{name} starts {tensor.data_ptr() % 16} bytes past a 16-byte border; it must start on one."
+    return None
+
+
+def _dense_rows(**tensors: Tensor) -> str | None:
+    for name, tensor in tensors.items():
+        if len(tensor) and tensor.stride(1) != 1:
+            return f"{name} has strides {tensor.stride()}; its last dimension must be dense."
+    return None
+
+
 def _rms_norm(x: Tensor, weight: Tensor, **_: Any) -> str | None:
-    if problem := _bf16(x=x, weight=weight) or _vectors("x", x):
+    if (
+        problem := _bf16(x=x, weight=weight)
+        or _contiguous(weight=weight)
+        or _aligned(weight=weight)
+        or _vectors("x", x)
+    ):
         return problem
     if weight.numel() % 8 or weight.numel() > 8192:
         return f"weight has {weight.numel()} elements; kernels take a multiple of 8, 8192 at most."
@@ -80,7 +104,8 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, **_: Any) -> str 
 
 
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, **_: Any) -> str | None:
-    if problem := _bf16(x=x, gate=gate, weight=weight) or _vectors("x", x) or _vectors("gate", gate):
+    problem = _bf16(x=x, gate=gate, weight=weight) or _contiguous(weight=weight) or _aligned(weight=weight)
+    if problem := problem or _vectors("x", x) or _vectors("gate", gate):
         return problem
     return None if weight.numel() == HEAD_DIM else f"weight has {weight.numel()} elements; kernels take {HEAD_DIM}."
 
@@ -102,7 +127,9 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> str | Non
 
 
 def _causal_conv1d(x: Tensor, weight: Tensor, window: Tensor, **indices: Tensor) -> str | None:
-    if problem := _bf16(x=x, weight=weight, window=window) or _int32(**indices) or _vectors("x", x):
+    problem = _bf16(x=x, weight=weight, window=window) or _int32(**indices)
+    problem = problem or _contiguous(weight=weight) or _aligned(weight=weight)
+    if problem := problem or _vectors("x", x) or _vectors("window", window):
         return problem
     if weight.shape[1] != 4 or weight.shape[0] % 8:
         return f"weight is {list(weight.shape)}; kernels take 4 taps, and a multiple of 8 channels."
@@ -140,6 +167,9 @@ def _gated_delta_rule_prefill(
         or _dtype("cursor", cursor, torch.int32)
         or _delta_rule_heads(qkv.shape[1], state)
         or _dense_records(state=state, ring=ring, cursor=cursor)
+        or _contiguous(a_log=a_log, dt_bias=dt_bias)
+        or _dense_rows(a=a, b=b)
+        or _aligned(state=state)
         or _vectors("qkv", qkv)
     )
 
@@ -156,6 +186,9 @@ def _gated_delta_rule_decode(
         or _dtype("cursor", cursor, torch.int32)
         or _delta_rule_heads(qkv.shape[1], state)
         or _dense_records(state=state, ring=ring, cursor=cursor, window=window)
+        or _contiguous(conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight)
+        or _dense_rows(a=a, b=b)
+        or _aligned(conv_weight=conv_weight, state=state, window=window)
         or _vectors("qkv", qkv)
         or _vectors("z", z)
     )
