@@ -12,13 +12,14 @@ from checkpoints import CPU, Shape, load, oracle
 from torch import Tensor
 
 from tokenspeed import ops
-from tokenspeed.engine.batch import Batch, Rows, paged
+from tokenspeed.engine.batch import paged
 from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
 from tokenspeed.engine.drafting import MtpDrafter
 from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.inputs import Batch, Rows
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.request import Request, SamplingParams
 from tokenspeed.engine.runner import Runner

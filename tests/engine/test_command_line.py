@@ -151,7 +151,9 @@ def test_info_says_what_an_mtp_head_costs_and_what_drafts_need(capsys):
     assert lines[head + 1] == "adds 2.00 KiB to the KV of a token and 4.00 KiB to the state of a sequence"
     assert lines[head + 2] == "drafts 3 behind each token, by the MTP head"
     assert any("3 behind each token where up to 4 sequences decode, 2 up to 16" in line for line in info(capsys))
-    assert "drafts none: auto drafts with an MTP head, on a CPU" in info(capsys, *gpu)
+    assert "drafts 3 behind each token where up to 64 sequences decode, else none, by the MTP head" in info(
+        capsys, *gpu
+    )
     # Two more entries of the window for each of 30 layers with 2 x 16 x 128 + 32 x 128 channels of 2 bytes.
     assert "6 entries" in lines[head + 3] and f"{30 * 2 * 8192 * 2 / 2**10:.2f} KiB more" in lines[head + 3]
     (each,) = [line for line in lines if "of 4096 tokens" in line and line.startswith("sequences")]
@@ -174,7 +176,7 @@ def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):
     save_file({k: v for k, v in weights.items() if not k.startswith("mtp.")}, tmp_path / "model.safetensors")
     lines = info(capsys, "--model", str(tmp_path), "--plan")
     assert "MTP head none: the checkpoint has no mtp.* tensors, though its config.json names a head" in lines
-    assert "drafts none: auto drafts with an MTP head, on a CPU" in lines and "join_tokens" not in "".join(lines)
+    assert "drafts none: auto drafts with an MTP head" in lines and "join_tokens" not in "".join(lines)
     lines = info(capsys, "--model", str(tmp_path), "--draft-tokens", "2")
     assert "drafts 2 behind each token, looked up in the sequence" in lines
 

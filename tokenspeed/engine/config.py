@@ -13,7 +13,9 @@ LINEAR, FULL = "linear_attention", "full_attention"
 _MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
 PAGE_TOKENS = 64
 MOST_DRAFTS = 7
-AUTO_DRAFTS = ((4, 3), (16, 2), (32, 1))  # (sequences that decode, drafts behind each): verifying more costs more
+# (sequences that decode, drafts behind each): verifying more costs more. Measured on an H200, docs/performance.md.
+AUTO_DRAFTS_ON_GPU = ((64, 3),)
+AUTO_DRAFTS_ON_CPU = ((4, 3), (16, 2), (32, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +189,8 @@ class EngineConfig:
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
-    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, on a
-    CPU and with a head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
+    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences with a
+    head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
     tokenizer's merges make the most frequent; None for all.
     tensor_parallel_size, expert_parallel_size: ranks the dense weights and the experts are split over; rendezvous:
     where the ranks meet, as torch.distributed takes it, None where this process is to start the others on this machine.
@@ -217,10 +219,9 @@ class EngineConfig:
     rendezvous: str | None = None
 
     def draft_depths(self, mtp: bool, on_gpu: bool) -> tuple[tuple[int, int], ...]:
-        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them. mtp: whether there is a head;
-        on_gpu: where "auto" makes none until a card has been seen to give the same ids with drafts as without."""
+        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them. mtp: whether there is a head."""
         if self.draft_tokens == "auto":
-            return AUTO_DRAFTS if mtp and not on_gpu else ()
+            return (AUTO_DRAFTS_ON_GPU if on_gpu else AUTO_DRAFTS_ON_CPU) if mtp else ()
         return ((self.max_num_seqs, self.draft_tokens),) if self.draft_tokens else ()
 
     def __post_init__(self):

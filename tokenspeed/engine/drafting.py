@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, DecodeRows, PrefillRows, Rotary, Rows, Tables, paged, prefill_rows, to_device
+from .batch import Rotary, Tables, paged, prefill_rows, to_device
 from .memory import Memory
+from .model.inputs import Batch, DecodeRows, PrefillRows, Rows
 from .model.mtp import MtpHead
 from .sampling import Sampler
 from .step import Begin
@@ -86,7 +87,7 @@ class MtpDrafter:
         before[starts] = self._kept(rows.read_slot)
         entries = prefill_rows(rows, self._tables, self._rotary, torch.where(rows.stored > 0, rows.stored, -1), -1)
         tokens = batch.tokens[batch.decode_tokens :]
-        self._head.store(Batch(self._memory, tokens, *entries, None, None, 0, rows), before)
+        self._head.store(Batch(self._memory.layers, tokens, *entries, None, None, 0, rows), before)
         self._keep(rows.write_slot, hidden[rows.cu_seqlens[1:].long() - 1])
         if len(rows.snapshots):
             row, count, slot = rows.snapshots.long().unbind(1)

@@ -79,5 +79,6 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             result = run()
+        graph.replay()  # capturing computes nothing, and whoever is captured next reads this result
         self._pool = self._pool or graph.pool()
         return graph, result

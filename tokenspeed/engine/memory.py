@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,18 +10,10 @@ from torch import Tensor
 
 from .config import FULL, PAGE_TOKENS, EngineConfig, ModelConfig
 from .errors import CapacityError
+from .model.inputs import StateViews
 
 _ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
 SNAPSHOT_TOKENS = 8192  # of KV beside each slot that is not a running sequence's
-
-
-class StateViews(NamedTuple):
-    """One Gated DeltaNet layer of every slot; the operators' arguments of the same names."""
-
-    state: Tensor  # [slots, value_heads, value_dim, key_dim] fp32
-    ring: Tensor  # [slots, R, update width] fp32
-    cursor: Tensor  # [slots, value_heads] int32
-    window: Tensor  # [slots, W, conv_channels] model dtype
 
 
 @dataclass(frozen=True, slots=True)

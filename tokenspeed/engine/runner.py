@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import ops
-from .batch import Batch, DecodeRows, Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
+from .batch import Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
 from .drafting import Chosen, Drafter, LookupDrafter, MtpDrafter
 from .graphs import DecodeGraphs
 from .memory import Memory
+from .model.inputs import Batch, DecodeRows
 from .model.qwen3_5 import Qwen3_5
 from .request import TokenScores
 from .sampling import Choices, Sampler, Scores, Vocabulary

@@ -209,7 +209,7 @@ def head_needs(parts: Parts, plain: MemoryLayout, loaded: bool = True) -> Iterat
 def _drafts(engine: EngineConfig, depths: tuple[tuple[int, int], ...], mtp: bool) -> str:
     """How deeply is drafted, and by what."""
     if not depths:
-        return "none (--draft-tokens 0)" if engine.draft_tokens == 0 else "none: auto drafts with an MTP head, on a CPU"
+        return "none (--draft-tokens 0)" if engine.draft_tokens == 0 else "none: auto drafts with an MTP head"
     by = "by the MTP head" if mtp else "looked up in the sequence"
     if engine.draft_tokens != "auto":
         return f"{engine.draft_tokens} behind each token, {by}"

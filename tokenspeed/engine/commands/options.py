@@ -3,12 +3,12 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ..config import AUTO_DRAFTS, MOST_DRAFTS, EngineConfig
+from ..config import AUTO_DRAFTS_ON_CPU, AUTO_DRAFTS_ON_GPU, MOST_DRAFTS, EngineConfig
 from ..errors import ConfigError
 from ..llm import LLM
 from ..ranges import add_ranges
@@ -101,8 +101,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=default.draft_tokens,
         metavar="N|auto|0",
         help=f"tokens drafted behind each and verified in one step, 0 to {MOST_DRAFTS}, by the MTP head or, without "
-        "one, by lookup in the sequence; the text is the same (default auto: on a CPU with a head "
-        f"{_auto_drafts()}; otherwise 0)",
+        f"one, by lookup in the sequence; the text is the same (default auto, with a head, by sequences: "
+        f"{_depths(AUTO_DRAFTS_ON_GPU)} on a GPU, {_depths(AUTO_DRAFTS_ON_CPU)} on a CPU; otherwise 0)",
     )
     engine.add_argument(
         "--draft-vocabulary",
@@ -138,10 +138,8 @@ def _drafts(text: str) -> int | str:
         return text
 
 
-def _auto_drafts() -> str:
-    steps = [f"{drafts} for up to {most} sequences that decode" for most, drafts in AUTO_DRAFTS[:1]]
-    steps += [f"{drafts} for up to {most}" for most, drafts in AUTO_DRAFTS[1:]]
-    return ", ".join([*steps, "none for more"])
+def _depths(by_load: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{drafts} up to {most}" for most, drafts in by_load)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
-from ..batch import Batch
 from ..config import DenseConfig, ModelConfig
-from ..memory import StateViews
 from ..parallel import sharding
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
+from .inputs import Batch, StateViews
 from .parameters import Source, elsewhere, in_fp8, matrix, source, stacked, weight
 from .products import Joined, PendingNorm
 
@@ -131,7 +130,7 @@ class GatedAttention(Stage):
             yield source(f"{name}.weight", part, self.mesh, *part.dims)
 
     def forward(self, x, residual, batch):
-        kv = batch.memory.layers[self.layer]
+        kv = batch.layers[self.layer]
         qkv, _, residual = x.linear(*self.qkv)
         q = ops.attention_prologue(qkv, self.q_norm, self.k_norm, batch.cos_sin, kv, batch.kv_slots, self.eps)
         gate = qkv[:, : self.widths[0]].unflatten(1, (-1, 2, self.head_dim))[:, :, 1]
@@ -176,7 +175,7 @@ class GatedDeltaNet(Stage):
             yield source(name, part, self.mesh, *part.dims)
 
     def forward(self, x, residual, batch):
-        views: StateViews = batch.memory.layers[self.layer]
+        views: StateViews = batch.layers[self.layer]
         (qkv, z, b, a), _, residual = self.in_proj(x)
         gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch
 from ..config import FULL, ModelConfig
 from ..parallel.comm import ONE_RANK, Communicator
 from ..parallel.compile import link, plan_program
 from ..parallel.sharding import rank_share
+from .inputs import Batch
 from .layers import Embedding, GatedAttention, GatedDeltaNet, LMHead, LogitRows, MoE, Norm, Stage, feed_forward
 from .mtp import MtpHead, Output
 from .parameters import Source
