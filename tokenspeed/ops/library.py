@@ -18,6 +18,10 @@ class Operator(Protocol[P, R]):
 
 
 _library = torch.library.Library("tokenspeed", "DEF")
+_RAISES = (
+    "Raises RuntimeError for an argument that requires a gradient where autograd records, and `ops.NoKernel` under\n"
+    "    `ops.strict()` where no compiled kernel serves the call."
+)
 
 
 def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
@@ -41,7 +45,9 @@ def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
         def call(*args, **kwargs):
             return overload(*args, **kwargs)
 
-        return cast("Operator[P, R]", update_wrapper(call, implementation))
+        update_wrapper(call, implementation)
+        call.__doc__ = f"{(implementation.__doc__ or '').rstrip()}\n\n    {_RAISES}\n"
+        return cast("Operator[P, R]", call)
 
     return register
 
