@@ -1,5 +1,5 @@
-"""README and docs say what is so: command lines parse, cheap ones run, examples run, links lead somewhere, generated pages are
-up to date."""
+"""README and docs say what is so: command lines parse, cheap ones run, examples run, links lead somewhere, and pages
+that are written from the code are up to date."""
 
 import argparse
 import json
@@ -23,8 +23,11 @@ PAGES = sorted(
     if path.name != "CHANGELOG.md"
 )
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:tokenspeed|torchrun|(?:\.venv/bin/)?python -m|python tools/\S+|make|pip|docker|\.ci/run)(?= |$)"
-LISTED = re.compile(rf"^ *({PROGRAM}.*(?:\\\n.*)*)", flags=re.MULTILINE)
+PROGRAM = (
+    r"(?:[A-Z_]+=\S+ )*"
+    r"(?:tokenspeed|torchrun|(?:\.venv/bin/)?python -m|python tools/\S+|make|pip|docker|\.ci/run)(?= |$)"
+)
+LISTED = re.compile(rf"^ *({PROGRAM}(?:.*\\\n)*.*)", flags=re.MULTILINE)
 QUOTED = re.compile(rf"`({PROGRAM}[^`\n]*)`")
 
 

@@ -49,7 +49,9 @@ def chunk_gated_delta_rule(
     a, b = (x.flatten(0, 1) for x in raw_gates(g, beta))
     zeros = torch.zeros(heads, dtype=torch.float32, device=q.device)
     out, state = gated_delta_rule(
-        *(x.flatten(0, 1) for x in (q, k, v)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         a,
         b,
         zeros,

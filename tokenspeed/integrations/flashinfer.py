@@ -82,8 +82,8 @@ def gated_delta_rule_decode(
     check_shapes(a=(a, (batch, tokens, v.shape[2])), b=(b, (batch, tokens, v.shape[2])))
     starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
     own = as_vk(state, state_layout)
-    packed = (x.flatten(0, 1) for x in (q, k, v, a, b))
-    out, after = gated_delta_rule(*packed, A_log.float(), dt_bias.float(), scale, own, starts, tokens, strict)
+    q, k, v, a, b = (x.flatten(0, 1) for x in (q, k, v, a, b))
+    out, after = gated_delta_rule(q, k, v, a, b, A_log.float(), dt_bias.float(), scale, own, starts, tokens, strict)
     own.copy_(after)
     out = out.unflatten(0, (batch, tokens))
     return (out if output is None else output.copy_(out)), state

@@ -129,11 +129,9 @@ def _gated_delta_net(
 ) -> Tensor:
     if attention_mask is not None:  # padding tokens are tokens of zeros, as in transformers
         hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
-    a_log, dt_bias = (
-        self.A_log.float(),
-        self.dt_bias.float(),
-    )  # first: kernels may read them before the launch ahead ends
-    batch, tokens, _ = hidden_states.shape
+    # First, not just ahead of their reader: kernels may read them before the launch ahead has finished.
+    a_log, dt_bias = self.A_log.float(), self.dt_bias.float()
+    batch, tokens = hidden_states.shape[:2]
     x = hidden_states.reshape(batch * tokens, -1)
     channels, nv = self.conv_dim, self.num_v_heads
     product = ops.linear(x, _stacked(*(getattr(self, name) for name in STACKED["GatedDeltaNet"])))

@@ -269,7 +269,7 @@ def gated_delta_rule_decode(
             rows = (x.unflatten(0, (batch, -1))[kept].flatten(0, 1) for x in (qkv, z, a, b))
             weights = (conv_weight, a_log, dt_bias, norm_weight, eps, state, ring, cursor, window)
             of_rows = (x[kept] for x in (context_lens, read_slot, write_slot))
-            done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)
+            done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)  # pyright: ignore[reportCallIssue]
             out.unflatten(0, (batch, -1))[kept] = done.unflatten(0, (-1, len(z) // batch))
         return out
     slots, reads, context = write_slot.long(), read_slot.long(), context_lens.long()

@@ -6,7 +6,8 @@ from typing import ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
-P, R = ParamSpec("P"), TypeVar("R", covariant=True)
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 
 class Operator(Protocol[P, R]):
