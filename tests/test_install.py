@@ -39,7 +39,15 @@ def test_the_operators_ask_for_torch_alone():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     extras = PROJECT["optional-dependencies"]
-    assert not set(loaded.split()) & {"jinja2", "msgspec", "tokenizers", "safetensors", "pydantic", "fastapi", "uvicorn"}
+    assert not set(loaded.split()) & {
+        "jinja2",
+        "msgspec",
+        "tokenizers",
+        "safetensors",
+        "pydantic",
+        "fastapi",
+        "uvicorn",
+    }
     assert not any(name.startswith("tokenspeed.engine") for name in loaded.split())
     assert set(extras) == {"engine", "server", "transformers"}
 

@@ -46,8 +46,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxIndex = INT32_MAX;  // what kernels count in 32 bits stays below
 
-// ------------------------------------------------------------------------------------------------------- operator
-// calls
+// ---- operator calls
 
 namespace detail {
 
@@ -82,8 +81,7 @@ inline void check_launch(cudaError_t status, const char* name) {
     STD_TORCH_CHECK(status == cudaSuccess, name, ": the kernel did not start: ", describe(status));
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// device
+// ---- device
 
 #ifdef TOKENSPEED_EMULATED
 
@@ -126,7 +124,9 @@ inline bool has_kernels(const Tensor& tensor) {
 // libtorch_cuda, which a CPU build of torch lacks, so it is looked up when first needed.
 class Launch {
   public:
-    explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {}
+    explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+        cudaSetDevice(device_);  // of this library's own runtime, which is not torch's
+    }
 
     cudaStream_t stream() const {
         using Accessor = AOTITorchError (*)(int32_t, void**);
@@ -150,8 +150,7 @@ class Launch {
 
 #endif
 
-// --------------------------------------------------------------------------------------------------------------
-// tensors
+// ---- tensors
 
 inline bool is_bf16(const Tensor& t) {
     return t.scalar_type() == ScalarType::BFloat16;

@@ -44,7 +44,7 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
         atexit.register(ranks.close)
         communicator, channel = ranks.communicator, ranks.channel
         runner, plan = load_runner(frontend.directory, config, ranks.device, communicator, channel.smallest, progress)
-        runner.announce = channel.send
+        ranks.runner, runner.announce, runner.check = runner, ranks.announce, ranks.check
     cache = PrefixCache(
         CacheConfig(
             pages=plan.pages,

@@ -39,6 +39,7 @@ def load_runner(
     mtp = bool(config.draft_depths(True, on_gpu)) and holds_mtp(model_config, directory)
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
+    communicator.prepare(model_config.hidden, device)
     sharers = communicator.mesh.world if device.type == "cpu" else 1
     free = free_memory(device) // sharers
     check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
@@ -63,7 +64,9 @@ def load_runner(
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
-    runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
+    captured = runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
+    if smallest([int(captured)]) == [0]:  # ranks replay their collectives together or not at all
+        runner.forget_graphs()
     return runner, plan
 
 

@@ -20,7 +20,10 @@ CAPABILITY = (9, 0)  # of the cards that the kernels are compiled for
 KERNEL_ROWS = 16  # of a product; more rows are a job for cuBLAS, which torch calls
 HEAD_DIM = 128  # of keys and values of the delta rule
 # Their torch implementation is a composition of operators, each of which is asked by itself.
-COMPOSED = ("add_rms_norm_linear", "silu_mul_linear", "add_gated_silu_mul_linear")
+COMPOSED = (
+    *("add_rms_norm_linear", "silu_mul_linear", "add_gated_silu_mul_linear"),
+    *("ffn_block", "gdn_block", "moe_block"),
+)
 
 _is_strict: ContextVar[bool] = ContextVar("tokenspeed_strict", default=False)
 

@@ -114,8 +114,9 @@ class MtpHead(nn.Module):
         self.program = nn.ModuleList((embedding, *(stage for _, stage in own), head))
         self.link()
 
-    def link(self) -> None:
-        """Make the program's callables; again where a stage or its `forward` was replaced."""
+    def link(self, communicator: Communicator | None = None) -> None:
+        """Make the program's callables; again where a stage or its `forward` was replaced, or as `Qwen3_5.link`."""
+        self.communicator = communicator or self.communicator
         names = ("embed_tokens", *(name.removesuffix(".") or "join_tokens" for name in self.names), "lm_head")
         named, mesh = list(zip(names, self.program, strict=True)), self.communicator.mesh
         self.plan = plan_program(named, mesh, self.program[-1].output)
