@@ -283,8 +283,9 @@ cudaError_t sample(Sample arguments, cudaStream_t stream);
 // dt_bias, cursor and the index arrays.
 struct GatedDeltaRulePrefill {
     const __nv_bfloat16* qkv;  // [tokens, (2 key_heads + value_heads) 128], stride a multiple of 8
-    const __nv_bfloat16* a;    // [tokens, value_heads], any stride
-    const __nv_bfloat16* b;
+    const void* a;             // [tokens, value_heads] bf16, or fp32 where gates_are_float, any stride
+    const void* b;
+    bool gates_are_float;
     int64_t qkv_stride, a_stride, b_stride;
     const float* a_log;    // [value_heads]
     const float* dt_bias;  // [value_heads]

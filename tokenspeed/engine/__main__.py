@@ -1,4 +1,4 @@
-"""`python -m tokenspeed.engine`: the command line."""
+"""The command line: `tokenspeed`, or `python -m tokenspeed.engine`."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from .ranks import follow
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
+    parser = argparse.ArgumentParser(prog="tokenspeed", description="Qwen3.5 inference for agents.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (generate, chat, bench, serve, info):

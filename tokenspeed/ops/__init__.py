@@ -19,6 +19,9 @@ from .moe_block import moe_block
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
 from .progress import accept_tokens, next_tokens, paged_rows
 from .sampling import sample
+from .strict import NoKernel as NoKernel
+from .strict import strict as strict
+from .strict import why_not as why_not
 
 __all__ = [
     "accept_tokens",

@@ -54,7 +54,7 @@ def causal_conv1d(
     padded[rows] = x
     padded[history_rows + torch.arange(taps - 1, device=x.device)] = conv_history(window, read_slot, context_lens, taps)
     summed = sum(padded[i : len(padded) - taps + 1 + i].float() * weight[:, i].float() for i in range(taps))
-    out = F.silu(summed[rows - taps + 1]).to(x.dtype)
+    out = F.silu(summed[rows - taps + 1]).to(x.dtype)  # pyright: ignore[reportIndexIssue]
 
     snapshot_sequence, snapshot_count, snapshot_slot = snapshot_rows(snapshots)
     kept = (write_slot >= 0).nonzero().squeeze(1)

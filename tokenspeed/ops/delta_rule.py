@@ -108,7 +108,8 @@ def gated_delta_rule_prefill(
 ) -> Tensor:
     """Run the gated delta rule over a packed batch of prefills, in chunks of 64 that lie at absolute multiples of 64.
 
-    qkv: [N, 2 nk dk + nv dv], q | k | v after convolution and SiLU; a, b: [N, nv], raw projections, any row stride;
+    qkv: [N, 2 nk dk + nv dv], q | k | v after convolution and SiLU; a, b: [N, nv], raw projections in qkv's dtype, or
+    both in fp32, any row stride;
     a_log, dt_bias: [nv] fp32; state: [slots, nv, dv, dk] fp32; ring: [slots, R, nk dk + nv dv + nv] fp32, rows of
     (k, u, g), token t in row t mod R; cursor: [slots, nv] int32, tokens folded into each head's state;
     cu_seqlens: [B + 1] int32; context_lens: [B] int32, tokens before this call, 0 for a sequence that starts here
@@ -270,7 +271,7 @@ def gated_delta_rule_decode(
             rows = (x.unflatten(0, (batch, -1))[kept].flatten(0, 1) for x in (qkv, z, a, b))
             weights = (conv_weight, a_log, dt_bias, norm_weight, eps, state, ring, cursor, window)
             of_rows = (x[kept] for x in (context_lens, read_slot, write_slot))
-            done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)
+            done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)  # pyright: ignore[reportCallIssue]
             out.unflatten(0, (batch, -1))[kept] = done.unflatten(0, (-1, len(z) // batch))
         return out
     check_slots(write_slot)

@@ -136,7 +136,7 @@ class EngineClient:
         try:
             self._send(Ping(number))
             return (await asyncio.wait_for(self._pongs[number], timeout)).stats
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} s") from None
         finally:
             del self._pongs[number]
@@ -153,7 +153,7 @@ class EngineClient:
                 self._send(Stop())
             try:
                 await asyncio.wait_for(self._process.wait(), seconds)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
         if self._watcher is not None:

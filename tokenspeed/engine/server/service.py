@@ -168,7 +168,7 @@ class Service:
             return Compiled(None, 0)
         try:
             return await asyncio.wait_for(self.formats.compile(key, request.name_space, format), limit)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise DeadlineExceeded("the grammar took longer than the request may") from None
 
     async def abort(self, name: str) -> bool:
