@@ -75,6 +75,7 @@ Cache::Walk Cache::walk(NodeId root, Tokens prompt, Search search, std::vector<N
         pending = kNoNode;
         computed_sooner = true;
     }
+    const int32_t kept = match.state_tokens;
     if (found.host != kNoNode) {
         const int32_t end = end_of(found.host), missing = std::max(0, pages_for(end) - found.shared);
         if (slower_than_computing(seconds_under_way() + seconds_to_move(missing), end)) {
@@ -86,7 +87,8 @@ Cache::Walk Cache::walk(NodeId root, Tokens prompt, Search search, std::vector<N
             found.snapshot = kNoNode;
         }
     }
-    if (pending != kNoNode && end_of(pending) > match.state_tokens) match.pending_tokens = end_of(pending);
+    if (pending != kNoNode && end_of(pending) >= match.state_tokens && end_of(pending) > kept)
+        match.pending_tokens = end_of(pending);
     if (found.lost != kNoNode && end_of(found.lost) < match.state_tokens) found.lost = kNoNode;
     match.kv_tokens = std::max(match.state_tokens, found.shared * page);
 

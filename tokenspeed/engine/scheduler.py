@@ -445,8 +445,8 @@ class Scheduler:
         if sequence.waited >= self.limits.wait_steps or not self.running:
             return False
         match = self.cache.probe(sequence.request.name_space, sequence.tokens, prompt_logprobs=sequence.scored)
-        sequence.waited += match.pending_tokens > match.state_tokens
-        return match.pending_tokens > match.state_tokens
+        sequence.waited += match.pending_tokens > 0
+        return match.pending_tokens > 0
 
     # ---- moves
 
