@@ -1,12 +1,14 @@
 """Random lives of sequences: the cache answers as the naive model of its contract does, call by call."""
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.cache.naive import Naive
 from tokenspeed.engine.cache import CacheConfig, NoRoom, Policy, PrefixCache
+from tokenspeed.engine.errors import RequestError
 
 PAGE = 8
 TEXT = st.lists(st.integers(0, 1), max_size=20)
@@ -18,19 +20,27 @@ def array(values) -> np.ndarray:
 
 
 class CacheLife(RuleBasedStateMachine):
-    @initialize(slots=st.integers(1, 7), grid=st.sampled_from([0, 0, 5]), log=st.sampled_from([3, 1000]))
-    def start(self, slots, grid, log):
-        shape = {"pages": 4096, "slots": slots, "page_tokens": PAGE, "ghost_nodes": 1 << 20, "grid_tokens": grid}
+    @initialize(
+        slots=st.integers(1, 7),
+        grid=st.sampled_from([0, 0, 5]),
+        log=st.sampled_from([3, 1000]),
+        host=st.sampled_from([0, 1, 2, 6]),
+    )
+    def start(self, slots, grid, log, host):
+        shape = {"pages": 4096, "slots": slots, "host_pages": 4096, "host_slots": host, "page_tokens": PAGE, "ghost_nodes": 1 << 20, "grid_tokens": grid}
         self.cache = PrefixCache(CacheConfig(**shape, policy=Policy.LRU))
         self.cache.log_events(log)
         self.blocks = {}  # as a listener to the log knows them: block -> (name space, tokens up to its end)
-        self.model = Naive(PAGE, slots, grid)
+        self.model = Naive(PAGE, slots, grid, host)
+        self.moves = {}  # under way: number -> None for a move out, its sequence for one back
+        self.waits = {}  # by number, the sequences whose move was not taken yet
         self.transfers = {}  # id -> whether its bytes are still on their way
         self.history = [()]
         self.next = 1
 
     def sequences(self) -> list[int]:
-        return sorted(self.model.running.keys() - self.transfers.keys())
+        arrived = {id for id, sequence in self.model.running.items() if not sequence.coming}
+        return sorted(arrived - self.transfers.keys())
 
     def running(self, index: int) -> int:
         return self.sequences()[index % len(self.sequences())]
@@ -62,7 +72,21 @@ class CacheLife(RuleBasedStateMachine):
             return
         sequence = self.model.running[request]
         sequence.pages = admission.pages.tolist()
-        assert [count for count, _ in admission.plan] == sorted(sequence.plan)
+        sequence.working.id = admission.write_slot
+        for count, slot in admission.plan:
+            sequence.plan[count].id = slot
+        assert (admission.move > 0) == (sequence.coming is not None)
+        if sequence.coming:
+            self.waits[admission.move] = request
+            assert (admission.read_slot != admission.write_slot) == (sequence.source is not None)
+            if sequence.source:
+                sequence.source.id = admission.read_slot
+            with pytest.raises(RequestError, match="waits for what it resumes from"):
+                self.cache.abort(request)
+        resume = expected["state_tokens"]
+        assert [count for count, _ in admission.plan] == [count for count in sorted(sequence.plan) if count > resume]
+        if sequence.coming:
+            return
         shared = expected["kv_tokens"] // PAGE
         pages = [self.model.kv[name, prompt[: (i + 1) * PAGE]] for i in range(shared)]
         assert sequence.pages[:shared] == pages
@@ -111,6 +135,7 @@ class CacheLife(RuleBasedStateMachine):
         assert self.model.fork(request, child) != isinstance(made, NoRoom)
         if not isinstance(made, NoRoom):
             self.model.running[child].pages = made.child.pages.tolist()
+            self.model.running[child].working.id, parent.working.id = made.child.write_slot, made.parent_write
 
     @rule(name=NAMES, past=st.integers(0, 50), keep=st.integers(0, 60), new=TEXT)
     def receive(self, name, past, keep, new):
@@ -125,6 +150,7 @@ class CacheLife(RuleBasedStateMachine):
             self.transfers[request] = True
             assert reception.kv_tokens == shared and len(reception.pages) == -(-len(prefix) // PAGE)
             self.model.running[request].pages = reception.pages.tolist()
+            self.model.running[request].plan[len(prefix)].id = reception.slot
 
     @precondition(lambda self: True in self.transfers.values())
     @rule(index=st.integers(0, 99))
@@ -153,6 +179,21 @@ class CacheLife(RuleBasedStateMachine):
         assert self.cache.release(request) and not self.cache.release(request)
         del self.model.running[request], self.transfers[request]
 
+    @rule()
+    def take_moves(self):
+        for move in self.cache.take_moves():
+            self.moves[move.number] = None if move.out else self.waits.pop(move.number)
+            if move.out:
+                self.model.move_out(move.number, move.source)
+
+    @precondition(lambda self: self.moves)
+    @rule(index=st.integers(0, 99))
+    def moved(self, index):
+        number = sorted(self.moves)[index % len(self.moves)]
+        request = self.moves.pop(number)
+        self.cache.moved(number)
+        self.model.moved_out(number) if request is None else self.model.moved_in(request)
+
     @rule(name=NAMES)
     def clear(self, name):
         self.cache.clear(name)
@@ -171,9 +212,12 @@ class CacheLife(RuleBasedStateMachine):
         assert self.cache.check() == ""
         stats = self.cache.stats()
         assert stats["slots_free"] == self.model.free()
-        assert stats["slots_snapshot"] == len(self.model.snapshots)
+        assert stats["slots_snapshot"] == sum(snapshot.slot is not None for snapshot in self.model.snapshots.values())
+        assert stats["host_slots_free"] == self.model.host_free()
+        assert stats["moves_under_way"] == len(self.moves) + len(self.waits)
         assert stats["slots_planned"] == self.model.planned()
-        assert stats["running"] == len(self.sequences()) and stats["pinned"] == len(self.transfers)
+        waiting = sum(sequence.coming is not None for sequence in self.model.running.values())
+        assert stats["running"] == len(self.sequences()) + waiting and stats["pinned"] == len(self.transfers)
         for kind, *what in self.cache.drain_events():
             if kind == "cleared":
                 self.blocks.clear()
@@ -188,6 +232,10 @@ class CacheLife(RuleBasedStateMachine):
         assert sorted(self.blocks.values()) == sorted(matchable)
 
     def teardown(self):
+        if hasattr(self, "cache"):
+            self.take_moves()
+        while hasattr(self, "cache") and self.moves:
+            self.moved(0)
         for request in list(self.model.running) if hasattr(self, "cache") else []:
             assert (self.cache.release if request in self.transfers else self.cache.abort)(request)
         if hasattr(self, "cache"):

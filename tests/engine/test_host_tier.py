@@ -187,7 +187,7 @@ def test_an_engine_with_host_memory_answers_as_one_without():
     sizes = {"progress": False, "kv_pages": 12, "state_slots": 4, "max_num_seqs": 2, "validate": True, "threads": 1}
     prompts = [f"Tell me about the number {i}. " * 12 for i in range(6)]
     greedy = SamplingParams(temperature=0, max_tokens=8)
-    tiered, plain = LLM(**sizes, host_memory=0.05), LLM(**sizes)
+    tiered, plain = LLM(**sizes, host_memory=0.3), LLM(**sizes)
     for prompt in [*prompts, *prompts]:
         [own], [other] = tiered.generate([prompt], greedy), plain.generate([prompt], greedy)
         assert own.outputs[0].token_ids == other.outputs[0].token_ids
