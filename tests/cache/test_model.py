@@ -21,13 +21,21 @@ def array(values) -> np.ndarray:
 
 class CacheLife(RuleBasedStateMachine):
     @initialize(
-        slots=st.integers(1, 7),
+        slots=st.sampled_from([1, 2, 2, 3, 3, 4, 7]),
         grid=st.sampled_from([0, 0, 5]),
         log=st.sampled_from([3, 1000]),
-        host=st.sampled_from([0, 1, 2, 6]),
+        host=st.sampled_from([0, 2, 6, 6]),
     )
     def start(self, slots, grid, log, host):
-        shape = {"pages": 4096, "slots": slots, "host_pages": 4096, "host_slots": host, "page_tokens": PAGE, "ghost_nodes": 1 << 20, "grid_tokens": grid}
+        shape = {
+            "pages": 4096,
+            "slots": slots,
+            "host_pages": 4096,
+            "host_slots": host,
+            "page_tokens": PAGE,
+            "ghost_nodes": 1 << 20,
+            "grid_tokens": grid,
+        }
         self.cache = PrefixCache(CacheConfig(**shape, policy=Policy.LRU))
         self.cache.log_events(log)
         self.blocks = {}  # as a listener to the log knows them: block -> (name space, tokens up to its end)
@@ -53,6 +61,18 @@ class CacheLife(RuleBasedStateMachine):
     def continue_something(self, past, new):
         self.enter("", (*self.history[past % len(self.history)], *new), [], False)
 
+    @rule(turns=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), max_size=6))
+    def converse(self, turns):
+        for past, tokens in turns:
+            request = self.next
+            self.enter("", (*self.history[-1 - past % len(self.history)], *range(tokens)), [], False)
+            if request in self.model.running:
+                self.take_moves()
+                self.settle()
+                sequence = self.model.running[request]
+                sequence.launched = len(sequence.tokens)
+                self.end(request, True)
+
     @rule(name=NAMES, past=st.integers(0, 50), new=TEXT)
     def admit_with_prompt_logprobs(self, name, past, new):
         self.enter(name, (*self.history[past % len(self.history)], *new), [], True)
@@ -60,6 +80,9 @@ class CacheLife(RuleBasedStateMachine):
     def enter(self, name, prompt, boundaries, prompt_logprobs):
         if not prompt or len(prompt) > 200:
             return
+        self.take_moves()
+        if len(prompt) % 3:  # mostly they are done by then
+            self.settle()
         request, self.next = self.next, self.next + 1
         probed = self.cache.probe(name, array(prompt), prompt_logprobs=prompt_logprobs)
         expected = self.model.match(name, prompt, prompt_logprobs)
@@ -110,7 +133,9 @@ class CacheLife(RuleBasedStateMachine):
     @precondition(lambda self: self.sequences())
     @rule(index=st.integers(0, 99), donate=st.booleans())
     def finish(self, index, donate):
-        request = self.running(index)
+        self.end(self.running(index), donate)
+
+    def end(self, request, donate):
         sequence = self.model.running[request]
         self.history.append(tuple(sequence.tokens))
         self.cache.finish(request, array(sequence.tokens), sequence.launched, donate=donate)
@@ -189,7 +214,9 @@ class CacheLife(RuleBasedStateMachine):
     @precondition(lambda self: self.moves)
     @rule(index=st.integers(0, 99))
     def moved(self, index):
-        number = sorted(self.moves)[index % len(self.moves)]
+        self.done(sorted(self.moves)[index % len(self.moves)])
+
+    def done(self, number):
         request = self.moves.pop(number)
         self.cache.moved(number)
         self.model.moved_out(number) if request is None else self.model.moved_in(request)
@@ -231,11 +258,14 @@ class CacheLife(RuleBasedStateMachine):
         matchable = [key for key in self.model.kv if " cleared " not in key[0]]
         assert sorted(self.blocks.values()) == sorted(matchable)
 
+    def settle(self):
+        while self.moves:
+            self.done(min(self.moves))
+
     def teardown(self):
         if hasattr(self, "cache"):
             self.take_moves()
-        while hasattr(self, "cache") and self.moves:
-            self.moved(0)
+            self.settle()
         for request in list(self.model.running) if hasattr(self, "cache") else []:
             assert (self.cache.release if request in self.transfers else self.cache.abort)(request)
         if hasattr(self, "cache"):

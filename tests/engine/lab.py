@@ -212,6 +212,13 @@ class Lab:
             for number in self.mover.finished():
                 self.scheduler.moved(number)
 
+    def hold_moves(self) -> None:
+        """No move is done until `let_moves_finish`."""
+        self._finished, self.mover.finished = self.mover.finished, lambda: []
+
+    def let_moves_finish(self) -> None:
+        self.mover.finished = self._finished
+
     def _slow(self, seed: int) -> None:
         """Moves take any number of Steps."""
         random, finished = Random(seed), self.mover.finished

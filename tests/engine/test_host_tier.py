@@ -3,11 +3,10 @@
 from collections import Counter
 from random import Random
 
-import numpy as np
 import pytest
-from lab import TOLERANCE, Lab, Talk, random_model, shipped_model
+from lab import TOLERANCE, Lab, random_model, shipped_model
 from lives import live
-from scenarios import text
+from scenarios import aborted_on_the_way, arriving, away, text, there_and_back
 
 from tokenspeed.engine.errors import CapacityError, ConfigError
 from tokenspeed.engine.llm import LLM
@@ -20,25 +19,9 @@ def model(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("random_dense"))
 
 
-def away(model, **settings) -> tuple[Lab, Talk]:
-    """A conversation that the device has let go, while host memory has it."""
-    lab = Lab(model, **{"pages": 10, "slots": 3, "host_pages": 40, "host_slots": 8} | settings)
-    first = lab.ask(text(1, 200), max_tokens=20)
-    for seed in range(2, 6):
-        lab.settle()
-        lab.ask(text(seed, 190), max_tokens=4)
-    assert lab.cache.probe("", np.array(first.history(), np.int32)).moved_tokens > 200
-    return lab, first
-
-
 def test_a_conversation_comes_back_from_host_memory(model):
-    lab, first = away(model)
-    computed_before = lab.stats()["moved_in"]
-    again = lab.ask([*first.history(), *text(9, 30)])
-    assert again.reuse.moved_tokens > 200 and again.reuse.cached_tokens >= 200
-    assert lab.tokens_computed(again) == len(again.request.prompt) - again.reuse.cached_tokens < 40
-    assert "from host memory" in str(again.reuse)
-    assert lab.stats()["moved_in"] == computed_before + 1 and lab.difference() <= TOLERANCE
+    lab = there_and_back(model, ring_rows=3)
+    assert "from host memory" in str(lab.talks[-1].reuse) and lab.difference() <= TOLERANCE
 
 
 # --- random lives ----------------------------------------------------------------------------------------------------
@@ -107,35 +90,18 @@ def test_random_lives_of_the_shipped_model_too_with_drafts(drafts):
 # --- while a move is under way ---------------------------------------------------------------------------------------
 
 
-def arriving(model, **settings) -> tuple[Lab, Talk]:
-    """The conversation is on its way back, and stays so until the mover is allowed to finish."""
-    lab, first = away(model, **settings)
-    lab.finished, lab.mover.finished = lab.mover.finished, lambda: []
-    again = lab.submit([*first.history(), *text(9, 30)])
-    for _ in range(3):
-        lab.engine.step()
-    assert again.sequences[0].state is State.ARRIVING
-    return lab, again
-
-
 def test_others_compute_while_a_conversation_comes_back(model):
     lab, again = arriving(model, pages=20)
     other = lab.submit(text(20, 100), max_tokens=5)
     lab.run(other)
     assert not again.outputs[0]
-    lab.mover.finished = lab.finished
+    lab.let_moves_finish()
     lab.run()
     assert lab.difference() <= TOLERANCE
 
 
 def test_an_abort_while_it_comes_back_waits_for_the_bytes_and_leaves_nothing(model):
-    lab, again = arriving(model)
-    assert lab.engine.abort(again.request.id)
-    for _ in range(3):
-        lab.engine.step()
-    assert again.finished and lab.stats()["pages_held"] > 0  # the mover still writes there
-    lab.mover.finished = lab.finished
-    lab.run()
+    lab = aborted_on_the_way(model)
     assert lab.difference() <= TOLERANCE
     nothing_leaks(lab)
 
@@ -144,7 +110,7 @@ def test_what_gives_way_while_it_comes_back_comes_again(model):
     lab, again = arriving(model)
     lab.scheduler._preempt(again.sequences[0])
     assert again.sequences[0].state is State.RETIRING
-    lab.mover.finished = lab.finished
+    lab.let_moves_finish()
     lab.run()
     assert again.sequences[0].preemptions == 1 and len(again.outputs[0]) == 8
     assert lab.difference() <= TOLERANCE
@@ -156,7 +122,7 @@ def test_a_second_request_waits_for_the_same_unit_rather_than_moving_it_twice(mo
     other = lab.submit([*again.request.prompt[:-5], *text(30, 10)])
     lab.engine.step()
     assert other.sequences[0].state is State.WAITING and other.sequences[0].waited > 0
-    lab.mover.finished = lab.finished
+    lab.let_moves_finish()
     lab.run()
     assert lab.stats()["moved_in"] == moved and other.reuse.cached_tokens > 200
     assert lab.difference() <= TOLERANCE
@@ -173,7 +139,7 @@ def test_what_is_computed_sooner_is_not_brought_back(model):
 def test_clearing_while_a_unit_comes_back_leaves_nothing(model):
     lab, again = arriving(model)
     lab.engine.clear_cache()
-    lab.mover.finished = lab.finished
+    lab.let_moves_finish()
     lab.run()
     assert lab.difference() <= TOLERANCE
     lab.settle()
