@@ -159,10 +159,10 @@ def consumed(model: Qwen3_5, **settings) -> Lab:
     return lab
 
 
-def away(model: Qwen3_5, ends: tuple[int, ...] = (), **settings) -> tuple[Lab, Talk]:
+def away(model: Qwen3_5, **settings) -> tuple[Lab, Talk]:
     """A conversation that the device has let go, while host memory has it."""
     lab = Lab(model, **{"pages": 10, "slots": 3, "host_pages": 40, "host_slots": 8} | settings)
-    first = lab.ask(text(1, 200), max_tokens=20, stop_token_ids=ends)
+    first = lab.ask(text(1, 200), max_tokens=20)
     for seed in range(2, 6):
         lab.settle()
         lab.ask(text(seed, 190), max_tokens=4)
@@ -176,11 +176,6 @@ def there_and_back(model: Qwen3_5, **settings) -> Lab:
     assert again.reuse.moved_tokens >= 200
     assert lab.tokens_computed(again) == len(again.request.prompt) - again.reuse.cached_tokens < 40
     return lab
-
-
-def there_and_back_with_drafts(model: Qwen3_5, **settings) -> Lab:
-    """The state that is moved has updates in its ring: an id ended it behind drafts."""
-    return there_and_back(model, ends=ENDS, drafts=3, **settings)
 
 
 def arriving(model: Qwen3_5, **settings) -> tuple[Lab, Talk]:
