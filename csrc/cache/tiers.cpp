@@ -10,7 +10,7 @@ namespace tokenspeed::cache {
 namespace {
 
 constexpr size_t kMostOutgoing = 4;  // units under way to host memory at once
-constexpr int32_t kReserve = 4;      // one in so many slots and pages is to be free, or safe to evict
+constexpr int32_t kReserve = 4;      // one in so many pages is to be free, one in so many slots free or saved
 
 }  // namespace
 
@@ -40,15 +40,14 @@ void Cache::save_ahead() {
     }
 }
 
-// Whether the next prompts may have to evict what has no copy in host memory.
+// Whether the next prompts may have to evict what has no copy in host memory. How many pages a unit would free is known
+// only when it goes, so under pressure for pages every unit is saved.
 bool Cache::scarce() const {
-    int32_t slots = slots_.free(), pages = pages_.free() + idle_.size();
-    for (const auto& record : snapshots_.records()) {
-        if (!record.host_slot && record.move == 0) continue;
-        slots += record.slot.unique();
-        if (evictable(record, Resource::kPages)) pages += record.gain / config_.page_tokens;
-    }
-    return slots < config_.slots / kReserve + 1 || pages < config_.pages / kReserve;
+    if (pages_.free() + idle_.size() < config_.pages / kReserve) return true;
+    int32_t slots = slots_.free();
+    for (const auto& record : snapshots_.records())
+        slots += record.slot.unique() && (record.host_slot || record.move != 0);
+    return slots < config_.slots / kReserve + 1;
 }
 
 std::optional<NodeId> Cache::weakest_unsaved() const {

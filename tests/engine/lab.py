@@ -109,8 +109,8 @@ class Lab:
     """One engine on the CPU, fp32, every Step and the cache validated.
 
     admissions, forks, ends: what the cache answered and was told, by sequence id. computed: rows by sequence id, as
-    (first position, end). tamper: called at each admission, before its first Step is launched. slow_moves: a seed, 0 for
-    moves that are done when they are first asked for.
+    (first position, end). tamper: called at each admission, before its first Step is launched. slow_moves: a seed, 0
+    for moves that are done when they are first asked for.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ def test_what_is_computed_sooner_is_not_brought_back(model):
 
 
 def test_clearing_while_a_unit_comes_back_leaves_nothing(model):
-    lab, again = arriving(model)
+    lab, _ = arriving(model)
     lab.engine.clear_cache()
     lab.let_moves_finish()
     lab.run()
