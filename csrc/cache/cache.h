@@ -354,6 +354,7 @@ class Cache {
     void save_ahead();
     bool scarce() const;
     std::optional<NodeId> weakest_unsaved() const;
+    const Snapshots::Record* weakest_on_host() const;
     bool save(NodeId node);
     bool make_host_room(const Snapshots::Record& record, int32_t pages);
     void evict_host(NodeId node);
