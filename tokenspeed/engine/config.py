@@ -186,7 +186,8 @@ class EngineConfig:
     Step.
     gpu_memory_utilization: how much of the device's whole memory may be in use, weights included, once pages and slots
     are there; None for .9 on a GPU, and on a CPU for half of what is free. kv_pages, state_slots: the same by number.
-    enable_prefix_caching: share what prompts have in common;
+    host_memory: GiB of this machine's memory in which the prefix cache keeps what the device has no room for, over all
+    ranks. enable_prefix_caching: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
@@ -209,6 +210,7 @@ class EngineConfig:
     gpu_memory_utilization: float | None = None
     kv_pages: int | None = None
     state_slots: int | None = None
+    host_memory: float = 0.0
     enable_prefix_caching: bool = True
     cache_policy: str = "value"
     snapshot_grid: int = 8192
@@ -245,6 +247,8 @@ class EngineConfig:
             ("gpu_memory_utilization", fraction is None or 0 < fraction <= 1, "in (0, 1]"),
             ("kv_pages", positive(self.kv_pages), "at least 1"),
             ("state_slots", positive(self.state_slots), "at least 1"),
+            ("host_memory", 0 <= self.host_memory < float("inf"), "at least 0 GiB"),
+            ("host_memory", self.enable_prefix_caching or not self.host_memory, "0 where the prefix cache is off"),
             ("cache_policy", self.cache_policy in ("value", "lru"), "'value' or 'lru'"),
             ("snapshot_grid", self.snapshot_grid >= 0, "at least 0 (0 is off)"),
             ("seed", self.seed >= 0, "at least 0"),

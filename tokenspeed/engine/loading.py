@@ -13,9 +13,19 @@ from .. import ops
 from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, pick_kv_dtype, use_threads
 from .errors import CapacityError, ConfigError
-from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory, total_memory
+from .memory import (
+    HostMemory,
+    Memory,
+    MemoryLayout,
+    MemoryPlan,
+    free_memory,
+    plan_host_memory,
+    plan_memory,
+    total_memory,
+)
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import fill_with_noise, holds_mtp, load_weights, with_formats, with_stored_head
+from .mover import Mover
 from .parallel.comm import Communicator
 from .quantization import PRODUCTS
 from .runner import Runner
@@ -66,11 +76,16 @@ def load_runner(
     plan = fit_memory(
         model_config, layout, config, free_memory(device) // sharers, total_memory(device) // sharers, device.type
     )
-    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))
+    host = plan_host_memory(layout, config, communicator.mesh.world)
+    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]), *host)
     if progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
-    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
+    mover = None
+    if plan.host_slots:
+        host_memory = HostMemory(layout, plan.host_pages, plan.host_slots, device)
+        mover = Mover(memory, host_memory, leads=communicator.mesh.rank == 0)
+    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts, mover)
     captured = runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
     if smallest([int(captured)]) == [0]:  # ranks replay their collectives together or not at all
         runner.forget_graphs()
