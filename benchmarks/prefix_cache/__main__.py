@@ -59,10 +59,6 @@ def main() -> int:
     source.add_argument("--speed", action="store_true", help="time the calls of one 100,000-token prompt")
     parser.add_argument("--kv-tokens", type=int, metavar="N", help="KV capacity; enough for everything when left out")
     parser.add_argument("--state-slots", type=int, nargs="+", metavar="N", help="one replay each; 0: as many as wanted")
-    parser.add_argument(
-        "--budget-tokens", type=int, default=0, help="one budget shared by pages and slots, in KV tokens"
-    )
-    parser.add_argument("--bytes-per-slot-in-tokens", type=int, default=3072, help="what a slot costs of that budget")
     parser.add_argument("--policy", choices=["value", "lru"], help="only this one; lru keeps prompt ends alone")
     parser.add_argument("--grid-tokens", type=int, default=8192, help="grid of optional snapshots; 0: none")
     parser.add_argument("--edits", type=float, default=0.05, help="share of agent turns that edit the last message")
@@ -70,8 +66,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all rows there")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against slots")
     options = parser.parse_args()
-    if options.budget_tokens < 0 or any(slots < 0 for slots in options.state_slots or []):
-        parser.error("budgets and slots cannot be negative")
+    if any(slots < 0 for slots in options.state_slots or []):
+        parser.error("slots cannot be negative")
 
     if options.speed:
         rows = speed.measure()
@@ -106,8 +102,6 @@ def replays(options: argparse.Namespace) -> list[dict]:
                 slots=actual,
                 ghost_nodes=pages,
                 grid_tokens=options.grid_tokens if policy == "value" else 0,
-                budget_tokens=options.budget_tokens,
-                slot_tokens=options.bytes_per_slot_in_tokens if options.budget_tokens else 0,
                 policy=Policy.VALUE if policy == "value" else Policy.LRU,
                 branch_points=policy == "value",
             )
@@ -117,9 +111,8 @@ def replays(options: argparse.Namespace) -> list[dict]:
                 "slots": actual,
                 "policy": policy,
                 "kv_tokens": pages * PAGE,
-                "budget_tokens": options.budget_tokens,
             }
-            if options.trace and policy == "value" and not options.budget_tokens:
+            if options.trace and policy == "value":
                 row["clairvoyant"] = trace.clairvoyant(records, actual)
             show(row)
             rows.append(row)

@@ -9,18 +9,16 @@ namespace tokenspeed::cache {
 
 std::unique_ptr<Cache> Cache::create(const Config& config) {
     bool possible = config.pages >= 0 && config.slots >= 0 && config.page_tokens >= 2 && config.page_tokens <= 128 &&
-                    config.ghost_nodes >= 0 && config.grid_tokens >= 0 && config.budget_tokens >= 0 &&
-                    config.slot_tokens >= 0 && (config.budget_tokens == 0 || config.slot_tokens > 0);
+                    config.ghost_nodes >= 0 && config.grid_tokens >= 0;
     return std::unique_ptr<Cache>(possible ? new Cache(config) : nullptr);
 }
 
-// Under separate arenas a slot is what snapshots compete for; under one budget, bytes are.
 Cache::Cache(const Config& config)
     : config_(config),
       tree_(config.page_tokens),
       pages_(config.pages),
       slots_(config.slots),
-      snapshots_(config.policy, config.budget_tokens ? config.slot_tokens : 1, config.budget_tokens ? 1 : 0),
+      snapshots_(config.policy),
       idle_(ListName::kIdle),
       ghosts_(ListName::kGhosts) {}
 
@@ -30,21 +28,16 @@ Result<Admission> Cache::admit(RequestId id, std::string_view name_space, Tokens
     if (requests_.contains(id)) return Error::kDuplicateRequest;
     if (prompt.empty()) return Error::kEmptyPrompt;
     const int64_t total = static_cast<int64_t>(prompt.size() / page) + 1;  // prompt + one token
-    if (total > config_.pages || config_.slots < 1 ||
-        (config_.budget_tokens > 0 && total * page + config_.slot_tokens > config_.budget_tokens))
-        return Error::kTooLarge;
+    if (total > config_.pages || config_.slots < 1) return Error::kTooLarge;
 
     Request request;
-    if (config_.enabled) {
-        auto root = roots_.find(name_space);
-        request.root = root != roots_.end() ? root->second : tree_.create_root();
-        if (root == roots_.end()) roots_.emplace(name_space, request.root);
-    }
-    Walk found = walk(request.root, prompt, prompt_logprobs, &request.path);
+    if (config_.enabled) request.root = root_of(name_space);
+    const auto cap = static_cast<int32_t>(prompt.size()) - 1;  // some token must give logits
+    Walk found = walk(request.root, prompt, cap, prompt_logprobs, &request.path);
     Room room = reserve(request, found, static_cast<int32_t>(total));
     if (room.missing && found.snapshot != kNoNode && requests_.empty()) {
         // The pinned page or slot of the snapshot itself is in the way, and nobody will ever make room.
-        found = walk(request.root, prompt, true, &request.path);
+        found = walk(request.root, prompt, cap, true, &request.path);
         found.match.reason = Reason::kTightMemory;
         room = reserve(request, found, static_cast<int32_t>(total));
     }
@@ -196,18 +189,9 @@ void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int3
 std::optional<SlotRef> Cache::optional_slot(int32_t gain, Kind kind) {
     if (planned_ + 1 > slots_.size() / 2) return std::nullopt;
     const double mine = snapshots_.score(gain, kind);
-    auto short_of = [&]() -> std::optional<Resource> {
-        if (slots_.free() == 0) return Resource::kSlots;
-        if (config_.budget_tokens > 0 && free_budget() < config_.slot_tokens) return Resource::kBudget;
-        return std::nullopt;
-    };
-    if (kind == Kind::kGrid && (short_of() || slots_.free() <= slots_.size() / 2)) return std::nullopt;
-    while (auto resource = short_of()) {
-        if (*resource == Resource::kBudget && idle_.size() > 0) {
-            evict_idle();
-            continue;
-        }
-        std::optional<Victim> victim = weakest(*resource);
+    if (kind == Kind::kGrid && slots_.free() <= slots_.size() / 2) return std::nullopt;
+    if (slots_.free() == 0) {
+        std::optional<Victim> victim = weakest(Resource::kSlots);
         if (!victim || (config_.policy == Policy::kValue && victim->score >= mine)) return std::nullopt;
         evict_snapshot(victim->node);
     }

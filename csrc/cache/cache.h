@@ -22,6 +22,14 @@
 //   finish    commit(count), then the working slot becomes a snapshot at exactly `count` and everything else returns.
 //             Preemption is finish, and later admit with prompt + output as the prompt.
 //   abort     everything returns; what was committed stays in the tree.
+//
+// A PREFIX THAT COMES FROM ELSEWHERE, OR GOES THERE (another engine: whoever calls moves the bytes)
+//   receive   all or nothing: pages for what is missing of a prefix and a slot for the state at its end. Nobody matches
+//             it yet; a prompt that would sees it as pending.
+//   received  the bytes are there: the prefix is matched like any other, and stays pinned.
+//   lend      pins what is there of a prefix: the pages it shares, and the deepest state in it.
+//   release   the pin goes. Of a prefix that was not received everything returns: nobody may write there any more.
+//
 //   clear     forgets a namespace, clear_all every one: a later prompt finds nothing of it. Sequences that run keep
 //             their pages, slots and plan, and may be forked; what they commit or donate from then on is found by
 //             nobody, and returns with the last of them.
@@ -65,11 +73,9 @@ using RequestId = int64_t;
 struct Config {
     int32_t pages = 0;
     int32_t slots = 0;
-    int32_t page_tokens = 64;   // 2 to 128
-    int32_t ghost_nodes = 0;    // evicted pages whose token ids are remembered
-    int32_t grid_tokens = 0;    // distance of grid snapshots in long prefills; 0: none
-    int64_t budget_tokens = 0;  // one budget shared by pages and slots, in KV tokens; 0: each has its own arena
-    int32_t slot_tokens = 0;    // what a slot costs of that budget, in KV tokens
+    int32_t page_tokens = 64;  // 2 to 128
+    int32_t ghost_nodes = 0;   // evicted pages whose token ids are remembered
+    int32_t grid_tokens = 0;   // distance of grid snapshots in long prefills; 0: none
     Policy policy = Policy::kValue;
     bool branch_points = true;  // snapshot where a prompt leaves what is known
     bool enabled = true;        // false: pages and slots are allotted, nothing is shared or remembered
@@ -115,6 +121,21 @@ struct Admission {
     std::vector<PlannedSnapshot> plan;  // ascending, in (state_tokens, prompt]
 };
 
+// Where the bytes of a prefix go. Tokens below `kv_tokens` (whole pages) are there already, and must not be written.
+struct Reception {
+    int32_t kv_tokens = 0;
+    std::vector<PageId> pages;  // in token order; cover the prefix
+    SlotId slot = -1;           // the state after all of it
+};
+
+// What is there of a prefix. It stays as it is until it is released.
+struct Loan {
+    int32_t kv_tokens = 0;      // keys and values; >= state_tokens
+    int32_t state_tokens = 0;   // the deepest state; 0: none
+    std::vector<PageId> pages;  // in token order; cover kv_tokens
+    SlotId slot = -1;           // that state; -1: none
+};
+
 struct Fork {
     Admission child;
     SlotId parent_read = -1, parent_write = -1;  // the parent's slots from the next step on
@@ -135,6 +156,7 @@ enum class Error : uint8_t {
     kBeyondPages,    // count exceeds the pages the sequence holds
     kTokensMissing,  // count exceeds the tokens passed
     kBackwards,      // count is below what is committed
+    kDisabled,       // the cache is off: it neither receives nor lends
 };
 
 template <class T>
@@ -161,11 +183,12 @@ struct Stats {
     int64_t recomputed_matched_tokens = 0;         // resident but computed again, for want of a state
     int64_t snapshots_planned = 0, snapshots_declined = 0, snapshots_published = 0, snapshots_donated = 0;
     int64_t snapshots_redundant = 0, snapshots_evicted = 0, snapshots_consumed = 0, snapshot_hits = 0;
+    int64_t received = 0, received_tokens = 0, lent = 0;  // tokens: those that were not there
     int64_t pages_evicted = 0, ghosts_dropped = 0, page_copies = 0, pages_appended_in_place = 0;
     // Now.
     int64_t pages_free = 0, pages_held = 0, pages_evictable = 0;  // sum to Config::pages
     int64_t slots_free = 0, slots_working = 0, slots_planned = 0, slots_snapshot = 0, slots_draining = 0;
-    int64_t running = 0, nodes = 0, ghosts = 0, namespaces = 0;
+    int64_t running = 0, pinned = 0, nodes = 0, ghosts = 0, namespaces = 0;
     double usual_reuse_time = 0;    // admissions between uses of a snapshot, weighted by tokens saved
     double superseded_weight = 0;   // how likely a passed snapshot is used again, to how likely a fresh one is
     int64_t bookkeeping_bytes = 0;  // beside token ids
@@ -188,6 +211,13 @@ class Cache {
     Result<Fork> fork(RequestId parent, RequestId child, Tokens tokens, int32_t count);
     Result<Done> finish(RequestId id, Tokens tokens, int32_t count, bool donate = true);
     Result<Done> abort(RequestId id);
+
+    // Ids of receptions and loans are those of sequences: one name is one thing. `tokens` is the prefix, no more.
+    Result<Reception> receive(RequestId id, std::string_view name_space, Tokens tokens);
+    Result<Done> received(RequestId id);
+    Result<Loan> lend(RequestId id, std::string_view name_space, Tokens tokens);
+    Result<Done> release(RequestId id);
+
     // True if the namespace existed.
     bool clear(std::string_view name_space);
     // The same for every namespace. How many there were.
@@ -211,7 +241,9 @@ class Cache {
         Kind kind;
         SlotRef slot;
     };
+    enum class Role : uint8_t { kSequence, kReception, kPin };
     struct Request {
+        Role role = Role::kSequence;
         NodeId root = kNoNode;
         std::vector<NodeId> path;  // full-page nodes of its tokens; the last one (or the root) is kept
         int32_t published = 0;     // leading nodes of `path` that are resident; the last one (or the root) is locked
@@ -221,7 +253,7 @@ class Cache {
         uint32_t admission = 0;     // its number
         std::vector<PageId> pages;  // one reference and one hold each
         int32_t writes_from = 0;    // index of the first page it may store into
-        SlotRef working;
+        SlotRef working;            // of a sequence
         std::vector<Planned> plan;  // ascending
         NodeId source = kNoNode;    // snapshot node it resumes from: locked until the first commit
         SlotRef source_slot;        // pinned for as long
@@ -244,19 +276,25 @@ class Cache {
         bool append = false;   // it is taken over; else it is copied
         bool consume = false;  // the working slot is the snapshot's own
     };
-    enum class Resource { kPages, kSlots, kBudget };
+    enum class Resource { kPages, kSlots };
 
     explicit Cache(const Config& config);
 
     // match.cpp
-    Walk walk(NodeId root, Tokens prompt, bool prompt_logprobs, std::vector<NodeId>* path) const;
+    // `cap`: compute resumes there at the latest.
+    Walk walk(NodeId root, Tokens prompt, int32_t cap, bool prompt_logprobs, std::vector<NodeId>* path) const;
 
     // admit.cpp
     Room reserve(Request& request, const Walk& found, int32_t total);
     void plan_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found);
     std::optional<SlotRef> optional_slot(int32_t gain, Kind kind);
 
+    // transfer.cpp
+    std::optional<Error> validate_transfer(RequestId id, Tokens tokens) const;
+
     // requests.cpp
+    std::map<RequestId, Request>::iterator find_sequence(RequestId id);
+    NodeId root_of(std::string_view name_space);
     void take_page(Request& request);
     void grow_path(Request& request, Tokens tokens, int32_t full_pages);
     NodeId node_before(const Request& request, int32_t count) const;
@@ -280,7 +318,6 @@ class Cache {
     std::optional<Victim> weakest(Resource resource) const;
     bool evictable(const Snapshots::Record& record, Resource resource) const;
     int32_t evictable_slots() const;
-    int64_t free_budget() const;
     void evict_idle();
     void evict_snapshot(NodeId node);
     void make_resident(NodeId node, PageId page);

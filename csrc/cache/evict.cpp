@@ -93,26 +93,13 @@ void Cache::forget_if_empty(NodeId root) {
 
 bool Cache::evictable(const Snapshots::Record& record, Resource resource) const {
     const Node& node = tree_[record.node];
-    bool frees_pages = node.locks == 0 && node.resident_children == 0;
-    bool frees_slot = record.slot.unique();  // else a sequence reads it
-    switch (resource) {
-        case Resource::kPages:
-            return frees_pages;
-        case Resource::kSlots:
-            return frees_slot;
-        default:
-            return frees_pages || frees_slot;
-    }
+    if (resource == Resource::kPages) return node.locks == 0 && node.resident_children == 0;
+    return record.slot.unique();  // else a sequence reads it
 }
 
 int32_t Cache::evictable_slots() const {
     return static_cast<int32_t>(
         std::ranges::count_if(snapshots_.records(), [](const auto& record) { return record.slot.unique(); }));
-}
-
-int64_t Cache::free_budget() const {
-    return config_.budget_tokens - int64_t{pages_.size() - pages_.free()} * config_.page_tokens -
-           int64_t{slots_.size() - slots_.free()} * config_.slot_tokens;
 }
 
 std::optional<Cache::Victim> Cache::weakest(Resource resource) const {
@@ -150,15 +137,7 @@ void Cache::evict_one(Resource resource) {
 NoRoom Cache::missing(int32_t pages, int32_t slots) const {
     NoRoom result;
     result.pages_short = std::max(0, pages - pages_.free() - pages_.evictable());
-    if (slots_.free() < slots || config_.budget_tokens > 0) {
-        int32_t spare = evictable_slots();
-        result.slots_short = std::max(0, slots - slots_.free() - spare);
-        int64_t over = int64_t{pages - pages_.evictable()} * config_.page_tokens +
-                       int64_t{slots - spare} * config_.slot_tokens - free_budget();
-        if (config_.budget_tokens > 0 && over > 0)
-            result.pages_short =
-                std::max(result.pages_short, static_cast<int32_t>((over - 1) / config_.page_tokens + 1));
-    }
+    if (slots_.free() < slots) result.slots_short = std::max(0, slots - slots_.free() - evictable_slots());
     return result;
 }
 
@@ -189,10 +168,8 @@ std::optional<NoRoom> Cache::make_room(int32_t pages, int32_t slots) {
         lacking = missing(pages, slots);
     }
     if (lacking.pages_short > 0 || lacking.slots_short > 0) return lacking;
-    const int64_t tokens = int64_t{pages} * config_.page_tokens + int64_t{slots} * config_.slot_tokens;
     while (slots_.free() < slots) evict_one(Resource::kSlots);
     while (pages_.free() < pages) evict_one(Resource::kPages);
-    while (config_.budget_tokens > 0 && free_budget() < tokens) evict_one(Resource::kBudget);
     return std::nullopt;
 }
 

@@ -5,10 +5,10 @@
 
 namespace tokenspeed::cache {
 
-Cache::Walk Cache::walk(NodeId root, Tokens prompt, bool prompt_logprobs, std::vector<NodeId>* path) const {
+Cache::Walk Cache::walk(NodeId root, Tokens prompt, int32_t cap, bool prompt_logprobs,
+                        std::vector<NodeId>* path) const {
     const int32_t page = config_.page_tokens;
     const auto length = static_cast<int32_t>(prompt.size());
-    const int32_t cap = length - 1;  // some token must give logits
     Walk found;
     Match& match = found.match;
     if (!config_.enabled) {
@@ -84,7 +84,8 @@ Cache::Walk Cache::walk(NodeId root, Tokens prompt, bool prompt_logprobs, std::v
 Match Cache::probe(std::string_view name_space, Tokens prompt, bool prompt_logprobs) const {
     if (prompt.empty()) return {};
     auto root = roots_.find(name_space);
-    return walk(root == roots_.end() ? kNoNode : root->second, prompt, prompt_logprobs, nullptr).match;
+    const auto cap = static_cast<int32_t>(prompt.size()) - 1;  // some token must give logits
+    return walk(root == roots_.end() ? kNoNode : root->second, prompt, cap, prompt_logprobs, nullptr).match;
 }
 
 }  // namespace tokenspeed::cache

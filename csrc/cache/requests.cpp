@@ -6,6 +6,17 @@
 
 namespace tokenspeed::cache {
 
+std::map<RequestId, Cache::Request>::iterator Cache::find_sequence(RequestId id) {
+    auto it = requests_.find(id);
+    return it != requests_.end() && it->second.role == Role::kSequence ? it : requests_.end();
+}
+
+NodeId Cache::root_of(std::string_view name_space) {
+    auto found = roots_.find(name_space);
+    if (found != roots_.end()) return found->second;
+    return roots_.emplace(name_space, tree_.create_root()).first->second;
+}
+
 void Cache::take_page(Request& request) {
     PageId id = pages_.take();
     pages_.set_writer(id, true);
@@ -67,7 +78,7 @@ void Cache::leave_plan(const Planned& planned) {
 }
 
 Result<std::span<const PageId>> Cache::extend(RequestId id, int32_t count) {
-    auto it = requests_.find(id);
+    auto it = find_sequence(id);
     if (it == requests_.end()) return Error::kUnknownRequest;
     Request& request = it->second;
     const int32_t held = static_cast<int32_t>(request.pages.size());
@@ -85,7 +96,7 @@ Result<std::span<const PageId>> Cache::extend(RequestId id, int32_t count) {
 
 std::optional<Error> Cache::validate(RequestId id, Tokens tokens, int32_t count) const {
     auto it = requests_.find(id);
-    if (it == requests_.end()) return Error::kUnknownRequest;
+    if (it == requests_.end() || it->second.role != Role::kSequence) return Error::kUnknownRequest;
     if (count < it->second.committed) return Error::kBackwards;
     if (count > static_cast<int64_t>(tokens.size())) return Error::kTokensMissing;
     if (pages_for(count) > static_cast<int64_t>(it->second.pages.size())) return Error::kBeyondPages;
@@ -243,7 +254,7 @@ Result<Done> Cache::finish(RequestId id, Tokens tokens, int32_t count, bool dona
 }
 
 Result<Done> Cache::abort(RequestId id) {
-    auto it = requests_.find(id);
+    auto it = find_sequence(id);
     if (it == requests_.end()) return Error::kUnknownRequest;
     ++counters_.aborted;
     release(it);

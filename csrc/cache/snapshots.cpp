@@ -17,7 +17,7 @@ double Snapshots::value(int32_t gain, int32_t hits, Kind kind, int superseded) c
     // One resume is what every turn does to the one before it.
     double weight = kind == Kind::kBranch ? kBranchWeight * (1 + hits) : std::max(1, hits);
     if (superseded) weight *= superseded_weight(superseded);
-    return gain * weight / (slot_cost_ + page_cost_ * gain);
+    return gain * weight;
 }
 
 void Snapshots::learn(uint32_t used, int32_t gain) {

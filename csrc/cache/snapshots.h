@@ -1,7 +1,7 @@
 // The table of snapshots and the one function that ranks them.
 //
-// kValue: a snapshot is worth the recompute it saves x (1 + hits) x a weight for its kind, per slot (per byte under a
-// shared budget), over the square of the time since its last use; times below the usual time to reuse count as that.
+// kValue: a snapshot is worth the recompute it saves x (1 + hits) x a weight for its kind, over the square of
+// the time since its last use; times below the usual time to reuse count as that.
 //   - What it saves is its distance to the nearest snapshot before it, where its users would resume without it.
 //   - Time is the number of admissions. The usual time to reuse is a mean weighted by tokens saved, learned from hits
 //   and
@@ -46,8 +46,7 @@ class Snapshots {
         SlotRef slot;
     };
 
-    Snapshots(Policy policy, double slot_cost, double page_cost)
-        : policy_(policy), slot_cost_(slot_cost), page_cost_(page_cost) {}
+    explicit Snapshots(Policy policy) : policy_(policy) {}
 
     // `owner`: the admission number of the sequence that wrote it.
     void add(Tree& tree, NodeId node, Kind kind, uint32_t owner, SlotRef slot);
@@ -94,7 +93,6 @@ class Snapshots {
     void step_aside(const Tree& tree, const Record& record);
 
     Policy policy_;
-    double slot_cost_, page_cost_;
     std::vector<Record> records_;
     uint64_t sequence_ = 0;
     uint32_t now_ = 0;

@@ -29,7 +29,7 @@ class Sequence:
     resume: int
     launched: int
     committed: int
-    working: Slot
+    working: Slot | None  # None: a prefix that comes from elsewhere or is lent
     source: Slot | None = None  # read in the first step
     plan: dict[int, Slot] = field(default_factory=dict)
     pages: list[int] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Naive:
     def holders(self) -> list[Slot]:
         held = [snapshot.slot for snapshot in self.snapshots.values()]
         for sequence in self.running.values():
-            held += [sequence.working, *sequence.plan.values()] + ([sequence.source] if sequence.source else [])
-        return held
+            held += [sequence.working, *sequence.plan.values(), sequence.source]
+        return [slot for slot in held if slot]
 
     def free(self) -> int:
         return self.slots - len(set(self.holders()))
@@ -216,6 +216,31 @@ class Naive:
         self.running[child_id] = child
         self.commit(parent_id, parent.committed)
         return True
+
+    # --- prefixes from elsewhere, and lent ones
+
+    def receive(self, request: int, name: str, prefix: Prefix) -> bool:
+        if self.free() < 1 and not self.evict():
+            return False
+        count = len(prefix)
+        self.running[request] = Sequence(name, list(prefix), count, 0, count, 0, None, plan={count: Slot()})
+        self.known.add((name, prefix))
+        return True
+
+    def received(self, request: int) -> None:
+        sequence = self.running[request]
+        count = len(sequence.tokens)
+        self.commit(request, count)
+        snapshot = self.snapshots.get((sequence.name, tuple(sequence.tokens)))
+        sequence.source = snapshot.slot if snapshot else None
+
+    def lend(self, request: int, name: str, prefix: Prefix) -> tuple[int, int]:
+        count = len(prefix)
+        state = max((n for n in range(1, count + 1) if (name, prefix[:n]) in self.snapshots), default=0)
+        whole = max((n for n in range(self.page, count + 1, self.page) if (name, prefix[:n]) in self.kv), default=0)
+        source = self.snapshots[name, prefix[:state]].slot if state else None
+        self.running[request] = Sequence(name, list(prefix), count, 0, count, 0, None, source)
+        return max(whole, state), state
 
     def clear(self, name: str) -> None:
         for held in (self.known, self.lost):

@@ -326,14 +326,6 @@ def test_a_state_that_an_empty_machine_cannot_use_is_recomputed():
     assert admission.match.reason == Reason.TIGHT_MEMORY and admission.match.state_tokens == 0
 
 
-def test_snapshots_share_one_budget_with_pages():
-    cache = make(budget_tokens=40, slot_tokens=10)
-    run(cache, 1, text(0, 15))  # 16 tokens of pages and a slot
-    assert isinstance(cache.admit(2, "", text(500, 19)), Admission)  # 20 and a slot: the first must go
-    assert cache.stats()["snapshots_evicted"] == 1
-    assert isinstance(cache.admit(3, "", text(700, 19)), NoRoom)
-
-
 # --- running beside each other ---------------------------------------------------------------------------------------
 
 
@@ -523,7 +515,7 @@ def test_budgets_of_nothing_or_one(pages, slots):
         cache.admit(3, "", text(0, 4))
 
 
-@pytest.mark.parametrize("change", [{"pages": -1}, {"page_tokens": 1}, {"page_tokens": 129}, {"budget_tokens": 5}])
+@pytest.mark.parametrize("change", [{"pages": -1}, {"page_tokens": 1}, {"page_tokens": 129}])
 def test_impossible_configurations_are_refused(change):
     with pytest.raises(ConfigError, match="impossible cache"):
         make(**change)
@@ -534,6 +526,79 @@ def test_tokens_of_another_type_are_refused():
     for wrong in (np.zeros(4, np.int64), np.zeros((2, 2), np.int32), np.zeros(4, np.float32), strided, [1, 2]):
         with pytest.raises(TypeError, match="int32 buffer"):
             make().probe("", wrong)
+
+
+# --- prefixes from elsewhere ------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_that_was_received_is_matched_like_one_that_was_computed():
+    cache = make()
+    run(cache, 1, text(0, 8), donate=False)
+    prefix = text(0, 14)
+    reception = cache.receive(7, "", prefix)
+    assert reception.kv_tokens == 8 and len(reception.pages) == 4 and reception.slot >= 0
+    longer = join(prefix, text(90, 3))
+    before = cache.probe("", longer)
+    assert (before.state_tokens, before.pending_tokens, before.reason) == (0, 14, Reason.PENDING)
+    cache.received(7)
+    cache.release(7)
+    admission = cache.admit(2, "", longer)
+    assert admission.match.state_tokens == 14 and admission.read_slot == reception.slot
+    assert admission.pages.tolist()[:4] == reception.pages.tolist()  # it appends to the last one
+
+
+def test_a_reception_that_is_released_early_leaves_nothing():
+    cache = make()
+    before = cache.stats()
+    reception = cache.receive(7, "", text(0, 14))
+    assert len(reception.pages) == 4
+    assert cache.release(7) and not cache.release(7)
+    after = cache.stats()
+    assert all(after[gauge] == before[gauge] for gauge in ("pages_free", "slots_free", "pinned", "slots_planned"))
+    assert cache.probe("", text(0, 20)).kv_tokens == 0
+
+
+def test_a_reception_is_all_or_nothing():
+    cache = make(pages=4, slots=2)
+    cache.admit(1, "", text(50, 3))
+    assert isinstance(cache.receive(7, "", text(0, 14)), NoRoom)
+    assert isinstance(cache.receive(7, "", text(0, 12)).slot, int)
+    assert isinstance(cache.receive(8, "", text(100, 1)), NoRoom)
+    with pytest.raises(CapacityError):
+        cache.receive(9, "", text(0, 17))
+    with pytest.raises(RequestError, match="cache is off"):
+        make(enabled=False).receive(1, "", text(0, 4))
+
+
+def test_what_was_received_stays_until_it_is_released():
+    cache = make(pages=8, slots=2)
+    cache.receive(7, "", text(0, 12))
+    cache.received(7)
+    assert isinstance(cache.admit(1, "", text(50, 21)), NoRoom)  # six pages, and three are pinned
+    assert cache.probe("", text(0, 13)).state_tokens == 12
+    cache.release(7)
+    assert isinstance(cache.admit(1, "", text(50, 21)), Admission)
+    assert cache.probe("", text(0, 13)).state_tokens == 0
+
+
+def test_what_is_lent_stays_until_it_is_released():
+    cache = make(pages=8, slots=2)
+    run(cache, 1, text(0, 14))
+    loan = cache.lend(7, "", text(0, 14))
+    assert (loan.kv_tokens, loan.state_tokens, len(loan.pages)) == (14, 14, 4) and loan.slot >= 0
+    assert isinstance(cache.admit(2, "", text(50, 18)), NoRoom)
+    assert cache.release(7)
+    assert isinstance(cache.admit(2, "", text(50, 18)), Admission)
+
+
+def test_pages_of_a_sequence_that_runs_are_lent_as_it_commits_them():
+    cache = make()
+    cache.admit(1, "", text(0, 14), [14])
+    cache.commit(1, text(0, 14), 9)
+    loan = cache.lend(7, "", text(0, 14))
+    assert (loan.kv_tokens, loan.state_tokens, loan.slot) == (8, 0, -1)
+    cache.commit(1, text(0, 14), 14)
+    assert (cache.lend(8, "", text(0, 14)).kv_tokens, cache.release(7), cache.release(8)) == (14, True, True)
 
 
 # --- size ------------------------------------------------------------------------------------------------------------

@@ -25,11 +25,15 @@ class CacheLife(RuleBasedStateMachine):
         self.cache.log_events(log)
         self.blocks = {}  # as a listener to the log knows them: block -> (name space, tokens up to its end)
         self.model = Naive(PAGE, slots, grid)
+        self.transfers = {}  # id -> whether its bytes are still on their way
         self.history = [()]
         self.next = 1
 
+    def sequences(self) -> list[int]:
+        return sorted(self.model.running.keys() - self.transfers.keys())
+
     def running(self, index: int) -> int:
-        return sorted(self.model.running)[index % len(self.model.running)]
+        return self.sequences()[index % len(self.sequences())]
 
     @rule(name=NAMES, past=st.integers(0, 50), keep=st.integers(0, 60), new=TEXT, at=st.lists(st.integers(-1, 60)))
     def admit(self, name, past, keep, new, at):
@@ -66,7 +70,7 @@ class CacheLife(RuleBasedStateMachine):
             sequence.source is None and expected["state_tokens"] > 0
         )
 
-    @precondition(lambda self: self.model.running)
+    @precondition(lambda self: self.sequences())
     @rule(index=st.integers(0, 99), more=st.integers(1, 25), new=TEXT, reconciled=st.integers(0, 100))
     def compute(self, index, more, new, reconciled):
         request = self.running(index)
@@ -79,7 +83,7 @@ class CacheLife(RuleBasedStateMachine):
         self.cache.commit(request, array(sequence.tokens), count)
         self.model.commit(request, count)
 
-    @precondition(lambda self: self.model.running)
+    @precondition(lambda self: self.sequences())
     @rule(index=st.integers(0, 99), donate=st.booleans())
     def finish(self, index, donate):
         request = self.running(index)
@@ -88,14 +92,14 @@ class CacheLife(RuleBasedStateMachine):
         self.cache.finish(request, array(sequence.tokens), sequence.launched, donate=donate)
         self.model.finish(request, donate)
 
-    @precondition(lambda self: self.model.running)
+    @precondition(lambda self: self.sequences())
     @rule(index=st.integers(0, 99))
     def abort(self, index):
         request = self.running(index)
         assert self.cache.abort(request) and not self.cache.abort(request)
         del self.model.running[request]
 
-    @precondition(lambda self: self.model.running)
+    @precondition(lambda self: self.sequences())
     @rule(index=st.integers(0, 99))
     def fork(self, index):
         request = self.running(index)
@@ -107,6 +111,47 @@ class CacheLife(RuleBasedStateMachine):
         assert self.model.fork(request, child) != isinstance(made, NoRoom)
         if not isinstance(made, NoRoom):
             self.model.running[child].pages = made.child.pages.tolist()
+
+    @rule(name=NAMES, past=st.integers(0, 50), keep=st.integers(0, 60), new=TEXT)
+    def receive(self, name, past, keep, new):
+        prefix = (*self.history[past % len(self.history)][:keep], *new)
+        if not prefix:
+            return
+        request, self.next = self.next, self.next + 1
+        shared = self.model.match(name, (*prefix, -1), True)["kv_tokens"]
+        reception = self.cache.receive(request, name, array(prefix))
+        assert self.model.receive(request, name, prefix) != isinstance(reception, NoRoom)
+        if not isinstance(reception, NoRoom):
+            self.transfers[request] = True
+            assert reception.kv_tokens == shared and len(reception.pages) == -(-len(prefix) // PAGE)
+            self.model.running[request].pages = reception.pages.tolist()
+
+    @precondition(lambda self: True in self.transfers.values())
+    @rule(index=st.integers(0, 99))
+    def received(self, index):
+        coming = sorted(id for id, comes in self.transfers.items() if comes)
+        request = coming[index % len(coming)]
+        self.cache.received(request)
+        self.model.received(request)
+        self.transfers[request] = False
+
+    @rule(name=NAMES, past=st.integers(0, 50), keep=st.integers(0, 60), new=TEXT)
+    def lend(self, name, past, keep, new):
+        prefix = (*self.history[past % len(self.history)][:keep], *new)
+        if not prefix:
+            return
+        request, self.next = self.next, self.next + 1
+        loan = self.cache.lend(request, name, array(prefix))
+        assert (loan.kv_tokens, loan.state_tokens) == self.model.lend(request, name, prefix)
+        assert len(loan.pages) == -(-loan.kv_tokens // PAGE) and (loan.slot >= 0) == (loan.state_tokens > 0)
+        self.transfers[request] = False
+
+    @precondition(lambda self: self.transfers)
+    @rule(index=st.integers(0, 99))
+    def release(self, index):
+        request = sorted(self.transfers)[index % len(self.transfers)]
+        assert self.cache.release(request) and not self.cache.release(request)
+        del self.model.running[request], self.transfers[request]
 
     @rule(name=NAMES)
     def clear(self, name):
@@ -128,7 +173,7 @@ class CacheLife(RuleBasedStateMachine):
         assert stats["slots_free"] == self.model.free()
         assert stats["slots_snapshot"] == len(self.model.snapshots)
         assert stats["slots_planned"] == self.model.planned()
-        assert stats["running"] == len(self.model.running)
+        assert stats["running"] == len(self.sequences()) and stats["pinned"] == len(self.transfers)
         for kind, *what in self.cache.drain_events():
             if kind == "cleared":
                 self.blocks.clear()
@@ -144,7 +189,7 @@ class CacheLife(RuleBasedStateMachine):
 
     def teardown(self):
         for request in list(self.model.running) if hasattr(self, "cache") else []:
-            self.cache.abort(request)
+            assert (self.cache.release if request in self.transfers else self.cache.abort)(request)
         if hasattr(self, "cache"):
             assert self.cache.check() == ""
             stats = self.cache.stats()

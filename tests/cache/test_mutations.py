@@ -115,7 +115,6 @@ BUGS = (
         "pages - pages_.free() - pages_.evictable() - 1",
     ),
     Bug("a page too few is freed", "evict.cpp", "pages_.free() < pages", "pages_.free() + 1 < pages"),
-    Bug("the shared budget is exceeded", "evict.cpp", "free_budget() < tokens", "false"),
     Bug("a fork needs one slot always", "requests.cpp", "convert ? 2 : 1", "1"),
     Bug(
         "a commit beyond the pages held is accepted",
