@@ -1,4 +1,7 @@
-"""Two ends of the transfer protocol on a wire that can lose, repeat and cut, with a clock that moves by hand."""
+"""Two ends of the transfer protocol on a wire that can lose, repeat and cut, with a clock that moves by hand.
+
+fault: told of each message with its number, says how often it arrives.
+"""
 
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from tokenspeed.engine.transfer.pulls import Pulls, Source, Targets
 from tokenspeed.engine.transfer.rooms import Rooms
 
 LEASE = 8.0
-ADDRESS, PEER = "tcp://prefiller", b"decoder"
+ADDRESS, PEER = "tcp://prefiller:1", b"decoder"
 PAGE_BYTES, SLOT_BYTES = 700, 3_000_000  # a slot takes several Reads, a Read several pages
 IDENTITY = Identity(
     "checkpoint", "none", "float32", "float32", PAGE_TOKENS, (1,), (("state", "float32", (1,)),), 1, SLOT_BYTES, 0
@@ -37,14 +40,21 @@ def arenas(pages: int, slots: int, seed: int) -> Arenas:
 
 
 class Wire:
-    """Messages by turns, one at a time. fault: told of each, with its number and direction, and says how often it
-    arrives; sent: what was sent so far."""
+    """Messages, one at a time. sent: what was sent so far."""
 
-    def __init__(self, fault: Callable[[int, object], int] = lambda number, message: 1, identity: Identity = IDENTITY):
-        self.now, self.fault, self.sent = 0.0, fault, []
-        self.there, self.here = arenas(16, 4, 1), arenas(16, 4, 2)
-        self.rooms = Rooms(self.there, IDENTITY, "prefill-engine", LEASE, lambda: self.now)
-        self.pulls = Pulls(self.here, identity, "decode-engine", LEASE, lambda: self.now, self._send)
+    def __init__(
+        self,
+        identity: Identity = IDENTITY,
+        there: Arenas | None = None,
+        here: Arenas | None = None,
+        lease: float = LEASE,
+    ):
+        """identity: of the decoder; there, here: the prefiller's arenas and the decoder's."""
+        self.now, self.sent = 0.0, []
+        self.fault: Callable[[int, object], int] = lambda number, message: 1
+        self.there, self.here = there or arenas(16, 4, 1), here or arenas(16, 4, 2)
+        self.rooms = Rooms(self.there, IDENTITY, "prefill-engine", lease, lambda: self.now)
+        self.pulls = Pulls(self.here, identity, "decode-engine", lease, lambda: self.now, self._send)
         self.queue: deque[tuple[object, bytes | None, bool]] = deque()
         self.prefiller_lives = self.decoder_lives = True
 
@@ -62,20 +72,31 @@ class Wire:
             self.queue.append((message, data, to_prefiller))
 
     def run(self, seconds: float = 0.0, step: float = 0.5) -> None:
-        """Until nothing is on its way, and then on for so long."""
+        """Until nothing is on its way, and then on for so long. The decoder's engine polls all the while."""
         end = self.now + seconds
         while True:
-            self._tick()
+            self._poll()
             while self.queue:
-                self._deliver(*self.queue.popleft())
-                self._tick()
+                self.deliver()
+                self._poll()
             if self.now >= end:
                 return
             self.now += step
 
-    def _tick(self) -> None:
+    def _poll(self) -> None:
         if self.decoder_lives:
             self.pulls.reserve()
+        self.tick()
+
+    def deliver(self, most: int = 1) -> None:
+        """So many messages, as far as there are some."""
+        while self.queue and most:
+            self._deliver(*self.queue.popleft())
+            most -= 1
+
+    def tick(self) -> None:
+        """What is due at either end."""
+        if self.decoder_lives:
             self.pulls.tick()
         if self.prefiller_lives:
             for reply in self.rooms.tick():

@@ -101,6 +101,8 @@ class Rooms:
         if not 0 < len(name) <= MOST_ROOM_CHARACTERS:
             raise TransferError(f"the room's name has {len(name)} characters; 1 to {MOST_ROOM_CHARACTERS} are needed.")
         with self._lock:
+            if any(ended.room == name for ended in self._ended):
+                return  # of which the engine is about to be told
             if name in self._over:
                 raise TransferError(f"room {name!r} is over ({self._over[name]}): names can be used once.")
             room = self._rooms.get(name)
