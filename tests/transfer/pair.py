@@ -11,7 +11,6 @@ from tokenspeed.engine.transfer.exchange import Exchange
 from tokenspeed.engine.transfer.params import RemoteDecode, RemotePrefill
 from tokenspeed.engine.transfer.rooms import Ended
 
-
 LEASE = 1.0  # 50 steps
 
 
@@ -42,8 +41,13 @@ class Pair:
 
     seed: of how far messages and engines get between each other's steps."""
 
-    def __init__(self, model, *, prefill: dict | None = None, decode: dict | None = None, drafts: int = 0, seed: int = 0):
-        self.prefill, self.decode = Lab(model, drafts=drafts, **prefill or {}), Lab(model, drafts=drafts, **decode or {})
+    def __init__(
+        self, model, *, prefill: dict | None = None, decode: dict | None = None, drafts: int = 0, seed: int = 0
+    ):
+        self.prefill, self.decode = (
+            Lab(model, drafts=drafts, **prefill or {}),
+            Lab(model, drafts=drafts, **decode or {}),
+        )
         arenas = Arenas(self.prefill.memory), Arenas(self.decode.memory)
         self.wire = wire = Wire(IDENTITY, *arenas, LEASE)
         self.random = Random(seed)
@@ -98,7 +102,7 @@ class Pair:
         wire = self.wire
         prefill = self.prefill.engine.has_work or self.lender.stats()["transfer_rooms"]
         decode = self.decode.engine.has_work or self.taker.stats()["transfer_pulls"]
-        return bool(wire.prefiller_lives and prefill or wire.decoder_lives and decode)
+        return bool((wire.prefiller_lives and prefill) or (wire.decoder_lives and decode))
 
     def settle(self) -> None:
         """Until everything is done that the leases allow for, and nothing is left on a side that lives."""

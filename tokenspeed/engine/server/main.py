@@ -19,6 +19,7 @@ from ..checkpoint import resolve
 from ..config import EngineConfig
 from ..errors import ConfigError, EngineError
 from ..frontend import Frontend
+from ..transfer.params import TransferSettings
 from .app import create_app
 from .client import EngineClient
 from .connections import ConnectionLimits, Connections
@@ -50,6 +51,7 @@ class ServerOptions:
     drain_seconds: float = 30
     exact_history: bool = True
     kv_events: str | None = None
+    transfer: TransferSettings | None = None
 
 
 def serve(options: ServerOptions, config: EngineConfig) -> int:
@@ -61,7 +63,7 @@ def serve(options: ServerOptions, config: EngineConfig) -> int:
     loop = _new_loop()
     try:
         return loop.run_until_complete(
-            _serve(options, Settings(str(directory), config, options.kv_events), frontend, listener)
+            _serve(options, Settings(str(directory), config, options.kv_events, options.transfer), frontend, listener)
         )
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
@@ -74,7 +76,9 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
     try:
         await engine.start()
         name = options.model_name or options.model or frontend.directory.name
-        service_config = ServiceConfig(name, options.most_requests, options.timeout, options.exact_history)
+        service_config = ServiceConfig(
+            name, options.most_requests, options.timeout, options.exact_history, options.kv_events
+        )
         service = Service(frontend, engine, service_config)
         formats = service.formats
         await formats.start()

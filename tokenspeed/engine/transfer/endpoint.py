@@ -39,8 +39,9 @@ def address_of(host: str, port: int) -> str:
 class Endpoint:
     """One engine among its peers. engine: its name, new with each start. The engine's thread makes every call."""
 
-    def __init__(self, host: str, port: int, lease: float):
-        """port: 0 takes a free one. lease: seconds."""
+    def __init__(self, host: str, port: int | None, lease: float):
+        """host: of this machine, as peers reach it; port: 0 takes a free one, and None is for who only pulls; lease:
+        seconds."""
         self.host, self.port, self.lease = host, port, lease
         self.engine = uuid.uuid4().hex
         self._awake, self._wake = sockets.socketpair()
@@ -71,14 +72,18 @@ class Endpoint:
         self._router.linger, self._router.ipv6 = 0, True
         self._router.router_handover = True  # a decoder that connects anew is still the same
         self._router.maxmsgsize = MOST_MESSAGE_BYTES
+        if self.port is not None:
+            self._bind()
+        self._thread = threading.Thread(target=self._run, name="tokenspeed-transfer", daemon=True)
+        self._thread.start()
+
+    def _bind(self) -> None:
         try:
             self._router.bind(address_of(self.host, self.port) if self.port else address_of(self.host, 0)[:-1] + "*")
         except zmq.ZMQError as error:
-            self._router.close()
+            self._context.destroy(linger=0)
             raise ConfigError(f"cannot listen on {self.host} port {self.port}: {error.strerror}.") from None
         self.port = int(self._router.last_endpoint.decode().rpartition(":")[2])
-        self._thread = threading.Thread(target=self._run, name="tokenspeed-transfer", daemon=True)
-        self._thread.start()
 
     def offer(self, room: str, digest: bytes, pages: Sequence[int], slot: int | None, epoch: int) -> None:
         """As `Rooms.offer`."""

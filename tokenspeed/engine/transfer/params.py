@@ -30,13 +30,23 @@ class RemotePrefill(msgspec.Struct, tag=True, frozen=True):
 Transfer = RemoteDecode | RemotePrefill
 
 
+class TransferSettings(msgspec.Struct, frozen=True):
+    """role: one of ROLES; host, port: of this machine, as peers reach it; lease: seconds of silence after which a
+    peer's memory is free again."""
+
+    role: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    lease: float = 20.0
+
+
 class Address(msgspec.Struct, frozen=True):
-    """Where an engine lends what it has prefilled."""
+    """An engine among its peers, and where it lends what it has prefilled; port: None where it lends nothing."""
 
     role: str
     engine: str
     host: str
-    port: int
+    port: int | None
 
 
 def parse(given: Mapping[str, Any] | None, own: Address | None) -> Transfer | None:
@@ -48,11 +58,9 @@ def parse(given: Mapping[str, Any] | None, own: Address | None) -> Transfer | No
         raise RequestError("do_remote_decode and do_remote_prefill are both true; one of them can be.")
     if role is None and (decode or prefill):
         raise RequestError("kv_transfer_params need a server that was started with --role; this one was not.")
-    if decode and role == "decode" or prefill and role == "prefill":
+    if (decode and role == "decode") or (prefill and role == "prefill"):
         asked = "do_remote_decode" if decode else "do_remote_prefill"
         raise RequestError(f"{asked} is true, but this server's role is {role!r}; 'both' takes either.")
-    if role == "prefill" and not decode:
-        raise RequestError("this server's role is 'prefill': it takes requests with do_remote_decode alone.")
     if decode:
         return RemoteDecode(_name(given) or secrets.token_hex(16))
     if not prefill:
