@@ -41,13 +41,9 @@ class Pair:
 
     seed: of how far messages and engines get between each other's steps."""
 
-    def __init__(
-        self, model, *, prefill: dict | None = None, decode: dict | None = None, drafts: int = 0, seed: int = 0
-    ):
-        self.prefill, self.decode = (
-            Lab(model, drafts=drafts, **prefill or {}),
-            Lab(model, drafts=drafts, **decode or {}),
-        )
+    def __init__(self, model, *, prefill: dict | None = None, decode: dict | None = None, drafts=0, seed: int = 0):
+        self.prefill = Lab(model, **{"drafts": drafts} | (prefill or {}))
+        self.decode = Lab(model, **{"drafts": drafts} | (decode or {}))
         arenas = Arenas(self.prefill.memory), Arenas(self.decode.memory)
         self.wire = wire = Wire(IDENTITY, *arenas, LEASE)
         self.random = Random(seed)

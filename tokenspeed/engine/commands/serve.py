@@ -99,8 +99,8 @@ def run(options: argparse.Namespace) -> int:
     if options.role is not None:
         if config.tp != 1 or config.ep != 1:
             raise ConfigError(
-                f"--role {options.role} with --tp {config.tp} --ep {config.ep}: engines of several ranks do not exchange "
-                "state yet; use one rank."
+                f"--role {options.role} with --tp {config.tp} --ep {config.ep}: engines of several ranks do not "
+                "exchange state yet; use one rank."
             )
         transfer = TransferSettings(options.role, options.transfer_host, options.transfer_port, options.transfer_lease)
     server = ServerOptions(

@@ -1,5 +1,6 @@
 """The five calls, and the thread that speaks with peers: ZeroMQ sockets, MessagePack, no code."""
 
+import contextlib
 import socket as sockets
 import threading
 import time
@@ -125,10 +126,8 @@ class Endpoint:
 
     def _call(self) -> None:
         """The thread shall look what there is to do."""
-        try:
+        with contextlib.suppress(OSError):  # it has been called often enough, or it has ended
             self._wake.send(b"\0")
-        except (BlockingIOError, OSError):  # it has been called often enough, or it has ended
-            pass
 
     # ---- the thread
 
@@ -174,10 +173,8 @@ class Endpoint:
 
     def _reply(self, reply: Reply) -> None:
         frames = [reply.peer, encode(reply.message)] + ([] if reply.data is None else [reply.data])
-        try:
+        with contextlib.suppress(zmq.ZMQError):  # it does not read, or is gone: its lease ends
             self._router.send_multipart(frames, zmq.DONTWAIT, copy=reply.data is None)
-        except zmq.ZMQError:  # it does not read, or is gone: its lease ends
-            pass
 
     def _send(self, address: str, message: FromDecoder) -> None:
         dealer = self._dealers.get(address)
@@ -187,15 +184,11 @@ class Endpoint:
             dealer.linger, dealer.ipv6 = 0, True
             dealer.identity = uuid.uuid4().bytes
             dealer.maxmsgsize = MOST_READ_BYTES + MOST_MESSAGE_BYTES
-            try:
+            with contextlib.suppress(zmq.ZMQError):  # no address: nothing is heard from there, and the lease ends
                 dealer.connect(address)
-            except zmq.ZMQError:  # no address: nothing is heard from there, and the lease ends
-                pass
             self._poller.register(dealer, zmq.POLLIN)
-        try:
+        with contextlib.suppress(zmq.ZMQError):
             dealer.send(encode(message), zmq.DONTWAIT)
-        except zmq.ZMQError:
-            pass
 
     def _drop_idle(self) -> None:
         for address in [] if len(self._dealers) < _MOST_PEERS else self.pulls.drop_idle():

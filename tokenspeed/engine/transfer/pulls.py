@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..errors import HandshakeError, TransferError
 from .arenas import Arenas, Move
 from .messages import (
+    KV,
     MOST_READ_BYTES,
     Ask,
     Closed,
@@ -279,7 +280,7 @@ class Pulls:
                 if epoch != pull.epoch:
                     self._restart(pull, epoch)
                 if first == len(pull.offsets):
-                    size = self._arenas.row_bytes[0]
+                    size = self._arenas.row_bytes[KV]
                     for part in parts:
                         pull.offsets += range(part.offset, part.offset + part.length, size)
                     pull.state = state
@@ -305,11 +306,11 @@ class Pulls:
         targets = pull.targets
         if targets is None or pull.done or peer.welcome is None:
             return
-        page_bytes, slot_bytes = self._arenas.row_bytes
+        page_bytes = self._arenas.row_bytes[KV]
         for page in range(pull.queued, len(pull.offsets)):
             if page in targets.pages:
                 target = self._arenas.page(targets.pages[page])
-                pull.moves += _pieces(Part(0, pull.offsets[page], page_bytes), target)
+                pull.moves += _pieces(Part(KV, pull.offsets[page], page_bytes), target)
         pull.queued = len(pull.offsets)
         if pull.state is not None and not pull.state_queued:
             pull.moves += _pieces(pull.state, self._arenas.slot(targets.slot))
