@@ -13,7 +13,7 @@ LAYERS = [
     {"device", "memory", "batch", "sampling", "graphs", "runner"}
     | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling", "parallel.control"},
     {"frontend", "chat", "collector", "loading", "ranks", "llm", "core", "step_log", "ranges", "transfer"},
-    {"commands", "server", "__main__"},
+    {"commands", "server", "router", "__main__"},
 ]
 NO_TORCH = LAYERS[0] | {"text", "frontend", "chat", "collector"}
 

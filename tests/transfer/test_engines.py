@@ -6,6 +6,7 @@ import pytest
 from lab import TOLERANCE, random_model, shipped_model
 from lives import live
 from pair import LEASE, Pair, held
+from texts import text
 
 from tokenspeed.engine.errors import TransferError
 from tokenspeed.engine.transfer.messages import Read, Ready
@@ -15,11 +16,6 @@ from tokenspeed.engine.transfer.params import RemoteDecode
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("random"))
-
-
-def text(seed: int, count: int) -> list[int]:
-    random = Random(seed)
-    return [random.randrange(300) for _ in range(count)]
 
 
 @pytest.mark.parametrize("tokens", [2, 63, 64, 65, 66, 129, 500])

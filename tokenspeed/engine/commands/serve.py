@@ -71,7 +71,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def check_reach(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an address that others reach without a key."""
     loopback = options.host == "localhost" or (
         _is_address(options.host) and ipaddress.ip_address(options.host).is_loopback
     )
@@ -79,6 +80,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--host {options.host} is reachable from outside: give an --api-key, or bind to 127.0.0.1.")
     if any(not key.strip() for key in options.api_key):
         raise ConfigError("--api-key is empty; it must have at least one character.")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_reach(options)
     for name, valid, wanted in (
         ("port", 0 <= options.port < 1 << 16, "from 0 to 65535"),
         ("max_requests", options.max_requests >= 1, "at least 1"),

@@ -59,7 +59,7 @@ def serve(options: ServerOptions, config: EngineConfig) -> int:
     lines = Log()
     directory = resolve(options.model)
     frontend = Frontend.from_directory(directory)
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     loop = _new_loop()
     try:
         return loop.run_until_complete(
@@ -170,7 +170,8 @@ class AccessLog:
             log.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - start)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises ConfigError where it cannot."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)
