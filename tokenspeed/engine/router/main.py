@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import sys
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import httpx
 import uvicorn
 
 from ..server.gate import BodyLimits
-from ..server.main import listen
+from ..server.main import Server, listen
 from .app import Router
 from .backends import Backends
 from .policy import Policy
@@ -58,4 +59,12 @@ async def _route(options: RouterOptions, listener) -> None:
     )
     host, port = listener.getsockname()[:2]
     log.info("routing to %d backends at http://%s:%d/v1", len(backends.all), host, port)
-    await uvicorn.Server(config).serve(sockets=[listener])
+    server = Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _end, server)
+    await server.serve(sockets=[listener])
+
+
+def _end(server: Server) -> None:
+    """The first time when what runs has finished, the second time at once."""
+    server.force_exit, server.should_exit = server.should_exit, True

@@ -85,7 +85,7 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         limits, connections = BodyLimits(options.most_body_bytes), Connections(ConnectionLimits())
         app = AccessLog(create_app(service, limits, options.api_keys, (options.host,), options.origins))
         settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
-        server = _Server(uvicorn.Config(app, http=connections, **settings))
+        server = Server(uvicorn.Config(app, http=connections, **settings))
         signals = _Signals()
         gc.freeze()  # what is there stays: no collection looks through it while somebody waits
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -137,8 +137,8 @@ async def _until(condition: Callable[[], Any], seconds: float) -> None:
         await asyncio.sleep(0.02)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: this module decides when to end."""
+class Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: who runs it decides when to end."""
 
     @contextlib.contextmanager
     def capture_signals(self):

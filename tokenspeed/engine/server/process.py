@@ -74,10 +74,13 @@ class EngineProcess:
         self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs, self._address))
         while not self._stopped and os.getppid() == self._parent:
             self._submit_compiled()
-            if message := self._receive():
+            if self._exchange and self._exchange.step():
+                self._blocked = False
+            self._tell()
+            message, self._blocked = self._receive(), False
+            if message:
                 self._take(message)
                 continue
-            self._blocked = False
             if engine.has_work:
                 try:
                     engine.step()
@@ -85,9 +88,6 @@ class EngineProcess:
                     self._tell()
                 self._publish()
                 self._blocked = engine.blocked
-            if self._exchange and self._exchange.step():
-                self._blocked = False
-            self._tell()
 
     def _receive(self):
         """The next message; waits for one while there is nothing else to do."""
