@@ -37,9 +37,9 @@ void Cache::refresh(NodeId id) {
     const Node& node = tree_[id];
     ListName wanted = ListName::kNone;
     if (node.locks == 0 && node.parent != kNoNode) {
-        if (!node.resident() && node.keeps == 0)
+        if (!node.resident() && node.keeps == 0 && node.host_uses == 0)
             wanted = ListName::kGhosts;
-        else if (node.resident() && node.resident_children == 0 && !node.has_snapshot())
+        else if (node.resident() && node.resident_children == 0 && !node.state)
             wanted = ListName::kIdle;
     }
     if (wanted == node.list) return;
@@ -61,7 +61,7 @@ void Cache::make_resident(NodeId id, PageId page) {
 
 void Cache::make_ghost(NodeId id) {
     Node& node = tree_[id];
-    assert(node.locks == 0 && node.resident_children == 0 && !node.has_snapshot());
+    assert(node.locks == 0 && node.resident_children == 0 && !node.state);
     withdraw(id);
     pages_.remove(node.page, false);
     node.page = -1;
@@ -93,7 +93,7 @@ void Cache::forget_if_empty(NodeId root) {
 
 bool Cache::evictable(const Snapshots::Record& record, Resource resource) const {
     const Node& node = tree_[record.node];
-    if (resource == Resource::kPages) return node.locks == 0 && node.resident_children == 0;
+    if (resource == Resource::kPages) return node.state && node.locks == 0 && node.resident_children == 0;
     return record.slot.unique();  // else a sequence reads it
 }
 
@@ -106,7 +106,7 @@ std::optional<Cache::Victim> Cache::weakest(Resource resource) const {
     std::optional<Victim> found;
     uint64_t sequence = 0;
     for (const auto& record : snapshots_.records()) {
-        double score = snapshots_.score(record);
+        double score = loss(record);
         if (found && (score > found->score || (score == found->score && record.sequence > sequence))) continue;
         if (!evictable(record, resource)) continue;
         found = {record.node, score};
@@ -121,8 +121,8 @@ void Cache::evict_idle() {
 }
 
 void Cache::evict_snapshot(NodeId id) {
-    snapshots_.remove(tree_, id);
-    refresh(id);
+    take_state(id);
+    counters_.snapshots_left_to_host += tree_[id].has_snapshot();
     ++counters_.snapshots_evicted;
 }
 
@@ -157,6 +157,7 @@ void Cache::drop_duplicates() {
             pages_.add(request.pages[i], true);
             pages_.raise_fill(request.pages[i], node.length);
             pages_.remove(std::exchange(node.page, request.pages[i]), true);
+            if (node.leaving) void_moves_of(request.path[i]);  // they read the page that is gone
         }
     }
 }
@@ -178,10 +179,7 @@ void Cache::purge(NodeId root) {
     for (size_t i = 0; i < nodes.size(); ++i)
         nodes.insert(nodes.end(), tree_[nodes[i]].children.begin(), tree_[nodes[i]].children.end());
     for (NodeId id : std::views::reverse(nodes)) {  // children before parents
-        if (tree_[id].has_snapshot()) {
-            snapshots_.remove(tree_, id);
-            refresh(id);
-        }
+        if (tree_[id].has_snapshot()) forget_snapshot(id);
         withdraw(id);
         if (tree_[id].locks > 0 || id == root) continue;
         if (tree_[id].resident()) make_ghost(id);

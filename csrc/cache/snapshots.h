@@ -43,14 +43,19 @@ class Snapshots {
         bool counted;       // its first use since `Node::superseded` last grew is in the evidence
         uint64_t sequence;  // of the last use
         double value;       // all of the score but the time
-        SlotRef slot;
+        SlotRef slot;       // on the device
+        SlotRef host_slot;
+        int64_t move;  // under way to host memory; 0: none
     };
 
     explicit Snapshots(Policy policy) : policy_(policy) {}
 
     // `owner`: the admission number of the sequence that wrote it.
     void add(Tree& tree, NodeId node, Kind kind, uint32_t owner, SlotRef slot);
-    SlotRef remove(Tree& tree, NodeId node);
+    SlotRef remove(Tree& tree, NodeId node);  // both slots go; the device's is returned
+    // A snapshot that only host memory holds gets a slot on the device (again), or loses it.
+    void attach(Tree& tree, NodeId node, SlotRef slot);
+    SlotRef detach(Tree& tree, NodeId node);
     void hit(Tree& tree, NodeId node);
 
     // Time passes with admissions.
@@ -70,8 +75,15 @@ class Snapshots {
         return value(gain, 0, kind, false) / (usual_reuse_time() * usual_reuse_time());
     }
 
+    // Whether the first of two goes first.
+    bool weaker(const Record& a, const Record& b) const {
+        const double first = score(a), second = score(b);
+        return first != second ? first < second : a.sequence < b.sequence;
+    }
+
     const std::vector<Record>& records() const { return records_; }
     const Record& operator[](uint32_t index) const { return records_[index]; }
+    Record& operator[](uint32_t index) { return records_[index]; }
     int32_t size() const { return static_cast<int32_t>(records_.size()); }
     int64_t bytes() const { return static_cast<int64_t>(records_.capacity() * sizeof(Record)); }
     // How likely a snapshot that was superseded once or (2) passed since is used again, to how likely a fresh one is.

@@ -19,7 +19,7 @@ Result<Reception> Cache::receive(RequestId id, std::string_view name_space, Toke
     if (total > config_.pages || config_.slots < 1) return Error::kTooLarge;
 
     Request request{.role = Role::kReception, .root = root_of(name_space)};
-    Walk found = walk(request.root, tokens, count, true, &request.path);
+    Walk found = walk(request.root, tokens, {count, false}, &request.path);
     request.path.resize(found.shared);
     NodeId standing = found.shared > 0 ? request.path.back() : request.root;
     lock(standing);
@@ -57,7 +57,7 @@ Result<Done> Cache::received(RequestId id) {
     publish(request, {}, count);  // its nodes are there since it was reserved
     lock(pinned.root);
     keep(pinned.root);
-    if (tree_[node].has_snapshot()) {  // else its namespace was cleared
+    if (tree_[node].state) {  // else its namespace was cleared
         pinned.source = node;
         lock(node);
         pinned.source_slot = snapshots_[tree_[node].snapshot].slot.share();
@@ -72,7 +72,7 @@ Result<Loan> Cache::lend(RequestId id, std::string_view name_space, Tokens token
     if (auto error = validate_transfer(id, tokens)) return *error;
     const auto count = static_cast<int32_t>(tokens.size());
     Request request{.role = Role::kPin, .root = root_of(name_space)};
-    Walk found = walk(request.root, tokens, count, false, &request.path);
+    Walk found = walk(request.root, tokens, {count, true, false}, &request.path);
     request.path.resize(found.shared);
     request.published = request.writes_from = found.shared;
     request.committed = found.shared * config_.page_tokens;

@@ -54,6 +54,7 @@ struct Sequence {
     std::vector<Token> tokens;
     std::vector<uint64_t> identity;  // [tokens + 1], of each prefix
     int32_t prompt = 0, launched = 0, committed = 0, resume = 0, kv = 0;
+    int64_t move = 0;      // under way, of what it resumes from
     bool cleared = false;  // its namespace was: it leaves nothing
     std::vector<PageId> pages;
     SlotId read = -1, write = -1;
@@ -77,7 +78,7 @@ const char* const kNames[] = {"", "a", "longer-name-space"};
 
 bool same(const Match& a, const Match& b) {
     return a.known_tokens == b.known_tokens && a.kv_tokens == b.kv_tokens && a.state_tokens == b.state_tokens &&
-           a.pending_tokens == b.pending_tokens && a.reason == b.reason;
+           a.moved_tokens == b.moved_tokens && a.pending_tokens == b.pending_tokens && a.reason == b.reason;
 }
 
 bool same(const Admission& a, const Admission& b) {
@@ -88,7 +89,8 @@ bool same(const Admission& a, const Admission& b) {
         return x.tokens == y.tokens && x.slot == y.slot;
     };
     return same(a.match, b.match) && a.pages == b.pages && a.read_slot == b.read_slot && a.write_slot == b.write_slot &&
-           std::ranges::equal(a.copies, b.copies, copies) && std::ranges::equal(a.plan, b.plan, plans);
+           a.move == b.move && std::ranges::equal(a.copies, b.copies, copies) &&
+           std::ranges::equal(a.plan, b.plan, plans);
 }
 
 class Episode {
@@ -97,6 +99,10 @@ class Episode {
         config_.page_tokens = 2 + random_.below(7);
         config_.pages = random_.chance(5) ? random_.below(2) : 2 + random_.below(48);
         config_.slots = random_.chance(5) ? random_.below(2) : 1 + random_.below(10);
+        if (random_.chance(60)) {
+            config_.host_slots = 1 + random_.below(8);
+            config_.host_pages = random_.below(60);
+        }
         config_.ghost_nodes = random_.chance(30) ? 0 : random_.below(40);
         config_.grid_tokens = random_.chance(30) ? 1 + random_.below(20) : 0;
         config_.policy = random_.chance(30) ? Policy::kLru : Policy::kValue;
@@ -105,18 +111,30 @@ class Episode {
         cache_ = Cache::create(config_);
         REQUIRE(cache_ != nullptr, "configuration refused");
         if (random_.chance(25)) twin_ = Cache::create(config_);
+        if (random_.chance(50)) {
+            Costs costs{random_.below(9) * 1.0, random_.below(9) * 1.0, random_.below(9) * 0.5};
+            cache_->set_costs(costs);
+            if (twin_) twin_->set_costs(costs);
+        }
         // Decided by the seed, so that episodes stay what they were; the twin keeps none: a log changes nothing.
         if (seed % 2 == 1) cache_->log_events(static_cast<int32_t>(1 + seed / 2 % 100));
         rows_.assign(config_.pages, std::vector<uint64_t>(config_.page_tokens, 0));
         slots_.assign(config_.slots, 0);
+        host_rows_.assign(config_.host_pages, rows_.empty() ? std::vector<uint64_t>(config_.page_tokens) : rows_[0]);
+        host_slots_.assign(config_.host_slots, 0);
         alphabet_ = 1 + random_.below(3);
     }
 
     void run(int32_t operations) {
         for (int32_t i = 0; i < operations; ++i, ++operation) {
             act();
+            if (random_.chance(30)) take_moves();
+            if (!flights_.empty() && random_.chance(40))
+                fly(random_.below(static_cast<int32_t>(flights_.size())), random_.chance(40));
             if (random_.chance(6)) check();
         }
+        take_moves();
+        while (!flights_.empty()) fly(random_.below(static_cast<int32_t>(flights_.size())), true);
         while (!transfers_.empty()) end_transfer(random_.below(static_cast<int32_t>(transfers_.size())));
         while (!running_.empty()) end(random_.below(static_cast<int32_t>(running_.size())), random_.chance(50));
         check();
@@ -125,19 +143,24 @@ class Episode {
             stats.pages_held == 0 && stats.slots_working == 0 && stats.slots_planned == 0 && stats.slots_draining == 0,
             "leak: %lld pages, %lld draining slots", static_cast<long long>(stats.pages_held),
             static_cast<long long>(stats.slots_draining));
-        clear_all();
+        take_moves();
+        clear_all();  // what is under way is void
+        while (!flights_.empty()) fly(0, true);
         check();
         stats = cache_->stats();
-        REQUIRE(stats.pages_free == config_.pages && stats.slots_free == config_.slots && stats.nodes == 0,
+        REQUIRE(stats.pages_free == config_.pages && stats.slots_free == config_.slots && stats.nodes == 0 &&
+                    stats.host_pages_free == config_.host_pages && stats.host_slots_free == config_.host_slots,
                 "something survived clear: %lld nodes", static_cast<long long>(stats.nodes));
         REQUIRE(blocks_.empty(), "%zu blocks were never said to be gone", blocks_.size());
         hits += stats.snapshot_hits, copies += stats.page_copies, appended += stats.pages_appended_in_place;
         evicted += stats.snapshots_evicted, no_room += stats.no_room, consumed += stats.snapshots_consumed;
         forks += stats.forks, received += stats.received, lent += stats.lent;
+        moved_in += stats.moved_in, moved_out += stats.moved_out, moves_void += stats.moves_void;
+        host_evicted += stats.host_evicted;
     }
 
     static inline int64_t hits = 0, copies = 0, appended = 0, evicted = 0, no_room = 0, consumed = 0, forks = 0;
-    static inline int64_t received = 0, lent = 0;
+    static inline int64_t received = 0, lent = 0, moved_in = 0, moved_out = 0, moves_void = 0, host_evicted = 0;
 
   private:
     // The log as a listener sees it: blocks and how many children each has.
@@ -178,6 +201,7 @@ class Episode {
         int32_t dice = random_.below(100);
         if (running_.empty() || dice < 12) return admit();
         int32_t which = random_.below(static_cast<int32_t>(running_.size()));
+        if (running_[which].move != 0) return await(running_[which]);
         if (dice < 55) return launch(running_[which]);
         if (dice < 80) return commit(running_[which]);
         if (dice < 90) return end(which, dice < 87);
@@ -206,7 +230,8 @@ class Episode {
         std::set<PageId> held;
         for (const Sequence& sequence : running_) held.insert(sequence.pages.begin(), sequence.pages.end());
         auto pinned = static_cast<int32_t>(held.size());
-        for (const Transfer& transfer : transfers_) pinned += static_cast<int32_t>(transfer.pages.size());
+        // A loan's state may lie in a page of its own.
+        for (const Transfer& transfer : transfers_) pinned += static_cast<int32_t>(transfer.pages.size()) + 1;
         return pinned;
     }
 
@@ -259,8 +284,8 @@ class Episode {
                 sequence.prompt);
         REQUIRE(!logprobs || match.state_tokens == 0, "prompt logprobs resumed");
         accept(sequence, admission);
-        for (int32_t i = 0; i < match.kv_tokens; ++i)
-            REQUIRE(row(sequence, i) == sequence.identity[i + 1], "row %d is another prefix's", i);
+        REQUIRE((match.moved_tokens > 0) == (admission.move != 0), "%d tokens without a move", match.moved_tokens);
+        if (admission.move == 0) prefix_is_there(sequence, match.kv_tokens);
         running_.push_back(std::move(sequence));
     }
 
@@ -277,7 +302,8 @@ class Episode {
             REQUIRE(copy.source != copy.target, "copy onto itself");
             std::copy_n(rows_[copy.source].begin(), copy.rows, rows_[copy.target].begin());
         }
-        if (sequence.read >= 0)
+        sequence.move = admission.move;
+        if (sequence.read >= 0 && sequence.move == 0)
             REQUIRE(slots_[sequence.read] == sequence.identity[sequence.resume], "the state is another prefix's");
         own(sequence.write, sequence);
         int32_t previous = sequence.resume;
@@ -286,6 +312,63 @@ class Episode {
             previous = planned.tokens;
             own(planned.slot, sequence);
         }
+    }
+
+    void prefix_is_there(const Sequence& sequence, int32_t count) {
+        for (int32_t i = 0; i < count; ++i)
+            REQUIRE(row(sequence, i) == sequence.identity[i + 1], "row %d is another prefix's", i);
+    }
+
+    // The copies, as a device makes them: piece by piece, at any time until the move is done.
+    struct Flight {
+        Move move;
+        size_t copied = 0;
+    };
+
+    void take_moves() {
+        auto moves = cache_->take_moves();
+        if (twin_) REQUIRE(twin_->take_moves().size() == moves.size(), "the twin moves something else");
+        for (Move& move : moves) flights_.push_back({std::move(move)});
+    }
+
+    void fly(int32_t which, bool all) {
+        Flight& flight = flights_[which];
+        const Move& move = flight.move;
+        auto& from = move.out ? rows_ : host_rows_;
+        auto& to = move.out ? host_rows_ : rows_;
+        while (flight.copied <= move.pages.size() && (all || random_.chance(60))) {
+            const size_t at = flight.copied++;
+            if (at < move.pages.size())
+                to[move.pages[at].second] = from[move.pages[at].first];
+            else
+                (move.out ? host_slots_ : slots_)[move.target] = (move.out ? slots_ : host_slots_)[move.source];
+        }
+        if (!all) return;
+        const int64_t id = move.id;
+        flights_.erase(flights_.begin() + which);
+        REQUIRE(cache_->moved(id).index() == 0 && cache_->moved(id).index() == 2, "moved");
+        if (twin_) twin_->moved(id);
+        for (Sequence& sequence : running_) {
+            if (sequence.move != id) continue;
+            sequence.move = 0;
+            prefix_is_there(sequence, sequence.resume);
+            REQUIRE(slots_[sequence.read] == sequence.identity[sequence.resume], "a state came back as another's");
+            found(sequence, sequence.resume, 0);
+        }
+    }
+
+    // Nothing may be done with a sequence before what it resumes from is there.
+    void await(const Sequence& sequence) {
+        auto moving = [](const auto& result) {
+            return std::holds_alternative<Error>(result) && std::get<Error>(result) == Error::kMoving;
+        };
+        REQUIRE(moving(cache_->abort(sequence.id)) && moving(cache_->commit(sequence.id, sequence.tokens, 0)),
+                "moving");
+        take_moves();
+        const int64_t id = sequence.move;
+        auto flight = std::ranges::find_if(flights_, [&](const Flight& other) { return other.move.id == id; });
+        REQUIRE(flight != flights_.end(), "move %lld was never taken", static_cast<long long>(id));
+        if (random_.chance(50)) fly(static_cast<int32_t>(flight - flights_.begin()), true);
     }
 
     // No other running sequence writes this slot.
@@ -562,6 +645,9 @@ class Episode {
     std::vector<uint64_t> slots_;              // [slot]: identity of the prefix consumed
     std::vector<Sequence> running_;
     std::vector<Transfer> transfers_;
+    std::vector<Flight> flights_;
+    std::vector<std::vector<uint64_t>> host_rows_;
+    std::vector<uint64_t> host_slots_;
     std::map<NodeId, std::pair<NodeId, int32_t>> blocks_;
     std::vector<std::vector<Token>> history_;
     int32_t alphabet_ = 2;
@@ -585,12 +671,16 @@ int main(int argc, char** argv) {
     }
     std::printf(
         "%lld operations: %lld hits, %lld page copies, %lld pages appended in place, %lld snapshots evicted, "
-        "%lld consumed in place, %lld forks, %lld received, %lld lent, %lld refusals; no invariant broken, nothing "
+        "%lld consumed in place, %lld forks, %lld received, %lld lent, "
+        "%lld moved out, %lld moved in, %lld moves void, %lld evicted from the host, %lld refusals; no invariant "
+        "broken, nothing "
         "leaked\n",
         static_cast<long long>(operation), static_cast<long long>(Episode::hits),
         static_cast<long long>(Episode::copies), static_cast<long long>(Episode::appended),
         static_cast<long long>(Episode::evicted), static_cast<long long>(Episode::consumed),
         static_cast<long long>(Episode::forks), static_cast<long long>(Episode::received),
-        static_cast<long long>(Episode::lent), static_cast<long long>(Episode::no_room));
+        static_cast<long long>(Episode::lent), static_cast<long long>(Episode::moved_out),
+        static_cast<long long>(Episode::moved_in), static_cast<long long>(Episode::moves_void),
+        static_cast<long long>(Episode::host_evicted), static_cast<long long>(Episode::no_room));
     return 0;
 }

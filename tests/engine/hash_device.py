@@ -171,6 +171,7 @@ class HashDevice:
     """
 
     looks_up_drafts = False
+    mover = None
 
     def __init__(self, pages: int, slots: int, seqs: int, tokens: int, right: int = 60):
         self.model = SimpleNamespace(config=SimpleNamespace(vocab=VOCAB))

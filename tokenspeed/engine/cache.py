@@ -10,6 +10,7 @@ from typing import Protocol
 from tokenspeed._cache import Admission, Cache, Error, Fork, Loan, Match, NoRoom, Policy, Reason, Reception
 
 from .errors import CapacityError, ConfigError, RequestError
+from .step import Move
 
 __all__ = [
     "Admission",
@@ -34,10 +35,12 @@ class TokenBuffer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """Budgets are counts of pages and slots."""
+    """Budgets are counts of pages and slots, on the device and of the host tier."""
 
     pages: int
     slots: int
+    host_pages: int = 0
+    host_slots: int = 0
     page_tokens: int = 64
     ghost_nodes: int = 0  # evicted pages whose token ids are remembered
     grid_tokens: int = 0  # distance of the optional snapshots in a long prefill; 0: none
@@ -111,7 +114,10 @@ class PrefixCache:
 
     def abort(self, request: int) -> bool:
         """Returns everything. False if no such request runs: aborting twice is harmless."""
-        return self._cache.abort(request) is None
+        error = self._cache.abort(request)
+        if error == Error.MOVING:
+            raise self._error(error, request, 0)
+        return error is None
 
     def receive(self, id: int, name_space: str, prefix: TokenBuffer) -> Reception | NoRoom:
         """All or nothing: pages for what is missing of `prefix` ([tokens] int32), and a slot for the state after it.
@@ -142,6 +148,21 @@ class PrefixCache:
         """Ends a reception or a loan, whatever it has come to: what was not received returns, and nobody may write
         there any more. False if there is none of this id."""
         return self._cache.release(id) is None
+
+    def take_moves(self) -> tuple[Move, ...]:
+        """What is to be copied between the device and host memory, in order; called once per plan. Each must be started,
+        and be told to be `moved`."""
+        return tuple(Move(*move) for move in self._cache.take_moves())
+
+    def moved(self, move: int) -> None:
+        """A move is done. Raises RequestError for a number that is not under way."""
+        if (error := self._cache.moved(move)) is not None:
+            raise self._error(error, move, 0)
+
+    def set_costs(self, page: float, slot: float, token: float) -> None:
+        """Seconds to move a page, to move a slot, and to compute a token: what decides whether a state that is in host
+        memory is brought back or computed again. Before they are known everything is brought back."""
+        self._cache.set_costs(page, slot, token)
 
     def clear(self, name_space: str) -> bool:
         """Forgets a namespace; its running sequences go on and leave nothing. False if there was none."""
@@ -183,6 +204,8 @@ class PrefixCache:
                 Error.EMPTY_PROMPT: f"request {request} has no tokens; it needs at least one",
                 Error.BEYOND_PAGES: f"request {request} holds no pages for {count} tokens; extend it first",
                 Error.TOKENS_MISSING: f"request {request}: {count} tokens named, but the buffer is shorter",
+                Error.MOVING: f"request {request} waits for what it resumes from; its move must be done first",
+                Error.UNKNOWN_MOVE: f"move {request} is not under way",
                 Error.DISABLED: "the cache is off: it neither receives nor lends a prefix",
                 Error.BACKWARDS: f"request {request} has committed more than {count} tokens; counts only grow",
             }[error]

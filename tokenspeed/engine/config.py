@@ -181,7 +181,8 @@ class EngineConfig:
     share.
     max_model_len: of one sequence, None for the model's context; max_num_seqs: at once; max_batch_tokens: of one Step.
     memory_fraction: of the memory that is free once the weights are there, for pages and slots, None for .9 on a GPU
-    and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
+    and .5 on a CPU; kv_pages, state_slots: the same by number. host_memory: GiB of this machine's memory in which the
+    prefix cache keeps what the device has no room for, over all ranks. prefix_cache: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
@@ -203,6 +204,7 @@ class EngineConfig:
     memory_fraction: float | None = None
     kv_pages: int | None = None
     state_slots: int | None = None
+    host_memory: float = 0.0
     prefix_cache: bool = True
     cache_policy: str = "value"
     snapshot_grid: int = 8192
@@ -235,6 +237,8 @@ class EngineConfig:
             ("memory_fraction", fraction is None or 0 < fraction <= 1, "in (0, 1]"),
             ("kv_pages", positive(self.kv_pages), "at least 1"),
             ("state_slots", positive(self.state_slots), "at least 1"),
+            ("host_memory", 0 <= self.host_memory < float("inf"), "at least 0 GiB"),
+            ("host_memory", self.prefix_cache or not self.host_memory, "0 where the prefix cache is off"),
             ("cache_policy", self.cache_policy in ("value", "lru"), "'value' or 'lru'"),
             ("snapshot_grid", self.snapshot_grid >= 0, "at least 0 (0 is off)"),
             ("seed", self.seed >= 0, "at least 0"),

@@ -18,13 +18,15 @@ from .request import Acceptance, Request, RequestMetrics, TokenScores, Update
 from .runner import Launched, Runner
 from .scheduler import Leaving, Limits, Planned, Scheduler
 from .scheduler import Sequence as Continuation
-from .step import Begin, Edit, StepChecker
+from .step import Begin, Edit, Step, StepChecker
 from .text.constraints import BadWords, Constraint, Format, ThinkingBudget, combine
 from .text.detokenizer import Detokenizer
 from .text.grammar import Grammar, GrammarCompiler, GrammarSpec
 from .text.stops import StopStrings
 from .text.tokenizer import Tokenizer
 
+_MEASURED_TOKENS = 64  # prefilled by a Step at least: fewer say little of how fast a prompt is computed
+_SMOOTHING = 0.2  # weight of the latest Step in the measured speed of prefill
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of a request's continuations; odd, so they never meet
 
 
@@ -48,6 +50,24 @@ class _Generation:
     acceptance: Acceptance = field(default_factory=Acceptance)
 
 
+class Costs:
+    """What the cache's choice between moving and computing rests on, as it is measured."""
+
+    def __init__(self, runner: Runner, cache):
+        self._runner, self._cache = runner, cache
+        self._token: float | None = None  # seconds to prefill one
+
+    def measure(self, step: Step, seconds: float) -> None:
+        """A Step took as long."""
+        tokens = sum(len(row.tokens) for row in step.prefill)
+        if tokens >= _MEASURED_TOKENS:
+            token = seconds / tokens
+            self._token = token if self._token is None else self._token + _SMOOTHING * (token - self._token)
+        rate, layout = self._runner.mover.rate, self._runner.memory.layout
+        if rate and self._token:
+            self._cache.set_costs(layout.page_bytes / rate, layout.slot_bytes / rate, self._token)
+
+
 class Engine:
     """Requests in, updates out. One thread calls it; `step` does the work."""
 
@@ -60,12 +80,16 @@ class Engine:
         eos_ids: Sequence[int],
         seed: int = 0,
         validate: bool = False,
+        costs: tuple[float, float, float] | None = None,
     ):
         """cache: a PrefixCache over the runner's arenas; seed: of requests that bring none; validate: check every Step
-        and the cache's invariants, for tests."""
+        and the cache's invariants, for tests; costs: as `PrefixCache.set_costs` takes them, None to measure them."""
         self.runner, self.cache, self.limits, self.tokenizer = runner, cache, limits, tokenizer
         self.vocabulary, self.eos_ids = runner.model.config.vocab, frozenset(eos_ids)
         self.scheduler = Scheduler(cache, limits, self)
+        self._costs = Costs(runner, cache) if runner.mover and costs is None else None
+        if costs:
+            cache.set_costs(*costs)
         self.failed: BaseException | None = None
         self._checker = StepChecker(cache.config.pages, cache.config.slots) if validate else None
         self._seeds = itertools.count(seed * 1_000_003 + 1)
@@ -74,7 +98,7 @@ class Engine:
         self._now = 0.0
         self._requests: dict[str, list[_Generation]] = {}
         self._generations: dict[int, _Generation] = {}  # by sequence id
-        self._in_flight: deque[tuple[Planned, Launched]] = deque()
+        self._in_flight: deque[tuple[Planned, Launched, float]] = deque()  # and when it was launched
         self._updates: deque[tuple[_Generation, Update]] = deque()
 
     # ---- requests
@@ -148,6 +172,8 @@ class Engine:
             "preemptions": scheduler.preemptions,
             "kv_pages": config.pages,
             "state_slots": config.slots,
+            "host_pages": config.host_pages,
+            "host_slots": config.host_slots,
         }
         reasons = {f"reason_{name.lower()}": count for name, count in scheduler.reasons.items()}
         fared = self.acceptance
@@ -196,7 +222,10 @@ class Engine:
         self._deliver()
 
     def _step(self) -> None:
+        for number in self.runner.mover.finished() if self.runner.mover else ():
+            self.scheduler.moved(number)
         planned, launched, waits = self.scheduler.plan(), None, False
+        begin = time.monotonic()
         if planned:
             if self._checker:
                 self._checker.check(planned.step)
@@ -209,9 +238,11 @@ class Engine:
         if planned:
             if waits:
                 launched.sample(self._edits(planned))
-            self._in_flight.append((planned, launched))
+            self._in_flight.append((planned, launched, begin))
+        elif not self._in_flight and self.scheduler.awaits_moves:
+            self.runner.mover.wait()
 
-    def _reconcile(self, planned: Planned, launched: Launched) -> None:
+    def _reconcile(self, planned: Planned, launched: Launched, begin: float) -> None:
         result = launched.read()
         self._scores = {planned.samples[i].id: scores for i, scores in result.scores.items()}
         for i, found in result.prompt_scores.items():
@@ -219,7 +250,9 @@ class Engine:
             if generation and generation.prompt_scores is not None:
                 first = planned.step.rows[i].start
                 generation.prompt_scores[first : first + len(found)] = found
-        self._now = time.monotonic()
+        before, self._now = self._now, time.monotonic()
+        if self._costs:
+            self._costs.measure(planned.step, self._now - max(begin, before))
         if self._checker:
             self._checker.read(planned.step, [len(ids) for ids in result.ids])
         if planned.step.width > 1:

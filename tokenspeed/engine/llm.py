@@ -49,6 +49,8 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
         CacheConfig(
             pages=plan.pages,
             slots=plan.slots,
+            host_pages=plan.host_pages,
+            host_slots=plan.host_slots,
             ghost_nodes=_GHOST_NODES_PER_PAGE * plan.pages,
             grid_tokens=config.snapshot_grid,
             policy=Policy.VALUE if config.cache_policy == "value" else Policy.LRU,

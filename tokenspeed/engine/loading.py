@@ -12,9 +12,10 @@ from .. import ops
 from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, pick_kv_dtype, use_threads
 from .errors import CapacityError, ConfigError
-from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
+from .memory import HostMemory, Memory, MemoryLayout, MemoryPlan, free_memory, plan_host_memory, plan_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import holds_mtp, load_weights, with_formats
+from .mover import Mover
 from .parallel.comm import Communicator
 from .runner import Runner
 from .scheduler import drafts_for
@@ -56,11 +57,16 @@ def load_runner(
     layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
     free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
     plan = fit_memory(model_config, layout, config, free, device.type)
-    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))
+    host = plan_host_memory(layout, config, communicator.mesh.world)
+    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]), *host)
     if progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
-    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
+    mover = None
+    if plan.host_slots:
+        host_memory = HostMemory(layout, plan.host_pages, plan.host_slots, device)
+        mover = Mover(memory, host_memory, leads=communicator.mesh.rank == 0)
+    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts, mover)
     runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
     return runner, plan
 

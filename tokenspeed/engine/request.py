@@ -211,17 +211,20 @@ class Logprob:
 @dataclass(frozen=True, slots=True)
 class PrefixReuse:
     """How a prompt was met by the prefix cache, in tokens: what of it was known, had keys and values, was resumed
-    (`cached_tokens`), and was computed although its keys and values were there; reason: why not more was reused."""
+    (`cached_tokens`), and was computed although its keys and values were there; reason: why not more was reused;
+    moved_tokens: of those resumed, how many came back from host memory."""
 
     known_tokens: int
     kv_tokens: int
     cached_tokens: int
     recomputed_tokens: int
     reason: str
+    moved_tokens: int = 0
 
     def __str__(self) -> str:
+        moved = f" ({self.moved_tokens} from host memory)" if self.moved_tokens else ""
         return (
-            f"{self.cached_tokens} resumed, {self.recomputed_tokens} recomputed, known to {self.known_tokens} "
+            f"{self.cached_tokens} resumed{moved}, {self.recomputed_tokens} recomputed, known to {self.known_tokens} "
             f"({self.reason.lower().replace('_', ' ')})"
         )
 

@@ -17,6 +17,7 @@ from .drafting import Chosen, Drafter, LookupDrafter, MtpDrafter
 from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.qwen3_5 import Qwen3_5
+from .mover import Mover
 from .request import TokenScores
 from .sampling import Choices, Sampler, Scores, Vocabulary
 from .step import Edit, Step
@@ -101,11 +102,16 @@ class Launched:
         return Result(ids, scores, prompt_scores)
 
     def _forward(self) -> None:
-        self._forwarded = self._runner.forward(self._step)
+        if self._step.rows:
+            self._forwarded = self._runner.forward(self._step)
 
     @torch.inference_mode()
     def _choose(self, edits: Sequence[Edit]) -> None:
         step, forwarded, runner = self._step, self._forwarded, self._runner
+        if forwarded is None:  # nothing but moves
+            runner.observe(step, edits, runner.no_logits)
+            self._done = True
+            return
         logits, at = forwarded.logits, len(step.decode) * step.width
         for i, row in enumerate(step.prefill, len(step.decode)):
             if row.scored:
@@ -131,10 +137,17 @@ class Runner:
     """
 
     def __init__(
-        self, model: Qwen3_5, memory: Memory, max_seqs: int = 8, max_tokens: int | None = None, drafts: int = 0
+        self,
+        model: Qwen3_5,
+        memory: Memory,
+        max_seqs: int = 8,
+        max_tokens: int | None = None,
+        drafts: int = 0,
+        mover: Mover | None = None,
     ):
         """max_seqs: sequence indices; max_tokens: of one sequence, the model's context where it is None; drafts: behind
-        an id at most: of the model's MTP head, or looked up where it has none."""
+        an id at most: of the model's MTP head, or looked up where it has none; mover: of a host tier."""
+        self.mover = mover
         self.model, self.memory, self.device = model, memory, memory.kv.device
         longest = max_tokens or model.config.max_context
         self.tables = Tables(max_seqs, -(-longest // memory.kv.shape[4]), self.device, drafts)
@@ -153,6 +166,10 @@ class Runner:
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
 
     @property
+    def no_logits(self) -> Tensor:
+        return torch.empty(0, self.model.config.vocab, device=self.device)
+
+    @property
     def looks_up_drafts(self) -> bool:
         """Whether a Begin must bring its history."""
         return isinstance(self._drafter, LookupDrafter)
@@ -160,6 +177,9 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Start a Step behind those launched before it."""
         self.announce(step)
+        if step.moves or step.moved:
+            self.mover.settle(step.moved)
+            self.mover.launch(step.moves)
         return Launched(self, step)
 
     @torch.inference_mode()

@@ -8,13 +8,14 @@ sequence takes effect when the last launched Step that holds it is reconciled.
 Who owns what, by the state of a sequence:
 
     state        device index   pages and slots            goes on to
-    WAITING      -              -                          PREFILLING (admitted), ENDED (aborted)
+    WAITING      -              -                          PREFILLING or ARRIVING (admitted), ENDED (aborted)
+    ARRIVING     its own        its own, all of them       PREFILLING (its state is back from host memory), RETIRING
     PREFILLING   its own        its own, all of them       DECODING (its last chunk is launched), RETIRING
     FORKING      its own        none until its parent's    DECODING (they were forked), RETIRING
                                 are forked
     DECODING     its own        its own                    RETIRING
     RETIRING     its own        as before: launched Steps  ENDED (finished, aborted), WAITING (gave way)
-                                use them
+                                or a move use them
     ENDED        -              -                          -
 """
 
@@ -31,7 +32,7 @@ from .cache import Admission, NoRoom, PrefixCache
 from .config import PAGE_TOKENS
 from .errors import CapacityError
 from .request import PrefixReuse, Request
-from .step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
+from .step import Begin, DecodeRow, Move, NewPages, PrefillRow, Sample, Step
 
 _AGE = 64  # admissions that may overtake a request for each step of priority between them
 _SCORED_TOKENS = 512  # of a prompt in one step where log-probabilities of all of them are wanted: they need all logits
@@ -39,6 +40,7 @@ _SCORED_TOKENS = 512  # of a prompt in one step where log-probabilities of all o
 
 class State(Enum):
     WAITING = auto()
+    ARRIVING = auto()
     PREFILLING = auto()
     FORKING = auto()
     DECODING = auto()
@@ -64,6 +66,7 @@ class Sequence:
     last of them and page copies that no Step has told the device yet; last_step: the last launched Step that holds it;
     held: what its prompt begins with is on its way from another engine, and it is not admitted before; pin: keeps what
     has come until it is (`PrefixCache.received`).
+    begun: a Step has told the device of it; move: under way, to what it holds, 0 for none.
     """
 
     id: int
@@ -93,6 +96,8 @@ class Sequence:
     snapshots: deque = field(default_factory=deque)  # (token count, slot) still ahead
     last_step: int = -1
     holds_memory: bool = False
+    begun: bool = False
+    move: int = 0
     waited: int = 0
     preemptions: int = 0
     reuse: PrefixReuse | None = None
@@ -180,6 +185,8 @@ class Scheduler:
         self._reconciled = -1
         self._free = list(range(limits.max_seqs - 1, -1, -1))
         self._children: dict[int, list[Sequence]] = {}  # of a parent that has not forked yet, by its id
+        self._arriving: dict[int, Sequence] = {}  # by the number of the move they wait for
+        self._moved: list[int] = []  # done, and no Step has said so yet
         self._next_id = self._passed = self._admissions = 0
 
     # ---- requests
@@ -241,8 +248,10 @@ class Scheduler:
                 budget -= self._plan_prefill(sequence, budget, draft)
         if budget > 0 and self.preemptions == preemptions:
             self._admit(budget, draft)
+        draft.moves = self.cache.take_moves()
         if draft.empty:
             return None
+        draft.moved, self._moved = tuple(self._moved), []
         planned = draft.finish(self.steps)
         self.steps += 1
         return planned
@@ -301,7 +310,7 @@ class Scheduler:
         if sequence.leaving in (None, Leaving.PREEMPTED):
             sequence.leaving = how
         sequence.state = State.RETIRING
-        if sequence.last_step <= self._reconciled:
+        if sequence.last_step <= self._reconciled and not sequence.move:
             self._retire(sequence)
 
     def _plan_prefill(self, sequence: Sequence, budget: int, draft: "_Draft") -> int:
@@ -316,6 +325,9 @@ class Scheduler:
                     return 0
                 # Nobody else's prompt goes on in this Step, and decoding may leave less than a page in every Step.
                 end = min(start + budget, sequence.target)
+        if not sequence.begun:
+            sequence.begun = True
+            draft.begins.append(self._host.begin(sequence))
         snapshots = []
         while sequence.snapshots and sequence.snapshots[0][0] <= end:
             snapshots.append(sequence.snapshots.popleft())
@@ -407,7 +419,7 @@ class Scheduler:
             self._unpin(sequence)
             self.waiting.remove(sequence)
             match = admission.match
-            sequence.state, sequence.index = State.PREFILLING, self._free.pop()
+            sequence.state, sequence.index, sequence.begun = State.PREFILLING, self._free.pop(), False
             sequence.target = len(sequence.tokens)
             sequence.consumed = sequence.launched = match.state_tokens
             self.reasons[match.reason.name] += 1
@@ -418,11 +430,15 @@ class Scheduler:
                     match.state_tokens,
                     match.kv_tokens - match.state_tokens,
                     match.reason.name,
+                    match.moved_tokens,
                 )
             self.running.append(sequence)
-            draft.begins.append(self._host.begin(sequence))
             self._take(sequence, admission)
-            budget -= self._plan_prefill(sequence, budget, draft)
+            if admission.move:
+                sequence.state, sequence.move = State.ARRIVING, admission.move
+                self._arriving[admission.move] = sequence
+            else:
+                budget -= self._plan_prefill(sequence, budget, draft)
 
     def _take_in(self, sequence: Sequence) -> Admission | NoRoom:
         request = sequence.request
@@ -445,8 +461,27 @@ class Scheduler:
         if sequence.waited >= self.limits.wait_steps or not self.running:
             return False
         match = self.cache.probe(sequence.request.name_space, sequence.tokens, prompt_logprobs=sequence.scored)
-        sequence.waited += match.pending_tokens > match.state_tokens
-        return match.pending_tokens > match.state_tokens
+        sequence.waited += match.pending_tokens > 0
+        return match.pending_tokens > 0
+
+    # ---- moves
+
+    @property
+    def awaits_moves(self) -> bool:
+        return bool(self._arriving)
+
+    def moved(self, number: int) -> None:
+        """A move is done: who waited for it goes on. Mutates the cache."""
+        self.cache.moved(number)
+        self._moved.append(number)
+        sequence = self._arriving.pop(number, None)
+        if sequence is None:
+            return
+        sequence.move = 0
+        if sequence.state is State.ARRIVING:
+            sequence.state = State.PREFILLING
+        else:
+            self._retire(sequence)
 
     # ---- reconciling
 
@@ -471,7 +506,8 @@ class Scheduler:
         for sequence, row, start in zip(planned.rows, step.rows, before, strict=True):
             self._publish(sequence, row, start)
         for sequence in [s for s in self.running if s.state is State.RETIRING and s.last_step <= planned.number]:
-            self._retire(sequence)
+            if not sequence.move:
+                self._retire(sequence)
 
     def _publish(self, sequence: Sequence, row: DecodeRow | PrefillRow, start: int) -> None:
         """Others shall see what a row wrote. At each token that would cost as much as planning does: at the ends of
@@ -527,12 +563,14 @@ class _Draft:
         self.copies: list[tuple[int, int, int]] = []
         self.pages: list[NewPages] = []
         self.samples: list[Sample] = []
+        self.moves: tuple[Move, ...] = ()
+        self.moved: tuple[int, ...] = ()
         self._rows_of: list[Sequence] = []
         self._samples_of: list[Sequence] = []
 
     @property
     def empty(self) -> bool:
-        return not self.decode and not self.prefill
+        return not self.decode and not self.prefill and not self.moves
 
     def add(self, row: DecodeRow | PrefillRow, sequence: Sequence) -> None:
         (self.decode if isinstance(row, DecodeRow) else self.prefill).append(row)
@@ -564,5 +602,7 @@ class _Draft:
             tuple(self.pages),
             tuple(self.samples),
             self.drafts,
+            self.moves,
+            self.moved,
         )
         return Planned(number, step, tuple(self._rows_of), tuple(self._samples_of))

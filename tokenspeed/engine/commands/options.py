@@ -76,6 +76,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--kv-pages", type=int, metavar="N", help="KV pages of 64 tokens (default: what fits)")
     engine.add_argument("--state-slots", type=int, metavar="N", help="recurrent states kept (default: what fits)")
     engine.add_argument(
+        "--host-memory",
+        type=float,
+        default=default.host_memory,
+        metavar="GIB",
+        help="of this machine's memory, for what the prefix cache has no room for on the device (default 0)",
+    )
+    engine.add_argument(
         "--prefix-cache",
         choices=["on", "off"],
         default="on",

@@ -169,8 +169,9 @@ class Exchange:
                 self._calls.cancel(offered.room, "its state was not kept" if finished else "the prefill was aborted")
                 del self._rooms[offered.room]
             return
-        # While it waits again, others may take its pages.
-        pages = 0 if sequence.state is State.WAITING else sequence.consumed // PAGE_TOKENS
+        # While it waits again others may take its pages, and what comes back from host memory is not there yet.
+        elsewhere = sequence.state in (State.WAITING, State.ARRIVING)
+        pages = 0 if elsewhere else sequence.consumed // PAGE_TOKENS
         if (sequence.preemptions, pages) == offered.told:
             return
         offered.told, found = (sequence.preemptions, pages), ()
