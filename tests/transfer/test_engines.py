@@ -86,7 +86,7 @@ def test_a_prompt_that_is_known_here_is_not_brought_and_one_that_is_known_there_
 
 
 @pytest.mark.parametrize("who", ["prefill", "decode"])
-@pytest.mark.parametrize("when", range(0, 60, 4))
+@pytest.mark.parametrize("when", range(0, 60, 6))
 def test_a_request_that_is_aborted_anywhere_leaves_nothing(model, who, when):
     pair = Pair(model, prefill={"max_batch_tokens": 64}, seed=when)
     kept, lost = pair.decode.submit(text(1, 300)), pair.decode.submit(text(2, 700))
@@ -112,7 +112,7 @@ def length_of(model) -> int:
 def test_an_engine_that_is_killed_at_any_message_holds_nothing_of_the_other(model, who):
     length = length_of(model)
     assert 20 < length < 120
-    for number in range(length):
+    for number in range(who == "decoder", length, 2):
         pair = Pair(model, prefill={"max_batch_tokens": 64}, seed=3)
 
         def fault(at: int, message, number=number, wire=pair.wire) -> int:
@@ -142,7 +142,7 @@ def test_messages_that_are_lost_or_come_twice_cost_time_and_nothing_else(model):
 TINY = {"pages": 14, "slots": 4, "max_seqs": 3}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("prefill, decode", [({}, {}), (TINY, {}), ({}, TINY), (TINY, TINY)])
 def test_random_lives_through_two_engines(model, seed, prefill, decode):
     """Turns, edits, forks, aborts, lost messages, and in tiny engines sequences that give way."""
@@ -152,28 +152,33 @@ def test_random_lives_through_two_engines(model, seed, prefill, decode):
     pair.decode.engine.limits = pair.prefill.engine.limits = min(
         pair.decode.engine.limits, pair.prefill.engine.limits, key=lambda limits: limits.max_tokens
     )
-    live(pair.decode, seed, turns=12)
+    live(pair.decode, seed, turns=10)
     pair.settle()
     assert pair.decode.difference() <= TOLERANCE and not pair.refused
-    assert pair.taker.pulled > 3
+    assert pair.taker.pulled > 2
 
 
 def test_one_slot_is_enough(model):
     pair = Pair(model, decode={"slots": 1, "pages": 8, "max_seqs": 2})
-    talks = [pair.decode.submit(text(i, 130), max_tokens=100) for i in range(3)]
+    talks = [pair.decode.submit(text(i, 130), max_tokens=30) for i in range(3)]
     pair.settle()
     assert all(talk.finished for talk in talks) and pair.decode.difference() <= TOLERANCE
 
 
 def test_a_sequence_that_gives_way_while_it_is_read_is_read_again(model):
-    pair = Pair(model, prefill={"pages": 12, "slots": 3, "max_batch_tokens": 64, "max_seqs": 3})
-    hog = pair.prefill.submit(text(9, 60), max_tokens=600)  # older than all that come
-    while not hog.outputs[0]:
+    pair = Pair(model, prefill={"pages": 9, "slots": 3, "max_batch_tokens": 65, "max_seqs": 3})
+    pair.decode.ask(text(3, 2))
+    hog = pair.prefill.submit(text(9, 60), max_tokens=90)  # older than what comes, and about to need a page
+    while len(hog.outputs[0]) < 64:
         pair.prefill.engine.step()
-    talk = pair.decode.submit(text(1, 400))
-    pair.run(talk)
-    assert pair.decode.difference() <= TOLERANCE
+    talk = pair.decode.submit(text(1, 440), max_tokens=3)
+    epochs = set()
+    while not talk.finished:
+        pair.step()
+        epochs |= {message.epoch for message in pair.wire.sent if isinstance(message, Ready)}
     pair.settle()
+    assert pair.prefill.scheduler.preemptions and len(epochs) > 1 and pair.taker.pulled == 2
+    assert pair.decode.difference() <= TOLERANCE
 
 
 def test_a_name_can_be_used_once(model):

@@ -163,6 +163,7 @@ def test_names_can_be_used_once():
     wire = Wire()
     wire.rooms.offer("room", b"prompt", PAGES, SLOT, 0)
     started(wire).run()
+    wire.rooms.take_ended()
     with pytest.raises(TransferError, match="'room' is over"):
         wire.rooms.offer("room", b"prompt", PAGES, SLOT, 0)
     started(wire).run()
