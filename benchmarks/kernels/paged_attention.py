@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from tokenspeed.ops.fp8 import to_fp8
+
 from ..cases import Case, Inputs, Sizes, optional_peer, torch_implementation
 
 DIM, PAGE, SCALE = 256, 64, 1 / 16
@@ -18,13 +20,14 @@ _flashinfer_prefill = optional_peer("flashinfer", "BatchPrefillWithPagedKVCacheW
 
 
 class Shape(NamedTuple):
-    """`batch` sequences of `context` cached and `tokens` new tokens each."""
+    """`batch` sequences of `context` cached and `tokens` new tokens each; e4m3: the pages, else bf16."""
 
     q_heads: int
     kv_heads: int
     batch: int
     context: int
     tokens: int = 1
+    e4m3: bool = False
 
     @property
     def length(self) -> int:
@@ -37,7 +40,7 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> int:
         """Keys and values once; queries, gates and outputs."""
-        kv = 2 * self.batch * self.length * self.kv_heads * DIM * 2
+        kv = 2 * self.batch * self.length * self.kv_heads * DIM * (1 if self.e4m3 else 2)
         return kv + 3 * self.batch * self.tokens * self.q_heads * DIM * 2
 
     @property
@@ -48,8 +51,10 @@ class Shape(NamedTuple):
 
 
 class Peers(NamedTuple):
-    """What peers get besides the operator's arguments: contiguous k and v [B, heads, L, D], a planned wrapper."""
+    """What peers get besides the operator's arguments: pages in bf16, contiguous k and v [B, heads, L, D], a planned
+    wrapper."""
 
+    kv: Tensor
     k: Tensor
     v: Tensor
     flashinfer: object | None
@@ -68,7 +73,8 @@ def _draw(draw: Inputs, shape: Shape, prefill: bool) -> tuple:
     )
     starts = [i * shape.tokens for i in range(shape.batch + 1)]
     ragged = (draw.integers(starts), contexts, shape.tokens) if prefill else (contexts,)
-    return q, gate, kv, table, *ragged, SCALE, Peers(k, v, _planned(shape, table, kv.device, prefill))
+    peers = Peers(kv, k, v, _planned(shape, table, kv.device, prefill))
+    return q, gate, to_fp8(kv) if shape.e4m3 else kv, table, *ragged, SCALE, peers
 
 
 def _planned(shape: Shape, table: Tensor, device: torch.device, prefill: bool):
@@ -98,7 +104,7 @@ def _flashinfer(q: Tensor, gate: Tensor, kv: Tensor, *rest) -> Tensor:
     wrapper = rest[-1].flashinfer
     if isinstance(wrapper, Exception):
         raise wrapper
-    return wrapper.run(q, kv)
+    return wrapper.run(q, rest[-1].kv)
 
 
 def _sdpa(backend: SDPBackend, shape: Shape) -> Callable:
@@ -118,6 +124,10 @@ def _sdpa(backend: SDPBackend, shape: Shape) -> Callable:
     return attend
 
 
+def _bf16_pages(function: Callable) -> Callable:
+    return lambda q, gate, kv, *rest: function(q, gate, rest[-1].kv, *rest[:-1])
+
+
 def _without_peers(function: Callable) -> Callable:
     return lambda *arguments: function(*arguments[:-1])
 
@@ -134,12 +144,16 @@ def _case(shape: Shape, prefill: bool) -> Case:
     if shape.batch * shape.tokens * shape.length <= 1 << 20:  # its mask and its gathered KV are in memory
         peers["torch"] = _without_peers(torch_implementation(kernel))
     what = f"{shape.batch} x {shape.tokens} after {shape.context}"
+    operator = getattr(torch.ops.tokenspeed, kernel).default
+    if shape.e4m3:
+        peers["the same, bf16 pages"] = _bf16_pages(operator)
+        what += ", e4m3 pages"
     return Case(
         kernel,
         f"{shape.q_heads}:{shape.kv_heads} heads, {what}",
         shape.bytes,
         lambda draw: _draw(draw, shape, prefill),
-        _without_peers(getattr(torch.ops.tokenspeed, kernel).default),
+        _without_peers(operator),
         flops=shape.flops,
         peers=peers,
         ceiling="matmul" if prefill else "read",
@@ -150,6 +164,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     """Head counts of the published models; decode at its goals' lengths, prefill as first chunk and as a later one."""
     if len(sizes.decode) == 1:
         yield _case(Shape(8, 2, 1, 255), prefill=False)
+        yield _case(Shape(8, 2, 1, 255, e4m3=True), prefill=False)
         yield _case(Shape(8, 2, 1, 100, 28), prefill=True)
         return
     decodes = [
@@ -162,6 +177,10 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         Shape(16, 2, 8, 8188, tokens=4),
         Shape(32, 2, 8, 8188, tokens=4),
         Shape(16, 2, 256, 500),
+        Shape(16, 2, 64, 8191, e4m3=True),
+        Shape(16, 2, 1, 50175, e4m3=True),
+        Shape(16, 2, 8, 50175, e4m3=True),
+        Shape(32, 2, 8, 8188, tokens=4, e4m3=True),
     ]
     prefills = [
         Shape(16, 2, 1, 0, tokens=8192),
@@ -171,6 +190,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         Shape(16, 2, 1, 30720, tokens=8),
         Shape(16, 2, 1, 30720, tokens=128),
         Shape(16, 2, 1, 30720, tokens=512),
+        Shape(16, 2, 1, 0, tokens=8192, e4m3=True),
+        Shape(16, 2, 1, 30720, tokens=512, e4m3=True),
         Shape(16, 2, 1, 30720, tokens=1024),
         Shape(16, 2, 1, 131072, tokens=256),
         Shape(16, 2, 4, 16384, tokens=128),

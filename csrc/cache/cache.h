@@ -114,7 +114,8 @@ struct Match {
     int32_t kv_tokens = 0;     // keys and values below are shared; >= state_tokens
     int32_t state_tokens = 0;  // compute resumes here (`cached_tokens`)
     int32_t moved_tokens = 0;  // of state_tokens, those behind the deepest state on the device: a move brings them back
-    int32_t pending_tokens = 0;  // a snapshot that will be published, beyond state_tokens, or there instead of a move; 0: none
+    int32_t pending_tokens =
+        0;  // a snapshot that will be published, beyond state_tokens, or there instead of a move; 0: none
     Reason reason = Reason::kCold;
 };
 
@@ -353,6 +354,7 @@ class Cache {
     void save_ahead();
     bool scarce() const;
     std::optional<NodeId> weakest_unsaved() const;
+    const Snapshots::Record* weakest_on_host() const;
     bool save(NodeId node);
     bool make_host_room(const Snapshots::Record& record, int32_t pages);
     void evict_host(NodeId node);

@@ -10,7 +10,7 @@ namespace tokenspeed::cache {
 namespace {
 
 constexpr size_t kMostOutgoing = 4;  // units under way to host memory at once
-constexpr int32_t kReserve = 4;      // one in so many slots and pages is to be free, or safe to evict
+constexpr int32_t kReserve = 4;      // one in so many pages is to be free, one in so many slots free or saved
 
 }  // namespace
 
@@ -40,22 +40,25 @@ void Cache::save_ahead() {
     }
 }
 
-// Whether the next prompts may have to evict what has no copy in host memory.
+// Whether the next prompts may have to evict what has no copy in host memory. How many pages a unit would free is known
+// only when it goes, so under pressure for pages every unit is saved.
 bool Cache::scarce() const {
-    int32_t slots = slots_.free(), pages = pages_.free() + idle_.size();
-    for (const auto& record : snapshots_.records()) {
-        if (!record.host_slot && record.move == 0) continue;
-        slots += record.slot.unique();
-        if (evictable(record, Resource::kPages)) pages += record.gain / config_.page_tokens;
-    }
-    return slots < config_.slots / kReserve + 1 || pages < config_.pages / kReserve;
+    if (pages_.free() + idle_.size() < config_.pages / kReserve) return true;
+    int32_t slots = slots_.free();
+    for (const auto& record : snapshots_.records())
+        slots += record.slot.unique() && (record.host_slot || record.move != 0);
+    return slots < config_.slots / kReserve + 1;
 }
 
+// What host memory would not take, being weaker than all it has, is passed over: it ends with its eviction.
 std::optional<NodeId> Cache::weakest_unsaved() const {
+    const Snapshots::Record* least = host_slots_.free() < 1 ? weakest_on_host() : nullptr;
+    if (host_slots_.free() < 1 && !least) return std::nullopt;
     const Snapshots::Record* weakest = nullptr;
     for (const auto& record : snapshots_.records()) {
         if (!record.slot || record.host_slot || record.move != 0) continue;
         if (weakest && !snapshots_.weaker(record, *weakest)) continue;
+        if (least && !snapshots_.weaker(*least, record)) continue;
         // What another move is about to bring there is not copied twice.
         auto shares = [&](const Outgoing& move) {
             return !move.nodes.empty() && tree_.is_prefix(move.nodes[0], record.node);
@@ -63,6 +66,13 @@ std::optional<NodeId> Cache::weakest_unsaved() const {
         if (std::ranges::none_of(outgoing_, shares)) weakest = &record;
     }
     return weakest ? std::optional(weakest->node) : std::nullopt;
+}
+
+const Snapshots::Record* Cache::weakest_on_host() const {
+    const Snapshots::Record* weakest = nullptr;
+    for (const auto& record : snapshots_.records())
+        if (record.host_slot.unique() && (!weakest || snapshots_.weaker(record, *weakest))) weakest = &record;
+    return weakest;
 }
 
 bool Cache::save(NodeId id) {
@@ -94,9 +104,7 @@ bool Cache::save(NodeId id) {
 bool Cache::make_host_room(const Snapshots::Record& record, int32_t pages) {
     const NodeId newcomer = record.node;
     while (host_slots_.free() < 1 || host_pages_.free() < pages) {
-        const Snapshots::Record* weakest = nullptr;
-        for (const auto& other : snapshots_.records())
-            if (other.host_slot.unique() && (!weakest || snapshots_.weaker(other, *weakest))) weakest = &other;
+        const Snapshots::Record* weakest = weakest_on_host();
         if (!weakest || !snapshots_.weaker(*weakest, snapshots_[tree_[newcomer].snapshot])) return false;
         evict_host(weakest->node);
     }

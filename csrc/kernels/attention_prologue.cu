@@ -3,7 +3,7 @@
 //     q head h:  out[h] = rope(norm(qkv[2hD : 2hD + D]; q_weight))            its gate, the next D values, stays in
 //     place k head h:  page[0][h][row] = rope(norm(k; k_weight)),   v head h:  page[1][h][row] = v      at
 //     kv_slots[token] norm(x; w) = x rsqrt(mean(x^2) + eps) (1 + w);  rope turns (x[j], x[j + R/2]) by the token's
-//     angle j, j < R/2
+//     angle j, j < R/2;  pages in e4m3 get the nearest number, at most 448
 //
 // Floor: 4 bytes a value of q, k and v, plus the angles: 16:2 heads, 8192 tokens: 170 MB = 39 us at 4.3 TB/s.
 //
@@ -21,6 +21,7 @@
 #include <reduce.h>
 
 #include "bf16x8.h"
+#include "fp8.h"
 #include "kernels.h"
 
 namespace tokenspeed {
@@ -37,8 +38,8 @@ __device__ Float8 load_angles(const float* angles, int offset) {
     return Float8{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 
-// kHeads divides the heads of a token: q heads, then k heads, then v heads.
-template <int kHeads>
+// kHeads divides the heads of a token: q heads, then k heads, then v heads. Kv: bf16 or E4m3.
+template <typename Kv, int kHeads>
 __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const AttentionPrologue p) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t groups = (p.q_heads + 2 * p.kv_heads) / kHeads;
@@ -79,8 +80,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const A
         const int head = first + i;
         const bool is_q = head < p.q_heads, is_v = head >= p.q_heads + p.kv_heads;
         if (!is_q && slot < 0) return;  // padding, and only keys and values follow
+        Float8 x = unpack(packed[i]);
         if (!is_v) {
-            Float8 x = unpack(packed[i]);
             const Float8 w = unpack(weight[i]);
             const float inverse = rsqrtf(warp_sum(sum_of_squares(x)) / kHeadDim + p.eps);
 #pragma unroll
@@ -96,8 +97,12 @@ __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const A
             store_16(p.q + (token * p.q_heads + head) * kHeadDim + lane * kLaneElements, packed[i]);
         } else {
             const int64_t box = head - p.q_heads;  // k heads, then v heads: the order of the page
-            __nv_bfloat16* rows = p.kv + page * p.page_stride + (box * p.page_size + row) * kHeadDim;
-            store_16(rows + lane * kLaneElements, packed[i]);
+            Kv* rows = static_cast<Kv*>(p.kv) + page * p.page_stride + (box * p.page_size + row) * kHeadDim;
+            if constexpr (std::is_same_v<Kv, E4m3>) {
+                *reinterpret_cast<uint2*>(rows + lane * kLaneElements) = pack_e4m3(x);
+            } else {
+                store_16(rows + lane * kLaneElements, packed[i]);
+            }
         }
     }
 }
@@ -114,7 +119,13 @@ cudaError_t attention_prologue(const AttentionPrologue& arguments, cudaStream_t 
     config.block = dim3(kWarps * 32);
     config.stream = stream;
     config.programmatic = true;
-    return launch(many ? attention_prologue_kernel<kMostHeads> : attention_prologue_kernel<1>, config, arguments);
+    if (arguments.kv_is_e4m3) {
+        return launch(many ? attention_prologue_kernel<E4m3, kMostHeads> : attention_prologue_kernel<E4m3, 1>, config,
+                      arguments);
+    }
+    return launch(
+        many ? attention_prologue_kernel<__nv_bfloat16, kMostHeads> : attention_prologue_kernel<__nv_bfloat16, 1>,
+        config, arguments);
 }
 
 }  // namespace tokenspeed

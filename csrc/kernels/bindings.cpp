@@ -89,11 +89,11 @@ std::optional<Tensor> attention_prologue(const Tensor& qkv, const Tensor& q_weig
                         cos_sin.size(0) == tokens && has_shape(kv_slots, {tokens});
     const bool pairs_on_lanes = rotary >= 16 && rotary <= kHeadDim && (rotary & (rotary - 1)) == 0;
     const bool fits = shapes && has_kernels(qkv) && is_bf16(qkv) && is_bf16(q_weight) && is_bf16(k_weight) &&
-                      is_float(cos_sin) && is_bf16(kv) && is_int64(kv_slots) && kv.size(4) == kHeadDim &&
-                      is_dense_from(kv, 1) && has_vector_rows(kv) && has_vector_rows(qkv) && q_weight.is_contiguous() &&
-                      is_aligned(q_weight) && k_weight.is_contiguous() && is_aligned(k_weight) &&
-                      cos_sin.is_contiguous() && is_aligned(cos_sin) && kv_slots.is_contiguous() && pairs_on_lanes &&
-                      tokens * (q_heads + 2 * kv_heads) <= kMaxIndex;
+                      is_float(cos_sin) && (is_bf16(kv) || is_e4m3(kv)) && is_int64(kv_slots) &&
+                      kv.size(4) == kHeadDim && is_dense_from(kv, 1) && has_vector_rows(kv) && has_vector_rows(qkv) &&
+                      q_weight.is_contiguous() && is_aligned(q_weight) && k_weight.is_contiguous() &&
+                      is_aligned(k_weight) && cos_sin.is_contiguous() && is_aligned(cos_sin) &&
+                      kv_slots.is_contiguous() && pairs_on_lanes && tokens * (q_heads + 2 * kv_heads) <= kMaxIndex;
     if (!fits) return std::nullopt;
     Tensor q = new_tensor(qkv, {tokens, q_heads, kHeadDim});
     const Launch launch(qkv);
@@ -102,7 +102,7 @@ std::optional<Tensor> attention_prologue(const Tensor& qkv, const Tensor& q_weig
                                       data(q_weight),
                                       data(k_weight),
                                       data<float>(cos_sin),
-                                      data(kv),
+                                      kv.data_ptr(),
                                       kv.stride(0),
                                       data<int64_t>(kv_slots),
                                       data(q),
@@ -111,7 +111,8 @@ std::optional<Tensor> attention_prologue(const Tensor& qkv, const Tensor& q_weig
                                       static_cast<int>(kv_heads),
                                       static_cast<int>(kv.size(3)),
                                       static_cast<int>(rotary),
-                                      static_cast<float>(eps)};
+                                      static_cast<float>(eps),
+                                      is_e4m3(kv)};
     check_launch(tokenspeed::attention_prologue(arguments, launch.stream()), "attention_prologue");
     return q;
 }

@@ -13,13 +13,14 @@ std::optional<PagedAttention> shared_arguments(const Tensor& q, const Tensor& ga
     if (!fits) return std::nullopt;
     const int64_t tokens = q.size(0), q_heads = q.size(1), pages = kv.size(0), kv_heads = kv.size(2);
     const int64_t sequences = context_lens.size(0);
-    fits = is_bf16(q) && is_bf16(gate) && is_bf16(kv) && is_int32(page_table) && is_int32(context_lens) &&
-           q.size(2) == kHeadDim && kv.size(1) == 2 && kv.size(3) == kPageTokens && kv.size(4) == kHeadDim &&
-           kv_heads > 0 && q_heads > kv_heads && q_heads % kv_heads == 0 &&
+    fits = is_bf16(q) && is_bf16(gate) && (is_bf16(kv) || is_e4m3(kv)) && is_int32(page_table) &&
+           is_int32(context_lens) && q.size(2) == kHeadDim && kv.size(1) == 2 && kv.size(3) == kPageTokens &&
+           kv.size(4) == kHeadDim && kv_heads > 0 && q_heads > kv_heads && q_heads % kv_heads == 0 &&
            has_shape(gate, {tokens, q_heads, kHeadDim}) && page_table.size(0) == sequences &&
            page_table.size(1) <= kMaxIndex && context_lens.is_contiguous() && scale > 0 && tokens > 0 &&
            tokens * q_heads * (q_heads / kv_heads) <= kMaxIndex && sequences > 0 && pages > 0 && is_dense_from(q, 1) &&
-           has_vector_rows(q) && is_dense_from(kv, 1) && has_vector_rows(kv) && kv.stride(0) * 2 < kMaxStrideBytes &&
+           has_vector_rows(q) && is_dense_from(kv, 1) && has_vector_rows(kv) &&
+           kv.stride(0) * static_cast<int64_t>(kv.element_size()) < kMaxStrideBytes &&
            (page_table.size(1) <= 1 || page_table.stride(1) == 1);
     if (!fits) return std::nullopt;
     return PagedAttention{.q = data(q),
@@ -28,7 +29,8 @@ std::optional<PagedAttention> shared_arguments(const Tensor& q, const Tensor& ga
                           .gate_token_stride = gate.stride(0),
                           .gate_head_stride = gate.stride(1),
                           .gate_stride = gate.stride(2),
-                          .kv = data(kv),
+                          .kv = kv.data_ptr(),
+                          .kv_is_e4m3 = is_e4m3(kv),
                           .page_stride = pages > 1 ? kv.stride(0) : 2 * kv_heads * kPageTokens * kHeadDim,
                           .pages = pages,
                           .page_table = data<int32_t>(page_table),

@@ -1,5 +1,5 @@
-// Weights in e4m3 as operands of products in fp16, which holds them exactly; the card converts two an instruction. The
-// format of weights, blocks and scales: tokenspeed/ops/fp8.py.
+// Weights, keys and values in e4m3 as operands of products in fp16, which holds them exactly; the card converts two an
+// instruction. The format of weights, blocks and scales: tokenspeed/ops/fp8.py.
 #pragma once
 #include <cuda_fp8.h>
 #include <ptx.h>
@@ -31,6 +31,14 @@ __device__ __forceinline__ uint4 row_to_half(uint4 packed, float& divisor) {
     divisor = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
     const auto two = [&](int i) { return pack<__half>(x.v[i] * factor, x.v[i + 1] * factor); };
     return make_uint4(two(0), two(2), two(4), two(6));
+}
+
+// Rounded to the nearest, ties to even; what is too large, infinity included, becomes +-448.
+__device__ __forceinline__ uint2 pack_e4m3(const Float8& x) {
+    const auto two = [&](int i) {
+        return uint32_t{__nv_cvt_float2_to_fp8x2(make_float2(x.v[i], x.v[i + 1]), __NV_SATFINITE, __NV_E4M3)};
+    };
+    return make_uint2(two(0) | two(2) << 16, two(4) | two(6) << 16);
 }
 
 }  // namespace tokenspeed

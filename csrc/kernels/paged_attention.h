@@ -6,38 +6,55 @@
 #include <vector.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "bf16x8.h"
+#include "fp8.h"
 #include "kernels.h"
 
 namespace tokenspeed::attention {
 
 constexpr int kDim = kHeadDim;
 constexpr int kPage = kPageTokens;
-constexpr int kColumnGroup = 64;  // columns of a row that lie together in shared memory: the 128 bytes of a swizzle
-constexpr int kColumnGroups = kDim / kColumnGroup;
-constexpr int kGroupBytes = kPage * kColumnGroup * 2;
-constexpr int kBoxBytes = kColumnGroups * kGroupBytes;  // the keys or the values of one page and head
+constexpr int kGroupRowBytes = 128;  // of a row that lie together in shared memory: the width of a swizzle
+constexpr int kGroupBytes = kPage * kGroupRowBytes;
 constexpr float kLog2E = 1.44269504f;
 
+// What the type of pages decides. Keys and values in e4m3 are multiplied in fp16, which holds them exactly. The queries
+// are scaled to its range row by row, and the weights of tokens, at most 1, by a power of two: they cancel where the
+// output is divided by their sum, and 2^-38 is left of the smallest instead of 2^-24.
+template <typename Kv>
+struct Format {
+    static constexpr bool kConverted = std::is_same_v<Kv, E4m3>;
+    using Operand = std::conditional_t<kConverted, __half, __nv_bfloat16>;
+    static constexpr int kColumns = kGroupRowBytes / sizeof(Kv);  // of a row that lie together
+    static constexpr int kGroups = kDim / kColumns;
+    static constexpr int kBoxBytes = kGroups * kGroupBytes;  // the keys or the values of one page and head
+    static constexpr float kLargestWeightLog2 = kConverted ? 14 : 0;
+};
+
 // One layer of the arena as boxes: column, token, column group, (k or v, head), page. A box arrives in shared memory as
-// four column groups of [64 tokens x 128 bytes], swizzled: the operand layout of both ldmatrix and wgmma.
-inline cudaError_t encode_boxes(CUtensorMap* map, const PagedAttention& p) {
-    const TensorLayout<5> layout{
-        .base = p.kv,
-        .sizes = {kColumnGroup, kPage, kColumnGroups, static_cast<uint64_t>(2 * p.kv_heads),
-                  static_cast<uint64_t>(p.pages)},
-        .strides = {2, kDim * 2, kColumnGroup * 2, kPage * kDim * 2, static_cast<uint64_t>(p.page_stride) * 2},
-        .box = {kColumnGroup, kPage, kColumnGroups, 1, 1}};
-    return encode_tensor_map(map, TensorElement::kBf16, layout, Swizzle::k128);
+// column groups of [64 tokens x 128 bytes], swizzled: the operand layout of both ldmatrix and wgmma.
+template <typename Kv>
+cudaError_t encode_boxes(CUtensorMap* map, const PagedAttention& p) {
+    using F = Format<Kv>;
+    constexpr uint64_t kBytes = sizeof(Kv);
+    const TensorLayout<5> layout{.base = p.kv,
+                                 .sizes = {F::kColumns, kPage, F::kGroups, static_cast<uint64_t>(2 * p.kv_heads),
+                                           static_cast<uint64_t>(p.pages)},
+                                 .strides = {kBytes, kDim * kBytes, kGroupRowBytes, kPage * kDim * kBytes,
+                                             static_cast<uint64_t>(p.page_stride) * kBytes},
+                                 .box = {F::kColumns, kPage, F::kGroups, 1, 1}};
+    return encode_tensor_map(map, F::kConverted ? TensorElement::kU8 : TensorElement::kBf16, layout, Swizzle::k128);
 }
 
 enum Part : int { kKeys = 0, kValues = 1 };
 
-// Starts the copy of a page's keys or values of one head; completes kBoxBytes on the barrier.
+// Starts the copy of a page's keys or values of one head; completes a box's bytes on the barrier.
+template <typename Kv>
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int part, int head,
                                          int kv_heads, int page) {
-    ptx::mbarrier_arrive_expect_tx(barrier, kBoxBytes);
+    ptx::mbarrier_arrive_expect_tx(barrier, Format<Kv>::kBoxBytes);
     ptx::tma_load<5>(shared, map, barrier, {0, 0, 0, part * kv_heads + head, page});
 }
 

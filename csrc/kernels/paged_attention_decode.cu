@@ -25,6 +25,12 @@
 // the price is two barriers of four warps a page. (Warps that own tokens to the end, as in FlashMLA, need 128 registers
 // a 16 rows and a merge of four outputs a sequence.)
 //
+// Pages in e4m3: half the bytes, products in fp16, which is exact for them (paged_attention.h). A lane converts what
+// ldmatrix gives it, two values an instruction and 128 a page: by estimate 250 cycles of the 1,750 that such a page
+// takes to arrive. It holds four neighbouring columns of a key, so the queries' columns change places within 16; of
+// values, ldmatrix transposes pairs of columns, so even and odd columns of the output lie in accumulators of their own.
+// Predicted: 64 x 8192 keys 140 us (bf16: 276), 1 x 50176 keys 20 us (31). Not measured yet.
+//
 // Measured on an H100 (read 3,000 to 3,040 GB/s), 16:2 heads, one token unless said: 64 x 8192 keys 378 us = 94% of the
 // read ceiling; 8 x 8192 56 us = 80%; 1 x 32768 31 to 34 us by the run = 66 to 72%; 1 x 1024 5.9 us; 256 x 500 108 us =
 // 82%, where a merge over all pairs took 137; four tokens, 32:2 heads, 8 x 8188 93 us = 48%, by one team 101. About 6
@@ -51,21 +57,23 @@ using namespace attention;
 constexpr int kTileRows = 16;
 constexpr int kWarps = 4;  // of a team
 constexpr int kTeamThreads = kWarps * 32;
-constexpr float kLowest = -3e38f;  // below any score; two of them may be subtracted, unlike two infinities
+constexpr int kWarpColumns = kDim / kWarps;  // of the output
+constexpr float kLowest = -3e38f;            // below any score; two of them may be subtracted, unlike two infinities
 constexpr uint32_t kFirstTeamBarrier = 1;
 
-template <int kTiles>
+template <typename Kv, int kTiles>
 struct Storage {
     static constexpr int kRows = kTiles * kTileRows;
-    static constexpr int kStages = kTiles < 4 ? 6 : 5;
+    static constexpr int kStages = Format<Kv>::kConverted ? 8 : kTiles < 4 ? 6 : 5;
     static constexpr int kTeams = kTiles < 4 ? 1 : 2;
     static constexpr int kConsumers = kTeams * kTeamThreads, kThreads = kConsumers + 32;
 
-    alignas(1024) uint8_t ring[kStages][kBoxBytes];
+    alignas(1024) uint8_t ring[kStages][Format<Kv>::kBoxBytes];
     alignas(1024) uint8_t query[kRows * kDim * 2];     // rows of 512 bytes, swizzled: see query_address
     alignas(1024) uint8_t weights[kRows * kPage * 2];  // of a page, rows of 128 bytes, swizzled
     float maximum[kWarps][kRows];
     float sum[kWarps][kRows];
+    float scale[kRows];  // of scores, pages in e4m3 only
     uint64_t full[kStages], empty[kStages];
 };
 
@@ -124,10 +132,10 @@ __device__ __forceinline__ void each_segment(const PagedAttentionDecode& p, cons
     }
 }
 
-template <int kTiles>
-__device__ __forceinline__ void produce(Storage<kTiles>& storage, const CUtensorMap* map, const PagedAttentionDecode& p,
-                                        const Line& line) {
-    RingPosition<Storage<kTiles>::kStages> at;
+template <typename Kv, int kTiles>
+__device__ __forceinline__ void produce(Storage<Kv, kTiles>& storage, const CUtensorMap* map,
+                                        const PagedAttentionDecode& p, const Line& line) {
+    RingPosition<Storage<Kv, kTiles>::kStages> at;
     each_segment(p, line, [&](const Segment& segment) {
         PageIds ids(p, segment.sequence, segment.first_page, segment.last_page);
         const int head = segment.group / p.row_groups;
@@ -136,7 +144,7 @@ __device__ __forceinline__ void produce(Storage<kTiles>& storage, const CUtensor
             for (int part = kKeys; part <= kValues; ++part) {
                 ptx::mbarrier_wait(&storage.empty[at.stage], at.parity ^ 1);
                 if (ptx::elect_one()) {
-                    load_box(storage.ring[at.stage], map, &storage.full[at.stage], part, head, p.kv_heads, id);
+                    load_box<Kv>(storage.ring[at.stage], map, &storage.full[at.stage], part, head, p.kv_heads, id);
                 }
                 at.next();
             }
@@ -151,10 +159,13 @@ __device__ __forceinline__ uint32_t fragment_address(uint32_t base, int row, int
 }
 
 // A team has its own tiles of the rows; teams share the boxes alone.
-template <int kAllTiles>
+template <typename Kv, int kAllTiles>
 class Consumer {
-    using Shared = Storage<kAllTiles>;
-    static constexpr int kRows = Shared::kRows;  // of all teams
+    using F = Format<Kv>;
+    using Operand = typename F::Operand;
+    using Shared = Storage<Kv, kAllTiles>;
+    static constexpr int kParts = F::kConverted ? 2 : 1;  // operands of 16 columns that ldmatrix_x4 loads
+    static constexpr int kRows = Shared::kRows;           // of all teams
     static constexpr int kTiles = kAllTiles / Shared::kTeams;
 
   public:
@@ -208,7 +219,9 @@ class Consumer {
         return static_cast<int64_t>(segment.sequence) * p_.tokens;
     }
 
-    // Row r of a sequence is token r / group, query head r % group of the KV head; missing rows become zero.
+    // Row r of a sequence is token r / group, query head r % group of the KV head; missing rows become zero. For keys
+    // in e4m3 the columns of 16 change places: a lane has four neighbours of a key where an mma wants two and, eight
+    // further, two.
     __device__ __forceinline__ void load_query(const Segment& segment) {
         constexpr int kChunks = kDim / 8;
         const int head = segment.group / p_.row_groups * p_.group;
@@ -221,8 +234,23 @@ class Consumer {
                 values = *reinterpret_cast<const uint4*>(p_.q + (first_token(segment) + token) * p_.q_stride +
                                                          (head + query_head) * kDim + chunk * 8);
             }
-            *reinterpret_cast<uint4*>(storage_.query + (row * kChunks + (chunk ^ (row & 7))) * 16) = values;
+            const auto place = [&](int at) { return storage_.query + (row * kChunks + (at ^ (row & 7))) * 16; };
+            if constexpr (F::kConverted) {
+                float divisor;
+                values = row_to_half(values, divisor);  // a warp has one row
+                reinterpret_cast<uint2*>(place(chunk & ~1))[chunk % 2] = make_uint2(values.x, values.z);
+                reinterpret_cast<uint2*>(place(chunk | 1))[chunk % 2] = make_uint2(values.y, values.w);
+                if (chunk == 0) storage_.scale[row] = p_.log2_scale * divisor;
+            } else {
+                *reinterpret_cast<uint4*>(place(chunk)) = values;
+            }
         }
+    }
+
+    // To units of log 2.
+    __device__ __forceinline__ float score_scale(int row) const {
+        if constexpr (F::kConverted) return storage_.scale[row];
+        return p_.log2_scale;
     }
 
     // One page: its first token is `position`.
@@ -257,22 +285,33 @@ class Consumer {
 
     // scores = Q K^T for the warp's 16 tokens.
     __device__ __forceinline__ void multiply_keys(float (&scores)[kTiles][2][4]) {
-        constexpr int kUnroll = Shared::kTeams > 1 ? 4 : kDim / 16;  // with more, two teams spill
+        constexpr int kSteps = kDim / (16 * kParts), kUnroll = Shared::kTeams > 1 ? 4 : kSteps;  // or two teams spill
         constexpr int kChains = kTiles == 1 ? 2 : 1;  // independent sums, so that one hides the other's latency
         float sums[kChains][kTiles][2][4] = {};
         const uint32_t keys = ptx::shared_address(storage_.ring[at_.stage]);
         const uint32_t query = ptx::shared_address(storage_.query);
         const int token = warp_ * 16 + lane_ % 8 + lane_ / 16 * 8;
 #pragma unroll kUnroll
-        for (int k = 0; k < kDim / 16; ++k) {
+        for (int k = 0; k < kSteps; ++k) {
             uint32_t key[4];
             ptx::ldmatrix_x4(key, fragment_address(keys + k / 4 * kGroupBytes, token, k % 4 * 2 + lane_ / 8 % 2, 8));
 #pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-                uint32_t rows[4];
-                ptx::ldmatrix_x4(rows, fragment_address(query, tile_row(tile) + lane_ % 16, k * 2 + lane_ / 16, 32));
-                ptx::mma_m16n8k16<__nv_bfloat16>(sums[k % kChains][tile][0], rows, key[0], key[1]);
-                ptx::mma_m16n8k16<__nv_bfloat16>(sums[k % kChains][tile][1], rows, key[2], key[3]);
+            for (int part = 0; part < kParts; ++part) {
+                uint32_t first[2] = {key[0], key[1]}, second[2] = {key[2], key[3]};  // eight tokens each
+                if constexpr (F::kConverted) {
+                    ptx::unpack_e4m3(key[part], first[0], first[1]);
+                    ptx::unpack_e4m3(key[2 + part], second[0], second[1]);
+                }
+                const int step = k * kParts + part;
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    float (&sum)[2][4] = sums[step % kChains][tile];
+                    uint32_t rows[4];
+                    ptx::ldmatrix_x4(rows,
+                                     fragment_address(query, tile_row(tile) + lane_ % 16, step * 2 + lane_ / 16, 32));
+                    ptx::mma_m16n8k16<Operand>(sum[0], rows, first[0], first[1]);
+                    ptx::mma_m16n8k16<Operand>(sum[1], rows, second[0], second[1]);
+                }
             }
         }
 #pragma unroll
@@ -309,11 +348,12 @@ class Consumer {
             for (int half = 0; half < 2; ++half) {
                 // The first column that the row does not see. What is there, NaN included, is overwritten.
                 const int invisible = masked ? visible(tile, half) - position - warp_ * 16 - lane_ % 4 * 2 : kPage;
+                const float scale = score_scale(row_of(tile, half));
                 float maximum = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float& score = scores[tile][i / 2][half * 2 + i % 2];
-                    score = i / 2 * 8 + i % 2 < invisible ? score * p_.log2_scale : -INFINITY;
+                    score = i / 2 * 8 + i % 2 < invisible ? score * scale : -INFINITY;
                     maximum = fmaxf(maximum, score);
                 }
                 maximum = warp_maximum<4>(maximum);
@@ -333,14 +373,15 @@ class Consumer {
                 const float base = maximum == -INFINITY ? 0 : maximum;
                 rescale[tile][half] = ptx::exp2_approximate(maximum_[tile][half] - base);
                 maximum_[tile][half] = maximum;
+                const float origin = base - F::kLargestWeightLog2;
                 float sum = 0;
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
-                    const float first = ptx::exp2_approximate(scores[tile][n][half * 2] - base);
-                    const float second = ptx::exp2_approximate(scores[tile][n][half * 2 + 1] - base);
+                    const float first = ptx::exp2_approximate(scores[tile][n][half * 2] - origin);
+                    const float second = ptx::exp2_approximate(scores[tile][n][half * 2 + 1] - origin);
                     sum += first + second;
                     uint8_t* chunk = storage_.weights + (row * 8 + ((warp_ * 2 + n) ^ (row & 7))) * 16;
-                    reinterpret_cast<uint32_t*>(chunk)[lane_ % 4] = pack<__nv_bfloat16>(first, second);
+                    reinterpret_cast<uint32_t*>(chunk)[lane_ % 4] = pack<Operand>(first, second);
                 }
                 sum_[tile][half] = sum_[tile][half] * rescale[tile][half] + sum;
             }
@@ -350,7 +391,9 @@ class Consumer {
 
     // output += weights V for the warp's 64 columns.
     __device__ __forceinline__ void multiply_values(int position) {
-        const uint32_t values = ptx::shared_address(storage_.ring[at_.stage]) + warp_ * kGroupBytes;
+        constexpr int kWarpChunks = kWarpColumns * sizeof(Kv) / 16;
+        const int first_chunk = warp_ * kWarpChunks % 8;
+        const uint32_t values = ptx::shared_address(storage_.ring[at_.stage]) + warp_ * kWarpChunks / 8 * kGroupBytes;
         const uint32_t weights = ptx::shared_address(storage_.weights);
         // Rows outside the sequence may hold NaN, and a weight of zero would not silence it.
         uint32_t low[kPage / 16], high[kPage / 16];
@@ -376,19 +419,47 @@ class Consumer {
                                  fragment_address(weights, tile_row(tile) + lane_ % 16, k * 2 + lane_ / 16, 8));
             }
 #pragma unroll
-            for (int pair = 0; pair < 4; ++pair) {
+            for (int pair = 0; pair < kWarpChunks / 2; ++pair) {
                 uint32_t value[4];
-                ptx::ldmatrix_x4_transposed(value,
-                                            fragment_address(values, k * 16 + lane_ % 16, pair * 2 + lane_ / 16, 8));
+                ptx::ldmatrix_x4_transposed(
+                    value, fragment_address(values, k * 16 + lane_ % 16, first_chunk + pair * 2 + lane_ / 16, 8));
 #pragma unroll
-                for (int tile = 0; tile < kTiles; ++tile) {
-                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2], rows[tile], value[0] & low[k],
-                                                     value[1] & high[k]);
-                    ptx::mma_m16n8k16<__nv_bfloat16>(output_[tile][pair * 2 + 1], rows[tile], value[2] & low[k],
-                                                     value[3] & high[k]);
+                for (int part = 0; part < kParts; ++part) {
+                    uint32_t first[2] = {value[0], value[1]}, second[2] = {value[2], value[3]};  // eight columns each
+                    if constexpr (F::kConverted) {
+                        unpack_columns(value[2 * part], first[0], second[0]);
+                        unpack_columns(value[2 * part + 1], first[1], second[1]);
+                    }
+                    const int columns = (pair * kParts + part) * 2;
+#pragma unroll
+                    for (int tile = 0; tile < kTiles; ++tile) {
+                        ptx::mma_m16n8k16<Operand>(output_[tile][columns], rows[tile], first[0] & low[k],
+                                                   first[1] & high[k]);
+                        ptx::mma_m16n8k16<Operand>(output_[tile][columns + 1], rows[tile], second[0] & low[k],
+                                                   second[1] & high[k]);
+                    }
                 }
             }
         }
+    }
+
+    // What ldmatrix_x4_transposed gives of e4m3, two columns of two tokens: each column as a register of two fp16.
+    __device__ __forceinline__ static void unpack_columns(uint32_t columns, uint32_t& even, uint32_t& odd) {
+        ptx::unpack_e4m3(__byte_perm(columns, 0, 0x3120), even, odd);
+    }
+
+    // The lane's pair of neighbouring output columns `pair`, of eight, and where they stand. Of values in e4m3, even
+    // and odd columns of 16 lie in accumulators of their own.
+    __device__ __forceinline__ float2 output_pair(int tile, int half, int pair) const {
+        const auto& of_tile = output_[tile];
+        if constexpr (F::kConverted) {
+            const int element = half * 2 + pair % 2;
+            return make_float2(of_tile[pair / 2 * 2][element], of_tile[pair / 2 * 2 + 1][element]);
+        }
+        return make_float2(of_tile[pair][half * 2], of_tile[pair][half * 2 + 1]);
+    }
+    __device__ __forceinline__ static int pair_column(int pair) {
+        return F::kConverted ? pair / 2 * 16 + pair % 2 * 2 : pair * 8;
     }
 
     // Which halves of a register with the values of `token` and the next belong to tokens of the sequence.
@@ -425,21 +496,21 @@ class Consumer {
                 float sum = 0;
 #pragma unroll
                 for (int warp = 0; warp < kWarps; ++warp) sum += storage_.sum[warp][row];
-                const int column = warp_ * kColumnGroup + lane_ % 4 * 2;
+                const int column = warp_ * kWarpColumns + lane_ % 4 * 2 * kParts;
                 if (segment.whole) {
                     const auto [token, query_head] = place_of_row(p_, first_row_ + row);
                     const float inverse = 1 / sum;
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
-                        store_pair(p_, first_token(segment) + token, head + query_head, column + n * 8,
-                                   output_[tile][n][half * 2] * inverse, output_[tile][n][half * 2 + 1] * inverse);
+                        const float2 pair = output_pair(tile, half, n);
+                        store_pair(p_, first_token(segment) + token, head + query_head, column + pair_column(n),
+                                   pair.x * inverse, pair.y * inverse);
                     }
                 } else {
                     float* part = p_.parts + (slot * kRows + row) * kDim + column;
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
-                        *reinterpret_cast<float2*>(part + n * 8) =
-                            make_float2(output_[tile][n][half * 2], output_[tile][n][half * 2 + 1]);
+                        *reinterpret_cast<float2*>(part + pair_column(n)) = output_pair(tile, half, n);
                     }
                     if (warp_ == 0 && lane_ % 4 == 0) {
                         p_.part_sums[slot * kRows + row] = make_float2(maximum_[tile][half], sum);
@@ -480,11 +551,11 @@ __device__ __forceinline__ void prefetch_indices(const PagedAttentionDecode& p) 
     for (int i = lane * kLine; i < p.sequences; i += 32 * kLine) ptx::prefetch_l2(p.context_lens + i);
 }
 
-template <int kTiles>
-__global__ void __launch_bounds__(Storage<kTiles>::kThreads, 1)
+template <typename Kv, int kTiles>
+__global__ void __launch_bounds__(Storage<Kv, kTiles>::kThreads, 1)
     decode_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ PagedAttentionDecode p) {
     DYNAMIC_SHARED(raw);
-    using Shared = Storage<kTiles>;
+    using Shared = Storage<Kv, kTiles>;
     auto& storage = *reinterpret_cast<Shared*>(raw);
     constexpr int kProducer = Shared::kConsumers / 32;
     const int warp = ptx::warp_id();
@@ -504,7 +575,7 @@ __global__ void __launch_bounds__(Storage<kTiles>::kThreads, 1)
     if (warp == kProducer) {
         produce(storage, &map, p, line);
     } else {
-        Consumer<kTiles> consumer(storage, p);
+        Consumer<Kv, kTiles> consumer(storage, p);
         each_segment(p, line, [&](const Segment& segment) { consumer.run(segment); });
         clear_padding(p, Shared::kConsumers);
     }
@@ -613,23 +684,30 @@ cudaError_t launch_merge(const PagedAttentionDecode& p, int items, int blocks, i
                   p, blocks, rows_of_part);
 }
 
-template <int kTiles>
+template <typename Kv, int kTiles>
 cudaError_t launch_tiles(const PagedAttentionDecode& p, int blocks, cudaStream_t stream) {
     CUtensorMap map;
-    if (const auto status = encode_boxes(&map, p); status != cudaSuccess) return status;
-    const auto status = launch(decode_kernel<kTiles>,
+    if (const auto status = encode_boxes<Kv>(&map, p); status != cudaSuccess) return status;
+    const auto status = launch(decode_kernel<Kv, kTiles>,
                                {.grid = static_cast<unsigned>(blocks),
-                                .block = Storage<kTiles>::kThreads,
-                                .shared_bytes = sizeof(Storage<kTiles>),
+                                .block = Storage<Kv, kTiles>::kThreads,
+                                .shared_bytes = sizeof(Storage<Kv, kTiles>),
                                 .stream = stream,
                                 .programmatic = true},
                                map, p);
     if (status != cudaSuccess) return status;
     const int64_t pairs = static_cast<int64_t>(p.kv_heads) * p.row_groups * p.sequences;
     if (pairs < blocks) {
-        return launch_merge<false>(p, static_cast<int>(pairs), blocks, Storage<kTiles>::kRows, stream);
+        return launch_merge<false>(p, static_cast<int>(pairs), blocks, Storage<Kv, kTiles>::kRows, stream);
     }
-    return launch_merge<true>(p, blocks - 1, blocks, Storage<kTiles>::kRows, stream);
+    return launch_merge<true>(p, blocks - 1, blocks, Storage<Kv, kTiles>::kRows, stream);
+}
+
+template <typename Kv>
+cudaError_t launch_decode(const PagedAttentionDecode& p, const PagedAttentionDecodeShape& shape, cudaStream_t stream) {
+    if (shape.tiles == 1) return launch_tiles<Kv, 1>(p, shape.blocks, stream);
+    return shape.tiles == 2 ? launch_tiles<Kv, 2>(p, shape.blocks, stream)
+                            : launch_tiles<Kv, 4>(p, shape.blocks, stream);
 }
 
 }  // namespace
@@ -648,8 +726,7 @@ cudaError_t paged_attention_decode(PagedAttentionDecode p, cudaStream_t stream) 
     const int rows = p.tokens * (p.q_heads / p.kv_heads), rows_of_group = shape.tiles * kTileRows;
     complete(p);
     p.row_groups = (rows + rows_of_group - 1) / rows_of_group;
-    if (shape.tiles == 1) return launch_tiles<1>(p, shape.blocks, stream);
-    return shape.tiles == 2 ? launch_tiles<2>(p, shape.blocks, stream) : launch_tiles<4>(p, shape.blocks, stream);
+    return p.kv_is_e4m3 ? launch_decode<E4m3>(p, shape, stream) : launch_decode<__nv_bfloat16>(p, shape, stream);
 }
 
 }  // namespace tokenspeed

@@ -34,6 +34,11 @@
 // Shared memory: a warpgroup reads 16 x 4 KB for S and 4 x 8 KB for P V a page = 768 of its 1,024 matrix cycles at 128
 // bytes a cycle; with the copies in, shared memory is as busy as the matrix unit.
 //
+// Pages in e4m3: TMA brings boxes of 16 KB to a ring of their own, and the producer's three idle neighbours turn them
+// into boxes of fp16 (22 pieces of 16 numbers a thread and page, while the page takes 2,900 cycles to multiply), of
+// which there are four: the consumers' code is the same. Shared memory then carries 96 KB more a page and the copies 32
+// less: predicted 10 to 20% slower than bf16 where the matrix unit is the limit. Not measured yet.
+//
 // Measured on an H100 (product 782 to 790 TFLOP/s in that run), 16:2 heads where not said otherwise. Behind 30720 keys:
 // 8 tokens 48 us (58 in the decode kernel), 128 tokens 115 us (371 there) = 561 TFLOP/s, 512 tokens 404 us = 644, 768
 // tokens 626 us = 625 (512 uncut: 761 us = 341); 256 behind 131072 856 us = 643; 4 x 128 behind 16384 269 us = 512.
@@ -64,10 +69,10 @@ constexpr int kRows = kGroupRows * kConsumerGroups;
 static_assert(kRows == kPrefillPartRows);
 constexpr int kConsumers = kConsumerGroups * 128;
 constexpr int kThreads = kConsumers + 128;
-constexpr int kStages = 5;
 constexpr int kGateRows = 8;                        // whose gates a warp loads at a time
 constexpr int kWarpRows = 16;                       // of a warp
 constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
+constexpr int kConverters = 96;                     // threads, behind the producer warp
 constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3;
 constexpr int kWhole = 1 << 30;     // more pages than any sequence has
 constexpr int kMostRanges = 128;    // that a sequence is cut into
@@ -88,14 +93,32 @@ struct List {
     int most_pages;  // of an entry
 };
 
+template <typename Kv>
 struct Storage {
+    static constexpr int kStages = 5;
+    static constexpr int kFillers = 1;  // arrivals that make a box full
+
     alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
-    alignas(1024) uint8_t ring[kStages][kBoxBytes];
+    alignas(1024) uint8_t ring[kStages][kQueryBytes];
     uint64_t full[kStages], empty[kStages];
     List list;
 };
-static_assert(sizeof(Storage) <= 227 * 1024);
-static_assert(kQueryBytes == kBoxBytes);
+
+// Boxes of e4m3 arrive in a ring of their own, and the producer's neighbours turn them into what products read.
+template <>
+struct Storage<E4m3> {
+    static constexpr int kStages = 4, kRawStages = 2;
+    static constexpr int kFillers = kConverters / 32;
+
+    alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
+    alignas(1024) uint8_t ring[kStages][kQueryBytes];
+    alignas(1024) uint8_t raw[kRawStages][Format<E4m3>::kBoxBytes];
+    float scale[kRows];  // of the scores of a row
+    uint64_t full[kStages], empty[kStages], raw_full[kRawStages], raw_empty[kRawStages];
+    List list;
+};
+static_assert(sizeof(Storage<__nv_bfloat16>) <= 227 * 1024 && sizeof(Storage<E4m3>) <= 227 * 1024);
+static_assert(kQueryBytes == Format<__nv_bfloat16>::kBoxBytes && kQueryBytes == 2 * Format<E4m3>::kBoxBytes);
 
 // Where a sequence's tokens begin; those of the one behind the last are their end.
 __device__ __forceinline__ int first_token_of(const PagedAttentionPrefill& p, int sequence) {
@@ -251,9 +274,13 @@ __device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, const 
     }
 }
 
+template <typename Kv>
 class Producer {
+    static constexpr bool kConverted = Format<Kv>::kConverted;
+    using Shared = Storage<Kv>;
+
   public:
-    __device__ __forceinline__ Producer(Storage& storage, const CUtensorMap* map, const PagedAttentionPrefill& p)
+    __device__ __forceinline__ Producer(Shared& storage, const CUtensorMap* map, const PagedAttentionPrefill& p)
         : storage_(storage), map_(map), p_(p) {}
 
     __device__ __forceinline__ void run(const Tile& tile) {
@@ -288,22 +315,94 @@ class Producer {
     }
 
     __device__ __forceinline__ void load(int part, int head, int id) {
-        ptx::mbarrier_wait(&storage_.empty[at_.stage], at_.parity ^ 1);
-        if (ptx::elect_one()) {
-            load_box(storage_.ring[at_.stage], map_, &storage_.full[at_.stage], part, head, p_.kv_heads, id);
+        if constexpr (kConverted) {
+            load(storage_.raw, storage_.raw_full, storage_.raw_empty, part, head, id);
+        } else {
+            load(storage_.ring, storage_.full, storage_.empty, part, head, id);
         }
+    }
+
+    template <int kStages, int kBytes>
+    __device__ __forceinline__ void load(uint8_t (&ring)[kStages][kBytes], uint64_t* full, uint64_t* empty, int part,
+                                         int head, int id) {
+        ptx::mbarrier_wait(&empty[at_.stage], at_.parity ^ 1);
+        if (ptx::elect_one()) load_box<Kv>(ring[at_.stage], map_, &full[at_.stage], part, head, p_.kv_heads, id);
         at_.next();
     }
 
-    Storage& storage_;
+    static constexpr int stages() {
+        if constexpr (kConverted) return Shared::kRawStages;
+        return Shared::kStages;
+    }
+
+    Shared& storage_;
     const CUtensorMap* map_;
     const PagedAttentionPrefill& p_;
-    RingPosition<kStages> at_;
+    RingPosition<stages()> at_;
 };
 
-class Consumer {
+// Boxes of e4m3 become boxes of fp16, in the order in which they arrive.
+class Converter {
+    using Shared = Storage<E4m3>;
+
   public:
-    __device__ __forceinline__ Consumer(Storage& storage, const PagedAttentionPrefill& p)
+    __device__ __forceinline__ explicit Converter(Shared& storage) : storage_(storage) {}
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+#pragma unroll 1
+        for (int left = 2 * (tile.last_page - tile.first_page); left > 0; --left) {
+            ptx::mbarrier_wait(&storage_.raw_full[from_.stage], from_.parity);
+            ptx::mbarrier_wait(&storage_.empty[to_.stage], to_.parity ^ 1);
+            convert(storage_.raw[from_.stage], storage_.ring[to_.stage]);
+            ptx::fence_async_shared();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) {
+                ptx::mbarrier_arrive(&storage_.raw_empty[from_.stage]);
+                ptx::mbarrier_arrive(&storage_.full[to_.stage]);
+            }
+            from_.next();
+            to_.next();
+        }
+    }
+
+  private:
+    // A piece of 16 columns in, two of 8 out. A warp takes four pieces of eight rows; eight lanes those of two rows
+    // that differ by 5 in their swizzle, so that neither the reads nor the writes collide in a bank.
+    __device__ __forceinline__ static void convert(const uint8_t* raw, uint8_t* box) {
+        constexpr int kPieces = Format<E4m3>::kBoxBytes / 16;
+#pragma unroll 2
+        for (int at = threadIdx.x - kConsumers - 32; at < kPieces; at += kConverters) {
+            const int row = (at / 8 % 4 ^ at / 4 % 2 * 5) + at / 64 % 8 * 8;
+            const int piece = at % 4 + at / 32 % 2 * 4, group = at / 512;
+            const uint4 values =
+                *reinterpret_cast<const uint4*>(raw + group * kGroupBytes + (row * 8 + (piece ^ (row & 7))) * 16);
+            uint8_t* out = box + (group * 2 + piece / 4) * kGroupBytes;
+            const auto place = [&](int chunk) {
+                return reinterpret_cast<uint4*>(out + (row * 8 + (chunk ^ (row & 7))) * 16);
+            };
+            uint4 halves;
+            ptx::unpack_e4m3(values.x, halves.x, halves.y);
+            ptx::unpack_e4m3(values.y, halves.z, halves.w);
+            *place(piece % 4 * 2) = halves;
+            ptx::unpack_e4m3(values.z, halves.x, halves.y);
+            ptx::unpack_e4m3(values.w, halves.z, halves.w);
+            *place(piece % 4 * 2 + 1) = halves;
+        }
+    }
+
+    Shared& storage_;
+    RingPosition<Shared::kRawStages> from_;
+    RingPosition<Shared::kStages> to_;
+};
+
+template <typename Kv>
+class Consumer {
+    using F = Format<Kv>;
+    using Operand = typename F::Operand;
+    using Shared = Storage<Kv>;
+
+  public:
+    __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionPrefill& p)
         : storage_(storage), p_(p), group_(ptx::warp_id() / 4), warp_(ptx::warp_id() % 4), lane_(threadIdx.x % 32) {}
 
     __device__ __forceinline__ void run(const Tile& tile) {
@@ -376,11 +475,11 @@ class Consumer {
 
     __device__ __forceinline__ void barrier() const { ptx::named_barrier_sync(kFirstGroupBarrier + group_, 128); }
 
-    // The group's rows; missing ones become zero. All loads are under way at once.
+    // The group's rows; missing ones become zero. All loads are under way at once, or, lest registers spill, four.
     __device__ __forceinline__ void load_query() {
-        constexpr int kChunks = kDim / 8;
-#pragma unroll
-        for (int i = 0; i < kGroupRows * kChunks / 128; ++i) {
+        constexpr int kChunks = kDim / 8, kSteps = kGroupRows * kChunks / 128, kUnroll = F::kConverted ? 4 : kSteps;
+#pragma unroll kUnroll
+        for (int i = 0; i < kSteps; ++i) {
             const int at = i * 128 + static_cast<int>(threadIdx.x % 128), row = at / kChunks, chunk = at % kChunks;
             const int of_sequence = first_row_ + row;
             uint4 values{};
@@ -389,11 +488,24 @@ class Consumer {
                 values = ptx::load_16_no_allocate(p_.q + (tile_.first_token + token) * p_.q_stride +
                                                   (tile_.head * p_.group + head) * kDim + chunk * 8);
             }
+            if constexpr (F::kConverted) {
+                float divisor;
+                values = row_to_half(values, divisor);  // a warp has one row
+                if (chunk == 0) storage_.scale[group_ * kGroupRows + row] = p_.log2_scale * divisor;
+            }
             *reinterpret_cast<uint4*>(storage_.query[group_] + chunk / 8 * kGroupBytes +
                                       (row * 8 + (chunk % 8 ^ (row & 7))) * 16) = values;
         }
         ptx::fence_async_shared();
         barrier();
+    }
+
+    // Of scores, to units of log 2. From shared memory each time: there is no register left.
+    __device__ __forceinline__ float score_scale(int half) const {
+        if constexpr (F::kConverted) {
+            return storage_.scale[threadIdx.x / 32 * kWarpRows + threadIdx.x % 32 / 4 + half * 8];
+        }
+        return p_.log2_scale;
     }
 
     __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.stage], at_.parity); }
@@ -415,8 +527,8 @@ class Consumer {
             ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.stage]), Swizzle::k128, 16, 1024);
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) {  // addresses in a descriptor count 16 bytes
-            ptx::wgmma<__nv_bfloat16, kPage>(scores, query + (k / 4 * kGroupBytes + k % 4 * 32) / 16,
-                                             keys + (k / 4 * kGroupBytes + k % 4 * 32) / 16, k > 0);
+            ptx::wgmma<Operand, kPage>(scores, query + (k / 4 * kGroupBytes + k % 4 * 32) / 16,
+                                       keys + (k / 4 * kGroupBytes + k % 4 * 32) / 16, k > 0);
         }
         ptx::wgmma_commit();
     }
@@ -428,8 +540,8 @@ class Consumer {
             ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.stage]), Swizzle::k128, kGroupBytes, 1024);
 #pragma unroll
         for (int k = 0; k < kPage / 16; ++k) {
-            ptx::wgmma<__nv_bfloat16, kDim, true>(output, weights[k], values + k * 16 * kColumnGroup * 2 / 16,
-                                                  accumulate || k > 0);
+            ptx::wgmma<Operand, kDim, true>(output, weights[k], values + k * 16 * kGroupRowBytes / 16,
+                                            accumulate || k > 0);
         }
         ptx::wgmma_commit();
     }
@@ -455,14 +567,15 @@ class Consumer {
             for (int i = 0; i < kPage / 4; ++i) maximum = fmaxf(maximum, scores[i / 2 * 4 + half * 2 + i % 2]);
             maximum = warp_maximum<4>(maximum);
             // A row that sees nothing of the range so far: any finite number gives weights of zero.
-            const float base = maximum == -INFINITY ? 0 : maximum * p_.log2_scale;
-            rescale[half] = ptx::exp2_approximate(maximum_[half] * p_.log2_scale - base);
+            const float scale = score_scale(half), base = maximum == -INFINITY ? 0 : maximum * scale;
+            rescale[half] = ptx::exp2_approximate(maximum_[half] * scale - base);
             maximum_[half] = maximum;
+            const float origin = base - F::kLargestWeightLog2;
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < kPage / 4; ++i) {
                 float& score = scores[i / 2 * 4 + half * 2 + i % 2];
-                score = ptx::exp2_approximate(score * p_.log2_scale - base);
+                score = ptx::exp2_approximate(score * scale - origin);
                 sum += score;
             }
             sum_[half] = sum_[half] * rescale[half] + sum;
@@ -474,7 +587,7 @@ class Consumer {
                                                         const float (&scores)[kPage / 2]) {
 #pragma unroll
         for (int i = 0; i < kPage / 4; ++i) {
-            weights[i / 4][i % 4] = pack<__nv_bfloat16>(scores[2 * i], scores[2 * i + 1]);
+            weights[i / 4][i % 4] = pack<Operand>(scores[2 * i], scores[2 * i + 1]);
         }
         ptx::hold_registers(weights);
     }
@@ -613,19 +726,19 @@ class Consumer {
                 *reinterpret_cast<float2*>(part + n * 8) =
                     make_float2(output[n * 4 + half * 2], output[n * 4 + half * 2 + 1]);
             }
-            if (lane % 4 == 0) p_.part_sums[at] = make_float2(maximum_[half] * p_.log2_scale, sum);
+            if (lane % 4 == 0) p_.part_sums[at] = make_float2(maximum_[half] * score_scale(half), sum);
         }
         barrier();  // nobody in the group reads queries any more: the next ones may come
     }
 
-    Storage& storage_;
+    Shared& storage_;
     const PagedAttentionPrefill& p_;
     const int group_, warp_, lane_;
     Tile tile_;
     int first_row_;              // of the group, in the sequence
     int masked_from_;            // tokens that all rows of the group see
     float maximum_[2], sum_[2];  // sum_: over the lane's own columns
-    RingPosition<kStages> at_;
+    RingPosition<Shared::kStages> at_;
 };
 
 // Zeros where a negative context marks padding, which a batch of sequences of one length may hold. By the producer's
@@ -640,16 +753,24 @@ __device__ __forceinline__ void clear_padding(const PagedAttentionPrefill& p) {
     }
 }
 
+template <typename Kv>
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ PagedAttentionPrefill p) {
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage*>(raw);
+    using Shared = Storage<Kv>;
+    auto& storage = *reinterpret_cast<Shared*>(raw);
     const uint32_t warp = ptx::warp_id();
     if (threadIdx.x == kConsumers) {
         ptx::prefetch_tensor_map(&map);
-        for (int stage = 0; stage < kStages; ++stage) {
-            ptx::mbarrier_init(&storage.full[stage], 1);
+        for (int stage = 0; stage < Shared::kStages; ++stage) {
+            ptx::mbarrier_init(&storage.full[stage], Shared::kFillers);
             ptx::mbarrier_init(&storage.empty[stage], kConsumers / 32);
+        }
+        if constexpr (Format<Kv>::kConverted) {
+            for (int stage = 0; stage < Shared::kRawStages; ++stage) {
+                ptx::mbarrier_init(&storage.raw_full[stage], 1);
+                ptx::mbarrier_init(&storage.raw_empty[stage], Shared::kFillers);
+            }
         }
         ptx::fence_mbarrier_init();
     }
@@ -664,13 +785,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::register_decrease<40>();
         if (warp > kConsumers / 32) {
             clear_padding(p);
+            if constexpr (Format<Kv>::kConverted) {
+                Converter converter(storage);
+                each_tile(p, storage.list, [&](const Tile& tile) { converter.run(tile); });
+            }
             return;
         }
-        Producer producer(storage, &map, p);
+        Producer<Kv> producer(storage, &map, p);
         each_tile(p, storage.list, [&](const Tile& tile) { producer.run(tile); });
     } else {
         ptx::register_increase<232>();
-        Consumer consumer(storage, p);
+        Consumer<Kv> consumer(storage, p);
         each_tile(p, storage.list, [&](const Tile& tile) { consumer.run(tile); });
     }
 }
@@ -742,6 +867,19 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
 }
 
+template <typename Kv>
+cudaError_t launch_prefill(const PagedAttentionPrefill& p, int blocks, cudaStream_t stream) {
+    CUtensorMap map;
+    if (const auto status = encode_boxes<Kv>(&map, p); status != cudaSuccess) return status;
+    return launch(prefill_kernel<Kv>,
+                  {.grid = static_cast<unsigned>(blocks),
+                   .block = kThreads,
+                   .shared_bytes = sizeof(Storage<Kv>),
+                   .stream = stream,
+                   .programmatic = true},
+                  map, p);
+}
+
 // At most as many tiles as the sequences may have for one KV head.
 int64_t most_tiles(const PagedAttention& p, int64_t tokens) {
     return tokens * (p.q_heads / p.kv_heads) / kRows + p.sequences;
@@ -767,18 +905,11 @@ int paged_attention_prefill_parts(const PagedAttention& p, int64_t tokens) {
 
 cudaError_t paged_attention_prefill(PagedAttentionPrefill p, cudaStream_t stream) {
     complete(p);
-    CUtensorMap map;
-    if (const auto status = encode_boxes(&map, p); status != cudaSuccess) return status;
     const int64_t tiles = most_tiles(p, p.tokens) * p.kv_heads;
     const auto blocks =
         static_cast<int>(std::min<int64_t>(multiprocessor_count(), p.most_parts > 0 ? p.most_parts : tiles));
-    const auto status = launch(prefill_kernel,
-                               {.grid = static_cast<unsigned>(blocks),
-                                .block = kThreads,
-                                .shared_bytes = sizeof(Storage),
-                                .stream = stream,
-                                .programmatic = true},
-                               map, p);
+    const auto status =
+        p.kv_is_e4m3 ? launch_prefill<E4m3>(p, blocks, stream) : launch_prefill<__nv_bfloat16>(p, blocks, stream);
     if (status != cudaSuccess || p.most_parts == 0) return status;
     const int64_t merge_blocks = (p.tokens * p.q_heads + kMergeRows - 1) / kMergeRows;
     return launch(

@@ -57,13 +57,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (!inside) return;
     const float factor = kLargest / peak;
-    uint32_t packed[2] = {};
 #pragma unroll
-    for (int i = 0; i < kElements; i += 2) {
-        const float2 pair = make_float2(y.v[i] * factor, y.v[i + 1] * factor);
-        packed[i / 4] |= uint32_t{__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3)} << (i % 4 * 8);
-    }
-    *reinterpret_cast<uint2*>(values + row * columns + column) = make_uint2(packed[0], packed[1]);
+    for (int i = 0; i < kElements; ++i) y.v[i] *= factor;
+    *reinterpret_cast<uint2*>(values + row * columns + column) = pack_e4m3(y);
     if (lane == 0) scales[group % groups * rows + row] = peak / kLargest;
 }
 

@@ -13,13 +13,14 @@ from checkpoints import CPU, Shape, load, oracle
 from torch import Tensor
 
 from tokenspeed import ops
-from tokenspeed.engine.batch import Batch, Rows, paged
+from tokenspeed.engine.batch import paged
 from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
 from tokenspeed.engine.drafting import MtpDrafter
 from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import HostMemory, Memory, MemoryLayout
+from tokenspeed.engine.model.inputs import Batch, Rows
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.mover import Mover
 from tokenspeed.engine.request import Request, SamplingParams
@@ -109,8 +110,8 @@ class Lab:
     """One engine on the CPU, fp32, every Step and the cache validated.
 
     admissions, forks, ends: what the cache answered and was told, by sequence id. computed: rows by sequence id, as
-    (first position, end). tamper: called at each admission, before its first Step is launched. slow_moves: a seed, 0 for
-    moves that are done when they are first asked for.
+    (first position, end). tamper: called at each admission, before its first Step is launched. slow_moves: a seed, 0
+    for moves that are done when they are first asked for.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Lab:
         pages: int = 64,
         slots: int = 16,
         max_seqs: int = 4,
-        max_batch_tokens: int = 256,
+        max_num_batched_tokens: int = 256,
         ring_rows: int = 0,
         validate: bool = True,
         drafts: int = 0,
@@ -149,7 +150,7 @@ class Lab:
         sizes = {"pages": pages, "slots": slots, "host_pages": host_pages, "host_slots": host_slots}
         self.cache = PrefixCache(CacheConfig(**sizes | {"ghost_nodes": 4 * pages} | cache))
         depths = {"drafts": ((max_seqs, drafts),) if drafts else ()}
-        bounds = Limits(max_seqs, max_batch_tokens, longest, **depths | (limits or {}))
+        bounds = Limits(max_seqs, max_num_batched_tokens, longest, **depths | (limits or {}))
         self.engine = Engine(self.runner, self.cache, bounds, shipped_tokenizer(), (), validate=validate, costs=costs)
         self.scheduler = self.engine.scheduler
         self.talks: list[Talk] = []

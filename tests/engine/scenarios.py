@@ -159,10 +159,10 @@ def consumed(model: Qwen3_5, **settings) -> Lab:
     return lab
 
 
-def away(model: Qwen3_5, ends: tuple[int, ...] = (), **settings) -> tuple[Lab, Talk]:
+def away(model: Qwen3_5, **settings) -> tuple[Lab, Talk]:
     """A conversation that the device has let go, while host memory has it."""
     lab = Lab(model, **{"pages": 10, "slots": 3, "host_pages": 40, "host_slots": 8} | settings)
-    first = lab.ask(text(1, 200), max_tokens=20, stop_token_ids=ends)
+    first = lab.ask(text(1, 200), max_tokens=20)
     for seed in range(2, 6):
         lab.settle()
         lab.ask(text(seed, 190), max_tokens=4)
@@ -176,11 +176,6 @@ def there_and_back(model: Qwen3_5, **settings) -> Lab:
     assert again.reuse.moved_tokens >= 200
     assert lab.tokens_computed(again) == len(again.request.prompt) - again.reuse.cached_tokens < 40
     return lab
-
-
-def there_and_back_with_drafts(model: Qwen3_5, **settings) -> Lab:
-    """The state that is moved has updates in its ring: an id ended it behind drafts."""
-    return there_and_back(model, ends=ENDS, drafts=3, **settings)
 
 
 def arriving(model: Qwen3_5, **settings) -> tuple[Lab, Talk]:
@@ -207,7 +202,7 @@ def aborted_on_the_way(model: Qwen3_5, **settings) -> Lab:
 
 def pending(model: Qwen3_5, **settings) -> Lab:
     """Two users arrive at once with one system prompt: the second waits for its state instead of computing it too."""
-    lab = Lab(model, **{"max_batch_tokens": 64} | settings)
+    lab = Lab(model, **{"max_num_batched_tokens": 64} | settings)
     system = text(1, 200)
     first = lab.submit(system + text(2, 70), [200])
     second = lab.submit(system + text(3, 40), [200])
@@ -220,7 +215,7 @@ def pending(model: Qwen3_5, **settings) -> Lab:
 
 def chunks(model: Qwen3_5, **settings) -> Lab:
     """Snapshots at the end of a chunk and inside one, of two prompts side by side; each is resumed from."""
-    lab = Lab(model, **{"max_batch_tokens": 320, "slots": 40} | settings)
+    lab = Lab(model, **{"max_num_batched_tokens": 320, "slots": 40} | settings)
     prompts, at = [text(1, 230), text(2, 190)], [31, 64, 90, 128, 150]
     for prompt in prompts:
         lab.submit(prompt, at)
@@ -272,7 +267,7 @@ def prompt_logprobs_after_a_snapshot(model: Qwen3_5, **settings) -> Lab:
 
 def aborts(model: Qwen3_5, **settings) -> Lab:
     """One request is cut off while it prefills, one while it decodes; what they had published serves others."""
-    lab = Lab(model, **{"max_batch_tokens": 64} | settings)
+    lab = Lab(model, **{"max_num_batched_tokens": 64} | settings)
     system = text(1, 100)
     early, late = lab.submit(system + text(2, 150), [100]), lab.submit(text(3, 50), [], max_tokens=100)
     for _ in range(3):

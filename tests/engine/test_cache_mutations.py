@@ -214,15 +214,6 @@ BUGS = (
         "copy(source.slots[move.source, :end], target.slots[move.target, :end])",
         "there_and_back",
     ),
-    (
-        "the ring of updates stays behind",
-        Mover._copy,
-        "copy(source.slots[move.source], target.slots[move.target])",
-        "state, ring, *_ = (torch.Size(s).numel() * 4 for _, s in self._memory.layout.slot_parts().values()); "
-        "copy(source.slots[move.source, :state], target.slots[move.target, :state]); "
-        "copy(source.slots[move.source, state + ring :], target.slots[move.target, state + ring :])",
-        "there_and_back_with_drafts",
-    ),
     ("the last page of a run stays behind", page_runs, "i - start\n", "max(i - start - 1, 0)\n", "there_and_back"),
     (
         "whoever waits for a move waits for ever",

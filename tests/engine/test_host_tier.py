@@ -49,7 +49,7 @@ def random_settings(seed: int) -> dict:
         "host_pages": random.choice([6, 12, 40]),
         "host_slots": random.choice([2, 4, 12]),
         "max_seqs": random.choice([3, 4, 6]),
-        "max_batch_tokens": random.choice([33, 64, 100, 256]),
+        "max_num_batched_tokens": random.choice([33, 64, 100, 256]),
         "ring_rows": random.choice([0, 3]),
         "slow_moves": random.choice([0, 1 + seed]),
     }
@@ -137,7 +137,7 @@ def test_what_is_computed_sooner_is_not_brought_back(model):
 
 
 def test_clearing_while_a_unit_comes_back_leaves_nothing(model):
-    lab, again = arriving(model)
+    lab, _ = arriving(model)
     lab.engine.clear_cache()
     lab.let_moves_finish()
     lab.run()
@@ -166,7 +166,7 @@ def test_host_memory_is_checked():
     with pytest.raises(ConfigError, match="host_memory is -1"):
         LLM(progress=False, host_memory=-1)
     with pytest.raises(ConfigError, match="0 where the prefix cache is off"):
-        LLM(progress=False, host_memory=1, prefix_cache=False)
+        LLM(progress=False, host_memory=1, enable_prefix_caching=False)
     with pytest.raises(ConfigError, match="host_memory is 1e-06; it must be 0, or at least"):
         LLM(progress=False, host_memory=1e-6)
     with pytest.raises(CapacityError, match="host tier needs"):

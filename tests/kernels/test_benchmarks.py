@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import report, timing
+from benchmarks import fp8, report, timing
 from benchmarks.cases import CPU_SIZES, GPU_SIZES, Case, all_cases, operator_case
 from tests.ops.backends import load_emulated
 from tools.gpu_check import furthest_from_ceiling
@@ -91,3 +91,19 @@ def test_the_profiler_gets_the_worst_row_of_the_worst_kernels():
         {"machine": "card"},
     ]
     assert [(row["kernel"], row["shape"]) for row in furthest_from_ceiling(rows)] == [("a", "2"), ("b", "1")]
+
+
+def test_formats_race_on_equal_work_and_count_their_bytes(monkeypatch, capsys):
+    monkeypatch.setattr(fp8, "ROUNDS", 1)
+    monkeypatch.setattr(fp8, "DECODED", 1)
+    monkeypatch.setattr(fp8, "CONTEXT", 70)
+    rows = fp8.measure("toy", fp8.TOY, [1], 10, 130, [2], CEILINGS, torch.device("cpu"))
+    decode, prefill, pages = rows
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3 and all(line.startswith("toy ") and " x " in line for line in told)
+    assert decode["fp8"]["bytes"]["experts hit"] * 1.9 < decode["bf16"]["bytes"]["experts hit"]
+    assert pages["kv fp8"]["bytes"]["KV"] * 2 == pages["kv bf16"]["bytes"]["KV"] == 2 * 130 * 2 * 256 * 2
+    assert prefill["tokens"] == 10 and prefill["bf16"]["tflops_of_products"] > 0
+    for name in ("bf16", "fp8"):
+        assert decode[name]["floor_us"] == pytest.approx(sum(decode[name]["bytes"].values()) / 10e3)
+        assert decode[name]["of_floor"] == pytest.approx(decode[name]["floor_us"] / decode[name]["us"])

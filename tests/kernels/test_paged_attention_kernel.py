@@ -15,11 +15,13 @@ from tests.ops.backends import Backend, bounded, make_backend, relative_error, s
 from tests.ops.gdn import cu_seqlens
 from tests.ops.paging import PUBLISHED, KvHeads, Pages
 from tests.ops.test_paged_attention import check_decode, check_prefill, decode, expected, prefill
+from tokenspeed.ops.fp8 import FP8
 
 pytest_plugins = ["tests.kernels.schedules"]
 
 GROUPS = [4, 6, 8, 16]
 BORDERS = [0, 62, 63, -1, 128]
+of_both_types = pytest.mark.parametrize("dtype", [None, FP8], ids=["bf16", "e4m3"])  # of the pages
 
 
 @pytest.fixture(autouse=True)
@@ -56,64 +58,78 @@ def prefill_in_a_batch(pages: Pages, q: Tensor, gate: Tensor, row: list[int], co
 
 
 # One, two and four tiles of 16 rows, and two row groups: (group, tokens).
+@of_both_types
 @pytest.mark.parametrize(("group", "tokens"), [(4, 1), (6, 3), (8, 4), (16, 3), (16, 5)])
-def test_decode_of_every_number_of_rows_at_page_borders_under_every_schedule(scheduled, group, tokens):
-    check_decode(scheduled, KvHeads(1, group), BORDERS, tokens)
+def test_decode_of_every_number_of_rows_at_page_borders_under_every_schedule(scheduled, group, tokens, dtype):
+    check_decode(scheduled, KvHeads(1, group), BORDERS, tokens, dtype=dtype)
 
 
 # With fewer blocks than pairs of a sequence and a row group, the merge goes by the borders between blocks; (16, 5) are
 # two row groups.
 @pytest.mark.parametrize(("group", "tokens"), [(8, 4), (16, 5)])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9, 64])
-def test_every_way_to_cut_the_pages_among_blocks(blocks, count, group, tokens):
+@of_both_types
+def test_every_way_to_cut_the_pages_among_blocks(blocks, count, group, tokens, dtype):
     """Up to one page a block, and blocks without any; at 64 a block may hold a page that some tokens do not see."""
     blocks(count)
-    check_decode(make_backend("emulated"), KvHeads(2, group), [200, -1, 5, 62], tokens)
+    check_decode(make_backend("emulated"), KvHeads(2, group), [200, -1, 5, 62], tokens, dtype=dtype)
 
 
 # One, two and four tiles of 16 rows; 63 leaves one key of the first page, 16 hides all that a warp scores.
 @pytest.mark.parametrize(("group", "tokens"), [(4, 1), (8, 4), (16, 4)])
 @pytest.mark.parametrize("first_key", [1, 16, 63])
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_a_first_key_however_the_pages_are_cut(blocks, count, first_key, group, tokens):
+@of_both_types
+def test_a_first_key_however_the_pages_are_cut(blocks, count, first_key, group, tokens, dtype):
     blocks(count)
-    check_decode(make_backend("emulated"), KvHeads(2, group), [200, -1, 64, 127], tokens, first_key)
+    check_decode(make_backend("emulated"), KvHeads(2, group), [200, -1, 64, 127], tokens, first_key, dtype)
 
 
-def test_a_batch_of_more_sequences_than_a_warp_has_lanes(backend):
+@of_both_types
+def test_a_batch_of_more_sequences_than_a_warp_has_lanes(backend, dtype):
     contexts = [(7 * i) % 70 - 5 for i in range(40)]
-    check_decode(backend, KvHeads(1, 4), contexts, 1)
-    check_prefill(backend, KvHeads(1, 4), [(max(context, 0), i % 3) for i, context in enumerate(contexts)])
+    check_decode(backend, KvHeads(1, 4), contexts, 1, dtype=dtype)
+    batch = [(max(context, 0), i % 3) for i, context in enumerate(contexts)]
+    check_prefill(backend, KvHeads(1, 4), batch, dtype=dtype)
+
+
+@of_both_types
+def test_many_rows_of_a_batch_are_decoded_by_the_prefill_kernel(backend, dtype):
+    check_decode(backend, KvHeads(1, 16), [0, 62, 63, -1, 128], 3, dtype=dtype)
 
 
 # Rows that fill a tile of 128 exactly, miss it by a token, and leave a token for the next: (group, tokens).
+@of_both_types
 @pytest.mark.parametrize(("group", "tokens"), [(4, 33), (6, 21), (6, 22), (8, 16), (16, 9)])
-def test_prefill_at_tile_borders_under_every_schedule(scheduled, group, tokens):
-    check_prefill(scheduled, KvHeads(1, group), [(40, tokens), (0, 1), (64, tokens)])
+def test_prefill_at_tile_borders_under_every_schedule(scheduled, group, tokens, dtype):
+    check_prefill(scheduled, KvHeads(1, group), [(40, tokens), (0, 1), (64, tokens)], dtype=dtype)
 
 
+@of_both_types
 @pytest.mark.parametrize("seed", range(8))
-def test_one_block_runs_through_all_tiles(blocks, seed):
+def test_one_block_runs_through_all_tiles(blocks, seed, dtype):
     """Queries of the next tile arrive where outputs of the last are staged."""
     blocks(1)
     emulator().emulator_seed(seed)
     try:
-        check_prefill(make_backend("emulated"), KvHeads(1, 16), [(3, 9), (0, 20)])
+        check_prefill(make_backend("emulated"), KvHeads(1, 16), [(3, 9), (0, 20)], dtype=dtype)
     finally:
         emulator().emulator_seed(0)
 
 
+@of_both_types
 @pytest.mark.parametrize("context", [0, 1, 40, 62, 63, 64, 127])
-def test_prefill_whose_diagonal_crosses_pages_anywhere(backend, context):
-    check_prefill(backend, KvHeads(1, 4), [(context, 66)])
+def test_prefill_whose_diagonal_crosses_pages_anywhere(backend, context, dtype):
+    check_prefill(backend, KvHeads(1, 4), [(context, 66)], dtype=dtype)
 
 
+@of_both_types
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_a_short_prefill_equals_the_same_in_a_batch(backend, tokens):
+def test_a_short_prefill_equals_the_same_in_a_batch(backend, tokens, dtype):
     """It goes to the decode kernel when it is alone."""
     heads = KvHeads(1, 8)
-    check_prefill(backend, heads, [(100, tokens)])
-    pages = Pages(backend, heads, 6)
+    check_prefill(backend, heads, [(100, tokens)], dtype=dtype)
+    pages = Pages(backend, heads, 6, dtype)
     row, _, _ = pages.store(100 + tokens)
     q, gate = pages.queries(tokens)
     alone = prefill(pages, q, gate, [row], [100], [tokens])
@@ -123,9 +139,10 @@ def test_a_short_prefill_equals_the_same_in_a_batch(backend, tokens):
 # ---- prefill whose keys are cut: 13 pages in four ranges, of which the last is a page that half of the rows see
 
 
-def test_a_few_tokens_behind_a_long_prefix_are_split_among_the_blocks(blocks):
+@of_both_types
+def test_a_few_tokens_behind_a_long_prefix_are_split_among_the_blocks(blocks, dtype):
     backend, heads, context = make_backend("emulated"), KvHeads(1, 8), 12 * 64 - 8
-    pages = Pages(backend, heads, 14)
+    pages = Pages(backend, heads, 14, dtype)
     row, k, v = pages.store(context + 16)
     q, gate = pages.queries(16)
     wanted, outs = expected(pages, q, gate, k, v), []
@@ -155,13 +172,16 @@ def test_the_merge_of_split_keys_waits_for_the_parts(blocks):
     assert same_bits(out, wanted)
 
 
+@of_both_types
 @pytest.mark.parametrize("seed", range(6))
-def test_split_turns_of_a_batch_under_every_schedule(blocks, seed):
+def test_split_turns_of_a_batch_under_every_schedule(blocks, seed, dtype):
     """Cut and whole sequences side by side, more ranges than one round has blocks, one without tokens."""
     blocks(7)
     emulator().emulator_seed(seed)
     try:
-        check_prefill(make_backend("emulated"), KvHeads(1, 16), [(700, 9), (0, 3), (90, 0), (440, 2), (64, 1)])
+        check_prefill(
+            make_backend("emulated"), KvHeads(1, 16), [(700, 9), (0, 3), (90, 0), (440, 2), (64, 1)], dtype=dtype
+        )
     finally:
         emulator().emulator_seed(0)
 
@@ -175,7 +195,8 @@ def test_any_split_equals_dense_attention(data):
     try:
         heads = KvHeads(data.draw(st.integers(1, 2), "kv heads"), data.draw(st.sampled_from(GROUPS), "group"))
         sequence = st.tuples(st.integers(0, 900), st.integers(0, 20))
-        check_prefill(make_backend("emulated"), heads, data.draw(st.lists(sequence, max_size=3), "batch"))
+        batch, dtype = data.draw(st.lists(sequence, max_size=3), "batch"), data.draw(st.sampled_from([None, FP8]))
+        check_prefill(make_backend("emulated"), heads, batch, dtype=dtype)
     finally:
         library.emulator_multiprocessors(4)
 
@@ -190,6 +211,52 @@ def test_scores_of_any_size(backend, factor):
     wanted = expected(pages, q, gate, k.double() * factor, v)
     backend.assert_close(decode(pages, q, gate, [row], [198]), wanted)
     backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 198), wanted)
+
+
+@pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
+def test_queries_of_any_size_meet_keys_in_e4m3(backend, factor):
+    """The scale of the scores makes up for them. fp16 would hold none of these queries."""
+    pages = Pages(backend, KvHeads(1, 8), 4, FP8)
+    row, k, v = pages.store(70)
+    q, gate = pages.queries(2)
+    q *= torch.tensor([8.0, 0.25]).view(2, 1, 1).to(q)  # each row has a scale of its own
+    wanted = expected(pages, q, gate, k, v)
+    scale, tables, contexts = 1 / (16 * factor), pages.table([row]), backend.tensor([68])
+    grown = q * factor  # a power of two: exact
+    out = backend.op("paged_attention_decode")(grown, gate, pages.kv, tables, contexts, scale)
+    backend.assert_close(out, wanted)
+    ragged = (cu_seqlens(backend, [2, 0]), backend.tensor([68, 0]), 2)  # a lone one would be decoded
+    table = pages.table([row, []])
+    out = backend.op("paged_attention_prefill")(grown, gate, pages.kv, table, *ragged, scale)
+    backend.assert_close(out, wanted)
+
+
+def test_small_weights_of_many_tokens_in_e4m3_are_not_lost(backend):
+    """Each of 199 tokens weighs 2^-26 of the first, whose value is zero: fp16 alone would make nothing of them."""
+    pages = Pages(backend, KvHeads(1, 8), 5, FP8)
+    row, k, v = pages.store(200)
+    pages.kv[row, 0] = 0
+    pages.kv[row, 1] = 448
+    pages.kv[row[0], :, :, 0] = 0
+    pages.kv[row[0], 0, :, 0, 0] = 16
+    k, v = (pages.kv[row, part].transpose(1, 2).flatten(0, 1)[:200].float() for part in range(2))
+    q, gate = torch.zeros(2, 8, 256, dtype=torch.bfloat16), pages.queries(2)[1]
+    q[..., 0] = 18  # times 16 / sqrt(256) and log2(e): 2^26
+    q = q.to(backend.device)
+    wanted = expected(pages, q, gate, k, v)
+    assert relative_error(decode(pages, q, gate, [row], [198]), wanted) < 1e-2
+    assert relative_error(prefill_in_a_batch(pages, q, gate, row, 198), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_attention_over_e4m3_is_as_exact_as_its_output_is_wide(backend, group):
+    """Keys, values and queries lose nothing, and weights have eleven bits: what is left is the output's rounding."""
+    pages = Pages(backend, KvHeads(1, group), 6, FP8)
+    row, k, v = pages.store(200)
+    q, gate = pages.queries(3)
+    wanted = expected(pages, q, gate, k, v)
+    assert relative_error(decode(pages, q, gate, [row], [197]), wanted) < 3e-3
+    assert relative_error(prefill_in_a_batch(pages, q, gate, row, 197), wanted) < 3e-3
 
 
 def test_a_token_that_sees_only_itself_returns_its_value(backend):
@@ -273,9 +340,10 @@ def test_no_order_of_threads_changes_a_bit(blocks):
     assert all(same_bits(result, results[0]) for result in results)
 
 
+@of_both_types
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_kernels_serve_every_published_head_count_and_draft_length(backend, group):
-    pages = Pages(backend, PUBLISHED[group], 4)
+def test_the_kernels_serve_every_published_head_count_and_draft_length(backend, group, dtype):
+    pages = Pages(backend, PUBLISHED[group], 4, dtype)
     row, _, _ = pages.store(70)
     for tokens in (1, 4):
         q, gate = pages.queries(tokens)
@@ -301,9 +369,9 @@ def card() -> Backend:
     return make_backend("cuda")
 
 
-def filled(card: Backend, heads: KvHeads, tokens: int) -> tuple[Pages, list[int], Tensor, Tensor]:
+def filled(card: Backend, heads: KvHeads, tokens: int, dtype=None) -> tuple[Pages, list[int], Tensor, Tensor]:
     """Pages of random keys and values in random order, all rows in use: the sequence's pages, k and v."""
-    pages = Pages(card, heads, -(-tokens // heads.page) + 1)
+    pages = Pages(card, heads, -(-tokens // heads.page) + 1, dtype)
     row = pages.free
     pages.kv[row] = torch.randn(len(row), *pages.kv.shape[1:], device="cuda").to(pages.kv.dtype)
     k, v = (pages.kv[row, part].transpose(1, 2).reshape(-1, heads.kv, heads.dim)[:tokens] for part in range(2))
@@ -321,9 +389,10 @@ def exact_rows(q: Tensor, gate: Tensor, k: Tensor, v: Tensor, rows: Tensor, cont
     return (out * gate[rows].double().sigmoid()).flatten(1)
 
 
+@of_both_types
 @pytest.mark.parametrize(("group", "tokens"), [(4, 4096), (6, 4096), (8, 4096), (16, 4096), (6, 65536), (16, 65536)])
-def test_long_contexts_on_a_card(card, group, tokens):
-    pages, row, k, v = filled(card, PUBLISHED[group], tokens)
+def test_long_contexts_on_a_card(card, group, tokens, dtype):
+    pages, row, k, v = filled(card, PUBLISHED[group], tokens, dtype)
     for new in (1, 4):
         q, gate = pages.queries(new)
         wanted = exact_rows(q, gate, k, v, torch.arange(new, device="cuda"), tokens - new)
@@ -338,8 +407,9 @@ def test_long_contexts_on_a_card(card, group, tokens):
 @pytest.mark.parametrize(
     ("group", "context", "tokens"), [(8, 30720, 128), (8, 30720, 768), (6, 30011, 77), (16, 60001, 3)]
 )
-def test_a_turn_behind_a_long_prefix_on_a_card(card, group, context, tokens):
-    pages, row, k, v = filled(card, PUBLISHED[group], context + tokens)
+@of_both_types
+def test_a_turn_behind_a_long_prefix_on_a_card(card, group, context, tokens, dtype):
+    pages, row, k, v = filled(card, PUBLISHED[group], context + tokens, dtype)
     q, gate = pages.queries(tokens)
     out = prefill(pages, q, gate, [row], [context], [tokens])
     rows = torch.cat([torch.arange(min(40, tokens)), torch.arange(max(tokens - 40, 0), tokens)]).cuda()
@@ -376,8 +446,9 @@ def test_a_million_tokens_on_a_card(card):
     card.assert_close(prefill(pages, q, gate, [row * 16384], [2**20 - 1], [1]), wanted)
 
 
-def test_a_thousand_repeats_give_the_same_bits_on_a_card(card):
-    pages, row, _, _ = filled(card, PUBLISHED[8], 1000)
+@of_both_types
+def test_a_thousand_repeats_give_the_same_bits_on_a_card(card, dtype):
+    pages, row, _, _ = filled(card, PUBLISHED[8], 1000, dtype)
     q, gate = pages.queries(40)
     table, scale = pages.table([row]), 1 / 16
     starts, context = cu_seqlens(card, [40]), card.tensor([960])

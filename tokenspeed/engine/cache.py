@@ -150,8 +150,8 @@ class PrefixCache:
         return self._cache.release(id) is None
 
     def take_moves(self) -> tuple[Move, ...]:
-        """What is to be copied between the device and host memory, in order; called once per plan. Each must be started,
-        and be told to be `moved`."""
+        """What is to be copied between the device and host memory, in order; called once per plan. Each must be
+        started, and be told to be `moved`."""
         return tuple(Move(*move) for move in self._cache.take_moves())
 
     def moved(self, move: int) -> None:

@@ -134,8 +134,8 @@ class Move(NamedTuple):
 class Step:
     """decode: rows of `width` tokens, the id chosen last and drafts, consumed by the recurrent kernels; prefill: rows
     consumed in chunks; copies: (source page, target page, rows) before anything is stored; samples: of every decode row
-    in order, then of prefill rows; drafts: how many are made behind the ids that are chosen; moves: to be started beside
-    it; moved: numbers of those that are done before it. A Step of moves has no rows."""
+    in order, then of prefill rows; drafts: how many are made behind the ids that are chosen; moves: to be started
+    beside it; moved: numbers of those that are done before it. A Step of moves has no rows."""
 
     decode: tuple[DecodeRow, ...] = ()
     width: int = 1
@@ -167,7 +167,8 @@ class StepChecker:
     """Follows the Steps of one engine and checks what each must keep: nothing that a row or a copy writes is touched by
     another, indices and pages are in range, positions follow each other. For tests and `--validate`.
 
-    coming: pages and slot that each move back under way writes, by its number. least, most: between which counts an index's consumed tokens lie once all that was launched is done.
+    coming: pages and slot that each move back under way writes, by its number. least, most: between which counts an
+    index's consumed tokens lie once all that was launched is done.
     """
 
     pages: int

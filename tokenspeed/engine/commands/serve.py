@@ -102,9 +102,9 @@ def run(options: argparse.Namespace) -> int:
     config = EngineConfig(**engine_settings(options))
     transfer = None
     if options.role is not None:
-        if config.tp != 1 or config.ep != 1:
+        if config.tensor_parallel_size != 1 or config.expert_parallel_size != 1:
             raise ConfigError(
-                f"--role {options.role} with --tp {config.tp} --ep {config.ep}: engines of several ranks do not "
+                f"--role {options.role} with --tp {config.tensor_parallel_size} --ep {config.expert_parallel_size}: engines of several ranks do not "
                 "exchange state yet; use one rank."
             )
         transfer = TransferSettings(options.role, options.transfer_host, options.transfer_port, options.transfer_lease)
