@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 
 _START_SECONDS = 900
+_IDS = 256  # of prompts, which every vocabulary has
 _SERVING = re.compile(r"serving \S+ at (http://\S+)/v1")
 
 
@@ -34,7 +35,11 @@ def main() -> int:
     add("--prompts", type=int, default=3, help="of them, one after the other (default 3)")
     add("--streams", type=int, default=8, help="sequences that decode meanwhile (default 8)")
     add("--stream-tokens", type=int, default=200, help="of each stream's prompt (default 200)")
-    add("--memory-fraction", type=float, default=0.4, help="of the free memory for the first server (default 0.4)")
+    add(
+        "--memory",
+        type=float,
+        help="of the device's memory for each of two servers, as 0.44 on a GPU (default: theirs)",
+    )
     add("--batch-tokens", type=int, default=2048, help="of one step of the prefilling server (default 2048)")
     add("--draft-tokens", default="0", help="of all servers (default 0: one token a step, so that times compare)")
     add("--seconds", type=float, default=10, help="idle measurement (default 10)")
@@ -42,18 +47,16 @@ def main() -> int:
     options = parser.parse_args()
     common = ["--device", options.device, "--draft-tokens", options.draft_tokens, "--threads", "1"]
     common += ["--model", options.model] if options.model else []
-    # The second server's share is of what the first one has left: the same number of bytes.
-    fractions = options.memory_fraction, options.memory_fraction / (1 - options.memory_fraction)
-    batch = ["--max-batch-tokens", str(options.batch_tokens)]
+    common += ["--gpu-memory-utilization", str(options.memory)] if options.memory else []
+    batch = ["--max-num-batched-tokens", str(options.batch_tokens)]
     rows = {}
     with contextlib.ExitStack() as stack:
-        decode = stack.enter_context(server(*common, "--role", "decode", "--memory-fraction", str(fractions[0])))
-        more = "--memory-fraction", str(min(fractions[1], 0.9))
-        prefill = stack.enter_context(server(*common, *batch, "--role", "prefill", *more))
+        decode = stack.enter_context(server(*common, "--role", "decode"))
+        prefill = stack.enter_context(server(*common, *batch, "--role", "prefill"))
         rows["idle"] = measure(options, decode, lambda: time.sleep(options.seconds))
         rows["prefill beside"] = measure(options, decode, lambda: prompts(options, prefill, None))
         rows["prefill for it"] = measure(options, decode, lambda: prompts(options, prefill, decode))
-    with server(*common, *batch, "--memory-fraction", str(fractions[0])) as both:
+    with server(*common, *batch) as both:
         rows["one server"] = measure(options, both, lambda: prompts(options, None, both))
     idle = rows["idle"]["p99"]
     print(f"{'':16}{'ITL p50':>10}{'p99':>10}{'max':>10}{'p99 / idle':>12}{'tokens':>8}{'a prompt, s':>13}")
@@ -89,14 +92,17 @@ def measure(options: argparse.Namespace, url: str, meanwhile) -> dict[str, float
     """Seconds between the tokens of streams that decode while something is done; seconds: of each prompt of it."""
     random, ended = Random(1), threading.Event()
     times: list[list[float]] = [[] for _ in range(options.streams)]
-    vocabulary = 1000
+    failed: list[str] = []
 
     def stream(number: int) -> None:
-        ids = [random.randrange(vocabulary) for _ in range(options.stream_tokens)]
+        ids = [random.randrange(_IDS) for _ in range(options.stream_tokens)]
         body = {"prompt": ids, "stream": True, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
         with httpx.Client(timeout=None) as client:
             while not ended.is_set():
                 with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                    if answer.status_code != 200:
+                        failed.append(answer.read().decode())
+                        return
                     for line in answer.iter_lines():
                         if line.startswith("data: {"):
                             times[number].append(time.monotonic())
@@ -106,8 +112,10 @@ def measure(options: argparse.Namespace, url: str, meanwhile) -> dict[str, float
     threads = [threading.Thread(target=stream, args=(number,)) for number in range(options.streams)]
     for thread in threads:
         thread.start()
-    while min(map(len, times)) < 20:  # all of them decode
+    while min(map(len, times)) < 20 and not failed:  # all of them decode
         time.sleep(0.05)
+    if failed:
+        raise SystemExit(f"{url}: {failed[0][:500]}")
     begin = time.monotonic()
     spent = meanwhile() or []
     end = time.monotonic()
@@ -133,7 +141,7 @@ def prompts(options: argparse.Namespace, prefill: str | None, decode: str | None
         for number in range(options.prompts):
             random = Random(f"{prefill} {decode} {number}")
             name = f"benchmark-{random.getrandbits(64)}"
-            body = {"prompt": [random.randrange(1000) for _ in range(options.prompt_tokens)], "max_tokens": 1}
+            body = {"prompt": [random.randrange(_IDS) for _ in range(options.prompt_tokens)], "max_tokens": 1}
             wanted = {"do_remote_decode": True, "transfer_id": name}
             given = {"do_remote_prefill": True, "transfer_id": name}
             if about:

@@ -102,10 +102,11 @@ def run(options: argparse.Namespace) -> int:
     config = EngineConfig(**engine_settings(options))
     transfer = None
     if options.role is not None:
-        if config.tensor_parallel_size != 1 or config.expert_parallel_size != 1:
+        ranks = config.tensor_parallel_size, config.expert_parallel_size
+        if ranks != (1, 1):
             raise ConfigError(
-                f"--role {options.role} with --tp {config.tensor_parallel_size} --ep {config.expert_parallel_size}: engines of several ranks do not "
-                "exchange state yet; use one rank."
+                f"--role {options.role} with --tp {ranks[0]} --ep {ranks[1]}: engines of several ranks do not exchange "
+                "state yet; use one rank."
             )
         transfer = TransferSettings(options.role, options.transfer_host, options.transfer_port, options.transfer_lease)
     server = ServerOptions(
