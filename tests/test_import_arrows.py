@@ -12,8 +12,8 @@ LAYERS = [
     | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
     {"device", "memory", "batch", "sampling", "graphs", "mover", "runner"}
     | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling", "parallel.control"},
-    {"frontend", "chat", "collector", "loading", "ranks", "llm", "core", "step_log", "ranges"},
-    {"commands", "server", "__main__"},
+    {"frontend", "chat", "collector", "loading", "ranks", "llm", "core", "step_log", "ranges", "transfer"},
+    {"commands", "server", "router", "__main__"},
 ]
 NO_TORCH = LAYERS[0] | {"text", "frontend", "chat", "collector"}
 

@@ -6,7 +6,7 @@ import sys
 
 from .. import __version__
 from .checkpoint import resolve
-from .commands import bench, chat, generate, info, serve
+from .commands import bench, chat, generate, info, route, serve
 from .commands.options import engine_settings
 from .config import EngineConfig
 from .errors import TokenSpeedError
@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tokenspeed", description="Qwen3.5 inference for agents.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, chat, bench, serve, info):
+    for command in (generate, chat, bench, serve, route, info):
         command.add_parser(commands).set_defaults(run=command.run)
     return parser
 

@@ -104,8 +104,11 @@ class Engine:
 
     # ---- requests
 
-    def submit(self, request: Request, sink: Sink, grammar: GrammarSpec | Grammar | None = None) -> None:
-        """Queue a request. Its news goes to `sink`; a sink that raises ends its own request alone.
+    def submit(
+        self, request: Request, sink: Sink, grammar: GrammarSpec | Grammar | None = None
+    ) -> tuple[Continuation, ...]:
+        """Queue a request, and return its continuations. Its news goes to `sink`; a sink that raises ends its own
+        request alone.
 
         grammar: what the output must look like. Raises RequestError or CapacityError for what cannot be done, and then
         nothing has happened.
@@ -137,6 +140,7 @@ class Engine:
             self._generations[sequence.id] = generation
             generations.append(generation)
         self._requests[request.id] = generations
+        return tuple(generation.sequence for generation in generations)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at any moment; its memory returns as soon as no launched Step uses it. False if it does not
@@ -204,6 +208,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._in_flight) or not self.scheduler.idle
+
+    @property
+    def blocked(self) -> bool:
+        """After a step: what there is to do waits for what comes from elsewhere, or for memory that is lent."""
+        return not self._in_flight and not self.scheduler.idle
 
     # ---- the loop
 

@@ -13,6 +13,7 @@ import zmq
 from ..errors import EngineError, RequestError, TokenSpeedError
 from ..request import Request, Update
 from ..text.grammar import GrammarSpec
+from ..transfer.params import RemoteDecode, Transfer
 from .folders import OwnFolder
 from .messages import (
     Abort,
@@ -82,6 +83,7 @@ class EngineClient:
         grammar: GrammarSpec | None = None,
         timeout: float | None = None,
         grammar_bytes: int = 0,
+        transfer: Transfer | None = None,
     ) -> AsyncIterator[Update]:
         """The news of a request; leaving early aborts it. No two requests may ever have the same id: what one was told
         last may still be on its way when the other begins.
@@ -96,9 +98,9 @@ class EngineClient:
         if timeout is not None:
             late = DeadlineExceeded(f"the request took longer than its deadline of {timeout:g} s.")
             timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, late)
-        left = request.params.n
+        left = 1 if isinstance(transfer, RemoteDecode) else request.params.n
         try:
-            self._send(Submit(request, grammar, grammar_bytes))
+            self._send(Submit(request, grammar, grammar_bytes, transfer))
             while left:
                 what = await news.get()
                 if isinstance(what, Exception):
