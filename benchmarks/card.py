@@ -27,6 +27,7 @@ from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.parameters import Weight
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
 from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.sizes import PUBLISHED
@@ -39,10 +40,12 @@ CONTEXT = 1024  # tokens before the decode steps that are timed
 CUDA = torch.device("cuda")
 
 
-def random_model(config: ModelConfig, mtp: bool = False, device: torch.device = CUDA) -> Qwen3_5:
+def random_model(
+    config: ModelConfig, mtp: bool = False, communicator: Communicator = ONE_RANK, device: torch.device = CUDA
+) -> Qwen3_5:
     """Weights drawn on the device so that activations keep their size and every decay is a plausible one; those in FP8
-    are quantised as they are drawn."""
-    model = Qwen3_5.empty(config, torch.bfloat16, device, mtp=mtp)
+    are quantised as they are drawn. Every rank draws the same, so all route alike."""
+    model = Qwen3_5.empty(config, torch.bfloat16, device, communicator, mtp=mtp)
     torch.manual_seed(0)
     for weight in (module for module in model.modules() if isinstance(module, Weight) and module.scale is not None):
         for data, scale in [weight] if weight.data.dim() == 2 else zip(*weight, strict=True):
@@ -122,7 +125,7 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
 @contextmanager
 def operators(**replacements: Callable) -> Iterator[None]:
     """Operators of the model, and those that others are made of, replaced by functions of the same signature."""
-    modules = (ops, *(sys.modules[operator.__module__] for operator in (ops.linear, ops.moe_block)))
+    modules = (ops, *(sys.modules[operator.__module__] for operator in (ops.linear, ops.moe_block, ops.ffn_block)))
     before = [(module, name, vars(module)[name]) for module in modules for name in replacements if name in vars(module)]
     try:
         for module, name, _ in before:
@@ -315,7 +318,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="decode batch sizes")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill that is timed (default 8192)")
     parser.add_argument("--quantization", choices=["none", "fp8"], default="none", help="of weights (default none)")
-    parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help="of KV pages (default bf16)")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of KV pages (default bf16)")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with torch's logits")
     parser.add_argument(
         "--drafts",
@@ -331,7 +334,7 @@ def main() -> int:
         return 2
     speeds = [speed(text) for text in options.drafts]
     for size in options.size:
-        formats = options.quantization == "fp8", pick_kv_dtype(options.kv_dtype)
+        formats = options.quantization == "fp8", pick_kv_dtype(options.kv_cache_dtype)
         result = measure(size, options.batches, options.prefill, not options.no_check, speeds, *formats)
         if options.json:
             with options.json.open("a") as out:

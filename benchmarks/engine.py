@@ -180,7 +180,7 @@ def work(name: str, directory: str, model: str, threads: int) -> int:
 
 def ours(directory: str, dtype: str, threads: int):
     # Without the prefix cache: the same prompts come again and again, and the peer computes them each time.
-    llm = LLM(directory, progress=False, dtype=dtype, device="cpu", threads=threads, prefix_cache=False)
+    llm = LLM(directory, progress=False, dtype=dtype, device="cpu", threads=threads, enable_prefix_caching=False)
 
     def generate(ids: list[list[int]], tokens: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)

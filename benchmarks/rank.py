@@ -1,9 +1,10 @@
 """One rank's decode step, alone: what a rank of a split model computes, timed on one device without the others.
 
-    python -m benchmarks.rank --size 35B-A3B --tp 8 --ep 8 [--batch 1 8 64] [--context 4096] [--json FILE]
+    python -m benchmarks.rank --size 35B-A3B --tp 8 --ep 8 [--batch 1 8 64] [--sums local] [--json FILE]
 
 Weights are random, collectives are local no-ops: the time is that of the rank's own work, and what it leaves out stands
-beside it.
+beside it. With `--sums local` each sum over ranks is one over as many terms in this device's memory: its bytes and its
+launch, without the way between cards.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import PAGE_TOKENS, ModelConfig
@@ -31,6 +33,30 @@ from tokenspeed.engine.step import DecodeRow, NewPages, Step
 ROUNDS = 21
 
 
+class LocalSums(Communicator):
+    """One rank alone, whose sums read as many terms as there are ranks. The others' terms are zeros."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__(mesh)
+        self._zeros: dict[tuple[torch.Size, int], tuple[Tensor, Tensor]] = {}
+
+    def describe(self) -> str:
+        return (
+            f"rank {self.mesh.rank} of {self.mesh.world} ALONE: a sum reads the terms of all ranks from this device, "
+            "so times and bytes are real but for the way between devices, and results are not the model's"
+        )
+
+    def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
+        others = self.mesh.size(group) - 1
+        if largest or others == 0 or not x.is_floating_point():
+            return x
+        if (x.shape, others) not in self._zeros:
+            self._zeros[x.shape, others] = x.new_ones(1, others), x.new_zeros(others, x.numel())
+        row = x.view(1, -1)
+        torch.addmm(row, *self._zeros[x.shape, others], out=row)
+        return x
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rank", description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", default="shipped", help=f"shipped (default) or one of {', '.join(PUBLISHED)}")
@@ -39,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=0, help="which of the ranks to be (default 0)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="sequences a step (default 1 8 64)")
     parser.add_argument("--context", type=int, default=4096, help="tokens before the step (default 4096)")
+    parser.add_argument("--sums", choices=["none", "local"], default="none", help="sums over ranks (default none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -48,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = ModelConfig.from_directory(SHIPPED) if options.size == "shipped" else PUBLISHED[options.size]
     try:
         use_threads(options.threads)
-        communicator = Communicator(Mesh(options.tp, options.ep, options.rank))
+        made = LocalSums if options.sums == "local" else Communicator
+        communicator = made(Mesh(options.tp, options.ep, options.rank))
         rows = measure(options.size, config, communicator, options.batch, options.context, pick_device(options.device))
     except TokenSpeedError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +95,9 @@ def measure(
     weights = sum(p.nbytes for p in model.parameters())
     sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
     print(f"{size}, {str(dtype)[6:]} on {device}: {communicator.describe()}")
-    print(f"{weights / 2**30:.2f} GiB of weights; left out of every time: {sent.collectives} collectives a step")
+    local = isinstance(communicator, LocalSums)
+    part = "the way between devices of " if local else ""
+    print(f"{weights / 2**30:.2f} GiB of weights; left out of every time: {part}{sent.collectives} collectives a step")
     rows = []
     for batch in batches:
         runner, step = decode_step(model, dtype, batch, context, device)
@@ -75,7 +105,13 @@ def measure(
         times = [timed(runner, step, device) for _ in range(ROUNDS + 2)][2:]  # the first ones warm up
         payload = batch * (sent.token + sent.logit_row)
         row = {"size": size, "tp": mesh.tp, "ep": mesh.ep, "rank": mesh.rank, "batch": batch, "context": context}
-        row |= {"device": str(device), "graph": graph, "alone": mesh.world > 1, "ms": statistics.median(times)}
+        row |= {
+            "device": str(device),
+            "graph": graph,
+            "alone": mesh.world > 1,
+            "local_sums": local,
+            "ms": statistics.median(times),
+        }
         rows.append(row | {"collectives": sent.collectives, "payload_bytes": payload})
         print(
             f"batch {batch:4d}, context {context}: {row['ms']:9.3f} ms a step{' as a graph' if graph else ''}, "

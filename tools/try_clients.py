@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tokenspeed" / "models" / "tiny_agent"
-CONTEXT, SECONDS = 131_072, 600
+CONTEXT, SECONDS = 131_072, 1200
 SERVING = re.compile(r"serving \S+ at (http://\S+)/v1")
 LITELLM = """
 import litellm
@@ -116,35 +116,46 @@ def server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
+def try_client(client: str, home: Path, url: str) -> str:
+    """Install a client, ask for one answer and print it; what went wrong, or nothing."""
+    (home / "project").mkdir(parents=True)
+    begin = time.monotonic()
+    try:
+        print(f"--- {client}: installing", flush=True)
+        command, environment = CLIENTS[client](home, url)
+        print(f"--- {client}: asking, at most {SECONDS} s", flush=True)
+        done = subprocess.run(
+            command,
+            cwd=home / "project",
+            env=os.environ | {"HOME": str(home)} | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.CalledProcessError as error:
+        return f"could not be installed: {error}"
+    except subprocess.TimeoutExpired as error:
+        return f"no answer after {SECONDS} s; so far: {(error.stdout or b'').decode(errors='replace')[-2000:]}"
+    print(f"status {done.returncode} after {time.monotonic() - begin:.0f} s\n{done.stdout[-2000:]}")
+    return done.stderr[-2000:] if done.returncode else ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("client", nargs="*", help=f"{', '.join(CLIENTS)} (default: all)")
     wanted = parser.parse_args().client or list(CLIENTS)
     if unknown := [name for name in wanted if name not in CLIENTS]:
         parser.error(f"{unknown[0]!r} is unknown; it must be one of {', '.join(CLIENTS)}")
-    failed = 0
+    failed = []
     with tempfile.TemporaryDirectory(prefix="tokenspeed-clients-") as name, server(Path(name)) as url:
         for client in wanted:
-            home = Path(name) / client
-            (home / "project").mkdir(parents=True)
-            command, environment = CLIENTS[client](home, url)
-            begin = time.monotonic()
-            done = subprocess.run(
-                command,
-                cwd=home / "project",
-                env=os.environ | {"HOME": str(home)} | environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-            )
-            failed += done.returncode != 0
-            seconds = time.monotonic() - begin
-            print(f"--- {client}: status {done.returncode} after {seconds:.0f} s\n{done.stdout[-2000:]}")
-            if done.returncode:
-                print(done.stderr[-2000:])
+            if fault := try_client(client, Path(name) / client, url):
+                failed.append(client)
+                print(fault)
         print((Path(name) / "server.log").read_text())
-    return int(failed > 0)
+    print(f"{len(wanted) - len(failed)} of {len(wanted)} clients got an answer; not: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

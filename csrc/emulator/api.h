@@ -21,6 +21,10 @@ void cluster_barrier_arrive();
 void cluster_barrier_wait();
 void pause();  // lets other threads run
 void wait_for_flag(const uint32_t* flag, uint32_t value, bool exactly);
+void store_to_peer(uint64_t* global, uint64_t word);  // arrives when it likes, at the grid's end at the latest
+// Until both words have the tag in their upper half. False once *stop is set, or where otherwise nothing could go on:
+// that is when time passes here.
+bool wait_for_peer(const uint64_t* words, uint32_t tag, const uint32_t* stop);
 void wait_for_grid();
 void trigger_grid();
 void set_registers(int count, bool increase);

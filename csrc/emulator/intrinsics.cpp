@@ -44,6 +44,22 @@ void wait_for_flag(const uint32_t* flag, uint32_t value, bool exactly) {
     machine().wait_until("flag", flag, value, [=] { return exactly ? *flag == value : *flag >= value; });
 }
 
+void store_to_peer(uint64_t* global, uint64_t word) {
+    auto copy = std::make_unique<AsyncCopy>();
+    copy->name = "store to a peer";
+    copy->write = [=] { *global = word; };
+    machine().start_copy(std::move(copy));
+}
+
+bool wait_for_peer(const uint64_t* words, uint32_t tag, const uint32_t* stop) {
+    const auto there = [=] { return words[0] >> 32 == tag && words[1] >> 32 == tag; };
+    Thread& self = *current_thread;
+    self.impatient = true;
+    machine().wait_until("peer", words, tag, [&] { return there() || *stop != 0 || !self.impatient; });
+    self.impatient = false;
+    return there();
+}
+
 void wait_for_grid() {
     const Grid& grid = *current_thread->block->grid;
     machine().wait_until("grid dependency", nullptr, 0, [&] { return grid.predecessors_done; });

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdarg>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -175,7 +176,7 @@ void Machine::start_block(Block& block) {
     block.warps.resize((count + 31) / 32);
     prepare_registers(block);
     block.threads.resize(count);
-    uint64_t priority = random_();
+    uint64_t priority = policy_.priority_scope == 3 ? grid.priority : random_();
     const bool late_block = chance(policy_.late_blocks);
     bool late_warp = false;
     for (uint32_t i = 0; i < count; ++i) {
@@ -389,23 +390,65 @@ void Machine::set_seed(uint64_t seed) {
     random_.seed(seed);
 }
 
-void Machine::run_until_complete(Grid& grid) {
+std::vector<Machine::Stream> Machine::streams() {
+    std::vector<Stream> result;
+    for (const auto& grid : queue_) {
+        const auto same = [&](const Stream& stream) { return stream.grids[0]->stream == grid->stream; };
+        auto found = std::find_if(result.begin(), result.end(), same);
+        if (found == result.end()) found = result.insert(result.end(), Stream{});
+        found->grids.push_back(grid.get());
+    }
+    return result;
+}
+
+void Machine::begin(Stream& stream) {
+    start_early(stream, stream.current + 1);
+    Grid& grid = *stream.grids[stream.current];
+    grid.predecessors_done = true;
     while (grid.resident.size() < policy_.window && admit(grid)) {
     }
-    while (!grid.complete()) {
+}
+
+bool Machine::admit_any(std::vector<Stream>& streams) {
+    return std::any_of(streams.begin(), streams.end(), [&](const Stream& stream) {
+        return !stream.complete() && admit(*stream.grids[stream.current]);
+    });
+}
+
+bool Machine::lose_patience() {
+    bool any = false;
+    for (Thread* thread : pollers_) {
+        any |= thread->impatient;
+        thread->impatient = false;
+    }
+    return any && poll_waiting();
+}
+
+void Machine::run_until_complete(std::vector<Stream>& streams) {
+    for (Stream& stream : streams) begin(stream);
+    while (true) {
+        for (Stream& stream : streams) {
+            while (!stream.complete() && stream.grids[stream.current]->complete()) {
+                if (++stream.current < stream.grids.size()) begin(stream);
+            }
+        }
+        const auto under_way = std::find_if_not(streams.begin(), streams.end(), std::mem_fn(&Stream::complete));
+        if (under_way == streams.end()) return;
         // Threads that only test and yield count as waiting, once each has had its turns.
         const bool all_test = idle_yields_ > 4 * ready_.size() + 256;
-        if (all_test && (step() || start_late() || deliver_lazy() || admit(grid))) continue;
-        if (run_ready() || step() || start_late() || deliver_lazy() || admit(grid)) continue;
-        fail("deadlock: every thread waits\n%s", describe_state(grid).c_str());
+        if (all_test && (step() || start_late() || deliver_lazy() || admit_any(streams))) continue;
+        if (run_ready() || step() || start_late() || deliver_lazy() || admit_any(streams)) continue;
+        if (lose_patience()) continue;
+        fail("deadlock: every thread waits\n%s", describe_state(*under_way->grids[under_way->current]).c_str());
     }
 }
 
 // Runs some blocks of a programmatic successor up to their wait before their predecessor has done anything: whatever
 // they read or write too early shows.
-void Machine::start_early(size_t index) {
-    if (index >= queue_.size() || !queue_[index]->programmatic || !chance(policy_.early_successor)) return;
-    Grid& grid = *queue_[index];
+void Machine::start_early(Stream& stream, size_t index) {
+    if (index >= stream.grids.size() || !stream.grids[index]->programmatic) return;
+    if (!chance(policy_.early_successor)) return;
+    Grid& grid = *stream.grids[index];
     while (grid.resident.size() < policy_.window && admit(grid)) {
     }
     while (run_ready() || step() || start_late() || deliver_lazy()) {
@@ -415,7 +458,7 @@ void Machine::start_early(size_t index) {
             if (!block->triggered && block->live > 0) return;
         }
     }
-    start_early(index + 1);
+    start_early(stream, index + 1);
 }
 
 cudaError_t Machine::submit(std::unique_ptr<Grid> grid) {
@@ -438,6 +481,7 @@ cudaError_t Machine::synchronize() {
     failed_ = false;
     report_.clear();
     policy_ = Policy{};
+    auto queued = streams();
     if (seed_ != 0) {
         const int speeds[] = {0, 0, 16, 96, 256};
         policy_.deliver_at_once = speeds[random_() % 5];
@@ -447,20 +491,20 @@ cudaError_t Machine::synchronize() {
         policy_.copy_before_product = speeds[random_() % 5];
         policy_.early_successor = random_() % 4 == 0 ? 0 : 256;
         policy_.candidates = std::array{1, 1, 4, 16}[random_() % 4];
-        policy_.priority_scope = static_cast<int>(random_() % 3);
+        policy_.priority_scope = static_cast<int>(random_() % (queued.size() > 1 ? 4 : 3));
         policy_.late_blocks = speeds[random_() % 4];
         policy_.late_warps = speeds[random_() % 4];
         policy_.lazy_loads = speeds[random_() % 5];
         policy_.lazy_stores = speeds[random_() % 5];
         policy_.window = 1 + random_() % 4;
     }
+    for (const Stream& stream : queued) {
+        const uint64_t priority = policy_.priority_scope == 3 ? random_() : 0;
+        for (Grid* grid : stream.grids) grid->priority = priority;
+    }
     const FaultGuard guard;
     try {
-        for (size_t i = 0; i < queue_.size(); ++i) {
-            start_early(i + 1);
-            queue_[i]->predecessors_done = true;
-            run_until_complete(*queue_[i]);
-        }
+        run_until_complete(queued);
         queue_.clear();
     } catch (const Failure&) {
         reset();

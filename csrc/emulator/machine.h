@@ -101,6 +101,7 @@ struct Thread {
     uint64_t cluster_target = 0;  // barrier.cluster generation to wait for; 0: not arrived
     GroupQueue cp_async, bulk;
     bool waited_for_grid = false;
+    bool impatient = false;  // its wait ends when nothing else can go on
     // wgmma
     uint64_t products_issued = 0;
     uint64_t products_committed = 0;  // groups
@@ -145,6 +146,8 @@ struct Grid {
     size_t shared_bytes = 0;
     bool programmatic = false;
     int blocks_together = 1;
+    const void* stream = nullptr;
+    uint64_t priority = 0;  // of its stream's threads, where they have one
     std::function<void()> body;
     const void* kernel = nullptr;
 
@@ -195,7 +198,7 @@ struct Policy {
     int early_successor = 256;
     // Threads looked at before one is picked: 1 is a fair shuffle, many let some run far ahead of others.
     int candidates = 1;
-    int priority_scope = 0;  // threads of one priority: 0 each its own, 1 a warp, 2 a block
+    int priority_scope = 0;  // threads of one priority: 0 each its own, 1 a warp, 2 a block, 3 a stream
     int late_blocks = 0;     // a block, or a warp, starts only when nobody else can go on
     int late_warps = 0;
     int lazy_loads = 0;  // a copy to shared memory, or to global memory, waits for everything else
@@ -241,8 +244,18 @@ class Machine {
   private:
     struct Failure {};
 
-    void run_until_complete(Grid& grid);
-    void start_early(size_t index);
+    // Grids of one stream, in order; streams run beside one another, as those of several cards do.
+    struct Stream {
+        std::vector<Grid*> grids;
+        size_t current = 0;
+        bool complete() const { return current == grids.size(); }
+    };
+    std::vector<Stream> streams();
+    void begin(Stream& stream);
+    void run_until_complete(std::vector<Stream>& streams);
+    void start_early(Stream& stream, size_t index);
+    bool admit_any(std::vector<Stream>& streams);
+    bool lose_patience();
     bool run_ready();  // false: nobody can run
     bool step();       // lets an engine or a poll make progress; false: nothing left to do
     bool poll_waiting();

@@ -235,6 +235,55 @@ void wait_tagged(uint32_t (&values)[kCount], const uint64_t* global, uint32_t ta
     }
 }
 
+template <int kRows, int kCount>
+void wait_tagged(uint32_t (&values)[kRows][kCount], const uint64_t* global, int64_t stride, int count, uint32_t tag) {
+    static_assert(kCount == 1 || kCount % 2 == 0);
+    for (int row = 0; row < kRows; ++row) {
+        for (int i = 0; i < kCount; ++i) values[row][i] = 0;
+        if (row >= count) continue;
+        const uint64_t* run = global + row * stride;
+        emulator::check_aligned(run, kCount == 1 ? 8 : 16);
+        for (int i = 0; i < kCount; ++i) {
+            emulator::wait_for_flag(reinterpret_cast<const uint32_t*>(run + i) + 1, tag, true);
+            values[row][i] = static_cast<uint32_t>(run[i]);
+        }
+    }
+}
+
+template <int kPairs>
+void wait_tagged_pairs(uint2 (&values)[kPairs], const uint64_t* global, int step, int count, uint32_t tag) {
+    for (int i = 0; i < kPairs && i < count; ++i) {
+        uint32_t pair[2];
+        wait_tagged(pair, global + i * step, tag);
+        values[i] = {pair[0], pair[1]};
+    }
+}
+
+// ---- tagged words between cards
+
+struct Patience {
+    const uint32_t* stop;
+    uint64_t nanoseconds;
+};
+
+inline void store_tagged_system(uint64_t* global, uint32_t first, uint32_t second, uint32_t tag) {
+    emulator::check_aligned(global, 16);
+    const uint64_t high = static_cast<uint64_t>(tag) << 32;
+    emulator::store_to_peer(global, high | first);
+    emulator::store_to_peer(global + 1, high | second);
+}
+inline bool load_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag) {
+    emulator::check_aligned(global, 16);
+    emulator::pause();
+    for (int i = 0; i < 2; ++i) values[i] = static_cast<uint32_t>(global[i]);
+    return global[0] >> 32 == tag && global[1] >> 32 == tag;
+}
+inline bool wait_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag, const Patience& patience) {
+    if (!emulator::wait_for_peer(global, tag, patience.stop)) return false;
+    for (int i = 0; i < 2; ++i) values[i] = static_cast<uint32_t>(global[i]);
+    return true;
+}
+
 // ---- 16-byte global memory access
 
 inline uint4 load_16_read_only(const void* global) {

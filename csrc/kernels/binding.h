@@ -126,7 +126,9 @@ inline bool has_kernels(const Tensor& tensor) {
 // libtorch_cuda, which a CPU build of torch lacks, so it is looked up when first needed.
 class Launch {
   public:
-    explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {}
+    explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+        cudaSetDevice(device_);  // of this library's own runtime, which is not torch's
+    }
 
     cudaStream_t stream() const {
         using Accessor = AOTITorchError (*)(int32_t, void**);

@@ -23,6 +23,31 @@ cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bf
                          const __nv_bfloat16* weight, __nv_bfloat16* out, __nv_bfloat16* total, int64_t rows, int width,
                          float eps, cudaStream_t stream);
 
+// ---- all_reduce.cu: the sum over ranks of x [rows, width], contiguous as are all; width a multiple of 8. Without a
+// residual out is the sum, and may be x; with one, total is the sum and the residual, and out its norm. Every rank
+// makes the same calls in the same order.
+constexpr int kAllReduceMaxWidth = 8192;
+constexpr int kAllReduceRanks = 8;  // 2, 4 or 8 of them
+constexpr int kAllReduceTags = 32;  // words of `control` before its tags
+struct AllReduce {
+    const __nv_bfloat16* x;
+    const __nv_bfloat16* residual;     // or null
+    const __nv_bfloat16* norm_weight;  // [width]
+    __nv_bfloat16* out;
+    __nv_bfloat16* total;
+    uint64_t*
+        memory[kAllReduceRanks];  // of each rank all_reduce_memory bytes that every rank can write, zeros at first
+    uint32_t* control;            // [kAllReduceTags + most_rows] of this rank, zeros at first
+    uint32_t* status;             // host memory, [2]: set [0] and waits end; [1] is set where one has ended so
+    uint64_t patience_ns;         // a wait ends after this long, too
+    float eps;
+    int rank, ranks, rows, width;
+    int most_rows, most_width;  // of any call with this memory; most_width a multiple of 256
+};
+bool all_reduce_supported(const AllReduce& arguments);
+int64_t all_reduce_memory(int ranks, int most_rows, int most_width);  // bytes
+cudaError_t all_reduce(const AllReduce& arguments, cudaStream_t stream);
+
 // ---- gated_rms_norm.cu: x, gate [tokens, heads, 128] by token and head strides, weight [128], out contiguous.
 constexpr int kGatedNormWidth = 128;
 cudaError_t gated_rms_norm(const __nv_bfloat16* x, int64_t x_token_stride, int64_t x_head_stride,
@@ -398,5 +423,45 @@ bool moe_block_supported(const MoeBlock& arguments);
 size_t moe_block_workspace(const MoeBlock& arguments);
 int64_t moe_block_scratch(const MoeBlock& arguments);  // from the sizes alone
 cudaError_t moe_block(const MoeBlock& arguments, cudaStream_t stream);
+
+// ---- ffn_block.cu: see the operator of that name; up to kFfnBlockTokens tokens, sizes multiples of 64.
+constexpr int kFfnBlockTokens = 8;
+struct FfnBlock {
+    const __nv_bfloat16* x;  // [tokens, hidden] by row stride
+    int64_t x_stride;
+    const __nv_bfloat16* residual;     // [tokens, hidden]
+    const __nv_bfloat16* norm_weight;  // [hidden]
+    float eps;
+    const __nv_bfloat16* gate_up;  // [2 width, hidden]
+    const __nv_bfloat16* down;     // [hidden, width]
+    uint32_t* scratch;             // ffn_block_scratch() words, aligned to 16 bytes, zeros at first
+    __nv_bfloat16* out;            // [tokens, hidden]
+    __nv_bfloat16* sum;            // [tokens, hidden]: x + residual
+    int tokens, hidden, width;
+};
+bool ffn_block_supported(const FfnBlock& arguments);
+int64_t ffn_block_scratch(const FfnBlock& arguments);  // from the sizes alone
+cudaError_t ffn_block(const FfnBlock& arguments, cudaStream_t stream);
+
+// ---- gdn_block.cu: see the operator of that name; up to kGdnBlockRows rows, up to 4 tokens a sequence, hidden a
+// multiple of 64.
+constexpr int kGdnBlockRows = 8;
+struct GdnBlock {
+    const __nv_bfloat16* x;  // [tokens, hidden] by row stride
+    int64_t x_stride;
+    const __nv_bfloat16* residual;     // [tokens, hidden]
+    const __nv_bfloat16* norm_weight;  // [hidden]
+    float eps;
+    const __nv_bfloat16* in_proj;   // [projections, hidden]: q, k, v, z, b, a
+    const __nv_bfloat16* out_proj;  // [hidden, value_heads 128]
+    uint32_t* scratch;              // gdn_block_scratch() words, aligned to 16 bytes, zeros at first
+    __nv_bfloat16* out;             // [tokens, hidden]
+    __nv_bfloat16* sum;             // [tokens, hidden]: x + residual
+    int tokens, hidden, projections;
+    GatedDeltaRuleDecode mixer;  // without its projections and its output
+};
+bool gdn_block_supported(const GdnBlock& arguments);
+int64_t gdn_block_scratch(const GdnBlock& arguments);  // from the sizes alone
+cudaError_t gdn_block(const GdnBlock& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

@@ -213,7 +213,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     auto* first = reinterpret_cast<uint32_t*>(shared_memory + layout.first_offset());
     // What a thread finishes of a tile of 16 columns.
     const int token = threadIdx.x / 16, column = threadIdx.x % 16;
-    stage_norm(a, control, x);
+    begin(a, control, x);
     Multiplier multiplier{
         control, layout, shared_memory, reinterpret_cast<float*>(shared_memory + layout.sums_offset()), {}};
 

@@ -83,7 +83,6 @@ constexpr int kSetWords = sizeof(CounterSet) / sizeof(uint32_t);
 constexpr int kHeaderWords = sizeof(Header) / sizeof(uint32_t);
 static_assert(kHeaderWords == 448, "so says the operator");
 
-constexpr int kBatch = 4;        // 16-byte loads of an operand that a thread has under way
 constexpr int kRanksAtOnce = 8;  // of a token's rows, four lanes each
 
 __device__ inline CounterSet& counters_of(uint32_t* scratch, uint32_t launch) {

@@ -4,6 +4,7 @@
 #include <ptx.h>
 #include <reduce.h>
 
+#include "add_norm.h"
 #include "moe_block.h"
 #include "moe_scaled_products.h"
 #include "moe_select.h"
@@ -20,82 +21,21 @@ __device__ __forceinline__ int next_unit(Control& control, Cursor& at) {
     return unit;
 }
 
-// Writes the norm of x + residual into `rows`, and this block's share of the sum into memory. One token: all threads
-// have a part of it; else a warp has a token. The norm's first weights come before the wait.
-__device__ inline void stage_norm(const Arguments& a, Control& control, uint8_t* rows) {
-    const MoeBlock& p = a.p;
-    const bool alone = p.tokens == 1;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int token = alone ? 0 : warp, from = (alone ? threadIdx.x : lane) * 8;
-    const int step = (alone ? kConsumerThreads : 32) * 8;
-    uint4 weights[kBatch]{};  // the first of the norm's
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-        if (from + i * step < p.hidden) weights[i] = ptx::load_16_read_only(p.norm_weight + from + i * step);
-    }
-    ptx::grid_dependency_wait();
-    uint8_t* mine = rows + token * a.layout.row_pitch;
-    float total = 0;
+// The norm of x + residual in `rows`, and the launch's number, which comes behind x: an acquire would go first.
+__device__ inline void begin(const Arguments& a, Control& control, uint8_t* rows) {
     uint32_t launches = 0;
-    if (token < p.tokens) {
-        const __nv_bfloat16* x = p.x + token * p.x_stride;
-        const __nv_bfloat16* residual = p.residual + int64_t{token} * p.hidden;
-        for (int base = from; base < p.hidden; base += kBatch * step) {
-            uint4 added[kBatch], old[kBatch];  // all on their way before the first is used
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int column = base + i * step;
-                if (column >= p.hidden) continue;
-                added[i] = ptx::load_16_no_allocate(x + column);
-                old[i] = ptx::load_16_no_allocate(residual + column);
-            }
-            if (threadIdx.x == 0 && base == from) launches = *p.scratch;  // behind x: an acquire would go first
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int column = base + i * step;
-                if (column >= p.hidden) continue;
-                const uint4 sum = pack(unpack(added[i]) + unpack(old[i]));
-                total += sum_of_squares(unpack(sum));
-                store_16(mine + column * 2, sum);
-                if (column / 8 % gridDim.x == blockIdx.x) store_16(p.sum + int64_t{token} * p.hidden + column, sum);
-            }
-        }
-    }
-    if (threadIdx.x == 0) {
-        control.launch = launches + 1;
-        ptx::mbarrier_arrive(&control.begun);
-        // Whoever sees this count knows that the number has been read.
-        ptx::add_relaxed(&counters_of(p.scratch, launches + 1).projected, 1);
-    }
-    total = warp_sum(total);
-    if (alone) {
-        if (lane == 0) control.squares[warp] = total;
-        ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
-        total = 0;
-#pragma unroll
-        for (int i = 0; i < kConsumers; ++i) total += control.squares[i];
-    }
-    if (token < p.tokens) {
-        const float inverse = rsqrtf(total / p.hidden + p.eps);
-        for (int base = from; base < p.hidden; base += kBatch * step) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int column = base + i * step;
-                if (base > from && column < p.hidden) weights[i] = ptx::load_16_read_only(p.norm_weight + column);
-            }
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                if (base + i * step >= p.hidden) continue;
-                uint8_t* place = mine + (base + i * step) * 2;
-                const Float8 s = unpack(*reinterpret_cast<const uint4*>(place)), w = unpack(weights[i]);
-                Float8 y;
-#pragma unroll
-                for (int j = 0; j < 8; ++j) y.v[j] = s.v[j] * inverse * (1.0f + w.v[j]);
-                store_16(place, pack(y));
-            }
-        }
-    }
-    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+    stage_norm(
+        a.p, rows, a.layout.row_pitch, control.squares,
+        [&] {
+            if (threadIdx.x == 0) launches = *a.p.scratch;
+        },
+        [&] {
+            if (threadIdx.x != 0) return;
+            control.launch = launches + 1;
+            ptx::mbarrier_arrive(&control.begun);
+            // Whoever sees this count knows that the number has been read.
+            ptx::add_relaxed(&counters_of(a.p.scratch, launches + 1).projected, 1);
+        });
 }
 
 // sum += the warp's 16 rows x 64 of depth of a stage times the same depth of this lane's token. As in

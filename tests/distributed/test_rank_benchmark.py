@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import rank
 
@@ -18,6 +19,16 @@ def test_a_rank_alone_is_marked_as_such(capsys, tmp_path, monkeypatch):
     assert [row["batch"] for row in rows] == [1, 3] and all(row["alone"] and row["ms"] > 0 for row in rows)
     # 8 layers with two sums each and the embedding's: 17 rows of 128 fp32 values a sequence.
     assert [row["payload_bytes"] for row in rows] == [17 * 128 * 4, 3 * 17 * 128 * 4]
+
+
+def test_sums_of_local_terms_change_nothing_and_are_marked(capsys, monkeypatch):
+    monkeypatch.setattr(rank, "ROUNDS", 1)
+    assert rank.main(["--tp", "2", "--batch", "1", "--context", "3", "--device", "cpu", "--sums", "local"]) == 0
+    assert "ALONE: a sum reads the terms of all ranks" in capsys.readouterr().out
+    communicator = rank.LocalSums(rank.Mesh(4, 2))
+    x = torch.randn(3, 8)
+    for group in ("tp", "ep", "expert_tp", "world"):
+        assert torch.equal(communicator.all_reduce(x.clone(), group), x)
 
 
 def test_one_rank_is_the_whole_model(capsys, monkeypatch):

@@ -15,7 +15,7 @@ from tokenspeed.engine.checkpoint import SHIPPED
 from . import models
 
 ROOT = Path(__file__).parents[2]
-TIGHT = {"kv_pages": 14, "state_slots": 9, "max_num_seqs": 6, "max_batch_tokens": 96}
+TIGHT = {"kv_pages": 14, "state_slots": 9, "max_num_seqs": 6, "max_num_batched_tokens": 96}
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -51,7 +51,10 @@ def outcome(process: subprocess.Popen) -> dict:
 
 @pytest.mark.parametrize(("name", "tp", "ep"), [("dense", 2, 1), ("dense", 4, 1), ("moe", 2, 4), ("shipped", 2, 2)])
 def test_ranks_give_what_one_process_gives(checkpoints, name, tp, ep):
-    alone, split = (start(checkpoints[name], **settings) for settings in ({}, {"tp": tp, "ep": ep}))
+    alone, split = (
+        start(checkpoints[name], **settings)
+        for settings in ({}, {"tensor_parallel_size": tp, "expert_parallel_size": ep})
+    )
     alone, split = outcome(alone), outcome(split)
     for event in ("preemptions", "forks", "cached_tokens", "aborted"):
         assert alone["events"][event] > 0, f"{event} did not happen: the test shows less than it claims"

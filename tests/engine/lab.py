@@ -12,13 +12,14 @@ from checkpoints import CPU, Shape, load, oracle
 from torch import Tensor
 
 from tokenspeed import ops
-from tokenspeed.engine.batch import Batch, Rows, paged
+from tokenspeed.engine.batch import paged
 from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
 from tokenspeed.engine.drafting import MtpDrafter
 from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.inputs import Batch, Rows
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.request import Request, SamplingParams
 from tokenspeed.engine.runner import Runner
@@ -117,7 +118,7 @@ class Lab:
         pages: int = 64,
         slots: int = 16,
         max_seqs: int = 4,
-        max_batch_tokens: int = 256,
+        max_num_batched_tokens: int = 256,
         ring_rows: int = 0,
         validate: bool = True,
         drafts: int = 0,
@@ -133,7 +134,7 @@ class Lab:
         self.runner = Runner(model, self.memory, max_seqs, longest, drafts)
         self.cache = PrefixCache(CacheConfig(**{"pages": pages, "slots": slots, "ghost_nodes": 4 * pages} | cache))
         depths = {"drafts": ((max_seqs, drafts),) if drafts else ()}
-        bounds = Limits(max_seqs, max_batch_tokens, longest, **depths | (limits or {}))
+        bounds = Limits(max_seqs, max_num_batched_tokens, longest, **depths | (limits or {}))
         self.engine = Engine(self.runner, self.cache, bounds, shipped_tokenizer(), (), validate=validate)
         self.scheduler = self.engine.scheduler
         self.talks: list[Talk] = []

@@ -160,7 +160,7 @@ def consumed(model: Qwen3_5, **settings) -> Lab:
 
 def pending(model: Qwen3_5, **settings) -> Lab:
     """Two users arrive at once with one system prompt: the second waits for its state instead of computing it too."""
-    lab = Lab(model, **{"max_batch_tokens": 64} | settings)
+    lab = Lab(model, **{"max_num_batched_tokens": 64} | settings)
     system = text(1, 200)
     first = lab.submit(system + text(2, 70), [200])
     second = lab.submit(system + text(3, 40), [200])
@@ -173,7 +173,7 @@ def pending(model: Qwen3_5, **settings) -> Lab:
 
 def chunks(model: Qwen3_5, **settings) -> Lab:
     """Snapshots at the end of a chunk and inside one, of two prompts side by side; each is resumed from."""
-    lab = Lab(model, **{"max_batch_tokens": 320, "slots": 40} | settings)
+    lab = Lab(model, **{"max_num_batched_tokens": 320, "slots": 40} | settings)
     prompts, at = [text(1, 230), text(2, 190)], [31, 64, 90, 128, 150]
     for prompt in prompts:
         lab.submit(prompt, at)
@@ -225,7 +225,7 @@ def prompt_logprobs_after_a_snapshot(model: Qwen3_5, **settings) -> Lab:
 
 def aborts(model: Qwen3_5, **settings) -> Lab:
     """One request is cut off while it prefills, one while it decodes; what they had published serves others."""
-    lab = Lab(model, **{"max_batch_tokens": 64} | settings)
+    lab = Lab(model, **{"max_num_batched_tokens": 64} | settings)
     system = text(1, 100)
     early, late = lab.submit(system + text(2, 150), [100]), lab.submit(text(3, 50), [], max_tokens=100)
     for _ in range(3):

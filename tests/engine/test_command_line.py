@@ -90,7 +90,7 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--jsonl", "in"], ["prompt"]),
         (["generate", "--jsonl", "missing.jsonl"], ["missing.jsonl"]),
         (["generate", "x", "--max-num-seqs", "0"], ["max_num_seqs", "0"]),
-        (["generate", "x", "--memory-fraction", "2"], ["memory_fraction", "2"]),
+        (["generate", "x", "--gpu-memory-utilization", "2"], ["gpu_memory_utilization", "2"]),
         (["generate", "x", "--log-steps", "/"], ["/", "cannot be written"]),
         (["generate", "x", "--max-tokens", "9000"], ["9000", "8192"]),
         (["generate", "x", "--draft-tokens", "8"], ["draft_tokens", "8", "'auto' or 0 to 7"]),
@@ -98,7 +98,7 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["generate", "x", "--draft-vocabulary", "0"], ["draft_vocabulary", "0", "at least 1"]),
         (["generate", "x", "--draft-vocabulary", "641"], ["draft_vocabulary", "641", "640"]),
         (["generate", "x", "--draft-vocabulary", "9", "--draft-tokens", "0"], ["draft_vocabulary", "9", "MTP head"]),
-        (["bench", "--draft-vocabulary", "9", "--tp", "2"], ["draft_vocabulary", "9", "tp is 2"]),
+        (["bench", "--draft-vocabulary", "9", "--tp", "2"], ["draft_vocabulary", "9", "tensor_parallel_size is 2"]),
         (["chat", "--n", "2"], ["n is 2"]),
         (["chat", "--load", "missing.json"], ["missing.json"]),
         (["bench", "--input-len", "0"], ["--input-len", "0"]),
@@ -151,7 +151,9 @@ def test_info_says_what_an_mtp_head_costs_and_what_drafts_need(capsys):
     assert lines[head + 1] == "adds 2.00 KiB to the KV of a token and 4.00 KiB to the state of a sequence"
     assert lines[head + 2] == "drafts 3 behind each token, by the MTP head"
     assert any("3 behind each token where up to 4 sequences decode, 2 up to 16" in line for line in info(capsys))
-    assert "drafts none: auto drafts with an MTP head, on a CPU" in info(capsys, *gpu)
+    assert "drafts 3 behind each token where up to 64 sequences decode, else none, by the MTP head" in info(
+        capsys, *gpu
+    )
     # Two more entries of the window for each of 30 layers with 2 x 16 x 128 + 32 x 128 channels of 2 bytes.
     assert "6 entries" in lines[head + 3] and f"{30 * 2 * 8192 * 2 / 2**10:.2f} KiB more" in lines[head + 3]
     (each,) = [line for line in lines if "of 4096 tokens" in line and line.startswith("sequences")]
@@ -174,7 +176,7 @@ def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):
     save_file({k: v for k, v in weights.items() if not k.startswith("mtp.")}, tmp_path / "model.safetensors")
     lines = info(capsys, "--model", str(tmp_path), "--plan")
     assert "MTP head none: the checkpoint has no mtp.* tensors, though its config.json names a head" in lines
-    assert "drafts none: auto drafts with an MTP head, on a CPU" in lines and "join_tokens" not in "".join(lines)
+    assert "drafts none: auto drafts with an MTP head" in lines and "join_tokens" not in "".join(lines)
     lines = info(capsys, "--model", str(tmp_path), "--draft-tokens", "2")
     assert "drafts 2 behind each token, looked up in the sequence" in lines
 
@@ -201,7 +203,7 @@ def test_info_says_how_many_agent_turns_the_prefix_cache_keeps(capsys):
     assert slots - spare == 32
     assert kept == {tokens: min(spare, pages * 64 // tokens) for tokens in (512, 4096, 32_768)}
     assert pages * 64 * 20 * 2**10 + slots * 62 * 2**20 < 0.9 * (139 - 64) * 2**30, "more than the memory holds"
-    assert main([*arguments, "--prefix-cache", "off"]) == 0
+    assert main([*arguments, "--no-enable-prefix-caching"]) == 0
     assert "kept: 0 of 512 tokens" in capsys.readouterr().out
 
 
@@ -220,6 +222,8 @@ def test_help_names_the_default_of_every_option(name, parser):
         if action.option_strings and not {"--help", "--version"} & set(action.option_strings):
             assert "default" in action.help, f"{name} {action.option_strings[0]}"
             shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+            if isinstance(action, argparse.BooleanOptionalAction):
+                shown = "on" if action.default else "off"
             assert not action.default or shown in action.help, f"{name} {action.option_strings[0]}: {shown}"
 
 

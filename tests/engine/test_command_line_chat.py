@@ -48,7 +48,7 @@ def test_a_turn_sees_the_ones_before_it_and_resumes_from_them(conversation):
 
 
 def test_the_same_answers_come_without_the_prefix_cache(conversation):
-    other = Dialogue(LLM(progress=False, max_num_seqs=1, prefix_cache=False), conversation.sampling)
+    other = Dialogue(LLM(progress=False, max_num_seqs=1, enable_prefix_caching=False), conversation.sampling)
     for text in (FACT, QUESTION, "Hello!"):
         say(conversation, text)
         say(other, text)

@@ -116,7 +116,7 @@ def test_a_quantisation_by_mlx_gguf_or_modelopt_is_seen_where_they_leave_it(tmp_
         ModelConfig.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("setting", [{"quantization": "int4"}, {"kv_dtype": "int8"}])
+@pytest.mark.parametrize("setting", [{"quantization": "int4"}, {"kv_cache_dtype": "int8"}])
 def test_unknown_formats_of_weights_and_pages_are_named(setting):
     with pytest.raises(ConfigError, match=f"{next(iter(setting))} is '{next(iter(setting.values()))}'.*'fp8'"):
         EngineConfig(**setting)

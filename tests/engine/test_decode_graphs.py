@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = replace(PUBLISHED["0.8B"], layer_types=PUBLISHED["0.8B"].layer_types[:4])
+@pytest.fixture(scope="module", params=["0.8B", "35B-A3B"])
+def model(request):
+    config = replace(PUBLISHED[request.param], layer_types=PUBLISHED[request.param].layer_types[:4])
     made = Qwen3_5.empty(config, torch.bfloat16, CUDA, mtp=True)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -62,6 +62,22 @@ class Decoding:
         self.runner.choose(self.step, forwarded, ())
         return logits
 
+    def write(self, outputs: int, foreseen: list[list[int]] | None = None) -> tuple[list[list[int]], int]:
+        """Ids of each sequence, and in how many steps. foreseen: what is drafted in place of the head's guesses, with
+        every fifth id wrong."""
+        tables, index = self.runner.tables, slice(self.index, self.index + SEQUENCES)
+        written, steps = [[id] for id in tables.ids[index, 0].tolist()], 0
+        while min(map(len, written)) < outputs:
+            if foreseen:
+                for i, (ids, seen) in enumerate(zip(foreseen, written, strict=True)):
+                    drafts = [id + (at % 5 == 4) for at, id in enumerate(ids)][len(seen) :][: self.drafts]
+                    tables.ids[self.index + i, 1 : 1 + len(drafts)] = torch.tensor(drafts, device=CUDA)
+            news, _ = self.runner.choose(self.step, self.runner.forward(self.step), ())
+            for ids, (count, *new) in zip(written, news.tolist(), strict=True):
+                ids += new[:count]
+            steps += 1
+        return [ids[:outputs] for ids in written], steps
+
 
 PLACES = [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)]
 
@@ -80,3 +96,15 @@ def test_the_next_logits_are_those_of_a_token_alone(model, drafts, graphs, place
     found = decoding.go_on()
     distance = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert distance.max() < 0.03, f"of each sequence: {distance.tolist()}"
+
+
+@pytest.mark.parametrize("place", [(1, 1, 1), (0, 0, 0)], ids=str)
+@torch.inference_mode()
+def test_ids_by_graphs_with_drafts_are_those_of_tokens_one_by_one(model, place):
+    expected, steps = Decoding(model, 0).write(120)
+    assert steps == 119
+    decoding = Decoding(model, 3, *place)
+    assert decoding.runner.capture(lambda sequences: 3, progress=False)
+    found, steps = decoding.write(120, expected)
+    assert found == expected
+    assert steps < 70, "drafts that are right count"

@@ -76,8 +76,8 @@ def test_the_shipped_model_in_fp8_is_as_accurate_within_a_point():
 
 
 def test_a_log_of_an_engine_in_fp8_replays_bit_for_bit(tmp_path):
-    settings = {"quantization": "fp8", "kv_dtype": "fp8", "validate": True, "threads": 1}
-    llm = LLM(progress=False, max_num_seqs=3, max_batch_tokens=64, kv_pages=9, state_slots=6, **settings)
+    settings = {"quantization": "fp8", "kv_cache_dtype": "fp8", "validate": True, "threads": 1}
+    llm = LLM(progress=False, max_num_seqs=3, max_num_batched_tokens=64, kv_pages=9, state_slots=6, **settings)
     log = StepLog(tmp_path / "steps.jsonl", llm.engine, "tiny_agent")
     params = SamplingParams(n=2, max_tokens=20, temperature=1.0, ignore_eos=True)
     prompts = [list(range(5, 5 + n)) for n in (100, 60)]
@@ -86,7 +86,7 @@ def test_a_log_of_an_engine_in_fp8_replays_bit_for_bit(tmp_path):
     header = next(read_log(tmp_path / "steps.jsonl"))[1]
     assert (header.dtype, header.kv_dtype) == ("float32", "fp8") and "mlp.experts.down_proj" in header.fp8
     assert replay(tmp_path / "steps.jsonl", SHIPPED).difference is None
-    again = LLM(progress=False, prefix_cache=False, **settings).generate(prompts, params, progress=False)
+    again = LLM(progress=False, enable_prefix_caching=False, **settings).generate(prompts, params, progress=False)
     texts = [[output.token_ids for output in result.outputs] for result in (*first, *again)]
     assert texts[:2] == texts[2:], "what is cached in FP8 is what was computed with it"
 
@@ -96,7 +96,7 @@ def test_info_plans_weights_and_pages_in_fp8(capsys):
         assert main(["info", "--size", "Qwen3.6-27B", "--dtype", "bfloat16", "--memory-gib", "80", *options]) == 0
         return capsys.readouterr().out
 
-    plain, eight = report(), report("--quantization", "fp8", "--kv-dtype", "fp8", "--plan")
+    plain, eight = report(), report("--quantization", "fp8", "--kv-cache-dtype", "fp8", "--plan")
     # 24.33 G of 26.90 G parameters at one byte and 4 / 16384 of scale, the others at two.
     assert "26.896 G parameters, 50.10 GiB in bfloat16" in plain and "KV per token       64.00 KiB\n" in plain
     assert "27.45 GiB (24.327 G in FP8 blocks, the rest in bfloat16)" in eight

@@ -6,7 +6,10 @@ from checkpoints import CPU, Shape, load, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.layers import DenseFFN
+from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.sizes import PUBLISHED
 from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 
 SAMPLING = {"tokenspeed.sample.default", "aten.argmax.default"}
@@ -54,12 +57,21 @@ def operators_of_a_decode_step(directory, batch: int, asked: dict) -> list[str]:
 )
 def test_a_decode_step_calls_as_many_operators_for_one_sequence_as_for_many(moe, asked, tmp_path):
     oracle(Shape(moe=moe)).save_pretrained(tmp_path)
-    # Up to eight rows a mixture of experts is one operator, beyond it is four.
+    # Up to eight rows a feed-forward is one operator, beyond it is two, or with experts four.
     one, two, eight, nine, many = (operators_of_a_decode_step(tmp_path, batch, asked) for batch in (1, 2, 8, 9, 64))
     assert eight == two
     assert many == nine
-    assert moe or many == two
+    assert many != two
     assert set(many) & SAMPLING, "the step ends with a choice"
     # A write through an index of one element takes torch another view, which is no work of the device.
     views = ("aten.view.default", "aten.resolve_conj.default", "aten.resolve_neg.default")
     assert [name for name in two if name not in views] == [name for name in one if name not in views]
+
+
+@pytest.mark.parametrize(("size", "in_one"), [("0.8B", True), ("2B", True), ("9B", False), ("27B", False)])
+def test_a_feed_forward_is_one_operator_where_its_weights_are_few(size, in_one):
+    model = Qwen3_5.empty(PUBLISHED[size], torch.bfloat16, torch.device("meta"))
+    stages = [stage for stage in model.program if isinstance(stage, DenseFFN)]
+    assert len(stages) == len(PUBLISHED[size].layer_types)
+    assert {stage.in_one for stage in stages} == {in_one}
+    assert all(stage.scratch is stages[0].scratch for stage in stages)

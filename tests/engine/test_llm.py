@@ -105,7 +105,7 @@ def test_impossible_sampling_values_are_named(name, value):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("settings", [{"kv_pages": 10**9}, {"state_slots": 10**9}, {"memory_fraction": 1e-9}])
+@pytest.mark.parametrize("settings", [{"kv_pages": 10**9}, {"state_slots": 10**9}, {"gpu_memory_utilization": 1e-9}])
 def test_more_memory_than_there_is_is_refused_with_the_sizes(settings):
     with pytest.raises(CapacityError, match="GiB"):
         LLM(progress=False, **settings)

@@ -9,6 +9,7 @@ from tokenspeed.engine import loading
 from tokenspeed.engine.config import EngineConfig, YarnScaling
 from tokenspeed.engine.errors import CapacityError, ConfigError
 from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.memory import MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.sizes import PUBLISHED
 
@@ -41,3 +42,20 @@ def test_a_context_beyond_the_model_s_needs_yarn():
     yarn = YarnScaling(4.0, 262_144, None, 32.0, 1.0, None, None, True)
     stretched = replace(plain, rope=replace(plain.rope, yarn=yarn), max_context=4 * 262_144)
     loading.check_context(stretched, EngineConfig(max_model_len=1_000_000))
+
+
+def test_utilization_counts_the_whole_device_weights_included():
+    """A card of 100 GiB with 30 GiB free beside the weights: at .9 of it, 20 GiB are for pages and slots."""
+    model = PUBLISHED["0.8B"]
+    layout = MemoryLayout(model, torch.bfloat16)
+
+    def planned(device_type, **settings):
+        return (
+            loading.fit_memory(model, layout, EngineConfig(**settings), 30 << 30, 100 << 30, device_type).bytes / 2**30
+        )
+
+    assert planned("cuda") == pytest.approx(20, abs=0.1)
+    assert planned("cuda", gpu_memory_utilization=0.8) == pytest.approx(10, abs=0.1)
+    assert planned("cpu", max_num_seqs=512) == pytest.approx(15, abs=0.1), "half of what is free"
+    with pytest.raises(CapacityError, match="raise gpu_memory_utilization"):
+        planned("cuda", gpu_memory_utilization=0.7)

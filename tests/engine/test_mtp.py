@@ -14,16 +14,17 @@ from torch import Tensor
 from examples.tiny_agent.config import ModelConfig as TinyAgentConfig
 from examples.tiny_agent.mtp import MtpHead
 from examples.tiny_agent.train_mtp import add_head, draft_states, load_head, load_trunk
-from tokenspeed.engine.batch import Batch, PrefillRows, Rows
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import FULL, ModelConfig
 from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.model.inputs import Batch, PrefillRows, Rows
 from tokenspeed.engine.model.mtp import Output
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import holds_mtp, load_weights
 
-TOLERANCE, SHOWS = 1e-4, 1e-2  # of what is right, and of what a planted bug changes at least
+# Of what is right (rounding makes 1.1e-4 where a machine sums in another order), and of what a planted bug changes.
+TOLERANCE, SHOWS = 5e-4, 1e-2
 TOKENS = 75  # more than a page
 PAGES = (2, 0, 3)
 SHAPES = {
@@ -59,7 +60,7 @@ class Sequence:
         ends = torch.tensor([0, count], dtype=torch.int32)
         none = torch.zeros(0, 3, dtype=torch.int32)
         return Batch(
-            memory=self.memory,
+            layers=self.memory.layers,
             tokens=tokens,
             cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1),
             kv_slots=pages[places // 64] * 64 + places % 64,
@@ -317,7 +318,7 @@ class Planted:
 
         def moved(batch, hidden):
             rows = sequence.batch(batch.tokens, int(batch.decode.context_lens) + 1, decode=True, shift=-1)
-            return right(replace(rows, memory=batch.memory), hidden)
+            return right(replace(rows, layers=batch.layers), hidden)
 
         model.mtp.forward = moved
 
@@ -327,7 +328,7 @@ class Planted:
         def moved(batch, hidden):
             row = int(batch.decode.context_lens) - (len(batch.tokens) == 1)
             rows = sequence.batch(batch.tokens, row, decode=True, shift=-1)
-            return right(replace(rows, memory=batch.memory), hidden)
+            return right(replace(rows, layers=batch.layers), hidden)
 
         model.mtp.forward = moved
 

@@ -111,7 +111,11 @@ BUGS = (
         drafts.test_no_draft_goes_beyond_the_room,
     ),
     Bug(
-        "drafts beyond a step", Scheduler._width, " or len(decoding) * width > self.limits.max_batch_tokens", "", a_step
+        "drafts beyond a step",
+        Scheduler._width,
+        " or len(decoding) * width > self.limits.max_num_batched_tokens",
+        "",
+        a_step,
     ),
     Bug(
         "drafts beyond the pages",

@@ -31,9 +31,9 @@ def test_cached_logits_of_the_shipped_model_are_the_uncached_ones(scenario):
     assert scenario(shipped_model()).difference() <= TOLERANCE
 
 
-@pytest.mark.parametrize("max_batch_tokens", [5, 64, 100, 1000])
-def test_the_size_of_a_step_changes_nothing(model, max_batch_tokens):
-    assert copy_on_write(model, max_batch_tokens=max_batch_tokens).difference() <= TOLERANCE
+@pytest.mark.parametrize("max_num_batched_tokens", [5, 64, 100, 1000])
+def test_the_size_of_a_step_changes_nothing(model, max_num_batched_tokens):
+    assert copy_on_write(model, max_num_batched_tokens=max_num_batched_tokens).difference() <= TOLERANCE
 
 
 # --- random lives ----------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def random_settings(seed: int) -> dict:
         "pages": random.choice([8, 10, 14, 64]),
         "slots": random.choice([1, 2, 3, 6, 24]),
         "max_seqs": random.choice([3, 4, 6]),
-        "max_batch_tokens": random.choice([7, 33, 64, 100, 256, 1000]),
+        "max_num_batched_tokens": random.choice([7, 33, 64, 100, 256, 1000]),
         "ring_rows": random.choice([0, RING]),
         "grid_tokens": random.choice([0, 50]),
     }

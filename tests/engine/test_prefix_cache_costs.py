@@ -63,7 +63,7 @@ def test_what_a_preempted_sequence_computed_is_not_computed_again_where_memory_k
 
 
 def test_waiting_for_anothers_state_is_bounded_and_then_says_so(model):
-    lab = Lab(model, max_batch_tokens=100, limits={"wait_steps": 2})  # chunks of 64 leave room for the second
+    lab = Lab(model, max_num_batched_tokens=100, limits={"wait_steps": 2})  # chunks of 64 leave room for the second
     system = text(1, 500)
     lab.submit(system + text(2, 20), [500])
     lab.engine.step()  # it is on the device before the second arrives
@@ -96,7 +96,7 @@ def switched_off(model) -> Lab:
 
 
 def gives_up_waiting(model) -> Lab:
-    lab = Lab(model, max_batch_tokens=64, limits={"wait_steps": 0})
+    lab = Lab(model, max_num_batched_tokens=64, limits={"wait_steps": 0})
     for user in (2, 3):
         lab.submit(text(1, 200) + text(user, 20), [200])
     lab.run()

@@ -130,7 +130,7 @@ def test_random_lives_with_drafts(models):
             "pages": random.choice([8, 10, 14, 64]),
             "slots": random.choice([1, 2, 3, 6, 24]),
             "max_seqs": random.choice([3, 4, 6]),
-            "max_batch_tokens": random.choice([33, 64, 256]),
+            "max_num_batched_tokens": random.choice([33, 64, 256]),
             "drafts": random.choice([1, 3, 7]),
             "grid_tokens": random.choice([0, 50]),
         }

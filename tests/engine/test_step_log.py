@@ -20,7 +20,9 @@ from tokenspeed.engine.step_log import Record, StepLog, hash_logits, read_log, r
 def log(tmp_path_factory):
     """Of a run in which little memory makes sequences give way to each other."""
     path = tmp_path_factory.mktemp("log") / "steps.jsonl"
-    llm = LLM(progress=False, threads=1, max_num_seqs=6, max_batch_tokens=64, kv_pages=6, state_slots=8, validate=True)
+    llm = LLM(
+        progress=False, threads=1, max_num_seqs=6, max_num_batched_tokens=64, kv_pages=6, state_slots=8, validate=True
+    )
     written = StepLog(path, llm.engine, "tiny_agent")
     common = {"max_tokens": 24, "ignore_eos": True, "temperature": 1.1}
     params = [

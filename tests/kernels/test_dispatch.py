@@ -24,6 +24,7 @@ KERNELS = (
     "attention_prologue",
     "causal_conv1d",
     "gated_delta_rule_prefill",
+    "gdn_block",
     "copy_states",
     "copy_pages",
     "moe_route",
@@ -34,6 +35,7 @@ KERNELS = (
     "paged_rows",
     "accept_tokens",
     "moe_block",
+    "ffn_block",
 )
 HIDDEN = (1024, 2048, 2560, 3072, 4096, 5120)
 HEADS = ((8, 2), (16, 2), (16, 4), (24, 4), (32, 2))
@@ -134,7 +136,9 @@ WEIGHTS = {
     "add_rms_norm_linear": {2, 4},
     "silu_mul_linear": {1},
     "add_gated_silu_mul_linear": {2},
+    "gdn_block": {2, 4, 5, 6, 7, 8, 16},
     "moe_block": {2, 4, 7, 8, 9},
+    "ffn_block": {2, 4, 5},
 }
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tests.server.launch import Server
 
 MEMORY = ("--kv-pages", "192", "--state-slots", "48", "--max-body-mib", "1")
-ARENAS = (*MEMORY, "--max-num-seqs", "32", "--max-batch-tokens", "256")  # short steps: /health waits for one
+ARENAS = (*MEMORY, "--max-num-seqs", "32", "--max-num-batched-tokens", "256")  # short steps: /health waits for one
 CLIENTS = 16
 MOST_TOKENS = 3  # a body that asks for thousands is a load test
 MOST_PLACES = 10_000  # of a body

@@ -10,53 +10,10 @@ from torch import Tensor
 from .. import ops
 from .config import PAGE_TOKENS
 from .memory import Memory
+from .model.inputs import Batch, DecodeRows, PrefillRows, Rows
 from .step import Begin, DecodeRow, NewPages, Step
 
 STOPS = 32  # ids that end a sequence that the device knows; others are found by the host, a step later
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What every kind of row has, B of them."""
-
-    page_table: Tensor  # [B, P] int32
-    context_lens: Tensor  # [B] int32: tokens before this step; negative for padding
-    read_slot: Tensor  # [B] int32
-    write_slot: Tensor  # [B] int32
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows(Rows):
-    """Rows of T tokens, the id chosen last and drafts behind it."""
-
-    index: Tensor  # [B] int64: of the sequence
-    tokens: Tensor  # [B, T] int64
-    outputs: Tensor  # [B, T] int64: the number of the output that is chosen behind each
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillRows(Rows):
-    """Rows of any length, packed."""
-
-    index: Tensor  # [N] int64: of each token's sequence
-    stored: Tensor  # [N] int32: the row of the sequence's pages that a token is stored in, -1 for one that is there
-    cu_seqlens: Tensor  # [B + 1] int32
-    snapshots: Tensor  # [M, 3] int32: row, token count, slot
-    max_seqlen: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One forward pass: the decode rows' tokens first, then the prefill rows', N in all."""
-
-    memory: Memory
-    tokens: Tensor  # [N] int64
-    cos_sin: Tensor  # [N, R] fp32
-    kv_slots: Tensor  # [N] int64: page * 64 + row of the arena; negative where nothing is stored
-    logit_rows: Tensor | None  # [L] int64: the tokens whose logits are wanted; None: all of them
-    decode: Rows | None
-    decode_tokens: int
-    prefill: PrefillRows | None = None
 
 
 class Tables:
@@ -154,7 +111,7 @@ def paged(
         rope_shift,
         PAGE_TOKENS,
     )
-    return Batch(memory, tokens.flatten(), cos_sin, kv_slots, None, rows, tokens.numel())
+    return Batch(memory.layers, tokens.flatten(), cos_sin, kv_slots, None, rows, tokens.numel())
 
 
 def prefill_rows(
@@ -228,4 +185,4 @@ def build_batch(step: Step, memory: Memory, tables: Tables, rotary: Rotary) -> B
         cos_sin = torch.cat([decode.cos_sin, cos_sin])
         kv_slots = torch.cat([decode.kv_slots, kv_slots])
     rows = decode.decode if decode else None
-    return Batch(memory, tokens, cos_sin, kv_slots, logit_rows.long(), rows, before, prefill)
+    return Batch(memory.layers, tokens, cos_sin, kv_slots, logit_rows.long(), rows, before, prefill)

@@ -13,7 +13,9 @@ LINEAR, FULL = "linear_attention", "full_attention"
 _MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
 PAGE_TOKENS = 64
 MOST_DRAFTS = 7
-AUTO_DRAFTS = ((4, 3), (16, 2), (32, 1))  # (sequences that decode, drafts behind each): verifying more costs more
+# (sequences that decode, drafts behind each): verifying more costs more. Measured on an H200, docs/performance.md.
+AUTO_DRAFTS_ON_GPU = ((64, 3),)
+AUTO_DRAFTS_ON_CPU = ((4, 3), (16, 2), (32, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,63 +178,68 @@ class EngineConfig:
 
     dtype: "bfloat16", "float32", or "auto" (bf16 on a GPU, fp32 on a CPU); quantization: which weights are held in FP8,
     "auto" for those that the checkpoint has so, "fp8" for all that can be, quantised while loading, "none" for none,
-    dequantised while loading; kv_dtype: of the KV pages, "auto" for dtype or "fp8"; device: a torch device, or "auto";
-    threads: CPU threads torch may use in this process, None for torch's choice, or 1 where the model is too small to
-    share.
-    max_model_len: of one sequence, None for the model's context; max_num_seqs: at once; max_batch_tokens: of one Step.
-    memory_fraction: of the memory that is free once the weights are there, for pages and slots, None for .9 on a GPU
-    and .5 on a CPU; kv_pages, state_slots: the same by number. prefix_cache: share what prompts have in common;
+    dequantised while loading; kv_cache_dtype: of the KV pages, "auto" for dtype or "fp8"; device: a torch device, or
+    "auto"; threads: CPU threads torch may use in this process, None for torch's choice, or 1 where the model is too
+    small to share.
+    max_model_len: of one sequence, None for the model's context; max_num_seqs: at once; max_num_batched_tokens: of one
+    Step.
+    gpu_memory_utilization: how much of the device's whole memory may be in use, weights included, once pages and slots
+    are there; None for .9 on a GPU, and on a CPU for half of what is free. kv_pages, state_slots: the same by number.
+    enable_prefix_caching: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in
     long prompts, 0 for none. seed: of requests that bring none. validate: check every Step and the cache, for tests.
     draft_tokens: ids that are drafted behind each and verified together, by the MTP head or, in a checkpoint without
-    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences, on a
-    CPU and with a head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
+    one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences with a
+    head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
     tokenizer's merges make the most frequent; None for all.
-    tp, ep: ranks the dense weights and the experts are split over; rendezvous: where the ranks meet, as
-    torch.distributed takes it, None where this process is to start the others on this machine.
+    tensor_parallel_size, expert_parallel_size: ranks the dense weights and the experts are split over; rendezvous:
+    where the ranks meet, as torch.distributed takes it, None where this process is to start the others on this machine.
     """
 
     dtype: str = "auto"
     quantization: str = "auto"
-    kv_dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_batch_tokens: int = 2048
-    memory_fraction: float | None = None
+    max_num_batched_tokens: int = 2048
+    gpu_memory_utilization: float | None = None
     kv_pages: int | None = None
     state_slots: int | None = None
-    prefix_cache: bool = True
+    enable_prefix_caching: bool = True
     cache_policy: str = "value"
     snapshot_grid: int = 8192
     seed: int = 0
     validate: bool = False
     draft_tokens: int | str = "auto"
     draft_vocabulary: int | None = None
-    tp: int = 1
-    ep: int = 1
+    tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1
     rendezvous: str | None = None
 
     def draft_depths(self, mtp: bool, on_gpu: bool) -> tuple[tuple[int, int], ...]:
-        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them. mtp: whether there is a head;
-        on_gpu: where "auto" makes none until a card has been seen to give the same ids with drafts as without."""
+        """Drafts by the number of decoding sequences, as `Limits.drafts` takes them. mtp: whether there is a head."""
         if self.draft_tokens == "auto":
-            return AUTO_DRAFTS if mtp and not on_gpu else ()
+            return (AUTO_DRAFTS_ON_GPU if on_gpu else AUTO_DRAFTS_ON_CPU) if mtp else ()
         return ((self.max_num_seqs, self.draft_tokens),) if self.draft_tokens else ()
 
     def __post_init__(self):
         def positive(value: int | None) -> bool:
             return value is None or (isinstance(value, int) and value >= 1)
 
-        fraction = self.memory_fraction
+        fraction = self.gpu_memory_utilization
         checks = (
             ("quantization", self.quantization in ("auto", "fp8", "none"), "'auto', 'fp8' or 'none'"),
-            ("kv_dtype", self.kv_dtype in ("auto", "fp8"), "'auto' or 'fp8'"),
+            ("kv_cache_dtype", self.kv_cache_dtype in ("auto", "fp8"), "'auto' or 'fp8'"),
             ("max_model_len", positive(self.max_model_len), "at least 1, or None for the model's context"),
             ("max_num_seqs", positive(self.max_num_seqs), "at least 1"),
-            ("max_batch_tokens", self.max_batch_tokens >= max(64, self.max_num_seqs), "at least 64 and max_num_seqs"),
-            ("memory_fraction", fraction is None or 0 < fraction <= 1, "in (0, 1]"),
+            (
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens >= max(64, self.max_num_seqs),
+                "at least 64 and max_num_seqs",
+            ),
+            ("gpu_memory_utilization", fraction is None or 0 < fraction <= 1, "in (0, 1]"),
             ("kv_pages", positive(self.kv_pages), "at least 1"),
             ("state_slots", positive(self.state_slots), "at least 1"),
             ("cache_policy", self.cache_policy in ("value", "lru"), "'value' or 'lru'"),
@@ -246,8 +253,9 @@ class EngineConfig:
             ("draft_vocabulary", positive(self.draft_vocabulary), "at least 1, or None for every id"),
             (
                 "draft_vocabulary",
-                self.draft_vocabulary is None or self.tp == self.ep == 1,
-                f"None where a head is split over ranks (tp is {self.tp}, ep is {self.ep})",
+                self.draft_vocabulary is None or self.tensor_parallel_size == self.expert_parallel_size == 1,
+                "None where a head is split over ranks (tensor_parallel_size is "
+                f"{self.tensor_parallel_size}, expert_parallel_size is {self.expert_parallel_size})",
             ),
         )
         for name, valid, wanted in checks:

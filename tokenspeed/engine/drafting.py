@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, DecodeRows, PrefillRows, Rotary, Rows, Tables, paged, prefill_rows, to_device
+from .batch import Rotary, Tables, paged, prefill_rows, to_device
 from .memory import Memory
+from .model.inputs import Batch, DecodeRows, PrefillRows, Rows
 from .model.mtp import MtpHead
 from .sampling import Sampler
 from .step import Begin
@@ -22,7 +23,7 @@ class Chosen(NamedTuple):
 
     batch, hidden: of the forward pass, hidden [N, hidden] or None; ids: [B, T] int64, behind the tokens of its decode
     rows, of which counts [B] int32 are accepted; first: a prefill row's index, of those that end with an id, [P] int64,
-    and their working slots, [P] int32: to draft behind.
+    and their working slots, [P] int32: to draft behind; greedy: as in `Sampler.draw`.
     """
 
     batch: Batch
@@ -30,6 +31,7 @@ class Chosen(NamedTuple):
     ids: Tensor
     counts: Tensor
     first: tuple[Tensor, Tensor] | None
+    greedy: bool = False
 
 
 class Drafter(Protocol):
@@ -68,7 +70,7 @@ class MtpDrafter:
             slots.append(places)
             tables = [self._tables.pages[torch.cat(index)]]
         if drafts and index:
-            self._draft(torch.cat(index), torch.cat(context), torch.cat(slots), tables[0], drafts)
+            self._draft(torch.cat(index), torch.cat(context), torch.cat(slots), tables[0], drafts, chosen.greedy)
 
     def _follow_decode(self, rows: DecodeRows, hidden: Tensor, chosen: Chosen) -> None:
         """Rows of the last id, the drafts and the id behind them; those that were not accepted are stored over."""
@@ -86,13 +88,15 @@ class MtpDrafter:
         before[starts] = self._kept(rows.read_slot)
         entries = prefill_rows(rows, self._tables, self._rotary, torch.where(rows.stored > 0, rows.stored, -1), -1)
         tokens = batch.tokens[batch.decode_tokens :]
-        self._head.store(Batch(self._memory, tokens, *entries, None, None, 0, rows), before)
+        self._head.store(Batch(self._memory.layers, tokens, *entries, None, None, 0, rows), before)
         self._keep(rows.write_slot, hidden[rows.cu_seqlens[1:].long() - 1])
         if len(rows.snapshots):
             row, count, slot = rows.snapshots.long().unbind(1)
             self._keep(slot, hidden[starts[row] + count - rows.context_lens.long()[row] - 1])
 
-    def _draft(self, index: Tensor, context: Tensor, slots: Tensor, page_table: Tensor, drafts: int) -> None:
+    def _draft(
+        self, index: Tensor, context: Tensor, slots: Tensor, page_table: Tensor, drafts: int, greedy: bool
+    ) -> None:
         """Draft behind the last id of B sequences, which stands at row `context`, negative for padding."""
         tables, going = self._tables, context >= 0
         token, hidden = tables.ids[index, 0], self._kept(slots)
@@ -101,7 +105,7 @@ class MtpDrafter:
             rows = Rows(page_table, torch.where(going, context + k, -1), slots, slots)
             batch = paged(self._memory, tables, self._rotary, rows, index, token[:, None], -1)
             logits, hidden = self._head(batch, hidden)
-            token = self._sampler.draw(logits, index, output + (1 + k))
+            token = self._sampler.draw(logits, index, output + (1 + k), greedy)
             tables.ids[index, 1 + k] = token
 
     def _kept(self, slots: Tensor) -> Tensor:

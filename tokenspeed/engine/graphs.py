@@ -1,4 +1,8 @@
-"""Decode steps on a GPU as CUDA graphs: two launches in place of hundreds, with the batch padded to a few sizes."""
+"""Decode steps on a GPU as CUDA graphs: two launches in place of hundreds, with the batch padded to a few sizes.
+
+Ranks capture the same sizes in the same order, and their collectives with them: the run before each capture uses every
+collective at its size once, so that nothing is connected or allocated inside.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,12 +21,13 @@ _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class _Captured(NamedTuple):
-    """forward: up to the logits; choose: the rest of the step, by the number of drafts it makes; packed: the input."""
+    """forward: up to the logits; choose: the rest of the step, by the number of drafts it makes and by whether it is
+    greedy; packed: the input."""
 
     packed: Tensor
     forward: torch.cuda.CUDAGraph
     forwarded: "Forwarded"
-    choose: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]]
+    choose: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]]
 
 
 class DecodeGraphs:
@@ -41,8 +46,13 @@ class DecodeGraphs:
             packed = to_device(pack_rows((), size, self._nobody), self._device)
             forward, forwarded = self._capture(lambda packed=packed, width=width: runner.decode_forward(packed, width))
             drafts = depths(size)
-            choose = self._capture(lambda f=forwarded, drafts=drafts: runner.choose_plainly(f, drafts))
-            self._captured[size, width] = _Captured(packed, forward, forwarded, {drafts: choose})
+            choose = {
+                (drafts, greedy): self._capture(
+                    lambda f=forwarded, drafts=drafts, greedy=greedy: runner.choose_plainly(f, drafts, greedy)
+                )
+                for greedy in ((False, True) if runner.vocabulary.split else (False,))
+            }
+            self._captured[size, width] = _Captured(packed, forward, forwarded, choose)
 
     def forward(self, step: Step) -> "Forwarded | None":
         """Of the decode rows, and padding behind them, until the next call; None for a step that was not captured."""
@@ -56,10 +66,10 @@ class DecodeGraphs:
         captured.forward.replay()
         return captured.forwarded._replace(logits=captured.forwarded.logits[: step.tokens])
 
-    def choose(self, step: Step) -> Tensor | None:
+    def choose(self, step: Step, greedy: bool) -> Tensor | None:
         """What `Runner.choose_plainly` gives behind the last `forward`; None for drafts that were not captured."""
         _, captured = self._find(step)
-        found = captured and captured.choose.get(step.drafts)
+        found = captured and captured.choose.get((step.drafts, greedy))
         if not found:
             return None
         graph, news = found
@@ -77,7 +87,9 @@ class DecodeGraphs:
             run()  # loads modules and fills caches of the libraries outside the capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may call CUDA meanwhile: NCCL's looks whether earlier collectives are complete.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
+        graph.replay()  # capturing computes nothing, and whoever is captured next reads this result
         self._pool = self._pool or graph.pool()
         return graph, result

@@ -36,7 +36,7 @@ _GHOST_NODES_PER_PAGE = 4  # evicted pages whose token ids are remembered
 def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True) -> Engine:
     """Weights, memory and scheduler of a checkpoint; with more than one rank this process becomes rank 0. Raises
     ConfigError or CapacityError for what cannot be used."""
-    if config.tp == config.ep == 1:
+    if config.tensor_parallel_size == config.expert_parallel_size == 1:
         device = pick_device(config.device)
         runner, plan = load_runner(frontend.directory, config, device, ONE_RANK, list, progress)
     else:
@@ -44,7 +44,7 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
         atexit.register(ranks.close)
         communicator, channel = ranks.communicator, ranks.channel
         runner, plan = load_runner(frontend.directory, config, ranks.device, communicator, channel.smallest, progress)
-        runner.announce = channel.send
+        ranks.runner, runner.announce, runner.check = runner, ranks.announce, ranks.check
     cache = PrefixCache(
         CacheConfig(
             pages=plan.pages,
@@ -52,12 +52,12 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True)
             ghost_nodes=_GHOST_NODES_PER_PAGE * plan.pages,
             grid_tokens=config.snapshot_grid,
             policy=Policy.VALUE if config.cache_policy == "value" else Policy.LRU,
-            enabled=config.prefix_cache,
+            enabled=config.enable_prefix_caching,
         )
     )
     longest = longest_sequence(frontend.config, config, plan)
     drafts = config.draft_depths(runner.model.mtp is not None, runner.device.type == "cuda")
-    limits = Limits(config.max_num_seqs, config.max_batch_tokens, longest, drafts=drafts)
+    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, longest, drafts=drafts)
     eos_ids = frontend.defaults.eos_ids
     return Engine(runner, cache, limits, frontend.tokenizer, eos_ids, config.seed, config.validate)
 

@@ -12,7 +12,7 @@ from .. import ops
 from .config import EngineConfig, ModelConfig
 from .device import pick_dtype, pick_kv_dtype, use_threads
 from .errors import CapacityError, ConfigError
-from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory
+from .memory import Memory, MemoryLayout, MemoryPlan, free_memory, plan_memory, total_memory
 from .model.qwen3_5 import Qwen3_5
 from .model.weights import holds_mtp, load_weights, with_formats
 from .parallel.comm import Communicator
@@ -39,7 +39,9 @@ def load_runner(
     mtp = bool(config.draft_depths(True, on_gpu)) and holds_mtp(model_config, directory)
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
-    free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
+    communicator.prepare(model_config.hidden, device)
+    sharers = communicator.mesh.world if device.type == "cpu" else 1
+    free = free_memory(device) // sharers
     check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
     load_weights(model, directory, progress)
@@ -52,16 +54,19 @@ def load_runner(
         use_threads(threads)
     depths = config.draft_depths(mtp, on_gpu)
     drafts = max((drafts for _, drafts in depths), default=0)
-    sizes, kv_dtype = slot_sizes(model_config, drafts, decodes_by_kernel(device)), pick_kv_dtype(config.kv_dtype)
+    sizes, kv_dtype = slot_sizes(model_config, drafts, decodes_by_kernel(device)), pick_kv_dtype(config.kv_cache_dtype)
     layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
-    free = free_memory(device) // (communicator.mesh.world if device.type == "cpu" else 1)
-    plan = fit_memory(model_config, layout, config, free, device.type)
+    plan = fit_memory(
+        model_config, layout, config, free_memory(device) // sharers, total_memory(device) // sharers, device.type
+    )
     plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]))
     if progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts)
-    runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
+    captured = runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
+    if smallest([int(captured)]) == [0]:  # ranks replay their collectives together or not at all
+        runner.forget_graphs()
     return runner, plan
 
 
@@ -118,12 +123,14 @@ def longest_sequence(model: ModelConfig, config: EngineConfig, plan: MemoryPlan)
 
 
 def fit_memory(
-    model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, device_type: str
+    model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, total: int, device_type: str
 ) -> MemoryPlan:
-    """Pages and slots for an engine, of `free` bytes. Raises CapacityError where nothing fits."""
+    """Pages and slots for an engine on a device of `total` bytes, of which `free` are left beside the weights. Raises
+    CapacityError where nothing fits."""
     on_gpu = device_type == "cuda"
-    fraction = config.memory_fraction or (0.9 if on_gpu else 0.5)
+    utilization = config.gpu_memory_utilization or (0.9 if on_gpu else None)
+    usable = free // 2 if utilization is None else free - int((1 - utilization) * total)
     longest = config.max_model_len or model.max_context
     # A CPU's memory has other users: no more than twice what the sequences running at once can hold.
     most = None if on_gpu else 2 * config.max_num_seqs * longest
-    return plan_memory(layout, config, int(free * fraction), most)
+    return plan_memory(layout, config, usable, most)

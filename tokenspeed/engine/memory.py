@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,18 +10,10 @@ from torch import Tensor
 
 from .config import FULL, PAGE_TOKENS, EngineConfig, ModelConfig
 from .errors import CapacityError
+from .model.inputs import StateViews
 
 _ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
 SNAPSHOT_TOKENS = 8192  # of KV beside each slot that is not a running sequence's
-
-
-class StateViews(NamedTuple):
-    """One Gated DeltaNet layer of every slot; the operators' arguments of the same names."""
-
-    state: Tensor  # [slots, value_heads, value_dim, key_dim] fp32
-    ring: Tensor  # [slots, R, update width] fp32
-    cursor: Tensor  # [slots, value_heads] int32
-    window: Tensor  # [slots, W, conv_channels] model dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +116,7 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
         shared = SNAPSHOT_TOKENS * layout.kv_token_bytes + layout.slot_bytes
         known = 0 if pages is None else pages * layout.page_bytes
         slots = min(config.max_num_seqs, (free - known) // (layout.slot_bytes + layout.page_bytes))
-        if config.prefix_cache:
+        if config.enable_prefix_caching:
             slots += max(free - known - slots * (layout.slot_bytes + layout.page_bytes), 0) // shared
         if most_tokens is not None:
             slots = min(slots, config.max_num_seqs * 3)
@@ -137,8 +128,8 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
     if plan.bytes > free:
         raise CapacityError(
             f"{max(free, 0) / 2**30:.2f} GiB are there for KV pages and state slots, and {plan.pages} pages and "
-            f"{plan.slots} slots need {plan.bytes / 2**30:.2f} GiB: raise memory_fraction, lower max_num_seqs, or use "
-            "a smaller model."
+            f"{plan.slots} slots need {plan.bytes / 2**30:.2f} GiB: raise gpu_memory_utilization, lower max_num_seqs, "
+            "or use a smaller model."
         )
     return plan
 
@@ -202,3 +193,10 @@ def free_memory(device: torch.device) -> int:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the whole device, in use or not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

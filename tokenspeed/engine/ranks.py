@@ -6,13 +6,14 @@ A rank that is lost ends the others, with the reason: collectives cannot go on w
 """
 
 import contextlib
+import gc
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -20,13 +21,13 @@ import torch
 
 from .config import EngineConfig
 from .device import pick_device
-from .errors import ConfigError, TokenSpeedError
+from .errors import ConfigError, EngineError, TokenSpeedError
 from .loading import load_runner
-from .parallel.comm import Communicator, join_ranks
+from .parallel.comm import ProcessCommunicator, abort, join_ranks
 from .parallel.control import Inbox, StepChannel
 from .parallel.mesh import Mesh
 from .runner import Launched, Runner
-from .step import Step
+from .step import Edit, Step
 
 _CHECK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0  # for the loss to be noticed and told where the rank was needed
@@ -40,42 +41,84 @@ class RankSettings(msgspec.Struct, frozen=True):
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ranks:
-    """Rank 0's side: its collectives, the channel to the others, and those it started itself."""
+    """Rank 0's side: its collectives, the channel to the others, why one of those it started is lost, and once it is
+    loaded its runner."""
 
     mesh: Mesh
     device: torch.device
-    communicator: Communicator
+    communicator: ProcessCommunicator
     channel: StepChannel
+    lost: list[str] = field(default_factory=list)
+    runner: Runner | None = None
+
+    def check(self) -> None:
+        """Raises EngineError where a rank is lost: what was computed without it is worth nothing."""
+        if self.lost:
+            raise EngineError(self.lost[0])
+        self.communicator.check()
+
+    def announce(self, message: Step | list[Edit]) -> None:
+        """Tells the others what to run. Raises EngineError where one of them is lost."""
+        try:
+            self.channel.send(message)
+        except RuntimeError as error:
+            time.sleep(2 * _CHECK_SECONDS)  # until it is known which one, and how it ended
+            self.check()
+            raise EngineError(f"another rank is lost: {str(error).splitlines()[0]}") from error
 
     def close(self) -> None:
-        """Lets the others end; harmless where they have."""
+        """Lets the others end; harmless where they have. Nothing runs after this. Ends this process, too, where one of
+        them was lost on a GPU: NCCL's threads may wait for it for ever."""
         with contextlib.suppress(RuntimeError):
             self.channel.send(None)
+        if self.lost and self.device.type == "cuda":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        if self.runner:
+            _leave(self.runner, self.communicator)
 
 
 def start_ranks(directory: Path, config: EngineConfig) -> Ranks:
-    """Make this process rank 0 of `config.tp` and `config.ep`. Without a rendezvous the other ranks are started on this
-    machine; with one, somebody else starts them. Returns when all have met. Raises ConfigError where they cannot."""
-    mesh = Mesh(config.tp, config.ep)
-    if config.rendezvous is None:
-        config = replace(config, rendezvous=f"tcp://127.0.0.1:{_free_port()}")
-        others = [_start(directory, config, rank) for rank in range(1, mesh.world)]
-        threading.Thread(target=_watch_others, args=(others,), name="tokenspeed-ranks", daemon=True).start()
+    """Make this process rank 0 of `config.tensor_parallel_size` and `config.expert_parallel_size`. Without a rendezvous
+    the other ranks are started on this machine; with one, somebody else starts them. Returns when all have met. Raises
+    ConfigError where they cannot."""
+    mesh = Mesh(config.tensor_parallel_size, config.expert_parallel_size)
     device = rank_device(config, 0)
-    return Ranks(mesh, device, join_ranks(mesh, device, config.rendezvous), StepChannel())
+    others: list[subprocess.Popen] = []
+    if config.rendezvous is None:
+        gpus = torch.cuda.device_count()
+        if device.type == "cuda" and mesh.world > gpus:
+            raise ConfigError(
+                f"tensor_parallel_size {mesh.tp} and expert_parallel_size {mesh.ep} make {mesh.world} ranks, and this "
+                f"machine has {gpus} GPU{'s' * (gpus != 1)}: each rank needs its own; take fewer, or torchrun over "
+                "several hosts."
+            )
+        config = replace(config, rendezvous=f"tcp://127.0.0.1:{free_port()}")
+        others = [_start(directory, config, rank) for rank in range(1, mesh.world)]
+    lost: list[str] = []
+    watch = threading.Thread(target=_watch_others, args=(others, lost), name="tokenspeed-ranks", daemon=True)
+    if others:
+        watch.start()
+    return Ranks(mesh, device, join_ranks(mesh, device, config.rendezvous), StepChannel(), lost)
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of a rank: the CPU, or one of this machine's GPUs, dealt out in order of rank."""
+    """The device of a rank: the CPU, or one of this machine's GPUs, dealt out in order of rank. Raises ConfigError
+    where the configuration names one GPU for all."""
     device = pick_device(config.device)
-    return torch.device("cuda", rank % torch.cuda.device_count()) if device.type == "cuda" else device
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ConfigError(f"device {config.device!r} names one GPU, but each rank needs its own: it must be cuda.")
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def follow(directory: Path, config: EngineConfig, rank: int) -> None:
     """Run what rank 0 sends, until it sends the end. Raises RuntimeError where another rank is lost."""
-    mesh, device = Mesh(config.tp, config.ep, rank), rank_device(config, rank)
+    mesh, device = Mesh(config.tensor_parallel_size, config.expert_parallel_size, rank), rank_device(config, rank)
     communicator = join_ranks(mesh, device, config.rendezvous)
     channel = StepChannel()
     runner, _ = load_runner(directory, config, device, communicator, channel.smallest, progress=False)
@@ -84,6 +127,9 @@ def follow(directory: Path, config: EngineConfig, rank: int) -> None:
     while (message := inbox.get()) is not None:
         assert isinstance(message, Step)
         running = _run(runner, message, inbox, running)
+    if running:
+        running.read()
+    _leave(runner, communicator)
 
 
 def _run(runner: Runner, step: Step, inbox: Inbox, before: Launched | None) -> Launched:
@@ -102,14 +148,25 @@ def _start(directory: Path, config: EngineConfig, rank: int) -> subprocess.Popen
     return process
 
 
-def _watch_others(others: list[subprocess.Popen]) -> None:
+def _leave(runner: Runner, communicator: ProcessCommunicator) -> None:
+    """NCCL waits for the graphs that hold its collectives, and torch complains of groups that nobody left."""
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
+        runner.forget_graphs()
+        gc.collect()
+        communicator.close()
+
+
+def _watch_others(others: list[subprocess.Popen], lost: list[str]) -> None:
     while True:
         for rank, process in enumerate(others, start=1):
             if process.poll() is not None:
                 if process.returncode == 0:  # told to end
                     return
+                lost.append(f"rank {rank} ended with status {process.returncode}; the other ranks end with it.")
+                abort()  # whoever waits on the GPU for it goes on, and then finds it lost
                 time.sleep(_GRACE_SECONDS)
-                _end(f"rank {rank} ended with status {process.returncode}; the other ranks end with it.")
+                _end(lost[0])
         time.sleep(_CHECK_SECONDS)
 
 
@@ -126,7 +183,8 @@ def _end(reason: str) -> None:
     os._exit(1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

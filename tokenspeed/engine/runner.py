@@ -12,10 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import ops
-from .batch import Batch, DecodeRows, Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
+from .batch import Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
 from .drafting import Chosen, Drafter, LookupDrafter, MtpDrafter
+from .errors import CapacityError
 from .graphs import DecodeGraphs
 from .memory import Memory
+from .model.inputs import Batch, DecodeRows
 from .model.qwen3_5 import Qwen3_5
 from .request import TokenScores
 from .sampling import Choices, Sampler, Scores, Vocabulary
@@ -84,6 +86,7 @@ class Launched:
             self._runner.queue.popleft()()
         if self._event is not None:
             self._event.synchronize()
+        self._runner.check()
         step = self._step
         ids = [] if self._news is None else [ids[:count] for count, *ids in self._news.tolist()]
         scores: dict[int, list[TokenScores]] = {}
@@ -143,6 +146,8 @@ class Runner:
         # To the other ranks, before it runs.
         self.announce: Callable[[Step | list[Edit]], None] = lambda message: None
         self.observe: Callable[[Step, Sequence[Edit], Tensor], None] = lambda step, edits, logits: None
+        # Raises where results are not to be trusted because another rank is lost.
+        self.check: Callable[[], None] = model.communicator.check
         self._rotary = Rotary(*model.rotary(self.device))
         self._drafter: Drafter | None = None
         if model.mtp:
@@ -192,9 +197,10 @@ class Runner:
             self._follow(step, forwarded, None, None, None)
             return None, None
         if not step.prefill and self.sampler.plain(step.samples):
-            if self._graphs and (news := self._graphs.choose(step)) is not None:
+            greedy = self.sampler.greedy(step.samples)
+            if self._graphs and (news := self._graphs.choose(step, greedy)) is not None:
                 return news, None
-            return self.choose_plainly(forwarded, step.drafts), None
+            return self.choose_plainly(forwarded, step.drafts, greedy), None
         forwarded = forwarded.first(len(step.decode))
         decode, width = forwarded.batch.decode, step.width
         decoding, rows = len(step.decode), forwarded.logits
@@ -227,16 +233,16 @@ class Runner:
         self._follow(step, forwarded, ids[:cut].view(decoding, width), counts[0] if decode else None, first)
         return torch.cat(news), scores
 
-    def choose_plainly(self, forwarded: Forwarded, drafts: int) -> Tensor:
-        """`choose` for decode rows whose ids are drawn from the logits as they are. Reads nothing on the host and has
-        shapes of the batch alone, so it can stand in a CUDA graph."""
+    def choose_plainly(self, forwarded: Forwarded, drafts: int, greedy: bool = False) -> Tensor:
+        """`choose` for decode rows whose ids are drawn from the logits as they are. greedy: as in `Sampler.draw`. Reads
+        nothing on the host and has shapes of the batch alone, so it can stand in a CUDA graph."""
         rows = forwarded.batch.decode
         batch, width = rows.tokens.shape
         index = rows.index[:, None].expand(-1, width).flatten()
-        ids = self.sampler.draw(forwarded.logits, index, rows.outputs.flatten()).view(batch, width)
+        ids = self.sampler.draw(forwarded.logits, index, rows.outputs.flatten(), greedy).view(batch, width)
         counts = self._accept(ids, rows.tokens, rows.outputs, rows.context_lens, rows.index)
         if self._drafter:
-            self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, None), drafts)
+            self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, None, greedy), drafts)
         return torch.cat([counts[:, None], ids], 1)
 
     def _accept(self, ids: Tensor, tokens: Tensor, outputs: Tensor, context_lens: Tensor, index: Tensor) -> Tensor:
@@ -274,14 +280,23 @@ class Runner:
     @torch.inference_mode()
     def capture(self, depths: Callable[[int], int] = lambda sequences: 0, progress: bool = True) -> bool:
         """Let decode Steps replay CUDA graphs from now on. depths: drafts by the number of sequences. False, and
-        nothing changes, where no GPU kernel serves one of their operators, or where one cannot be captured."""
+        nothing changes, where no GPU kernel serves one of their operators, or where one cannot be captured. Raises
+        CapacityError where one of several ranks has no memory for them: the others wait for it in a collective."""
         if self.device.type != "cuda" or not set(ops.compiled_operators()) >= _DECODE_OPERATORS:
             return False
         try:
             self._graphs = DecodeGraphs(self, depths, progress)
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) and self.model.mesh.world > 1:
+                raise CapacityError(
+                    "no memory is left for CUDA graphs: lower gpu_memory_utilization or max_num_seqs."
+                ) from error
             tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
         return self._graphs is not None
+
+    def forget_graphs(self) -> None:
+        """Decode Steps run without graphs again."""
+        self._graphs = None
 
     def decode_forward(self, packed: Tensor, width: int) -> Forwarded:
         """The forward pass of packed decode rows, to be captured."""

@@ -53,6 +53,14 @@ class Vocabulary:
     def holds(self, id: int) -> bool:
         return self.first <= id < self.first + self.width
 
+    @property
+    def split(self) -> bool:
+        return self._ranks > 1
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """`sample` at temperature 0. One reduction where the vocabulary is split, and not eight."""
+        return split_sampling.greedy(logits, self._communicator)
+
     def sample(self, logits: Tensor, *arguments: Tensor) -> Tensor:
         """`ops.sample` of whole rows, [S] int64. logits: [S, width]."""
         if self._ranks == 1:
@@ -151,9 +159,15 @@ class Sampler:
         """Whether `draw` alone chooses the ids of these samples: nobody wants more than that."""
         return not any(s.edited or s.logprobs >= 0 or self._begins[s.index].adjusted for s in samples)
 
-    def draw(self, logits: Tensor, index: Tensor, output: Tensor) -> Tensor:
+    def greedy(self, samples: Sequence[Sample]) -> bool:
+        """Whether to tell `draw` that all of these have temperature 0: on one rank its kernel finds that itself."""
+        return self._vocabulary.split and all(_temperature(self._begins[s.index]) == 0 for s in samples)
+
+    def draw(self, logits: Tensor, index: Tensor, output: Tensor, greedy: bool = False) -> Tensor:
         """An id from each row of logits [L, V], for output number `output` of sequence `index`, both [L] int64: [L]
-        int64. Reads nothing on the host."""
+        int64. greedy: every row has temperature 0. Reads nothing on the host."""
+        if greedy:
+            return self._vocabulary.likeliest(logits)
         temperature, top_p, min_p = self._floats[:, index]
         top_k, seed = self._integers_of[:, index]
         return self._vocabulary.sample(logits, temperature, top_k.int(), top_p, min_p, seed, output)

@@ -117,13 +117,13 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_seqs: sequences on the device at once; max_batch_tokens: tokens of one Step; max_tokens: of one sequence;
-    skip_ahead: requests that may pass one that does not fit; wait_steps: Steps to wait for another's boundary;
-    drafts: of (sequences, drafts) the first that so many decoding sequences do not exceed says how many are made behind
-    each."""
+    """max_seqs: sequences on the device at once; max_num_batched_tokens: tokens of one Step; max_tokens: of one
+    sequence; skip_ahead: requests that may pass one that does not fit; wait_steps: Steps to wait for another's
+    boundary; drafts: of (sequences, drafts) the first that so many decoding sequences do not exceed says how many are
+    made behind each."""
 
     max_seqs: int
-    max_batch_tokens: int
+    max_num_batched_tokens: int
     max_tokens: int
     skip_ahead: int = 16
     wait_steps: int = 64
@@ -229,7 +229,7 @@ class Scheduler:
         for sequence in decoding:
             if sequence.state is State.DECODING:  # and did not give way to one before it
                 self._plan_decode(sequence, draft)
-        budget = self.limits.max_batch_tokens - len(draft.decode) * draft.width
+        budget = self.limits.max_num_batched_tokens - len(draft.decode) * draft.width
         for sequence in self.running:
             if sequence.state is State.PREFILLING and budget > 0:
                 budget -= self._plan_prefill(sequence, budget, draft)
@@ -245,7 +245,7 @@ class Scheduler:
         """How many tokens each sequence is to consume: its last id and all its drafts, or the id alone where drafts
         would be more than a sequence has left, than a Step may hold, or than there are pages for."""
         width = 1 + drafts
-        if not drafts or len(decoding) * width > self.limits.max_batch_tokens:
+        if not drafts or len(decoding) * width > self.limits.max_num_batched_tokens:
             return 1
         if any(s.launched + width >= s.room for s in decoding):
             return 1

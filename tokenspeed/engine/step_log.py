@@ -36,7 +36,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of torch on a CPU, which the order of its sums depends on; ring_rows, window_entries: as in MemoryLayout;
     draft_tokens: behind an id at most; mtp: whether the MTP head makes them; draft_vocabulary: among how many of the
     lowest ids it chooses, None for all; vocabulary: how many ids; package: this package's version; fp8: as in
-    ModelConfig; kv_dtype: as in EngineConfig."""
+    ModelConfig; kv_dtype: EngineConfig's kv_cache_dtype."""
 
     model: str
     dtype: str

@@ -11,7 +11,9 @@ from .attention import attention_prologue, paged_attention_decode, paged_attenti
 from .conv import causal_conv1d
 from .copies import copy_pages, copy_states
 from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
+from .ffn_block import ffn_block
 from .fp8 import linear_fp8, quantise_groups
+from .gdn_block import gdn_block
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
 from .moe import moe_experts, moe_route
 from .moe_block import moe_block
@@ -29,9 +31,11 @@ __all__ = [
     "causal_conv1d",
     "copy_pages",
     "copy_states",
+    "ffn_block",
     "gated_delta_rule_decode",
     "gated_delta_rule_prefill",
     "gated_rms_norm",
+    "gdn_block",
     "linear",
     "linear_fp8",
     "moe_block",

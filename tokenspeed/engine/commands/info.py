@@ -14,7 +14,7 @@ from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..device import pick_device, pick_dtype, pick_kv_dtype
 from ..errors import CapacityError
 from ..loading import decodes_by_kernel, fit_memory, slot_sizes
-from ..memory import MemoryLayout, free_memory
+from ..memory import MemoryLayout, free_memory, total_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import holds_mtp, with_formats
 from ..parallel.comm import Communicator
@@ -85,7 +85,10 @@ def run(options: argparse.Namespace) -> int:
         absent = absent or "its config.json names none"
     # A plan for a GPU is of what one would use: its dtype, and slots with a ring of updates.
     dtype = pick_dtype(options.dtype, torch.device("cuda") if options.memory_gib else device)
-    mesh, engine = Mesh(options.tp, options.ep), EngineConfig(**engine_settings(options))
+    mesh, engine = (
+        Mesh(options.tensor_parallel_size, options.expert_parallel_size),
+        EngineConfig(**engine_settings(options)),
+    )
 
     def empty(mtp: bool) -> Qwen3_5:
         return Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh), mtp)
@@ -123,7 +126,7 @@ def describe(
     model, kernel = parts.loaded(engine, on_gpu), memory_gib is not None or decodes_by_kernel(device)
     depths = engine.draft_depths(model.mtp is not None, on_gpu)
     drafts = max((drafts for _, drafts in depths), default=0)
-    kv_dtype = pick_kv_dtype(engine.kv_dtype)
+    kv_dtype = pick_kv_dtype(engine.kv_cache_dtype)
     plain = MemoryLayout(parts.trunk.share, dtype, *slot_sizes(model.config, 0, kernel), kv_dtype=kv_dtype)
     layout = MemoryLayout(model.share, dtype, *slot_sizes(model.config, drafts, kernel), kv_dtype=kv_dtype)
     yield from needs(name, parts.trunk, plain)
@@ -142,6 +145,7 @@ def describe(
         weights += copied
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
+    total = total_memory(device) if memory_gib is None else free
     left = free - weights
     if left <= 0:
         yield f"sequences          none: the weights alone need {_bytes(weights)}"
@@ -150,7 +154,7 @@ def describe(
             each = context * layout.kv_token_bytes + layout.slot_bytes
             yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
         kind = device.type if memory_gib is None else "cuda"
-        yield f"prefix cache       {_turns(model.config, layout, engine, left, kind)}"
+        yield f"prefix cache       {_turns(model.config, layout, engine, left, total, kind)}"
     yield f"kernels            {_kernels(device)}"
 
 
@@ -205,7 +209,7 @@ def head_needs(parts: Parts, plain: MemoryLayout, loaded: bool = True) -> Iterat
 def _drafts(engine: EngineConfig, depths: tuple[tuple[int, int], ...], mtp: bool) -> str:
     """How deeply is drafted, and by what."""
     if not depths:
-        return "none (--draft-tokens 0)" if engine.draft_tokens == 0 else "none: auto drafts with an MTP head, on a CPU"
+        return "none (--draft-tokens 0)" if engine.draft_tokens == 0 else "none: auto drafts with an MTP head"
     by = "by the MTP head" if mtp else "looked up in the sequence"
     if engine.draft_tokens != "auto":
         return f"{engine.draft_tokens} behind each token, {by}"
@@ -218,13 +222,15 @@ def weight_bytes(model: Qwen3_5) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def _turns(config: ModelConfig, layout: MemoryLayout, engine: EngineConfig, free: int, device_type: str) -> str:
+def _turns(
+    config: ModelConfig, layout: MemoryLayout, engine: EngineConfig, free: int, total: int, device_type: str
+) -> str:
     """How many agent turns of which length stay known: each is its tokens' KV and the state at its end."""
     try:
-        plan = fit_memory(config, layout, engine, free, device_type)
+        plan = fit_memory(config, layout, engine, free, total, device_type)
     except CapacityError:
         return f"none: {_bytes(free)} hold no page and slot"
-    spare = max(plan.slots - engine.max_num_seqs, 0) if engine.prefix_cache else 0
+    spare = max(plan.slots - engine.max_num_seqs, 0) if engine.enable_prefix_caching else 0
     lengths = [tokens for tokens in _TURNS if tokens <= config.max_context]
     fit = [f"{min(spare, plan.pages * PAGE_TOKENS // tokens)} of {tokens} tokens" for tokens in lengths]
     return f"agent turns kept: {', '.join(fit)} ({plan.pages} pages, {spare} of {plan.slots} slots)"

@@ -3,12 +3,12 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ..config import AUTO_DRAFTS, MOST_DRAFTS, EngineConfig
+from ..config import AUTO_DRAFTS_ON_CPU, AUTO_DRAFTS_ON_GPU, MOST_DRAFTS, EngineConfig
 from ..errors import ConfigError
 from ..llm import LLM
 from ..ranges import add_ranges
@@ -38,8 +38,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "loading), or none (dequantised while loading) (default auto)",
     )
     model.add_argument(
-        "--kv-dtype",
-        default=default.kv_dtype,
+        "--kv-cache-dtype",
+        default=default.kv_cache_dtype,
         choices=["auto", "fp8"],
         help="of the KV pages: the dtype, or FP8, half of bfloat16's bytes (default auto)",
     )
@@ -61,24 +61,25 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help=f"sequences that run at once (default {default.max_num_seqs})",
     )
     engine.add_argument(
-        "--max-batch-tokens",
+        "--max-num-batched-tokens",
         type=int,
-        default=default.max_batch_tokens,
+        default=default.max_num_batched_tokens,
         metavar="TOKENS",
-        help=f"tokens of one step, prefill and decode together (default {default.max_batch_tokens})",
+        help=f"tokens of one step, prefill and decode together (default {default.max_num_batched_tokens})",
     )
     engine.add_argument(
-        "--memory-fraction",
+        "--gpu-memory-utilization",
         type=float,
         metavar="F",
-        help="of the memory left beside the weights, for KV pages and state slots (default 0.9 on a GPU, 0.5 on a CPU)",
+        help="of the device's whole memory that may be in use, weights included; KV pages and state slots fill it "
+        "(default 0.9 on a GPU; on a CPU half of what is free)",
     )
     engine.add_argument("--kv-pages", type=int, metavar="N", help="KV pages of 64 tokens (default: what fits)")
     engine.add_argument("--state-slots", type=int, metavar="N", help="recurrent states kept (default: what fits)")
     engine.add_argument(
-        "--prefix-cache",
-        choices=["on", "off"],
-        default="on",
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=default.enable_prefix_caching,
         help="reuse what prompts have in common (default on)",
     )
     engine.add_argument(
@@ -100,8 +101,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=default.draft_tokens,
         metavar="N|auto|0",
         help=f"tokens drafted behind each and verified in one step, 0 to {MOST_DRAFTS}, by the MTP head or, without "
-        "one, by lookup in the sequence; the text is the same (default auto: on a CPU with a head "
-        f"{_auto_drafts()}; otherwise 0)",
+        f"one, by lookup in the sequence; the text is the same (default auto, with a head, by sequences: "
+        f"{_depths(AUTO_DRAFTS_ON_GPU)} on a GPU, {_depths(AUTO_DRAFTS_ON_CPU)} on a CPU; otherwise 0)",
     )
     engine.add_argument(
         "--draft-vocabulary",
@@ -111,10 +112,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "(default: among all)",
     )
     engine.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="split heads, columns and vocabulary over N ranks (default 1)"
+        "--tensor-parallel-size",
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split heads, columns and vocabulary over N ranks (default 1)",
     )
     engine.add_argument(
-        "--ep", type=int, default=1, metavar="N", help="split the experts over N of the same ranks (default 1)"
+        "--expert-parallel-size",
+        "--ep",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the experts over N of the same ranks (default 1)",
     )
     engine.add_argument("--validate", action="store_true", help="check every step and the cache: slow (default off)")
 
@@ -127,10 +138,8 @@ def _drafts(text: str) -> int | str:
         return text
 
 
-def _auto_drafts() -> str:
-    steps = [f"{drafts} for up to {most} sequences that decode" for most, drafts in AUTO_DRAFTS[:1]]
-    steps += [f"{drafts} for up to {most}" for most, drafts in AUTO_DRAFTS[1:]]
-    return ", ".join([*steps, "none for more"])
+def _depths(by_load: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{drafts} up to {most}" for most, drafts in by_load)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -245,7 +254,7 @@ def chosen_sampling(options: argparse.Namespace) -> dict:
 def engine_settings(options: argparse.Namespace) -> dict:
     """The fields of EngineConfig."""
     names = set(EngineConfig.__dataclass_fields__) & set(vars(options))
-    return {name: getattr(options, name) for name in names} | {"prefix_cache": options.prefix_cache == "on"}
+    return {name: getattr(options, name) for name in names}
 
 
 @contextlib.contextmanager

@@ -16,17 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_ROWS, ffn_block_scratch
+from ...ops.gdn_block import GDN_BLOCK_ROWS, gdn_block_scratch
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
-from ..batch import Batch
 from ..config import DenseConfig, ModelConfig
-from ..memory import StateViews
 from ..parallel import sharding
+from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
+from .inputs import Batch, StateViews
 from .parameters import Source, elsewhere, in_fp8, matrix, source, stacked, weight
-from .products import Joined, PendingNorm
+from .products import DoneNorm, Joined, PendingNorm
 
-Flow = tuple[Tensor | PendingNorm, Tensor | None]
+Flow = tuple[Tensor | PendingNorm | DoneNorm, Tensor | None]
 
 
 class Stage(nn.Module):
@@ -48,6 +50,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor | PendingNorm, residual: Tensor | None, batch: Batch) -> Flow:
         raise NotImplementedError
+
+    def reduce_into(self, x: Tensor, residual: Tensor | None, batch: Batch, communicator: Communicator, group: str):
+        """`forward` behind the sum of x over a group, of a stage that absorbs it."""
+        return self.forward(communicator.all_reduce(x, group), residual, batch)
 
 
 class Embedding(Stage):
@@ -88,6 +94,13 @@ class Norm(Stage):
 
     def forward(self, x, residual, batch):
         return PendingNorm(x, residual, self.weight, self.eps), None
+
+    def reduce_into(self, x, residual, batch, communicator, group):
+        if residual is not None:
+            done = communicator.add_rms_norm(x, residual, self.weight, self.eps, group)
+            if done is not None:
+                return DoneNorm(*done), None
+        return super().reduce_into(x, residual, batch, communicator, group)
 
 
 class LogitRows(Stage):
@@ -131,7 +144,7 @@ class GatedAttention(Stage):
             yield source(f"{name}.weight", part, self.mesh, *part.dims)
 
     def forward(self, x, residual, batch):
-        kv = batch.memory.layers[self.layer]
+        kv = batch.layers[self.layer]
         qkv, _, residual = x.linear(*self.qkv)
         q = ops.attention_prologue(qkv, self.q_norm, self.k_norm, batch.cos_sin, kv, batch.kv_slots, self.eps)
         gate = qkv[:, : self.widths[0]].unflatten(1, (-1, 2, self.head_dim))[:, :, 1]
@@ -166,6 +179,10 @@ class GatedDeltaNet(Stage):
         self.a_log, self.dt_bias = (weight(mesh, gates, dtype=torch.float32) for _ in range(2))
         self.norm = weight(mesh, c.value_dim)
         self.out = matrix(mesh, c.hidden, values, fp8=in_fp8(c, "linear_attn", {"out_proj": c.hidden}))
+        # What the kernel of a small decode batch leaves for the next; the model's layers share one.
+        size = gdn_block_scratch(len(self.in_proj[0].data), self.out.data.shape[1])
+        self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
+        self.in_one = all(weight.scale is None for weight in (*self.in_proj, self.out))  # whose kernel takes no FP8
 
     def sources(self):
         yield from self.in_proj.sources()
@@ -176,11 +193,15 @@ class GatedDeltaNet(Stage):
             yield source(name, part, self.mesh, *part.dims)
 
     def forward(self, x, residual, batch):
-        views: StateViews = batch.memory.layers[self.layer]
+        views: StateViews = batch.layers[self.layer]
+        gates, d = (self.a_log, self.dt_bias), batch.decode
+        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= GDN_BLOCK_ROWS:
+            weights = (self.in_proj[0].data, self.conv, *gates, self.norm)
+            where = (d.context_lens, d.read_slot, d.write_slot)
+            return ops.gdn_block(*x, *weights, *views, *where, self.out.data, self.scratch)
         (qkv, z, b, a), _, residual = self.in_proj(x)
-        gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []
-        if d := batch.decode:
+        if d:
             raw = (qkv[:cut], z[:cut], a[:cut], b[:cut])
             weights = (self.conv, *gates, self.norm, self.eps)
             outputs.append(
@@ -206,6 +227,12 @@ class DenseFFN(Stage):
         fp8 = in_fp8(config, "mlp", dict.fromkeys(("gate_proj", "up_proj"), intermediate.size))
         self.gate_up = matrix(mesh, (intermediate, intermediate), hidden, fp8=fp8)
         self.down = matrix(mesh, hidden, intermediate, fp8=in_fp8(config, "mlp", {"down_proj": hidden}))
+        # What the kernel of a small decode batch leaves for the next; the model's layers share one.
+        size = ffn_block_scratch(intermediate.local(mesh))
+        self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
+        used = (self.gate_up, self.down)
+        few = sum(weight.data.nbytes for weight in used) <= FFN_BLOCK_BYTES
+        self.in_one = few and all(weight.scale is None for weight in used)  # whose kernel takes no FP8
 
     def sources(self):
         hidden, intermediate = self.down.dims
@@ -215,6 +242,8 @@ class DenseFFN(Stage):
         yield source("down_proj.weight", self.down, self.mesh, hidden, intermediate)
 
     def forward(self, x, residual, batch):
+        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= FFN_BLOCK_ROWS:
+            return ops.ffn_block(*x, self.gate_up.data, self.down.data, self.scratch)
         gate_up, _, residual = x.linear(*self.gate_up)
         return ops.silu_mul_linear(gate_up, *self.down), residual
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ..batch import Batch
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..parallel.comm import Communicator
 from ..parallel.compile import link, plan_program
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Replicate
+from .inputs import Batch
 from .layers import Embedding, GatedAttention, LMHead, Norm, Stage, feed_forward
 from .parameters import Source, source, weight
 
@@ -86,7 +86,7 @@ class StoreKeys(Stage):
         a = self.attention
         queries, *rest = a.widths
         keys, _, _ = x.linear(*a.qkv.part.split([queries, sum(rest)])[1])
-        kv = batch.memory.layers[a.layer]
+        kv = batch.layers[a.layer]
         ops.attention_prologue(keys, a.q_norm, a.k_norm, batch.cos_sin, kv, batch.kv_slots, a.eps)
         return x.x, residual
 
@@ -114,8 +114,9 @@ class MtpHead(nn.Module):
         self.program = nn.ModuleList((embedding, *(stage for _, stage in own), head))
         self.link()
 
-    def link(self) -> None:
-        """Make the program's callables; again where a stage or its `forward` was replaced."""
+    def link(self, communicator: Communicator | None = None) -> None:
+        """Make the program's callables; again where a stage or its `forward` was replaced, or as `Qwen3_5.link`."""
+        self.communicator = communicator or self.communicator
         names = ("embed_tokens", *(name.removesuffix(".") or "join_tokens" for name in self.names), "lm_head")
         named, mesh = list(zip(names, self.program, strict=True)), self.communicator.mesh
         self.plan = plan_program(named, mesh, self.program[-1].output)

@@ -40,6 +40,24 @@ class PendingNorm(NamedTuple):
         return ops.linear(normed[rows], weight), normed
 
 
+class DoneNorm(NamedTuple):
+    """In the place of a `PendingNorm` whose norm was made with the sum over ranks: the norm, and the residual
+    stream."""
+
+    norm: Tensor
+    x: Tensor
+    residual: None = None
+
+    def normed(self) -> Tensor:
+        return self.norm
+
+    def linear(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.linear(self.norm, weight, scale), self.norm, self.x
+
+    def linear_of(self, rows: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear(self.norm if rows is None else self.norm[rows], weight), self.norm
+
+
 class Joined(nn.ModuleList):
     """Several products of one x behind its norm: one launch, or two where the leading ones are in FP8 and others not.
 
@@ -72,7 +90,7 @@ class Joined(nn.ModuleList):
             for (name, rows), part in zip(named, each.part.split(widths), strict=False):
                 yield source(f"{name}.weight", part, self.mesh, rows, self.hidden)
 
-    def forward(self, x: PendingNorm) -> tuple[list[Tensor], Tensor, Tensor]:
+    def forward(self, x: PendingNorm | DoneNorm) -> tuple[list[Tensor], Tensor, Tensor]:
         """The products in order, the norm, and the residual stream."""
         first, *others = self
         projected, normed, residual = x.linear(*first)

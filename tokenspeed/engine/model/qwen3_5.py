@@ -6,12 +6,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch
 from ..config import FULL, ModelConfig
 from ..parallel.comm import ONE_RANK, Communicator
 from ..parallel.compile import link, plan_program
 from ..parallel.sharding import rank_share
-from .layers import Embedding, GatedAttention, GatedDeltaNet, LMHead, LogitRows, MoE, Norm, Stage, feed_forward
+from .inputs import Batch
+from .layers import (
+    DenseFFN,
+    Embedding,
+    GatedAttention,
+    GatedDeltaNet,
+    LMHead,
+    LogitRows,
+    MoE,
+    Norm,
+    Stage,
+    feed_forward,
+)
 from .mtp import MtpHead, Output
 from .parameters import Source
 from .rope import rotary_frequencies
@@ -45,19 +56,22 @@ class Qwen3_5(nn.Module):
         program += [("norm", Norm(config, mesh)), ("lm_head", head)]
         self.names = [name for name, _ in program]
         self.program = nn.ModuleList(stage for _, stage in program)
-        mixtures = [stage for stage in self.program if isinstance(stage, MoE)]
-        for stage in mixtures:
-            stage.scratch = mixtures[0].scratch
+        for kinds in (DenseFFN | MoE, GatedDeltaNet):
+            alike = [stage for stage in self.program if isinstance(stage, kinds)]
+            for stage in alike:
+                stage.scratch = alike[0].scratch
         self.plan = plan_program(program, mesh, head.output)
         self.communicator = communicator
         self.mtp = MtpHead(config, communicator, embedding, head) if drafts else None
         self.link()
 
-    def link(self) -> None:
-        """Make the program's callables; again where a stage's `forward` was replaced."""
+    def link(self, communicator: Communicator | None = None) -> None:
+        """Make the program's callables; again where a stage's `forward` was replaced, or with other collectives of the
+        same mesh."""
+        self.communicator = communicator or self.communicator
         self._calls = link(self.plan, self.communicator)
         if self.mtp:
-            self.mtp.link()
+            self.mtp.link(communicator)
 
     @classmethod
     def empty(

@@ -1,5 +1,9 @@
 """Collectives over the groups of a mesh: torch.distributed between processes, or local stand-ins for one rank alone."""
 
+import contextlib
+import copy
+import os
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -8,11 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError
+from . import peers
 from .mesh import GROUPS, Mesh
 
 # torch 2.13 renamed both; the old names warn there, the new ones are not in 2.11.
 _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_LEAVING_SECONDS = 5.0
+STAGED_ROWS = 8  # of a batch whose residual sum and norm are one launch with the product behind them already
+_opened: list[peers.PeerSums] = []  # of this process
 
 
 class Communicator:
@@ -33,9 +41,21 @@ class Communicator:
             "so times and bytes are real and results are not the model's"
         )
 
+    def prepare(self, width: int, device: torch.device) -> None:
+        """Sums of [N, width] will follow. Every rank calls it alike, before what is free is measured."""
+
+    def check(self) -> None:
+        """Raises EngineError where another rank did not bring its part of a sum: results are not to be trusted."""
+
     def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
         """The sum (or the largest) of every rank's x. Mutates x and returns it."""
         return x
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """`ops.add_rms_norm` of the sum of every rank's x, in one launch; None where no kernel does both."""
+        return None
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
         """Every rank's x, joined along `dim` in order of rank."""
@@ -72,12 +92,72 @@ class ProcessCommunicator(Communicator):
                 self._groups[canonical] = _own_group(mesh, canonical)
             self._groups[name] = self._groups[canonical]
 
+        self._peers: dict[str, peers.PeerSums] = {}
+        self._peers_told = ""
+
     def describe(self) -> str:
-        return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}"
+        return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}{self._peers_told}"
+
+    def prepare(self, width: int, device: torch.device) -> None:
+        if device.type != "cuda" or self._peers_told:
+            return
+        handles = dist.new_group(backend="gloo")
+
+        def exchange(own: object) -> list:
+            everybody = [None] * self.mesh.world
+            dist.all_gather_object(everybody, own, group=handles)
+            return everybody
+
+        names = dict.fromkeys(self.mesh.canonical(name) for name in GROUPS)
+        groups = [name for name in names if self.mesh.size(name) > 1]
+        try:
+            made = peers.connect(self.mesh, groups, width, device, exchange)
+        except peers.PeerError as error:
+            self._peers_told = f" alone: {error}"
+            return
+        _opened.extend(made.values())
+        self._peers = {name: made[self.mesh.canonical(name)] for name in GROUPS if self.mesh.size(name) > 1}
+        self._peers_told = " and peer memory"
+
+    def check(self) -> None:
+        for sums in self._peers.values():
+            sums.check()
+
+    def without_peers(self) -> "ProcessCommunicator":
+        """The same groups, and every sum over them by torch.distributed."""
+        plain = copy.copy(self)
+        plain._peers, plain._peers_told = {}, " alone"
+        return plain
+
+    def connect(self, device: torch.device) -> None:
+        """Use every group once: NCCL connects and allocates at a group's first use, which must not fall into the
+        capture of a CUDA graph, nor behind the measurement of free memory."""
+        for canonical in dict.fromkeys(self.mesh.canonical(name) for name in GROUPS):
+            self.all_reduce(torch.zeros(1, device=device), canonical)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def close(self) -> None:
+        """Leave the groups; CUDA graphs that hold their collectives must be gone. Waits a few seconds at most where
+        other ranks are lost."""
+        leaving = threading.Thread(target=_quietly, args=(dist.destroy_process_group,), daemon=True)
+        leaving.start()
+        leaving.join(_LEAVING_SECONDS)
 
     def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
+        sums = self._peers.get(group)
+        if sums and not largest and sums.serves(x):
+            return sums.all_reduce(x)
         dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._groups[group])
         return x
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor] | None:
+        sums = self._peers.get(group)
+        if sums is None or len(x) <= STAGED_ROWS or not sums.serves(x) or not residual.is_contiguous():
+            return None
+        return sums.add_rms_norm(x, residual, weight, eps)
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
         x = x.movedim(dim, 0).contiguous()
@@ -96,22 +176,39 @@ def join_ranks(mesh: Mesh, device: torch.device, address: str, timeout_s: float 
     """Make this process rank `mesh.rank` of the default process group and return its collectives.
 
     address: where ranks meet, as torch.distributed takes it: tcp://host:port, file:///path or env://. Raises
-    ConfigError where the backend of the device is not in this build of torch.
+    ConfigError where the backend of the device is not in this build of torch, and where the ranks do not meet.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_available() or not dist.is_backend_available(backend):
         raise ConfigError(f"this build of torch has no {backend}, which {device.type} ranks need.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        init_method=address,
-        rank=mesh.rank,
-        world_size=mesh.world,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if device.type == "cuda" else None,
-    )
-    return ProcessCommunicator(mesh)
+        os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast: it pays for large sums, and decode's are small
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=address,
+            rank=mesh.rank,
+            world_size=mesh.world,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+        communicator = ProcessCommunicator(mesh)
+        communicator.connect(device)
+    except RuntimeError as error:  # of which torch.distributed's are
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"rank {mesh.rank} of {mesh.world} did not meet the others at {address}: {reason}") from error
+    return communicator
+
+
+def abort() -> None:
+    """Let this process's collectives on a GPU end, with any result, though a rank that they wait for is lost. Returns
+    at once."""
+    for sums in _opened:
+        sums.stop()
+    if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo notices by itself
+        work = dist.distributed_c10d._abort_process_group
+        threading.Thread(target=_quietly, args=(work,), name="tokenspeed-abort", daemon=True).start()
 
 
 def _own_group(mesh: Mesh, name: str) -> dist.ProcessGroup:
@@ -120,3 +217,8 @@ def _own_group(mesh: Mesh, name: str) -> dist.ProcessGroup:
         return dist.group.WORLD
     made = [(ranks, dist.new_group(list(ranks))) for ranks in mesh.members(name)]
     return next(group for ranks, group in made if mesh.rank in ranks)
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # of groups that are gone or half gone
+        work()

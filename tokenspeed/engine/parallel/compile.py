@@ -27,6 +27,9 @@ class Stage(Protocol):
     picks_rows: bool
     forward: Call
 
+    def reduce_into(self, x, residual, batch, communicator: Communicator, group: str):
+        """`forward` behind the sum of x over a group, of a stage that absorbs it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Collective:
@@ -94,14 +97,14 @@ def link(plan: Sequence[Entry], communicator: Communicator) -> list[Call]:
 
 @dataclass(frozen=True, slots=True)
 class ReduceInto:
-    """All-reduce and the stage that consumes it, as one callable: the place for a kernel that does both."""
+    """All-reduce and the stage that consumes it, as one callable."""
 
     stage: Stage
     communicator: Communicator
     group: str
 
     def __call__(self, x, residual, batch):
-        return self.stage.forward(self.communicator.all_reduce(x, self.group), residual, batch)
+        return self.stage.reduce_into(x, residual, batch, self.communicator, self.group)
 
 
 @dataclass(frozen=True, slots=True)
