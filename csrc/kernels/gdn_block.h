@@ -25,9 +25,9 @@ using expert_decode::kStageBytes;
 using expert_decode::kThreads;
 using expert_decode::kWeightWarp;
 using moe_layer::Dense;
-using moe_layer::kChunk;
 
 using Format = expert_decode::Format<__nv_bfloat16>;
+constexpr int kChunk = Format::kChunk;  // of depth
 using Shape = expert_decode::Shape<Dense>;
 
 constexpr int kKeeperWarp = kWeightWarp + 1;
