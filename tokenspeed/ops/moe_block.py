@@ -63,9 +63,7 @@ def moe_block(
         projected = torch.cat([projected[:, :shared], linear(normed, router)], dim=1)
     weights, chosen, order, offsets = moe_route(projected[:, shared : shared + experts], top_k, context_lens)
     offsets = offsets[first_expert : first_expert + held + 1]
-    y = moe_experts(
-        normed, weights, chosen, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale
-    )
+    y = moe_experts(normed, weights, chosen, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale)
     gate = projected[:, shared + experts : shared + experts + 1]
     add_gated_silu_mul_linear(y, projected[:, :shared], shared_down, gate, shared_scale)
     scratch[1:448] = 0  # the kernel counts from here, and finds the half of it clear that the number of calls names
