@@ -403,15 +403,22 @@ struct MoeBlock {
     const __nv_bfloat16* residual;     // [tokens, hidden]
     const __nv_bfloat16* norm_weight;  // [hidden]
     float eps;
-    const __nv_bfloat16* in_proj;  // [projections, hidden]: the shared expert's gate and up, the router, its own gate
-    const __nv_bfloat16* gate_up;  // [held, 2 width, hidden]
-    const __nv_bfloat16* down;     // [held, hidden, width]
-    const __nv_bfloat16* shared_down;  // [hidden, shared]
-    uint32_t* scratch;                 // moe_block_scratch() words, aligned to 16 bytes, zeros at first
-    __nv_bfloat16* out;                // [tokens, hidden]
-    __nv_bfloat16* sum;                // [tokens, hidden]: x + residual
-    uint8_t* workspace;                // of moe_block_workspace bytes, any content
+    const void* in_proj;      // [projections, hidden]: the shared expert's gate and up, the router, its own gate
+    const void* gate_up;      // [held, 2 width, hidden]
+    const void* down;         // [held, hidden, width]
+    const void* shared_down;  // [hidden, shared]
+    uint32_t* scratch;        // moe_block_scratch() words, aligned to 16 bytes, zeros at first
+    __nv_bfloat16* out;       // [tokens, hidden]
+    __nv_bfloat16* sum;       // [tokens, hidden]: x + residual
+    uint8_t* workspace;       // of moe_block_workspace bytes, any content
     int tokens, experts, held, first_expert, top_k, hidden, width, shared, projections;
+    SequenceRows sequences;  // whose padding rows choose nobody
+    // With them weights are e4m3, sizes multiples of 128, and in_proj is [2 shared, hidden] alone.
+    const __nv_bfloat16* router = nullptr;  // [projections - 2 shared, hidden]: the router, the shared expert's gate
+    const float* in_scale = nullptr;        // [2 shared / 128, hidden / 128], any alignment, as the others
+    const float* gate_up_scale = nullptr;   // [held, 2 width / 128, hidden / 128]
+    const float* down_scale = nullptr;      // [held, hidden / 128, width / 128]
+    const float* shared_scale = nullptr;    // [hidden / 128, shared / 128]
 };
 bool moe_block_supported(const MoeBlock& arguments);
 size_t moe_block_workspace(const MoeBlock& arguments);
