@@ -19,7 +19,7 @@ help:
 	@echo "make installs       install the package in every way, in fresh environments of each Python that is found"
 	@echo "make kernels        compile every CUDA kernel for sm_90a and hold it to its budget (no GPU needed)"
 	@echo "make emulator-asan  the emulator's tests under AddressSanitizer"
-	@echo "make fuzz           10^8 random operations on the prefix cache under sanitizers, 10^5 changed bodies on the server"
+	@echo "make fuzz           10^8 random operations on the prefix cache under sanitizers, 10^5 changed bodies on the server, two hours of lives with hardly any memory"
 	@echo "make gpu-check      tests and benchmarks of the kernels on this machine's GPU, within ten minutes"
 
 .venv/installed: requirements.txt Makefile
@@ -83,6 +83,7 @@ emulator-asan: .venv/installed
 fuzz: .venv/installed
 	@$(VENV)/python -m tests.cache.fuzz --operations 100000000
 	@$(VENV)/python -m tests.server.fuzz --bodies 100000
+	@$(VENV)/python -m tests.engine.fuzz --seconds 7200
 
 gpu-check:
 	@python3 tools/gpu_check.py

@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 LAYERS = [
     {"errors", "files", "quantization", "config", "request", "sizes", "checkpoint", "step", "cache", "scheduler"}
     | {"parallel.placement", "parallel.mesh", "parallel.sharding"},
-    {"device", "memory", "batch", "sampling", "graphs", "runner"}
+    {"device", "memory", "batch", "sampling", "graphs", "mover", "runner"}
     | {"parallel.comm", "parallel.compile", "parallel.plan", "parallel.sampling", "parallel.control"},
-    {"frontend", "chat", "collector", "loading", "ranks", "llm", "core", "step_log", "ranges"},
-    {"commands", "server", "__main__"},
+    {"frontend", "chat", "collector", "loading", "ranks", "llm", "core", "step_log", "ranges", "transfer"},
+    {"commands", "server", "router", "__main__"},
 ]
 NO_TORCH = LAYERS[0] | {"text", "frontend", "chat", "collector"}
 

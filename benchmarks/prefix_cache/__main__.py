@@ -5,6 +5,7 @@
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ def show(row: dict) -> None:
         f"  share of ideal {row['hit_rate'] / max(row['kv_ideal'], 1e-9):.3f}"
         f"\n    recomputed though KV matched {row['recomputed_though_matched']:,} tokens, snapshots written "
         f"{stats['snapshots_published'] + stats['snapshots_donated']:,}, evicted {stats['snapshots_evicted']:,}, "
-        f"pages evicted {stats['pages_evicted']:,}, refused {row['refused']}\n    microseconds per call "
+        f"pages evicted {stats['pages_evicted']:,}, refused {row['refused']}"
+        + (f", moved out {stats['moved_out']:,}, back {stats['moved_in']:,}" if row["host_slots"] else "")
+        + "\n    microseconds per call "
         + ", ".join(f"{name} {value}" for name, value in row["microseconds"].items()),
         flush=True,
     )
@@ -39,10 +42,13 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        points = sorted((row["slots"], row["hit_rate"]) for row in rows if row["policy"] == policy)
-        axes.plot(*zip(*points, strict=True), marker="o", label=policy)
-    if bound := sorted((row["slots"], row["clairvoyant"]) for row in rows if "clairvoyant" in row):
+    for policy, hosted in dict.fromkeys((row["policy"], row["host_slots"] > 0) for row in rows):
+        own = [row for row in rows if (row["policy"], row["host_slots"] > 0) == (policy, hosted)]
+        points = sorted((row["slots"], row["hit_rate"]) for row in own)
+        axes.plot(*zip(*points, strict=True), marker="o", label=policy + " and a host tier" * hosted)
+    if bound := sorted(
+        (row["slots"], row["clairvoyant"]) for row in rows if "clairvoyant" in row and not row["host_slots"]
+    ):
         axes.plot(*zip(*bound, strict=True), marker=".", linestyle="--", label="clairvoyant bound")
     axes.axhline(rows[0]["kv_ideal"], linestyle=":", color="grey", label="unlimited KV and states")
     axes.set(xscale="log", xlabel="state slots", ylabel="hit rate (tokens resumed / prompt tokens)")
@@ -59,10 +65,8 @@ def main() -> int:
     source.add_argument("--speed", action="store_true", help="time the calls of one 100,000-token prompt")
     parser.add_argument("--kv-tokens", type=int, metavar="N", help="KV capacity; enough for everything when left out")
     parser.add_argument("--state-slots", type=int, nargs="+", metavar="N", help="one replay each; 0: as many as wanted")
-    parser.add_argument(
-        "--budget-tokens", type=int, default=0, help="one budget shared by pages and slots, in KV tokens"
-    )
-    parser.add_argument("--bytes-per-slot-in-tokens", type=int, default=3072, help="what a slot costs of that budget")
+    parser.add_argument("--host-tokens", type=int, default=0, metavar="N", help="KV capacity of a host tier; 0: none")
+    parser.add_argument("--host-slots", type=int, metavar="N", help="its state slots (default: one for 8,192 tokens)")
     parser.add_argument("--policy", choices=["value", "lru"], help="only this one; lru keeps prompt ends alone")
     parser.add_argument("--grid-tokens", type=int, default=8192, help="grid of optional snapshots; 0: none")
     parser.add_argument("--edits", type=float, default=0.05, help="share of agent turns that edit the last message")
@@ -70,8 +74,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all rows there")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against slots")
     options = parser.parse_args()
-    if options.budget_tokens < 0 or any(slots < 0 for slots in options.state_slots or []):
-        parser.error("budgets and slots cannot be negative")
+    if options.host_tokens < 0 or any(slots < 0 for slots in options.state_slots or []):
+        parser.error("slots cannot be negative")
 
     if options.speed:
         rows = speed.measure()
@@ -100,27 +104,33 @@ def replays(options: argparse.Namespace) -> list[dict]:
     for slots in options.state_slots or ([64, 256, 1024, 0] if options.trace else [2 * options.agents, 0]):
         name = "unlimited" if slots == 0 else str(slots)
         actual = slots or 4 * count + 8
-        for policy in [options.policy] if options.policy else ["value", "lru"]:
+        tiers = [(0, 0)]
+        if options.host_tokens:
+            tiers.append((options.host_tokens // PAGE, options.host_slots or max(options.host_tokens // 8192, 1)))
+        policies = [options.policy] if options.policy else ["value", "lru"]
+        for policy, (host_pages, host_slots) in itertools.product(policies, tiers):
             config = CacheConfig(
                 pages=pages,
                 slots=actual,
+                host_pages=host_pages,
+                host_slots=host_slots,
                 ghost_nodes=pages,
                 grid_tokens=options.grid_tokens if policy == "value" else 0,
-                budget_tokens=options.budget_tokens,
-                slot_tokens=options.bytes_per_slot_in_tokens if options.budget_tokens else 0,
                 policy=Policy.VALUE if policy == "value" else Policy.LRU,
                 branch_points=policy == "value",
             )
             source = trace.turns(records) if options.trace else made
-            row = replay(config, source, count, f"{name} slots, {policy}")
+            beside = f" + {host_slots} in host memory" if host_slots else ""
+            row = replay(config, source, count, f"{name} slots{beside}, {policy}")
             row |= {
                 "slots": actual,
                 "policy": policy,
                 "kv_tokens": pages * PAGE,
-                "budget_tokens": options.budget_tokens,
+                "host_slots": host_slots,
+                "host_tokens": host_pages * PAGE,
             }
-            if options.trace and policy == "value" and not options.budget_tokens:
-                row["clairvoyant"] = trace.clairvoyant(records, actual)
+            if options.trace and policy == "value":
+                row["clairvoyant"] = trace.clairvoyant(records, actual + host_slots)
             show(row)
             rows.append(row)
     return rows

@@ -8,19 +8,20 @@
 namespace tokenspeed::cache {
 
 std::unique_ptr<Cache> Cache::create(const Config& config) {
-    bool possible = config.pages >= 0 && config.slots >= 0 && config.page_tokens >= 2 && config.page_tokens <= 128 &&
-                    config.ghost_nodes >= 0 && config.grid_tokens >= 0 && config.budget_tokens >= 0 &&
-                    config.slot_tokens >= 0 && (config.budget_tokens == 0 || config.slot_tokens > 0);
+    bool possible = config.pages >= 0 && config.slots >= 0 && config.host_pages >= 0 && config.host_slots >= 0 &&
+                    config.page_tokens >= 2 && config.page_tokens <= 128 && config.ghost_nodes >= 0 &&
+                    config.grid_tokens >= 0;
     return std::unique_ptr<Cache>(possible ? new Cache(config) : nullptr);
 }
 
-// Under separate arenas a slot is what snapshots compete for; under one budget, bytes are.
 Cache::Cache(const Config& config)
     : config_(config),
       tree_(config.page_tokens),
       pages_(config.pages),
       slots_(config.slots),
-      snapshots_(config.policy, config.budget_tokens ? config.slot_tokens : 1, config.budget_tokens ? 1 : 0),
+      host_pages_(config.host_pages),
+      host_slots_(config.host_slots),
+      snapshots_(config.policy),
       idle_(ListName::kIdle),
       ghosts_(ListName::kGhosts) {}
 
@@ -30,21 +31,16 @@ Result<Admission> Cache::admit(RequestId id, std::string_view name_space, Tokens
     if (requests_.contains(id)) return Error::kDuplicateRequest;
     if (prompt.empty()) return Error::kEmptyPrompt;
     const int64_t total = static_cast<int64_t>(prompt.size() / page) + 1;  // prompt + one token
-    if (total > config_.pages || config_.slots < 1 ||
-        (config_.budget_tokens > 0 && total * page + config_.slot_tokens > config_.budget_tokens))
-        return Error::kTooLarge;
+    if (total > config_.pages || config_.slots < 1) return Error::kTooLarge;
 
     Request request;
-    if (config_.enabled) {
-        auto root = roots_.find(name_space);
-        request.root = root != roots_.end() ? root->second : tree_.create_root();
-        if (root == roots_.end()) roots_.emplace(name_space, request.root);
-    }
-    Walk found = walk(request.root, prompt, prompt_logprobs, &request.path);
+    if (config_.enabled) request.root = root_of(name_space);
+    const auto cap = static_cast<int32_t>(prompt.size()) - 1;  // some token must give logits
+    Walk found = walk(request.root, prompt, {cap, !prompt_logprobs}, &request.path);
     Room room = reserve(request, found, static_cast<int32_t>(total));
     if (room.missing && found.snapshot != kNoNode && requests_.empty()) {
         // The pinned page or slot of the snapshot itself is in the way, and nobody will ever make room.
-        found = walk(request.root, prompt, true, &request.path);
+        found = walk(request.root, prompt, {cap, false}, &request.path);
         found.match.reason = Reason::kTightMemory;
         room = reserve(request, found, static_cast<int32_t>(total));
     }
@@ -64,7 +60,7 @@ Result<Admission> Cache::admit(RequestId id, std::string_view name_space, Tokens
     }
 
     if (room.consume) {
-        request.working = snapshots_.remove(tree_, request.source);
+        request.working = take_state(request.source);
         request.source_slot.reset();
         ++counters_.snapshots_consumed;
         admission.read_slot = request.working.id();
@@ -73,7 +69,7 @@ Result<Admission> Cache::admit(RequestId id, std::string_view name_space, Tokens
         admission.read_slot = request.source_slot.id();
         if (request.source != kNoNode) snapshots_.hit(tree_, request.source);
     }
-    counters_.snapshot_hits += request.source != kNoNode;
+    counters_.snapshot_hits += resume > 0;
     admission.write_slot = request.working.id();
 
     request.pages.reserve(total);
@@ -99,12 +95,14 @@ Result<Admission> Cache::admit(RequestId id, std::string_view name_space, Tokens
     if (config_.enabled) {
         keep(kept_node(request));
         grow_path(request, prompt, static_cast<int32_t>(prompt.size() / page));
+        if (found.host != kNoNode) bring_back(request, admission, found);
         plan_snapshots(request, prompt, boundaries, found);
     }
 
     trim_ghosts();
     admission.pages = request.pages;
-    for (const Planned& planned : request.plan) admission.plan.push_back({planned.tokens, planned.slot.id()});
+    for (const Planned& planned : request.plan)
+        if (planned.tokens > resume) admission.plan.push_back({planned.tokens, planned.slot.id()});
     ++counters_.admissions;
     const auto length = static_cast<int32_t>(prompt.size());
     counters_.prompt_tokens += length;
@@ -127,9 +125,16 @@ Cache::Room Cache::reserve(Request& request, const Walk& found, int32_t total) {
         lock(request.source);
         request.source_slot = snapshots_[tree_[request.source].snapshot].slot.share();
     }
+    if (found.host != kNoNode) {
+        request.host_source = found.host;
+        host_use(found.host);
+        keep(found.host);
+        request.host_slot = snapshots_[tree_[found.host].snapshot].host_slot.share();
+    }
 
     Room room;
-    if (found.match.kv_tokens > found.shared * page) {  // resume inside a page: its first rows are needed
+    if (found.match.kv_tokens > found.shared * page &&
+        found.host == kNoNode) {  // resume inside a page: its first rows are needed
         // Rows from the fill on may be appended by one sequence; a page nobody writes or filled further is taken over.
         room.partial = tree_[request.source].page;
         room.append = !pages_.has_writer(room.partial) && pages_.fill(room.partial) == resume % page;
@@ -146,6 +151,35 @@ Cache::Room Cache::reserve(Request& request, const Walk& found, int32_t total) {
         request.path.clear();
     }
     return room;
+}
+
+// What the sequence resumes from comes from host memory, into its own pages and, where a slot can be had, into a slot
+// that becomes a snapshot again; else into its working slot.
+void Cache::bring_back(Request& request, Admission& admission, const Walk& found) {
+    const int32_t page = config_.page_tokens, resume = request.resume;
+    request.committed = std::min(found.shared * page, resume - 1);
+    const Snapshots::Record& record = snapshots_[tree_[found.host].snapshot];
+    const Kind kind = record.kind;
+    if (tree_[found.host].promises == 0)
+        if (auto slot = optional_slot(found.match.moved_tokens, kind)) {
+            request.source_slot = slot->share();
+            add_plan(request, resume, found.host, kind, std::move(*slot));
+        }
+    admission.read_slot = request.source_slot ? request.source_slot.id() : request.working.id();
+    Move move{++last_move_, false, {}, request.host_slot.id(), admission.read_slot};
+    for (NodeId id = found.host; tree_[id].parent != kNoNode; id = tree_[id].parent) {
+        const int32_t index = (static_cast<int32_t>(tree_[id].end) - 1) / page;
+        if (index < found.shared) break;
+        move.pages.emplace_back(tree_[id].host_page, request.pages[index]);
+    }
+    std::ranges::reverse(move.pages);
+    snapshots_.hit(tree_, found.host);
+    request.move = admission.move = move.id;
+    request.move_seconds = seconds_to_move(static_cast<int32_t>(move.pages.size()));
+    ++counters_.moved_in;
+    counters_.moved_in_pages += static_cast<int64_t>(move.pages.size());
+    counters_.moved_in_tokens += found.match.moved_tokens;
+    moves_.push_back(std::move(move));
 }
 
 void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found) {
@@ -170,7 +204,7 @@ void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int3
         // A branch point a few tokens beyond a planned boundary (two texts that begin alike) is not worth a slot.
         if (kind == Kind::kBranch && tokens - previous < config_.page_tokens / 4) continue;
         if (NodeId existing = find_snapshot_node(request, prompt, tokens);
-            existing != kNoNode && (tree_[existing].has_snapshot() || tree_[existing].promises > 0)) {
+            existing != kNoNode && (tree_[existing].state || tree_[existing].promises > 0)) {
             previous = tokens;
             continue;
         }
@@ -180,7 +214,7 @@ void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int3
             ++counters_.snapshots_declined;
             NodeId node =
                 snapshot_node(request, prompt, tokens);  // remembered, to learn whether it would have been used
-            snapshots_.declined(tree_[node]);
+            if (!tree_[node].has_snapshot()) snapshots_.declined(tree_[node]);
             refresh(node);
             continue;
         }
@@ -196,18 +230,9 @@ void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int3
 std::optional<SlotRef> Cache::optional_slot(int32_t gain, Kind kind) {
     if (planned_ + 1 > slots_.size() / 2) return std::nullopt;
     const double mine = snapshots_.score(gain, kind);
-    auto short_of = [&]() -> std::optional<Resource> {
-        if (slots_.free() == 0) return Resource::kSlots;
-        if (config_.budget_tokens > 0 && free_budget() < config_.slot_tokens) return Resource::kBudget;
-        return std::nullopt;
-    };
-    if (kind == Kind::kGrid && (short_of() || slots_.free() <= slots_.size() / 2)) return std::nullopt;
-    while (auto resource = short_of()) {
-        if (*resource == Resource::kBudget && idle_.size() > 0) {
-            evict_idle();
-            continue;
-        }
-        std::optional<Victim> victim = weakest(*resource);
+    if (kind == Kind::kGrid && slots_.free() <= slots_.size() / 2) return std::nullopt;
+    if (slots_.free() == 0) {
+        std::optional<Victim> victim = weakest(Resource::kSlots);
         if (!victim || (config_.policy == Policy::kValue && victim->score >= mine)) return std::nullopt;
         evict_snapshot(victim->node);
     }

@@ -83,7 +83,10 @@ py::dict as_dict(const Stats& s) {
     FIELD(prompt_tokens), FIELD(cached_tokens), FIELD(known_tokens), FIELD(kv_matched_tokens);
     FIELD(recomputed_matched_tokens), FIELD(snapshots_planned), FIELD(snapshots_declined);
     FIELD(snapshots_published), FIELD(snapshots_donated), FIELD(snapshots_redundant), FIELD(snapshots_evicted);
-    FIELD(snapshots_consumed), FIELD(snapshot_hits), FIELD(pages_evicted), FIELD(ghosts_dropped);
+    FIELD(snapshots_consumed), FIELD(snapshot_hits), FIELD(received), FIELD(received_tokens), FIELD(lent);
+    FIELD(moved_out), FIELD(moved_out_pages), FIELD(moves_void), FIELD(moved_in), FIELD(moved_in_pages);
+    FIELD(moved_in_tokens), FIELD(host_evicted), FIELD(snapshots_left_to_host), FIELD(host_pages_free);
+    FIELD(host_slots_free), FIELD(moves_under_way), FIELD(pinned), FIELD(pages_evicted), FIELD(ghosts_dropped);
     FIELD(page_copies), FIELD(pages_appended_in_place), FIELD(pages_free), FIELD(pages_held);
     FIELD(pages_evictable), FIELD(slots_free), FIELD(slots_working), FIELD(slots_planned);
     FIELD(slots_snapshot), FIELD(slots_draining), FIELD(running), FIELD(nodes), FIELD(ghosts);
@@ -103,6 +106,7 @@ PYBIND11_MODULE(_cache, m) {
         .value("NEW_TOKENS", Reason::kNewTokens)
         .value("WHOLE_PROMPT_KNOWN", Reason::kWholePromptKnown)
         .value("NO_SNAPSHOT", Reason::kNoSnapshot)
+        .value("COMPUTED_SOONER", Reason::kComputedSooner)
         .value("SNAPSHOT_EVICTED", Reason::kSnapshotEvicted)
         .value("PENDING", Reason::kPending)
         .value("PROMPT_LOGPROBS", Reason::kPromptLogprobs)
@@ -115,7 +119,10 @@ PYBIND11_MODULE(_cache, m) {
         .value("TOO_LARGE", Error::kTooLarge)
         .value("BEYOND_PAGES", Error::kBeyondPages)
         .value("TOKENS_MISSING", Error::kTokensMissing)
-        .value("BACKWARDS", Error::kBackwards);
+        .value("BACKWARDS", Error::kBackwards)
+        .value("MOVING", Error::kMoving)
+        .value("UNKNOWN_MOVE", Error::kUnknownMove)
+        .value("DISABLED", Error::kDisabled);
 
     py::class_<NoRoom>(m, "NoRoom", "Not now: what is missing after every possible eviction.")
         .def_readonly("pages_short", &NoRoom::pages_short)
@@ -128,6 +135,7 @@ PYBIND11_MODULE(_cache, m) {
         .def_readonly("known_tokens", &Match::known_tokens)
         .def_readonly("kv_tokens", &Match::kv_tokens)
         .def_readonly("state_tokens", &Match::state_tokens)
+        .def_readonly("moved_tokens", &Match::moved_tokens)
         .def_readonly("pending_tokens", &Match::pending_tokens)
         .def_readonly("reason", &Match::reason)
         .def("__repr__", [](const Match& a) {
@@ -143,6 +151,7 @@ PYBIND11_MODULE(_cache, m) {
             "[ceil((prompt + 1) / page_tokens)] int32, a new array at each access")
         .def_readonly("read_slot", &Admission::read_slot)
         .def_readonly("write_slot", &Admission::write_slot)
+        .def_readonly("move", &Admission::move)
         .def_property_readonly(
             "copies",
             [](const Admission& a) {
@@ -155,21 +164,33 @@ PYBIND11_MODULE(_cache, m) {
                 return tuple_of(a.plan, [](const PlannedSnapshot& s) { return py::make_tuple(s.tokens, s.slot); });
             },
             "((tokens, slot), ...), ascending");
+    auto pages_of = [](const auto& a) { return py::array_t<PageId>(a.pages.size(), a.pages.data()); };
+    py::class_<Reception>(m, "Reception", "Where the bytes of a prefix that comes from elsewhere go.")
+        .def_readonly("kv_tokens", &Reception::kv_tokens)
+        .def_property_readonly(
+            "pages", [=](const Reception& a) { return pages_of(a); }, "[pages] int32, a new array")
+        .def_readonly("slot", &Reception::slot);
+    py::class_<Loan>(m, "Loan", "What is there of a prefix, pinned.")
+        .def_readonly("kv_tokens", &Loan::kv_tokens)
+        .def_readonly("state_tokens", &Loan::state_tokens)
+        .def_property_readonly(
+            "pages", [=](const Loan& a) { return pages_of(a); }, "[pages] int32, a new array")
+        .def_readonly("slot", &Loan::slot);
     py::class_<Fork>(m, "Fork", "A second sequence, and the slots the parent uses from its next step on.")
         .def_readonly("child", &Fork::child)
         .def_readonly("parent_read", &Fork::parent_read)
         .def_readonly("parent_write", &Fork::parent_write);
 
     py::class_<Cache>(m, "Cache")
-        .def(py::init([](int32_t pages, int32_t slots, int32_t page_tokens, int32_t ghost_nodes, int32_t grid_tokens,
-                         int64_t budget_tokens, int32_t slot_tokens, Policy policy, bool branch_points, bool enabled) {
-                 auto cache = Cache::create({pages, slots, page_tokens, ghost_nodes, grid_tokens, budget_tokens,
-                                             slot_tokens, policy, branch_points, enabled});
+        .def(py::init([](int32_t pages, int32_t slots, int32_t host_pages, int32_t host_slots, int32_t page_tokens,
+                         int32_t ghost_nodes, int32_t grid_tokens, Policy policy, bool branch_points, bool enabled) {
+                 auto cache = Cache::create({pages, slots, host_pages, host_slots, page_tokens, ghost_nodes,
+                                             grid_tokens, policy, branch_points, enabled});
                  if (!cache) throw py::value_error("impossible cache configuration");
                  return cache;
              }),
-             py::kw_only(), py::arg("pages"), py::arg("slots"), py::arg("page_tokens") = 64, py::arg("ghost_nodes") = 0,
-             py::arg("grid_tokens") = 0, py::arg("budget_tokens") = 0, py::arg("slot_tokens") = 0,
+             py::kw_only(), py::arg("pages"), py::arg("slots"), py::arg("host_pages") = 0, py::arg("host_slots") = 0,
+             py::arg("page_tokens") = 64, py::arg("ghost_nodes") = 0, py::arg("grid_tokens") = 0,
              py::arg("policy") = Policy::kValue, py::arg("branch_points") = true, py::arg("enabled") = true)
         .def("probe",
              [](const Cache& c, std::string_view name_space, const py::object& tokens, bool prompt_logprobs) {
@@ -188,6 +209,28 @@ PYBIND11_MODULE(_cache, m) {
         .def("finish", [](Cache& c, RequestId id, const py::object& tokens, int32_t count,
                           bool donate) { return outcome(c.finish(id, TokenBuffer(tokens).span(), count, donate)); })
         .def("abort", [](Cache& c, RequestId id) { return outcome(c.abort(id)); })
+        .def("receive",
+             [](Cache& c, RequestId id, std::string_view name_space, const py::object& tokens) {
+                 return outcome(c.receive(id, name_space, TokenBuffer(tokens).span()));
+             })
+        .def("received", [](Cache& c, RequestId id) { return outcome(c.received(id)); })
+        .def("lend",
+             [](Cache& c, RequestId id, std::string_view name_space, const py::object& tokens) {
+                 return outcome(c.lend(id, name_space, TokenBuffer(tokens).span()));
+             })
+        .def("release", [](Cache& c, RequestId id) { return outcome(c.release(id)); })
+        .def("take_moves",
+             [](Cache& c) {
+                 return tuple_of(c.take_moves(), [](const Move& m) {
+                     auto pages = [&](auto member) {
+                         return tuple_of(m.pages, [=](const auto& pair) { return py::int_(pair.*member); });
+                     };
+                     using Pair = std::pair<PageId, PageId>;
+                     return py::make_tuple(m.id, m.out, pages(&Pair::first), pages(&Pair::second), m.source, m.target);
+                 });
+             })
+        .def("moved", [](Cache& c, int64_t move) { return outcome(c.moved(move)); })
+        .def("set_costs", [](Cache& c, double page, double slot, double token) { c.set_costs({page, slot, token}); })
         .def("clear", &Cache::clear)
         .def("log_events", &Cache::log_events)
         .def("drain_events", [](Cache& c) { return tuple_of(c.drain_events(), as_tuple); })

@@ -22,6 +22,14 @@
 //   finish    commit(count), then the working slot becomes a snapshot at exactly `count` and everything else returns.
 //             Preemption is finish, and later admit with prompt + output as the prompt.
 //   abort     everything returns; what was committed stays in the tree.
+//
+// A PREFIX THAT COMES FROM ELSEWHERE, OR GOES THERE (another engine: whoever calls moves the bytes)
+//   receive   all or nothing: pages for what is missing of a prefix and a slot for the state at its end. Nobody matches
+//             it yet; a prompt that would sees it as pending.
+//   received  the bytes are there: the prefix is matched like any other, and stays pinned.
+//   lend      pins what is there of a prefix: the pages it shares, and the deepest state in it.
+//   release   the pin goes. Of a prefix that was not received everything returns: nobody may write there any more.
+//
 //   clear     forgets a namespace, clear_all every one: a later prompt finds nothing of it. Sequences that run keep
 //             their pages, slots and plan, and may be forked; what they commit or donate from then on is found by
 //             nobody, and returns with the last of them.
@@ -39,8 +47,20 @@
 //   - Stores of tokens below Admission::kv_tokens must be skipped: those pages are shared.
 //   - Planned snapshot slots belong to the sequence from admit to the commit that passes them.
 //
+// THE HOST TIER (`host_pages` and `host_slots` above 0)
+//   A *unit* is a snapshot with the pages under it. What is about to go from the device is copied to host memory ahead
+//   of need, so that eviction finds copies there and costs nothing. A prompt whose deepest state is in host memory
+//   alone is admitted with a move back: its pages and slots are its own at once, its first step waits for the bytes.
+//   take_moves  once per plan, after it: the moves to start, in order.
+//   moved       a move is done. Every move that was taken must be, whatever became of what it moved.
+//   - A move out pins nothing on the device. When its unit changes before it is done it is void: what it wrote is of
+//     no use, and what it writes to returns when it is done.
+//   - A move in pins its source. Its sequence may not be committed, forked, finished or aborted until it is done.
+//   - Whether a move back is sooner than computing is decided by `Costs`, beside the moves that are under way.
+//
 // WHAT STAYS TRUE (check() verifies all of it)
-//   Resident nodes have resident parents. A snapshot's pages are resident. Reference counts equal the references
+//   Resident nodes have resident parents, on the device and in host memory alike. A snapshot's pages are resident where
+//   its slot is; host pages are there for host snapshots alone. Reference counts equal the references
 //   found by walking. Eviction takes the deepest pages first. Equal calls on equal instances give equal answers.
 #pragma once
 
@@ -65,11 +85,11 @@ using RequestId = int64_t;
 struct Config {
     int32_t pages = 0;
     int32_t slots = 0;
-    int32_t page_tokens = 64;   // 2 to 128
-    int32_t ghost_nodes = 0;    // evicted pages whose token ids are remembered
-    int32_t grid_tokens = 0;    // distance of grid snapshots in long prefills; 0: none
-    int64_t budget_tokens = 0;  // one budget shared by pages and slots, in KV tokens; 0: each has its own arena
-    int32_t slot_tokens = 0;    // what a slot costs of that budget, in KV tokens
+    int32_t host_pages = 0;  // of the host tier; none without host slots
+    int32_t host_slots = 0;
+    int32_t page_tokens = 64;  // 2 to 128
+    int32_t ghost_nodes = 0;   // evicted pages whose token ids are remembered
+    int32_t grid_tokens = 0;   // distance of grid snapshots in long prefills; 0: none
     Policy policy = Policy::kValue;
     bool branch_points = true;  // snapshot where a prompt leaves what is known
     bool enabled = true;        // false: pages and slots are allotted, nothing is shared or remembered
@@ -81,6 +101,7 @@ enum class Reason : uint8_t {
     kNewTokens,         // everything known was reused; the rest is new
     kWholePromptKnown,  // everything is known, but one token must be computed to give logits
     kNoSnapshot,        // tokens beyond are known, but no state was kept there
+    kComputedSooner,    // a state beyond is in host memory, or on its way back, but computing is sooner
     kSnapshotEvicted,   // a state beyond was evicted, or not kept, for want of a slot
     kPending,           // a running sequence is about to write a state beyond
     kPromptLogprobs,    // the caller needs logits of every prompt token
@@ -89,10 +110,12 @@ enum class Reason : uint8_t {
 };
 
 struct Match {
-    int32_t known_tokens = 0;    // longest prefix seen before, evicted or not: the divergence position
-    int32_t kv_tokens = 0;       // keys and values below are shared; >= state_tokens
-    int32_t state_tokens = 0;    // compute resumes here (`cached_tokens`)
-    int32_t pending_tokens = 0;  // a snapshot beyond state_tokens that a running sequence will publish; 0: none
+    int32_t known_tokens = 0;  // longest prefix seen before, evicted or not: the divergence position
+    int32_t kv_tokens = 0;     // keys and values below are shared; >= state_tokens
+    int32_t state_tokens = 0;  // compute resumes here (`cached_tokens`)
+    int32_t moved_tokens = 0;  // of state_tokens, those behind the deepest state on the device: a move brings them back
+    int32_t pending_tokens =
+        0;  // a snapshot that will be published, beyond state_tokens, or there instead of a move; 0: none
     Reason reason = Reason::kCold;
 };
 
@@ -113,6 +136,35 @@ struct Admission {
     SlotId write_slot = -1;             // the working slot, read and written in place from the second step on
     std::vector<Copy> copies;           // before anything is stored
     std::vector<PlannedSnapshot> plan;  // ascending, in (state_tokens, prompt]
+    int64_t move = 0;                   // that must be done before the first step; 0: none
+};
+
+// Bytes to copy between the device and host memory: whole pages, as (source, target), and one slot.
+struct Move {
+    int64_t id;
+    bool out;  // to host memory
+    std::vector<std::pair<PageId, PageId>> pages;
+    SlotId source, target;
+};
+
+// Seconds: to move a page, to move a slot, to compute a token. Measured by whoever runs the device.
+struct Costs {
+    double page = 0, slot = 0, token = 1;
+};
+
+// Where the bytes of a prefix go. Tokens below `kv_tokens` (whole pages) are there already, and must not be written.
+struct Reception {
+    int32_t kv_tokens = 0;
+    std::vector<PageId> pages;  // in token order; cover the prefix
+    SlotId slot = -1;           // the state after all of it
+};
+
+// What is there of a prefix. It stays as it is until it is released.
+struct Loan {
+    int32_t kv_tokens = 0;      // keys and values; >= state_tokens
+    int32_t state_tokens = 0;   // the deepest state; 0: none
+    std::vector<PageId> pages;  // in token order; cover kv_tokens
+    SlotId slot = -1;           // that state; -1: none
 };
 
 struct Fork {
@@ -135,6 +187,9 @@ enum class Error : uint8_t {
     kBeyondPages,    // count exceeds the pages the sequence holds
     kTokensMissing,  // count exceeds the tokens passed
     kBackwards,      // count is below what is committed
+    kMoving,         // its move back is not done
+    kUnknownMove,    // none of this number is under way
+    kDisabled,       // the cache is off: it neither receives nor lends
 };
 
 template <class T>
@@ -161,11 +216,16 @@ struct Stats {
     int64_t recomputed_matched_tokens = 0;         // resident but computed again, for want of a state
     int64_t snapshots_planned = 0, snapshots_declined = 0, snapshots_published = 0, snapshots_donated = 0;
     int64_t snapshots_redundant = 0, snapshots_evicted = 0, snapshots_consumed = 0, snapshot_hits = 0;
+    int64_t received = 0, received_tokens = 0, lent = 0;         // tokens: those that were not there
+    int64_t moved_out = 0, moved_out_pages = 0, moves_void = 0;  // units copied to host memory; those of no use
+    int64_t moved_in = 0, moved_in_pages = 0, moved_in_tokens = 0;
+    int64_t host_evicted = 0, snapshots_left_to_host = 0;  // of snapshots_evicted, those that host memory still has
     int64_t pages_evicted = 0, ghosts_dropped = 0, page_copies = 0, pages_appended_in_place = 0;
     // Now.
     int64_t pages_free = 0, pages_held = 0, pages_evictable = 0;  // sum to Config::pages
     int64_t slots_free = 0, slots_working = 0, slots_planned = 0, slots_snapshot = 0, slots_draining = 0;
-    int64_t running = 0, nodes = 0, ghosts = 0, namespaces = 0;
+    int64_t host_pages_free = 0, host_slots_free = 0, moves_under_way = 0;
+    int64_t running = 0, pinned = 0, nodes = 0, ghosts = 0, namespaces = 0;
     double usual_reuse_time = 0;    // admissions between uses of a snapshot, weighted by tokens saved
     double superseded_weight = 0;   // how likely a passed snapshot is used again, to how likely a fresh one is
     int64_t bookkeeping_bytes = 0;  // beside token ids
@@ -188,6 +248,17 @@ class Cache {
     Result<Fork> fork(RequestId parent, RequestId child, Tokens tokens, int32_t count);
     Result<Done> finish(RequestId id, Tokens tokens, int32_t count, bool donate = true);
     Result<Done> abort(RequestId id);
+
+    // Ids of receptions and loans are those of sequences: one name is one thing. `tokens` is the prefix, no more.
+    Result<Reception> receive(RequestId id, std::string_view name_space, Tokens tokens);
+    Result<Done> received(RequestId id);
+    Result<Loan> lend(RequestId id, std::string_view name_space, Tokens tokens);
+    Result<Done> release(RequestId id);
+
+    std::vector<Move> take_moves();
+    Result<Done> moved(int64_t move);
+    void set_costs(const Costs& costs) { costs_ = costs; }
+
     // True if the namespace existed.
     bool clear(std::string_view name_space);
     // The same for every namespace. How many there were.
@@ -211,7 +282,9 @@ class Cache {
         Kind kind;
         SlotRef slot;
     };
+    enum class Role : uint8_t { kSequence, kReception, kPin };
     struct Request {
+        Role role = Role::kSequence;
         NodeId root = kNoNode;
         std::vector<NodeId> path;  // full-page nodes of its tokens; the last one (or the root) is kept
         int32_t published = 0;     // leading nodes of `path` that are resident; the last one (or the root) is locked
@@ -221,15 +294,20 @@ class Cache {
         uint32_t admission = 0;     // its number
         std::vector<PageId> pages;  // one reference and one hold each
         int32_t writes_from = 0;    // index of the first page it may store into
-        SlotRef working;
+        SlotRef working;            // of a sequence
         std::vector<Planned> plan;  // ascending
         NodeId source = kNoNode;    // snapshot node it resumes from: locked until the first commit
         SlotRef source_slot;        // pinned for as long
         PageId source_page = -1;    // page a fork copies from, held for as long
+        int64_t move = 0;           // brings back what it resumes from; 0: none, or it is done
+        double move_seconds = 0;
+        NodeId host_source = kNoNode;  // what it brings back, for as long
+        SlotRef host_slot;
     };
     struct Walk {
         Match match;
         NodeId snapshot = kNoNode;  // the node compute resumes from
+        NodeId host = kNoNode;      // a deeper one in host memory, to be moved back
         NodeId lost = kNoNode;      // a deeper one whose snapshot was let go
         int32_t full = 0;           // full nodes on the path
         int32_t shared = 0;         // of which resident and below the cap
@@ -244,19 +322,57 @@ class Cache {
         bool append = false;   // it is taken over; else it is copied
         bool consume = false;  // the working slot is the snapshot's own
     };
-    enum class Resource { kPages, kSlots, kBudget };
+    enum class Resource { kPages, kSlots };
 
     explicit Cache(const Config& config);
 
     // match.cpp
-    Walk walk(NodeId root, Tokens prompt, bool prompt_logprobs, std::vector<NodeId>* path) const;
+    struct Search {
+        int32_t cap;         // compute resumes there at the latest
+        bool states = true;  // false: nowhere, every token is computed
+        bool host = true;    // also from host memory
+    };
+    Walk walk(NodeId root, Tokens prompt, Search search, std::vector<NodeId>* path) const;
 
     // admit.cpp
     Room reserve(Request& request, const Walk& found, int32_t total);
+    void bring_back(Request& request, Admission& admission, const Walk& found);
     void plan_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found);
     std::optional<SlotRef> optional_slot(int32_t gain, Kind kind);
 
+    // tiers.cpp
+    struct Outgoing {
+        int64_t id;
+        NodeId node;  // of the snapshot; kNoNode: void
+        NodeId base;  // the deepest node above that is in host memory already
+        std::vector<NodeId> nodes;
+        std::vector<PageId> pages;  // beside `nodes`: where they go
+        SlotRef slot;
+    };
+    void host_use(NodeId node);
+    void host_drop(NodeId node);
+    void save_ahead();
+    bool scarce() const;
+    std::optional<NodeId> weakest_unsaved() const;
+    const Snapshots::Record* weakest_on_host() const;
+    bool save(NodeId node);
+    bool make_host_room(const Snapshots::Record& record, int32_t pages);
+    void evict_host(NodeId node);
+    void make_void(Snapshots::Record& record);
+    void void_moves_of(NodeId node);
+    SlotRef take_state(NodeId node);
+    void forget_snapshot(NodeId node);
+    double seconds_to_move(int32_t pages) const { return pages * costs_.page + costs_.slot; }
+    double seconds_under_way() const;
+    double loss(const Snapshots::Record& record) const;
+    void arrived(Request& request);
+
+    // transfer.cpp
+    std::optional<Error> validate_transfer(RequestId id, Tokens tokens) const;
+
     // requests.cpp
+    std::map<RequestId, Request>::iterator find_sequence(RequestId id);
+    NodeId root_of(std::string_view name_space);
     void take_page(Request& request);
     void grow_path(Request& request, Tokens tokens, int32_t full_pages);
     NodeId node_before(const Request& request, int32_t count) const;
@@ -280,7 +396,6 @@ class Cache {
     std::optional<Victim> weakest(Resource resource) const;
     bool evictable(const Snapshots::Record& record, Resource resource) const;
     int32_t evictable_slots() const;
-    int64_t free_budget() const;
     void evict_idle();
     void evict_snapshot(NodeId node);
     void make_resident(NodeId node, PageId page);
@@ -310,10 +425,16 @@ class Cache {
     Tree tree_;
     PagePool pages_;
     SlotPool slots_;  // before whatever holds a SlotRef
+    PagePool host_pages_;
+    SlotPool host_slots_;
     Snapshots snapshots_;
     NodeList idle_, ghosts_;  // idle: unlocked resident nodes that no snapshot needs, deepest first
     std::map<std::string, NodeId, std::less<>> roots_;
     std::map<RequestId, Request> requests_;
+    Costs costs_;
+    std::vector<Outgoing> outgoing_;  // in the order in which they were taken
+    std::vector<Move> moves_;         // to be taken
+    int64_t last_move_ = 0;
     int32_t planned_ = 0;  // slots promised to snapshots that are not written yet
     Stats counters_;
     int32_t most_events_ = 0;  // 0: no log is kept

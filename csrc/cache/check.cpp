@@ -17,33 +17,55 @@ Stats Cache::stats() const {
     stats.slots_free = slots_.free();
     stats.slots_working =
         std::ranges::count_if(requests_, [](const auto& entry) { return bool(entry.second.working); });
+    stats.running =
+        std::ranges::count_if(requests_, [](const auto& entry) { return entry.second.role == Role::kSequence; });
+    stats.pinned = static_cast<int64_t>(requests_.size()) - stats.running;
     stats.slots_planned = planned_;
-    stats.slots_snapshot = snapshots_.size();
+    stats.slots_snapshot =
+        std::ranges::count_if(snapshots_.records(), [](const auto& record) { return bool(record.slot); });
     stats.slots_draining =
         slots_.size() - stats.slots_free - stats.slots_working - stats.slots_planned - stats.slots_snapshot;
-    stats.running = static_cast<int64_t>(requests_.size());
+    stats.host_pages_free = host_pages_.free();
+    stats.host_slots_free = host_slots_.free();
+    stats.moves_under_way = static_cast<int64_t>(outgoing_.size()) +
+                            std::ranges::count_if(requests_, [](const auto& entry) { return entry.second.move != 0; });
     stats.nodes = tree_.size();
     stats.ghosts = ghosts_.size();
     stats.namespaces = static_cast<int64_t>(roots_.size());
     stats.usual_reuse_time = snapshots_.usual_reuse_time();
     stats.superseded_weight = snapshots_.superseded_weight();
-    stats.bookkeeping_bytes = tree_.bytes() + pages_.bytes() + slots_.bytes() + snapshots_.bytes();
+    stats.bookkeeping_bytes = tree_.bytes() + pages_.bytes() + slots_.bytes() + snapshots_.bytes() +
+                              host_pages_.bytes() + host_slots_.bytes();
     stats.token_bytes = tree_.token_bytes();
     return stats;
 }
 
 std::string Cache::check() const {
     struct Expected {
-        uint32_t locks = 0, keeps = 0, promises = 0;
+        uint32_t locks = 0, keeps = 0, promises = 0, host_uses = 0;
     };
     std::unordered_map<NodeId, Expected> expected;
     std::vector<int32_t> references(pages_.size()), holds(pages_.size()), writers(pages_.size());
-    std::vector<int32_t> slot_references(slots_.size());
+    std::vector<int32_t> slot_references(slots_.size()), host_slot_references(host_slots_.size());
+    std::vector<int32_t> host_references(host_pages_.size());
     std::unordered_set<NodeId> roots;
     for (const auto& [name, root] : roots_) roots.insert(root);
     auto count_slot = [&](const SlotRef& slot) {
         if (slot) ++slot_references[slot.id()];
     };
+    auto count_host_slot = [&](const SlotRef& slot) {
+        if (slot) ++host_slot_references[slot.id()];
+    };
+    size_t leaving = 0;
+    for (const Outgoing& move : outgoing_) {
+        count_host_slot(move.slot);
+        for (PageId page : move.pages) ++host_references[page];
+        if (move.node == kNoNode) continue;
+        ++expected[move.base].host_uses;
+        leaving += move.nodes.size();
+        if (!tree_[move.node].state || snapshots_[tree_[move.node].snapshot].move != move.id)
+            return "a move out of what is not on the device";
+    }
 
     int32_t planned = 0;
     for (const auto& [id, request] : requests_) {
@@ -54,7 +76,7 @@ std::string Cache::check() const {
             ++expected[kept_node(request)].keeps;
         }
         if (request.source != kNoNode) ++expected[request.source].locks;
-        if (!request.working) return who + "no working slot";
+        if (bool(request.working) != (request.role == Role::kSequence)) return who + "a working slot too few or many";
         if (pages_for(request.committed) > static_cast<int32_t>(request.pages.size()))
             return who + "committed past its pages";
         if (request.published > static_cast<int32_t>(request.path.size())) return who + "published past its path";
@@ -74,6 +96,13 @@ std::string Cache::check() const {
         }
         count_slot(request.working);
         count_slot(request.source_slot);
+        count_host_slot(request.host_slot);
+        if ((request.move != 0) != (request.host_source != kNoNode) || (request.move != 0) != bool(request.host_slot))
+            return who + "a source without a move, or the other way round";
+        if (request.host_source != kNoNode) {
+            ++expected[request.host_source].host_uses;
+            ++expected[request.host_source].keeps;
+        }
         for (const Planned& plan : request.plan) {
             ++planned;
             count_slot(plan.slot);
@@ -91,7 +120,7 @@ std::string Cache::check() const {
     int32_t idle = 0, ghosts = 0, snapshots = 0;
     for (size_t i = 0; i < nodes.size(); ++i) {
         const Node& node = tree_[nodes[i]];
-        uint32_t locked_children = 0, kept_children = 0, resident_children = 0, tails = 0;
+        uint32_t host_children = 0, locked_children = 0, kept_children = 0, resident_children = 0, tails = 0;
         NodeId previous = kNoNode;
         for (NodeId child_id : node.children) {
             const Node& child = tree_[child_id];
@@ -105,7 +134,11 @@ std::string Cache::check() const {
             if (child.end != node.end + child.length || child.length == 0) return who + "wrong length";
             if (child.length < config_.page_tokens && child.children.size() > 0) return who + "a tail with children";
             if (child.resident() && node.parent != kNoNode && !node.resident()) return who + "resident below a ghost";
-            if (child.has_snapshot() && !child.resident()) return who + "a snapshot outlived its pages";
+            if (child.state && !child.resident()) return who + "a snapshot outlived its pages";
+            if ((child.host_page >= 0) != (child.host_uses > 0)) return who + "a host page without use, or the reverse";
+            if (child.host_page >= 0) ++host_references[child.host_page];
+            host_children += child.host_uses > 0;
+            leaving -= child.leaving;
             if (previous != kNoNode) {
                 std::span<const Token> a(tree_.tokens(previous), tree_[previous].length);
                 std::span<const Token> b(tree_.tokens(child_id), child.length);
@@ -121,10 +154,11 @@ std::string Cache::check() const {
                 holds[child.page] += child.locks > 0;
                 if (pages_.fill(child.page) < child.length) return who + "refers to rows beyond its page's fill";
             }
-            bool needed = child.resident() && (child.resident_children > 0 || child.has_snapshot());
+            bool needed = child.resident() && (child.resident_children > 0 || child.state);
             ListName wanted = ListName::kNone;
             if (child.locks == 0 && child.resident() && !needed) wanted = ListName::kIdle;
-            if (child.locks == 0 && child.keeps == 0 && !child.resident()) wanted = ListName::kGhosts;
+            if (child.locks == 0 && child.keeps == 0 && child.host_uses == 0 && !child.resident())
+                wanted = ListName::kGhosts;
             if (child.list != wanted) return who + "in the wrong list";
             idle += wanted == ListName::kIdle;
             ghosts += wanted == ListName::kGhosts;
@@ -136,6 +170,11 @@ std::string Cache::check() const {
                 int32_t from = base == kNoNode ? 0 : static_cast<int32_t>(tree_[base].end);
                 if (record.node != child_id || record.tokens != static_cast<int32_t>(child.end))
                     return who + "its snapshot is another's";
+                if (bool(record.slot) != child.state || (!record.slot && !record.host_slot))
+                    return who + "a snapshot without a slot";
+                if (record.host_slot) ++expected[child_id].host_uses;
+                if (record.move != 0 && std::ranges::find(outgoing_, record.move, &Outgoing::id) == outgoing_.end())
+                    return who + "a move that is not under way";
                 if (record.base != base || record.gain != record.tokens - from) return who + "wrong gain";
             }
         }
@@ -143,6 +182,7 @@ std::string Cache::check() const {
         Expected here = expected.contains(nodes[i]) ? expected[nodes[i]] : Expected{};
         if (node.locks != here.locks + locked_children) return who + "wrong locks";
         if (node.keeps != here.keeps + kept_children) return who + "wrong keeps";
+        if (node.host_uses != here.host_uses + host_children) return who + "wrong host uses";
         if (node.promises != here.promises) return who + "wrong promises";
         if (node.resident_children != resident_children) return who + "wrong count of resident children";
         if (node.tails != tails) return who + "wrong count of tails";
@@ -151,6 +191,7 @@ std::string Cache::check() const {
     if (snapshots != snapshots_.size()) return "snapshots are lost";
     if (idle != idle_.size() || ghosts != ghosts_.size()) return "a list has the wrong size";
     if (ghosts > config_.ghost_nodes) return "too many ghosts";
+    if (leaving != 0) return "nodes are on their way to nowhere";
 
     int32_t evictable = 0, free = 0;
     for (PageId id = 0; id < pages_.size(); ++id) {
@@ -162,14 +203,27 @@ std::string Cache::check() const {
         evictable += references[id] > 0 && holds[id] == 0;
     }
     if (free != pages_.free() || evictable != pages_.evictable()) return "the page totals are wrong";
-    for (const auto& record : snapshots_.records()) count_slot(record.slot);
+    for (const auto& record : snapshots_.records()) {
+        count_slot(record.slot);
+        count_host_slot(record.host_slot);
+    }
+    int32_t free_host_slots = 0, free_host_pages = 0;
+    for (SlotId id = 0; id < host_slots_.size(); ++id) {
+        if (host_slots_.references(id) != host_slot_references[id]) return "a host slot has wrong references";
+        free_host_slots += host_slot_references[id] == 0;
+    }
+    for (PageId id = 0; id < host_pages_.size(); ++id) {
+        if (host_pages_.references(id) != host_references[id]) return "a host page has wrong references";
+        free_host_pages += host_references[id] == 0;
+    }
+    if (free_host_slots != host_slots_.free() || free_host_pages != host_pages_.free())
+        return "the host totals are wrong";
     int32_t free_slots = 0;
     for (SlotId id = 0; id < slots_.size(); ++id) {
         if (slots_.references(id) != slot_references[id]) return "slot " + std::to_string(id) + ": wrong references";
         free_slots += slot_references[id] == 0;
     }
     if (free_slots != slots_.free()) return "the slot totals are wrong";
-    if (config_.budget_tokens > 0 && free_budget() < 0) return "over the budget";
     return {};
 }
 

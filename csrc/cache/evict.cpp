@@ -37,9 +37,9 @@ void Cache::refresh(NodeId id) {
     const Node& node = tree_[id];
     ListName wanted = ListName::kNone;
     if (node.locks == 0 && node.parent != kNoNode) {
-        if (!node.resident() && node.keeps == 0)
+        if (!node.resident() && node.keeps == 0 && node.host_uses == 0)
             wanted = ListName::kGhosts;
-        else if (node.resident() && node.resident_children == 0 && !node.has_snapshot())
+        else if (node.resident() && node.resident_children == 0 && !node.state)
             wanted = ListName::kIdle;
     }
     if (wanted == node.list) return;
@@ -61,7 +61,7 @@ void Cache::make_resident(NodeId id, PageId page) {
 
 void Cache::make_ghost(NodeId id) {
     Node& node = tree_[id];
-    assert(node.locks == 0 && node.resident_children == 0 && !node.has_snapshot());
+    assert(node.locks == 0 && node.resident_children == 0 && !node.state);
     withdraw(id);
     pages_.remove(node.page, false);
     node.page = -1;
@@ -93,16 +93,8 @@ void Cache::forget_if_empty(NodeId root) {
 
 bool Cache::evictable(const Snapshots::Record& record, Resource resource) const {
     const Node& node = tree_[record.node];
-    bool frees_pages = node.locks == 0 && node.resident_children == 0;
-    bool frees_slot = record.slot.unique();  // else a sequence reads it
-    switch (resource) {
-        case Resource::kPages:
-            return frees_pages;
-        case Resource::kSlots:
-            return frees_slot;
-        default:
-            return frees_pages || frees_slot;
-    }
+    if (resource == Resource::kPages) return node.state && node.locks == 0 && node.resident_children == 0;
+    return record.slot.unique();  // else a sequence reads it
 }
 
 int32_t Cache::evictable_slots() const {
@@ -110,16 +102,11 @@ int32_t Cache::evictable_slots() const {
         std::ranges::count_if(snapshots_.records(), [](const auto& record) { return record.slot.unique(); }));
 }
 
-int64_t Cache::free_budget() const {
-    return config_.budget_tokens - int64_t{pages_.size() - pages_.free()} * config_.page_tokens -
-           int64_t{slots_.size() - slots_.free()} * config_.slot_tokens;
-}
-
 std::optional<Cache::Victim> Cache::weakest(Resource resource) const {
     std::optional<Victim> found;
     uint64_t sequence = 0;
     for (const auto& record : snapshots_.records()) {
-        double score = snapshots_.score(record);
+        double score = loss(record);
         if (found && (score > found->score || (score == found->score && record.sequence > sequence))) continue;
         if (!evictable(record, resource)) continue;
         found = {record.node, score};
@@ -134,8 +121,8 @@ void Cache::evict_idle() {
 }
 
 void Cache::evict_snapshot(NodeId id) {
-    snapshots_.remove(tree_, id);
-    refresh(id);
+    take_state(id);
+    counters_.snapshots_left_to_host += tree_[id].has_snapshot();
     ++counters_.snapshots_evicted;
 }
 
@@ -150,15 +137,7 @@ void Cache::evict_one(Resource resource) {
 NoRoom Cache::missing(int32_t pages, int32_t slots) const {
     NoRoom result;
     result.pages_short = std::max(0, pages - pages_.free() - pages_.evictable());
-    if (slots_.free() < slots || config_.budget_tokens > 0) {
-        int32_t spare = evictable_slots();
-        result.slots_short = std::max(0, slots - slots_.free() - spare);
-        int64_t over = int64_t{pages - pages_.evictable()} * config_.page_tokens +
-                       int64_t{slots - spare} * config_.slot_tokens - free_budget();
-        if (config_.budget_tokens > 0 && over > 0)
-            result.pages_short =
-                std::max(result.pages_short, static_cast<int32_t>((over - 1) / config_.page_tokens + 1));
-    }
+    if (slots_.free() < slots) result.slots_short = std::max(0, slots - slots_.free() - evictable_slots());
     return result;
 }
 
@@ -178,6 +157,7 @@ void Cache::drop_duplicates() {
             pages_.add(request.pages[i], true);
             pages_.raise_fill(request.pages[i], node.length);
             pages_.remove(std::exchange(node.page, request.pages[i]), true);
+            if (node.leaving) void_moves_of(request.path[i]);  // they read the page that is gone
         }
     }
 }
@@ -189,10 +169,8 @@ std::optional<NoRoom> Cache::make_room(int32_t pages, int32_t slots) {
         lacking = missing(pages, slots);
     }
     if (lacking.pages_short > 0 || lacking.slots_short > 0) return lacking;
-    const int64_t tokens = int64_t{pages} * config_.page_tokens + int64_t{slots} * config_.slot_tokens;
     while (slots_.free() < slots) evict_one(Resource::kSlots);
     while (pages_.free() < pages) evict_one(Resource::kPages);
-    while (config_.budget_tokens > 0 && free_budget() < tokens) evict_one(Resource::kBudget);
     return std::nullopt;
 }
 
@@ -201,10 +179,7 @@ void Cache::purge(NodeId root) {
     for (size_t i = 0; i < nodes.size(); ++i)
         nodes.insert(nodes.end(), tree_[nodes[i]].children.begin(), tree_[nodes[i]].children.end());
     for (NodeId id : std::views::reverse(nodes)) {  // children before parents
-        if (tree_[id].has_snapshot()) {
-            snapshots_.remove(tree_, id);
-            refresh(id);
-        }
+        if (tree_[id].has_snapshot()) forget_snapshot(id);
         withdraw(id);
         if (tree_[id].locks > 0 || id == root) continue;
         if (tree_[id].resident()) make_ghost(id);

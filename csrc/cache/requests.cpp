@@ -6,6 +6,17 @@
 
 namespace tokenspeed::cache {
 
+std::map<RequestId, Cache::Request>::iterator Cache::find_sequence(RequestId id) {
+    auto it = requests_.find(id);
+    return it != requests_.end() && it->second.role == Role::kSequence ? it : requests_.end();
+}
+
+NodeId Cache::root_of(std::string_view name_space) {
+    auto found = roots_.find(name_space);
+    if (found != roots_.end()) return found->second;
+    return roots_.emplace(name_space, tree_.create_root()).first->second;
+}
+
 void Cache::take_page(Request& request) {
     PageId id = pages_.take();
     pages_.set_writer(id, true);
@@ -67,7 +78,7 @@ void Cache::leave_plan(const Planned& planned) {
 }
 
 Result<std::span<const PageId>> Cache::extend(RequestId id, int32_t count) {
-    auto it = requests_.find(id);
+    auto it = find_sequence(id);
     if (it == requests_.end()) return Error::kUnknownRequest;
     Request& request = it->second;
     const int32_t held = static_cast<int32_t>(request.pages.size());
@@ -85,7 +96,8 @@ Result<std::span<const PageId>> Cache::extend(RequestId id, int32_t count) {
 
 std::optional<Error> Cache::validate(RequestId id, Tokens tokens, int32_t count) const {
     auto it = requests_.find(id);
-    if (it == requests_.end()) return Error::kUnknownRequest;
+    if (it == requests_.end() || it->second.role != Role::kSequence) return Error::kUnknownRequest;
+    if (it->second.move != 0) return Error::kMoving;
     if (count < it->second.committed) return Error::kBackwards;
     if (count > static_cast<int64_t>(tokens.size())) return Error::kTokensMissing;
     if (pages_for(count) > static_cast<int64_t>(it->second.pages.size())) return Error::kBeyondPages;
@@ -132,7 +144,7 @@ void Cache::publish(Request& request, Tokens tokens, int32_t count) {
 
 void Cache::publish_snapshot(Request& request, NodeId id, SlotRef slot, Kind kind, int64_t& counter) {
     const Node& node = tree_[id];
-    if (node.has_snapshot() || tree_[request.root].cleared) {
+    if (node.state || tree_[request.root].cleared) {
         ++counters_.snapshots_redundant;
         return;
     }
@@ -141,7 +153,10 @@ void Cache::publish_snapshot(Request& request, NodeId id, SlotRef slot, Kind kin
         make_resident(
             id, longer != kNoNode ? tree_[longer].page : request.pages[(node.end - node.length) / config_.page_tokens]);
     }
-    snapshots_.add(tree_, id, kind, request.admission, std::move(slot));
+    if (node.has_snapshot())
+        snapshots_.attach(tree_, id, std::move(slot));
+    else
+        snapshots_.add(tree_, id, kind, request.admission, std::move(slot));
     refresh(id);
     ++counter;
 }
@@ -221,6 +236,11 @@ Result<Fork> Cache::fork(RequestId parent_id, RequestId child_id, Tokens tokens,
 void Cache::release_source(Request& request) {
     if (request.source != kNoNode) unlock(std::exchange(request.source, kNoNode));
     request.source_slot.reset();
+    request.host_slot.reset();
+    if (request.host_source != kNoNode) {
+        host_drop(request.host_source);
+        unkeep(std::exchange(request.host_source, kNoNode));
+    }
     if (request.source_page >= 0) pages_.remove(std::exchange(request.source_page, -1), true);
 }
 
@@ -243,8 +263,9 @@ Result<Done> Cache::finish(RequestId id, Tokens tokens, int32_t count, bool dona
 }
 
 Result<Done> Cache::abort(RequestId id) {
-    auto it = requests_.find(id);
+    auto it = find_sequence(id);
     if (it == requests_.end()) return Error::kUnknownRequest;
+    if (it->second.move != 0) return Error::kMoving;
     ++counters_.aborted;
     release(it);
     return Done{};

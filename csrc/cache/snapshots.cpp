@@ -17,7 +17,7 @@ double Snapshots::value(int32_t gain, int32_t hits, Kind kind, int superseded) c
     // One resume is what every turn does to the one before it.
     double weight = kind == Kind::kBranch ? kBranchWeight * (1 + hits) : std::max(1, hits);
     if (superseded) weight *= superseded_weight(superseded);
-    return gain * weight / (slot_cost_ + page_cost_ * gain);
+    return gain * weight;
 }
 
 void Snapshots::learn(uint32_t used, int32_t gain) {
@@ -103,7 +103,8 @@ void Snapshots::add(Tree& tree, NodeId id, Kind kind, uint32_t owner, SlotRef sl
     node.superseded = 0;
     ++fresh_;
     records_.push_back({id, base, tokens, gain, 0, owner, now_, kind, false, ++sequence_, value(gain, 0, kind, false),
-                        std::move(slot)});
+                        std::move(slot), SlotRef(), 0});
+    node.state = true;
     stand(tree, records_.back());
 }
 
@@ -113,6 +114,7 @@ SlotRef Snapshots::remove(Tree& tree, NodeId id) {
     assert(records_[index].node == id);
     if (!node.superseded) step_aside(tree, records_[index]);
     node.snapshot = kNoSnapshot;
+    node.state = false;
     node.snapshot_lost = true;
     node.last_used = records_[index].used;
     SlotRef slot = std::move(records_[index].slot);
@@ -122,6 +124,19 @@ SlotRef Snapshots::remove(Tree& tree, NodeId id) {
     }
     records_.pop_back();
     return slot;
+}
+
+void Snapshots::attach(Tree& tree, NodeId id, SlotRef slot) {
+    Record& record = records_[tree[id].snapshot];
+    record.slot = std::move(slot);
+    record.used = now_;
+    record.sequence = ++sequence_;
+    tree[id].state = true;
+}
+
+SlotRef Snapshots::detach(Tree& tree, NodeId id) {
+    tree[id].state = false;
+    return std::move(records_[tree[id].snapshot].slot);
 }
 
 void Snapshots::hit(Tree& tree, NodeId id) {

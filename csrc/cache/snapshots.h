@@ -1,7 +1,7 @@
 // The table of snapshots and the one function that ranks them.
 //
-// kValue: a snapshot is worth the recompute it saves x (1 + hits) x a weight for its kind, per slot (per byte under a
-// shared budget), over the square of the time since its last use; times below the usual time to reuse count as that.
+// kValue: a snapshot is worth the recompute it saves x (1 + hits) x a weight for its kind, over the square of
+// the time since its last use; times below the usual time to reuse count as that.
 //   - What it saves is its distance to the nearest snapshot before it, where its users would resume without it.
 //   - Time is the number of admissions. The usual time to reuse is a mean weighted by tokens saved, learned from hits
 //   and
@@ -43,15 +43,19 @@ class Snapshots {
         bool counted;       // its first use since `Node::superseded` last grew is in the evidence
         uint64_t sequence;  // of the last use
         double value;       // all of the score but the time
-        SlotRef slot;
+        SlotRef slot;       // on the device
+        SlotRef host_slot;
+        int64_t move;  // under way to host memory; 0: none
     };
 
-    Snapshots(Policy policy, double slot_cost, double page_cost)
-        : policy_(policy), slot_cost_(slot_cost), page_cost_(page_cost) {}
+    explicit Snapshots(Policy policy) : policy_(policy) {}
 
     // `owner`: the admission number of the sequence that wrote it.
     void add(Tree& tree, NodeId node, Kind kind, uint32_t owner, SlotRef slot);
-    SlotRef remove(Tree& tree, NodeId node);
+    SlotRef remove(Tree& tree, NodeId node);  // both slots go; the device's is returned
+    // A snapshot that only host memory holds gets a slot on the device (again), or loses it.
+    void attach(Tree& tree, NodeId node, SlotRef slot);
+    SlotRef detach(Tree& tree, NodeId node);
     void hit(Tree& tree, NodeId node);
 
     // Time passes with admissions.
@@ -71,8 +75,15 @@ class Snapshots {
         return value(gain, 0, kind, false) / (usual_reuse_time() * usual_reuse_time());
     }
 
+    // Whether the first of two goes first.
+    bool weaker(const Record& a, const Record& b) const {
+        const double first = score(a), second = score(b);
+        return first != second ? first < second : a.sequence < b.sequence;
+    }
+
     const std::vector<Record>& records() const { return records_; }
     const Record& operator[](uint32_t index) const { return records_[index]; }
+    Record& operator[](uint32_t index) { return records_[index]; }
     int32_t size() const { return static_cast<int32_t>(records_.size()); }
     int64_t bytes() const { return static_cast<int64_t>(records_.capacity() * sizeof(Record)); }
     // How likely a snapshot that was superseded once or (2) passed since is used again, to how likely a fresh one is.
@@ -94,7 +105,6 @@ class Snapshots {
     void step_aside(const Tree& tree, const Record& record);
 
     Policy policy_;
-    double slot_cost_, page_cost_;
     std::vector<Record> records_;
     uint64_t sequence_ = 0;
     uint32_t now_ = 0;

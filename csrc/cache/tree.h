@@ -48,13 +48,15 @@ struct Node {
     NodeId parent = kNoNode;
     NodeId jump = kNoNode;                      // an ancestor some powers of two above: climbs take logarithmic time
     NodeId previous = kNoNode, next = kNoNode;  // of the list named below
-    PageId page = -1;                           // -1: a ghost (or a root)
+    PageId page = -1;                           // -1: not on the device
+    PageId host_page = -1;                      // -1: not in host memory
     uint32_t end = 0;                           // tokens from the root to the end of this node
     uint32_t locks = 0;                         // sequences that use the page + locked children
     uint32_t keeps = 0;                         // sequences that will need the node + kept children
     uint32_t resident_children = 0;
     uint32_t tails = 0;               // children shorter than a page
     uint32_t snapshot = kNoSnapshot;  // index into Snapshots
+    uint32_t host_uses = 0;           // host snapshots and moves that need the host page + children with any
     uint32_t promises = 0;            // running sequences that plan a snapshot here
     uint32_t last_used = 0;           // admission number, where a snapshot was let go
     uint8_t length = 0;               // tokens in this node
@@ -62,10 +64,12 @@ struct Node {
     bool snapshot_lost = false;  // a snapshot here was evicted or declined
     uint8_t superseded = 0;      // its snapshot was resumed from or passed: later ones look past it. 2: passed since
     bool cleared = false;        // root of a forgotten namespace that still runs
+    bool state = false;          // its snapshot has a slot on the device
+    bool leaving = false;        // a move under way will give it a host page
     bool announced = false;      // a whole page that the event log has told of
 
     bool resident() const { return page >= 0; }
-    bool has_snapshot() const { return snapshot != kNoSnapshot; }
+    bool has_snapshot() const { return snapshot != kNoSnapshot; }  // on the device, in host memory or in both
 };
 
 class Tree {

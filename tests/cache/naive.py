@@ -1,6 +1,7 @@
 """The contract again, written for clarity alone: prefixes are tuples, every search looks at everything.
 
-Pages are assumed ample and ghosts unlimited, and slots go by LRU, so every answer of the real cache is determined.
+Pages are assumed ample and ghosts unlimited, slots go by LRU, and moves cost nothing, so every answer of the real cache
+is determined; but which snapshots it saves to host memory, and when, this model is told.
 """
 
 from dataclasses import dataclass, field
@@ -12,13 +13,17 @@ Prefix = tuple[int, ...]
 
 
 class Slot:
-    """Compared by identity: two sequences that hold the same object use the same slot."""
+    """Compared by identity: two sequences that hold the same object use the same slot. id: what the cache calls it."""
+
+    id: int = -1
 
 
-@dataclass
+@dataclass(eq=False)
 class Snapshot:
-    slot: Slot
+    slot: Slot | None  # on the device
     used: int
+    host: bool = False  # in host memory
+    move: int = 0  # on its way there
 
 
 @dataclass
@@ -29,16 +34,18 @@ class Sequence:
     resume: int
     launched: int
     committed: int
-    working: Slot
+    working: Slot | None  # None: a prefix that comes from elsewhere or is lent
     source: Slot | None = None  # read in the first step
+    coming: Snapshot | None = None  # what it resumes from is on its way back from host memory
     plan: dict[int, Slot] = field(default_factory=dict)
     pages: list[int] = field(default_factory=list)
     leaves_nothing: bool = False  # its namespace was cleared
 
 
 class Naive:
-    def __init__(self, page_tokens: int, slots: int, grid_tokens: int = 0):
-        self.page, self.slots, self.grid = page_tokens, slots, grid_tokens
+    def __init__(self, page_tokens: int, slots: int, grid_tokens: int = 0, host_slots: int = 0):
+        self.page, self.slots, self.grid, self.host_slots = page_tokens, slots, grid_tokens, host_slots
+        self.outgoing: dict[int, Snapshot | None] = {}  # by the move's number; None: void
         self.running: dict[int, Sequence] = {}
         self.known: set[tuple[str, Prefix]] = set()  # token strings that were seen
         self.kv: dict[tuple[str, Prefix], int] = {}  # published whole pages -> page id
@@ -51,8 +58,8 @@ class Naive:
     def holders(self) -> list[Slot]:
         held = [snapshot.slot for snapshot in self.snapshots.values()]
         for sequence in self.running.values():
-            held += [sequence.working, *sequence.plan.values()] + ([sequence.source] if sequence.source else [])
-        return held
+            held += [sequence.working, *sequence.plan.values(), sequence.source]
+        return [slot for slot in held if slot]
 
     def free(self) -> int:
         return self.slots - len(set(self.holders()))
@@ -63,10 +70,51 @@ class Naive:
         idle = [key for key, snapshot in self.snapshots.items() if held.count(snapshot.slot) == 1]
         if not idle:
             return False
-        oldest = min(idle, key=lambda key: self.snapshots[key].used)
-        del self.snapshots[oldest]
-        self.lost.add(oldest)
+        self.leave(min(idle, key=lambda key: self.snapshots[key].used))
         return True
+
+    def leave(self, key: tuple[str, Prefix]) -> None:
+        """A snapshot goes from the device."""
+        snapshot = self.snapshots[key]
+        self.make_void(snapshot)
+        snapshot.slot = None
+        if not snapshot.host:
+            del self.snapshots[key]
+            self.lost.add(key)
+
+    # --- host memory
+
+    def make_void(self, snapshot: Snapshot) -> None:
+        if snapshot.move:
+            self.outgoing[snapshot.move], snapshot.move = None, 0
+
+    def host_free(self) -> int:
+        read = [sequence.coming for sequence in self.running.values() if sequence.coming]
+        return self.host_slots - len({*read, *(s for s in self.snapshots.values() if s.host)}) - len(self.outgoing)
+
+    def move_out(self, number: int, slot: int) -> None:
+        """The cache saves what is in a slot of the device. It makes room for that by what was used longer ago."""
+        [snapshot] = [s for s in self.snapshots.values() if s.slot and s.slot.id == slot]
+        assert not snapshot.host and not snapshot.move
+        if not self.host_free():
+            read = [sequence.coming for sequence in self.running.values()]
+            idle = [key for key, s in self.snapshots.items() if s.host and s not in read]
+            oldest = min(idle, key=lambda key: self.snapshots[key].used)
+            assert self.snapshots[oldest].used < snapshot.used
+            self.snapshots[oldest].host = False
+            if not self.snapshots[oldest].slot:
+                del self.snapshots[oldest]
+                self.lost.add(oldest)
+        snapshot.move, self.outgoing[number] = number, snapshot
+
+    def moved_out(self, number: int) -> None:
+        if snapshot := self.outgoing.pop(number):
+            snapshot.host, snapshot.move = True, 0
+
+    def moved_in(self, request: int) -> None:
+        sequence = self.running[request]
+        sequence.coming = None
+        self.commit(request, sequence.resume)
 
     def planned(self) -> int:
         return sum(len(sequence.plan) for sequence in self.running.values())
@@ -87,12 +135,15 @@ class Naive:
             return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False)))
 
         known = max((common(text) for space, text in self.known if space == name), default=0)
-        state = max((n for n in range(1, length) if (name, prompt[:n]) in self.snapshots), default=0)
-        pending = max((n for n in range(state + 1, length) if self.promised(name, prompt[:n])), default=0)
+        kept = {n: self.snapshots[name, prompt[:n]] for n in range(1, length) if (name, prompt[:n]) in self.snapshots}
+        device = max((n for n in kept if kept[n].slot), default=0)
+        state = max(kept, default=0)
+        least = max(device + 1, state)
+        pending = max((n for n in range(least, length) if self.promised(name, prompt[:n])), default=0)
         lost = any((name, prompt[:n]) in self.lost for n in range(state + 1, length))
         whole = (name, prompt) in self.snapshots
         if prompt_logprobs:
-            state = pending = 0
+            state = device = pending = 0
         shared = max((n for n in range(self.page, cap + 1, self.page) if (name, prompt[:n]) in self.kv), default=0)
         if known == 0:
             reason = Reason.COLD
@@ -112,6 +163,7 @@ class Naive:
             "known_tokens": known,
             "kv_tokens": max(state, shared),
             "state_tokens": state,
+            "moved_tokens": state - device,
             "pending_tokens": pending,
             "reason": reason,
         }
@@ -125,22 +177,28 @@ class Naive:
         resume = match["state_tokens"]
         key = (name, prompt[:resume])
         sequence = Sequence(name, list(prompt), len(prompt), resume, resume, resume, Slot())
-        if resume:
+        if match["moved_tokens"]:
+            sequence.coming = self.snapshots[key]
+        elif resume:
             sequence.source = self.snapshots[key].slot
         self.running[request] = sequence  # pins its source; its own slot is one too many until there is room
         if self.free() < 0 and not self.evict():
-            if not resume or self.holders().count(sequence.source) > 2:
+            if not sequence.source or self.holders().count(sequence.source) > 2:
                 del self.running[request]
                 return None
-            del self.snapshots[key]
-            self.lost.add(key)
+            self.leave(key)
             sequence.working, sequence.source = sequence.source, None
         elif resume:
             self.clock += 1
             self.snapshots[key].used = self.clock
+        if sequence.coming and not self.promised(*key) and self.may_plan() and (self.free() or self.evict()):
+            sequence.source = sequence.plan[resume] = Slot()
         self.known.add((name, prompt[: len(prompt) // self.page * self.page]))
         self.make_plan(sequence, boundaries, match["known_tokens"])
         return match
+
+    def may_plan(self) -> bool:
+        return self.planned() + 1 <= self.slots // 2
 
     def make_plan(self, sequence: Sequence, boundaries: list[int], known: int) -> None:
         length = sequence.prompt
@@ -153,15 +211,16 @@ class Naive:
             if not previous < count <= length or (kind == "branch" and count - previous < self.page // 4):
                 continue
             key = (sequence.name, tuple(sequence.tokens[:count]))
-            if key in self.snapshots or self.promised(*key):
+            if (key in self.snapshots and self.snapshots[key].slot) or self.promised(*key):
                 previous = count
                 continue
-            room = self.planned() + 1 <= self.slots // 2
+            room = self.may_plan()
             if kind == "grid":
                 if not room or self.free() == 0 or self.free() <= self.slots // 2:
                     continue
             elif not room or (self.free() == 0 and not self.evict()):
-                self.lost.add(key)
+                if key not in self.snapshots:
+                    self.lost.add(key)
                 self.known.add(key)
                 continue
             sequence.plan[count] = Slot()
@@ -184,10 +243,12 @@ class Naive:
 
     def publish(self, sequence: Sequence, count: int, slot: Slot) -> None:
         key = (sequence.name, tuple(sequence.tokens[:count]))
-        if key not in self.snapshots and not sequence.leaves_nothing:
-            self.clock += 1
-            self.snapshots[key] = Snapshot(slot, self.clock)
-            self.lost.discard(key)
+        if sequence.leaves_nothing or (key in self.snapshots and self.snapshots[key].slot):
+            return
+        self.clock += 1
+        snapshot = self.snapshots.setdefault(key, Snapshot(slot, self.clock))
+        snapshot.slot, snapshot.used = slot, self.clock
+        self.lost.discard(key)
 
     def finish(self, request: int, donate: bool) -> None:
         sequence = self.running[request]
@@ -217,9 +278,38 @@ class Naive:
         self.commit(parent_id, parent.committed)
         return True
 
+    # --- prefixes from elsewhere, and lent ones
+
+    def receive(self, request: int, name: str, prefix: Prefix) -> bool:
+        if self.free() < 1 and not self.evict():
+            return False
+        count = len(prefix)
+        self.running[request] = Sequence(name, list(prefix), count, 0, count, 0, None, plan={count: Slot()})
+        self.known.add((name, prefix))
+        return True
+
+    def received(self, request: int) -> None:
+        sequence = self.running[request]
+        count = len(sequence.tokens)
+        self.commit(request, count)
+        snapshot = self.snapshots.get((sequence.name, tuple(sequence.tokens)))
+        sequence.source = snapshot.slot if snapshot else None
+
+    def lend(self, request: int, name: str, prefix: Prefix) -> tuple[int, int]:
+        count = len(prefix)
+        kept = {n: self.snapshots.get((name, prefix[:n])) for n in range(1, count + 1)}
+        state = max((n for n in kept if kept[n] and kept[n].slot), default=0)
+        whole = max((n for n in range(self.page, count + 1, self.page) if (name, prefix[:n]) in self.kv), default=0)
+        source = self.snapshots[name, prefix[:state]].slot if state else None
+        self.running[request] = Sequence(name, list(prefix), count, 0, count, 0, None, source)
+        return max(whole, state), state
+
     def clear(self, name: str) -> None:
         for held in (self.known, self.lost):
             held -= {key for key in held if key[0] == name}
+        for key, snapshot in self.snapshots.items():
+            if key[0] == name:
+                self.make_void(snapshot)
         for table in (self.kv, self.snapshots):
             for key in [key for key in table if key[0] == name]:
                 del table[key]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from random import Random
 from unittest.mock import patch
 
 import torch
@@ -17,10 +18,12 @@ from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
 from tokenspeed.engine.drafting import MtpDrafter
+from tokenspeed.engine.errors import TokenSpeedError
 from tokenspeed.engine.loading import slot_sizes
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.memory import HostMemory, Memory, MemoryLayout
 from tokenspeed.engine.model.inputs import Batch, Rows
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.mover import Mover
 from tokenspeed.engine.request import Request, SamplingParams
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.scheduler import Limits, Sequence
@@ -85,7 +88,7 @@ class Talk:
     outputs: list[list[int]]
     reasons: dict[int, str] = field(default_factory=dict)
     reuse: object = None
-    errors: list[str] = field(default_factory=list)
+    errors: list[TokenSpeedError] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -97,7 +100,7 @@ class Talk:
         if update.finish_reason:
             self.reasons[update.index] = update.finish_reason
         if update.error:
-            self.errors.append(update.error)
+            self.errors.append(update.error.error)
 
     def history(self, child: int = 0) -> list[int]:
         """Prompt and answer."""
@@ -108,7 +111,8 @@ class Lab:
     """One engine on the CPU, fp32, every Step and the cache validated.
 
     admissions, forks, ends: what the cache answered and was told, by sequence id. computed: rows by sequence id, as
-    (first position, end). tamper: called at each admission, before its first Step is launched.
+    (first position, end). tamper: called at each admission, before its first Step is launched. slow_moves: a seed, 0
+    for moves that are done when they are first asked for.
     """
 
     def __init__(
@@ -122,6 +126,10 @@ class Lab:
         ring_rows: int = 0,
         validate: bool = True,
         drafts: int = 0,
+        host_pages: int = 0,
+        host_slots: int = 0,
+        costs: tuple[float, float, float] = (0, 0, 1),
+        slow_moves: int = 0,
         limits: dict | None = None,
         **cache,
     ):
@@ -131,11 +139,20 @@ class Lab:
         longest = min(pages * 64, model.config.max_context)
         self.memory = Memory(layout, pages, slots, CPU)
         poison(self.memory)
-        self.runner = Runner(model, self.memory, max_seqs, longest, drafts)
-        self.cache = PrefixCache(CacheConfig(**{"pages": pages, "slots": slots, "ghost_nodes": 4 * pages} | cache))
+        self.mover = None
+        if host_slots:
+            host = HostMemory(layout, host_pages, host_slots, CPU)
+            for arena in (host.pages, host.slots):
+                arena.fill_(255)  # NaN
+            self.mover = Mover(self.memory, host)
+            if slow_moves:
+                self._slow(slow_moves)
+        self.runner = Runner(model, self.memory, max_seqs, longest, drafts, self.mover)
+        sizes = {"pages": pages, "slots": slots, "host_pages": host_pages, "host_slots": host_slots}
+        self.cache = PrefixCache(CacheConfig(**sizes | {"ghost_nodes": 4 * pages} | cache))
         depths = {"drafts": ((max_seqs, drafts),) if drafts else ()}
         bounds = Limits(max_seqs, max_num_batched_tokens, longest, **depths | (limits or {}))
-        self.engine = Engine(self.runner, self.cache, bounds, shipped_tokenizer(), (), validate=validate)
+        self.engine = Engine(self.runner, self.cache, bounds, shipped_tokenizer(), (), validate=validate, costs=costs)
         self.scheduler = self.engine.scheduler
         self.talks: list[Talk] = []
         self.admissions: dict[int, list[Admission]] = {}
@@ -191,6 +208,24 @@ class Lab:
     def stats(self) -> dict[str, int]:
         return self.cache.stats()
 
+    def settle(self) -> None:
+        """Until no move is under way."""
+        while self.stats()["moves_under_way"]:
+            for number in self.mover.finished():
+                self.scheduler.moved(number)
+
+    def hold_moves(self) -> None:
+        """No move is done until `let_moves_finish`."""
+        self._finished, self.mover.finished = self.mover.finished, lambda: []
+
+    def let_moves_finish(self) -> None:
+        self.mover.finished = self._finished
+
+    def _slow(self, seed: int) -> None:
+        """Moves take any number of Steps."""
+        random, finished = Random(seed), self.mover.finished
+        self.mover.finished = lambda: finished() if random.random() < 0.3 else []
+
     # ---- judgement
 
     def difference(self) -> float:
@@ -229,6 +264,7 @@ class Lab:
         the logits' spread where that exceeds 1. Also checks that every output was computed, that the arenas' pages were
         copied as often as the cache says, and that nothing is held once all has ended."""
         assert not self.engine.has_work
+        self.settle()
         worst = 0.0
         self.compared = 0
         for talk in self.talks:
@@ -280,7 +316,7 @@ class Lab:
 
         def watched_plan():
             planned = plan()
-            if planned:
+            if planned and planned.step.rows:
                 self._planned[id(planned.step)] = planned.step, planned.rows, planned.samples
             return planned
 

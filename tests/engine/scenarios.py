@@ -4,10 +4,11 @@ whether the logits are right is for the caller to ask."""
 from random import Random
 
 import torch
-from lab import ENDS, Lab, Qwen3_5
+from lab import ENDS, Lab, Qwen3_5, Talk
 
 from tokenspeed.engine.batch import STOPS
 from tokenspeed.engine.cache import Policy
+from tokenspeed.engine.scheduler import State
 
 OPENING = [7, 3, 9]  # what the template puts before an answer
 
@@ -155,6 +156,47 @@ def consumed(model: Qwen3_5, **settings) -> Lab:
     admission = lab.admission(talk)
     assert admission.read_slot == admission.write_slot and admission.match.state_tokens == len(history) - 1
     assert lab.stats()["snapshots_consumed"] == 1
+    return lab
+
+
+def away(model: Qwen3_5, **settings) -> tuple[Lab, Talk]:
+    """A conversation that the device has let go, while host memory has it."""
+    lab = Lab(model, **{"pages": 10, "slots": 3, "host_pages": 40, "host_slots": 8} | settings)
+    first = lab.ask(text(1, 200), max_tokens=20)
+    for seed in range(2, 6):
+        lab.settle()
+        lab.ask(text(seed, 190), max_tokens=4)
+    return lab, first
+
+
+def there_and_back(model: Qwen3_5, **settings) -> Lab:
+    """Its next turn brings it back, and computes nothing again."""
+    lab, first = away(model, **settings)
+    again = lab.ask([*first.history(), *text(9, 30)])
+    assert again.reuse.moved_tokens >= 200
+    assert lab.tokens_computed(again) == len(again.request.prompt) - again.reuse.cached_tokens < 40
+    return lab
+
+
+def arriving(model: Qwen3_5, **settings) -> tuple[Lab, Talk]:
+    """It is on its way back, and stays so until `lab.let_moves_finish` is called."""
+    lab, first = away(model, **settings)
+    lab.hold_moves()
+    again = lab.submit([*first.history(), *text(9, 30)])
+    for _ in range(3):
+        lab.engine.step()
+    assert again.sequences[0].state is State.ARRIVING
+    return lab, again
+
+
+def aborted_on_the_way(model: Qwen3_5, **settings) -> Lab:
+    lab, again = arriving(model, **settings)
+    assert lab.engine.abort(again.request.id)
+    for _ in range(3):
+        lab.engine.step()
+    assert again.finished and lab.stats()["pages_held"] > 0  # the mover still writes there
+    lab.let_moves_finish()
+    lab.run()
     return lab
 
 

@@ -10,6 +10,7 @@ from planting import Bug, must_be_noticed
 from tokenspeed.engine.batch import Tables, build_batch
 from tokenspeed.engine.core import Engine
 from tokenspeed.engine.memory import Memory
+from tokenspeed.engine.mover import Mover, page_runs
 from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.scheduler import Scheduler, _Draft
 
@@ -141,7 +142,7 @@ BUGS = (
     (
         "nobody waits for a state that is being written",
         Scheduler._should_wait,
-        "return match.pending_tokens > match.state_tokens",
+        "return match.pending_tokens > 0",
         "return False",
         "pending",
     ),
@@ -183,6 +184,50 @@ BUGS = (
         "self.scheduler.end(generation.sequence, Leaving.ABORTED)",
         "pass",
         "aborts",
+    ),
+    (
+        "a sequence goes on before its state is back",
+        Scheduler._admit,
+        "if admission.move:",
+        "if False:",
+        "there_and_back",
+    ),
+    (
+        "a move is done before its bytes are there",
+        Mover._finish,
+        "self._copy(started.move)",
+        "pass",
+        "there_and_back",
+    ),
+    (
+        "a move goes the wrong way",
+        Mover._copy,
+        "(device, host) if move.out",
+        "(host, device) if move.out",
+        "there_and_back",
+    ),
+    (
+        "the window of the convolution stays behind",
+        Mover._copy,
+        "copy(source.slots[move.source], target.slots[move.target])",
+        "end = -self._memory.layers[0].window[0].nbytes; "
+        "copy(source.slots[move.source, :end], target.slots[move.target, :end])",
+        "there_and_back",
+    ),
+    ("the last page of a run stays behind", page_runs, "i - start\n", "max(i - start - 1, 0)\n", "there_and_back"),
+    (
+        "whoever waits for a move waits for ever",
+        Scheduler.moved,
+        "sequence.state = State.PREFILLING",
+        "pass",
+        "there_and_back",
+    ),
+    (
+        "an abort returns what a move still writes to",
+        Scheduler._leave,
+        " and not sequence.move",
+        "",
+        "aborted_on_the_way",
     ),
 )
 

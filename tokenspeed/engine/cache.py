@@ -7,11 +7,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from tokenspeed._cache import Admission, Cache, Error, Fork, Match, NoRoom, Policy, Reason
+from tokenspeed._cache import Admission, Cache, Error, Fork, Loan, Match, NoRoom, Policy, Reason, Reception
 
 from .errors import CapacityError, ConfigError, RequestError
+from .step import Move
 
-__all__ = ["Admission", "CacheConfig", "Fork", "Match", "NoRoom", "Policy", "PrefixCache", "Reason", "TokenBuffer"]
+__all__ = [
+    "Admission",
+    "CacheConfig",
+    "Fork",
+    "Loan",
+    "Match",
+    "NoRoom",
+    "Policy",
+    "PrefixCache",
+    "Reason",
+    "Reception",
+    "TokenBuffer",
+]
 
 
 class TokenBuffer(Protocol):
@@ -22,15 +35,15 @@ class TokenBuffer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """Budgets are counts of pages and slots; with `budget_tokens` both also share one budget counted in KV tokens."""
+    """Budgets are counts of pages and slots, on the device and of the host tier."""
 
     pages: int
     slots: int
+    host_pages: int = 0
+    host_slots: int = 0
     page_tokens: int = 64
     ghost_nodes: int = 0  # evicted pages whose token ids are remembered
     grid_tokens: int = 0  # distance of the optional snapshots in a long prefill; 0: none
-    budget_tokens: int = 0
-    slot_tokens: int = 0
     policy: Policy = Policy.VALUE
     branch_points: bool = True
     enabled: bool = True  # False: pages and slots are allotted, nothing is shared
@@ -101,7 +114,55 @@ class PrefixCache:
 
     def abort(self, request: int) -> bool:
         """Returns everything. False if no such request runs: aborting twice is harmless."""
-        return self._cache.abort(request) is None
+        error = self._cache.abort(request)
+        if error == Error.MOVING:
+            raise self._error(error, request, 0)
+        return error is None
+
+    def receive(self, id: int, name_space: str, prefix: TokenBuffer) -> Reception | NoRoom:
+        """All or nothing: pages for what is missing of `prefix` ([tokens] int32), and a slot for the state after it.
+
+        The caller brings the bytes of rows [kv_tokens, tokens) and of the slot; then `received`, or `release`. Until
+        then a prompt that begins so sees it as pending. `id` as of requests. Raises RequestError and CapacityError as
+        `admit` does, RequestError too where the cache is off.
+        """
+        result = self._cache.receive(id, name_space, prefix)
+        if isinstance(result, Error):
+            raise self._error(result, id, len(prefix))
+        return result
+
+    def received(self, id: int) -> None:
+        """The bytes are there: prompts match the prefix. It stays pinned until `release`."""
+        if (error := self._cache.received(id)) is not None:
+            raise self._error(error, id, 0)
+
+    def lend(self, id: int, name_space: str, prefix: TokenBuffer) -> Loan:
+        """Pins what is there of `prefix` ([tokens] int32), so that its bytes can be read until `release`: whole pages,
+        and the deepest state at or below its end. Errors as of `receive`."""
+        result = self._cache.lend(id, name_space, prefix)
+        if isinstance(result, Error):
+            raise self._error(result, id, len(prefix))
+        return result
+
+    def release(self, id: int) -> bool:
+        """Ends a reception or a loan, whatever it has come to: what was not received returns, and nobody may write
+        there any more. False if there is none of this id."""
+        return self._cache.release(id) is None
+
+    def take_moves(self) -> tuple[Move, ...]:
+        """What is to be copied between the device and host memory, in order; called once per plan. Each must be
+        started, and be told to be `moved`."""
+        return tuple(Move(*move) for move in self._cache.take_moves())
+
+    def moved(self, move: int) -> None:
+        """A move is done. Raises RequestError for a number that is not under way."""
+        if (error := self._cache.moved(move)) is not None:
+            raise self._error(error, move, 0)
+
+    def set_costs(self, page: float, slot: float, token: float) -> None:
+        """Seconds to move a page, to move a slot, and to compute a token: what decides whether a state that is in host
+        memory is brought back or computed again. Before they are known everything is brought back."""
+        self._cache.set_costs(page, slot, token)
 
     def clear(self, name_space: str) -> bool:
         """Forgets a namespace; its running sequences go on and leave nothing. False if there was none."""
@@ -135,8 +196,6 @@ class PrefixCache:
         config = self.config
         if error == Error.TOO_LARGE:
             room = f"{config.pages} pages of {config.page_tokens} tokens and {config.slots} state slots"
-            if config.budget_tokens:
-                room += f", {config.budget_tokens} tokens of budget in all"
             return CapacityError(f"request {request} needs room for {count} tokens; the cache has {room}")
         return RequestError(
             {
@@ -145,6 +204,9 @@ class PrefixCache:
                 Error.EMPTY_PROMPT: f"request {request} has no tokens; it needs at least one",
                 Error.BEYOND_PAGES: f"request {request} holds no pages for {count} tokens; extend it first",
                 Error.TOKENS_MISSING: f"request {request}: {count} tokens named, but the buffer is shorter",
+                Error.MOVING: f"request {request} waits for what it resumes from; its move must be done first",
+                Error.UNKNOWN_MOVE: f"move {request} is not under way",
+                Error.DISABLED: "the cache is off: it neither receives nor lends a prefix",
                 Error.BACKWARDS: f"request {request} has committed more than {count} tokens; counts only grow",
             }[error]
         )

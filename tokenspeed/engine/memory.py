@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import FULL, PAGE_TOKENS, EngineConfig, ModelConfig
-from .errors import CapacityError
+from .errors import CapacityError, ConfigError
 from .model.inputs import StateViews
 
 _ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
@@ -85,11 +85,13 @@ def _aligned(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How many pages and slots an engine gets."""
+    """How many pages and slots an engine gets, on the device and in host memory."""
 
     layout: MemoryLayout
     pages: int
     slots: int
+    host_pages: int = 0
+    host_slots: int = 0
 
     @property
     def tokens(self) -> int:
@@ -101,7 +103,10 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         pages, slots = self.pages * self.layout.page_bytes / 2**30, self.slots * self.layout.slot_bytes / 2**30
-        return f"KV for {self.tokens} tokens ({pages:.2f} GiB), {self.slots} state slots ({slots:.2f} GiB)"
+        text = f"KV for {self.tokens} tokens ({pages:.2f} GiB), {self.slots} state slots ({slots:.2f} GiB)"
+        if self.host_slots:
+            text += f"; in host memory KV for {self.host_pages * PAGE_TOKENS} tokens and {self.host_slots} state slots"
+        return text
 
 
 def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_tokens: int | None) -> MemoryPlan:
@@ -137,7 +142,8 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
 class Memory:
     """Allocates both arenas and holds a view of them for each layer of the model, by layer index; that of the MTP head
     comes after the last. hidden: [slots + 1, hidden], each slot's last state of the trunk, and a row for whatever
-    belongs to nobody; None without a head."""
+    belongs to nobody; None without a head. pages [pages, page bytes] and slots [slots, slot bytes] uint8: the arenas as
+    they are moved."""
 
     def __init__(self, layout: MemoryLayout, pages: int, slots: int, device: torch.device):
         """Raises CapacityError where the device has less free memory than the arenas need."""
@@ -149,7 +155,8 @@ class Memory:
                 f"{free / 2**30:.2f} GiB free: ask for shorter or fewer sequences."
             )
         self.layout = layout
-        self.kv = _zeros(pages * layout.page_bytes, device).view(layout.page_dtype).view(pages, *layout.page_shape)
+        self.pages = _zeros(pages * layout.page_bytes, device).view(pages, layout.page_bytes)
+        self.kv = self.pages.view(layout.page_dtype).view(pages, *layout.page_shape)
         arena = _zeros(slots * layout.slot_bytes + layout.hidden_bytes, device)
         self.slots = arena[: slots * layout.slot_bytes].view(slots, layout.slot_bytes)
         self.hidden = None
@@ -175,6 +182,40 @@ class Memory:
             views[name] = part.view(len(part), *shape)
             offset += _aligned(size)
         return StateViews(**views)
+
+
+def plan_host_memory(layout: MemoryLayout, config: EngineConfig, ranks: int = 1) -> tuple[int, int]:
+    """Pages and slots of one rank's part of the host tier, SNAPSHOT_TOKENS of KV to each slot. Raises ConfigError where
+    not one fits."""
+    if not config.host_memory:
+        return 0, 0
+    share = SNAPSHOT_TOKENS // PAGE_TOKENS * layout.page_bytes + layout.slot_bytes
+    room = int(config.host_memory * 2**30) // ranks
+    slots = max(room // share, 1)
+    pages = (room - slots * layout.slot_bytes) // layout.page_bytes
+    if pages < 1:
+        needed = ranks * (layout.slot_bytes + layout.page_bytes) / 2**30
+        raise ConfigError(f"host_memory is {config.host_memory}; it must be 0, or at least {needed:.3g} GiB.")
+    return pages, slots
+
+
+class HostMemory:
+    """The host tier's arenas, laid out like the device's. pages: [pages, page bytes]; slots: [slots, slot bytes]; both
+    uint8, and pinned where the device is a GPU."""
+
+    def __init__(self, layout: MemoryLayout, pages: int, slots: int, device: torch.device):
+        """Raises CapacityError where this machine has less memory free."""
+        needed, free = pages * layout.page_bytes + slots * layout.slot_bytes, free_memory(torch.device("cpu"))
+        if needed > free:
+            raise CapacityError(
+                f"the host tier needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: lower host_memory."
+            )
+        arena = _zeros(needed, torch.device("cpu"))
+        if device.type == "cuda":  # torch's own pinned memory comes in powers of two
+            with torch.cuda.device(device):
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), needed, 0))
+        self.pages = arena[: pages * layout.page_bytes].view(pages, layout.page_bytes)
+        self.slots = arena[pages * layout.page_bytes :].view(slots, layout.slot_bytes)
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:

@@ -19,10 +19,12 @@ from .graphs import DecodeGraphs
 from .memory import Memory
 from .model.inputs import Batch, DecodeRows
 from .model.qwen3_5 import Qwen3_5
+from .mover import Mover
 from .request import TokenScores
 from .sampling import Choices, Sampler, Scores, Vocabulary
 from .step import Edit, Step
 
+NONE_ALLOWED = ops.sampling.NONE_ALLOWED  # in place of an id: none could be chosen
 _DECODE_OPERATORS = {
     "attention_prologue",
     "gated_delta_rule_decode",
@@ -53,12 +55,14 @@ class Forwarded(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a Step brought: ids for each sample; log-probabilities of samples that asked for them, an entry an id, by
-    sample; of the scored prompt tokens, by row of the Step."""
+    """What a Step brought: ids for each sample, the last of them negative where none could be chosen (`ops.sample`);
+    log-probabilities of samples that asked for them, an entry an id, by sample; of the scored prompt tokens, by row of
+    the Step; rows that are not sampled and whose logits are not finite."""
 
     ids: list[list[int]]
     scores: dict[int, list[TokenScores]]
     prompt_scores: dict[int, list[TokenScores]]
+    corrupted: Sequence[int] = ()
 
 
 class Launched:
@@ -70,6 +74,7 @@ class Launched:
         self._news: Tensor | None = None  # of each sample how many ids count, and the ids
         self._scores: Scores | None = None
         self._prompt_scores: dict[int, Scores] = {}
+        self._unsampled: tuple[list[int], Tensor] | None = None  # rows, and whether the logits behind each are finite
         self._event: torch.cuda.Event | None = None
         self._done = False
         runner.do(self._forward)
@@ -101,14 +106,21 @@ class Launched:
         prompt_scores = {}
         for i, found in self._prompt_scores.items():
             prompt_scores[i] = found.rows([step.rows[i].alternatives] * len(found.rank))
-        return Result(ids, scores, prompt_scores)
+        rows, finite = self._unsampled or ((), None)
+        corrupted = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good] if rows else []
+        return Result(ids, scores, prompt_scores, corrupted)
 
     def _forward(self) -> None:
-        self._forwarded = self._runner.forward(self._step)
+        if self._step.rows:
+            self._forwarded = self._runner.forward(self._step)
 
     @torch.inference_mode()
     def _choose(self, edits: Sequence[Edit]) -> None:
         step, forwarded, runner = self._step, self._forwarded, self._runner
+        if forwarded is None:  # nothing but moves
+            runner.observe(step, edits, runner.no_logits)
+            self._done = True
+            return
         logits, at = forwarded.logits, len(step.decode) * step.width
         for i, row in enumerate(step.prefill, len(step.decode)):
             if row.scored:
@@ -116,6 +128,11 @@ class Launched:
                 scores = runner.vocabulary.scores(logits[at : at + len(row.scored)], wanted, row.alternatives)
                 self._prompt_scores[i] = scores.to("cpu")
             at += row.logits
+        if unsampled := sorted(set(range(len(step.decode), len(step.rows))) - {s.row for s in step.samples}):
+            ends = last_logits(step)
+            at = to_device(np.array([ends[row - len(step.decode)] for row in unsampled]), logits.device)
+            finite = logits[at].amax(-1).isfinite()  # NaN in a state or a key reaches every row behind it
+            self._unsampled = unsampled, finite.to("cpu", non_blocking=True)
         news, scores = runner.choose(step, forwarded, edits)
         self._news = news if news is None else news.to("cpu", non_blocking=True)
         self._scores = scores and scores.to("cpu")
@@ -126,6 +143,11 @@ class Launched:
         self._forwarded, self._done = None, True
 
 
+def last_logits(step: Step) -> np.ndarray:
+    """Of each prefill row the row of the logits behind its last token."""
+    return np.cumsum([row.logits for row in step.prefill]) + len(step.decode) * step.width - 1
+
+
 class Runner:
     """A model, its memory, and what the device keeps per sequence.
 
@@ -134,10 +156,17 @@ class Runner:
     """
 
     def __init__(
-        self, model: Qwen3_5, memory: Memory, max_seqs: int = 8, max_tokens: int | None = None, drafts: int = 0
+        self,
+        model: Qwen3_5,
+        memory: Memory,
+        max_seqs: int = 8,
+        max_tokens: int | None = None,
+        drafts: int = 0,
+        mover: Mover | None = None,
     ):
         """max_seqs: sequence indices; max_tokens: of one sequence, the model's context where it is None; drafts: behind
-        an id at most: of the model's MTP head, or looked up where it has none."""
+        an id at most: of the model's MTP head, or looked up where it has none; mover: of a host tier."""
+        self.mover = mover
         self.model, self.memory, self.device = model, memory, memory.kv.device
         longest = max_tokens or model.config.max_context
         self.tables = Tables(max_seqs, -(-longest // memory.kv.shape[4]), self.device, drafts)
@@ -158,6 +187,10 @@ class Runner:
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
 
     @property
+    def no_logits(self) -> Tensor:
+        return torch.empty(0, self.model.config.vocab, device=self.device)
+
+    @property
     def looks_up_drafts(self) -> bool:
         """Whether a Begin must bring its history."""
         return isinstance(self._drafter, LookupDrafter)
@@ -165,6 +198,9 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Start a Step behind those launched before it."""
         self.announce(step)
+        if step.moves or step.moved:
+            self.mover.settle(step.moved)
+            self.mover.launch(step.moves)
         return Launched(self, step)
 
     @torch.inference_mode()
@@ -230,7 +266,8 @@ class Runner:
             counts.append(self._accept(own, own, output[-1][:, None], ends - 1, new))
             news.append(torch.cat([counts[-1][:, None], own, own.new_zeros(len(own), width - 1)], 1))
         self.sampler.count(step.samples, choices, ids, torch.cat(counts))
-        self._follow(step, forwarded, ids[:cut].view(decoding, width), counts[0] if decode else None, first)
+        behind = ids[:cut].view(decoding, width).clamp(min=0)
+        self._follow(step, forwarded, behind, counts[0] if decode else None, first)
         return torch.cat(news), scores
 
     def choose_plainly(self, forwarded: Forwarded, drafts: int, greedy: bool = False) -> Tensor:
@@ -242,7 +279,8 @@ class Runner:
         ids = self.sampler.draw(forwarded.logits, index, rows.outputs.flatten(), greedy).view(batch, width)
         counts = self._accept(ids, rows.tokens, rows.outputs, rows.context_lens, rows.index)
         if self._drafter:
-            self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, None, greedy), drafts)
+            chosen = Chosen(forwarded.batch, forwarded.hidden, ids.clamp(min=0), counts, None, greedy)
+            self._drafter.follow(chosen, drafts)
         return torch.cat([counts[:, None], ids], 1)
 
     def _accept(self, ids: Tensor, tokens: Tensor, outputs: Tensor, context_lens: Tensor, index: Tensor) -> Tensor:
@@ -256,9 +294,8 @@ class Runner:
         samples = step.samples[len(step.decode) :]
         if not samples:
             return None
-        decoding = len(step.decode)
-        ends = np.cumsum([row.logits for row in step.prefill]) + decoding * step.width
-        numbers = [(ends[s.row - decoding] - 1, step.rows[s.row].end, s.index) for s in samples]
+        decoding, ends = len(step.decode), last_logits(step)
+        numbers = [(ends[s.row - decoding], step.rows[s.row].end, s.index) for s in samples]
         at, end, index = to_device(np.array(numbers, dtype=np.int32).T.copy(), self.device)
         return at.long(), end, index.long()
 

@@ -8,13 +8,14 @@ sequence takes effect when the last launched Step that holds it is reconciled.
 Who owns what, by the state of a sequence:
 
     state        device index   pages and slots            goes on to
-    WAITING      -              -                          PREFILLING (admitted), ENDED (aborted)
+    WAITING      -              -                          PREFILLING or ARRIVING (admitted), ENDED (aborted)
+    ARRIVING     its own        its own, all of them       PREFILLING (its state is back from host memory), RETIRING
     PREFILLING   its own        its own, all of them       DECODING (its last chunk is launched), RETIRING
     FORKING      its own        none until its parent's    DECODING (they were forked), RETIRING
                                 are forked
     DECODING     its own        its own                    RETIRING
     RETIRING     its own        as before: launched Steps  ENDED (finished, aborted), WAITING (gave way)
-                                use them
+                                or a move use them
     ENDED        -              -                          -
 """
 
@@ -24,13 +25,14 @@ from collections import Counter, deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import islice
 from typing import Protocol
 
 from .cache import Admission, NoRoom, PrefixCache
 from .config import PAGE_TOKENS
 from .errors import CapacityError
 from .request import PrefixReuse, Request
-from .step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
+from .step import Begin, DecodeRow, Move, NewPages, PrefillRow, Sample, Step
 
 _AGE = 64  # admissions that may overtake a request for each step of priority between them
 _SCORED_TOKENS = 512  # of a prompt in one step where log-probabilities of all of them are wanted: they need all logits
@@ -38,6 +40,7 @@ _SCORED_TOKENS = 512  # of a prompt in one step where log-probabilities of all o
 
 class State(Enum):
     WAITING = auto()
+    ARRIVING = auto()
     PREFILLING = auto()
     FORKING = auto()
     DECODING = auto()
@@ -60,7 +63,10 @@ class Sequence:
     id: the cache's name for it; child: which of the request's n; limit: outputs at most; tokens: prompt and the outputs
     read so far, outputs from prompt_tokens on; constrained: the host may have a say in its outputs; target: tokens to
     prefill before decoding; unread: launched Steps that choose ids for it; held_pages: how many; new_pages, copies: the
-    last of them and page copies that no Step has told the device yet; last_step: the last launched Step that holds it.
+    last of them and page copies that no Step has told the device yet; last_step: the last launched Step that holds it;
+    held: what its prompt begins with is on its way from another engine, and it is not admitted before; pin: keeps what
+    has come until it is (`PrefixCache.received`).
+    begun: a Step has told the device of it; move: under way, to what it holds, 0 for none.
     """
 
     id: int
@@ -72,6 +78,8 @@ class Sequence:
     prompt_tokens: int
     constrained: bool = False
     order: tuple[int, int] | None = None  # its place in the queue
+    held: bool = False
+    pin: int | None = None
     state: State = State.WAITING
     leaving: Leaving | None = None
     target: int = 0
@@ -88,6 +96,8 @@ class Sequence:
     snapshots: deque = field(default_factory=deque)  # (token count, slot) still ahead
     last_step: int = -1
     holds_memory: bool = False
+    begun: bool = False
+    move: int = 0
     waited: int = 0
     preemptions: int = 0
     reuse: PrefixReuse | None = None
@@ -159,7 +169,8 @@ class Host(Protocol):
         """Whether the host has a say in one of the next outputs, up to number `output`."""
 
     def judge(self, sequence: Sequence, ids: list[int]) -> tuple[int, bool]:
-        """The next ids of a sequence are known: how many of them count, and whether the last of these ends it."""
+        """The next ids of a sequence are known: how many of them count, and whether the last of these ends it. Where
+        the last is negative none could be chosen: the sequence was ended (ABORTED) meanwhile."""
 
 
 class Scheduler:
@@ -175,6 +186,8 @@ class Scheduler:
         self._reconciled = -1
         self._free = list(range(limits.max_seqs - 1, -1, -1))
         self._children: dict[int, list[Sequence]] = {}  # of a parent that has not forked yet, by its id
+        self._arriving: dict[int, Sequence] = {}  # by the number of the move they wait for
+        self._moved: list[int] = []  # done, and no Step has said so yet
         self._next_id = self._passed = self._admissions = 0
 
     # ---- requests
@@ -208,6 +221,7 @@ class Scheduler:
         if sequence.state is State.WAITING:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
+            self._unpin(sequence)
             sequence.state, sequence.leaving = State.ENDED, how
         elif sequence.state is not State.ENDED:
             self._leave(sequence, how)
@@ -235,8 +249,10 @@ class Scheduler:
                 budget -= self._plan_prefill(sequence, budget, draft)
         if budget > 0 and self.preemptions == preemptions:
             self._admit(budget, draft)
+        draft.moves = self.cache.take_moves()
         if draft.empty:
             return None
+        draft.moved, self._moved = tuple(self._moved), []
         planned = draft.finish(self.steps)
         self.steps += 1
         return planned
@@ -295,7 +311,7 @@ class Scheduler:
         if sequence.leaving in (None, Leaving.PREEMPTED):
             sequence.leaving = how
         sequence.state = State.RETIRING
-        if sequence.last_step <= self._reconciled:
+        if sequence.last_step <= self._reconciled and not sequence.move:
             self._retire(sequence)
 
     def _plan_prefill(self, sequence: Sequence, budget: int, draft: "_Draft") -> int:
@@ -310,6 +326,9 @@ class Scheduler:
                     return 0
                 # Nobody else's prompt goes on in this Step, and decoding may leave less than a page in every Step.
                 end = min(start + budget, sequence.target)
+        if not sequence.begun:
+            sequence.begun = True
+            draft.begins.append(self._host.begin(sequence))
         snapshots = []
         while sequence.snapshots and sequence.snapshots[0][0] <= end:
             snapshots.append(sequence.snapshots.popleft())
@@ -323,7 +342,7 @@ class Scheduler:
             sequence.index,
             sequence.kv_tokens,
             tuple(snapshots),
-            end - start if scored else int(last),
+            end - start if scored else 1,
             tuple(tokens[1:]) if scored else (),
             params.prompt_logprobs if scored else 0,
         )
@@ -381,28 +400,27 @@ class Scheduler:
     def _admit(self, budget: int, draft: "_Draft") -> None:
         """Requests from the queue while there is room. One that does not fit is passed, a bounded number of times."""
         blocked = False
-        for sequence in [self.waiting[i] for i in range(min(len(self.waiting), 1 + self.limits.skip_ahead))]:
+        here = (sequence for sequence in self.waiting if not sequence.held)
+        for sequence in list(islice(here, 1 + self.limits.skip_ahead)):
             if budget <= 0 or 1 + len(self._children.get(sequence.id, ())) > self._available():
                 return
             if blocked and self._passed >= self.limits.skip_ahead:
                 return
             if self._should_wait(sequence):
                 continue
-            admission = self.cache.admit(
-                sequence.id,
-                sequence.request.name_space,
-                sequence.tokens,
-                sequence.request.boundaries,
-                prompt_logprobs=sequence.scored,
-            )
+            admission = self._take_in(sequence)
+            if isinstance(admission, NoRoom) and sequence.pin is not None:
+                self._unpin(sequence)  # which may be what has taken the room
+                admission = self._take_in(sequence)
             if isinstance(admission, NoRoom):
                 blocked = True
                 continue
             self._passed = self._passed + 1 if blocked else 0
             self._admissions += 1
+            self._unpin(sequence)
             self.waiting.remove(sequence)
             match = admission.match
-            sequence.state, sequence.index = State.PREFILLING, self._free.pop()
+            sequence.state, sequence.index, sequence.begun = State.PREFILLING, self._free.pop(), False
             sequence.target = len(sequence.tokens)
             sequence.consumed = sequence.launched = match.state_tokens
             self.reasons[match.reason.name] += 1
@@ -413,11 +431,26 @@ class Scheduler:
                     match.state_tokens,
                     match.kv_tokens - match.state_tokens,
                     match.reason.name,
+                    match.moved_tokens,
                 )
             self.running.append(sequence)
-            draft.begins.append(self._host.begin(sequence))
             self._take(sequence, admission)
-            budget -= self._plan_prefill(sequence, budget, draft)
+            if admission.move:
+                sequence.state, sequence.move = State.ARRIVING, admission.move
+                self._arriving[admission.move] = sequence
+            else:
+                budget -= self._plan_prefill(sequence, budget, draft)
+
+    def _take_in(self, sequence: Sequence) -> Admission | NoRoom:
+        request = sequence.request
+        return self.cache.admit(
+            sequence.id, request.name_space, sequence.tokens, request.boundaries, prompt_logprobs=sequence.scored
+        )
+
+    def _unpin(self, sequence: Sequence) -> None:
+        if sequence.pin is not None:
+            self.cache.release(sequence.pin)
+            sequence.pin = None
 
     def _available(self) -> int:
         """Free indices that no parent on the device has promised to its children."""
@@ -429,8 +462,27 @@ class Scheduler:
         if sequence.waited >= self.limits.wait_steps or not self.running:
             return False
         match = self.cache.probe(sequence.request.name_space, sequence.tokens, prompt_logprobs=sequence.scored)
-        sequence.waited += match.pending_tokens > match.state_tokens
-        return match.pending_tokens > match.state_tokens
+        sequence.waited += match.pending_tokens > 0
+        return match.pending_tokens > 0
+
+    # ---- moves
+
+    @property
+    def awaits_moves(self) -> bool:
+        return bool(self._arriving)
+
+    def moved(self, number: int) -> None:
+        """A move is done: who waited for it goes on. Mutates the cache."""
+        self.cache.moved(number)
+        self._moved.append(number)
+        sequence = self._arriving.pop(number, None)
+        if sequence is None:
+            return
+        sequence.move = 0
+        if sequence.state is State.ARRIVING:
+            sequence.state = State.PREFILLING
+        else:
+            self._retire(sequence)
 
     # ---- reconciling
 
@@ -452,10 +504,13 @@ class Scheduler:
                 sequence.tokens.extend(new[:count])
                 if last:
                     self.end(sequence, Leaving.FINISHED)
+            elif new and new[-1] < 0:  # what it consumed behind its end may not be finite: nobody shall find it
+                sequence.leaving = Leaving.ABORTED
         for sequence, row, start in zip(planned.rows, step.rows, before, strict=True):
             self._publish(sequence, row, start)
         for sequence in [s for s in self.running if s.state is State.RETIRING and s.last_step <= planned.number]:
-            self._retire(sequence)
+            if not sequence.move:
+                self._retire(sequence)
 
     def _publish(self, sequence: Sequence, row: DecodeRow | PrefillRow, start: int) -> None:
         """Others shall see what a row wrote. At each token that would cost as much as planning does: at the ends of
@@ -511,12 +566,14 @@ class _Draft:
         self.copies: list[tuple[int, int, int]] = []
         self.pages: list[NewPages] = []
         self.samples: list[Sample] = []
+        self.moves: tuple[Move, ...] = ()
+        self.moved: tuple[int, ...] = ()
         self._rows_of: list[Sequence] = []
         self._samples_of: list[Sequence] = []
 
     @property
     def empty(self) -> bool:
-        return not self.decode and not self.prefill
+        return not self.decode and not self.prefill and not self.moves
 
     def add(self, row: DecodeRow | PrefillRow, sequence: Sequence) -> None:
         (self.decode if isinstance(row, DecodeRow) else self.prefill).append(row)
@@ -548,5 +605,7 @@ class _Draft:
             tuple(self.pages),
             tuple(self.samples),
             self.drafts,
+            self.moves,
+            self.moved,
         )
         return Planned(number, step, tuple(self._rows_of), tuple(self._samples_of))

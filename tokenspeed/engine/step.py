@@ -66,8 +66,8 @@ class PrefillRow(NamedTuple):
 
     tokens: the ids to consume; start: tokens consumed before them; kv_tokens: stores of tokens below this count are
     skipped, their pages hold them already; snapshots: (token count, slot) pairs with start < count <= end; logits: how
-    many of the last tokens need logits; scored: ids whose log-probabilities are wanted under the first logits, in
-    order, each with that many alternatives.
+    many of the last tokens need logits, one at least: it shows whether the row's numbers are finite; scored: ids whose
+    log-probabilities are wanted under the first logits, in order, each with that many alternatives.
     """
 
     tokens: tuple[int, ...]
@@ -118,11 +118,24 @@ class Edit(NamedTuple):
     banned: tuple[int, ...] = ()
 
 
+class Move(NamedTuple):
+    """Pages and a state slot to copy between the device and host memory, beside Steps. out: to host memory; sources[i]
+    goes to targets[i], source to target."""
+
+    number: int
+    out: bool
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    source: int
+    target: int
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """decode: rows of `width` tokens, the id chosen last and drafts, consumed by the recurrent kernels; prefill: rows
     consumed in chunks; copies: (source page, target page, rows) before anything is stored; samples: of every decode row
-    in order, then of prefill rows; drafts: how many are made behind the ids that are chosen."""
+    in order, then of prefill rows; drafts: how many are made behind the ids that are chosen; moves: to be started
+    beside it; moved: numbers of those that are done before it. A Step of moves has no rows."""
 
     decode: tuple[DecodeRow, ...] = ()
     width: int = 1
@@ -132,6 +145,8 @@ class Step:
     pages: tuple[NewPages, ...] = ()
     samples: tuple[Sample, ...] = ()
     drafts: int = 0
+    moves: tuple[Move, ...] = ()
+    moved: tuple[int, ...] = ()
 
     @property
     def rows(self) -> tuple[DecodeRow | PrefillRow, ...]:
@@ -152,7 +167,8 @@ class StepChecker:
     """Follows the Steps of one engine and checks what each must keep: nothing that a row or a copy writes is touched by
     another, indices and pages are in range, positions follow each other. For tests and `--validate`.
 
-    least, most: between which counts an index's consumed tokens lie once all that was launched is done.
+    coming: pages and slot that each move back under way writes, by its number. least, most: between which counts an
+    index's consumed tokens lie once all that was launched is done.
     """
 
     pages: int
@@ -160,6 +176,7 @@ class StepChecker:
     tables: dict[int, list[int]] = field(default_factory=dict)
     least: dict[int, int] = field(default_factory=dict)
     most: dict[int, int] = field(default_factory=dict)
+    coming: dict[int, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def check(self, step: Step) -> None:
         """A Step is launched. Raises AssertionError with the broken rule."""
@@ -196,12 +213,18 @@ class StepChecker:
         assert not set(written_slots) & set(read_slots), "a slot is written by one row and read by another"
         assert all(0 <= slot < self.slots for slot in written_slots + read_slots), "a slot is out of range"
         assert all(0 <= page < self.pages for page in read_pages + written_pages + copied), "a page is out of range"
+        for number in step.moved:
+            self.coming.pop(number, None)
+        self.coming |= {move.number: (move.targets, move.target) for move in step.moves if not move.out}
+        for number, (pages, slot) in self.coming.items():
+            used = set(pages) & {*read_pages, *written_pages, *copied} or {slot} & {*read_slots, *written_slots}
+            assert not used, f"{used} are used before move {number} has brought what they hold"
         rows, decoding = step.rows, len(step.decode)
         assert step.width >= 1 and step.drafts >= 0, f"width {step.width}, {step.drafts} drafts"
         own = [(sample.row, sample.index) for sample in step.samples[:decoding]]
         assert own == [(i, row.index) for i, row in enumerate(step.decode)], "a decode row has no sample of its own"
         for sample in step.samples[decoding:]:
-            assert decoding <= sample.row < len(rows) and rows[sample.row].logits, "a sample without logits"
+            assert decoding <= sample.row < len(rows), f"a sample of row {sample.row}, which is no prefill row"
         sampled = [sample.index for sample in step.samples]
         assert len(set(sampled)) == len(sampled), "two samples for one index"
         for sample in step.samples[decoding:]:
@@ -227,6 +250,6 @@ class StepChecker:
         assert row.tokens, f"a prefill row without tokens: {row}"
         assert before in (-1, row.start), f"index {row.index} goes on at {row.start}, not {before}"
         assert all(row.start < count <= row.end for count, _ in row.snapshots), f"snapshots outside the row: {row}"
-        assert 0 <= row.logits <= len(row.tokens) and len(row.scored) <= row.logits
+        assert 1 <= row.logits <= len(row.tokens) and len(row.scored) <= row.logits
         self.least[row.index] = self.most[row.index] = row.end
         return max(row.start, row.kv_tokens), row.end

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import operator
-from .sequences import sequence_of_token, snapshot_rows
+from .sequences import check_slots, sequence_of_token, snapshot_rows
 
 
 def conv_history(window: Tensor, slots: Tensor, context_lens: Tensor, taps: int) -> Tensor:
@@ -43,6 +43,7 @@ def causal_conv1d(
     Mutates window: after the call each write slot holds the last W inputs, each snapshot slot those at its count.
     Formula: the short convolution of Gated DeltaNet (Yang et al. 2024).
     """
+    check_slots(write_slot, snapshots)
     tokens, taps = x.shape[0], weight.shape[1]
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     sequence = sequence_of_token(cu_seqlens, tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .conv import conv_history
 from .library import operator
 from .norm import normalised
-from .sequences import CHUNK, grid_of_tokens, snapshot_rows
+from .sequences import CHUNK, check_longest, check_slots, grid_of_tokens, snapshot_rows
 
 
 def _gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +119,8 @@ def gated_delta_rule_prefill(
     Mutates state and cursor at each write slot (the state at the sequence's end) and each snapshot slot (the state
     after `count` tokens), with an empty ring. Outputs are bit-equal with and without snapshots.
     """
+    check_longest(cu_seqlens, max_seqlen)
+    check_slots(write_slot, snapshots)
     (nv, dv), tokens = state.shape[1:3], len(qkv)
     if tokens == 0:  # nothing but states to copy: one row of padding gives the gathers below something to read
         qkv, a, b = (x.new_zeros(1, x.shape[1]) for x in (qkv, a, b))
@@ -272,6 +274,7 @@ def gated_delta_rule_decode(
             done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)  # pyright: ignore[reportCallIssue]
             out.unflatten(0, (batch, -1))[kept] = done.unflatten(0, (-1, len(z) // batch))
         return out
+    check_slots(write_slot)
     slots, reads, context = write_slot.long(), read_slot.long(), context_lens.long()
     (nv, _, dk), taps, tokens = state.shape[1:], conv_weight.shape[1], len(z) // batch
     qkv, z, a, b = (x.unflatten(0, (batch, tokens)) for x in (qkv, z, a, b))

@@ -38,6 +38,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "loading), or none (dequantised while loading) (default auto)",
     )
     model.add_argument(
+        "--load-format",
+        default=default.load_format,
+        choices=["auto", "dummy"],
+        help="dummy: random weights, made on the device, to measure any size; config.json and the tokenizer's files "
+        "are enough (default auto: the checkpoint's)",
+    )
+    model.add_argument(
         "--kv-cache-dtype",
         default=default.kv_cache_dtype,
         choices=["auto", "fp8"],
@@ -76,6 +83,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--kv-pages", type=int, metavar="N", help="KV pages of 64 tokens (default: what fits)")
     engine.add_argument("--state-slots", type=int, metavar="N", help="recurrent states kept (default: what fits)")
+    engine.add_argument(
+        "--host-memory",
+        type=float,
+        default=default.host_memory,
+        metavar="GIB",
+        help="of this machine's memory, for what the prefix cache has no room for on the device (default 0)",
+    )
     engine.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .service import caller
 
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/kv_transfer", "/metrics", "/openapi.json"})
 
 
 @dataclass(frozen=True, slots=True)
