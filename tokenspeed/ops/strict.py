@@ -23,7 +23,7 @@ HEAD_DIM = 128  # of keys and values of the delta rule
 # Their torch implementation is a composition of operators, each of which is asked by itself.
 COMPOSED = (
     *("add_rms_norm_linear", "silu_mul_linear", "add_gated_silu_mul_linear"),
-    *("ffn_block", "gdn_block", "moe_block"),
+    *("ffn_block", "moe_block"),
 )
 
 # Under strict, the operators that were handed on to their torch implementations.
