@@ -25,6 +25,7 @@ from collections import Counter, deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import islice
 from typing import Protocol
 
 from .cache import Admission, NoRoom, PrefixCache
@@ -63,6 +64,8 @@ class Sequence:
     read so far, outputs from prompt_tokens on; constrained: the host may have a say in its outputs; target: tokens to
     prefill before decoding; unread: launched Steps that choose ids for it; held_pages: how many; new_pages, copies: the
     last of them and page copies that no Step has told the device yet; last_step: the last launched Step that holds it;
+    held: what its prompt begins with is on its way from another engine, and it is not admitted before; pin: keeps what
+    has come until it is (`PrefixCache.received`).
     begun: a Step has told the device of it; move: under way, to what it holds, 0 for none.
     """
 
@@ -75,6 +78,8 @@ class Sequence:
     prompt_tokens: int
     constrained: bool = False
     order: tuple[int, int] | None = None  # its place in the queue
+    held: bool = False
+    pin: int | None = None
     state: State = State.WAITING
     leaving: Leaving | None = None
     target: int = 0
@@ -164,7 +169,8 @@ class Host(Protocol):
         """Whether the host has a say in one of the next outputs, up to number `output`."""
 
     def judge(self, sequence: Sequence, ids: list[int]) -> tuple[int, bool]:
-        """The next ids of a sequence are known: how many of them count, and whether the last of these ends it."""
+        """The next ids of a sequence are known: how many of them count, and whether the last of these ends it. Where
+        the last is negative none could be chosen: the sequence was ended (ABORTED) meanwhile."""
 
 
 class Scheduler:
@@ -215,6 +221,7 @@ class Scheduler:
         if sequence.state is State.WAITING:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
+            self._unpin(sequence)
             sequence.state, sequence.leaving = State.ENDED, how
         elif sequence.state is not State.ENDED:
             self._leave(sequence, how)
@@ -335,7 +342,7 @@ class Scheduler:
             sequence.index,
             sequence.kv_tokens,
             tuple(snapshots),
-            end - start if scored else int(last),
+            end - start if scored else 1,
             tuple(tokens[1:]) if scored else (),
             params.prompt_logprobs if scored else 0,
         )
@@ -393,25 +400,24 @@ class Scheduler:
     def _admit(self, budget: int, draft: "_Draft") -> None:
         """Requests from the queue while there is room. One that does not fit is passed, a bounded number of times."""
         blocked = False
-        for sequence in [self.waiting[i] for i in range(min(len(self.waiting), 1 + self.limits.skip_ahead))]:
+        here = (sequence for sequence in self.waiting if not sequence.held)
+        for sequence in list(islice(here, 1 + self.limits.skip_ahead)):
             if budget <= 0 or 1 + len(self._children.get(sequence.id, ())) > self._available():
                 return
             if blocked and self._passed >= self.limits.skip_ahead:
                 return
             if self._should_wait(sequence):
                 continue
-            admission = self.cache.admit(
-                sequence.id,
-                sequence.request.name_space,
-                sequence.tokens,
-                sequence.request.boundaries,
-                prompt_logprobs=sequence.scored,
-            )
+            admission = self._take_in(sequence)
+            if isinstance(admission, NoRoom) and sequence.pin is not None:
+                self._unpin(sequence)  # which may be what has taken the room
+                admission = self._take_in(sequence)
             if isinstance(admission, NoRoom):
                 blocked = True
                 continue
             self._passed = self._passed + 1 if blocked else 0
             self._admissions += 1
+            self._unpin(sequence)
             self.waiting.remove(sequence)
             match = admission.match
             sequence.state, sequence.index, sequence.begun = State.PREFILLING, self._free.pop(), False
@@ -434,6 +440,17 @@ class Scheduler:
                 self._arriving[admission.move] = sequence
             else:
                 budget -= self._plan_prefill(sequence, budget, draft)
+
+    def _take_in(self, sequence: Sequence) -> Admission | NoRoom:
+        request = sequence.request
+        return self.cache.admit(
+            sequence.id, request.name_space, sequence.tokens, request.boundaries, prompt_logprobs=sequence.scored
+        )
+
+    def _unpin(self, sequence: Sequence) -> None:
+        if sequence.pin is not None:
+            self.cache.release(sequence.pin)
+            sequence.pin = None
 
     def _available(self) -> int:
         """Free indices that no parent on the device has promised to its children."""
@@ -487,6 +504,8 @@ class Scheduler:
                 sequence.tokens.extend(new[:count])
                 if last:
                     self.end(sequence, Leaving.FINISHED)
+            elif new and new[-1] < 0:  # what it consumed behind its end may not be finite: nobody shall find it
+                sequence.leaving = Leaving.ABORTED
         for sequence, row, start in zip(planned.rows, step.rows, before, strict=True):
             self._publish(sequence, row, start)
         for sequence in [s for s in self.running if s.state is State.RETIRING and s.last_step <= planned.number]:

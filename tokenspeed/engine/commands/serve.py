@@ -6,6 +6,7 @@ import math
 
 from ..config import EngineConfig
 from ..errors import ConfigError
+from ..transfer.params import ROLES, TransferSettings
 from .options import add_engine_options, engine_settings
 
 
@@ -43,11 +44,35 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="publish what the prefix cache stores and lets go, with its tokens, as vLLM's KV events on a ZeroMQ PUB "
         "socket, for routers: tcp://HOST:PORT; anyone who reaches it can read it (default: none)",
     )
+    transfer = parser.add_argument_group("prefill apart from decode")
+    add = transfer.add_argument
+    add(
+        "--role",
+        choices=ROLES,
+        help="take part in transfers (vLLM's kv_transfer_params): prefill for others, decode what others have "
+        "prefilled, or both (default: neither)",
+    )
+    add(
+        "--transfer-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="this machine's address, at which decoders reach it; keep it in a private network: who knows a transfer's "
+        "name can read its prompt's state there (default 127.0.0.1)",
+    )
+    add("--transfer-port", type=int, default=0, metavar="PORT", help="port for decoders (default 0: a free one)")
+    add(
+        "--transfer-lease",
+        type=float,
+        default=20,
+        metavar="S",
+        help="seconds without a word after which a peer's memory is freed, and a prompt is prefilled here (default 20)",
+    )
     add_engine_options(parser)
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def check_reach(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an address that others reach without a key."""
     loopback = options.host == "localhost" or (
         _is_address(options.host) and ipaddress.ip_address(options.host).is_loopback
     )
@@ -55,11 +80,18 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--host {options.host} is reachable from outside: give an --api-key, or bind to 127.0.0.1.")
     if any(not key.strip() for key in options.api_key):
         raise ConfigError("--api-key is empty; it must have at least one character.")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_reach(options)
     for name, valid, wanted in (
         ("port", 0 <= options.port < 1 << 16, "from 0 to 65535"),
         ("max_requests", options.max_requests >= 1, "at least 1"),
         ("max_body_mib", 1 <= options.max_body_mib <= 1024, "from 1 to 1024"),
         ("request_timeout", options.request_timeout is None or 0 < options.request_timeout < math.inf, "a time > 0"),
+        ("transfer_port", 0 <= options.transfer_port < 1 << 16, "from 0 to 65535"),
+        ("transfer_lease", 0 < options.transfer_lease <= 3600, "a time > 0 and at most 3600"),
+        ("transfer_host", options.transfer_host not in ("", "*", "0.0.0.0", "::"), "an address that peers can reach"),
         ("drain_seconds", 0 <= options.drain_seconds < math.inf, "a time >= 0"),
     ):
         if not valid:
@@ -68,6 +100,15 @@ def run(options: argparse.Namespace) -> int:
     from ..server.main import ServerOptions, serve
 
     config = EngineConfig(**engine_settings(options))
+    transfer = None
+    if options.role is not None:
+        ranks = config.tensor_parallel_size, config.expert_parallel_size
+        if ranks != (1, 1):
+            raise ConfigError(
+                f"--role {options.role} with --tp {ranks[0]} --ep {ranks[1]}: engines of several ranks do not exchange "
+                "state yet; use one rank."
+            )
+        transfer = TransferSettings(options.role, options.transfer_host, options.transfer_port, options.transfer_lease)
     server = ServerOptions(
         host=options.host,
         port=options.port,
@@ -81,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
         drain_seconds=options.drain_seconds,
         exact_history=not options.no_exact_history,
         kv_events=options.kv_events,
+        transfer=transfer,
     )
     return serve(server, config)
 

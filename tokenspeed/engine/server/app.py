@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ... import __version__
 from ..chat.conversation import Conversation
-from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError
+from ..config import PAGE_TOKENS
+from ..errors import CapacityError, CorruptedError, EngineError, RequestError, TokenSpeedError, TransferError
 from .anthropic import Message, count_tokens
 from .bodies import JsonRoute
 from .client import DeadlineExceeded
@@ -189,6 +190,14 @@ def create_app(
         await service.engine.stats(_PING_SECONDS)
         return {"status": "ok"}
 
+    @app.get("/kv_transfer")
+    async def kv_transfer():
+        """For routers: this engine's role and address among its peers, and where it publishes cache events."""
+        peer = service.peer
+        own = {"role": "both"} if peer is None else {"role": peer.role}
+        where = None if peer is None else {"engine_id": peer.engine, "host": peer.host, "port": peer.port}
+        return own | {"transfer": where, "kv_events": service.config.kv_events, "page_tokens": PAGE_TOKENS}
+
     @app.get("/metrics")
     async def metrics():
         text = service.metrics.render(await service.stats(_PING_SECONDS))
@@ -229,6 +238,7 @@ def _brief(value: Any) -> str:
 
 _STATUS = {
     RequestError: (400, "invalid_request_error"),
+    TransferError: (409, "invalid_request_error"),
     CapacityError: (400, "invalid_request_error"),
     ContextOverflow: (400, "invalid_request_error"),
     Unsupported: (400, "invalid_request_error"),
@@ -236,6 +246,7 @@ _STATUS = {
     UnknownModel: (404, "not_found_error"),
     Overloaded: (429, "rate_limit_error"),
     DeadlineExceeded: (504, "timeout_error"),
+    CorruptedError: (500, "internal_error"),
     EngineError: (503, "service_unavailable_error"),
 }
 

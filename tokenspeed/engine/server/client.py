@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 import msgspec
 import zmq
 
-from .. import errors
 from ..errors import EngineError, RequestError, TokenSpeedError
 from ..request import Request, Update
 from ..text.grammar import GrammarSpec
+from ..transfer.params import RemoteDecode, Transfer
 from .folders import OwnFolder
 from .messages import (
     Abort,
@@ -83,6 +83,7 @@ class EngineClient:
         grammar: GrammarSpec | None = None,
         timeout: float | None = None,
         grammar_bytes: int = 0,
+        transfer: Transfer | None = None,
     ) -> AsyncIterator[Update]:
         """The news of a request; leaving early aborts it. No two requests may ever have the same id: what one was told
         last may still be on its way when the other begins.
@@ -97,9 +98,9 @@ class EngineClient:
         if timeout is not None:
             late = DeadlineExceeded(f"the request took longer than its deadline of {timeout:g} s.")
             timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, late)
-        left = request.params.n
+        left = 1 if isinstance(transfer, RemoteDecode) else request.params.n
         try:
-            self._send(Submit(request, grammar, grammar_bytes))
+            self._send(Submit(request, grammar, grammar_bytes, transfer))
             while left:
                 what = await news.get()
                 if isinstance(what, Exception):
@@ -108,7 +109,7 @@ class EngineClient:
                     raise what
                 if what.error:
                     left = 0
-                    raise EngineError(what.error)
+                    raise what.error.error
                 left -= what.finish_reason is not None
                 yield what
         finally:
@@ -137,7 +138,7 @@ class EngineClient:
         try:
             self._send(Ping(number))
             return (await asyncio.wait_for(self._pongs[number], timeout)).stats
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} s") from None
         finally:
             del self._pongs[number]
@@ -154,7 +155,7 @@ class EngineClient:
                 self._send(Stop())
             try:
                 await asyncio.wait_for(self._process.wait(), seconds)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
         if self._watcher is not None:
@@ -193,9 +194,9 @@ class EngineClient:
                 future = self._pongs.get(pong.number)
                 if future and not future.done():
                     future.set_result(pong)
-            case Refused(request_id, kind, message):
+            case Refused(request_id, failure):
                 if queue := self._queues.get(request_id):
-                    queue.put_nowait(getattr(errors, kind)(message))
+                    queue.put_nowait(failure.error)
             case Ready() as ready:
                 self.ready = ready
                 self._started.set()

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .service import caller
 
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/kv_transfer", "/metrics", "/openapi.json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class _Body:
         left = min(self._limits.pause, self._end - time.monotonic())
         try:
             message = await asyncio.wait_for(self._receive(), max(left, 0))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(408, "the body came too slowly", {"connection": "close"}) from None
         got = len(message.get("body", b""))
         self.bytes += got

@@ -19,6 +19,7 @@ from ..checkpoint import resolve
 from ..config import EngineConfig
 from ..errors import ConfigError, EngineError
 from ..frontend import Frontend
+from ..transfer.params import TransferSettings
 from .app import create_app
 from .client import EngineClient
 from .connections import ConnectionLimits, Connections
@@ -50,18 +51,19 @@ class ServerOptions:
     drain_seconds: float = 30
     exact_history: bool = True
     kv_events: str | None = None
+    transfer: TransferSettings | None = None
 
 
 def serve(options: ServerOptions, config: EngineConfig) -> int:
     """Serve until a signal or the engine's end; the exit status. Raises ConfigError for what cannot be used."""
     lines = Log()
-    directory = resolve(options.model)
+    directory = resolve(options.model, config.load_format)
     frontend = Frontend.from_directory(directory)
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     loop = _new_loop()
     try:
         return loop.run_until_complete(
-            _serve(options, Settings(str(directory), config, options.kv_events), frontend, listener)
+            _serve(options, Settings(str(directory), config, options.kv_events, options.transfer), frontend, listener)
         )
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
@@ -74,14 +76,16 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
     try:
         await engine.start()
         name = options.model_name or options.model or frontend.directory.name
-        service_config = ServiceConfig(name, options.most_requests, options.timeout, options.exact_history)
+        service_config = ServiceConfig(
+            name, options.most_requests, options.timeout, options.exact_history, options.kv_events
+        )
         service = Service(frontend, engine, service_config)
         formats = service.formats
         await formats.start()
         limits, connections = BodyLimits(options.most_body_bytes), Connections(ConnectionLimits())
         app = AccessLog(create_app(service, limits, options.api_keys, (options.host,), options.origins))
         settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
-        server = _Server(uvicorn.Config(app, http=connections, **settings))
+        server = Server(uvicorn.Config(app, http=connections, **settings))
         signals = _Signals()
         gc.freeze()  # what is there stays: no collection looks through it while somebody waits
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -133,8 +137,8 @@ async def _until(condition: Callable[[], Any], seconds: float) -> None:
         await asyncio.sleep(0.02)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: this module decides when to end."""
+class Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: who runs it decides when to end."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -166,7 +170,8 @@ class AccessLog:
             log.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - start)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises ConfigError where it cannot."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)

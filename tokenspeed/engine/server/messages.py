@@ -3,26 +3,30 @@
 import msgspec
 
 from ..config import EngineConfig
-from ..request import Request, Update
+from ..request import Failure, Request, Update
 from ..text.grammar import GrammarSpec
+from ..transfer.params import Address, Transfer, TransferSettings
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What the engine process is started with. kv_events: the endpoint to publish cache events at, None for none."""
+    """What the engine process is started with. kv_events: the endpoint to publish cache events at, None for none;
+    transfer: how it takes part in transfers, None where it does not."""
 
     directory: str
     config: EngineConfig
     kv_events: str | None = None
+    transfer: TransferSettings | None = None
     progress: bool = True
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
     """Run a request. grammar: what its output must look like, as `text.grammar` takes it; grammar_bytes: what it takes
-    when it is compiled."""
+    when it is compiled; transfer: where it is prefilled or decoded, if elsewhere."""
 
     request: Request
     grammar: GrammarSpec | None = None
     grammar_bytes: int = 0
+    transfer: Transfer | None = None
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -42,10 +46,11 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine takes requests. max_model_len, max_num_seqs: its limits."""
+    """The engine takes requests. max_model_len, max_num_seqs: its limits; transfer: where peers find it."""
 
     max_model_len: int
     max_num_seqs: int
+    transfer: Address | None = None
 
 
 class News(msgspec.Struct, tag=True, frozen=True):
@@ -55,11 +60,10 @@ class News(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """A request that was not taken. kind: the error's class name."""
+    """A request that was not taken."""
 
     request_id: str
-    kind: str
-    message: str
+    failure: Failure
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):

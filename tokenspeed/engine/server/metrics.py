@@ -29,12 +29,15 @@ _GAUGES = {
     "slots_draining": "state slots still read by sequences whose snapshot is gone",
     "slots_working": "state slots of running sequences",
     "slots_snapshot": "state slots kept for later prompts",
+    "transfer_rooms": "prompts that are lent to decoders, or prefilled for them",
+    "transfer_pulls": "prompts that are on their way from prefillers",
 }
 _COUNTERS = {
     "prompt_tokens": "tokens of admitted prompts",
     "cached_tokens": "of them, resumed from a snapshot",
     "recomputed_matched_tokens": "computed although their keys and values were there, for want of a state",
     "preemptions": "sequences that gave way to older ones",
+    "corrupted_requests": "requests that ended because their logits were not finite",
     "snapshots_evicted": "states that were let go",
     "snapshots_left_to_host": "of them, states that host memory still had",
     "pages_evicted": "KV pages that were let go",
@@ -44,6 +47,9 @@ _COUNTERS = {
     "moved_in_tokens": "tokens that were not computed again because of that",
     "host_evicted": "states that host memory let go",
     "page_copies": "KV pages copied on write",
+    "transfers_offered": "prompts that decoders have taken from here",
+    "transfers_pulled": "prompts that were brought from prefillers",
+    "transfers_failed": "prompts that were prefilled here because they could not be brought",
     "draft_steps": "times that a sequence's drafts were verified",
     "draft_step_tokens": "tokens that came of them: accepted drafts, and one more each time",
 }

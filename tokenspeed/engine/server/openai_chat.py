@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..request import Acceptance, Request, Update
 from ..text.tools import Arguments, CallCut, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent, TurnText
+from ..transfer.params import RemoteDecode
 from .protocol import ChatRequest, refuse
 from .scores import chat_logprob, prompt_logprobs
 from .service import Service, new_id
@@ -51,6 +52,9 @@ class Chat:
 
     def __init__(self, service: Service, body: ChatRequest, key: str | None):
         """Raises RequestError for what cannot be asked."""
+        self._transfer = service.transfer(body.kv_transfer_params)
+        if isinstance(self._transfer, RemoteDecode):
+            body = body.prefilling()
         self._service, self._body = service, body
         self.id = body.request_id or new_id("chatcmpl")
         self._created = int(time.time())
@@ -83,7 +87,7 @@ class Chat:
         return self._reader.turn.request
 
     def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
-        return self._service.converse(self._reader, self._body.timeout)
+        return self._service.converse(self._reader, self._body.timeout, self._transfer)
 
     def _usage(self) -> dict[str, Any]:
         reader = self._reader
@@ -128,6 +132,7 @@ class Chat:
                 choice["token_ids"] = parser.ids
         return self._frame("chat.completion", choices) | {
             "usage": self._usage(),
+            **self._service.transferred(self._transfer),
             **({"prompt_logprobs": prompt_scores} if prompt_scores else {}),
             **({"prompt_token_ids": list(self._request.prompt)} if self._body.return_token_ids else {}),
         }

@@ -9,6 +9,7 @@ from typing import Any
 from ..chat.formats import Format
 from ..errors import RequestError
 from ..request import Acceptance, CompletionOutput, Request, TokenScores, Update
+from ..transfer.params import RemoteDecode
 from .openai_chat import usage
 from .protocol import CompletionRequest, refuse
 from .scores import completion_logprobs, prompt_logprobs, token_text
@@ -21,12 +22,17 @@ class Completion:
 
     def __init__(self, service: Service, body: CompletionRequest, key: str | None):
         """Raises RequestError for what cannot be asked."""
+        self._transfer = service.transfer(body.kv_transfer_params)
+        if isinstance(self._transfer, RemoteDecode):
+            body = body.prefilling()
         self._service, self._body = service, body
         self.id = body.request_id or new_id("cmpl")
         self._created = int(time.time())
         prompts = [body.prompt] if _is_one(body.prompt) else body.prompt
         if not prompts:
             raise RequestError("prompt is an empty list; at least one prompt is needed.")
+        if self._transfer is not None and len(prompts) > 1:
+            raise RequestError(f"kv_transfer_params are those of one prompt; {len(prompts)} were given.")
         refuse(body, {"suffix": ""})
         asked = body.response_format.asked() if body.response_format else None
         self._format = Format.of_text(asked, body.structure())
@@ -73,7 +79,7 @@ class Completion:
             for number, request in enumerate(self.requests)
             for output, found in zip(outputs[number], scores[number], strict=True)
         ]
-        return self._frame(choices) | {"usage": self._usage()}
+        return self._frame(choices) | {"usage": self._usage()} | self._service.transferred(self._transfer)
 
     def _choice(
         self,
@@ -172,7 +178,7 @@ class Completion:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, number: int) -> AsyncIterator[Update]:
-        run = self._service.run(self.requests[number], self._format, self._body.timeout, number)
+        run = self._service.run(self.requests[number], self._format, self._body.timeout, number, self._transfer)
         async with contextlib.aclosing(run) as updates:
             async for update in updates:
                 if self._scores_only:

@@ -16,8 +16,13 @@ from ..core import Engine
 from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..llm import load_engine
-from ..request import Request, Update
+from ..request import Failure, Request, Update
 from ..text.grammar import Grammar
+from ..transfer.arenas import Arenas
+from ..transfer.endpoint import Endpoint
+from ..transfer.exchange import Exchange
+from ..transfer.identity import fingerprint, identity
+from ..transfer.params import Address, Transfer, TransferSettings
 from .kv_events import KvEventPublisher
 from .lifeline import end_with_parent, give_way
 from .messages import (
@@ -36,30 +41,44 @@ from .messages import (
     encode,
 )
 
-_ORPHAN_CHECK_MS, _COMPILE_CHECK_MS = 1000, 2
+_ORPHAN_CHECK_MS, _CHECK_MS = 1000, 2
 _MOST_COMPILING = 32
 
 
 class EngineProcess:
     """The loop around an engine: messages, a step, its news."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket, publisher: KvEventPublisher | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        socket: zmq.Socket,
+        publisher: KvEventPublisher | None = None,
+        exchange: Exchange | None = None,
+        address: Address | None = None,
+    ):
+        """exchange, address: with other engines, where it takes part in transfers."""
         self._engine, self._socket, self._publisher = engine, socket, publisher
+        self._exchange, self._address = exchange, address
         self._news: list[Update] = []
         self._parent = os.getppid()
         # As many side by side as can come: they were compiled before, within limits, each key's few at a time.
         self._workers = ThreadPoolExecutor(_MOST_COMPILING, initializer=give_way)
-        self._compiling: dict[str, tuple[Future[Grammar], Request]] = {}
+        self._compiling: dict[str, tuple[Future[Grammar], Submit]] = {}
         self._stopped = False
+        self._blocked = False  # what there is to do waits for something from elsewhere
 
     def run(self) -> None:
         """Until it is told to stop, or its parent is gone. Raises EngineError where the engine failed."""
         engine = self._engine
         engine.grammars  # noqa: B018 made here, where nobody waits yet
-        self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs))
+        self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs, self._address))
         while not self._stopped and os.getppid() == self._parent:
             self._submit_compiled()
-            if message := self._receive():
+            if self._exchange and self._exchange.step():
+                self._blocked = False
+            self._tell()
+            message, self._blocked = self._receive(), False
+            if message:
                 self._take(message)
                 continue
             if engine.has_work:
@@ -68,11 +87,12 @@ class EngineProcess:
                 finally:
                     self._tell()
                 self._publish()
+                self._blocked = engine.blocked
 
     def _receive(self):
         """The next message; waits for one while there is nothing else to do."""
-        if not self._engine.has_work:
-            self._socket.poll(_COMPILE_CHECK_MS if self._compiling else _ORPHAN_CHECK_MS)
+        if self._blocked or not self._engine.has_work:
+            self._socket.poll(_CHECK_MS if self._compiling or self._blocked else _ORPHAN_CHECK_MS)
         try:
             return decode_to_engine(self._socket.recv(zmq.DONTWAIT))
         except zmq.Again:
@@ -80,15 +100,15 @@ class EngineProcess:
 
     def _take(self, message) -> None:
         match message:
-            case Submit(request, grammar, size):
+            case Submit(request, grammar, size) as submit:
                 if grammar is None:
-                    self._submit(request, None)
+                    self._submit(request, None, submit.transfer)
                 else:  # which takes a while, and others should not wait for it
                     compiling = self._workers.submit(self._engine.grammars.compile, grammar, request.name_space, size)
-                    self._compiling[request.id] = compiling, request
+                    self._compiling[request.id] = compiling, submit
             case Abort(request_id):
                 if waiting := self._compiling.pop(request_id, None):
-                    continuations = range(waiting[1].params.n)
+                    continuations = range(waiting[1].request.params.n)
                     self._news += [Update(request_id, i, finish_reason="abort") for i in continuations]
                 self._engine.abort(request_id)
                 self._tell()
@@ -96,21 +116,26 @@ class EngineProcess:
                 self._engine.clear_cache()
                 self._publish()
             case Ping(number):
-                self._send(Pong(number, self._engine.stats()))
+                stats = self._engine.stats() | (self._exchange.stats() if self._exchange else {})
+                self._send(Pong(number, stats))
             case Stop():
                 self._stopped = True
 
-    def _submit(self, request: Request, grammar: Future[Grammar] | None) -> None:
+    def _submit(self, request: Request, grammar: Future[Grammar] | None, transfer: Transfer | None) -> None:
         try:
-            self._engine.submit(request, self._news.append, None if grammar is None else grammar.result())
+            compiled = None if grammar is None else grammar.result()
+            if transfer is not None and self._exchange is not None:
+                self._exchange.submit(request, self._news.append, transfer, compiled)
+            else:
+                self._engine.submit(request, self._news.append, compiled)
         except TokenSpeedError as error:
-            self._send(Refused(request.id, type(error).__name__, str(error)))
+            self._send(Refused(request.id, Failure.of(error)))
 
     def _submit_compiled(self) -> None:
-        for id, (future, request) in list(self._compiling.items()):
+        for id, (future, submit) in list(self._compiling.items()):
             if future.done():
                 del self._compiling[id]
-                self._submit(request, future)
+                self._submit(submit.request, future, submit.transfer)
 
     def _tell(self) -> None:
         if self._news:
@@ -125,6 +150,15 @@ class EngineProcess:
         self._socket.send(encode(message))
 
 
+def _take_part(engine: Engine, settings: Settings) -> tuple[Exchange, Address]:
+    """Among other engines. Raises ConfigError where the address cannot be had."""
+    transfer: TransferSettings = settings.transfer
+    endpoint = Endpoint(transfer.host, None if transfer.role == "decode" else transfer.port, transfer.lease)
+    layout, model = engine.runner.memory.layout, fingerprint(Path(settings.directory))
+    endpoint.register(Arenas(engine.runner.memory), identity(layout, model, settings.config.quantization))
+    return Exchange(engine, endpoint), Address(transfer.role, endpoint.engine, endpoint.host, endpoint.port)
+
+
 def main() -> int:
     end_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the HTTP process says what follows
@@ -136,7 +170,8 @@ def main() -> int:
         frontend = Frontend.from_directory(Path(settings.directory))
         engine = load_engine(frontend, settings.config, settings.progress)
         publisher = KvEventPublisher(engine.cache, settings.kv_events) if settings.kv_events else None
-        EngineProcess(engine, socket, publisher).run()
+        exchange, address = _take_part(engine, settings) if settings.transfer else (None, None)
+        EngineProcess(engine, socket, publisher, exchange, address).run()
         return 0
     except TokenSpeedError as error:
         socket.send(encode(Failed(str(error))))

@@ -101,6 +101,7 @@ class Sampling(Body):
     )
     request_id: str | None = Field(None, min_length=1, max_length=128)
     structured_outputs: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = Field(None, max_length=32)
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], _FIRST_ERROR] | None = None
@@ -116,6 +117,15 @@ class Sampling(Body):
         names = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields.keys() - {"logprobs", "max_tokens"}
         seed = None if self.seed is None else self.seed % 2**63
         return {name: getattr(self, name) for name in names} | {"seed": seed} | more
+
+    def prefilling(self) -> "Sampling":
+        """The request as an engine takes it that only prefills for another one: nothing is asked of an answer. Raises
+        RequestError where it is to be streamed."""
+        if self.stream:
+            raise RequestError("stream is true, but with do_remote_decode there is nothing to stream; leave it out.")
+        fields = type(self).model_fields
+        names = fields.keys() & {"n", "min_tokens", "logprobs", "top_logprobs", "prompt_logprobs", "echo"}
+        return self.model_copy(update={name: fields[name].default for name in names})
 
     def structure(self) -> dict[str, Any] | None:
         """vLLM's structured_outputs, also by their older names."""

@@ -13,10 +13,11 @@ from typing import Any
 from ..chat.conversation import Conversation
 from ..chat.formats import Format
 from ..chat.turn import Conversations, PreparedTurn, TurnReader
-from ..errors import RequestError, TokenSpeedError
+from ..errors import CorruptedError, EngineError, RequestError, TokenSpeedError
 from ..frontend import Frontend
 from ..request import Request, SamplingParams, Update
 from ..text.turn import TurnEvent
+from ..transfer.params import Address, RemoteDecode, Transfer, answer, parse
 from .background import Background
 from .client import DeadlineExceeded, EngineClient
 from .formats import Compiled, Formats
@@ -69,12 +70,14 @@ class Unsupported(RequestError):
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
     """model_name: as clients see it; most_requests: in flight at once, beyond them 429; timeout: seconds a request may
-    take unless it asks for less, None for no limit; exact_history: known turns come back as they were generated."""
+    take unless it asks for less, None for no limit; exact_history: known turns come back as they were generated;
+    kv_events: where the engine publishes cache events."""
 
     model_name: str
     most_requests: int = 512
     timeout: float | None = None
     exact_history: bool = True
+    kv_events: str | None = None
 
 
 class Service:
@@ -94,6 +97,19 @@ class Service:
     def room(self) -> int:
         """Tokens of a prompt and its answer at most."""
         return self.engine.ready.max_model_len
+
+    @property
+    def peer(self) -> Address | None:
+        """This engine among others; None where it takes no part in transfers."""
+        return self.engine.ready.transfer
+
+    def transfer(self, given: dict[str, Any] | None) -> Transfer | None:
+        """What `kv_transfer_params` ask for. Raises RequestError as `parse`."""
+        return parse(given, self.peer)
+
+    def transferred(self, transfer: Transfer | None) -> dict[str, Any]:
+        """What the response of a prefill has for the decoder's request; nothing for another one's."""
+        return {"kv_transfer_params": answer(transfer, self.peer)} if isinstance(transfer, RemoteDecode) else {}
 
     def name_space(self, key: str | None, salt: str | None) -> str:
         """Prompts of different keys or salts never share memory."""
@@ -120,16 +136,25 @@ class Service:
         self.in_flight -= requests
 
     async def run(
-        self, request: Request, format: Format | None = None, timeout: float | None = None, part: int = 0
+        self,
+        request: Request,
+        format: Format | None = None,
+        timeout: float | None = None,
+        part: int = 0,
+        transfer: Transfer | None = None,
     ) -> AsyncIterator[Update]:
         """The updates of a request, timed and within its deadline. Leaving early aborts it.
 
         request.id is a name inside the caller's key, to abort it by; the engine knows it by an id of its own. part:
-        which one of several requests of that name it is.
+        which one of several requests of that name it is; transfer: where it is prefilled or decoded, if elsewhere.
 
         Raises what the engine refuses the request with, RequestError for a name that is in use, DeadlineExceeded, or
         EngineError.
         """
+        if isinstance(transfer, RemoteDecode):
+            format = None  # nothing is generated here
+        elif self.peer is not None and self.peer.role == "prefill":
+            raise RequestError("this server's role is 'prefill': it takes requests with do_remote_decode alone.")
         limits = [limit for limit in (timeout, self.config.timeout) if limit is not None]
         limit = min(limits, default=None)
         start = last = time.monotonic()
@@ -139,7 +164,7 @@ class Service:
                 compiled = await self._compiled(key, request, format, limit)
                 own = replace(request, id=id)
                 left = None if limit is None else max(limit - (time.monotonic() - start), 0.001)
-                async with aclosing(self.engine.generate(own, compiled.spec, left, compiled.size)) as updates:
+                async with aclosing(self.engine.generate(own, compiled.spec, left, compiled.size, transfer)) as updates:
                     async for update in updates:
                         now = time.monotonic()
                         if update.ids:
@@ -152,6 +177,9 @@ class Service:
         except DeadlineExceeded:  # of what was left, when the engine was asked
             outcome = "timeout"
             raise DeadlineExceeded(f"the request took longer than its deadline of {limit:g} s.") from None
+        except (CorruptedError, EngineError):
+            outcome = "error"
+            raise
         except TokenSpeedError:
             outcome = "refused"
             raise
@@ -165,7 +193,7 @@ class Service:
             return Compiled(None, 0)
         try:
             return await asyncio.wait_for(self.formats.compile(key, request.name_space, format), limit)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise DeadlineExceeded("the grammar took longer than the request may") from None
 
     async def abort(self, name: str) -> bool:
@@ -202,12 +230,12 @@ class Service:
         return params if bound else replace(params, max_tokens=None)
 
     async def converse(
-        self, reader: TurnReader, timeout: float | None = None
+        self, reader: TurnReader, timeout: float | None = None, transfer: Transfer | None = None
     ) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
         """The updates of a conversation's turn, each with what it adds. As `run`."""
         turn: PreparedTurn = reader.turn
         self.metrics.restored.inc(turn.restored)
-        async with aclosing(self.run(turn.request, turn.format, timeout)) as updates:
+        async with aclosing(self.run(turn.request, turn.format, timeout, transfer=transfer)) as updates:
             async for update in updates:
                 yield update, reader.take(update)
 

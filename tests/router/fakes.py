@@ -1,0 +1,148 @@
+"""Servers that only say who they are, and a router in front of them, all in this process."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+
+import httpx
+import msgspec
+import uvicorn
+import zmq
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from tokenspeed.engine.router.app import Router
+from tokenspeed.engine.router.backends import Backends
+from tokenspeed.engine.router.policy import Policy
+from tokenspeed.engine.server.gate import BodyLimits
+from tokenspeed.engine.server.kv_events import KvEventBatch
+
+PAGE = 4
+
+
+class Served:
+    """An application on a port of its own, in a thread of its own."""
+
+    def __init__(self, app, port: int = 0):
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(("127.0.0.1", port))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=0, loop="asyncio")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=asyncio.run, args=(self._server.serve([self.socket]),), daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+
+    def stop(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+        self.socket.close()
+
+
+class Fake:
+    """A server. asked: the bodies it got; status: of what it says; gate: until it is set an answer's second half does
+    not come; events: tells of blocks."""
+
+    def __init__(self, name: str, port: int = 0, peer: dict | None = None):
+        self.name, self.peer, self.status = name, peer, 200
+        self.asked: list[dict] = []
+        self.left = 0  # requests whose clients went away
+        self.breaks = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self._publisher = zmq.Context.instance().socket(zmq.PUB)
+        self._publisher.linger = 0
+        self.events = f"tcp://127.0.0.1:{self._publisher.bind_to_random_port('tcp://127.0.0.1')}"
+        self._sequence = 0
+        routes = [
+            Route("/health", lambda request: JSONResponse({"status": "ok"})),
+            Route("/kv_transfer", self._about),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/v1/models", lambda request: JSONResponse({"data": [name]})),
+            Route("/{path:path}", self._generate, methods=["POST"]),
+        ]
+        self._app = Starlette(routes=routes)
+        self.served = Served(self._app, port)
+        self.url = self.served.url
+
+    async def _about(self, request: Request):
+        return JSONResponse({"role": "both", "transfer": self.peer, "kv_events": self.events})
+
+    async def _tokenize(self, request: Request):
+        body = await request.json()
+        text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
+        return JSONResponse({"tokens": [ord(c) for c in text]})
+
+    async def _generate(self, request: Request):
+        body = await request.json()
+        self.asked.append(body | {"path": request.url.path, "key": request.headers.get("authorization")})
+        if self.status != 200:
+            return JSONResponse({"error": self.name}, self.status, {"x-who": self.name})
+        if not body.get("stream"):
+            while not self.gate.is_set() and not await request.is_disconnected():
+                await asyncio.sleep(0.01)
+            self.left += not self.gate.is_set()
+            return JSONResponse({"who": self.name, "id": f"resp_{self.name}"}, headers={"x-who": self.name})
+
+        async def pieces():
+            try:
+                yield f'data: {{"id": "resp_{self.name}"}}\n\n'.encode()
+                while not self.gate.is_set():
+                    await asyncio.sleep(0.01)
+                if self.breaks:
+                    raise RuntimeError("breaks")
+                yield b"data: [DONE]\n\n"
+            except asyncio.CancelledError:
+                self.left += 1
+                raise
+
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
+    def store(self, tokens: list[int], skip: int = 0) -> None:
+        """Its cache holds these, as whole blocks. skip: sequence numbers that get lost."""
+        whole = len(tokens) // PAGE * PAGE
+        blocks = [hash((self.name, *tokens[: at + PAGE])) & (2**63 - 1) for at in range(0, whole, PAGE)]
+        event = ["BlockStored", blocks, None, tokens[:whole], PAGE, None, None]
+        self._sequence += skip
+        batch = msgspec.msgpack.encode([time.time(), [event], None])
+        assert msgspec.msgpack.decode(batch, type=KvEventBatch)
+        self._publisher.send_multipart((b"", self._sequence.to_bytes(8, "big"), batch))
+        self._sequence += 1
+
+    def stop(self) -> None:
+        self.served.stop()
+        self._publisher.close()
+
+
+@contextlib.contextmanager
+def routed(keys: tuple[str, ...] = (), least_prefill: int = 1024, **fakes: list[Fake]):
+    """A router's client before servers, by kind."""
+    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), trust_env=False)
+    backends = Backends({kind: [fake.url for fake in found] for kind, found in fakes.items()}, client, 0.05)
+    router = Router(backends, Policy(backends, least_prefill), client)
+    served = Served(router.app(BodyLimits(), keys, ()))
+    try:
+        with httpx.Client(base_url=served.url, timeout=20) as caller:
+            caller.backends = {backend.url: backend for backend in backends.all}
+            yield caller
+    finally:
+        served.stop()
+        for found in fakes.values():
+            for fake in found:
+                fake.gate.set()
+                with contextlib.suppress(OSError):
+                    fake.stop()
+
+
+def until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.01)

@@ -1,0 +1,174 @@
+"""The five calls over real sockets and threads."""
+
+import threading
+import time
+
+import msgspec
+import pytest
+import zmq
+from lab import TOLERANCE, Lab, random_model
+from texts import text
+from wire import IDENTITY, arenas
+
+from tokenspeed.engine.errors import ConfigError, HandshakeError, TransferError
+from tokenspeed.engine.transfer.arenas import Arenas
+from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
+from tokenspeed.engine.transfer.exchange import Exchange
+from tokenspeed.engine.transfer.messages import MOST_MESSAGE_BYTES, VERSION, Ask, encode
+from tokenspeed.engine.transfer.params import RemoteDecode, RemotePrefill
+from tokenspeed.engine.transfer.pulls import Source, Targets
+
+LEASE = 1.0
+
+
+@pytest.fixture
+def ends():
+    """Two of them, with arenas of bytes."""
+    made = []
+
+    def make(seed: int, identity=IDENTITY, lease: float = LEASE) -> Endpoint:
+        end = Endpoint("127.0.0.1", 0, lease)
+        made.append(end)
+        end.bytes = arenas(16, 4, seed)
+        end.register(end.bytes, identity)
+        return end
+
+    yield make
+    for end in made:
+        end.close()
+
+
+def source(there: Endpoint, room: str = "room") -> Source:
+    return Source(address_of(there.host, there.port), room, b"prompt", there.engine)
+
+
+def ended(end: Endpoint, seconds: float = 20.0) -> tuple:
+    limit = time.monotonic() + seconds
+    while not (found := end.poll()):
+        assert time.monotonic() < limit, "it does not end"
+        time.sleep(0.005)
+    return tuple(found)
+
+
+def test_a_unit_goes_over_sockets(ends):
+    there, here = ends(1), ends(2)
+    here.pull(source(there), lambda: Targets({0: 5, 1: 6, 2: 1}, 3))
+    there.offer("room", b"prompt", (4, 5), None, 0)
+    time.sleep(0.05)
+    there.offer("room", b"prompt", (4, 5, 2), 1, 0)
+    assert ended(here) == (("room", None),) and ended(there) == (("room", None),)
+    size, slot = here.bytes.row_bytes
+    page = here.bytes.flat[0][5 * size : 7 * size]
+    assert page.equal(there.bytes.flat[0][4 * size : 6 * size])
+    assert here.bytes.flat[1][3 * slot : 4 * slot].equal(there.bytes.flat[1][slot : 2 * slot])
+
+
+def test_a_peer_that_dies_is_noticed_on_both_sides_within_the_lease(ends):
+    there, here = ends(1), ends(2)
+    there.offer("room", b"prompt", (4, 5), None, 0)
+    here.pull(source(there), lambda: Targets({0: 5, 1: 6}, 3))
+    time.sleep(0.2)
+    start = time.monotonic()
+    there.close()
+    ((room, error),) = ended(here)
+    assert room == "room" and "nothing was heard" in str(error) and time.monotonic() - start < 3 * LEASE
+    with pytest.raises(TransferError, match="have ended"):
+        there.offer("other", b"prompt", (), None, 0)
+    third, fourth = ends(3), ends(4)
+    third.offer("room", b"prompt", (4, 5), 1, 0)
+    fourth.pull(source(third), lambda: None)
+    time.sleep(0.2)
+    start = time.monotonic()
+    fourth.close()
+    ((room, error),) = ended(third)
+    assert "lease" in str(error) and time.monotonic() - start < 3 * LEASE
+
+
+def test_an_address_where_nobody_is_ends_with_the_lease(ends):
+    here = ends(2, lease=0.3)
+    for address in ("tcp://127.0.0.1:1", "tcp://no.such.host.invalid:5", "nonsense"):
+        here.pull(Source(address, address, b"prompt"), lambda: Targets({}, 0))
+    found = []
+    while len(found) < 3:
+        found += ended(here)
+    assert all("nothing was heard" in str(error) for _, error in found)
+
+
+def test_another_layout_is_refused_with_both_values(ends):
+    there, here = ends(1), ends(2, msgspec.structs.replace(IDENTITY, page_dtype="float8_e4m3fn"))
+    here.pull(source(there), lambda: Targets({}, 0))
+    ((_, error),) = ended(here)
+    assert isinstance(error, HandshakeError)
+    assert (error.field, error.ours, error.theirs) == ("page_dtype", "float8_e4m3fn", "float32")
+
+
+def test_strange_messages_harm_nobody(ends):
+    there, here = ends(1), ends(2)
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger, socket.rcvtimeo = 0, 5000
+    socket.connect(address_of(there.host, there.port))
+    try:
+        frame = encode(Ask("room", b"prompt"))
+        for message in (b"", b"\0", b"\xff" * 50, frame[:-1], bytes([VERSION]) + b"\x93" * 2000):
+            socket.send(message)
+        socket.send_multipart([frame, frame, frame])
+        answers = [socket.recv() for _ in range(4)]  # to those of another version
+        assert all(msgspec.msgpack.decode(answer[1:])["type"] == "Refused" for answer in answers)
+        socket.send(bytes(MOST_MESSAGE_BYTES + 1))  # its connection is cut
+        there.offer("room", b"prompt", (4,), 1, 0)
+        here.pull(source(there), lambda: Targets({0: 5}, 3))
+        assert ended(here) == (("room", None),)
+    finally:
+        socket.close()
+
+
+def test_a_port_that_is_taken_is_named(ends):
+    there = ends(1)
+    with pytest.raises(ConfigError, match=f"port {there.port}"):
+        Endpoint("127.0.0.1", there.port, LEASE).register(there.bytes, IDENTITY)
+
+
+def test_engines_in_threads_of_their_own_answer_as_one_would(tmp_path):
+    model = random_model(tmp_path)
+    labs = [Lab(model, max_batch_tokens=64), Lab(model)]
+    ends = [Endpoint("127.0.0.1", 0, 5.0), Endpoint("127.0.0.1", None, 5.0)]
+    for lab, end in zip(labs, ends, strict=True):
+        end.register(Arenas(lab.memory), IDENTITY)
+    lender, taker = (Exchange(lab.engine, end) for lab, end in zip(labs, ends, strict=True))
+    finished = threading.Event()
+
+    def loop(lab: Lab, exchange: Exchange) -> None:
+        while not finished.is_set():
+            if lab.engine.has_work:
+                lab.engine.step()
+            exchange.step()
+            time.sleep(0.001)
+
+    talks = []
+    real = labs[1].engine.submit
+    for i in range(4):
+        room = f"room {i}"
+        where = RemotePrefill(room, ends[0].host, ends[0].port, ends[0].engine)
+
+        def pulled(request, sink, grammar=None, where=where):
+            labs[1].engine.submit = real
+            taker.submit(request, sink, where, grammar)
+
+        labs[1].engine.submit = pulled
+        talks.append(labs[1].submit(text(i, 200 + 70 * i), n=1 + i % 2))
+        lender.submit(talks[-1].request, lambda update: None, RemoteDecode(room))
+    threads = [threading.Thread(target=loop, args=pair) for pair in zip(labs, (lender, taker), strict=True)]
+    for thread in threads:
+        thread.start()
+    limit = time.monotonic() + 60
+    while not all(talk.finished for talk in talks) or lender.stats()["transfer_rooms"]:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    finished.set()
+    for thread in threads:
+        thread.join()
+    for end in ends:
+        end.close()
+    labs[1].run()
+    assert labs[1].difference() <= TOLERANCE and taker.pulled == lender.offered == 4 and taker.failed == 0
+    assert [labs[1].tokens_computed(talk) for talk in talks] == [1] * 4

@@ -1,0 +1,158 @@
+"""The engines behind a router: which are alive, how much they have to do, what their caches hold."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ..server.kv_events import KvEventBatch
+from .index import PrefixIndex
+
+REPLICA, PREFILL, DECODE = "replica", "prefill", "decode"
+_DECODING_TOKENS = 256  # of prefill that a sequence which decodes is taken to cost others
+_CHECK_TIMEOUT = 5.0
+
+log = logging.getLogger("tokenspeed.router")
+
+
+@dataclass(slots=True, eq=False)
+class Backend:
+    """One server. kind: what it was given as; peer: where its transfers are (`GET /kv_transfer`), None where it has
+    none; work: tokens of prompts that it prefills now, and as many as its answers stand for."""
+
+    url: str
+    kind: str
+    alive: bool = False
+    peer: dict[str, Any] | None = None
+    index: PrefixIndex = field(default_factory=PrefixIndex)
+    work: int = 0
+    in_flight: int = 0
+    last_used: int = 0
+    listener: asyncio.Task | None = None
+
+    def cost(self, tokens: int, known: int) -> int:
+        """Of a prompt of so many tokens, `known` of which are here: what is computed before it is answered."""
+        return tokens - known + self.work
+
+    @contextlib.contextmanager
+    def doing(self, tokens: int):
+        """While it answers: prefills so many tokens until the value that this yields is called, then decodes."""
+        self.in_flight += 1
+        self.work += tokens
+        weight = tokens
+
+        def answered() -> None:
+            nonlocal weight
+            self.work += _DECODING_TOKENS - weight
+            weight = _DECODING_TOKENS
+
+        try:
+            yield answered
+        finally:
+            self.in_flight -= 1
+            self.work -= weight
+
+
+class Backends:
+    """Looks after them while `watch` runs."""
+
+    def __init__(self, urls: dict[str, list[str]], client: httpx.AsyncClient, check_seconds: float = 2.0):
+        """urls: by kind."""
+        self.all = [Backend(url.rstrip("/"), kind) for kind, found in urls.items() for url in found]
+        self._client, self._check_seconds = client, check_seconds
+        self._turns = itertools.count(1)
+        self._zmq = zmq.asyncio.Context()
+
+    def alive(self, *kinds: str) -> list[Backend]:
+        return [backend for backend in self.all if backend.alive and backend.kind in kinds]
+
+    def used(self, backend: Backend) -> None:
+        """It was chosen: among equals it comes last the next time."""
+        backend.last_used = next(self._turns)
+
+    async def watch(self) -> None:
+        """For ever, after each was checked once. Each is asked by itself, so that one that hangs delays nobody."""
+        try:
+            await asyncio.gather(*map(self._watch, self.all))
+        finally:
+            for backend in self.all:
+                self._forget(backend)
+            self._zmq.destroy(linger=0)
+
+    def lost(self, backend: Backend, why: str) -> None:
+        """It does not answer. It comes back by itself when it does again."""
+        if backend.alive:
+            log.warning("%s is out: %s", backend.url, why)
+        backend.alive = False
+        self._forget(backend)
+
+    async def _watch(self, backend: Backend) -> None:
+        while True:
+            await asyncio.sleep(self._check_seconds)
+            await self.check(backend)
+
+    async def check(self, backend: Backend) -> None:
+        """Whether it is there, and when it has just come, what it is."""
+        try:
+            answer = await self._client.get(f"{backend.url}/health", timeout=_CHECK_TIMEOUT)
+            if answer.status_code != 200:
+                self.lost(backend, f"/health says {answer.status_code}")
+                return
+            if not backend.alive:
+                await self._greet(backend)
+        except (httpx.HTTPError, ValueError, AttributeError) as error:  # the latter: it answers something else
+            self.lost(backend, str(error) or type(error).__name__)
+
+    async def _greet(self, backend: Backend) -> None:
+        answer = await self._client.get(f"{backend.url}/kv_transfer", timeout=_CHECK_TIMEOUT)
+        found = answer.json() if answer.status_code == 200 else {}  # 404: a server of another make
+        backend.peer, events = found.get("transfer"), found.get("kv_events")
+        if backend.kind == PREFILL and not (backend.peer and backend.peer.get("port")):
+            log.warning("%s was given to prefill, but lends nothing: start it with --role prefill", backend.url)
+        if events:
+            backend.listener = asyncio.create_task(self._listen(backend, _reachable(events, backend.url)))
+        backend.alive = True
+        log.info("%s is in, as %s%s", backend.url, backend.kind, "" if events else ", without cache events")
+
+    def _forget(self, backend: Backend) -> None:
+        if backend.listener is not None:
+            backend.listener.cancel()
+            backend.listener = None
+        backend.index.clear()
+
+    async def _listen(self, backend: Backend, endpoint: str) -> None:
+        decoder, expected = msgspec.msgpack.Decoder(KvEventBatch), None
+        with self._zmq.socket(zmq.SUB) as socket:
+            socket.linger, socket.maxmsgsize = 0, 1 << 28
+            socket.subscribe(b"")
+            socket.connect(endpoint)
+            while True:
+                frames = await socket.recv_multipart()
+                try:
+                    _, number, batch = frames
+                    events = decoder.decode(batch).events
+                except (ValueError, msgspec.DecodeError) as error:
+                    log.warning("%s: %s said something that is no cache event: %s", backend.url, endpoint, error)
+                    continue
+                sequence = int.from_bytes(number, "big")
+                if expected is not None and sequence != expected:
+                    backend.index.clear()  # something was missed: what it said before may be gone
+                expected = sequence + 1
+                for event in events:
+                    backend.index.apply(event)
+
+
+def _reachable(endpoint: str, url: str) -> str:
+    """An endpoint that listens everywhere on its machine, as this one reaches it."""
+    host = urlsplit(url).hostname or "127.0.0.1"
+    for everywhere in ("//*:", "//0.0.0.0:", "//[::]:"):
+        endpoint = endpoint.replace(everywhere, f"//[{host}]:" if ":" in host else f"//{host}:")
+    return endpoint

@@ -1,0 +1,91 @@
+"""Where a request goes."""
+
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from .backends import DECODE, PREFILL, REPLICA, Backend, Backends
+from .prompts import Prompt
+
+_REMEMBERED = 1 << 16  # conversations
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """backend: who answers; tokens: that it prefills for this; prefill: who prefills for it, if somebody else does, and
+    prefill_tokens: how many."""
+
+    backend: Backend
+    tokens: int
+    prefill: Backend | None = None
+    prefill_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Policy:
+    """Least tokens to compute before the answer begins: those that are not in a backend's cache, and those that it has
+    to do for others. least_prefill: new tokens from which a prompt is prefilled apart, where there is who does."""
+
+    backends: Backends
+    least_prefill: int = 1024
+    _homes: OrderedDict[str, Backend] = field(default_factory=OrderedDict)  # of conversations
+
+    def choose(self, prompt: Prompt, transferable: bool, without: frozenset[Backend] = frozenset()) -> Choice | None:
+        """None where nobody is left. transferable: whether its request can name a prefill; without: who has been tried
+        in vain."""
+        candidates = [b for b in self.backends.alive(REPLICA, DECODE) if b not in without]
+        if not candidates:
+            return None
+        backend = min(candidates, key=lambda b: self._rank(b, prompt))
+        new = prompt.size - self._known(backend, prompt)
+        self.backends.used(backend)
+        self._settle(prompt, backend)
+        helpers = [b for b in self.backends.alive(PREFILL) if b not in without and b.peer and b.peer.get("port")]
+        if not transferable or backend.kind != DECODE or not backend.peer or not helpers or new < self.least_prefill:
+            return Choice(backend, new)
+        helper = min(helpers, key=lambda b: self._rank(b, prompt))
+        self.backends.used(helper)
+        return Choice(backend, 1, helper, prompt.size - self._known(helper, prompt))
+
+    def home_of(self, conversation: str) -> Backend | None:
+        """The backend that `home` was told."""
+        return self._homes.get(conversation)
+
+    def home(self, conversation: str, backend: Backend) -> None:
+        """What begins so is at this backend."""
+        self._homes[conversation] = backend
+        self._homes.move_to_end(conversation)
+        if len(self._homes) > _REMEMBERED:
+            self._homes.popitem(last=False)
+
+    def _settle(self, prompt: Prompt, backend: Backend) -> None:
+        if prompt.conversation:
+            self.home(prompt.conversation, backend)
+
+    def _rank(self, backend: Backend, prompt: Prompt) -> tuple[int, int, int]:
+        return backend.cost(prompt.size, self._known(backend, prompt)), backend.in_flight, backend.last_used
+
+    def _known(self, backend: Backend, prompt: Prompt) -> int:
+        """Tokens of the prompt in its cache: as its events say, and without them all that a conversation had there."""
+        if prompt.tokens is not None and backend.listener is not None:
+            return backend.index.match(prompt.tokens)
+        return prompt.size if self._homes.get(prompt.conversation) is backend else 0
+
+
+def split(body: dict[str, Any], helper: Backend) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The bodies for who prefills and for who decodes, under a name that both know."""
+    name, peer = secrets.token_hex(16), helper.peer
+    asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": name}
+    prefill = {key: value for key, value in body.items() if key not in ("stream_options", "max_completion_tokens")}
+    prefill |= {"stream": False, "max_tokens": 1, "n": 1, "kv_transfer_params": asked}
+    given = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": peer["engine_id"],
+        "remote_host": peer["host"],
+        "remote_port": peer["port"],
+        "remote_block_ids": None,
+        "transfer_id": name,
+    }
+    return prefill, body | {"kv_transfer_params": given}

@@ -1,0 +1,360 @@
+"""The decoder's side: pulls, each bringing one room's unit into pages and a slot that the engine sets aside for it.
+
+The engine's thread starts and cancels; the wire's thread speaks with the peers and writes what they send. A pull that
+was cancelled is never written for again, so what was set aside can be given away at once.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..errors import HandshakeError, TransferError
+from .arenas import Arenas, Move
+from .messages import (
+    KV,
+    MOST_READ_BYTES,
+    Ask,
+    Closed,
+    Data,
+    Done,
+    FromDecoder,
+    FromPrefiller,
+    Gone,
+    Hello,
+    Identity,
+    Leave,
+    Part,
+    Read,
+    Ready,
+    Refused,
+    Stranger,
+    Waiting,
+    Welcome,
+)
+from .rooms import Ended
+
+_READS = 4  # of one pull on their way
+_MAPPED_BYTES = 64 << 20  # that are copied at a time from a peer's arena that is mapped here
+
+
+class Targets(NamedTuple):
+    """Where a unit goes. pages: of the prompt's page numbers those that are lacking, each with the page it goes to;
+    slot: where the state goes."""
+
+    pages: Mapping[int, int]
+    slot: int
+
+
+class Source(NamedTuple):
+    """Where a unit is. address: as ZeroMQ takes it; engine: whose it is to be, None for whoever answers there."""
+
+    address: str
+    room: str
+    digest: bytes
+    engine: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """welcome: None until it has answered Hello; arenas: of it, where they are mapped here."""
+
+    address: str
+    welcome: Welcome | None = None
+    arenas: list | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Pull:
+    """offset: where each of the prompt's pages lies at the peer, as far as they are ready. queued: pages of which the
+    moves were made out; state: where the state lies, once it is ready; reads: on their way, by number."""
+
+    source: Source
+    reserve: Callable[[], Targets | None]
+    started: float
+    heard: float
+    targets: Targets | None = None
+    epoch: int = -1
+    offsets: list[int] = field(default_factory=list)
+    queued: int = 0
+    state: Part | None = None
+    state_queued: bool = False
+    moves: deque[Move] = field(default_factory=deque)
+    reads: dict[int, list[Move]] = field(default_factory=dict)
+    asked: float = 0.0
+    done: bool = False
+    bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    alive: bool = True
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.offsets) or self.state is not None
+
+
+class Pulls:
+    """send: takes a message to an address, from the wire's thread; map_arenas: of handles (`Welcome`), where they can
+    be mapped."""
+
+    def __init__(
+        self,
+        arenas: Arenas,
+        identity: Identity,
+        engine: str,
+        lease: float,
+        clock: Callable[[], float],
+        send: Callable[[str, FromDecoder], None],
+        card: str = "",
+        map_arenas: Callable[[tuple[bytes, ...]], list] | None = None,
+    ):
+        self._arenas, self._hello, self._lease = arenas, Hello(engine, identity, card), lease
+        self._clock, self._send, self._map = clock, send, map_arenas
+        self._lock = threading.Lock()  # of the two below; a pull's own guards what is written for it
+        self._pulls: dict[str, _Pull] = {}
+        self._ended: list[Ended] = []
+        self._starting: deque[_Pull] = deque()
+        self._parting: deque[Source] = deque()
+        self._peers: dict[str, _Peer] = {}
+        self._number = 0
+        self.bytes = 0  # that were brought so far
+
+    # ---- the engine's thread
+
+    def pull(self, source: Source, reserve: Callable[[], Targets | None]) -> None:
+        """Bring what a room offers. reserve: asked once something is there, by `poll`, and again until there is room.
+        Raises TransferError for a room that is being pulled."""
+        with self._lock:
+            if source.room in self._pulls:
+                raise TransferError(f"room {source.room!r} is being pulled: names can be used once.")
+            now = self._clock()
+            pull = self._pulls[source.room] = _Pull(source, reserve, now, now)
+            self._starting.append(pull)
+
+    def cancel(self, room: str) -> None:
+        """When this returns nothing is written any more. Harmless for one that has ended."""
+        with self._lock:
+            pull = self._pulls.pop(room, None)
+        if pull is not None:
+            self._stop(pull)
+            self._parting.append(pull.source)
+
+    def reserve(self) -> bool:
+        """Sets places aside for what is ready, the first that asked first. Whether some were."""
+        with self._lock:
+            waiting = [pull for pull in self._pulls.values() if pull.targets is None and pull.ready]
+        some = False
+        for pull in waiting:
+            targets = pull.reserve()
+            if targets is None:
+                break
+            pull.targets, some = targets, True
+        return some
+
+    def take_ended(self) -> list[Ended]:
+        """Of the pulls that were not cancelled, those that have ended since the last call. Nothing is written for them
+        any more."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def open(self) -> int:
+        return len(self._pulls)
+
+    # ---- the wire's thread
+
+    def handle(self, address: str, message: FromPrefiller, data: bytes | None = None) -> None:
+        """A message of a peer."""
+        peer = self._peers.get(address)
+        if peer is None:
+            return
+        match message:
+            case Welcome() as welcome:
+                self._welcomed(peer, welcome)
+            case Refused(name, ours, theirs):
+                self._lose(peer, HandshakeError(name, theirs, ours))
+            case Stranger():
+                if peer.welcome is not None:
+                    peer.welcome = peer.arenas = None
+                    self._send(address, self._hello)
+            case _:
+                pull = self._pulls.get(message.room)
+                if pull is None or pull.source.address != address:
+                    return
+                if not (isinstance(message, Waiting) and not message.offered):
+                    pull.heard = self._clock()
+                self._take(pull, peer, message, data)
+
+    def tick(self) -> None:
+        """What is due: pulls that start, targets that were set aside meanwhile, leases."""
+        while self._starting:
+            pull = self._starting.popleft()
+            peer = self._peers.get(pull.source.address)
+            if peer is None:
+                peer = self._peers[pull.source.address] = _Peer(pull.source.address)
+                self._send(peer.address, self._hello)
+            elif peer.welcome is not None:
+                self._begin(peer, pull)
+        while self._parting:
+            source = self._parting.popleft()
+            self._send(source.address, Leave(source.room))
+        now = self._clock()
+        for room, pull in list(self._pulls.items()):
+            if now - pull.heard > self._lease:
+                peer = self._peers.get(pull.source.address)
+                if peer is not None and peer.welcome is None:
+                    self._lose(peer, self._silence(pull))
+                else:
+                    self._end(room, self._silence(pull))
+                    self._parting.append(pull.source)
+            elif peer := self._peers.get(pull.source.address):
+                lost = now - max(pull.heard, pull.asked) > self._lease / 2  # something, on its way
+                if lost and peer.welcome is None:
+                    pull.asked = now
+                    self._send(peer.address, self._hello)
+                elif lost:
+                    self._begin(peer, pull)
+                self._go_on(pull, peer)
+
+    def drop_idle(self) -> list[str]:
+        """Forgets the peers that nothing is pulled from, and says which they were."""
+        used = {pull.source.address for pull in self._pulls.values()}
+        idle = [address for address in self._peers if address not in used]
+        for address in idle:
+            del self._peers[address]
+        return idle
+
+    def forget(self, error: TransferError) -> None:
+        """Nobody will be heard of any more."""
+        for room in list(self._pulls):
+            self._end(room, error)
+
+    def _silence(self, pull: _Pull) -> TransferError:
+        what = f"nothing was heard of room {pull.source.room!r} at {pull.source.address} for {self._lease:g} s"
+        return TransferError(what + ("" if pull.ready else ": it was not offered there") + ".")
+
+    def _welcomed(self, peer: _Peer, welcome: Welcome) -> None:
+        peer.welcome, peer.arenas = welcome, None
+        if welcome.handles and self._map is not None:
+            peer.arenas = self._map(welcome.handles)
+        for pull in list(self._pulls.values()):
+            if pull.source.address == peer.address:
+                self._begin(peer, pull)
+
+    def _begin(self, peer: _Peer, pull: _Pull) -> None:
+        """Ask for everything."""
+        wanted = pull.source.engine
+        if wanted is not None and peer.welcome.engine != wanted:
+            message = f"engine {wanted!r} is gone; {peer.welcome.engine!r} answers at {peer.address}."
+            self._end(pull.source.room, TransferError(message))
+            return
+        self._restart(pull, -1)
+        self._ask(pull)
+
+    def _lose(self, peer: _Peer, error: TransferError) -> None:
+        """A peer that says or does nothing useful: the next pull greets it anew."""
+        del self._peers[peer.address]
+        for room, pull in list(self._pulls.items()):
+            if pull.source.address == peer.address:
+                self._end(room, error)
+
+    def _restart(self, pull: _Pull, epoch: int) -> None:
+        """Whatever was read counts no more."""
+        pull.epoch, pull.queued, pull.state, pull.state_queued, pull.done = epoch, 0, None, False, False
+        pull.offsets.clear()
+        pull.moves.clear()
+        pull.reads.clear()
+
+    def _ask(self, pull: _Pull) -> None:
+        pull.asked = self._clock()
+        ask = Ask(pull.source.room, pull.source.digest, pull.epoch, len(pull.offsets))
+        self._send(pull.source.address, ask)
+
+    def _take(self, pull: _Pull, peer: _Peer, message: FromPrefiller, data: bytes | None) -> None:
+        room = pull.source.room
+        match message:
+            case Waiting():
+                self._ask(pull)
+            case Ready(_, epoch, first, parts, state):
+                if epoch != pull.epoch:
+                    self._restart(pull, epoch)
+                if first == len(pull.offsets):
+                    size = self._arenas.row_bytes[KV]
+                    for part in parts:
+                        pull.offsets += range(part.offset, part.offset + part.length, size)
+                    pull.state = state
+                if state is None:
+                    self._ask(pull)
+                self._go_on(pull, peer)
+            case Data(_, number):
+                moves = pull.reads.pop(number, None)
+                if moves is None:  # of an epoch that is over
+                    return
+                if data is None or len(data) != sum(part.length for part, _ in moves):
+                    self._end(room, TransferError(f"{peer.address} sent other bytes than it was asked for"))
+                    return
+                self._write(pull, moves, lambda: self._arenas.write(moves, data))
+                self._go_on(pull, peer)
+            case Closed():
+                self._end(room, None if pull.done else TransferError("the room was closed before it was read"))
+            case Gone(_, reason):
+                self._end(room, TransferError(f"room {room!r} at {peer.address}: {reason}"))
+
+    def _go_on(self, pull: _Pull, peer: _Peer) -> None:
+        """Read what is ready and has a place, and say when that was all."""
+        targets = pull.targets
+        if targets is None or pull.done or peer.welcome is None:
+            return
+        page_bytes = self._arenas.row_bytes[KV]
+        for page in range(pull.queued, len(pull.offsets)):
+            if page in targets.pages:
+                target = self._arenas.page(targets.pages[page])
+                pull.moves += _pieces(Part(KV, pull.offsets[page], page_bytes), target)
+        pull.queued = len(pull.offsets)
+        if pull.state is not None and not pull.state_queued:
+            pull.moves += _pieces(pull.state, self._arenas.slot(targets.slot))
+            pull.state_queued = True
+        most = _MAPPED_BYTES if peer.arenas is not None else MOST_READ_BYTES
+        while pull.moves and pull.alive and len(pull.reads) < _READS:
+            moves, size = [], 0
+            while pull.moves and size + pull.moves[0].part.length <= most:
+                moves.append(pull.moves.popleft())
+                size += moves[-1].part.length
+            if peer.arenas is not None:
+                self._write(pull, moves, lambda moves=moves: self._arenas.copy(moves, peer.arenas))
+                continue
+            self._number += 1
+            pull.reads[self._number] = moves
+            read = Read(pull.source.room, pull.epoch, self._number, tuple(part for part, _ in moves))
+            self._send(pull.source.address, read)
+        if pull.state_queued and not pull.moves and not pull.reads:
+            pull.done = True
+            self._send(pull.source.address, Done(pull.source.room, pull.epoch))
+
+    def _write(self, pull: _Pull, moves: list[Move], write: Callable[[], None]) -> None:
+        with pull.lock:
+            if pull.alive:
+                write()
+                pull.bytes += sum(part.length for part, _ in moves)
+
+    def _stop(self, pull: _Pull) -> None:
+        with pull.lock:
+            pull.alive = False
+        self.bytes += pull.bytes
+
+    def _end(self, room: str, error: TransferError | None) -> None:
+        with self._lock:
+            pull = self._pulls.pop(room, None)
+        if pull is not None:
+            self._stop(pull)
+            with self._lock:
+                self._ended.append(Ended(room, error))
+
+
+def _pieces(part: Part, target: int) -> list[Move]:
+    """A part in pieces that one Read may ask for."""
+    ends = range(0, part.length, MOST_READ_BYTES)
+    return [
+        Move(Part(part.arena, part.offset + at, min(MOST_READ_BYTES, part.length - at)), target + at) for at in ends
+    ]
