@@ -77,7 +77,7 @@ def load_runner(
         model_config, layout, config, free_memory(device) // sharers, total_memory(device) // sharers, device.type
     )
     host = plan_host_memory(layout, config, communicator.mesh.world)
-    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]), *host)
+    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots, *host]))
     if progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
