@@ -99,6 +99,32 @@ def test_a_request_that_is_aborted_anywhere_leaves_nothing(model, who, when):
         assert lost.reasons[0] == "length", "the decoder computes what it was not given"
 
 
+def test_an_abort_of_the_decoder_ends_the_prefill(model):
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64})
+    talk = pair.decode.submit(text(1, 1000))
+    while not pair.prefill.computed:
+        pair.step()
+    pair.decode.engine.abort(talk.request.id)
+    pair.settle()
+    assert pair.updates["0"][-1].finish_reason == "abort" and pair.lender.offered == 0
+    (rows,) = pair.prefill.computed.values()
+    assert rows[-1][1] < 999, "nobody wanted the rest"
+
+
+def test_a_prompt_for_which_there_is_no_room_within_the_lease_is_not_kept_waiting_for(model):
+    pair = Pair(model, decode={"slots": 1, "pages": 8, "max_seqs": 2})
+    pair._inside = True
+    hog = pair.decode.submit(text(9, 10), max_tokens=300)
+    pair._inside = False
+    while not hog.outputs[0]:
+        pair.step()
+    talk = pair.decode.submit(text(1, 130), max_tokens=3)
+    pair.run(hog)
+    assert pair.taker.failed == 1 and pair.lender.stats()["transfer_rooms"] == 0
+    pair.settle()
+    assert talk.finished and pair.decode.difference() <= TOLERANCE
+
+
 def length_of(model) -> int:
     """Messages of the lives below."""
     pair = Pair(model, prefill={"max_num_batched_tokens": 64}, seed=3)
