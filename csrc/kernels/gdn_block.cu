@@ -26,7 +26,7 @@
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
 // have. What was measured and tried: docs/kernels/gdn_block.md.
 //
-// budget: gdn_block_kernel registers<=168 shared<=0 hot sass=HMMA
+// budget: gdn_block_kernel registers<=120 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
 #include <launch.h>
 #include <ptx.h>
@@ -219,11 +219,11 @@ struct Multiplier {
 
 // The delta rule of the block's unit, from the words of in_proj to those of the heads.
 template <int kTokens>
-__device__ __forceinline__ void step(const Arguments& a, Control& control, Multiplier& multiplier, uint8_t* memory) {
+__device__ __forceinline__ void step(const Arguments& a, const Place& at, Control& control, Multiplier& multiplier,
+                                     uint8_t* memory) {
     const GatedDeltaRuleDecode& p = a.p.mixer;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Place at = Work(a.p).place(p);
-    const int pairs = a.layout.pairs, pitch = pair_pitch(a.p), values = p.value_heads * kDim;
+    const int pairs = a.layout.pairs, pitch = a.pair_pitch, values = p.value_heads * kDim;
     const delta_rule::Shared shared(memory + a.layout.delta_offset(), kTokens, at.rows, p.ring_rows);
     const uint64_t* words = a.projected + static_cast<int64_t>(at.sequence) * kTokens * pitch;
     uint64_t* heads = a.heads + static_cast<int64_t>(at.sequence) * kTokens * values + group_row(at);
@@ -239,6 +239,7 @@ __device__ __forceinline__ void step(const Arguments& a, Control& control, Multi
         }
         return;
     }
+    if (warp == kConsumers - 1) delta_rule::suffix_decays(p, at, shared, slots);
     const auto* taps = reinterpret_cast<const uint4*>(memory + a.layout.taps_offset());
     const auto* history = reinterpret_cast<const uint32_t*>(memory + a.layout.history_offset());
     auto* inputs = reinterpret_cast<uint32_t*>(memory + a.layout.inputs_offset());
@@ -281,7 +282,6 @@ __device__ __forceinline__ void step(const Arguments& a, Control& control, Multi
             delta_rule::pending_products<kTokens>(p, at, shared, slots, i - kTokens * kTokens);
         }
     }
-    if (warp == kConsumers - 1) delta_rule::suffix_decays(p, at, shared, slots);
     for (int first = 0; slots.context > 0 && first < at.rows; first += kStateRows) {
         multiplier.stage([&](const uint8_t* state) {
             const int row = warp * 4;  // eight lanes a row
@@ -325,6 +325,11 @@ __device__ __forceinline__ void stage_heads(const Arguments& a, uint32_t launch,
                         ? static_cast<const float*>(p.norm_weight)[lane * 4 + i]
                         : __bfloat162float(static_cast<const __nv_bfloat16*>(p.norm_weight)[lane * 4 + i]);
     }
+    int row = 0, head = warp;
+    const auto settle = [&] {
+        for (; head >= p.value_heads; head -= p.value_heads) ++row;
+    };
+    settle();
     for (int base = warp; base < all; base += kAtOnce * kConsumers) {
         const int count = min(kAtOnce, (all - base + kConsumers - 1) / kConsumers);
         uint32_t words[kAtOnce][4];
@@ -346,10 +351,10 @@ __device__ __forceinline__ void stage_heads(const Arguments& a, uint32_t launch,
                 const float z = __uint_as_float(words[i][j] << 16);
                 result[j] = o[j] * inverse * weight[j] * (z * delta_rule::sigmoid(z));
             }
-            const int item = base + i * kConsumers;
-            *reinterpret_cast<uint2*>(operand + item / p.value_heads * a.layout.pitch +
-                                      (item % p.value_heads * kDim + lane * 4) * 2) =
+            *reinterpret_cast<uint2*>(operand + row * a.layout.pitch + (head * kDim + lane * 4) * 2) =
                 make_uint2(pack<__nv_bfloat16>(result[0], result[1]), pack<__nv_bfloat16>(result[2], result[3]));
+            head += kConsumers;
+            settle();
         }
     }
     ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
@@ -362,6 +367,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* memory) 
     const Layout& layout = a.layout;
     const Work work(p);
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    const Place at = work.place(p.mixer);
     const int row = threadIdx.x / kTileColumns, column = threadIdx.x % kTileColumns;  // what a thread has of a tile
     uint8_t* operand = memory + layout.operand_offset();
     stage_norm(p, operand, layout.pitch, control.squares, [] {}, [] {});
@@ -374,10 +380,10 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* memory) 
         if (static_cast<int>(threadIdx.x) / 32 * 2 >= p.tokens) continue;
         const float neighbour = __shfl_down_sync(kAllLanes, sum, 1);
         if (column % 2 != 0 || row >= p.tokens) continue;
-        ptx::store_tagged(a.projected + static_cast<int64_t>(row) * pair_pitch(p) + (tile * kTileColumns + column) / 2,
+        ptx::store_tagged(a.projected + static_cast<int64_t>(row) * a.pair_pitch + (tile * kTileColumns + column) / 2,
                           pack<__nv_bfloat16>(sum, neighbour), launch);
     }
-    if (work.has_unit) step<kTokens>(a, control, multiplier, memory);
+    if (work.has_unit) step<kTokens>(a, at, control, multiplier, memory);
     if (work.turn < work.out_tiles) stage_heads(a, launch, operand);
     for (int tile = work.turn; tile < work.out_tiles; tile += blocks) {
         const float sum = multiplier.tile(operand, p.mixer.value_heads * kDim);
@@ -387,7 +393,6 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* memory) 
     if (!work.has_unit) return;
     const Slots slots = control.slots;
     if (slots.write < 0 || !slots.fold) return;
-    const Place at = work.place(p.mixer);
     const delta_rule::Shared shared(memory + layout.delta_offset(), kTokens, at.rows, p.mixer.ring_rows);
     // The sums of a row end with its update, which another warp's thread may have stored.
     ptx::mbarrier_wait(&control.computed, 0);
@@ -395,7 +400,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* memory) 
 }
 
 template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
     gdn_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(memory);
     auto& control = *reinterpret_cast<Control*>(memory + a.layout.control_offset());
@@ -488,8 +493,10 @@ bool gdn_block_supported(const GdnBlock& p) {
 
 cudaError_t gdn_block(const GdnBlock& p, cudaStream_t stream) {
     if (!gdn_block_supported(p)) return cudaErrorInvalidValue;
-    Arguments arguments{.p = completed(p)};
+    Arguments arguments{};
+    arguments.p = completed(p);
     arguments.layout = layout_for(arguments.p);
+    arguments.pair_pitch = pair_pitch(p);
     arguments.projected = reinterpret_cast<uint64_t*>(p.scratch + kMaxBlocks);
     arguments.heads = arguments.projected + int64_t{kRows} * pair_pitch(p);
     Maps maps;

@@ -85,13 +85,13 @@ __host__ __device__ inline int pair_pitch(const GdnBlock& p) {
 
 inline Layout layout_for(const GdnBlock& p) {
     const int rows = rows_of_unit(p.mixer);
+    const delta_rule::Shared shared(nullptr, p.mixer.tokens, rows, p.mixer.ring_rows);
     Layout layout{.stages = 0,
                   .rows = p.tokens,
                   .pitch = Format::row_pitch(std::max(p.hidden, p.mixer.value_heads * kDim)),
                   .pairs = kDim + rows / 2,
-                  .tokens = p.mixer.tokens};
-    const delta_rule::Shared shared(nullptr, p.mixer.tokens, rows, p.mixer.ring_rows);
-    layout.delta_bytes = static_cast<int>(shared.bytes);
+                  .tokens = p.mixer.tokens,
+                  .delta_bytes = static_cast<int>(shared.bytes)};
     layout.stages = std::min((kSharedLimit - layout.bytes()) / kStageBytes, kStages);
     return layout;
 }
@@ -99,6 +99,7 @@ inline Layout layout_for(const GdnBlock& p) {
 struct Arguments {
     GdnBlock p;
     Layout layout;
+    int pair_pitch;
     uint64_t* projected;  // [rows, pair_pitch], tagged
     uint64_t* heads;      // [rows, value_heads 128], tagged: o above z
 };

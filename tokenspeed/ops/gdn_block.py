@@ -65,4 +65,5 @@ def gdn_block(
     qkv, z, b, a = projected[:, : channels + values + 2 * heads].split([channels, values, heads, heads], dim=1)
     gates, record = (a_log, dt_bias, gated_norm_weight, eps), (state, ring, cursor, window)
     y = gated_delta_rule_decode(qkv, z, a, b, conv_weight, *gates, *record, context_lens, read_slot, write_slot)
+    scratch[:_MAX_BLOCKS] += 1  # each block of the kernel counts calls
     return linear(y, out_proj), total
