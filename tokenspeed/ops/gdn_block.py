@@ -16,7 +16,7 @@ def gdn_block_scratch(projections: int, values: int) -> int:
     """How many int32 `gdn_block` wants for scratch, with P rows of in_proj and V columns of out_proj: numbers of
     launches, and what blocks tell others in 8 bytes each."""
     pairs = -(-projections // _TILE) * _TILE // 2
-    return _MAX_BLOCKS + 2 * GDN_BLOCK_ROWS * (pairs + values)
+    return 2 * _MAX_BLOCKS + 2 * GDN_BLOCK_ROWS * (pairs + values // _TILE)
 
 
 def _block_fake(x, residual, *others):
