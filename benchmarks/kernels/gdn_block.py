@@ -3,19 +3,33 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from tokenspeed import ops
 from tokenspeed.ops.gdn_block import GDN_BLOCK_ROWS, gdn_block_scratch
 
-from ..cases import Case, Inputs, Sizes, operator_case
+from ..cases import Case, Inputs, Sizes
 from .gated_delta_rule_decode import CONTEXT, DIM, EPS, KEY_HEADS, RING, TAPS
 
 MODELS = (("0.8B", 1024, 16), ("2B", 2048, 16), ("35B-A3B", 2048, 32), ("4B", 2560, 32), ("27B", 5120, 48))
 ON_GPU = ((1, 1), (1, 2), (1, 4), (2, 1), (4, 1), (2, 4), (GDN_BLOCK_ROWS, 1))  # sequences x tokens
 
 
+def _apart(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, in_proj: Tensor, *rest
+) -> tuple[Tensor, Tensor]:
+    """The three operators, with their kernels: what torch's implementation is, but for the scratch."""
+    *weights, gated_norm, state, ring, cursor, window, contexts, reads, writes, out_proj, _ = rest
+    channels, values, heads = len(weights[0]), out_proj.shape[1], state.shape[1]
+    projected, _, total = ops.add_rms_norm_linear(x, residual, norm_weight, eps, in_proj)
+    qkv, z, b, a = projected.split([channels, values, heads, heads], dim=1)
+    record = (state, ring, cursor, window, contexts, reads, writes)
+    y = ops.gated_delta_rule_decode(qkv, z, a, b, *weights, gated_norm, eps, *record)
+    return ops.linear(y, out_proj), total
+
+
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """The ring half full; a copy on write stores as much as a fold. The first peer, torch, is the composition of this
-    package's other operators, with their kernels."""
+    """The ring half full; a copy on write stores as much as a fold."""
     on_gpu = len(sizes.decode) > 1
     models = [(name, KEY_HEADS, hidden, heads) for name, hidden, heads in MODELS] if on_gpu else [("tiny", 1, 128, 2)]
     for model, keys, hidden, heads in models:
@@ -50,10 +64,12 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 channels, values = (2 * keys + heads) * DIM, heads * DIM
                 weights = 2 * hidden * (channels + 2 * values + 2 * heads)
                 state = batch * heads * DIM * DIM * 4 * (1 + fold)
-                yield operator_case(
+                yield Case(
                     "gdn_block",
                     f"{model}, {batch} x {tokens} tokens{', fold' if fold else ''}",
                     weights + state + 8 * batch * tokens * hidden,
                     layer,
+                    torch.ops.tokenspeed.gdn_block.default,
+                    peers={"its operators apart": _apart},
                     ceiling="read",
                 )

@@ -146,6 +146,7 @@ std::optional<std::tuple<Tensor, Tensor>> gdn_block(
                        .scratch = data<uint32_t>(scratch),
                        .out = nullptr,
                        .sum = nullptr,
+                       .workspace = nullptr,
                        .tokens = static_cast<int>(rows),
                        .hidden = static_cast<int>(hidden),
                        .projections = static_cast<int>(projections),
@@ -157,7 +158,10 @@ std::optional<std::tuple<Tensor, Tensor>> gdn_block(
     Tensor out = new_tensor(x, {rows, hidden}), sum = new_tensor(x, {rows, hidden});
     arguments.out = data(out);
     arguments.sum = data(sum);
+    const Tensor workspace = new_tensor(x, {static_cast<int64_t>(gdn_block_workspace(arguments))}, ScalarType::Byte);
+    arguments.workspace = data<uint8_t>(workspace);
     const Launch launch(x);
+    launch.keep(workspace);
     check_launch(tokenspeed::gdn_block(arguments, launch.stream()), "gdn_block");
     return std::make_tuple(out, sum);
 }

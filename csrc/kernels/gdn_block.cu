@@ -13,12 +13,13 @@
 // unit reads of its slot beside the state as soon as the kernel ahead is done, and at the end stores what is kept
 // there.
 //
-// Dependencies. What blocks hand on are words with the launch's number in the upper half, and the reader spins on the
-// words: the first product as pairs of neighbouring columns, which is what the convolution takes; the heads as (o, z)
-// of one column. So the sums of squares of a head need no exchange: each block that has a tile of out_proj makes its
-// operand, gated norms included, of all heads. Blocks of a group read its slot before they store their words, so who
-// has seen the words of all may store what they share. A block counts launches in a word of its own, and in those of
-// blocks that a smaller grid lacks; nothing is reset, so a graph may replay.
+// Dependencies. Where few read, what is handed on are words with the launch's number in the upper half, and the reader
+// spins on the words: the first product as pairs of neighbouring columns, which is what the convolution takes, and the
+// sums of squares of 16 rows of a head. The heads, which every block with a tile of out_proj reads, are plain rows, and
+// each unit has a flag that is the launch's number when its part is stored (release and acquire). Blocks of a group
+// read its slot before they store their sums of squares, so who has seen those of all may store what they share; the
+// keeper does, and it stores the updates: a release would wait for them. A block counts launches in a word of its own,
+// and in those of blocks that a smaller grid lacks; nothing is reset, so a graph may replay.
 //
 // Sums are those of linear.cu, unless that splits a tile's depth over a cluster, and of gated_delta_rule_decode.cu,
 // whose parts these are: the same bits as the three operators give.
@@ -26,7 +27,7 @@
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
 // have. What was measured and tried: docs/kernels/gdn_block.md.
 //
-// budget: gdn_block_kernel registers<=168 shared<=0 hot sass=HMMA
+// budget: gdn_block_kernel registers<=128 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
 #include <launch.h>
 #include <ptx.h>
@@ -48,6 +49,13 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 struct Maps {
     CUtensorMap in_proj, out_proj;
 };
+
+// The words of the sums of squares of token `t`, from the unit's first 16 rows on.
+__device__ __forceinline__ uint64_t* squares_of(const Arguments& a, const Place& at, int t) {
+    const GatedDeltaRuleDecode& p = a.p.mixer;
+    const int64_t row = static_cast<int64_t>(at.sequence) * p.tokens + t;
+    return a.squares + (row * p.value_heads * kDim + group_row(at)) / delta_rule::kUnitRows;
+}
 
 // Keeps the ring full. One thread.
 __device__ void stream(const Maps& maps, const Arguments& a, Control& control, uint8_t* ring) {
@@ -141,7 +149,10 @@ __device__ void keep(const Arguments& a, Control& control, uint8_t* memory) {
         }
         slots.place(p, cursor, kTokens);
     }
-    if (lane == 0) control.slots = slots;
+    if (lane == 0) {
+        control.place = at;
+        control.slots = slots;
+    }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncwarp();
@@ -149,10 +160,15 @@ __device__ void keep(const Arguments& a, Control& control, uint8_t* memory) {
     if (slots.write < 0) return;
 
     ptx::mbarrier_wait(&control.computed, 0);
+    for (int row = lane; row < at.rows; row += 32) {
+        float u[kTokens];
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) u[t] = shared.sums[row * 2 * delta_rule::padded(kTokens) + t];
+        delta_rule::store_updates<kTokens>(p, at, slots, row, u);
+    }
     if (lane < p.split) {  // every block of the group has read
-        const int64_t first = static_cast<int64_t>(at.sequence) * kTokens * p.value_heads * kDim;
         uint32_t word[1][1];
-        ptx::wait_tagged(word, a.heads + first + at.key_head * at.ratio * kDim + lane * at.rows, 0, 1, launch);
+        ptx::wait_tagged(word, squares_of(a, at, 0) + (lane - at.rank) * at.rows / delta_rule::kUnitRows, 0, 1, launch);
     }
     __syncwarp();
     const auto* inputs = reinterpret_cast<const uint32_t*>(memory + a.layout.inputs_offset());
@@ -222,23 +238,29 @@ template <int kTokens>
 __device__ __forceinline__ void step(const Arguments& a, Control& control, Multiplier& multiplier, uint8_t* memory) {
     const GatedDeltaRuleDecode& p = a.p.mixer;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Place at = Work(a.p).place(p);
-    const int pairs = a.layout.pairs, pitch = pair_pitch(a.p), values = p.value_heads * kDim;
+    ptx::mbarrier_wait(&control.prepared, 0);
+    const Place at = control.place;
+    const int pairs = a.layout.pairs, pitch = a.pair_pitch, values = p.value_heads * kDim;
     const delta_rule::Shared shared(memory + a.layout.delta_offset(), kTokens, at.rows, p.ring_rows);
     const uint64_t* words = a.projected + static_cast<int64_t>(at.sequence) * kTokens * pitch;
-    uint64_t* heads = a.heads + static_cast<int64_t>(at.sequence) * kTokens * values + group_row(at);
+    __nv_bfloat16* heads = a.heads + static_cast<int64_t>(at.sequence) * kTokens * values + group_row(at);
+    const auto announce = [&] {
+        ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+        if (threadIdx.x == 0) ptx::store_release(a.flags + gridDim.x - 1 - blockIdx.x, control.launch);
+    };
     const bool has_gate = warp == kConsumers - 1 && lane < at.ratio * kTokens;
     const int gate_head = at.key_head * at.ratio + lane / kTokens;
     const float a_log = has_gate ? p.a_log[gate_head] : 0, dt_bias = has_gate ? p.dt_bias[gate_head] : 0;
-    ptx::mbarrier_wait(&control.prepared, 0);
     const uint32_t launch = control.launch;
     const Slots slots = control.slots;
     if (slots.write < 0) {  // padding
         for (int i = threadIdx.x; i < kTokens * at.rows; i += kConsumerThreads) {
-            ptx::store_tagged(heads + i / at.rows * values + i % at.rows, 0, launch);
+            heads[i / at.rows * values + i % at.rows] = __float2bfloat16(0.0f);
         }
+        announce();
         return;
     }
+    if (warp == kConsumers - 1) delta_rule::suffix_decays(p, at, shared, slots);
     const auto* taps = reinterpret_cast<const uint4*>(memory + a.layout.taps_offset());
     const auto* history = reinterpret_cast<const uint32_t*>(memory + a.layout.history_offset());
     auto* inputs = reinterpret_cast<uint32_t*>(memory + a.layout.inputs_offset());
@@ -281,7 +303,6 @@ __device__ __forceinline__ void step(const Arguments& a, Control& control, Multi
             delta_rule::pending_products<kTokens>(p, at, shared, slots, i - kTokens * kTokens);
         }
     }
-    if (warp == kConsumers - 1) delta_rule::suffix_decays(p, at, shared, slots);
     for (int first = 0; slots.context > 0 && first < at.rows; first += kStateRows) {
         multiplier.stage([&](const uint8_t* state) {
             const int row = warp * 4;  // eight lanes a row
@@ -301,55 +322,73 @@ __device__ __forceinline__ void step(const Arguments& a, Control& control, Multi
         float u[kTokens];
         delta_rule::update_row<kTokens>(p, at, shared, slots, row, u);
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            const auto gate = __bfloat16_as_ushort(shared.z[t * at.rows + row]);
-            ptx::store_tagged(heads + t * values + row, __float_as_uint(shared.value[t * at.rows + row]) | gate,
-                              launch);
-        }
-        delta_rule::store_updates<kTokens>(p, at, slots, row, u);
+        for (int t = 0; t < kTokens; ++t) shared.sums[row * 2 * delta_rule::padded(kTokens) + t] = u[t];
     }
-    __syncwarp();
+    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
     if (lane == 0) ptx::mbarrier_arrive(&control.computed);
-}
 
-// Makes out_proj's operand of all heads' words: their gated norm. A warp has a head of a row at a time, and asks for
-// four at once; a lane has four columns.
-__device__ __forceinline__ void stage_heads(const Arguments& a, uint32_t launch, uint8_t* operand) {
-    constexpr int kAtOnce = 4;
-    const GatedDeltaRuleDecode& p = a.p.mixer;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = a.p.tokens * p.value_heads;
+    // Gated norm, four rows a thread; the sums of squares of 16 rows go to the other blocks of the head.
+    const int quads = at.rows / 4, all = kTokens * quads;
     float weight[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        weight[i] = p.norm_weight_is_float
-                        ? static_cast<const float*>(p.norm_weight)[lane * 4 + i]
-                        : __bfloat162float(static_cast<const __nv_bfloat16*>(p.norm_weight)[lane * 4 + i]);
+        const int column = (at.first_row + threadIdx.x % quads * 4) % kDim + i;
+        weight[i] = p.norm_weight_is_float ? static_cast<const float*>(p.norm_weight)[column]
+                                           : __bfloat162float(static_cast<const __nv_bfloat16*>(p.norm_weight)[column]);
     }
-    for (int base = warp; base < all; base += kAtOnce * kConsumers) {
-        const int count = min(kAtOnce, (all - base + kConsumers - 1) / kConsumers);
-        uint32_t words[kAtOnce][4];
-        ptx::wait_tagged(words, a.heads + static_cast<int64_t>(base) * kDim + lane * 4, kConsumers * kDim, count,
-                         launch);
-        __syncwarp();
+    for (int first = 0; first < all; first += kConsumerThreads) {
+        const int item = min(first + static_cast<int>(threadIdx.x), all - 1), t = item / quads, row = item % quads * 4;
+        const float4 o = *reinterpret_cast<const float4*>(shared.value + t * at.rows + row);
+        float squares = delta_rule::dot(o, o);
+        squares += __shfl_xor_sync(kAllLanes, squares, 1);
+        squares += __shfl_xor_sync(kAllLanes, squares, 2);
+        if (first + static_cast<int>(threadIdx.x) >= all || lane % 4 != 0) continue;
+        ptx::store_tagged(squares_of(a, at, t) + row / delta_rule::kUnitRows, __float_as_uint(squares), launch);
+    }
+    for (int item = threadIdx.x; item < all; item += kConsumerThreads) {
+        const int t = item / quads, row = item % quads * 4;
+        const float4 o = *reinterpret_cast<const float4*>(shared.value + t * at.rows + row);
+        const int in_head = (at.first_row + row) % kDim;
+        uint32_t bits[delta_rule::kUnits];
+        ptx::wait_tagged(bits, squares_of(a, at, t) + (row - in_head) / delta_rule::kUnitRows, launch);
+        float sums[delta_rule::kUnits];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            if (i >= count) break;
-            float o[4];
+        for (int i = 0; i < delta_rule::kUnits; ++i) sums[i] = __uint_as_float(bits[i]);
+        const float squares = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+        const float inverse = rsqrtf(squares / kDim + p.eps), in[4] = {o.x, o.y, o.z, o.w};
+        float result[4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) o[j] = __uint_as_float(words[i][j] & 0xffff0000u);
-            const float4 in = {o[0], o[1], o[2], o[3]};
-            // Units of 16 rows, and a tree over them: as gated_delta_rule_decode.cu does.
-            const float inverse = rsqrtf(ascending_sum(delta_rule::dot(in, in)) / kDim + p.eps);
-            float result[4];
+        for (int i = 0; i < 4; ++i) {
+            const float z = __bfloat162float(shared.z[t * at.rows + row + i]);
+            result[i] = in[i] * inverse * weight[i] * (z * delta_rule::sigmoid(z));
+        }
+        *reinterpret_cast<uint2*>(heads + static_cast<int64_t>(t) * values + row) =
+            make_uint2(pack<__nv_bfloat16>(result[0], result[1]), pack<__nv_bfloat16>(result[2], result[3]));
+    }
+    announce();
+}
+
+// Brings out_proj's operand into shared memory, once every unit has announced its part.
+__device__ __forceinline__ void stage_heads(const Arguments& a, uint32_t launch, uint8_t* operand) {
+    constexpr int kAtOnce = 2;
+    const GatedDeltaRuleDecode& p = a.p.mixer;
+    const int units = p.sequences * p.key_heads * p.split, pieces = p.value_heads * kDim / 8;
+    for (int unit = threadIdx.x; unit < units; unit += kConsumerThreads) ptx::wait_equal(a.flags + unit, launch);
+    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+    for (int row = 0; row < a.p.tokens; ++row) {
+        const __nv_bfloat16* from = a.heads + static_cast<int64_t>(row) * p.value_heads * kDim;
+        for (int base = threadIdx.x; base < pieces; base += kAtOnce * kConsumerThreads) {
+            uint4 values[kAtOnce];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const float z = __uint_as_float(words[i][j] << 16);
-                result[j] = o[j] * inverse * weight[j] * (z * delta_rule::sigmoid(z));
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int piece = base + i * kConsumerThreads;
+                if (piece < pieces) values[i] = ptx::load_16_no_allocate(from + piece * 8);
             }
-            const int item = base + i * kConsumers;
-            *reinterpret_cast<uint2*>(operand + item / p.value_heads * a.layout.pitch +
-                                      (item % p.value_heads * kDim + lane * 4) * 2) =
-                make_uint2(pack<__nv_bfloat16>(result[0], result[1]), pack<__nv_bfloat16>(result[2], result[3]));
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int piece = base + i * kConsumerThreads;
+                if (piece < pieces) store_16(operand + row * a.layout.pitch + piece * 16, values[i]);
+            }
         }
     }
     ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
@@ -374,7 +413,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* memory) 
         if (static_cast<int>(threadIdx.x) / 32 * 2 >= p.tokens) continue;
         const float neighbour = __shfl_down_sync(kAllLanes, sum, 1);
         if (column % 2 != 0 || row >= p.tokens) continue;
-        ptx::store_tagged(a.projected + static_cast<int64_t>(row) * pair_pitch(p) + (tile * kTileColumns + column) / 2,
+        ptx::store_tagged(a.projected + static_cast<int64_t>(row) * a.pair_pitch + (tile * kTileColumns + column) / 2,
                           pack<__nv_bfloat16>(sum, neighbour), launch);
     }
     if (work.has_unit) step<kTokens>(a, control, multiplier, memory);
@@ -387,7 +426,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* memory) 
     if (!work.has_unit) return;
     const Slots slots = control.slots;
     if (slots.write < 0 || !slots.fold) return;
-    const Place at = work.place(p.mixer);
+    const Place at = control.place;
     const delta_rule::Shared shared(memory + layout.delta_offset(), kTokens, at.rows, p.mixer.ring_rows);
     // The sums of a row end with its update, which another warp's thread may have stored.
     ptx::mbarrier_wait(&control.computed, 0);
@@ -395,7 +434,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* memory) 
 }
 
 template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
     gdn_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(memory);
     auto& control = *reinterpret_cast<Control*>(memory + a.layout.control_offset());
@@ -469,7 +508,11 @@ cudaError_t launch_tokens(const Maps& maps, const Arguments& arguments, cudaStre
 }  // namespace
 
 int64_t gdn_block_scratch(const GdnBlock& p) {
-    return kMaxBlocks + int64_t{2} * kRows * (pair_pitch(p) + p.mixer.value_heads * kDim);
+    return 2 * kMaxBlocks + int64_t{2} * kRows * (pair_pitch(p) + p.mixer.value_heads * delta_rule::kUnits);
+}
+
+size_t gdn_block_workspace(const GdnBlock& p) {
+    return static_cast<size_t>(p.tokens) * p.mixer.value_heads * kDim * sizeof(__nv_bfloat16);
 }
 
 bool gdn_block_supported(const GdnBlock& p) {
@@ -483,15 +526,19 @@ bool gdn_block_supported(const GdnBlock& p) {
                         p.projections <= INT32_MAX / 2 && choose_split(mixer) > 0;
     return shapes && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.residual) && aligned(p.norm_weight) &&
            aligned(p.in_proj) && aligned(p.out_proj) && aligned(p.scratch) &&
-           layout_for(completed(p)).stages >= kLeastStages;
+           layout_for(completed(p)).bytes() <= kSharedLimit;
 }
 
 cudaError_t gdn_block(const GdnBlock& p, cudaStream_t stream) {
     if (!gdn_block_supported(p)) return cudaErrorInvalidValue;
-    Arguments arguments{.p = completed(p)};
+    Arguments arguments{};
+    arguments.p = completed(p);
     arguments.layout = layout_for(arguments.p);
-    arguments.projected = reinterpret_cast<uint64_t*>(p.scratch + kMaxBlocks);
-    arguments.heads = arguments.projected + int64_t{kRows} * pair_pitch(p);
+    arguments.pair_pitch = pair_pitch(p);
+    arguments.flags = p.scratch + kMaxBlocks;
+    arguments.projected = reinterpret_cast<uint64_t*>(p.scratch + 2 * kMaxBlocks);
+    arguments.squares = arguments.projected + int64_t{kRows} * pair_pitch(p);
+    arguments.heads = reinterpret_cast<__nv_bfloat16*>(p.workspace);
     Maps maps;
     cudaError_t status = encode(&maps.in_proj, p.in_proj, p.projections, p.hidden);
     if (status != cudaSuccess) return status;

@@ -37,22 +37,25 @@ constexpr int kStateRows = kStageBytes / (kDim * 4);
 constexpr int kTileColumns = Dense::kTileColumns;
 constexpr int kRowSums = Shape::kDepthWarps * Shape::kPitch;  // floats that one row's sums of a tile take
 
-// The ring holds a whole tile of out_proj of 35B, so that memory does not rest while the heads are computed. Of its
-// stages so many are asked for before x is, which would wait behind them.
-constexpr int kStages = 8, kLeastStages = 4;
+// With one token a sequence, whose registers allow it, a block takes half of a multiprocessor, so that its neighbours'
+// rings fill beside it; the ring is what that leaves, and kLeastStages at least.
+constexpr int kStages = 8, kLeastStages = 3;
+constexpr int kHalfShared = 112 * 1024;
+// Of the stages so many are asked for before x is, which would wait behind them.
 constexpr int kEarlyStages = 5;
 
-// The caller's memory: for each block the number of launches; then words that carry the number of their launch, the
-// first product by pairs of columns [rows, projections / 2], and what out_proj's operand is made of, (o, z) by column
-// [rows, value_heads 128].
+// The caller's memory: for each block the number of launches, for each unit the number of the last that stored its
+// heads; then words that carry the number of their launch, the first product by pairs of columns [rows, projections /
+// 2], and sums of squares [rows, value_heads, 8].
 constexpr int kMaxBlocks = 512;
 
 struct Control {
     uint64_t full[kStages], empty[kStages];
     uint64_t begun;     // the launch's number is known
-    uint64_t prepared;  // the unit's slots are known; its taps, history and ring are in shared memory
+    uint64_t prepared;  // the unit's place and slots are known; its taps, history and ring are in shared memory
     uint64_t computed;  // the unit's updates
     uint32_t launch;
+    Place place;  // the unit's
     Slots slots;
     float squares[kConsumers];
 };
@@ -85,22 +88,26 @@ __host__ __device__ inline int pair_pitch(const GdnBlock& p) {
 
 inline Layout layout_for(const GdnBlock& p) {
     const int rows = rows_of_unit(p.mixer);
+    const delta_rule::Shared shared(nullptr, p.mixer.tokens, rows, p.mixer.ring_rows);
     Layout layout{.stages = 0,
                   .rows = p.tokens,
                   .pitch = Format::row_pitch(std::max(p.hidden, p.mixer.value_heads * kDim)),
                   .pairs = kDim + rows / 2,
-                  .tokens = p.mixer.tokens};
-    const delta_rule::Shared shared(nullptr, p.mixer.tokens, rows, p.mixer.ring_rows);
-    layout.delta_bytes = static_cast<int>(shared.bytes);
-    layout.stages = std::min((kSharedLimit - layout.bytes()) / kStageBytes, kStages);
+                  .tokens = p.mixer.tokens,
+                  .delta_bytes = static_cast<int>(shared.bytes)};
+    const int limit = p.mixer.tokens == 1 ? kHalfShared : kSharedLimit;
+    layout.stages = std::clamp((limit - layout.bytes()) / kStageBytes, kLeastStages, kStages);
     return layout;
 }
 
 struct Arguments {
     GdnBlock p;
     Layout layout;
-    uint64_t* projected;  // [rows, pair_pitch], tagged
-    uint64_t* heads;      // [rows, value_heads 128], tagged: o above z
+    int pair_pitch;
+    uint32_t* flags;       // of the units
+    uint64_t* projected;   // [rows, pair_pitch], tagged
+    uint64_t* squares;     // [rows, value_heads, 8], tagged
+    __nv_bfloat16* heads;  // [rows, value_heads 128]
 };
 
 // How many tiles and units there are, and which are a block's: tiles of in_proj from the first block on, the others

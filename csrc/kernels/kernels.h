@@ -458,11 +458,13 @@ struct GdnBlock {
     uint32_t* scratch;              // gdn_block_scratch() words, aligned to 16 bytes, zeros at first
     __nv_bfloat16* out;             // [tokens, hidden]
     __nv_bfloat16* sum;             // [tokens, hidden]: x + residual
+    uint8_t* workspace;             // of gdn_block_workspace bytes, any content
     int tokens, hidden, projections;
     GatedDeltaRuleDecode mixer;  // without its projections and its output
 };
 bool gdn_block_supported(const GdnBlock& arguments);
 int64_t gdn_block_scratch(const GdnBlock& arguments);  // from the sizes alone
+size_t gdn_block_workspace(const GdnBlock& arguments);
 cudaError_t gdn_block(const GdnBlock& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

@@ -205,6 +205,29 @@ def test_no_order_of_threads_changes_a_bit(backend, multiprocessors):
         assert all(same_bits(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("seed", range(8, 34))
+def test_no_block_stores_what_another_has_not_read(backend, seed):
+    """A fold moves the cursor, and four new inputs take the place of the last that the convolution reads: a block that
+    stores before all of its group have read spoils their past. Under some of these schedules it would."""
+    if backend.emulated is None:
+        pytest.skip("a card takes no seed")
+    torch.manual_seed(1)
+    block, device = Block(backend, published(1), slots=2, hidden=64, ring_rows=3, window=6), emulator()
+    block.prepare(1, 30, pending=3)
+    stream, before = block.tokens(4), block.arena.clone()
+    expected, arena = block.run(stream, [Sequence(30, 4, 1, 1)]), block.arena.clone()
+    block.arena.copy_(before)
+    device.emulator_multiprocessors(17)
+    device.emulator_seed(seed)
+    try:
+        results = block.run(stream, [Sequence(30, 4, 1, 1)])
+    finally:
+        device.emulator_seed(0)
+        device.emulator_multiprocessors(4)
+    assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+    assert same_bits(block.arena, arena)
+
+
 @bounded
 @given(st.data())
 def test_any_batch_under_any_schedule(backend, data):

@@ -16,7 +16,7 @@ def gdn_block_scratch(projections: int, values: int) -> int:
     """How many int32 `gdn_block` wants for scratch, with P rows of in_proj and V columns of out_proj: numbers of
     launches, and what blocks tell others in 8 bytes each."""
     pairs = -(-projections // _TILE) * _TILE // 2
-    return _MAX_BLOCKS + 2 * GDN_BLOCK_ROWS * (pairs + values)
+    return 2 * _MAX_BLOCKS + 2 * GDN_BLOCK_ROWS * (pairs + values // _TILE)
 
 
 def _block_fake(x, residual, *others):
@@ -65,4 +65,5 @@ def gdn_block(
     qkv, z, b, a = projected[:, : channels + values + 2 * heads].split([channels, values, heads, heads], dim=1)
     gates, record = (a_log, dt_bias, gated_norm_weight, eps), (state, ring, cursor, window)
     y = gated_delta_rule_decode(qkv, z, a, b, conv_weight, *gates, *record, context_lens, read_slot, write_slot)
+    scratch[:_MAX_BLOCKS] += 1  # each block of the kernel counts calls
     return linear(y, out_proj), total
