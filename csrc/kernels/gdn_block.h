@@ -25,10 +25,10 @@ using expert_decode::kStageBytes;
 using expert_decode::kThreads;
 using expert_decode::kWeightWarp;
 using moe_layer::Dense;
-using moe_layer::kChunk;
 
 using Format = expert_decode::Format<__nv_bfloat16>;
 using Shape = expert_decode::Shape<Dense>;
+constexpr int kChunk = Format::kChunk;  // of depth
 
 constexpr int kKeeperWarp = kWeightWarp + 1;
 constexpr int kRows = kGdnBlockRows;
