@@ -24,8 +24,8 @@
 // launch's.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
-// have. What the kernel ahead still holds it gives back without waiting for us. More than half of
-// a multiprocessor is left to the next one, whose ring fills while ours runs dry.
+// have. What the kernel ahead still holds it gives back without waiting for us. More than half of a multiprocessor is
+// left to the next one, whose ring fills while ours runs dry.
 //
 // Rounding is that of the operators that the torch implementation names. Sums have the same order for any number of
 // tokens and blocks.
