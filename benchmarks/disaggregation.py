@@ -30,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.disaggregation", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", help="checkpoint (default: the shipped one)")
+    add("--load-format", help="dummy: random weights, of whatever the checkpoint's config.json says")
     add("--device", default="auto", help="of both servers (default auto)")
     add("--prompt-tokens", type=int, default=50_000, help="of each prompt that is prefilled meanwhile (default 50000)")
     add("--prompts", type=int, default=3, help="of them, one after the other (default 3)")
@@ -48,6 +49,7 @@ def main() -> int:
     common = ["--device", options.device, "--draft-tokens", options.draft_tokens, "--threads", "1"]
     common += ["--model", options.model] if options.model else []
     common += ["--gpu-memory-utilization", str(options.memory)] if options.memory else []
+    common += ["--load-format", options.load_format] if options.load_format else []
     batch = ["--max-num-batched-tokens", str(options.batch_tokens)]
     rows = {}
     with contextlib.ExitStack() as stack:

@@ -130,7 +130,7 @@ def test_a_port_that_is_taken_is_named(ends):
 
 def test_engines_in_threads_of_their_own_answer_as_one_would(tmp_path):
     model = random_model(tmp_path)
-    labs = [Lab(model, max_batch_tokens=64), Lab(model)]
+    labs = [Lab(model, max_num_batched_tokens=64), Lab(model)]
     ends = [Endpoint("127.0.0.1", 0, 5.0), Endpoint("127.0.0.1", None, 5.0)]
     for lab, end in zip(labs, ends, strict=True):
         end.register(Arenas(lab.memory), IDENTITY)

@@ -49,7 +49,7 @@ def test_drafts_and_their_head_go_on_from_what_was_brought(drafts):
 
 
 def test_pages_are_read_before_the_prefill_has_ended(model):
-    pair = Pair(model, prefill={"max_batch_tokens": 64})
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64})
     pair.decode.ask(text(1, 1000))
     sent = pair.wire.sent
     last = max(i for i, message in enumerate(sent) if isinstance(message, Ready) and message.state)
@@ -88,7 +88,7 @@ def test_a_prompt_that_is_known_here_is_not_brought_and_one_that_is_known_there_
 @pytest.mark.parametrize("who", ["prefill", "decode"])
 @pytest.mark.parametrize("when", range(0, 60, 6))
 def test_a_request_that_is_aborted_anywhere_leaves_nothing(model, who, when):
-    pair = Pair(model, prefill={"max_batch_tokens": 64}, seed=when)
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64}, seed=when)
     kept, lost = pair.decode.submit(text(1, 300)), pair.decode.submit(text(2, 700))
     for _ in range(when):
         pair.step()
@@ -99,9 +99,35 @@ def test_a_request_that_is_aborted_anywhere_leaves_nothing(model, who, when):
         assert lost.reasons[0] == "length", "the decoder computes what it was not given"
 
 
+def test_an_abort_of_the_decoder_ends_the_prefill(model):
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64})
+    talk = pair.decode.submit(text(1, 1000))
+    while not pair.prefill.computed:
+        pair.step()
+    pair.decode.engine.abort(talk.request.id)
+    pair.settle()
+    assert pair.updates["0"][-1].finish_reason == "abort" and pair.lender.offered == 0
+    (rows,) = pair.prefill.computed.values()
+    assert rows[-1][1] < 999, "nobody wanted the rest"
+
+
+def test_a_prompt_for_which_there_is_no_room_within_the_lease_is_not_kept_waiting_for(model):
+    pair = Pair(model, decode={"slots": 1, "pages": 8, "max_seqs": 2})
+    pair._inside = True
+    hog = pair.decode.submit(text(9, 10), max_tokens=300)
+    pair._inside = False
+    while not hog.outputs[0]:
+        pair.step()
+    talk = pair.decode.submit(text(1, 130), max_tokens=3)
+    pair.run(hog)
+    assert pair.taker.failed == 1 and pair.lender.stats()["transfer_rooms"] == 0
+    pair.settle()
+    assert talk.finished and pair.decode.difference() <= TOLERANCE
+
+
 def length_of(model) -> int:
     """Messages of the lives below."""
-    pair = Pair(model, prefill={"max_batch_tokens": 64}, seed=3)
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64}, seed=3)
     for i in range(2):
         pair.decode.submit(text(i, 70 + 100 * i), n=1 + i, max_tokens=3)
     pair.settle()
@@ -113,7 +139,7 @@ def test_an_engine_that_is_killed_at_any_message_holds_nothing_of_the_other(mode
     length = length_of(model)
     assert 20 < length < 120
     for number in range(who == "decoder", length, 2):
-        pair = Pair(model, prefill={"max_batch_tokens": 64}, seed=3)
+        pair = Pair(model, prefill={"max_num_batched_tokens": 64}, seed=3)
 
         def fault(at: int, message, number=number, wire=pair.wire) -> int:
             if at == number:
@@ -130,7 +156,7 @@ def test_an_engine_that_is_killed_at_any_message_holds_nothing_of_the_other(mode
 
 
 def test_messages_that_are_lost_or_come_twice_cost_time_and_nothing_else(model):
-    pair = Pair(model, prefill={"max_batch_tokens": 64})
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64})
     random = Random(5)
     pair.wire.fault = lambda number, message: random.choice([0, 1, 1, 1, 1, 1, 1, 2])
     for i in range(8):
@@ -146,7 +172,7 @@ TINY = {"pages": 14, "slots": 4, "max_seqs": 3}
 @pytest.mark.parametrize("prefill, decode", [({}, {}), (TINY, {}), ({}, TINY), (TINY, TINY)])
 def test_random_lives_through_two_engines(model, seed, prefill, decode):
     """Turns, edits, forks, aborts, lost messages, and in tiny engines sequences that give way."""
-    pair = Pair(model, prefill={"max_batch_tokens": 96} | prefill, decode=decode, drafts=seed % 2, seed=seed)
+    pair = Pair(model, prefill={"max_num_batched_tokens": 96} | prefill, decode=decode, drafts=seed % 2, seed=seed)
     random = Random(seed)
     pair.wire.fault = lambda number, message: 0 if random.random() < 0.005 else 1
     pair.decode.engine.limits = pair.prefill.engine.limits = min(
@@ -166,7 +192,7 @@ def test_one_slot_is_enough(model):
 
 
 def test_a_sequence_that_gives_way_while_it_is_read_is_read_again(model):
-    pair = Pair(model, prefill={"pages": 9, "slots": 3, "max_batch_tokens": 65, "max_seqs": 3})
+    pair = Pair(model, prefill={"pages": 9, "slots": 3, "max_num_batched_tokens": 65, "max_seqs": 3})
     pair.decode.ask(text(3, 2))
     hog = pair.prefill.submit(text(9, 60), max_tokens=90)  # older than what comes, and about to need a page
     while len(hog.outputs[0]) < 64:

@@ -1,5 +1,7 @@
 """The protocol between two engines, message by message."""
 
+import threading
+
 import pytest
 import torch
 from wire import IDENTITY, LEASE, PEER, Wire
@@ -147,6 +149,38 @@ def test_a_cancelled_pull_is_not_written_for_and_the_prefiller_hears_of_it():
     wire.run()
     assert all(torch.equal(*pair) for pair in zip(wire.here.flat, before, strict=True))
     assert wire.pulls.take_ended() == [] and "left" in str(wire.rooms.take_ended()[0].error)
+
+
+def test_a_cancel_waits_for_what_is_being_written():
+    wire, left = Wire(), []
+    wire.rooms.offer("room", b"prompt", PAGES, SLOT, 0)
+    started(wire)
+    write = wire.here.write
+
+    def slow(moves, data) -> None:
+        if not left:
+            left.append(threading.Thread(target=wire.pulls.cancel, args=("room",)))
+            left[0].start()
+            left[0].join(0.1)
+            assert left[0].is_alive(), "what is written now may be somebody else's"
+        write(moves, data)
+
+    wire.here.write = slow
+    wire.run()
+    left[0].join(5)
+    assert not left[0].is_alive() and wire.pulls.take_ended() == []
+
+
+def test_a_room_is_not_closed_for_who_has_read_what_was_taken_back():
+    wire = Wire()
+    wire.rooms.offer("room", b"prompt", PAGES[:2], None, 0)
+    wire.rooms.handle(PEER, Hello("decode-engine", IDENTITY))
+    wire.rooms.handle(PEER, Ask("room", b"prompt"))
+    wire.rooms.offer("room", b"prompt", PAGES, SLOT, 1)
+    (reply,) = wire.rooms.handle(PEER, Done("room", 0))
+    assert isinstance(reply.message, Ready) and reply.message.epoch == 1 and wire.rooms.open == 1
+    (reply,) = wire.rooms.handle(PEER, Done("room", 1))
+    assert reply.message == Closed("room") and wire.rooms.open == 0
 
 
 def test_a_room_that_the_engine_closes_ends_its_pull():
