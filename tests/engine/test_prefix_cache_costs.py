@@ -2,7 +2,7 @@
 
 import pytest
 from lab import ENDS, TOLERANCE, Lab, random_model
-from scenarios import OPENING, branch, eviction, mid_page_hit, pending, text
+from scenarios import OPENING, branch, computed_sooner, eviction, mid_page_hit, pending, text
 
 from tokenspeed.engine.cache import Reason
 
