@@ -178,6 +178,15 @@ def there_and_back(model: Qwen3_5, **settings) -> Lab:
     return lab
 
 
+def computed_sooner(model: Qwen3_5, **settings) -> Lab:
+    """A page takes as long to come back as a thousand tokens to compute."""
+    lab, first = away(model, **settings)
+    lab.cache.set_costs(1.0, 1.0, 1e-3)
+    again = lab.ask([*first.history(), *text(9, 30)])
+    assert again.reuse.moved_tokens == 0 and again.reuse.reason == "COMPUTED_SOONER"
+    return lab
+
+
 def arriving(model: Qwen3_5, **settings) -> tuple[Lab, Talk]:
     """It is on its way back, and stays so until `lab.let_moves_finish` is called."""
     lab, first = away(model, **settings)

@@ -146,10 +146,10 @@ BUGS = (
         "return False",
         "pending",
     ),
-    ("namespaces are one", Scheduler._admit, "sequence.request.name_space", '""', "namespaces"),
+    ("namespaces are one", Scheduler._take_in, "request.name_space", '""', "namespaces"),
     (
         "prompt log-probabilities are resumed over",
-        Scheduler._admit,
+        Scheduler._take_in,
         "prompt_logprobs=sequence.scored",
         "prompt_logprobs=False",
         "prompt_logprobs_after_a_snapshot",
@@ -180,8 +180,8 @@ BUGS = (
     ("all layers' states lie on one another", Memory.__init__, "linear += 1", "pass", "mid_page_hit"),
     (
         "an abort ends nothing",
-        Engine.abort,
-        "self.scheduler.end(generation.sequence, Leaving.ABORTED)",
+        Engine._abandon,
+        "self.scheduler.end(sequence, Leaving.ABORTED)",
         "pass",
         "aborts",
     ),

@@ -2,7 +2,7 @@
 
 import pytest
 from lab import ENDS, TOLERANCE, Lab, random_model
-from scenarios import OPENING, branch, eviction, mid_page_hit, pending, text
+from scenarios import OPENING, branch, computed_sooner, eviction, mid_page_hit, pending, text
 
 from tokenspeed.engine.cache import Reason
 
@@ -114,6 +114,7 @@ def test_every_reason_is_told_to_its_request_with_numbers_that_agree(model):
         tight_memory,
         whole_prompt,
         switched_off,
+        computed_sooner,
     ):
         for talk in scenario(model).talks:
             reuse = talk.reuse
