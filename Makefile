@@ -2,26 +2,30 @@
 PYTHON ?= python3
 VENV := .venv/bin
 CUDA_PACKAGES := nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
+PYRIGHT := pyright==1.1.414
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
 
-.PHONY: help demo test soak lint format build kernels emulator-asan fuzz gpu-check clean
+.PHONY: help demo test soak lint types format build docs installs kernels emulator-asan fuzz gpu-check clean
 
 help:
 	@echo "make demo           set up, then a short conversation with the shipped model"
 	@echo "make test           set up, then run the tests"
 	@echo "make soak           20 minutes of 500 unruly clients against the server, then a look at what is left"
 	@echo "make lint           ruff, clang-format, and the rules kernels are held to"
+	@echo "make types          pyright over the package"
 	@echo "make format         let ruff and clang-format rewrite the sources"
 	@echo "make build          set up and compile; TOKENSPEED_CUDA=1 forces the CUDA kernels, 0 forbids them"
+	@echo "make docs           write the pages that come from the code: docs/configuration.md, docs/api.md"
+	@echo "make installs       install the package in every way, in fresh environments of each Python that is found"
 	@echo "make kernels        compile every CUDA kernel for sm_90a and hold it to its budget (no GPU needed)"
 	@echo "make emulator-asan  the emulator's tests under AddressSanitizer"
-	@echo "make fuzz           10^8 random operations on the prefix cache under sanitizers, 10^5 changed bodies on the server"
+	@echo "make fuzz           10^8 random operations on the prefix cache under sanitizers, 10^5 changed bodies on the server, two hours of lives with hardly any memory"
 	@echo "make gpu-check      tests and benchmarks of the kernels on this machine's GPU, within ten minutes"
 
 .venv/installed: requirements.txt Makefile
-	@command -v $(PYTHON) >/dev/null || { echo "TokenSpeed needs Python 3.10 or later: $(PYTHON) was not found."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "TokenSpeed needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "TokenSpeed needs Python 3.11 or later: $(PYTHON) was not found."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "TokenSpeed needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || { echo "TokenSpeed needs a C++ compiler: install g++, or set CXX."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments: install its venv package (python3-venv)."; exit 1; }
@@ -60,6 +64,16 @@ format: .venv/installed
 	@$(VENV)/ruff format .
 	@git ls-files '*.cpp' '*.cu' '*.h' | xargs $(VENV)/clang-format -i
 
+types: .venv/installed
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check $(PYRIGHT)
+	@$(VENV)/pyright
+
+docs: build
+	@$(VENV)/python tools/make_reference.py
+
+installs: .venv/installed
+	@$(VENV)/python tools/try_installs.py --python $$(for v in 3.11 3.12 3.13 3.14; do command -v python$$v; done)
+
 kernels: .venv/installed
 	@$(VENV)/python tools/compile_kernels.py
 
@@ -69,6 +83,7 @@ emulator-asan: .venv/installed
 fuzz: .venv/installed
 	@$(VENV)/python -m tests.cache.fuzz --operations 100000000
 	@$(VENV)/python -m tests.server.fuzz --bodies 100000
+	@$(VENV)/python -m tests.engine.fuzz --seconds 7200
 
 gpu-check:
 	@python3 tools/gpu_check.py

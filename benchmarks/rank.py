@@ -20,9 +20,11 @@ from torch import Tensor
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import PAGE_TOKENS, ModelConfig
 from tokenspeed.engine.device import pick_device, pick_dtype, use_threads
-from tokenspeed.engine.errors import TokenSpeedError
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.errors import CapacityError, TokenSpeedError
+from tokenspeed.engine.loading import check_weights
+from tokenspeed.engine.memory import Memory, MemoryLayout, free_memory
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.model.weights import fill_with_noise
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.parallel.plan import traffic
@@ -89,8 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(
     size: str, config: ModelConfig, communicator: Communicator, batches: list[int], context: int, device: torch.device
 ) -> list[dict]:
-    """A row for each batch size, printed as it comes."""
+    """A row for each batch size, printed as it comes. Raises CapacityError, before anything is allocated, where the
+    rank's weights and the memory of its largest batch do not fit."""
     dtype, mesh = pick_dtype("auto", device), communicator.mesh
+    check_fits(config, dtype, communicator, max(batches), context, device)
     model = random_model(config, dtype, device, communicator)
     weights = sum(p.nbytes for p in model.parameters())
     sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
@@ -121,12 +125,25 @@ def measure(
     return rows
 
 
+def check_fits(
+    config: ModelConfig, dtype: torch.dtype, communicator: Communicator, batch: int, context: int, device: torch.device
+) -> None:
+    """Raises CapacityError with the numbers where it does not."""
+    free, empty = free_memory(device), Qwen3_5.empty(config, dtype, torch.device("meta"), communicator)
+    check_weights(empty, free, device.type)
+    layout = MemoryLayout(empty.share, dtype)
+    weights = sum(p.nbytes for p in empty.parameters())
+    needed = batch * (-(-(context + 1) // PAGE_TOKENS) * layout.page_bytes + layout.slot_bytes)
+    if weights + needed > free:
+        raise CapacityError(
+            f"{batch} sequences of {context} tokens take {needed / 2**30:.2f} GiB beside {weights / 2**30:.2f} GiB of "
+            f"weights, and {free / 2**30:.2f} GiB of {device.type} memory are free: ask for fewer or shorter ones."
+        )
+
+
 def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, communicator: Communicator) -> Qwen3_5:
     model = Qwen3_5.empty(config, dtype, device, communicator)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    fill_with_noise(model)
     return model
 
 

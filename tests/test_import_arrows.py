@@ -54,7 +54,10 @@ def test_imports_follow_the_arrows(path):
     uses_torch = any(u.split(".")[0] == "torch" for u in used)
     if name.startswith("tokenspeed.ops"):
         assert not any(u.startswith("tokenspeed.engine") for u in used), "ops must not know the engine"
+    elif name.startswith("tokenspeed.integrations"):
+        assert not any(u.startswith("tokenspeed.engine") for u in used), "integrations know the operators alone"
     elif name.startswith("tokenspeed.engine."):
+        assert not any(u.startswith("tokenspeed.integrations") for u in used), "the engine calls the operators itself"
         part = engine_part(name)
         if part in NO_TORCH:
             assert not uses_torch, f"{part} must not import torch"

@@ -40,6 +40,12 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 
+def wants_kernels() -> bool:
+    """Whether a build here is to compile the CUDA kernels, as far as TOKENSPEED_CUDA and nvcc say."""
+    mode = os.environ.get("TOKENSPEED_CUDA", "auto")
+    return mode == "1" or (mode == "auto" and find_nvcc() is not None)
+
+
 def find_cuda_tool(name: str) -> Path | None:
     """A program such as cuobjdump: on PATH, of an installed toolkit, or of its PyPI package; else None."""
     on_path = shutil.which(name)

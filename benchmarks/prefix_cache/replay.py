@@ -41,8 +41,7 @@ class Timer:
 
 
 def replay(config: CacheConfig, turns: Iterable[Turn], total: int, label: str) -> dict:
-    """One sequence at a time; moves cost nothing. Returns the cache's own stats, rates made of them, and microseconds per
-    call."""
+    """One sequence at a time; moves cost nothing. Returns the cache's stats, rates, and microseconds per call."""
     cache, timer = PrefixCache(config), Timer()
     ideal = refused = 0
     for request, turn in enumerate(tqdm(turns, total=total, desc=label, unit="request", leave=False)):

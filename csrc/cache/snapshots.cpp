@@ -103,7 +103,7 @@ void Snapshots::add(Tree& tree, NodeId id, Kind kind, uint32_t owner, SlotRef sl
     node.superseded = 0;
     ++fresh_;
     records_.push_back({id, base, tokens, gain, 0, owner, now_, kind, false, ++sequence_, value(gain, 0, kind, false),
-                        std::move(slot), SlotRef(), 0});
+                        std::move(slot), SlotRef(), false, 0});
     node.state = true;
     stand(tree, records_.back());
 }
@@ -129,6 +129,7 @@ SlotRef Snapshots::remove(Tree& tree, NodeId id) {
 void Snapshots::attach(Tree& tree, NodeId id, SlotRef slot) {
     Record& record = records_[tree[id].snapshot];
     record.slot = std::move(slot);
+    record.refused = false;
     record.used = now_;
     record.sequence = ++sequence_;
     tree[id].state = true;
@@ -149,6 +150,7 @@ void Snapshots::hit(Tree& tree, NodeId id) {
         record.counted = true;
     }
     ++record.hits;
+    record.refused = false;
     record.used = now_;
     record.sequence = ++sequence_;
     pass_again(tree, record);

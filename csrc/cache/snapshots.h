@@ -45,6 +45,7 @@ class Snapshots {
         double value;       // all of the score but the time
         SlotRef slot;       // on the device
         SlotRef host_slot;
+        bool refused;  // host memory had no room for it since its last use
         int64_t move;  // under way to host memory; 0: none
     };
 

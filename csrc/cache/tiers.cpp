@@ -32,11 +32,13 @@ std::vector<Move> Cache::take_moves() {
     return std::exchange(moves_, {});
 }
 
-// The weakest snapshots are copied first: they are the next to go.
+// The weakest snapshots are copied first: they are the next to go. What host memory refuses, being weaker than all that
+// would have to make room, ends with its eviction, unless it is used before.
 void Cache::save_ahead() {
     while (outgoing_.size() < kMostOutgoing && scarce()) {
         std::optional<NodeId> node = weakest_unsaved();
-        if (!node || !save(*node)) return;
+        if (!node) return;
+        if (!save(*node)) snapshots_[tree_[*node].snapshot].refused = true;
     }
 }
 
@@ -50,15 +52,11 @@ bool Cache::scarce() const {
     return slots < config_.slots / kReserve + 1;
 }
 
-// What host memory would not take, being weaker than all it has, is passed over: it ends with its eviction.
 std::optional<NodeId> Cache::weakest_unsaved() const {
-    const Snapshots::Record* least = host_slots_.free() < 1 ? weakest_on_host() : nullptr;
-    if (host_slots_.free() < 1 && !least) return std::nullopt;
     const Snapshots::Record* weakest = nullptr;
     for (const auto& record : snapshots_.records()) {
-        if (!record.slot || record.host_slot || record.move != 0) continue;
+        if (!record.slot || record.host_slot || record.move != 0 || record.refused) continue;
         if (weakest && !snapshots_.weaker(record, *weakest)) continue;
-        if (least && !snapshots_.weaker(*least, record)) continue;
         // What another move is about to bring there is not copied twice.
         auto shares = [&](const Outgoing& move) {
             return !move.nodes.empty() && tree_.is_prefix(move.nodes[0], record.node);

@@ -46,8 +46,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxIndex = INT32_MAX;  // what kernels count in 32 bits stays below
 
-// ------------------------------------------------------------------------------------------------------- operator
-// calls
+// ---- operator calls
 
 namespace detail {
 
@@ -75,15 +74,14 @@ void call(Served (*binding)(Arguments...), StableIValue* stack, uint64_t argumen
         return;
     }
     torch::stable::detail::box_from_tuple<std::decay_t<Arguments>...>(stack, std::move(values));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(torch_operator, "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(torch_operator, "", stack, TORCH_ABI_VERSION));
 }
 
 inline void check_launch(cudaError_t status, const char* name) {
     STD_TORCH_CHECK(status == cudaSuccess, name, ": the kernel did not start: ", describe(status));
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// device
+// ---- device
 
 #ifdef TOKENSPEED_EMULATED
 
@@ -138,7 +136,7 @@ class Launch {
         }();
         STD_TORCH_CHECK(accessor != nullptr, "torch was built without CUDA");
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(accessor(device_, &stream));
+        TORCH_ERROR_CODE_CHECK(accessor(device_, &stream));
         return static_cast<cudaStream_t>(stream);
     }
 
@@ -152,8 +150,7 @@ class Launch {
 
 #endif
 
-// --------------------------------------------------------------------------------------------------------------
-// tensors
+// ---- tensors
 
 inline bool is_bf16(const Tensor& t) {
     return t.scalar_type() == ScalarType::BFloat16;

@@ -105,8 +105,7 @@ std::optional<Tensor> linear_of_groups(const Tensor& x, const Tensor& weight, co
     std::array<StableIValue, 5> stack = {torch::stable::detail::from(values), torch::stable::detail::from(scales),
                                          torch::stable::detail::from(weight), torch::stable::detail::from(scale),
                                          torch::stable::detail::from(x.scalar_type())};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("tokenspeed_torch::linear_fp8", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("tokenspeed_torch::linear_fp8", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

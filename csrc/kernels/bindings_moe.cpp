@@ -75,28 +75,52 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
     return out;
 }
 
-std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tensor& residual, const Tensor& norm_weight,
-                                                    double eps, const Tensor& in_proj, int64_t experts, int64_t top_k,
-                                                    const Tensor& gate_up, const Tensor& down,
-                                                    const Tensor& shared_down, const Tensor& scratch,
-                                                    int64_t first_expert) {
+std::optional<std::tuple<Tensor, Tensor>> moe_block(
+    const Tensor& x, const Tensor& residual, const Tensor& norm_weight, double eps, const Tensor& in_proj,
+    int64_t experts, int64_t top_k, const Tensor& gate_up, const Tensor& down, const Tensor& shared_down,
+    const Tensor& scratch, int64_t first_expert, const std::optional<Tensor>& router,
+    const std::optional<Tensor>& in_scale, const std::optional<Tensor>& gate_up_scale,
+    const std::optional<Tensor>& down_scale, const std::optional<Tensor>& shared_scale,
+    const std::optional<Tensor>& context_lens) {
+    const bool scaled = router.has_value();
     bool fits = has_kernels(x) && x.dim() == 2 && x.size(0) > 0 && x.size(0) <= kMoeBlockTokens && x.stride(1) == 1 &&
                 in_proj.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && shared_down.dim() == 2 &&
                 is_int32(scratch) && first_expert >= 0 && first_expert <= experts && top_k > 0 && top_k <= kMaxTopK &&
                 experts <= kMaxIndex;
-    for (const Tensor* values : {&x, &residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down}) {
-        fits = fits && is_bf16(*values);
+    for (const auto* scale : {&in_scale, &gate_up_scale, &down_scale, &shared_scale}) {
+        fits = fits && scale->has_value() == scaled && (!scaled || (is_float(**scale) && (*scale)->is_contiguous()));
+    }
+    fits = fits && (!scaled || (is_bf16(*router) && router->is_contiguous()));
+    for (const Tensor* values : {&x, &residual, &norm_weight}) fits = fits && is_bf16(*values);
+    for (const Tensor* weight : {&in_proj, &gate_up, &down, &shared_down}) {
+        fits = fits && (scaled ? is_e4m3(*weight) : is_bf16(*weight));
     }
     for (const Tensor* packed : {&residual, &norm_weight, &in_proj, &gate_up, &down, &shared_down, &scratch}) {
         fits = fits && packed->is_contiguous();
     }
     if (!fits) return std::nullopt;
     const int64_t tokens = x.size(0), hidden = x.size(1), held = down.size(0), width = down.size(2);
-    const int64_t shared = shared_down.size(1), projections = in_proj.size(0);
+    const int64_t shared = shared_down.size(1), projections = in_proj.size(0) + (scaled ? router->size(0) : 0);
     fits = has_shape(residual, {tokens, hidden}) && has_shape(norm_weight, {hidden}) &&
-           has_shape(in_proj, {projections, hidden}) && has_shape(gate_up, {held, 2 * width, hidden}) &&
-           has_shape(down, {held, hidden, width}) && has_shape(shared_down, {hidden, shared});
+           has_shape(in_proj, {scaled ? 2 * shared : projections, hidden}) &&
+           has_shape(gate_up, {held, 2 * width, hidden}) && has_shape(down, {held, hidden, width}) &&
+           has_shape(shared_down, {hidden, shared});
+    if (scaled) {
+        constexpr int64_t kBlock = kScaleBlock;
+        for (const int64_t size : {hidden, width, shared}) fits = fits && size % kBlock == 0;
+        fits = fits && has_shape(*router, {projections - 2 * shared, hidden}) &&
+               has_shape(*in_scale, {2 * shared / kBlock, hidden / kBlock}) &&
+               has_shape(*gate_up_scale, {held, 2 * width / kBlock, hidden / kBlock}) &&
+               has_shape(*down_scale, {held, hidden / kBlock, width / kBlock}) &&
+               has_shape(*shared_scale, {hidden / kBlock, shared / kBlock});
+    }
     for (const int64_t size : {projections, held, hidden, 2 * width, 2 * shared}) fits = fits && size <= kMaxIndex;
+    SequenceRows sequences{nullptr, 1};
+    if (context_lens) {
+        const int64_t count = context_lens->size(0);
+        fits = fits && is_int32(*context_lens) && context_lens->is_contiguous() && count > 0 && tokens % count == 0;
+        if (fits) sequences = {data<int32_t>(*context_lens), static_cast<int>(tokens / count)};
+    }
     if (!fits) return std::nullopt;
 
     MoeBlock arguments{.x = data(x),
@@ -104,10 +128,10 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tenso
                        .residual = data(residual),
                        .norm_weight = data(norm_weight),
                        .eps = static_cast<float>(eps),
-                       .in_proj = data(in_proj),
-                       .gate_up = data(gate_up),
-                       .down = data(down),
-                       .shared_down = data(shared_down),
+                       .in_proj = in_proj.data_ptr(),
+                       .gate_up = gate_up.data_ptr(),
+                       .down = down.data_ptr(),
+                       .shared_down = shared_down.data_ptr(),
                        .scratch = data<uint32_t>(scratch),
                        .out = nullptr,
                        .sum = nullptr,
@@ -120,7 +144,13 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(const Tensor& x, const Tenso
                        .hidden = static_cast<int>(hidden),
                        .width = static_cast<int>(width),
                        .shared = static_cast<int>(shared),
-                       .projections = static_cast<int>(projections)};
+                       .projections = static_cast<int>(projections),
+                       .sequences = sequences,
+                       .router = scaled ? data(*router) : nullptr,
+                       .in_scale = scaled ? data<float>(*in_scale) : nullptr,
+                       .gate_up_scale = scaled ? data<float>(*gate_up_scale) : nullptr,
+                       .down_scale = scaled ? data<float>(*down_scale) : nullptr,
+                       .shared_scale = scaled ? data<float>(*shared_scale) : nullptr};
     if (!moe_block_supported(arguments)) return std::nullopt;
     const int64_t wanted = moe_block_scratch(arguments);
     STD_TORCH_CHECK(scratch.numel() >= wanted, "scratch has ", scratch.numel(), " elements; ", experts,

@@ -22,9 +22,9 @@ std::optional<Tensor> gated_delta_rule_prefill(const Tensor& qkv, const Tensor& 
                 has_shape(b, {tokens, value_heads}) && has_shape(cu_seqlens, {sequences + 1}) &&
                 has_shape(read_slot, {sequences}) && has_shape(write_slot, {sequences}) &&
                 has_shape(snapshots, {snapshots.size(0), 3});
-    for (const Tensor* projection : {&qkv, &a, &b}) {
-        fits = fits && is_bf16(*projection) && (tokens == 0 || projection->stride(1) == 1);
-    }
+    const bool gates_are_float = is_float(a) && is_float(b);
+    fits = fits && is_bf16(qkv) && (gates_are_float || (is_bf16(a) && is_bf16(b)));
+    for (const Tensor* projection : {&qkv, &a, &b}) fits = fits && (tokens == 0 || projection->stride(1) == 1);
     for (const Tensor* record : {&state, &ring, &cursor}) fits = fits && is_dense_from(*record, 1);
     for (const Tensor* weight : {&a_log, &dt_bias}) fits = fits && weight->is_contiguous();
     for (const Tensor* integers : {&cu_seqlens, &context_lens, &read_slot, &write_slot, &snapshots}) {
@@ -33,8 +33,9 @@ std::optional<Tensor> gated_delta_rule_prefill(const Tensor& qkv, const Tensor& 
     if (!fits) return std::nullopt;
 
     GatedDeltaRulePrefill arguments{.qkv = data(qkv),
-                                    .a = data(a),
-                                    .b = data(b),
+                                    .a = a.data_ptr(),
+                                    .b = b.data_ptr(),
+                                    .gates_are_float = gates_are_float,
                                     .qkv_stride = row_stride(qkv),
                                     .a_stride = row_stride(a),
                                     .b_stride = row_stride(b),

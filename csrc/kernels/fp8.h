@@ -16,15 +16,17 @@ using E4m3 = __nv_fp8_e4m3;  // sign, four bits of exponent (bias 7), three of m
 
 constexpr int kGroupLanes = kScaleBlock / 8;
 
-// The other operand, which may be of any size, in fp16: eight bf16 a lane, 256 columns of one row a warp, times the
-// power of two that brings the largest below 2^15; `divisor` is its inverse, for the sums. What is more than 2^-32 of
-// the largest keeps all its bits. All lanes of the warp call it.
+// The other operand, which may be of any size, in fp16: eight bf16 a lane, of one row in kLanes neighbouring lanes,
+// times the power of two that brings their largest below 2^15; `divisor` is its inverse, for the sums. What is more
+// than 2^-32 of the largest keeps all its bits. All lanes of the warp call it.
+template <int kLanes = 32>
 __device__ __forceinline__ uint4 row_to_half(uint4 packed, float& divisor) {
     const Float8 x = unpack(packed);
     float most = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x.v[i]));
-    const uint32_t peak = __reduce_max_sync(0xffffffffu, __float_as_uint(most));  // no float here is below zero
+    const uint32_t lanes = kLanes == 32 ? 0xffffffffu : ((1u << kLanes % 32) - 1) << threadIdx.x % 32 / kLanes * kLanes;
+    const uint32_t peak = __reduce_max_sync(lanes, __float_as_uint(most));  // no float here is below zero
     // peak * factor lies in [2^14, 2^15), but for a peak below 2^-112 and one that is infinite.
     const int exponent = min(max(static_cast<int>(peak >> 23), 15), 254);
     const float factor = __uint_as_float(static_cast<uint32_t>(268 - exponent) << 23);

@@ -210,6 +210,11 @@ __device__ __forceinline__ void multiply_rows(float (&d)[32], uint64_t a, uint64
     ptx::wgmma_commit();
 }
 
+__device__ __forceinline__ float gate_input(const void* values, bool are_float, int64_t at) {
+    return are_float ? static_cast<const float*>(values)[at]
+                     : __bfloat162float(static_cast<const __nv_bfloat16*>(values)[at]);
+}
+
 // Log decays, their running sum and beta of the chunk, by one warp: two tokens a lane.
 __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, int value_head, int64_t first_row,
                                               int begin, int end, Gates& gates) {
@@ -222,8 +227,8 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
         const int token = 2 * lane + i;
         inside[i] = token >= begin && token < end;
         const int64_t row = first_row + (inside[i] ? token : begin);
-        a[i] = __bfloat162float(p.a[row * p.a_stride + value_head]);
-        b[i] = __bfloat162float(p.b[row * p.b_stride + value_head]);
+        a[i] = gate_input(p.a, p.gates_are_float, row * p.a_stride + value_head);
+        b[i] = gate_input(p.b, p.gates_are_float, row * p.b_stride + value_head);
     }
     float g[2];
 #pragma unroll

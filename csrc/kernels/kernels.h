@@ -283,8 +283,9 @@ cudaError_t sample(Sample arguments, cudaStream_t stream);
 // dt_bias, cursor and the index arrays.
 struct GatedDeltaRulePrefill {
     const __nv_bfloat16* qkv;  // [tokens, (2 key_heads + value_heads) 128], stride a multiple of 8
-    const __nv_bfloat16* a;    // [tokens, value_heads], any stride
-    const __nv_bfloat16* b;
+    const void* a;             // [tokens, value_heads] bf16, or fp32 where gates_are_float, any stride
+    const void* b;
+    bool gates_are_float;
     int64_t qkv_stride, a_stride, b_stride;
     const float* a_log;    // [value_heads]
     const float* dt_bias;  // [value_heads]
@@ -402,15 +403,22 @@ struct MoeBlock {
     const __nv_bfloat16* residual;     // [tokens, hidden]
     const __nv_bfloat16* norm_weight;  // [hidden]
     float eps;
-    const __nv_bfloat16* in_proj;  // [projections, hidden]: the shared expert's gate and up, the router, its own gate
-    const __nv_bfloat16* gate_up;  // [held, 2 width, hidden]
-    const __nv_bfloat16* down;     // [held, hidden, width]
-    const __nv_bfloat16* shared_down;  // [hidden, shared]
-    uint32_t* scratch;                 // moe_block_scratch() words, aligned to 16 bytes, zeros at first
-    __nv_bfloat16* out;                // [tokens, hidden]
-    __nv_bfloat16* sum;                // [tokens, hidden]: x + residual
-    uint8_t* workspace;                // of moe_block_workspace bytes, any content
+    const void* in_proj;      // [projections, hidden]: the shared expert's gate and up, the router, its own gate
+    const void* gate_up;      // [held, 2 width, hidden]
+    const void* down;         // [held, hidden, width]
+    const void* shared_down;  // [hidden, shared]
+    uint32_t* scratch;        // moe_block_scratch() words, aligned to 16 bytes, zeros at first
+    __nv_bfloat16* out;       // [tokens, hidden]
+    __nv_bfloat16* sum;       // [tokens, hidden]: x + residual
+    uint8_t* workspace;       // of moe_block_workspace bytes, any content
     int tokens, experts, held, first_expert, top_k, hidden, width, shared, projections;
+    SequenceRows sequences;  // whose padding rows choose nobody
+    // With them weights are e4m3, sizes multiples of 128, and in_proj is [2 shared, hidden] alone.
+    const __nv_bfloat16* router = nullptr;  // [projections - 2 shared, hidden]: the router, the shared expert's gate
+    const float* in_scale = nullptr;        // [2 shared / 128, hidden / 128], any alignment, as the others
+    const float* gate_up_scale = nullptr;   // [held, 2 width / 128, hidden / 128]
+    const float* down_scale = nullptr;      // [held, hidden / 128, width / 128]
+    const float* shared_scale = nullptr;    // [hidden / 128, shared / 128]
 };
 bool moe_block_supported(const MoeBlock& arguments);
 size_t moe_block_workspace(const MoeBlock& arguments);
@@ -435,26 +443,5 @@ struct FfnBlock {
 bool ffn_block_supported(const FfnBlock& arguments);
 int64_t ffn_block_scratch(const FfnBlock& arguments);  // from the sizes alone
 cudaError_t ffn_block(const FfnBlock& arguments, cudaStream_t stream);
-
-// ---- gdn_block.cu: see the operator of that name; up to kGdnBlockRows rows, up to 4 tokens a sequence, hidden a
-// multiple of 64.
-constexpr int kGdnBlockRows = 8;
-struct GdnBlock {
-    const __nv_bfloat16* x;  // [tokens, hidden] by row stride
-    int64_t x_stride;
-    const __nv_bfloat16* residual;     // [tokens, hidden]
-    const __nv_bfloat16* norm_weight;  // [hidden]
-    float eps;
-    const __nv_bfloat16* in_proj;   // [projections, hidden]: q, k, v, z, b, a
-    const __nv_bfloat16* out_proj;  // [hidden, value_heads 128]
-    uint32_t* scratch;              // gdn_block_scratch() words, aligned to 16 bytes, zeros at first
-    __nv_bfloat16* out;             // [tokens, hidden]
-    __nv_bfloat16* sum;             // [tokens, hidden]: x + residual
-    int tokens, hidden, projections;
-    GatedDeltaRuleDecode mixer;  // without its projections and its output
-};
-bool gdn_block_supported(const GdnBlock& arguments);
-int64_t gdn_block_scratch(const GdnBlock& arguments);  // from the sizes alone
-cudaError_t gdn_block(const GdnBlock& arguments, cudaStream_t stream);
 
 }  // namespace tokenspeed

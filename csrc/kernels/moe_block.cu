@@ -32,8 +32,13 @@
 // have. What the kernel ahead still holds it gives back without waiting for us. The next kernel's ring fills where ours
 // rests: between the first product and the first expert.
 //
-// Rounding is that of the operators that the torch implementation names. What depends on the weights' format: the
-// tensor maps, Shape, and multiply_chunk.
+// Rounding is that of the operators that the torch implementation names.
+//
+// Weights in e4m3 (all but the router, whose tiles then come first): a stage holds twice the depth, x becomes fp16 when
+// the router's tiles are done, activations as they come into a row slot, and a chunk of 128 columns is multiplied by
+// its scale, as in moe_experts_decode.cu. A warp asks for a unit's scales when it begins it; the thread that streams
+// asks L2 for them earlier. One token of 35B: 29.9 MB, 7.2 us at 4.17 TB/s; predicted 14 us (bf16: 21.7), not measured
+// yet. Padding rows choose nobody, in both formats.
 //
 // budget: moe_block_kernel registers<=96 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
@@ -52,13 +57,14 @@ using namespace moe_layer;
 
 struct Maps {
     CUtensorMap in_proj, shared_down, gate_up, down;
+    CUtensorMap router;  // of e4m3 weights
 };
 
 // The copies of one unit; `load` starts that of one stage, given its first chunk of depth. One thread.
-template <typename Product, typename Load>
+template <typename Product, typename Weight, typename Load>
 __device__ __forceinline__ void stream_unit(Control& control, uint8_t* ring, int stages, Cursor& at, int depth,
                                             Load load) {
-    for (int chunk = 0; chunk * kChunk < depth; chunk += Shape<Product>::kDepthWarps) {
+    for (int chunk = 0; chunk * kChunk<Weight> < depth; chunk += Shape<Product>::kDepthWarps) {
         ptx::mbarrier_wait(&control.empty[at.slot], at.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(&control.full[at.slot], kStageBytes);
         load(ring + at.slot * kStageBytes, &control.full[at.slot], chunk);
@@ -66,14 +72,23 @@ __device__ __forceinline__ void stream_unit(Control& control, uint8_t* ring, int
     }
 }
 
+template <typename Weight>
 __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& control, uint8_t* ring) {
     const MoeBlock& p = a.p;
-    const Work work(p);
+    const Work<Weight> work(p);
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), stages = a.layout.stages;
     Cursor at;
     for (int tile = block; tile < work.in_tiles; tile += blocks) {
-        stream_unit<Dense>(control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
-            ptx::tma_load<3>(stage, &maps.in_proj, full, {0, tile * Dense::kTileColumns, chunk});
+        if (kScaled<Weight> && tile < work.leading_tiles) {
+            stream_unit<Dense, __nv_bfloat16>(
+                control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                    ptx::tma_load<3>(stage, &maps.router, full, {0, tile * Dense::kTileColumns, chunk});
+                });
+            continue;
+        }
+        const int column = work.first_column(tile);
+        stream_unit<Dense, Weight>(control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+            ptx::tma_load<3>(stage, &maps.in_proj, full, {0, column, chunk});
         });
     }
     const bool beside = work.fits_beside(p);
@@ -102,32 +117,42 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
         if (shared_left && work.is_shared_turn(item, unit < units ? unit : -1, gate_up_units)) {
             shared_left = false;
             for (int tile = beside ? block + blocks : block; tile < work.column_tiles; tile += blocks) {
-                stream_unit<Dense>(control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                    ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk});
-                });
+                stream_unit<Dense, Weight>(
+                    control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                        ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk});
+                    });
             }
         }
         if (unit >= units) return;
         if (unit < gate_up_units) {
             const int expert = control.experts[unit / work.gate_up_tiles], tile = unit % work.gate_up_tiles;
-            stream_unit<GateUp>(control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                ptx::tma_load<5>(stage, &maps.gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
-            });
+            if (kScaled<Weight>) {
+                const float* scales = Scales{p}.gate_up(expert, tile * GateUp::kTileColumns);
+                ptx::prefetch_l2(scales);
+                ptx::prefetch_l2(scales + Scales{p}.up_scales());
+            }
+            stream_unit<GateUp, Weight>(
+                control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                    ptx::tma_load<5>(stage, &maps.gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
+                });
         } else {
             const int of_down = unit - gate_up_units;
             const int expert = control.experts[of_down / work.down_tiles], tile = of_down % work.down_tiles;
-            stream_unit<Down>(control, ring, stages, at, p.width, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                ptx::tma_load<4>(stage, &maps.down, full, {0, tile * Down::kTileColumns, chunk, expert});
-            });
+            if (kScaled<Weight>) ptx::prefetch_l2(Scales{p}.down(expert, tile * Down::kTileColumns));
+            stream_unit<Down, Weight>(
+                control, ring, stages, at, p.width, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                    ptx::tma_load<4>(stage, &maps.down, full, {0, tile * Down::kTileColumns, chunk, expert});
+                });
         }
         unit = blocks + static_cast<int>(next);
     }
 }
 
 // Brings activations into the row slots: those of the shared expert, then those of each unit of down. One warp.
+template <typename Weight>
 __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots) {
     const MoeBlock& p = a.p;
-    const Work work(p);
+    const Work<Weight> work(p);
     const int lane = threadIdx.x % 32, slot_bytes = a.layout.tokens * a.layout.slot_pitch;
     ptx::mbarrier_wait(&control.begun, 0);
     CounterSet& counters = counters_of(p.scratch, control.launch);
@@ -135,7 +160,7 @@ __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots)
     if (static_cast<int>(blockIdx.x) < work.column_tiles) {
         if (lane == 0) ptx::wait_at_least(&counters.projected, work.projections(p.tokens));
         __syncwarp();
-        activate_shared(a, slots);
+        activate_shared<Weight>(a, slots);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[0]);
         at.next(kRowSlots);
@@ -154,16 +179,18 @@ __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots)
         for (; left != 0; left &= left - 1) {
             const int token = __ffs(static_cast<int>(left)) - 1;
             const auto* row = a.activations + int64_t{token * p.top_k + control.ranks[entry][token]} * p.width;
-            for (int base = lane; base < pieces; base += kBatch * 32) {
+            for (int base = 0; base < pieces; base += kBatch * 32) {
                 uint4 values[kBatch];
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i) {
-                    if (base + i * 32 < pieces) values[i] = ptx::load_16_no_allocate(row + (base + i * 32) * 8);
+                    const int piece = base + i * 32 + lane;
+                    if (piece < pieces) values[i] = ptx::load_16_no_allocate(row + piece * 8);
                 }
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i) {
-                    if (base + i * 32 >= pieces) continue;
-                    store_16(slot + token * a.layout.slot_pitch + (base + i * 32) * 16, values[i]);
+                    const int piece = base + i * 32 + lane;
+                    if (base + i * 32 >= pieces) break;
+                    store_piece<Weight>(slot + token * a.layout.slot_pitch, piece, p.width, values[i], piece < pieces);
                 }
             }
         }
@@ -174,11 +201,11 @@ __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots)
 }
 
 // The warps that multiply, from the norm to the sum.
-template <int kPerLane>
+template <typename Weight, int kPerLane>
 __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_memory) {
     const Layout& layout = a.layout;
     const MoeBlock& p = a.p;
-    const Work work(p);
+    const Work<Weight> work(p);
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint8_t* x = shared_memory + layout.rows_offset();
@@ -190,10 +217,23 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     Multiplier multiplier{
         control, layout, shared_memory, reinterpret_cast<float*>(shared_memory + layout.sums_offset()), {}};
 
+    // For e4m3 weights, x is turned to fp16 when the products that want it as it is are done.
+    bool as_it_is = kScaled<Weight>;
+    const auto convert = [&] {
+        if (as_it_is) expert_decode::convert_rows(x, layout.row_pitch, p.tokens, p.hidden);
+        as_it_is = false;
+    };
     for (int tile = block; tile < work.in_tiles; tile += blocks) {
-        const float* sums = multiplier.unit<Dense>(x, layout.row_pitch, p.hidden);
+        const int first_column = work.first_column(tile);
+        const float* sums;
+        if (kScaled<Weight> && tile < work.leading_tiles) {
+            sums = multiplier.unit<Dense, __nv_bfloat16>(x, layout.row_pitch, p.hidden);
+        } else {
+            convert();
+            sums = multiplier.unit<Dense, Weight>(x, layout.row_pitch, p.hidden, Scales{p}.in_proj(first_column));
+        }
         if (warp * 2 >= p.tokens) continue;
-        const int output = tile * Dense::kTileColumns + column;
+        const int output = first_column + column;
         const bool inside = token < p.tokens && output < p.projections;
         const __nv_bfloat16 value = __float2bfloat16(inside ? multiplier.total<Dense>(sums, token, column) : 0.0f);
         if (work.routes(tile)) {
@@ -207,6 +247,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         if (token < p.tokens && column == 0) ptx::add_release(&counters_of(p.scratch, control.launch).projected, 1);
     }
 
+    convert();
     list_entries<kPerLane>(a, control, first);
     ptx::mbarrier_wait(&control.listed, 0);
 
@@ -222,9 +263,11 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         const bool beside = work.fits_beside(p);
         if (beside) ptx::mbarrier_wait(&control.shared_full, 0);
         for (int tile = block; tile < work.column_tiles; tile += blocks) {
-            const float* sums = beside && tile == block ? multiplier.unit_beside(shared_memory + layout.shared_offset(),
-                                                                                 slots, layout.slot_pitch, p.shared)
-                                                        : multiplier.unit<Dense>(slots, layout.slot_pitch, p.shared);
+            const float* scales = Scales{p}.shared_down(tile * Dense::kTileColumns);
+            const float* sums = beside && tile == block
+                                    ? multiplier.unit_beside<Weight>(shared_memory + layout.shared_offset(), slots,
+                                                                     layout.slot_pitch, p.shared, scales)
+                                    : multiplier.unit<Dense, Weight>(slots, layout.slot_pitch, p.shared, scales);
             if (token < p.tokens) {
                 a.shared_rows[int64_t{token} * p.hidden + tile * Dense::kTileColumns + column] =
                     __float2bfloat16(multiplier.total<Dense>(sums, token, column));
@@ -244,23 +287,27 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         }
         if (unit < 0) break;
         if (unit < gate_up_units) {
-            const float* sums = multiplier.unit<GateUp>(x, layout.row_pitch, p.hidden);
-            finish_gate_up(a, control, multiplier, sums, unit / work.gate_up_tiles, unit % work.gate_up_tiles);
+            const int entry = unit / work.gate_up_tiles, tile = unit % work.gate_up_tiles;
+            const float* scales = Scales{p}.gate_up(control.experts[entry], tile * GateUp::kTileColumns);
+            const float* sums =
+                multiplier.unit<GateUp, Weight>(x, layout.row_pitch, p.hidden, scales, Scales{p}.up_scales());
+            finish_gate_up(a, control, multiplier, sums, entry, tile);
             continue;
         }
-        const int of_down = unit - gate_up_units;
+        const int of_down = unit - gate_up_units, entry = of_down / work.down_tiles, tile = of_down % work.down_tiles;
         ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
         const uint8_t* slot = slots + at_rows.slot * layout.tokens * layout.slot_pitch;
-        const float* sums = multiplier.unit<Down>(slot, layout.slot_pitch, p.width);
+        const float* scales = Scales{p}.down(control.experts[entry], tile * Down::kTileColumns);
+        const float* sums = multiplier.unit<Down, Weight>(slot, layout.slot_pitch, p.width, scales);
         if (lane == 0) ptx::mbarrier_arrive(&control.rows_empty[at_rows.slot]);
         at_rows.next(kRowSlots);
-        finish_down(a, control, multiplier, sums, of_down / work.down_tiles, of_down % work.down_tiles);
+        finish_down(a, control, multiplier, sums, entry, tile);
     }
     ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);  // this block's shared rows are stored
     finish_columns(a, control, work);
 }
 
-template <int kPerLane>
+template <typename Weight, int kPerLane>
 __global__ void __launch_bounds__(kThreads, 2)
     moe_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(shared_memory);
@@ -288,6 +335,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (const CUtensorMap* map : {&maps.in_proj, &maps.shared_down, &maps.gate_up, &maps.down}) {
             ptx::prefetch_tensor_map(map);
         }
+        if (kScaled<Weight>) ptx::prefetch_tensor_map(&maps.router);
     }
     for (int i = threadIdx.x; i < layout.experts; i += kThreads) first[i] = UINT32_MAX;
     for (int i = threadIdx.x; i < a.p.tokens * a.p.top_k * kTokens; i += kThreads) {
@@ -296,50 +344,88 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     if (warp == kWeightWarp) {
         if (lane != 0) return;
-        stream_weights(maps, a, control, shared_memory);
+        stream_weights<Weight>(maps, a, control, shared_memory);
     } else if (warp == kRowWarp) {
         ptx::grid_dependency_wait();
-        bring_rows(a, control, shared_memory + layout.slots_offset());
+        bring_rows<Weight>(a, control, shared_memory + layout.slots_offset());
     } else {
-        multiply<kPerLane>(a, control, shared_memory);
+        multiply<Weight, kPerLane>(a, control, shared_memory);
     }
 }
 
-// Boxes of 16 rows x 512 columns of a matrix.
-cudaError_t encode_dense(CUtensorMap* map, const __nv_bfloat16* weight, int rows, int columns) {
+template <typename Weight>
+constexpr TensorElement kElement = kScaled<Weight> ? TensorElement::kU8 : TensorElement::kBf16;
+
+// Boxes of 16 rows x a stage's depth of a matrix.
+template <typename Weight>
+cudaError_t encode_dense(CUtensorMap* map, const void* weight, int rows, int columns) {
+    constexpr uint64_t kBytes = sizeof(Weight);
     const auto width = static_cast<uint64_t>(columns);
-    return encode_tensor_map<3>(map, TensorElement::kBf16,
+    return encode_tensor_map<3>(map, kElement<Weight>,
                                 {.base = weight,
-                                 .sizes = {kChunk, static_cast<uint64_t>(rows), width / kChunk},
-                                 .strides = {2, width * 2, kChunk * 2},
-                                 .box = {kChunk, Dense::kTileColumns, Shape<Dense>::kDepthWarps}},
+                                 .sizes = {kChunk<Weight>, static_cast<uint64_t>(rows), width / kChunk<Weight>},
+                                 .strides = {kBytes, width * kBytes, kChunkBytes},
+                                 .box = {kChunk<Weight>, Dense::kTileColumns, Shape<Dense>::kDepthWarps}},
                                 Swizzle::k128);
 }
 
+template <typename Weight>
 cudaError_t encode(Maps* maps, const MoeBlock& p) {
+    constexpr uint64_t kBytes = sizeof(Weight);
+    constexpr int kColumns = kChunk<Weight>;
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     const auto held = static_cast<uint64_t>(p.held);
-    cudaError_t status = encode_dense(&maps->in_proj, p.in_proj, p.projections, p.hidden);
-    if (status != cudaSuccess) return status;
-    status = encode_dense(&maps->shared_down, p.shared_down, p.hidden, p.shared);
-    if (status != cudaSuccess) return status;
-    status = encode_tensor_map<5>(&maps->gate_up, TensorElement::kBf16,
-                                  {.base = p.gate_up,
-                                   .sizes = {kChunk, width, 2, hidden / kChunk, held},
-                                   .strides = {2, hidden * 2, width * hidden * 2, kChunk * 2, 2 * width * hidden * 2},
-                                   .box = {kChunk, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
-                                  Swizzle::k128);
-    if (status != cudaSuccess) return status;
-    return encode_tensor_map<4>(&maps->down, TensorElement::kBf16,
-                                {.base = p.down,
-                                 .sizes = {kChunk, hidden, width / kChunk, held},
-                                 .strides = {2, width * 2, kChunk * 2, hidden * width * 2},
-                                 .box = {kChunk, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
-                                Swizzle::k128);
+    const int projections = kScaled<Weight> ? 2 * p.shared : p.projections;
+    const cudaError_t encoded[] = {
+        encode_dense<Weight>(&maps->in_proj, p.in_proj, projections, p.hidden),
+        kScaled<Weight> ? encode_dense<__nv_bfloat16>(&maps->router, p.router, p.projections - projections, p.hidden)
+                        : cudaSuccess,
+        encode_dense<Weight>(&maps->shared_down, p.shared_down, p.hidden, p.shared),
+        encode_tensor_map<5>(
+            &maps->gate_up, kElement<Weight>,
+            {.base = p.gate_up,
+             .sizes = {kColumns, width, 2, hidden / kColumns, held},
+             .strides = {kBytes, hidden * kBytes, width * hidden * kBytes, kChunkBytes, 2 * width * hidden * kBytes},
+             .box = {kColumns, GateUp::kTileColumns, 2, Shape<GateUp>::kDepthWarps, 1}},
+            Swizzle::k128),
+        encode_tensor_map<4>(&maps->down, kElement<Weight>,
+                             {.base = p.down,
+                              .sizes = {kColumns, hidden, width / kColumns, held},
+                              .strides = {kBytes, width * kBytes, kChunkBytes, hidden * width * kBytes},
+                              .box = {kColumns, Down::kTileColumns, Shape<Down>::kDepthWarps, 1}},
+                             Swizzle::k128)};
+    for (const cudaError_t status : encoded) {
+        if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
 }
 
 int projected_pitch(const MoeBlock& p) {
     return (p.projections + 7) / 8 * 8;
+}
+
+template <typename Weight>
+cudaError_t launch_block(const MoeBlock& p, cudaStream_t stream) {
+    Arguments arguments{.p = p, .layout = layout_for<Weight>(p), .projected_pitch = projected_pitch(p)};
+    arguments.logits = reinterpret_cast<uint64_t*>(p.scratch + kHeaderWords);
+    arguments.rows = arguments.logits + int64_t{kTokens} * p.experts;
+    arguments.activations = reinterpret_cast<__nv_bfloat16*>(p.workspace);
+    arguments.projected = arguments.activations + int64_t{p.tokens} * p.top_k * p.width;
+    arguments.shared_rows = arguments.projected + int64_t{p.tokens} * arguments.projected_pitch;
+    Maps maps{};
+    const cudaError_t status = encode<Weight>(&maps, p);
+    if (status != cudaSuccess) return status;
+    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                                 .block = dim3(kThreads),
+                                 .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
+                                 .stream = stream,
+                                 .programmatic = true};
+    const auto kernel = p.experts == 256 ? moe_block_kernel<Weight, 8> : moe_block_kernel<Weight, 16>;
+    // Blocks wait for each other: all must be on the device at once.
+    if (max_resident_blocks(kernel, config) < static_cast<int>(config.grid.x)) {
+        return cudaErrorCooperativeLaunchTooLarge;
+    }
+    return launch(kernel, config, maps, arguments);
 }
 
 }  // namespace
@@ -349,15 +435,22 @@ int64_t moe_block_scratch(const MoeBlock& p) {
 }
 
 bool moe_block_supported(const MoeBlock& p) {
+    const bool scaled = p.router != nullptr;
+    const int unit = scaled ? kChunk<E4m3> : kChunk<__nv_bfloat16>;
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    const auto whole = [](int size) { return size >= kChunk && size % kChunk == 0; };
+    const auto whole = [&](int size) { return size >= unit && size % unit == 0; };
+    for (const float* scale : {p.in_scale, p.gate_up_scale, p.down_scale, p.shared_scale}) {
+        if ((scale != nullptr) != scaled) return false;
+    }
+    const Layout layout = scaled ? layout_for<E4m3>(p) : layout_for<__nv_bfloat16>(p);
     return p.tokens >= 1 && p.tokens <= kTokens && p.top_k >= 1 && p.top_k <= kMaxTopK &&
            (p.experts == 256 || p.experts == 512) && p.held >= 1 && p.held <= p.experts && whole(p.hidden) &&
            p.hidden <= expert_decode::kMaxDepth && whole(p.width) && whole(p.shared) &&
            p.width <= expert_decode::kMaxDepth && p.shared <= expert_decode::kMaxDepth &&
            p.projections >= 2 * p.shared + p.experts + 1 && p.x_stride % 8 == 0 && aligned(p.x) &&
-           aligned(p.residual) && aligned(p.norm_weight) && aligned(p.in_proj) && aligned(p.gate_up) &&
-           aligned(p.down) && aligned(p.shared_down) && aligned(p.scratch) && layout_for(p).bytes() <= kSharedLimit;
+           aligned(p.residual) && aligned(p.norm_weight) && aligned(p.in_proj) && aligned(p.router) &&
+           aligned(p.gate_up) && aligned(p.down) && aligned(p.shared_down) && aligned(p.scratch) &&
+           layout.bytes() <= kSharedLimit;
 }
 
 size_t moe_block_workspace(const MoeBlock& p) {
@@ -367,26 +460,7 @@ size_t moe_block_workspace(const MoeBlock& p) {
 
 cudaError_t moe_block(const MoeBlock& p, cudaStream_t stream) {
     if (!moe_block_supported(p)) return cudaErrorInvalidValue;
-    Arguments arguments{.p = p, .layout = layout_for(p), .projected_pitch = projected_pitch(p)};
-    arguments.logits = reinterpret_cast<uint64_t*>(p.scratch + kHeaderWords);
-    arguments.rows = arguments.logits + int64_t{kTokens} * p.experts;
-    arguments.activations = reinterpret_cast<__nv_bfloat16*>(p.workspace);
-    arguments.projected = arguments.activations + int64_t{p.tokens} * p.top_k * p.width;
-    arguments.shared_rows = arguments.projected + int64_t{p.tokens} * arguments.projected_pitch;
-    Maps maps;
-    const cudaError_t status = encode(&maps, p);
-    if (status != cudaSuccess) return status;
-    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
-                                 .block = dim3(kThreads),
-                                 .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
-                                 .stream = stream,
-                                 .programmatic = true};
-    const auto kernel = p.experts == 256 ? moe_block_kernel<8> : moe_block_kernel<16>;
-    // Blocks wait for each other: all must be on the device at once.
-    if (max_resident_blocks(kernel, config) < static_cast<int>(config.grid.x)) {
-        return cudaErrorCooperativeLaunchTooLarge;
-    }
-    return launch(kernel, config, maps, arguments);
+    return p.router != nullptr ? launch_block<E4m3>(p, stream) : launch_block<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace tokenspeed

@@ -23,9 +23,12 @@ using expert_decode::kThreads;
 using expert_decode::kWeightWarp;
 using expert_decode::Shape;
 
-using Format = expert_decode::Format<__nv_bfloat16>;
+template <typename Weight>
+constexpr bool kScaled = expert_decode::Format<Weight>::kScaled;
+template <typename Weight>
+constexpr int kChunk = expert_decode::Format<Weight>::kChunk;  // of depth
+using expert_decode::kChunkBytes;
 
-constexpr int kChunk = Format::kChunk;  // of depth
 constexpr int kTokens = kMoeBlockTokens;
 constexpr int kMaxEntries = kTokens * kMaxTopK;
 constexpr int kRowSlots = 2;
@@ -41,7 +44,7 @@ constexpr int kLeastShared = 114 * 1024;
 
 // Shapes of a stage, by the warps that share its rows; the others share its depth. In tiles of gate_up half the rows
 // are gates, each of which meets an up row.
-struct Dense {  // in_proj and shared_down: 16 rows x 512 of depth
+struct Dense {  // in_proj and shared_down: 16 rows x 512 of depth, or 1024 of e4m3
     static constexpr int kRowWarps = 1;
     static constexpr int kTileColumns = 16;
 };
@@ -117,8 +120,10 @@ struct Layout {
     __host__ __device__ int bytes() const { return control_offset() + static_cast<int>(sizeof(Control)); }
 };
 
-inline Layout layout_for(const MoeBlock& p) {
-    return {kStages, p.tokens, Format::row_pitch(p.hidden), Format::row_pitch(std::max(p.width, p.shared)), p.held};
+template <typename Weight>
+Layout layout_for(const MoeBlock& p) {
+    using F = expert_decode::Format<Weight>;
+    return {kStages, p.tokens, F::row_pitch(p.hidden), F::row_pitch(std::max(p.width, p.shared)), p.held};
 }
 
 struct Arguments {
@@ -132,29 +137,61 @@ struct Arguments {
     __nv_bfloat16* shared_rows = nullptr;  // [tokens, hidden]
 };
 
-// How many units of each kind there are, and who has them.
+// How many units of each kind there are, and who has them. Of the first product, tiles in bf16 come before those in
+// e4m3, which want x in fp16.
+template <typename Weight>
 struct Work {
-    int in_tiles, router_tile, router_tiles, column_tiles, gate_up_tiles, down_tiles;
+    int in_tiles, leading_tiles, router_column, router_tiles, column_tiles, gate_up_tiles, down_tiles;
 
     __device__ explicit Work(const MoeBlock& p)
         : in_tiles((p.projections + Dense::kTileColumns - 1) / Dense::kTileColumns),
-          router_tile(2 * p.shared / Dense::kTileColumns),
+          leading_tiles(kScaled<Weight> ? in_tiles - 2 * p.shared / Dense::kTileColumns : in_tiles),
+          router_column(2 * p.shared),
           router_tiles(p.experts / Dense::kTileColumns),
           column_tiles(p.hidden / Dense::kTileColumns),
           gate_up_tiles(p.width / GateUp::kTileColumns),
           down_tiles((p.hidden + Down::kTileColumns - 1) / Down::kTileColumns) {}
     // The block's first tile of shared_down lies beside the ring, if it is one stage; others pass through it.
-    __device__ static bool fits_beside(const MoeBlock& p) { return p.shared <= Shape<Dense>::kDepthWarps * kChunk; }
+    __device__ static bool fits_beside(const MoeBlock& p) {
+        return p.shared <= Shape<Dense>::kDepthWarps * kChunk<Weight>;
+    }
     // The shared expert's turn is after a block's first unit, or before it if that wants rows, or if there is none: by
     // then its activations are there.
     __device__ static bool is_shared_turn(int item, int unit, int gate_up_units) {
         return item == 1 || unit < 0 || unit >= gate_up_units;
     }
-    // Whether a tile of in_proj is the router's: its product goes as tagged words.
-    __device__ bool routes(int tile) const { return tile >= router_tile && tile < router_tile + router_tiles; }
+    // The first column that a tile makes of the first product.
+    __device__ int first_column(int tile) const {
+        if (!kScaled<Weight>) return tile * Dense::kTileColumns;
+        return tile < leading_tiles ? router_column + tile * Dense::kTileColumns
+                                    : (tile - leading_tiles) * Dense::kTileColumns;
+    }
+    // Whether a tile of the first product is the router's: its product goes as tagged words.
+    __device__ bool routes(int tile) const {
+        const int column = first_column(tile);
+        return column >= router_column && column < router_column + router_tiles * Dense::kTileColumns;
+    }
     // What `projected` counts to.
     __device__ uint32_t projections(int tokens) const {
         return gridDim.x + static_cast<uint32_t>((in_tiles - router_tiles) * tokens);
+    }
+};
+
+// Where the scales of a tile's rows begin, one for each 128 of depth; those of the up rows lie up_scales() further.
+struct Scales {
+    const MoeBlock& p;
+
+    __device__ int depth() const { return p.hidden / kScaleBlock; }
+    __device__ const float* in_proj(int column) const { return p.in_scale + column / kScaleBlock * depth(); }
+    __device__ const float* shared_down(int column) const {
+        return p.shared_scale + column / kScaleBlock * (p.shared / kScaleBlock);
+    }
+    __device__ const float* gate_up(int expert, int column) const {
+        return p.gate_up_scale + (int64_t{expert} * 2 * (p.width / kScaleBlock) + column / kScaleBlock) * depth();
+    }
+    __device__ int up_scales() const { return p.width / kScaleBlock * depth(); }
+    __device__ const float* down(int expert, int column) const {
+        return p.down_scale + (int64_t{expert} * depth() + column / kScaleBlock) * (p.width / kScaleBlock);
     }
 };
 

@@ -6,6 +6,7 @@
 
 #include "add_norm.h"
 #include "moe_block.h"
+#include "moe_scaled_products.h"
 #include "moe_select.h"
 
 namespace tokenspeed::moe_layer {
@@ -65,40 +66,68 @@ struct Multiplier {
     Cursor at;
     int turn = 0;
 
-    // Multiplies one unit with rows of `operand`, and returns its sums [depth warp, token, row].
-    template <typename Product>
-    __device__ __forceinline__ const float* unit(const uint8_t* operand, int pitch, int depth) {
-        constexpr int kRowWarps = Product::kRowWarps;
+    // Multiplies one unit with rows of `operand`, and returns its sums [depth warp, token, row]. scales: of e4m3, those
+    // of the tile's rows; up_scales: how much further those of the up rows lie.
+    template <typename Product, typename Weight>
+    __device__ __forceinline__ const float* unit(const uint8_t* operand, int pitch, int depth,
+                                                 const float* scales = nullptr, int up_scales = 0) {
         using S = Shape<Product>;
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
-        const int row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps;
-        // Of gate_up all gate rows of a chunk come first, then its up rows; else 16 rows of a warp are neighbours.
-        constexpr bool kPairs = std::is_same_v<Product, GateUp>;
-        const int low = depth_warp * S::kRows * 128 + row_warp * (kPairs ? 8 : 16) * 128;
-        const int high = low + (kPairs ? S::kRows / 2 : 8) * 128;
-        const uint8_t* row = operand + min(quad, layout.tokens - 1) * pitch;  // columns without a token are not stored
+        const int depth_warp = static_cast<int>(threadIdx.x) / 32 / Product::kRowWarps;
+        const float scale = kScaled<Weight> ? load_scale<Product>(scales, up_scales, depth) : 0;
         float sum[2][4] = {};
-        for (int chunk = depth_warp; (chunk - depth_warp) * kChunk < depth; chunk += S::kDepthWarps) {
+        for (int first = 0, s = 0; first * kChunk<Weight> < depth; first += S::kDepthWarps, ++s) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
-            const uint8_t* stage = ring + at.slot * kStageBytes;
-            if (chunk * kChunk < depth) multiply_chunk(sum, stage + low, stage + high, row + chunk * 128);
+            multiply_stage<Product, Weight>(sum, ring + at.slot * kStageBytes, operand, pitch, depth,
+                                            first + depth_warp, scale, s);
             __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
+            if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
             at.next(layout.stages);
         }
         return gather<Product>(sum);
     }
 
     // The same for one stage of Dense that lies beside the ring.
+    template <typename Weight>
     __device__ __forceinline__ const float* unit_beside(const uint8_t* stage, const uint8_t* operand, int pitch,
-                                                        int depth) {
-        const int warp = threadIdx.x / 32, quad = threadIdx.x % 32 / 4;
-        const uint8_t* rows = stage + warp * Shape<Dense>::kRows * 128;
+                                                        int depth, const float* scales) {
+        const float scale = kScaled<Weight> ? load_scale<Dense>(scales, 0, depth) : 0;
         float sum[2][4] = {};
-        if (warp * kChunk < depth) {
-            multiply_chunk(sum, rows, rows + 8 * 128, operand + min(quad, layout.tokens - 1) * pitch + warp * 128);
-        }
+        multiply_stage<Dense, Weight>(sum, stage, operand, pitch, depth, threadIdx.x / 32, scale, 0);
         return gather<Dense>(sum);
+    }
+
+    // The warp's share of a stage, the `s`-th of its unit: chunk `chunk` of the depth. scale: from load_scale.
+    template <typename Product, typename Weight>
+    __device__ __forceinline__ void multiply_stage(float (&sum)[2][4], const uint8_t* stage, const uint8_t* operand,
+                                                   int pitch, int depth, int chunk, float scale, int s) const {
+        constexpr int kRowWarps = Product::kRowWarps, kRows = Shape<Product>::kRows;
+        const int warp = threadIdx.x / 32, row_warp = warp % kRowWarps, depth_warp = warp / kRowWarps;
+        // Of gate_up all gate rows of a chunk come first, then its up rows; else 16 rows of a warp are neighbours.
+        constexpr bool kPairs = std::is_same_v<Product, GateUp>;
+        const uint8_t* low = stage + (depth_warp * kRows + row_warp * (kPairs ? 8 : 16)) * kChunkBytes;
+        const uint8_t* high = low + (kPairs ? kRows / 2 : 8) * kChunkBytes;
+        // Columns without a token are not stored.
+        const auto row_of = [&](int token) { return operand + min(token, layout.tokens - 1) * pitch; };
+        if constexpr (kScaled<Weight>) {
+            const float low_scale = __shfl_sync(kAllLanes, scale, kPairs ? 2 * s : s);
+            const float high_scale = kPairs ? __shfl_sync(kAllLanes, scale, 2 * s + 1) : low_scale;
+            if (chunk * kChunk<Weight> >= depth) return;
+            float (&scaled)[1][4] = *reinterpret_cast<float (*)[1][4]>(&sum[0]);
+            expert_decode::multiply_scaled_chunk(scaled, low, high, row_of, depth, chunk, 1, low_scale, high_scale);
+        } else if (chunk * kChunk<Weight> < depth) {
+            multiply_chunk(sum, low, high, row_of(threadIdx.x % 32 / 4) + chunk * kChunkBytes);
+        }
+    }
+
+    // The warp's scales of a unit: of the gate and the up rows of the even and odd lanes' stage (gate_up), or of all
+    // rows of the lane's stage.
+    template <typename Product>
+    __device__ __forceinline__ static float load_scale(const float* scales, int up_scales, int depth) {
+        constexpr bool kPairs = std::is_same_v<Product, GateUp>;
+        const int lane = threadIdx.x % 32, depth_warp = static_cast<int>(threadIdx.x) / 32 / Product::kRowWarps;
+        const int chunk = (kPairs ? lane / 2 : lane) * Shape<Product>::kDepthWarps + depth_warp;
+        if (chunk >= depth / kScaleBlock) return 0;
+        return scales[(kPairs && lane % 2 ? up_scales : 0) + chunk];
     }
 
     // All warps' sums of a unit.
@@ -149,7 +178,7 @@ __device__ void list_entries(const Arguments& a, Control& control, uint32_t* fir
         for (int i = 0; i < kPerLane; ++i) logits[i] = __uint_as_float(bits[i]);
         choice = select_experts(logits, p.top_k);
         const int flat = warp * p.top_k + lane, here = choice.expert - p.first_expert;
-        const bool held = lane < p.top_k && here >= 0 && here < p.held;
+        const bool held = lane < p.top_k && here >= 0 && here < p.held && !is_padding(p.sequences, warp);
         if (lane < p.top_k) control.chosen[flat] = static_cast<int16_t>(held ? here : -1);
         if (p.tokens == 1) {  // no two choices are the same
             const unsigned all = __ballot_sync(kAllLanes, held);
@@ -198,15 +227,30 @@ __device__ void list_entries(const Arguments& a, Control& control, uint32_t* fir
     }
 }
 
+// Writes eight columns of a row of activations, piece `piece`, into a row slot, if they are there; for e4m3 weights as
+// fp16 and, behind the row, what each group of 128 was divided by. A whole warp; lanes of a group have neighbours.
+template <typename Weight>
+__device__ __forceinline__ void store_piece(uint8_t* row, int piece, int depth, uint4 packed, bool inside) {
+    if constexpr (kScaled<Weight>) {
+        float divisor;
+        packed = row_to_half<kGroupLanes>(inside ? packed : uint4{}, divisor);
+        if (inside && piece % kGroupLanes == 0) {
+            *reinterpret_cast<float*>(row + depth * 2 + piece / kGroupLanes * 4) = divisor;
+        }
+    }
+    if (inside) store_16(row + piece * 16, packed);
+}
+
 // Writes the shared expert's activations, silu(gate) * up, into a row slot. One warp.
+template <typename Weight>
 __device__ inline void activate_shared(const Arguments& a, uint8_t* slot) {
     const MoeBlock& p = a.p;
     const int lane = threadIdx.x % 32, pieces = p.shared / 8, all = p.tokens * pieces;
-    for (int base = lane; base < all; base += kBatch * 32) {
+    for (int base = 0; base < all; base += kBatch * 32) {
         uint4 gates[kBatch], ups[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const int piece = base + i * 32;
+            const int piece = base + i * 32 + lane;
             if (piece >= all) continue;
             const __nv_bfloat16* gate = a.projected + piece / pieces * a.projected_pitch + piece % pieces * 8;
             gates[i] = ptx::load_16_no_allocate(gate);
@@ -214,13 +258,18 @@ __device__ inline void activate_shared(const Arguments& a, uint8_t* slot) {
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const int piece = base + i * 32;
-            if (piece >= all) continue;
-            const Float8 g = unpack(gates[i]), u = unpack(ups[i]);
-            Float8 y;
+            const int piece = base + i * 32 + lane;
+            if (base + i * 32 >= all) break;
+            uint4 packed{};
+            if (piece < all) {
+                const Float8 g = unpack(gates[i]), u = unpack(ups[i]);
+                Float8 y;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
-            store_16(slot + piece / pieces * a.layout.slot_pitch + piece % pieces * 16, pack(y));
+                for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
+                packed = pack(y);
+            }
+            uint8_t* row = slot + piece / pieces * a.layout.slot_pitch;
+            store_piece<Weight>(row, piece % pieces, p.shared, packed, piece < all);
         }
     }
 }
@@ -259,7 +308,8 @@ __device__ __forceinline__ void finish_down(const Arguments& a, const Control& c
 }
 
 // out of this block's columns: a warp has 16 of them of one token, a lane four of one of its ranks.
-__device__ inline void finish_columns(const Arguments& a, const Control& control, const Work& work) {
+template <typename Weight>
+__device__ inline void finish_columns(const Arguments& a, const Control& control, const Work<Weight>& work) {
     const MoeBlock& p = a.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = static_cast<int>(gridDim.x);
     const int block = static_cast<int>(blockIdx.x);

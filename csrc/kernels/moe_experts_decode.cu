@@ -60,6 +60,7 @@
 #include "fp8.h"
 #include "kernels.h"
 #include "moe_experts_decode.h"
+#include "moe_scaled_products.h"
 
 namespace tokenspeed {
 namespace {
@@ -133,71 +134,6 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const u
     }
 }
 
-// Turns an entry's rows from bf16 to fp16, in place; what each group of 128 columns was divided by stands behind its
-// row. The warps kConsumers, who may read the rows afterwards.
-__device__ __forceinline__ void convert_rows(uint8_t* rows, int row_pitch, int choices, int depth) {
-    const int groups = depth / kScaleBlock, pairs = (groups + 1) / 2;
-    const int lane = threadIdx.x % kGroupLanes, half = threadIdx.x % 32 / kGroupLanes;
-    for (int i = threadIdx.x / 32; i < choices * pairs; i += kConsumers) {
-        uint8_t* row = rows + i / pairs * row_pitch;
-        const int group = i % pairs * 2 + half;
-        auto* at = reinterpret_cast<uint4*>(row + group * kScaleBlock * 2) + lane;
-        float divisor;
-        const uint4 converted = row_to_half(group < groups ? *at : uint4{}, divisor);
-        if (group >= groups) continue;
-        *at = converted;
-        if (lane == 0) *reinterpret_cast<float*>(row + depth * 2 + group * 4) = divisor;
-    }
-    ptx::fence_async_shared();  // the next entry's rows come by bulk copies
-    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
-}
-
-// The same of e4m3 and fp16, whose sums take the scales of the first and the last eight rows, and of the choices what
-// their groups were divided by, from `divisors` on: 16 weights a lane and half, four to an mma.
-__device__ __forceinline__ void multiply_chunk(float (&sum)[kGroups][4], const uint8_t* low, const uint8_t* high,
-                                               const uint8_t* choices, int row_pitch, int groups,
-                                               const uint8_t* divisors, float low_scale, float high_scale) {
-    const int lane = threadIdx.x % 32, quad = lane / 4, piece = lane % 4;
-    const int row = quad / 2 + quad % 2 * 4;
-    float unscaled[kGroups][2][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int offset = row * kChunkBytes + ((half * 4 + piece) ^ row) * 16;
-        const uint4 upper = *reinterpret_cast<const uint4*>(low + offset);
-        const uint4 lower = *reinterpret_cast<const uint4*>(high + offset);
-        const uint32_t of_upper[4] = {upper.x, upper.y, upper.z, upper.w};
-        const uint32_t of_lower[4] = {lower.x, lower.y, lower.z, lower.w};
-        uint32_t a[4][4];
-#pragma unroll
-        for (int four = 0; four < 4; ++four) {
-            ptx::unpack_e4m3(of_upper[four], a[four][0], a[four][2]);
-            ptx::unpack_e4m3(of_lower[four], a[four][1], a[four][3]);
-        }
-#pragma unroll
-        for (int n = 0; n < kGroups; ++n) {
-            if (n < groups) {
-                const auto* at = choices + (n * 8 + quad) * row_pitch + half * 128 + piece * 32;
-#pragma unroll
-                for (int pair = 0; pair < 2; ++pair) {
-                    const uint4 b = *reinterpret_cast<const uint4*>(at + pair * 16);
-                    ptx::mma_m16n8k16<__half>(unscaled[n][0], a[pair * 2], b.x, b.y);
-                    ptx::mma_m16n8k16<__half>(unscaled[n][1], a[pair * 2 + 1], b.z, b.w);
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-        if (n >= groups) continue;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float divisor = *reinterpret_cast<const float*>(divisors + (n * 8 + lane % 4 * 2 + i) * row_pitch);
-            sum[n][i] += low_scale * divisor * (unscaled[n][0][i] + unscaled[n][1][i]);
-            sum[n][i + 2] += high_scale * divisor * (unscaled[n][0][i + 2] + unscaled[n][1][i + 2]);
-        }
-    }
-}
-
 // A warp's scales of one unit, one a lane: of its gate and up rows of the even and odd lanes' stage (gate_up), or of
 // its rows of the lane's stage (down). Asked for a unit ahead.
 template <typename Product>
@@ -254,16 +190,17 @@ __device__ void multiply(Control& control, const uint8_t* ring, uint8_t* rows, c
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
             const int chunk = s * S::kDepthWarps + depth_warp;
             const uint8_t* stage = ring + at.slot * kStageBytes;
-            const uint8_t* of_chunk = choices + chunk * F::kChunk * 2;
             if constexpr (F::kScaled) {
                 const float low_scale = __shfl_sync(kAllLanes, scales, kPairs ? 2 * s : s);
                 const float high_scale = kPairs ? __shfl_sync(kAllLanes, scales, 2 * s + 1) : low_scale;
                 if (chunk < chunks) {
-                    multiply_chunk(sum, stage + low, stage + high, of_chunk, layout.row_pitch, groups,
-                                   choices + depth * 2 + chunk * 4, low_scale, high_scale);
+                    multiply_scaled_chunk(
+                        sum, stage + low, stage + high, [&](int choice) { return choices + choice * layout.row_pitch; },
+                        depth, chunk, groups, low_scale, high_scale);
                 }
             } else if (chunk < chunks) {
-                multiply_chunk(sum, stage + low, stage + high, of_chunk, layout.row_pitch, groups);
+                multiply_chunk(sum, stage + low, stage + high, choices + chunk * F::kChunk * 2, layout.row_pitch,
+                               groups);
             }
             __syncwarp();
             if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);

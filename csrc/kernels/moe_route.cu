@@ -51,10 +51,6 @@ __device__ __forceinline__ void load_logits(float (&logits)[kPerLane], const __n
     for (int i = 0; i < kPerLane; ++i) logits[i] = unpack(packed[i / 8]).v[i % 8];
 }
 
-__device__ __forceinline__ bool is_padding(const SequenceRows& sequences, int token) {
-    return sequences.context_lens != nullptr && sequences.context_lens[token / sequences.tokens] < 0;
-}
-
 // A cluster for all tokens, block_tokens (at most 32) a block, a warp a token or more. Threads: at least `experts`.
 template <int kPerLane>
 __global__ void __launch_bounds__(1024)

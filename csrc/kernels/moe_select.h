@@ -13,10 +13,15 @@
 #include <cstdint>
 
 #include "bf16x8.h"
+#include "kernels.h"
 
 namespace tokenspeed {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ bool is_padding(const SequenceRows& sequences, int token) {
+    return sequences.context_lens != nullptr && sequences.context_lens[token / sequences.tokens] < 0;
+}
 
 // The rank-th choice of a token, held by lane `rank` of its warp.
 struct Choice {

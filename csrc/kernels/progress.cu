@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) accept_tokens_kernel(const AcceptTok
     bool stop = false;
 #pragma unroll 4
     for (int i = 0; i < p.stop_count; ++i) stop |= p.stops[index * p.stop_count + i] == chosen;
-    const bool ends = has_token && stop && output + 1 >= earliest;
+    const bool ends = has_token && (chosen < 0 || (stop && output + 1 >= earliest));  // negative: no id could be chosen
     // Behind the last token stands no draft, so a first disagreement is always found.
     const uint32_t disagreed = __ballot_sync(kAllLanes, !has_draft || chosen != draft);
     const uint32_t ended = __ballot_sync(kAllLanes, ends);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) accept_tokens_kernel(const AcceptTok
     if (lane != last || context < 0) return;
     p.length[index] = context + count;
     p.left[index] = ends && count > 0 ? 0 : left - count;
-    p.ids[index * p.ids_stride] = chosen;
+    p.ids[index * p.ids_stride] = max(chosen, int64_t{0});
 }
 
 template <typename Arguments>

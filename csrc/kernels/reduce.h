@@ -37,13 +37,6 @@ __device__ __forceinline__ T warp_sum(T value) {
     return warp_reduce<kWidth>(value, Sum{});
 }
 
-// The same from neighbours outwards, which is another order of additions.
-__device__ __forceinline__ float ascending_sum(float value) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-    return value;
-}
-
 template <int kWidth = 32, typename T>
 __device__ __forceinline__ T warp_maximum(T value) {
     return warp_reduce<kWidth>(value, Maximum{});

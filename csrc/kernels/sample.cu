@@ -42,6 +42,7 @@ constexpr uint32_t kInfinity = 0x7f800000;
 constexpr int kList = 512;      // ids that are compared each with each
 constexpr int kListTopK = 128;  // the largest top-k that is bounded by the warps' largest: they are 256 or 128
 constexpr int kBounds = 3;      // distances that may bound top-p
+constexpr int kNoneAllowed = -1, kNotFinite = -2;  // in place of an id
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr size_t kSharedLimit = 227 * 1024;
 
@@ -451,6 +452,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     const bool greedy = !(temperature > 0);
     const auto* logits = static_cast<const T*>(p.logits) + row * p.logits_stride + first;
     Best best = {-INFINITY, INT32_MAX};
+    bool finite = true;  // or -inf
     constexpr int kVector = 16 / sizeof(T);
     const int vectors = p.vectors ? count / kVector : 0;
 #pragma unroll 4
@@ -459,13 +461,18 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
         *reinterpret_cast<uint4*>(kept + i * kVector) = bits;
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-            best = better(best, {to_fp32(reinterpret_cast<const T*>(&bits)[j]), first + i * kVector + j});
+            const float logit = to_fp32(reinterpret_cast<const T*>(&bits)[j]);
+            finite = finite && logit < INFINITY;
+            best = better(best, {logit, first + i * kVector + j});
         }
     }
     for (int i = vectors * kVector + threadIdx.x; i < count; i += kThreads) {
         kept[i] = logits[i];
-        best = better(best, {to_fp32(kept[i]), first + i});
+        const float logit = to_fp32(kept[i]);
+        finite = finite && logit < INFINITY;
+        best = better(best, {logit, first + i});
     }
+    if (!finite) best.value = INFINITY;  // NaN is not seen by maxima
     const float mine = best.value;
     float largest_of_warp = mine;
 #pragma unroll
@@ -474,8 +481,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     }
     if (lane == 0) warp_largest[warp] = largest_of_warp;
     best = cluster_best(exchange, best, 0);
-    if (!greedy) {
-        const Part<T> part = {kept, first, count, temperature, best.value / temperature};
+    const float largest = greedy ? best.value : best.value / temperature;
+    const bool has_id = fabsf(largest) < INFINITY;  // alike for all of the cluster
+    if (!greedy && has_id) {
+        const Part<T> part = {kept, first, count, temperature, largest};
         const Noise noise = {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.index[row])};
         const int top_k = p.top_k[row] < p.vocabulary ? max(p.top_k[row], 0) : 0;
         const float top_p = p.top_p[row], least = -logf(p.min_p[row]);
@@ -496,7 +505,9 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
             best = cluster_best(exchange, draw(part, noise, fminf(__uint_as_float(last), least)), 1);
         }
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) p.ids[row] = best.id == INT32_MAX ? 0 : best.id;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        p.ids[row] = has_id ? best.id : largest > 0 ? kNotFinite : kNoneAllowed;
+    }
     ptx::cluster_sync();  // nobody leaves while a peer may read its shared memory
 }
 

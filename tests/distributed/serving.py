@@ -39,7 +39,9 @@ def run(model: str | None, settings: dict) -> dict:
                 scores = [round(entry[id].logprob, 3) for id, entry in _pairs(continuation)]
                 results.append({"ids": continuation.token_ids, "scores": scores})
     stats = llm.engine.stats()
-    events = {name: stats[name] for name in ("preemptions", "forks", "cached_tokens", "aborted")}
+    events = {
+        name: stats[name] for name in ("preemptions", "forks", "cached_tokens", "aborted", "moved_in", "moved_out")
+    }
     return {"results": results, "events": events, "memory": llm.engine.cache.check()}
 
 

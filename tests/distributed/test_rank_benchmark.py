@@ -44,3 +44,21 @@ def test_mistakes_are_named(capsys):
     with pytest.raises(SystemExit):
         rank.main(["--size", "5B"])
     assert "'5B'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "397B-A17B"], ["the weights take", "GiB", "are free"]),
+        (
+            ["--batch", "1", "4000000", "--context", "8000"],
+            ["4000000 sequences of 8000 tokens take", "GiB", "are free"],
+        ),
+    ],
+)
+def test_what_is_larger_than_memory_is_refused_before_anything_is_allocated(arguments, words, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(rank, "random_model", lambda *_: made.append(1))
+    assert rank.main([*arguments, "--device", "cpu"]) == 1 and not made
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error

@@ -33,7 +33,7 @@ def checkpoints(tmp_path_factory):
 
 
 def start(model: str | None, **settings) -> subprocess.Popen:
-    job = json.dumps({"model": model, "settings": settings | TIGHT})
+    job = json.dumps({"model": model, "settings": TIGHT | settings})
     return subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.serving", job],
         cwd=ROOT,
@@ -47,6 +47,15 @@ def outcome(process: subprocess.Popen) -> dict:
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, error[-3000:]
     return json.loads(out.splitlines()[-1])
+
+
+def test_ranks_bring_units_back_from_their_parts_of_host_memory():
+    tight = {"host_memory": 0.3, "kv_pages": 12, "state_slots": 4, "max_num_seqs": 4}
+    alone, split = (start(None, **tight, **settings) for settings in ({}, {"tensor_parallel_size": 2}))
+    alone, split = outcome(alone), outcome(split)
+    assert alone["events"]["moved_in"] > 0 and split["events"]["moved_in"] > 0
+    assert split["memory"] == alone["memory"] == ""
+    assert [ours["ids"] for ours in split["results"]] == [theirs["ids"] for theirs in alone["results"]]
 
 
 @pytest.mark.parametrize(("name", "tp", "ep"), [("dense", 2, 1), ("dense", 4, 1), ("moe", 2, 4), ("shipped", 2, 2)])

@@ -20,10 +20,21 @@ VOCAB = 64
 EOS, THINK, END_THINK = 3, 60, 61
 PAGE_BYTES = 4 * PAGE_TOKENS
 EMPTY = b"\xff" * PAGE_BYTES  # no token has this id
+POISON = (62, 13, 62)  # in a row they make everything from the last on not finite
+NONE_ALLOWED, NOT_FINITE = -1, -2
 
 
 def as_bytes(tokens) -> bytes:
     return array("i", tokens).tobytes()
+
+
+def first_poisoned(tokens) -> int | None:
+    """How many tokens stand before the first whose keys are not finite."""
+    return next((i + 2 for i in range(len(tokens) - 2) if tuple(tokens[i : i + 3]) == POISON), None)
+
+
+def finite(history: bytes) -> bool:
+    return as_bytes(POISON) not in history
 
 
 def score(history: bytes, id: int) -> float:
@@ -38,6 +49,8 @@ def scores_of(history: bytes, id: int, alternatives: int) -> TokenScores:
 
 def choose(history: bytes, begin: Begin, output: int, counts: Counter, edit: Edit | None = None) -> int:
     """The id that follows: the first permitted one of a series that everything a sampler knows goes into."""
+    if not finite(history):
+        return NOT_FINITE
     bias = tuple(pair for pair in begin.bias if pair[1] > float("-inf"))
     asked = (begin.temperature, begin.top_k, begin.top_p, begin.min_p, begin.seed, output, bias, begin.allowed)
     asked += (begin.presence_penalty, begin.frequency_penalty, begin.repetition_penalty)
@@ -48,7 +61,7 @@ def choose(history: bytes, begin: Begin, output: int, counts: Counter, edit: Edi
     mask = int.from_bytes(edit.allowed, "little") if edit and edit.allowed else -1
     ids = [(start + 37 * i) % VOCAB for i in range(VOCAB)]
     allowed = begin.allowed or ids
-    return next((id for id in ids if id in allowed and mask >> id & 1 and id not in banned), 0)  # 0: nothing is left
+    return next((id for id in ids if id in allowed and mask >> id & 1 and id not in banned), NONE_ALLOWED)
 
 
 @dataclass
@@ -115,6 +128,9 @@ def expected(request: Request, seed: int, room: int) -> Outcome:
     outcome, counts, searched = Outcome(), Counter(), ""
     for output in range(min(params.max_tokens or room, room - len(request.prompt))):
         id = choose(history, begin, output, counts, forbidden(request, outcome.ids))
+        if id < 0:
+            outcome.reason = "error"
+            break
         outcome.ids.append(id)
         counts[id] += 1
         history += as_bytes([id])
@@ -124,8 +140,9 @@ def expected(request: Request, seed: int, room: int) -> Outcome:
             outcome.text += letter(id) if params.include_stop_str_in_output else ""
             break
         outcome.text += letter(id)
-        searched += letter(id) if ends else ""
-        if found := [stop for stop in params.stop if searched.endswith(stop)]:
+        searched += letter(id)
+        late = output >= params.min_tokens and letter(id)
+        if found := [stop for stop in params.stop if late and searched.endswith(stop)]:
             outcome.reason, outcome.stop = "stop", max(found, key=len)
             outcome.text = outcome.text if params.include_stop_str_in_output else outcome.text[: -len(outcome.stop)]
             break
@@ -139,6 +156,8 @@ class Launched:
         self._device, self._step, self._plans = device, step, device.plans
         self.ids: list[list[int]] | None = None
         self._histories, self._prompt_scores = device.forward(step)
+        quiet = set(range(len(step.decode), len(step.rows))) - {sample.row for sample in step.samples}
+        self._corrupted = [row for row in sorted(quiet) if not finite(self._histories[row][-1])]
         self._scores: dict[int, list[TokenScores]] = {}
 
     def sample(self, edits=()) -> None:
@@ -161,7 +180,7 @@ class Launched:
         assert self.ids is not None, "ids are read that nobody asked for"
         assert self._device.plans > self._plans, "ids are read before the next Step is planned"
         assert not self._device.planned, "ids are read before the next Step is launched"
-        return Result([list(ids) for ids in self.ids], self._scores, self._prompt_scores)
+        return Result([list(ids) for ids in self.ids], self._scores, self._prompt_scores, self._corrupted)
 
 
 class HashDevice:
@@ -315,7 +334,7 @@ class HashDevice:
             ids.append(id)
             counts[id] += 1
             self.left[index] -= 1
-            if id in begin.stops and output + 1 >= begin.min_tokens:
+            if id < 0 or (id in begin.stops and output + 1 >= begin.min_tokens):
                 self.left[index] = 0
             if end is None and len(histories) > 1 and guess is not None:
                 self.drafts["verified"] += 1
@@ -323,15 +342,16 @@ class HashDevice:
             if not self.left[index] or id != guess:
                 break
         self.lengths[index] = context + len(ids)
-        last = histories[len(ids) - 1 if end is None else -1] + as_bytes(ids[-1:])
-        self.next_ids[index] = [ids[-1], *self._draft(last, begin, counts, self.lengths[index] + 1, drafts)]
+        latest = max(ids[-1], 0)
+        last = histories[len(ids) - 1 if end is None else -1] + as_bytes([latest])
+        self.next_ids[index] = [latest, *self._draft(last, begin, counts, self.lengths[index] + 1, drafts)]
         return ids
 
     def _draft(self, history: bytes, begin: Begin, counts: Counter, length: int, drafts: int) -> list[int]:
         """What follows, with a wrong id here and there."""
         ids, counts = [], counts.copy()
         for k in range(drafts):
-            id = choose(history, begin, length + k - begin.prompt_tokens, counts)
+            id = max(choose(history, begin, length + k - begin.prompt_tokens, counts), 0)
             if crc32(b"draft", crc32(history)) % 100 >= self.right:
                 id = (id + 1) % VOCAB
             ids.append(id)

@@ -18,6 +18,7 @@ from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
 from tokenspeed.engine.drafting import MtpDrafter
+from tokenspeed.engine.errors import TokenSpeedError
 from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import HostMemory, Memory, MemoryLayout
 from tokenspeed.engine.model.inputs import Batch, Rows
@@ -87,7 +88,7 @@ class Talk:
     outputs: list[list[int]]
     reasons: dict[int, str] = field(default_factory=dict)
     reuse: object = None
-    errors: list[str] = field(default_factory=list)
+    errors: list[TokenSpeedError] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -99,7 +100,7 @@ class Talk:
         if update.finish_reason:
             self.reasons[update.index] = update.finish_reason
         if update.error:
-            self.errors.append(update.error)
+            self.errors.append(update.error.error)
 
     def history(self, child: int = 0) -> list[int]:
         """Prompt and answer."""

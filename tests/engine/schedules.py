@@ -1,15 +1,33 @@
 """Random schedules over the hash device: one seed, one engine, ten requests, and what every request must get."""
 
+from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from random import Random
+from zlib import crc32
 
-from hash_device import END_THINK, EOS, THINK, VOCAB, HashDevice, Letters, Outcome, as_bytes, expected, scores_of
+from hash_device import (
+    END_THINK,
+    EOS,
+    POISON,
+    THINK,
+    VOCAB,
+    HashDevice,
+    Letters,
+    Outcome,
+    as_bytes,
+    expected,
+    finite,
+    first_poisoned,
+    scores_of,
+)
 
 from tokenspeed.engine import core, scheduler
 from tokenspeed.engine.cache import CacheConfig, Policy, PrefixCache
 from tokenspeed.engine.config import PAGE_TOKENS
+from tokenspeed.engine.errors import CorruptedError, RequestError
 from tokenspeed.engine.request import Request, SamplingParams, Update
 from tokenspeed.engine.scheduler import Leaving, State
 
@@ -33,6 +51,20 @@ class Setting:
     @property
     def tokens(self) -> int:
         return self.pages * PAGE_TOKENS
+
+    @classmethod
+    def tight(cls, random: Random) -> "Setting":
+        """Hardly room for two sequences of which many run, with drafts: somebody always gives way."""
+        return cls(
+            pages=random.choice([2, 3, 3, 4, 5]),
+            slots=random.choice([1, 2, 2, 3, 4]),
+            seqs=random.randint(3, 6),
+            batch_tokens=random.choice([30, 64, 100, 1000]),
+            wait_steps=random.choice([0, 2, 64]),
+            drafts=random.choice([((6, 1),), ((6, 3),), ((6, 7),), ((1, 7), (3, 2))]),
+            right=random.choice([0, 60, 95]),
+            cache={"grid_tokens": random.choice([0, 64]), "policy": random.choice([Policy.VALUE, Policy.LRU])},
+        )
 
     @classmethod
     def random(cls, random: Random) -> "Setting":
@@ -117,8 +149,9 @@ class Bench:
             self.events["snapshot while prefilling"] += sum(len(row.snapshots) for row in step.prefill)
             self.events["copy-on-write"] += sum(row.read_slot not in (-1, row.write_slot) for row in step.rows)
             self.events["decode beside prefill"] += bool(step.decode and step.prefill)
+            sampled = {sample.row for sample in step.samples}
             self.events["prefill cut inside a page"] += any(
-                row.end % PAGE_TOKENS and not row.logits for row in step.prefill
+                row.end % PAGE_TOKENS and i not in sampled for i, row in enumerate(step.prefill, len(step.decode))
             )
             self.events["skipped stores"] += any(row.kv_tokens > row.start for row in step.prefill)
         admitted = [i for i, s in enumerate(waiting) if s.index >= 0]
@@ -145,6 +178,7 @@ class Bench:
         for id, request in self.requests.items():
             for child, seed in enumerate(self.seeds[id]):
                 self._check_continuation(request, child, seed)
+                self._check_cached(request, child)
         stats, planner = self.cache.stats(), self.engine.scheduler
         held = ("pages_held", "slots_working", "slots_planned", "slots_draining", "running")
         assert {name: stats[name] for name in held} == dict.fromkeys(held, 0), "memory is missing"
@@ -162,13 +196,31 @@ class Bench:
         self.events["snapshot evicted"] += stats["snapshots_evicted"]
         self.events["no room"] += stats["no_room"]
 
+    def _ends(self, request: Request) -> list[bytes]:
+        """What stands before the ends of the continuations that cannot go on."""
+        alone = [expected(request, seed, self.setting.tokens) for seed in self.seeds[request.id]]
+        return [as_bytes((*request.prompt, *outcome.ids)) for outcome in alone if outcome.reason == "error"]
+
+    def _check_cached(self, request: Request, child: int) -> None:
+        """Nobody can find what is not finite."""
+        tokens = (*request.prompt, *self.outcome(request.id, child).ids)
+        before = first_poisoned(tokens)
+        if before is not None:
+            self.events["poisoned"] += 1
+            match = self.cache.probe(request.name_space, array("i", tokens))
+            assert max(match.kv_tokens, match.state_tokens) <= before, f"{request.id}.{child}: published"
+
     def _check_continuation(self, request: Request, child: int, seed: int) -> None:
         alone, got = expected(request, seed, self.setting.tokens), self.outcome(request.id, child)
         said = self.news[request.id, child]
         ends = [update.finish_reason is not None for update in said]
         assert ends[-1] and sum(ends) == 1, "a continuation never ended, or there was news after its last"
-        if got.reason == "abort":
-            assert request.id in self.aborted
+        if got.reason == "error":  # of one continuation, which ends them all
+            kinds = {CorruptedError if not finite(history) else RequestError for history in self._ends(request)}
+            assert kinds and type(said[-1].error.error) in kinds
+            self.events[f"end by {said[-1].error.kind}"] += 1
+        if got.reason in ("abort", "error"):
+            assert got.reason == "error" or request.id in self.aborted
             assert got.ids == alone.ids[: len(got.ids)] and alone.text.startswith(got.text)
         else:
             assert got == alone, f"{request.id}.{child} got {got}, not {alone}"
@@ -233,8 +285,14 @@ def random_request(random: Random, number: int, setting: Setting, histories: lis
         prompt = prompt[: random.choice([len(prompt), random.randint(0, len(prompt))])]
     fresh = random.choice([0, 1, 3, 30, 63, 64, 65, 130])
     prompt = (prompt + tuple(random.randrange(VOCAB) for _ in range(fresh)))[: setting.tokens - 1] or (1,)
+    luck = Random(crc32(as_bytes(prompt)) + number)
+    if luck.random() < 0.05:
+        at = luck.randrange(len(prompt))
+        prompt = (*prompt[:at], *POISON, *prompt[at + 3 :])[: setting.tokens - 1]
     length = len(prompt)
     params = random_params(random, setting.tokens - length)
+    if luck.random() < 0.05:
+        params = replace(params, allowed_token_ids=POISON)
     if params.n > setting.seqs:
         params = SamplingParams(max_tokens=params.max_tokens)
     boundaries = [random.randint(1, length) for _ in range(random.randint(0, 3))]
@@ -243,10 +301,10 @@ def random_request(random: Random, number: int, setting: Setting, histories: lis
     return Request(str(number), prompt, params, tuple(sorted(boundaries)), name_space, priority)
 
 
-def run_schedule(seed: int, requests: int = 10) -> Bench:
+def run_schedule(seed: int, requests: int = 10, settings: Callable[[Random], Setting] = Setting.random) -> Bench:
     """One random life of an engine. Raises AssertionError, or what the engine raises, where anything is wrong."""
     random = Random(seed)
-    bench = Bench(Setting.random(random))
+    bench = Bench(settings(random))
     histories: list[tuple[int, ...]] = []
     busy = random.choice([0.05, 0.3, 0.9])  # how fast requests arrive
     impatient = random.choice([0, 0, 0.02, 0.1])

@@ -182,7 +182,11 @@ def test_when_the_device_fails_everyone_is_told_and_nobody_is_served_afterwards(
     with pytest.raises(EngineError, match="Broken: lost the device"):
         bench.run()
     for said in bench.news.values():
-        assert said[-1].finish_reason == "error" and "lost the device" in said[-1].error
+        assert (
+            said[-1].finish_reason == "error"
+            and "lost the device" in said[-1].error.message
+            and said[-1].error.kind == "EngineError"
+        )
     for call in (bench.engine.step, lambda: bench.submit(request("x", prompt_of(9)))):
         with pytest.raises(EngineError, match=r"stopped.*lost the device"):
             call()

@@ -343,3 +343,13 @@ def test_control_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
     assert main(["generate", "Hello!", "--quiet", "--ignore-eos"]) == 130
     assert capsys.readouterr().err.strip() == "stopped."
     assert engines[0].cache.stats()["running"] == 0 and not engines[0].has_work
+
+
+def test_info_says_what_host_memory_keeps_beside_the_device(capsys):
+    arguments = ["info", "--size", "35B-A3B", "--dtype", "bfloat16", "--memory-gib", "139"]
+    assert main([*arguments, "--host-memory", "100"]) == 0
+    found = re.search(r"in host memory (\d+) tokens and (\d+) states more", capsys.readouterr().out)
+    tokens, states = int(found[1]), int(found[2])
+    # 20 KiB of keys and values a token and about 63 MiB a state: 8192 tokens beside each
+    assert 8192 * states <= tokens < 8400 * states and 90 < (tokens * 20 * 2**10 + states * 63 * 2**20) / 2**30 < 101
+    assert main(arguments) == 0 and "host memory" not in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """config.json: what is read, and what is refused with the key and the value."""
 
+import copy
 import json
 
 import pytest
+from transformers import Qwen3_5TextConfig
 
 from tokenspeed.engine.checkpoint import SHIPPED, resolve
 from tokenspeed.engine.config import FULL, LINEAR, EngineConfig, ModelConfig
@@ -21,6 +23,37 @@ def test_yarn_lengthens_the_context():
     rope = GOOD["rope_parameters"] | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
     assert ModelConfig.from_dict(GOOD | {"rope_parameters": rope}).max_context == 4 * 8192
     assert ModelConfig.from_dict(GOOD).max_context == 8192
+
+
+YARN = {"type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_theta": 5e6}, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5e6}, "rope_scaling": {}},
+        {"rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.5}, "rope_scaling": YARN},
+        {"rope_parameters": {"rope_theta": 5e6}, "rope_scaling": YARN, "rope_theta": 3e6},
+        {"rope_parameters": YARN, "rope_theta": 3e6, "partial_rotary_factor": 0.5},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 512}, "rope_theta": 3e6},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 2e6}, "rope_parameters": YARN},
+        {"rope_theta": 3e6},
+        {},
+    ],
+)
+def test_rope_is_read_as_transformers_reads_it(fields):
+    """rope_scaling beside rope_parameters takes its place."""
+    theirs = Qwen3_5TextConfig(**copy.deepcopy(fields), max_position_embeddings=2048).rope_parameters
+    silent = {k: v for k, v in GOOD.items() if not k.startswith("rope") and k != "partial_rotary_factor"}
+    ours = ModelConfig.from_dict(silent | fields | {"max_position_embeddings": 2048, "head_dim": 64})
+    assert (ours.rope.theta, ours.rope.dims) == (theirs["rope_theta"], int(64 * theirs["partial_rotary_factor"]))
+    assert (ours.rope.yarn is not None) == (theirs["rope_type"] == "yarn")
+    if yarn := ours.rope.yarn:
+        wanted = theirs["factor"], theirs["original_max_position_embeddings"]
+        assert (yarn.factor, yarn.original_max_position) == wanted
+        assert ours.max_context == max(2048, int(wanted[0] * wanted[1]))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +75,7 @@ def test_yarn_lengthens_the_context():
         ({"num_experts_per_tok": 99}, ["num_experts_per_tok", "99"]),
         ({"eos_token_id": "x"}, ["eos_token_id", "'x'"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_type", "'longrope'"]),
-        ({"rope_parameters": {"rope_type": "yarn"}}, ["original_max_position_embeddings"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["factor"]),
         ({"rope_parameters": {"partial_rotary_factor": 0.3}}, ["partial_rotary_factor", "0.3"]),
         ({"text_config": [1]}, ["text configuration", "list"]),
     ],

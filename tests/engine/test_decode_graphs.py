@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tokenspeed import ops
+from tokenspeed.engine.config import DenseConfig
 from tokenspeed.engine.loading import slot_sizes
 from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
@@ -62,21 +63,31 @@ class Decoding:
         self.runner.choose(self.step, forwarded, ())
         return logits
 
-    def write(self, outputs: int, foreseen: list[list[int]] | None = None) -> tuple[list[list[int]], int]:
-        """Ids of each sequence, and in how many steps. foreseen: what is drafted in place of the head's guesses, with
-        every fifth id wrong."""
-        tables, index = self.runner.tables, slice(self.index, self.index + SEQUENCES)
-        written, steps = [[id] for id in tables.ids[index, 0].tolist()], 0
-        while min(map(len, written)) < outputs:
-            if foreseen:
-                for i, (ids, seen) in enumerate(zip(foreseen, written, strict=True)):
-                    drafts = [id + (at % 5 == 4) for at, id in enumerate(ids)][len(seen) :][: self.drafts]
-                    tables.ids[self.index + i, 1 : 1 + len(drafts)] = torch.tensor(drafts, device=CUDA)
-            news, _ = self.runner.choose(self.step, self.runner.forward(self.step), ())
-            for ids, (count, *new) in zip(written, news.tolist(), strict=True):
-                ids += new[:count]
+    def follow(self, ids: torch.Tensor, wrong: int = 0) -> None:
+        """From now on choose and draft what `ids` says, [indices, tokens] by a token's place in its sequence. wrong:
+        every so many drafts, one is not what is chosen."""
+        last = ids.shape[1] - 1
+
+        def draw(logits, index, output, greedy=False):
+            return ids[index, output.clamp(0, last)]
+
+        self.runner.sampler.draw, self.wrong = draw, wrong
+
+    def walk(self, tokens: int) -> tuple[list[torch.Tensor], int]:
+        """Logits behind that many tokens of each sequence, [tokens, V] fp32, and in how many steps."""
+        tables, rows = self.runner.tables, slice(self.index, self.index + SEQUENCES)
+        found, steps = [[] for _ in range(SEQUENCES)], 0
+        while min(map(len, found)) < tokens:
+            if self.drafts and self.wrong:
+                places = tables.length[rows, None] + torch.arange(1, 1 + self.drafts, device=CUDA)
+                tables.ids[rows, 1:] += (places % self.wrong == 0).long()
+            forwarded = self.runner.forward(self.step)
+            logits = forwarded.logits.float().view(-1, 1 + self.drafts, forwarded.logits.shape[1]).clone()
+            news, _ = self.runner.choose(self.step, forwarded, ())
+            for own, row, (count, *_) in zip(found, logits, news.tolist(), strict=False):
+                own += row[:count]
             steps += 1
-        return [ids[:outputs] for ids in written], steps
+        return [torch.stack(own[:tokens]) for own in found], steps
 
 
 PLACES = [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)]
@@ -100,11 +111,20 @@ def test_the_next_logits_are_those_of_a_token_alone(model, drafts, graphs, place
 
 @pytest.mark.parametrize("place", [(1, 1, 1), (0, 0, 0)], ids=str)
 @torch.inference_mode()
-def test_ids_by_graphs_with_drafts_are_those_of_tokens_one_by_one(model, place):
-    expected, steps = Decoding(model, 0).write(120)
-    assert steps == 119
-    decoding = Decoding(model, 3, *place)
+def test_logits_behind_drafts_are_those_of_tokens_one_by_one(model, place):
+    """Given the same ids, right drafts and wrong ones leave every sequence where tokens one by one would: bf16 rounds
+    differently with the number of rows, and of random weights the likeliest ids nearly tie, so ids are not compared."""
+    ids = torch.randint(0, 9999, (SEQUENCES + 2, 400), generator=torch.Generator().manual_seed(6)).to(CUDA)
+    alone, decoding = Decoding(model, 0, *place), Decoding(model, 3, *place)
+    alone.follow(ids)
+    decoding.follow(ids, wrong=5)
     assert decoding.runner.capture(lambda sequences: 3, progress=False)
-    found, steps = decoding.write(120, expected)
-    assert found == expected
-    assert steps < 70, "drafts that are right count"
+    expected, steps = alone.walk(100)
+    assert steps == 100
+    found, steps = decoding.walk(100)
+    assert steps < 60, "drafts that are right count"
+    for ours, theirs in zip(found, expected, strict=True):
+        distance = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+        # Where experts nearly tie, rounding decides who is chosen.
+        dense = isinstance(model.config.ffn, DenseConfig)
+        assert (distance.max() if dense else distance.quantile(0.8)) < 0.03, distance.tolist()

@@ -313,6 +313,16 @@ def test_nothing_ends_before_min_tokens():
     assert len(bench.outcome("a").ids) == 50 and not {EOS, 9} & set(bench.outcome("a").ids[:49])
 
 
+def test_a_stop_string_counts_that_only_begins_in_the_first_min_tokens():
+    """As in vLLM: what ends with the last of them does not. A token is a character here."""
+    whole, _ = text_of()
+    for begin in range(14, 22):
+        stop = whole[begin : begin + 9]
+        assert whole.count(stop) == 1
+        text, found = text_of(stop=[stop], min_tokens=26)
+        assert (text, found) == ((whole[:begin], stop) if begin + 9 > 26 else (whole, None))
+
+
 def test_a_stop_id_is_named_and_its_text_left_out_unless_asked_for():
     whole, _ = text_of()
     stop = Letters().encode(whole[8])[0]

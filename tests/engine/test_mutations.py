@@ -40,7 +40,7 @@ BUGS = (
         Scheduler.reconcile,
         "-= step.width - len(new)",
         "-= 2 * (step.width - len(new))",
-        seeds(0),
+        seeds(1),
     ),
     Bug(
         "a bound forgets drafts",
@@ -138,14 +138,14 @@ BUGS = (
         Scheduler._plan_decode,
         "sequence.constrained and self._edited(sequence)",
         "False",
-        seeds(0),
+        seeds(1),
     ),
     Bug("all ids of a step count", Engine.judge, "return count, True", "return len(ids), True", text_ends),
     Bug(
         "min_tokens by a step's first output",
         Engine.judge,
-        "sequence.outputs + count",
-        "sequence.outputs + 1",
+        "sequence.outputs + count, update",
+        "sequence.outputs + 1, update",
         seeds(0),
     ),
     Bug("log-probabilities of a step's first id", Engine.judge, "scores[count - 1 : count]", "scores[:1]", seeds(5)),
@@ -154,7 +154,7 @@ BUGS = (
         Engine._reconcile,
         "planned.samples[i].id: scores",
         "planned.samples[i - 1].id: scores",
-        seeds(3),
+        seeds(5),
     ),
     Bug(
         "a state beyond the text is donated",
@@ -374,8 +374,8 @@ BUGS = (
     Bug(
         "min_tokens of text are ignored",
         Engine._accept,
-        "if outputs >= params.min_tokens:\n            text, found",
-        "if True:\n            text, found",
+        "push(text, outputs > params.min_tokens)",
+        "push(text)",
         loop.test_nothing_ends_before_min_tokens,
     ),
     Bug(
@@ -383,7 +383,7 @@ BUGS = (
         Engine._accept,
         "if reason is None and outputs >= sequence.limit:",
         "if outputs >= sequence.limit:",
-        seeds(0),
+        seeds(21),
     ),
     Bug(
         "prompt scores are shifted",

@@ -5,12 +5,13 @@ from collections import Counter
 import pytest
 from schedules import run_schedule
 
-SEEDS = range(60)
+SEEDS = range(100)
 EVENTS = """
-abort, copy, copy-on-write, decode beside prefill, edited sample, end by length, end by stop, end by text,
-ended while giving way, fork, fork without room, keys known further than state, no room, preempted then whole,
-preemption, prefill cut inside a page, prompt scores, resumed inside a page, retiring while launched, same again,
-same again with a page, skip-ahead, skipped stores, snapshot consumed, snapshot evicted, snapshot while prefilling, wait
+abort, copy, copy-on-write, decode beside prefill, edited sample, end by CorruptedError, end by RequestError, end by
+length, end by stop, end by text, ended while giving way, fork, fork without room, keys known further than state, no
+room, preempted then whole, poisoned, preemption, prefill cut inside a page, prompt scores, resumed inside a page,
+retiring while launched, same again, same again with a page, skip-ahead, skipped stores, snapshot consumed, snapshot
+evicted, snapshot while prefilling, wait
 """
 
 

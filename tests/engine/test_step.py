@@ -59,7 +59,7 @@ BROKEN = {
     "a page is copied to twice": replace(NEXT, copies=((0, 4, 3), (1, 4, 3))),
     "a copy reads what another": replace(NEXT, copies=((0, 4, 3), (4, 5, 3))),
     "has no sample of its own": replace(NEXT, samples=(Sample(1, 1), Sample(0, 0))),
-    "a sample without logits": replace(NEXT, samples=(*NEXT.samples, Sample(2, 3))),
+    "which is no prefill row": replace(NEXT, samples=(*NEXT.samples, Sample(2, 3))),
     "goes on from nowhere": replace(NEXT, decode=(DecodeRow(3, 0, 0),), samples=(Sample(0, 3),)),
     "goes on at": Step(prefill=(PrefillRow((1,), 62, 0, 0),)),
     "a prefill row without tokens": Step(prefill=(PrefillRow((), 60, 0, 0),)),

@@ -2,17 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import CPU, Shape, load, oracle
+from checkpoints import CPU, VOCAB, Shape, load, oracle, oracle_logits
+from lab import uncached_logits
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tokenspeed.engine.checkpoint import SHIPPED, resolve
-from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.config import EngineConfig, ModelConfig
 from tokenspeed.engine.errors import ConfigError
+from tokenspeed.engine.loading import load_runner, read_model_config
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
-from tokenspeed.engine.model.weights import load_weights
+from tokenspeed.engine.model.weights import fill_with_noise, load_weights
+from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
+from tokenspeed.engine.parallel.mesh import Mesh
+from tokenspeed.ops.fp8 import FP8
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,50 @@ def test_tied_weights_share_memory_and_load_with_or_without_a_stored_head(tmp_pa
     tensors = load_file(tmp_path / "model.safetensors")
     rewrite(tmp_path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert same_parameters(load(tmp_path), tied)
+
+
+@pytest.mark.parametrize("different", [False, True])
+def test_a_stored_head_that_is_not_the_embedding_is_used_as_transformers_uses_it(tmp_path, different, capsys):
+    """Whatever config.json says of tying; and somebody says so."""
+    oracle(Shape(tied=True)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[VOCAB - 1] += 1.0 if different else 0.0
+    rewrite(tmp_path, tensors | {"lm_head.weight": head})
+    llm_config = EngineConfig(device="cpu", kv_pages=4, state_slots=2, max_num_seqs=1)
+    runner, _ = load_runner(tmp_path, llm_config, CPU, ONE_RANK, list, progress=False)
+    model, ids = runner.model, torch.arange(40) * 7 % VOCAB
+    assert torch.equal(model.program[-1].weight, head) and model.config.tied is not different
+    assert ("tie_word_embeddings" in capsys.readouterr().err) is different
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = oracle_logits(theirs, ids)
+    assert (uncached_logits(model, ids.tolist())[0] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("moe", [False, True])
+def test_dummy_weights_need_no_weight_files_and_give_finite_logits(tmp_path, moe, quantization):
+    """The same numbers each time, and on every rank what all of them hold."""
+    oracle(Shape(moe=moe)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = EngineConfig(
+        device="cpu", kv_pages=4, state_slots=2, max_num_seqs=1, quantization=quantization, load_format="dummy"
+    )
+    with pytest.raises(ConfigError, match=r"no \.safetensors"):
+        load_runner(tmp_path, replace(config, load_format="auto"), CPU, ONE_RANK, list, progress=False)
+    first, second = (load_runner(tmp_path, config, CPU, ONE_RANK, list, progress=False)[0].model for _ in range(2))
+    logits = uncached_logits(first, list(range(100)))[0]
+    assert logits.isfinite().all() and 0.1 < logits.std() < 10
+    assert torch.equal(logits, uncached_logits(second, list(range(100)))[0])
+    assert quantization == "none" or any(p.dtype == FP8 for p in first.parameters())
+    if quantization == "none":
+        ranks = []
+        for rank in range(2):
+            communicator = Communicator(Mesh(2, 1, rank))
+            model = Qwen3_5.empty(read_model_config(tmp_path, config), torch.float32, CPU, communicator)
+            fill_with_noise(model)
+            ranks.append([p for p in model.parameters() if all(isinstance(dim, int) for dim in p.dims)])
+        assert ranks[0] and all(torch.equal(ours, theirs) for ours, theirs in zip(*ranks, strict=True))
 
 
 def test_the_shipped_model_is_small_and_loads():

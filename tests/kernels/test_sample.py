@@ -7,7 +7,7 @@ import torch
 
 import tokenspeed.ops.sampling  # declares torch.ops.tokenspeed.sample
 from tests.ops.backends import make_backend
-from tokenspeed.ops.sampling import _philox, noise_words
+from tokenspeed.ops.sampling import NONE_ALLOWED, NOT_FINITE, _philox, noise_words
 
 
 def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, index=0):
@@ -114,6 +114,27 @@ def test_the_rare_tail_of_a_large_vocabulary_is_drawn_as_often_as_it_should():
     assert rest.unique().numel() > 0.9 * rest.numel()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 300])
+@pytest.mark.parametrize("kind", ["torch-fp32", "emulated", "cuda"])
+def test_where_there_is_no_id_the_reason_stands_in_its_place(kind, vocabulary, dtype):
+    """Wherever in the row it stands, whatever is asked for."""
+    nan, inf = math.nan, math.inf
+    logits = torch.randn(8, vocabulary, generator=torch.Generator().manual_seed(1)).to(dtype)
+    at = torch.randint(vocabulary, (8,), generator=torch.Generator().manual_seed(2)).tolist()
+    logits[0, at[0]], logits[1, at[1]], logits[2], logits[3] = nan, inf, nan, -inf
+    logits[4], logits[4, at[4]] = -inf, nan
+    logits[5], logits[5, at[5]] = -inf, 1.0  # the only one that is allowed
+    logits[6, at[6]] = -nan
+    sample = make_backend(kind).op("sample")
+    for cut in [{"temperature": 0.0}, {}, CUTS[-1], {"top_k": 200, "top_p": 0.9}, {"top_p": 0.6}]:
+        ids = sample(*arguments(logits, **cut, seed=3)).tolist()
+        assert ids[:5] + ids[6:7] == [NOT_FINITE] * 3 + [NONE_ALLOWED] + [NOT_FINITE] * 2, cut
+        assert ids[5] == at[5] and 0 <= ids[7] < vocabulary, cut
+    logits = torch.full((2, vocabulary), 3e38)
+    assert sample(*arguments(logits, temperature=torch.tensor([0.0, 0.1]))).tolist() == [0, NOT_FINITE]
+
+
 def test_temperature_zero_takes_the_lowest_id_of_the_largest():
     logits = torch.tensor([[0.0, 3, 1, 3], [5, 5, 5, 5], [-math.inf, -2, -math.inf, -2]])
     assert sample(logits, temperature=0.0).tolist() == [1, 0, 1]
@@ -198,4 +219,4 @@ def test_equal_logits_and_forbidden_rows(backend):
     logits[1] = -math.inf
     assert_same_draws(backend, arguments(logits[:1], temperature=torch.tensor([0.0])))
     assert_same_draws(backend, arguments(logits[:1], temperature=0.7, top_k=3, top_p=0.5, index=4))
-    assert 0 <= int(backend.op("sample")(*(x.to(backend.device) for x in arguments(logits[1:])))[0]) < 50
+    assert backend.op("sample")(*(x.to(backend.device) for x in arguments(logits[1:]))).tolist() == [NONE_ALLOWED]

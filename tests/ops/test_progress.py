@@ -112,7 +112,7 @@ def accepted(tables: Tables, i: int, tokens: list[int], chosen: list[int], conte
         if context < 0 or tables.left[i] == count or (place and tokens[place] != chosen[place - 1]):
             break
         count += 1
-        if id in tables.stops[i] and context + 1 - tables.prompt[i] + place + 1 >= tables.min_tokens[i]:
+        if id < 0 or (id in tables.stops[i] and context + 1 - tables.prompt[i] + place + 1 >= tables.min_tokens[i]):
             tables.left[i] = count
             break
     return count
@@ -131,6 +131,8 @@ def test_drafts_count_as_far_as_they_were_chosen_and_no_further_than_an_end(back
             tokens[row, at + 1].item() if at + 1 < width and random.random() < 0.7 else id
             for at, id in enumerate(chosen[row])
         ]
+        if random.random() < 0.3:  # and behind some no id could be chosen
+            chosen[row][random.randrange(width)] = random.choice([-1, -2])
     progress = [backend.tensor(tables.length), backend.tensor(tables.left), int64(backend, tables.ids)]
     rules = backend.tensor(tables.min_tokens), int64(backend, tables.stops)
     arguments = (int64(backend, chosen), tokens, outputs, context, int64(backend, index), *rules, *progress)
@@ -141,7 +143,7 @@ def test_drafts_count_as_far_as_they_were_chosen_and_no_further_than_an_end(back
         assert counts[row].item() == count
         if count:
             tables.length[i] = context[row].item() + count
-            tables.ids[i][0] = chosen[row][count - 1]
+            tables.ids[i][0] = max(chosen[row][count - 1], 0)
         tables.left[i] = 0 if tables.left[i] != before else before - count
     assert [x.tolist() for x in progress] == [tables.length, tables.left, tables.ids]
 

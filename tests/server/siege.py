@@ -9,14 +9,18 @@ steps, and /v1/models, which the event loop answers alone.
 import argparse
 import asyncio
 import contextlib
+import datetime
 import itertools
 import json
 import os
+import platform
+import re
 import socket
 import statistics
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.server.launch import ROOT, Server
@@ -139,6 +143,13 @@ async def _siege(server: Server, attacks: list[tuple[Attack, int]], seconds: flo
     return json.loads(times)
 
 
+def _processor() -> str:
+    """Its name, where the system tells."""
+    told = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", told.read_text()) if told.exists() else None
+    return found[1] if found else platform.machine()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.server.siege", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=30, help="of each attack (default 30)")
@@ -154,6 +165,7 @@ def main() -> int:
     ]
     sieges = [("nothing", [])] + [(name, [(attack, count)]) for name, attack, count in single]
     sieges.append(("all of them", [(attack, count) for _, attack, count in single]))
+    print(f"{_processor()}, {os.cpu_count()} cores, {datetime.date.today():%d %B %Y}\n")
     print(
         f"| attack ({options.seconds:g} s each) | /health ms: median | worst | /v1/models ms: median | worst | load |"
     )

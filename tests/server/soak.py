@@ -2,6 +2,8 @@
 
     python -m tests.server.soak [--seconds S] [--streams N]
 
+The short form counts answers in place of seconds, so that no machine is too slow for it.
+
 Clients stream, hang up at random moments, abort by id, send bodies that are too large or broken. At the end nothing may
 be left over: no sequence, page or slot in use, no socket or file descriptor more than before, and memory that has
 stopped growing in both processes.
@@ -36,7 +38,9 @@ FILLING_PROMPTS = 16
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 # Small arenas: they fill in the first seconds, and untouched memory would look like growth for as long as it lasts.
 ARENAS = ("--kv-pages", "192", "--state-slots", "48", "--max-num-seqs", "32")
-OPTIONS = (*ARENAS, "--max-requests", "480", "--max-body-mib", "1")
+OPTIONS = (*ARENAS, "--max-requests", "400", "--max-body-mib", "1")
+KINDS = ("whole", "hang up", "abort", "413", "400", "429")  # of answers
+SHORT_ROUND_SECONDS = 600  # of a round that waits for answers: far more than any machine takes
 
 
 @dataclass
@@ -65,12 +69,17 @@ def fill(server: Server) -> None:
         assert answer.status_code == 400, answer.text
 
 
-def soak(server: Server, seconds: float, streams: int, seed: int = 0, progress: bool = True) -> Report:
-    """Run `streams` clients against a server for a time. Rounds before it set the levels to come back to."""
-    return asyncio.run(_soak(server, seconds, streams, seed, progress))
+def soak(
+    server: Server, seconds: float, streams: int, seed: int = 0, progress: bool = True, each: int | None = None
+) -> Report:
+    """Run `streams` clients against a server for a time, or, in as few rounds as there may be, until so many answers of
+    `each` kind came in every round. Rounds before it set the levels to come back to."""
+    return asyncio.run(_soak(server, seconds, streams, seed, progress, each))
 
 
-async def _soak(server: Server, seconds: float, streams: int, seed: int, progress: bool) -> Report:
+async def _soak(
+    server: Server, seconds: float, streams: int, seed: int, progress: bool, each: int | None = None
+) -> Report:
     report, host = Report(), urlsplit(server.url).netloc
     processes = {"server": server.process.pid, "engine": server.engine_pid()}
     for warm_up in range(MOST_WARM_UPS):  # pools, tables and arenas fill up
@@ -79,10 +88,12 @@ async def _soak(server: Server, seconds: float, streams: int, seed: int, progres
         if all(_resident_kib(pid) - resident[pid] < STEADY_KIB for pid in resident):
             break
     before = await _idle(server, processes)
-    rounds = max(LEAST_ROUNDS, int(seconds / ROUND_SECONDS))
+    rounds = LEAST_ROUNDS if each else max(LEAST_ROUNDS, int(seconds / ROUND_SECONDS))
+    long = SHORT_ROUND_SECONDS if each else seconds / rounds
     with tqdm(total=int(seconds), unit="s", desc=f"{streams} clients", disable=not progress, file=sys.stderr) as bar:
         for number in range(rounds):
-            await _clients(host, seconds / rounds, streams, random.Random(seed + 1 + number), report, bar)
+            wanted = {kind: report.outcomes[kind] + each for kind in KINDS} if each else None
+            await _clients(host, long, streams, random.Random(seed + 1 + number), report, bar, wanted)
             after = await _idle(server, processes)
             for name, pid in processes.items():
                 report.memory[name].append((time.monotonic(), _resident_kib(pid)))
@@ -91,8 +102,17 @@ async def _soak(server: Server, seconds: float, streams: int, seed: int, progres
     return report
 
 
-async def _clients(host: str, seconds: float, streams: int, luck: random.Random, report: Report, bar) -> None:
-    """Clients for a time; those that still read then hang up all at once."""
+async def _clients(
+    host: str,
+    seconds: float,
+    streams: int,
+    luck: random.Random,
+    report: Report,
+    bar: tqdm | None,
+    wanted: dict[str, int] | None = None,
+) -> None:
+    """Clients for a time, or until the report has the outcomes that are wanted; those that still read then hang up all
+    at once."""
 
     async def client(own: random.Random) -> None:
         while True:
@@ -101,6 +121,8 @@ async def _clients(host: str, seconds: float, streams: int, luck: random.Random,
     clients = [asyncio.create_task(client(random.Random(luck.random()))) for _ in range(streams)]
     start, shown = time.monotonic(), bar.n if bar is not None else 0
     while (passed := time.monotonic() - start) < seconds and not any(task.done() for task in clients):
+        if wanted is not None and all(report.outcomes[kind] >= count for kind, count in wanted.items()):
+            break
         await asyncio.sleep(min(SHOWN_SECONDS, seconds - passed))
         if bar is not None:
             bar.set_postfix(answers=report.outcomes.total(), refresh=False)

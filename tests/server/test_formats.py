@@ -1,8 +1,10 @@
 """Grammars that would never end, or fill the memory: their client is told which limit, and nobody else notices."""
 
 import asyncio
+import itertools
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -66,20 +68,23 @@ def ask(server, key="one", path="/v1/chat/completions", **more):
 def test_a_bomb_is_refused_with_the_limit_and_nobody_waits(running, name):
     asked, words = BOMBS[name]
     ask(running, "two", response_format=schema_format(SMALL))
-    slowest, stop = {"health": 0.0, "format": 0.0}, threading.Event()
+    slowest, stop, numbers = [0.0, 0.0], threading.Event(), itertools.count()
+
+    def look() -> tuple[float, float]:
+        """Seconds of a /health, and of a small format that is new."""
+        start = time.monotonic()
+        assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
+        between = time.monotonic()
+        fresh = SMALL | {"description": f"{name} {next(numbers)}"}
+        assert ask(running, "two", response_format=schema_format(fresh)).status_code == 200
+        return between - start, time.monotonic() - between
 
     def watch() -> None:
-        number = 0
         while not stop.is_set():
-            start, number = time.monotonic(), number + 1
-            assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
-            between = time.monotonic()
-            fresh = SMALL | {"description": f"{name} {number}"}
-            assert ask(running, "two", response_format=schema_format(fresh)).status_code == 200
-            slowest["health"] = max(slowest["health"], between - start)
-            slowest["format"] = max(slowest["format"], time.monotonic() - between)
+            slowest[:] = map(max, slowest, look())
             time.sleep(0.01)
 
+    alone = look()
     watcher = threading.Thread(target=watch)
     watcher.start()
     answer = ask(running, **asked)
@@ -88,7 +93,8 @@ def test_a_bomb_is_refused_with_the_limit_and_nobody_waits(running, name):
     assert answer.status_code == 400, answer.text
     message = answer.json()["error"]["message"]
     assert words in message, message
-    assert slowest["health"] < 2 and slowest["format"] < 8, slowest  # for ever, where it waits
+    # For ever, where it waits; and a machine that is slow without a bomb is slow with one.
+    assert slowest[0] < max(2, 20 * alone[0]) and slowest[1] < max(8, 20 * alone[1]), (slowest, alone)
 
 
 def test_a_completion_and_an_anthropic_tool_meet_the_same_limits(running):
@@ -151,19 +157,19 @@ def test_a_bomb_whose_client_goes_away_is_killed_and_others_compile_meanwhile(fo
         bombs = [Format(False, schema_format(PATTERNS | {"title": str(i)})) for i in range(6)]
         tasks = [asyncio.ensure_future(formats.compile("one", "", bomb)) for bomb in bombs]
         await asyncio.sleep(0.1)
-        start = time.monotonic()
         await formats.compile("two", "", Format(False, schema_format(SMALL | {"title": "other"})))
-        waited = time.monotonic() - start
+        unfinished = sum(not task.done() for task in tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0.3)
-        children = f"/proc/{formats._process.pid}/task/{formats._process.pid}/children"
-        with open(children) as file:
-            return waited, file.read().split()
+        children = Path(f"/proc/{formats._process.pid}/task/{formats._process.pid}/children")
+        deadline = time.monotonic() + 60
+        while (left := children.read_text().split()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        return unfinished, left
 
-    waited, left = formats(leave)
-    assert waited < 4 and left == []
+    unfinished, left = formats(leave)
+    assert unfinished > 0 and left == [], "a bomb takes seconds of computing wherever it runs"
 
 
 def test_the_worker_comes_back_when_it_is_killed(formats):
@@ -193,12 +199,18 @@ def test_a_key_s_share_is_its_own():
     async def work():
         shares, order = Shares(1), []
 
-        async def one(key, name, seconds):
+        async def one(key, name, until=None):
             async with shares.one(key):
                 order.append(name)
-                await asyncio.sleep(seconds)
+                if until:
+                    await until.wait()
 
-        await asyncio.gather(one("a", "a1", 0.2), one("a", "a2", 0), one("b", "b1", 0))
+        async def other():
+            await one("b", "b1")
+            other_done.set()
+
+        other_done = asyncio.Event()
+        await asyncio.gather(one("a", "a1", other_done), one("a", "a2"), other())
         return order, shares._running
 
     order, left = asyncio.run(work())

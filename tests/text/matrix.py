@@ -5,8 +5,8 @@
 prints for each directory how many prompts were compared, and fails at the first that differs.
 """
 
+import argparse
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,14 +93,19 @@ def compare(tokenizer: Tokenizer, template: ChatTemplate, oracle: Any) -> int:
     return count
 
 
-def main(directories: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "directories", nargs="+", metavar="DIRECTORY", help="checkpoints with a tokenizer and a template"
+    )
+    options = parser.parse_args()
     from transformers import AutoTokenizer
 
-    for directory in directories:
+    for directory in options.directories:
         tokenizer = Tokenizer.from_directory(Path(directory))
         template = ChatTemplate.from_directory(Path(directory), tokenizer)
         print(directory, compare(tokenizer, template, AutoTokenizer.from_pretrained(directory)), "prompts are equal")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -77,9 +77,28 @@ def test_before_the_end_of_the_reasoning_a_stop_string_is_text(size, include):
     assert found == "stop" and told == thought + ">" + said + ("stop" if include else "")
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("early", range(12))
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_string_may_begin_where_none_may_end(include, early, size):
+    """Against a plain search of the whole text for what ends behind the first `early` characters."""
+    stops, text = ["ab", "xabz", "bz"], "xabxabzabq!"
+    ends = [(at + len(s), -len(s), s) for s in stops for at in range(len(text)) if text.startswith(s, at)]
+    end, length, wanted = min([found for found in ends if found[0] > early], default=(len(text), 0, None))
+    search, told, found = StopStrings(stops, include), "", None
+    for at in [*range(0, early, size), *range(early, len(text), size)]:
+        late = at >= early
+        piece, found = search.push(text[at : min(at + size, len(text) if late else early)], late)
+        told += piece
+        if found:
+            break
+    told += "" if found else search.finish()
+    assert (told, found) == (text[: end if include or not wanted else end + length], wanted)
+
+
 def test_what_is_passed_over_may_end_the_reasoning_too():
     stops = StopStrings(["stop"], False, after="</think>")
     assert stops.push("stop </thi") == ("stop </thi", None)
-    assert stops.pass_over("nk> stop") == "nk> stop"
+    assert stops.push("nk> stop", ends=False) == ("nk> stop", None)
     assert stops.push("a stop") == ("a ", "stop")
     assert StopStrings(["stop"], False, after="</think>").push("</think>") == ("</think>", None)

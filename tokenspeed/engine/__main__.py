@@ -1,4 +1,4 @@
-"""`python -m tokenspeed.engine`: the command line."""
+"""The command line: `tokenspeed`, or `python -m tokenspeed.engine`."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from .ranks import follow
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description="Qwen3.5 inference for agents.")
+    parser = argparse.ArgumentParser(prog="tokenspeed", description="Qwen3.5 inference for agents.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (generate, chat, bench, serve, route, info):
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started the ranks, and brings them together
             options.rendezvous, rank = "env://", int(os.environ["RANK"])
             if rank > 0:
-                follow(resolve(options.model), EngineConfig(**engine_settings(options)), rank)
+                follow(resolve(options.model, options.load_format), EngineConfig(**engine_settings(options)), rank)
                 return 0
         return options.run(options)
     except TokenSpeedError as error:

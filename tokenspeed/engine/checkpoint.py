@@ -6,12 +6,13 @@ from .errors import ConfigError
 from .quantization import refusal
 
 SHIPPED = Path(__file__).parent.parent / "models" / "tiny_agent"
-_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_TEXT_FILES, _WEIGHTS = ["*.json", "*.jinja"], ["*.safetensors"]
 
 
-def resolve(model: str | Path | None) -> Path:
+def resolve(model: str | Path | None, load_format: str = "auto") -> Path:
     """The checkpoint's directory. None means the shipped model; a name that is no directory is a hub id, fetched with
-    its progress shown. Nothing in it is executed. Raises ConfigError where there is no such model."""
+    its progress shown, without its weights where load_format is "dummy". Nothing in it is executed. Raises ConfigError
+    where there is no such model."""
     if model is None:
         return SHIPPED
     path = Path(model).expanduser()
@@ -27,7 +28,8 @@ def resolve(model: str | Path | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        files = _TEXT_FILES + (_WEIGHTS if load_format == "auto" else [])
+        return Path(snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .chat.turn import TurnReader
-from .request import CompletionOutput, Logprob, Request, RequestOutput, TokenScores, Update
+from .request import CompletionOutput, Failure, Logprob, Request, RequestOutput, TokenScores, Update
 from .text.tokenizer import Tokenizer
 from .text.tools import Content
 from .text.turn import TurnEvent, TurnText
@@ -25,7 +25,7 @@ class Collector:
             for i in range(params.n)
         ]
         self.output = RequestOutput(request.id, prompt, list(request.prompt), outputs)
-        self.error: str | None = None
+        self.error: Failure | None = None
 
     def take(self, update: Update) -> list[TurnEvent]:
         """Add an Update. Mutates `output`. Returns what it adds to the turn; for a raw prompt its text is content."""
@@ -49,6 +49,7 @@ class Collector:
             self.output.metrics = update.metrics
             self.output.finished = all(o.finish_reason for o in self.output.outputs)
             self.error = self.error or update.error
+            self.output.error = self.error and self.error.error
         return events
 
     def snapshot(self) -> RequestOutput:

@@ -178,9 +178,10 @@ class EngineConfig:
 
     dtype: "bfloat16", "float32", or "auto" (bf16 on a GPU, fp32 on a CPU); quantization: which weights are held in FP8,
     "auto" for those that the checkpoint has so, "fp8" for all that can be, quantised while loading, "none" for none,
-    dequantised while loading; kv_cache_dtype: of the KV pages, "auto" for dtype or "fp8"; device: a torch device, or
-    "auto"; threads: CPU threads torch may use in this process, None for torch's choice, or 1 where the model is too
-    small to share.
+    dequantised while loading; load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones on the
+    device, for measurements: config.json and the tokenizer's files are enough; kv_cache_dtype: of the KV pages, "auto"
+    for dtype or "fp8"; device: a torch device, or "auto"; threads: CPU threads torch may use in this process, None for
+    torch's choice, or 1 where the model is too small to share.
     max_model_len: of one sequence, None for the model's context; max_num_seqs: at once; max_num_batched_tokens: of one
     Step.
     gpu_memory_utilization: how much of the device's whole memory may be in use, weights included, once pages and slots
@@ -199,6 +200,7 @@ class EngineConfig:
 
     dtype: str = "auto"
     quantization: str = "auto"
+    load_format: str = "auto"
     kv_cache_dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -233,6 +235,7 @@ class EngineConfig:
         fraction = self.gpu_memory_utilization
         checks = (
             ("quantization", self.quantization in ("auto", "fp8", "none"), "'auto', 'fp8' or 'none'"),
+            ("load_format", self.load_format in ("auto", "dummy"), "'auto' or 'dummy'"),
             ("kv_cache_dtype", self.kv_cache_dtype in ("auto", "fp8"), "'auto' or 'fp8'"),
             ("max_model_len", positive(self.max_model_len), "at least 1, or None for the model's context"),
             ("max_num_seqs", positive(self.max_num_seqs), "at least 1"),
@@ -323,11 +326,12 @@ def _ffn(fields: _Fields, kind: str) -> DenseConfig | MoeConfig:
 
 
 def _rope(fields: _Fields, head_dim: int) -> RopeConfig:
-    raw = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
+    # As transformers reads it: rope_scaling, where it says anything, replaces rope_parameters, its rope_theta included.
+    raw = fields.raw.get("rope_scaling") or fields.raw.get("rope_parameters") or {}
     rope = _Fields({"rope_theta": fields.raw.get("rope_theta"), **raw})
     # Partial rotation is a property of the family: a file that does not name it means a quarter of each head.
     fraction = rope.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 0.25))
-    theta, dims = rope.get("rope_theta", float, 10_000_000.0), int(head_dim * fraction)
+    theta, dims = rope.get("rope_theta", float, 10_000.0), int(head_dim * fraction)
     if dims % 2 or dims > head_dim:
         raise ConfigError(
             f"partial_rotary_factor {fraction} of head_dim {head_dim} rotates {dims} dimensions, not pairs."
@@ -337,9 +341,10 @@ def _rope(fields: _Fields, head_dim: int) -> RopeConfig:
         return RopeConfig(theta, dims, None)
     if kind != "yarn":
         raise ConfigError(f"rope_type {kind!r} is not supported; it must be 'default' or 'yarn'.")
-    original = rope.get("original_max_position_embeddings", int)
+    longest = fields.get("max_position_embeddings", int, 32768)
+    original = rope.get("original_max_position_embeddings", int, longest)
     yarn = YarnScaling(
-        factor=rope.optional("factor") or fields.get("max_position_embeddings", int) / original,
+        factor=rope.get("factor", float, longest / original if original != longest else None),
         original_max_position=original,
         attention_factor=rope.optional("attention_factor"),
         beta_fast=rope.get("beta_fast", float, 32.0),

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .errors import EngineError, RequestError
-from .request import Acceptance, Request, RequestMetrics, TokenScores, Update
-from .runner import Launched, Runner
+from .errors import CorruptedError, EngineError, RequestError, TokenSpeedError
+from .request import Acceptance, Failure, Request, RequestMetrics, TokenScores, Update
+from .runner import NONE_ALLOWED, Launched, Runner
 from .scheduler import Leaving, Limits, Planned, Scheduler
 from .scheduler import Sequence as Continuation
 from .step import Begin, Edit, Step, StepChecker
@@ -94,6 +94,7 @@ class Engine:
         self._checker = StepChecker(cache.config.pages, cache.config.slots) if validate else None
         self._seeds = itertools.count(seed * 1_000_003 + 1)
         self.acceptance = Acceptance()  # of all drafts so far
+        self.corrupted = 0  # requests that ended because their logits were not finite
         self._scores: dict[int, list[TokenScores]] = {}  # of the Step that is being read, by sequence id
         self._now = 0.0
         self._requests: dict[str, list[_Generation]] = {}
@@ -147,11 +148,17 @@ class Engine:
         generations = self._requests.get(request_id)
         if generations is None:
             return False
-        for generation in list(generations):
-            self.scheduler.end(generation.sequence, Leaving.ABORTED)
-            self._close(generation, Update(request_id, generation.sequence.child), "abort")
+        self._abandon(generations, "abort")
         self._deliver()
         return True
+
+    def _abandon(self, generations: Sequence[_Generation], reason: str, error: TokenSpeedError | None = None) -> None:
+        """Ends continuations of a request. Nothing more of them is published to the cache."""
+        failure = error and Failure.of(error)
+        for generation in list(generations):
+            sequence = generation.sequence
+            self.scheduler.end(sequence, Leaving.ABORTED)
+            self._close(generation, Update(sequence.request.id, sequence.child, error=failure), reason)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -170,6 +177,7 @@ class Engine:
             "running_sequences": len(scheduler.running),
             "steps": scheduler.steps,
             "preemptions": scheduler.preemptions,
+            "corrupted_requests": self.corrupted,
             "kv_pages": config.pages,
             "state_slots": config.slots,
             "host_pages": config.host_pages,
@@ -257,6 +265,9 @@ class Engine:
             self._checker.read(planned.step, [len(ids) for ids in result.ids])
         if planned.step.width > 1:
             self._count_drafts(planned, result.ids)
+        for row in result.corrupted:
+            if planned.rows[row].id in self._generations:
+                self._corrupt(planned.rows[row].request.id)
         self.scheduler.reconcile(planned, result.ids)
         if self._checker and (broken := self.cache.check()):
             raise AssertionError(broken)
@@ -265,7 +276,7 @@ class Engine:
         step = planned.step
         for sequence, sample, new in zip(planned.samples[: len(step.decode)], step.samples, ids, strict=False):
             generation = self._generations.get(sequence.id)
-            if new and generation and not sample.edited:
+            if new and new[-1] >= 0 and generation and not sample.edited:
                 self.acceptance.count(step.width - 1, len(new))
                 generation.acceptance.count(step.width - 1, len(new))
 
@@ -277,6 +288,10 @@ class Engine:
             generation.first_token = self._now
             update.reuse, update.prompt_scores = sequence.reuse, generation.prompt_scores
         for count, id in enumerate(ids, 1):
+            if id < 0:
+                self._updates.append((generation, update))
+                self._refuse(generation, id, sequence.outputs + count)
+                return count - 1, False
             update.ids.append(id)
             update.scores += scores[count - 1 : count]
             if reason := self._accept(generation, id, sequence.outputs + count, update):
@@ -284,6 +299,27 @@ class Engine:
                 return count, True
         self._updates.append((generation, update))
         return len(ids), False
+
+    def _refuse(self, generation: _Generation, reason: int, output: int) -> None:
+        """No id could be chosen for a continuation's output of this number, from 1: its request ends."""
+        request = generation.sequence.request
+        if reason == NONE_ALLOWED:
+            error = RequestError(
+                f"no token is left for output {output}: allowed_token_ids, bad_words, logit_bias, min_tokens and the "
+                "output format forbid all of them together; loosen one of them."
+            )
+            self._abandon(self._requests[request.id], "error", error)
+        else:
+            self._corrupt(request.id)
+
+    def _corrupt(self, request_id: str) -> None:
+        """A request's logits are not finite: it ends, with all its continuations."""
+        self.corrupted += 1
+        error = CorruptedError(
+            "the model's logits for this request are not finite: it ended, others are unaffected. The prompt or the "
+            "weights bring the model out of its range."
+        )
+        self._abandon(self._requests[request_id], "error", error)
 
     def _accept(self, generation: _Generation, id: int, outputs: int, update: Update) -> str | None:
         """Output number `outputs`, from 1, of a continuation: adds its text to the news, and returns why it is the last
@@ -299,19 +335,16 @@ class Engine:
                 reason = "stop"
         if reason is None or params.include_stop_str_in_output:
             text = generation.detokenizer.push(id)
-            if outputs >= params.min_tokens:
-                text, found = generation.stops.push(text)
-                if found is not None and reason is None:
-                    reason, stop = "stop", found
-            else:
-                text = generation.stops.pass_over(text)
+            text, found = generation.stops.push(text, outputs > params.min_tokens)
+            if found is not None and reason is None:
+                reason, stop = "stop", found
             update.text += text
         if reason is None and outputs >= sequence.limit:
             reason = "length"
         if reason is not None:
             update.stop_reason = stop
             if not isinstance(stop, str):
-                tail, found = generation.stops.push(generation.detokenizer.finish())
+                tail, found = generation.stops.push(generation.detokenizer.finish(), outputs > params.min_tokens)
                 update.text += tail + ("" if found else generation.stops.finish())
         return reason
 
@@ -353,7 +386,7 @@ class Engine:
         self.failed = error
         for generation in list(self._generations.values()):
             sequence = generation.sequence
-            update = Update(sequence.request.id, sequence.child, error=f"{type(error).__name__}: {error}")
+            update = Update(sequence.request.id, sequence.child, error=Failure.of(error))
             self._close(generation, update, "error")
         self._deliver()
 
@@ -403,9 +436,8 @@ class Engine:
                 outputs = sequence.tokens[sequence.prompt_tokens :]
                 try:
                     verdict = combine([constraint.verdict(outputs) for constraint in generation.constraints])
-                except RequestError as error:  # this one cannot go on; its id does not matter any more
-                    self.scheduler.end(sequence, Leaving.ABORTED)
-                    self._close(generation, Update(sequence.request.id, sequence.child, error=str(error)), "error")
+                except RequestError as error:  # it cannot go on; its id does not matter any more
+                    self._abandon(self._requests[sequence.request.id], "error", error)
                     continue
                 allowed = b"" if verdict.allowed is None else verdict.allowed.tobytes()
                 edits.append(Edit(i, allowed, verdict.banned))

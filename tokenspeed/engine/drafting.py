@@ -22,8 +22,9 @@ class Chosen(NamedTuple):
     """A Step's rows and what was chosen behind them.
 
     batch, hidden: of the forward pass, hidden [N, hidden] or None; ids: [B, T] int64, behind the tokens of its decode
-    rows, of which counts [B] int32 are accepted; first: a prefill row's index, of those that end with an id, [P] int64,
-    and their working slots, [P] int32: to draft behind; greedy: as in `Sampler.draw`.
+    rows, 0 where none could be chosen, of which counts [B] int32 are accepted; first: a prefill row's index, of those
+    that end with an id, [P] int64, and their working slots, [P] int32: to draft behind; greedy: as
+    in `Sampler.draw`.
     """
 
     batch: Batch
@@ -98,14 +99,16 @@ class MtpDrafter:
         self, index: Tensor, context: Tensor, slots: Tensor, page_table: Tensor, drafts: int, greedy: bool
     ) -> None:
         """Draft behind the last id of B sequences, which stands at row `context`, negative for padding."""
-        tables, going = self._tables, context >= 0
+        tables = self._tables
+        room = tables.capacity[index].masked_fill(context < 0, 0)  # behind it there is no page to look at
         token, hidden = tables.ids[index, 0], self._kept(slots)
         output = (context - tables.prompt[index]).long()  # the number of the last id
         for k in range(drafts):
-            rows = Rows(page_table, torch.where(going, context + k, -1), slots, slots)
+            row = context + k
+            rows = Rows(page_table, torch.where(row < room, row, -1), slots, slots)
             batch = paged(self._memory, tables, self._rotary, rows, index, token[:, None], -1)
             logits, hidden = self._head(batch, hidden)
-            token = self._sampler.draw(logits, index, output + (1 + k), greedy)
+            token = self._sampler.draw(logits, index, output + (1 + k), greedy).clamp_(min=0)  # a draft may be any id
             tables.ids[index, 1 + k] = token
 
     def _kept(self, slots: Tensor) -> Tensor:

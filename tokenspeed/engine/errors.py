@@ -21,6 +21,10 @@ class PlacementError(TokenSpeedError):
     """Two stages of a program do not fit on the ranks they are placed on."""
 
 
+class CorruptedError(TokenSpeedError):
+    """The model's numbers for one request are not finite, so it ended; others are unaffected."""
+
+
 class EngineError(TokenSpeedError):
     """The engine itself failed and serves nobody any more."""
 

@@ -25,7 +25,7 @@ from .frontend import Frontend, Prompt
 from .loading import load_runner, longest_sequence
 from .parallel.comm import ONE_RANK
 from .ranks import start_ranks
-from .request import Request, RequestOutput, SamplingParams, Update
+from .request import Failure, Request, RequestOutput, SamplingParams, Update
 from .scheduler import Limits
 from .text.grammar import GrammarSpec
 from .text.turn import TurnEvent
@@ -76,7 +76,7 @@ class LLM:
             config = EngineConfig(**settings)
         except TypeError as error:
             raise ConfigError(f"unknown engine setting: {error}") from None
-        self.frontend = Frontend.from_directory(resolve(model))
+        self.frontend = Frontend.from_directory(resolve(model, config.load_format))
         self.conversations = Conversations(self.frontend)
         self.engine = load_engine(self.frontend, config, progress)
         self._ids = itertools.count()
@@ -93,7 +93,8 @@ class LLM:
 
         sampling_params: one for all or one each; None: the checkpoint's own values. response_format,
         structured_outputs: what every result must look like, as in `Conversation`. Raises RequestError or CapacityError
-        for a prompt that cannot be taken, before anything runs.
+        for a prompt that cannot be taken, before anything runs, and EngineError where the engine fails. What ends one
+        prompt on its way, as CorruptedError does, is raised where it is the only one, else it is that result's `error`.
         """
         prompts = [prompts] if _is_prompt(prompts) else list(prompts)
         params = self._params(sampling_params, len(prompts))
@@ -165,7 +166,7 @@ class LLM:
                     self.engine.step()
                 ready, news[:] = list(news), []
                 for update in ready:
-                    _raise_error(update.error)
+                    _raise_error(update.error, len(requests) == 1)
                     yield place[update.request_id], update
         finally:
             self._settle(place)
@@ -224,7 +225,7 @@ class LLM:
             bar.close()
             self._settle([request.id for request in requests])
         for collector in collectors:
-            _raise_error(collector.error)
+            _raise_error(collector.error, len(collectors) == 1)
         return [collector.output for collector in collectors]
 
     def _settle(self, ids: Iterable[str]) -> None:
@@ -354,6 +355,7 @@ def _is_prompt(prompts) -> bool:
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
 
 
-def _raise_error(error: str | None) -> None:
-    if error:
-        raise EngineError(error)
+def _raise_error(failure: Failure | None, alone: bool = True) -> None:
+    """alone: nobody else's outputs would be lost with it. What failed the engine has failed everybody."""
+    if failure and (alone or isinstance(failure.error, EngineError)):
+        raise failure.error

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,9 +24,10 @@ from .memory import (
     total_memory,
 )
 from .model.qwen3_5 import Qwen3_5
-from .model.weights import holds_mtp, load_weights, with_formats
+from .model.weights import fill_with_noise, holds_mtp, load_weights, with_formats, with_stored_head
 from .mover import Mover
 from .parallel.comm import Communicator
+from .quantization import PRODUCTS
 from .runner import Runner
 from .scheduler import drafts_for
 
@@ -44,9 +46,11 @@ def load_runner(
     """A rank's weights and memory. smallest: of each number the smallest that any rank has, so that all get the same
     pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
     dtype = pick_dtype(config.dtype, device)
-    model_config = with_formats(ModelConfig.from_directory(directory), directory, config.quantization)
+    model_config = read_model_config(directory, config)
     on_gpu = device.type == "cuda"
-    mtp = bool(config.draft_depths(True, on_gpu)) and holds_mtp(model_config, directory)
+    dummy = config.load_format == "dummy"
+    has_head = bool(model_config.mtp_layers) if dummy else holds_mtp(model_config, directory)
+    mtp = bool(config.draft_depths(True, on_gpu)) and has_head
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
     communicator.prepare(model_config.hidden, device)
@@ -54,7 +58,10 @@ def load_runner(
     free = free_memory(device) // sharers
     check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
-    load_weights(model, directory, progress)
+    if dummy:
+        fill_with_noise(model)
+    else:
+        load_weights(model, directory, progress)
     if config.draft_vocabulary is not None:
         model.mtp.reduce_vocabulary(torch.arange(config.draft_vocabulary))
     threads = config.threads
@@ -70,7 +77,7 @@ def load_runner(
         model_config, layout, config, free_memory(device) // sharers, total_memory(device) // sharers, device.type
     )
     host = plan_host_memory(layout, config, communicator.mesh.world)
-    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots]), *host)
+    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots, *host]))
     if progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
     memory = Memory(layout, plan.pages, plan.slots, device)
@@ -83,6 +90,23 @@ def load_runner(
     if smallest([int(captured)]) == [0]:  # ranks replay their collectives together or not at all
         runner.forget_graphs()
     return runner, plan
+
+
+def read_model_config(directory: Path, config: EngineConfig) -> ModelConfig:
+    """The model's configuration, with what only the checkpoint's tensors tell. Raises ConfigError for what cannot be
+    read."""
+    named = ModelConfig.from_directory(directory)
+    if config.load_format == "dummy":
+        in_fp8 = config.quantization == "fp8" or (config.quantization == "auto" and named.stored is not None)
+        return replace(named, fp8=PRODUCTS if in_fp8 else frozenset())
+    found = with_stored_head(with_formats(named, directory, config.quantization), directory)
+    if found.tied != named.tied:
+        tqdm.write(
+            f"{directory}: config.json says tie_word_embeddings, but the stored lm_head.weight is no embedding: it "
+            "is used as it is stored, as transformers does.",
+            file=sys.stderr,
+        )
+    return found
 
 
 def decodes_by_kernel(device: torch.device) -> bool:

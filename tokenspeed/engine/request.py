@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from .errors import RequestError
+from . import errors
+from .errors import EngineError, RequestError, TokenSpeedError
 
 if TYPE_CHECKING:
     from .text.turn import Answer
@@ -29,8 +30,9 @@ class SamplingParams:
     where negative. logit_bias: added, by id. allowed_token_ids: no other id is chosen. bad_words: texts that are never
     completed. seed: noise is a function of it, the output index and the id alone; None draws one.
 
-    max_tokens: at most this many, None for as many as fit. min_tokens: neither an end id nor a stop ends earlier.
-    stop: texts that end generation, also across token borders, and are cut off unless include_stop_str_in_output.
+    max_tokens: at most this many, None for as many as fit. min_tokens: no end id is chosen, and no stop counts that
+    ends, in so many first tokens; a stop that only begins in them counts. stop: texts that end generation, also across
+    token borders, and are cut off unless include_stop_str_in_output.
     stop_token_ids: ids that do. ignore_eos: the model's own end ids do not. thinking_token_budget: after this many
     tokens without it, `</think>` is forced. logprobs: alternatives per token (0: the chosen one alone; None: none);
     prompt_logprobs likewise. skip_special_tokens: leave special tokens out of the text.
@@ -318,12 +320,33 @@ class TokenScores(NamedTuple):
     ranks: tuple[int, ...]
 
 
+class Failure(msgspec.Struct, frozen=True):
+    """An error as a message between processes. kind: its class in `errors`; what is none of them is an EngineError."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        if isinstance(error, TokenSpeedError):
+            return cls(type(error).__name__, str(error))
+        return cls(EngineError.__name__, f"{type(error).__name__}: {error}")
+
+    @property
+    def error(self) -> TokenSpeedError:
+        return getattr(errors, self.kind, EngineError)(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class Update(msgspec.Struct):
     """News of one continuation: index says which; ids and the text they complete, which may come later than they do.
 
     scores: an entry an id where log-probabilities are wanted.
     finish_reason: "stop", "length", "abort" or "error" with the last news of it; stop_reason: the stop string or id.
-    prompt_scores: with the first update, one entry a prompt token from the second on. error: what went wrong.
+    prompt_scores: with the first update, one entry a prompt token from the second on. error: what went wrong, where the
+    finish_reason is "error": RequestError, CorruptedError or EngineError.
     """
 
     request_id: str
@@ -336,7 +359,7 @@ class Update(msgspec.Struct):
     prompt_scores: list[TokenScores] | None = None
     reuse: PrefixReuse | None = None
     metrics: RequestMetrics | None = None
-    error: str | None = None
+    error: Failure | None = None
 
 
 @dataclass(slots=True)
@@ -356,7 +379,8 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt with its continuations. prompt_logprobs: one entry a prompt token, None for the first."""
+    """A prompt with its continuations. prompt_logprobs: one entry a prompt token, None for the first; error: why its
+    finish reasons are "error"."""
 
     request_id: str
     prompt: str | None
@@ -366,6 +390,7 @@ class RequestOutput:
     finished: bool = False
     reuse: PrefixReuse | None = None
     metrics: RequestMetrics | None = None
+    error: TokenSpeedError | None = None
 
     @property
     def num_cached_tokens(self) -> int:

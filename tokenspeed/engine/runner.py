@@ -24,6 +24,7 @@ from .request import TokenScores
 from .sampling import Choices, Sampler, Scores, Vocabulary
 from .step import Edit, Step
 
+NONE_ALLOWED = ops.sampling.NONE_ALLOWED  # in place of an id: none could be chosen
 _DECODE_OPERATORS = {
     "attention_prologue",
     "gated_delta_rule_decode",
@@ -54,12 +55,14 @@ class Forwarded(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a Step brought: ids for each sample; log-probabilities of samples that asked for them, an entry an id, by
-    sample; of the scored prompt tokens, by row of the Step."""
+    """What a Step brought: ids for each sample, the last of them negative where none could be chosen (`ops.sample`);
+    log-probabilities of samples that asked for them, an entry an id, by sample; of the scored prompt tokens, by row of
+    the Step; rows that are not sampled and whose logits are not finite."""
 
     ids: list[list[int]]
     scores: dict[int, list[TokenScores]]
     prompt_scores: dict[int, list[TokenScores]]
+    corrupted: Sequence[int] = ()
 
 
 class Launched:
@@ -71,6 +74,7 @@ class Launched:
         self._news: Tensor | None = None  # of each sample how many ids count, and the ids
         self._scores: Scores | None = None
         self._prompt_scores: dict[int, Scores] = {}
+        self._unsampled: tuple[list[int], Tensor] | None = None  # rows, and whether the logits behind each are finite
         self._event: torch.cuda.Event | None = None
         self._done = False
         runner.do(self._forward)
@@ -102,7 +106,9 @@ class Launched:
         prompt_scores = {}
         for i, found in self._prompt_scores.items():
             prompt_scores[i] = found.rows([step.rows[i].alternatives] * len(found.rank))
-        return Result(ids, scores, prompt_scores)
+        rows, finite = self._unsampled or ((), None)
+        corrupted = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good] if rows else []
+        return Result(ids, scores, prompt_scores, corrupted)
 
     def _forward(self) -> None:
         if self._step.rows:
@@ -122,6 +128,11 @@ class Launched:
                 scores = runner.vocabulary.scores(logits[at : at + len(row.scored)], wanted, row.alternatives)
                 self._prompt_scores[i] = scores.to("cpu")
             at += row.logits
+        if unsampled := sorted(set(range(len(step.decode), len(step.rows))) - {s.row for s in step.samples}):
+            ends = last_logits(step)
+            at = to_device(np.array([ends[row - len(step.decode)] for row in unsampled]), logits.device)
+            finite = logits[at].amax(-1).isfinite()  # NaN in a state or a key reaches every row behind it
+            self._unsampled = unsampled, finite.to("cpu", non_blocking=True)
         news, scores = runner.choose(step, forwarded, edits)
         self._news = news if news is None else news.to("cpu", non_blocking=True)
         self._scores = scores and scores.to("cpu")
@@ -130,6 +141,11 @@ class Launched:
             self._event.record()
         runner.observe(step, edits, logits)
         self._forwarded, self._done = None, True
+
+
+def last_logits(step: Step) -> np.ndarray:
+    """Of each prefill row the row of the logits behind its last token."""
+    return np.cumsum([row.logits for row in step.prefill]) + len(step.decode) * step.width - 1
 
 
 class Runner:
@@ -250,7 +266,8 @@ class Runner:
             counts.append(self._accept(own, own, output[-1][:, None], ends - 1, new))
             news.append(torch.cat([counts[-1][:, None], own, own.new_zeros(len(own), width - 1)], 1))
         self.sampler.count(step.samples, choices, ids, torch.cat(counts))
-        self._follow(step, forwarded, ids[:cut].view(decoding, width), counts[0] if decode else None, first)
+        behind = ids[:cut].view(decoding, width).clamp(min=0)
+        self._follow(step, forwarded, behind, counts[0] if decode else None, first)
         return torch.cat(news), scores
 
     def choose_plainly(self, forwarded: Forwarded, drafts: int, greedy: bool = False) -> Tensor:
@@ -262,7 +279,8 @@ class Runner:
         ids = self.sampler.draw(forwarded.logits, index, rows.outputs.flatten(), greedy).view(batch, width)
         counts = self._accept(ids, rows.tokens, rows.outputs, rows.context_lens, rows.index)
         if self._drafter:
-            self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, None, greedy), drafts)
+            chosen = Chosen(forwarded.batch, forwarded.hidden, ids.clamp(min=0), counts, None, greedy)
+            self._drafter.follow(chosen, drafts)
         return torch.cat([counts[:, None], ids], 1)
 
     def _accept(self, ids: Tensor, tokens: Tensor, outputs: Tensor, context_lens: Tensor, index: Tensor) -> Tensor:
@@ -276,9 +294,8 @@ class Runner:
         samples = step.samples[len(step.decode) :]
         if not samples:
             return None
-        decoding = len(step.decode)
-        ends = np.cumsum([row.logits for row in step.prefill]) + decoding * step.width
-        numbers = [(ends[s.row - decoding] - 1, step.rows[s.row].end, s.index) for s in samples]
+        decoding, ends = len(step.decode), last_logits(step)
+        numbers = [(ends[s.row - decoding], step.rows[s.row].end, s.index) for s in samples]
         at, end, index = to_device(np.array(numbers, dtype=np.int32).T.copy(), self.device)
         return at.long(), end, index.long()
 

@@ -68,11 +68,11 @@ class Vocabulary:
         return split_sampling.sample(logits, *arguments, self._communicator)
 
     def scores(self, logits: Tensor, chosen: Tensor, alternatives: int) -> Scores:
-        """logits: [S, width]; chosen: [S] int64, of the whole vocabulary."""
+        """logits: [S, width]; chosen: [S] int64, of the whole vocabulary; scores of a negative "id" mean nothing."""
         logits = logits.float()
         if self._ranks == 1:
             logprobs = logits.log_softmax(-1)
-            own = logprobs.gather(1, chosen[:, None])
+            own = logprobs.gather(1, chosen[:, None].clamp(min=0))
             top, ids = logprobs.topk(alternatives, dim=-1)
         else:
             reduce = self._communicator.all_reduce
@@ -165,7 +165,8 @@ class Sampler:
 
     def draw(self, logits: Tensor, index: Tensor, output: Tensor, greedy: bool = False) -> Tensor:
         """An id from each row of logits [L, V], for output number `output` of sequence `index`, both [L] int64: [L]
-        int64. greedy: every row has temperature 0. Reads nothing on the host."""
+        int64, negative where there is none (`ops.sample`). greedy: every row has temperature 0. Reads nothing on the
+        host."""
         if greedy:
             return self._vocabulary.likeliest(logits)
         temperature, top_p, min_p = self._floats[:, index]

@@ -169,7 +169,8 @@ class Host(Protocol):
         """Whether the host has a say in one of the next outputs, up to number `output`."""
 
     def judge(self, sequence: Sequence, ids: list[int]) -> tuple[int, bool]:
-        """The next ids of a sequence are known: how many of them count, and whether the last of these ends it."""
+        """The next ids of a sequence are known: how many of them count, and whether the last of these ends it. Where
+        the last is negative none could be chosen: the sequence was ended (ABORTED) meanwhile."""
 
 
 class Scheduler:
@@ -341,7 +342,7 @@ class Scheduler:
             sequence.index,
             sequence.kv_tokens,
             tuple(snapshots),
-            end - start if scored else int(last),
+            end - start if scored else 1,
             tuple(tokens[1:]) if scored else (),
             params.prompt_logprobs if scored else 0,
         )
@@ -503,6 +504,8 @@ class Scheduler:
                 sequence.tokens.extend(new[:count])
                 if last:
                     self.end(sequence, Leaving.FINISHED)
+            elif new and new[-1] < 0:  # what it consumed behind its end may not be finite: nobody shall find it
+                sequence.leaving = Leaving.ABORTED
         for sequence, row, start in zip(planned.rows, step.rows, before, strict=True):
             self._publish(sequence, row, start)
         for sequence in [s for s in self.running if s.state is State.RETIRING and s.last_step <= planned.number]:

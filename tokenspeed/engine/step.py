@@ -66,8 +66,8 @@ class PrefillRow(NamedTuple):
 
     tokens: the ids to consume; start: tokens consumed before them; kv_tokens: stores of tokens below this count are
     skipped, their pages hold them already; snapshots: (token count, slot) pairs with start < count <= end; logits: how
-    many of the last tokens need logits; scored: ids whose log-probabilities are wanted under the first logits, in
-    order, each with that many alternatives.
+    many of the last tokens need logits, one at least: it shows whether the row's numbers are finite; scored: ids whose
+    log-probabilities are wanted under the first logits, in order, each with that many alternatives.
     """
 
     tokens: tuple[int, ...]
@@ -224,7 +224,7 @@ class StepChecker:
         own = [(sample.row, sample.index) for sample in step.samples[:decoding]]
         assert own == [(i, row.index) for i, row in enumerate(step.decode)], "a decode row has no sample of its own"
         for sample in step.samples[decoding:]:
-            assert decoding <= sample.row < len(rows) and rows[sample.row].logits, "a sample without logits"
+            assert decoding <= sample.row < len(rows), f"a sample of row {sample.row}, which is no prefill row"
         sampled = [sample.index for sample in step.samples]
         assert len(set(sampled)) == len(sampled), "two samples for one index"
         for sample in step.samples[decoding:]:
@@ -250,6 +250,6 @@ class StepChecker:
         assert row.tokens, f"a prefill row without tokens: {row}"
         assert before in (-1, row.start), f"index {row.index} goes on at {row.start}, not {before}"
         assert all(row.start < count <= row.end for count, _ in row.snapshots), f"snapshots outside the row: {row}"
-        assert 0 <= row.logits <= len(row.tokens) and len(row.scored) <= row.logits
+        assert 1 <= row.logits <= len(row.tokens) and len(row.scored) <= row.logits
         self.least[row.index] = self.most[row.index] = row.end
         return max(row.start, row.kv_tokens), row.end

@@ -7,7 +7,7 @@ from torch import Tensor
 from .fp8 import FP8, from_fp8, to_fp8
 from .library import operator
 from .norm import rms_norm
-from .sequences import grid_of_tokens
+from .sequences import check_longest, check_pages, grid_of_tokens
 
 
 @operator(fake=lambda x, cos_sin: torch.empty_like(x, memory_format=torch.contiguous_format))
@@ -113,8 +113,10 @@ def paged_attention_prefill(
     h // (q_heads / kv_heads). Returns [N, q_heads D] of q's dtype. Softmax in fp32 (Vaswani et al. 2017).
     """
     first = torch.zeros_like(context_lens)
-    rows, valid = grid_of_tokens(cu_seqlens, first, max_seqlen)
     ends = context_lens + cu_seqlens.diff()
+    check_longest(cu_seqlens, max_seqlen)
+    check_pages(page_table, ends, kv.shape[3])
+    rows, valid = grid_of_tokens(cu_seqlens, first, max_seqlen)
     out = _attend(q[rows].transpose(1, 2), kv, page_table, context_lens, ends, scale).transpose(1, 2)
     packed = torch.zeros_like(q, memory_format=torch.contiguous_format)
     packed[rows[valid]] = out[valid]
@@ -141,6 +143,7 @@ def paged_attention_decode(
         return q.new_empty(0, heads * head_dim)
     q = q.view(batch, -1, heads, head_dim).transpose(1, 2)
     context = context_lens.clamp(min=0)
+    check_pages(page_table, (context + q.shape[2]).masked_fill(context_lens < 0, 0), kv.shape[3])
     out = _attend(q, kv, page_table, context, context + q.shape[2], scale, first_key)
     out = _gated(out.transpose(1, 2).flatten(0, 1), gate)
     return out.view(batch, -1, heads * head_dim).masked_fill_((context_lens < 0)[:, None, None], 0).flatten(0, 1)

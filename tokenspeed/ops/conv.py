@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import operator
-from .sequences import sequence_of_token, snapshot_rows
+from .sequences import check_slots, sequence_of_token, snapshot_rows
 
 
 def conv_history(window: Tensor, slots: Tensor, context_lens: Tensor, taps: int) -> Tensor:
@@ -43,6 +43,7 @@ def causal_conv1d(
     Mutates window: after the call each write slot holds the last W inputs, each snapshot slot those at its count.
     Formula: the short convolution of Gated DeltaNet (Yang et al. 2024).
     """
+    check_slots(write_slot, snapshots)
     tokens, taps = x.shape[0], weight.shape[1]
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     sequence = sequence_of_token(cu_seqlens, tokens)
@@ -53,7 +54,7 @@ def causal_conv1d(
     padded[rows] = x
     padded[history_rows + torch.arange(taps - 1, device=x.device)] = conv_history(window, read_slot, context_lens, taps)
     summed = sum(padded[i : len(padded) - taps + 1 + i].float() * weight[:, i].float() for i in range(taps))
-    out = F.silu(summed[rows - taps + 1]).to(x.dtype)
+    out = F.silu(summed[rows - taps + 1]).to(x.dtype)  # pyright: ignore[reportIndexIssue]
 
     snapshot_sequence, snapshot_count, snapshot_slot = snapshot_rows(snapshots)
     kept = (write_slot >= 0).nonzero().squeeze(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .conv import conv_history
 from .library import operator
 from .norm import normalised
-from .sequences import CHUNK, grid_of_tokens, snapshot_rows
+from .sequences import CHUNK, check_longest, check_slots, grid_of_tokens, snapshot_rows
 
 
 def _gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,8 @@ def gated_delta_rule_prefill(
 ) -> Tensor:
     """Run the gated delta rule over a packed batch of prefills, in chunks of 64 that lie at absolute multiples of 64.
 
-    qkv: [N, 2 nk dk + nv dv], q | k | v after convolution and SiLU; a, b: [N, nv], raw projections, any row stride;
+    qkv: [N, 2 nk dk + nv dv], q | k | v after convolution and SiLU; a, b: [N, nv], raw projections in qkv's dtype, or
+    both in fp32, any row stride;
     a_log, dt_bias: [nv] fp32; state: [slots, nv, dv, dk] fp32; ring: [slots, R, nk dk + nv dv + nv] fp32, rows of
     (k, u, g), token t in row t mod R; cursor: [slots, nv] int32, tokens folded into each head's state;
     cu_seqlens: [B + 1] int32; context_lens: [B] int32, tokens before this call, 0 for a sequence that starts here
@@ -118,6 +119,8 @@ def gated_delta_rule_prefill(
     Mutates state and cursor at each write slot (the state at the sequence's end) and each snapshot slot (the state
     after `count` tokens), with an empty ring. Outputs are bit-equal with and without snapshots.
     """
+    check_longest(cu_seqlens, max_seqlen)
+    check_slots(write_slot, snapshots)
     (nv, dv), tokens = state.shape[1:3], len(qkv)
     if tokens == 0:  # nothing but states to copy: one row of padding gives the gathers below something to read
         qkv, a, b = (x.new_zeros(1, x.shape[1]) for x in (qkv, a, b))
@@ -268,9 +271,10 @@ def gated_delta_rule_decode(
             rows = (x.unflatten(0, (batch, -1))[kept].flatten(0, 1) for x in (qkv, z, a, b))
             weights = (conv_weight, a_log, dt_bias, norm_weight, eps, state, ring, cursor, window)
             of_rows = (x[kept] for x in (context_lens, read_slot, write_slot))
-            done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)
+            done = gated_delta_rule_decode.__wrapped__(*rows, *weights, *of_rows)  # pyright: ignore[reportCallIssue]
             out.unflatten(0, (batch, -1))[kept] = done.unflatten(0, (-1, len(z) // batch))
         return out
+    check_slots(write_slot)
     slots, reads, context = write_slot.long(), read_slot.long(), context_lens.long()
     (nv, _, dk), taps, tokens = state.shape[1:], conv_weight.shape[1], len(z) // batch
     qkv, z, a, b = (x.unflatten(0, (batch, tokens)) for x in (qkv, z, a, b))

@@ -1,9 +1,12 @@
 """Loads the compiled kernels, which take the operators over on the cards they are built for."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from .strict import NoKernel, is_strict, served_by_design
 
 _torch_implementations = torch.library.Library("tokenspeed_torch", "DEF")
 
@@ -16,10 +19,20 @@ def declare_torch_implementations() -> None:
     """
     from tokenspeed import ops  # not at the top: tokenspeed.ops may be importing this module
 
+    def handed_on(name: str) -> Callable:
+        implementation = getattr(ops, name).__wrapped__
+
+        def call(*args):
+            if is_strict() and not served_by_design(name, args):
+                raise NoKernel(f"tokenspeed_torch::{name} under strict")
+            return implementation(*args)
+
+        return call
+
     for name in ops.__all__:
         schema = str(getattr(torch.ops.tokenspeed, name).default._schema).removeprefix("tokenspeed::")
         _torch_implementations.define(schema)
-        _torch_implementations.impl(name, getattr(ops, name).__wrapped__, "CompositeExplicitAutograd")
+        _torch_implementations.impl(name, handed_on(name), "CompositeExplicitAutograd")
 
 
 @functools.cache

@@ -138,6 +138,8 @@ def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out_dt
     and scale: [ceil(out / 128), ceil(K / 128)] fp32. Returns [N, out] of out_dtype (bf16 or fp32), accumulated in fp32.
     """
     if _cublas_takes(x, x_scale, weight, out_dtype):
-        return torch._scaled_mm(x, weight.t(), x_scale, scale.t(), out_dtype=out_dtype)
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            x, weight.t(), x_scale, scale.t(), out_dtype=out_dtype
+        )
     by_column = x_scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
     return product(from_fp8(x) * by_column, weight, scale).to(out_dtype)

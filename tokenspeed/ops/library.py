@@ -2,13 +2,30 @@
 
 from collections.abc import Callable
 from functools import update_wrapper
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+
+class Operator(Protocol[P, R]):
+    """An operator as a function; __wrapped__ is its torch implementation, for every device."""
+
+    __wrapped__: Callable[P, R]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
 _library = torch.library.Library("tokenspeed", "DEF")
+_RAISES = (
+    "Raises RuntimeError for an argument that requires a gradient where autograd records, and `ops.NoKernel` under\n"
+    "    `ops.strict()` where no compiled kernel serves the call."
+)
 
 
-def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Register the decorated function as `torch.ops.tokenspeed.<its name>`; its annotations give the schema.
 
     The function is the implementation for every device; the compiled extension overrides the CUDA key for the
@@ -17,7 +34,7 @@ def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
     Operators are for inference: where autograd records, an argument that requires a gradient raises RuntimeError.
     """
 
-    def register(implementation: Callable) -> Callable:
+    def register(implementation: Callable[P, R]) -> Operator[P, R]:
         name = implementation.__name__
         schema = torch.library.infer_schema(implementation, mutates_args=mutates)
         _library.define(name + schema)
@@ -29,7 +46,9 @@ def operator(*, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
         def call(*args, **kwargs):
             return overload(*args, **kwargs)
 
-        return update_wrapper(call, implementation)
+        update_wrapper(call, implementation)
+        call.__doc__ = f"{(implementation.__doc__ or '').rstrip()}\n\n    {_RAISES}\n"
+        return cast("Operator[P, R]", call)
 
     return register
 

@@ -27,7 +27,10 @@ def moe_route(logits: Tensor, top_k: int, context_lens: Tensor | None = None) ->
     offsets [E + 1] int32, expert e owns order[offsets[e] : offsets[e + 1]].
     context_lens: [B] int32 of sequences of N / B rows each, negative for padding: its rows choose "expert" E, weight 0,
     which is nobody's, so their choices stand behind offsets[E] and cost no expert's weights.
+    Raises ValueError for a top_k that is not in 1 .. E.
     """
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k is {top_k}; it must be from 1 to {logits.shape[1]}, the number of experts.")
     probabilities, experts = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
     weights, experts = probabilities[:, :top_k], experts[:, :top_k]
     weights = (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)

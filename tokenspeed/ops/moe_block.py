@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .library import operator
-from .linear import add_gated_silu_mul_linear, add_rms_norm_linear
+from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear
 from .moe import moe_experts, moe_route
 
 MOE_BLOCK_ROWS = 8  # that the kernel of `moe_block` serves
@@ -34,12 +34,20 @@ def moe_block(
     shared_down: Tensor,
     scratch: Tensor,
     first_expert: int = 0,
+    router: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    shared_scale: Tensor | None = None,
+    context_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mixture of experts of a decode layer, from the residual sum to the sum of all experts, in one launch.
 
     x, residual: [N, H]; norm_weight: [H]; in_proj: [at least 2 S + E + 1, H], the shared expert's gate and its up, the
     router and the shared expert's own gate; experts: E, of the model; gate_up, down, top_k, first_expert: as in
-    `moe_experts`; shared_down: [H, S]. Weights may be read before the kernel ahead on the stream is complete.
+    `moe_experts`; shared_down: [H, S]. Weights may be read before the kernel ahead on the stream is complete. In FP8
+    (all with their scales, as in `linear` and `moe_experts`) in_proj ends before the router: `router`, [at least E + 1,
+    H] of x's dtype, goes on with it. context_lens: as in `moe_route`, whose padding rows choose nobody.
     Returns `y = moe_experts(norm) + sigmoid(gate) shared(norm)` and the residual sum, both [N, H]; rounded where
     `add_rms_norm_linear`, `moe_route`, `moe_experts` and `add_gated_silu_mul_linear` round, of which this is made where
     no kernel serves the call (more than MOE_BLOCK_ROWS rows, for one).
@@ -50,12 +58,14 @@ def moe_block(
     if len(scratch) < wanted:
         raise ValueError(f"scratch has {len(scratch)} elements; {experts} experts, top {top_k} want {wanted}")
     shared, held = 2 * shared_down.shape[1], len(gate_up)
-    projected, normed, total = add_rms_norm_linear(x, residual, norm_weight, eps, in_proj)
-    weights, chosen, order, offsets = moe_route(projected[:, shared : shared + experts], top_k)
+    projected, normed, total = add_rms_norm_linear(x, residual, norm_weight, eps, in_proj, in_scale)
+    if router is not None:
+        projected = torch.cat([projected[:, :shared], linear(normed, router)], dim=1)
+    weights, chosen, order, offsets = moe_route(projected[:, shared : shared + experts], top_k, context_lens)
     offsets = offsets[first_expert : first_expert + held + 1]
-    y = moe_experts(normed, weights, chosen, order, offsets, gate_up, down, first_expert)
+    y = moe_experts(normed, weights, chosen, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale)
     gate = projected[:, shared + experts : shared + experts + 1]
-    add_gated_silu_mul_linear(y, projected[:, :shared], shared_down, gate)
+    add_gated_silu_mul_linear(y, projected[:, :shared], shared_down, gate, shared_scale)
     scratch[1:448] = 0  # the kernel counts from here, and finds the half of it clear that the number of calls names
     scratch[:1] += 1
     return y, total

@@ -99,11 +99,14 @@ def accept_tokens(
     are drafts; outputs, context_lens: as from `next_tokens`; index: [B] int64, of different sequences; min_tokens: [I]
     int32, outputs before which nothing ends; stops: [I, S] int64, ids that end a sequence, -1 for none. Returns how
     many of the chosen ids count, [B] int32: 0 for context -1, else 1 and one more for each draft that is the id chosen
-    before it, no further than a stop and than what is left. Sequences that ended have nothing left from then on.
-    Mutates length (the context and the count), left and column 0 of ids (the last id that counts) at index.
+    before it, no further than a stop and than what is left. A negative "id" (see `sample`) counts, and ends whatever
+    min_tokens says. Sequences that ended have nothing left from then on.
+    Mutates length (the context and the count), left and column 0 of ids (the last id that counts, 0 for a negative one)
+    at index.
     """
     agreed = (chosen[:, :-1] == tokens[:, 1:]).int().cumprod(1).sum(1)
     ends = (chosen[:, :, None] == stops[index][:, None]).any(-1) & (outputs + 1 >= min_tokens[index][:, None])
+    ends |= chosen < 0
     before_end = (ends.int().cumsum(1) == 0).sum(1)
     count = torch.minimum(torch.minimum(agreed, before_end) + 1, left[index]).masked_fill_(context_lens < 0, 0).int()
     last = (count.long() - 1).clamp_(min=0)[:, None]
@@ -111,5 +114,5 @@ def accept_tokens(
     going = context_lens >= 0
     length[index] = torch.where(going, context_lens + count, length[index])
     left[index] = (left[index] - count).masked_fill_(ended, 0)
-    ids[index, 0] = torch.where(going, chosen.gather(1, last)[:, 0], ids[index, 0])
+    ids[index, 0] = torch.where(going, chosen.gather(1, last)[:, 0].clamp(min=0), ids[index, 0])
     return count

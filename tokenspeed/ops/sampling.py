@@ -6,6 +6,7 @@ from torch import Tensor
 from .library import operator
 
 _WORD = 0xFFFFFFFF
+NONE_ALLOWED, NOT_FINITE = -1, -2  # in place of an id
 MASS = 2.0**40  # of the likeliest token: probability masses are integers, so their sums have no order
 
 
@@ -63,6 +64,12 @@ def _limit(distance: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.minimum(kth, nucleus)[:, 0]
 
 
+def id_or_reason(ids: Tensor, largest: Tensor) -> Tensor:
+    """The ids, or why there is none, by the largest logit of each row, NaN where one is: all [B]."""
+    ids = torch.where(largest > -torch.inf, ids, NONE_ALLOWED)
+    return torch.where(largest < torch.inf, ids, NOT_FINITE)
+
+
 @operator(
     fake=lambda logits, temperature, top_k, top_p, min_p, seed, index: logits.new_empty(
         logits.shape[0], dtype=torch.int64
@@ -79,16 +86,18 @@ def sample(
     the k-th, top-p those with `mass(smaller d) < top_p mass(all kept)` and always the first, min-p those with
     `d <= -log(min_p)`. Returns ids, [B] int64: the argmax of Gumbel noise - d (Gumbel 1954) over what is left. The
     noise is a function of (seed, index, id) alone, so a row draws the same id in every batch and at every place.
+    In place of an id: NOT_FINITE for a row that holds NaN or +inf, as it is or scaled; NONE_ALLOWED for one of -inf.
     """
     greedy = temperature <= 0
     logits = logits.float()
-    best = logits.argmax(-1)
+    largest, best = logits.max(-1)
     if bool(greedy.all()):
-        return best
+        return id_or_reason(best, largest)
     scaled = logits / torch.where(greedy, 1, temperature)[:, None]
-    distance = scaled.amax(-1, keepdim=True) - scaled
+    largest = scaled.amax(-1)
+    distance = largest[:, None] - scaled
     limit = -torch.log(min_p)
     if bool(((top_k > 0) | (top_p < 1)).any()):
         limit = torch.minimum(limit, _limit(distance, top_k, top_p))
     drawn = gumbel_scores(distance, seed, index).masked_fill_(distance > limit[:, None], -torch.inf).argmax(-1)
-    return torch.where(greedy, best, drawn)
+    return id_or_reason(torch.where(greedy, best, drawn), largest)

@@ -1,4 +1,7 @@
-"""Index arithmetic shared by the operators on ragged batches. Every result is a tensor: nothing is read on the host."""
+"""Index arithmetic shared by the operators on ragged batches: every result is a tensor, nothing is read on the host.
+
+Checks of what a caller promises are the exception: they read, and so look at tensors of the host alone.
+"""
 
 import torch
 from torch import Tensor
@@ -29,3 +32,28 @@ def snapshot_rows(snapshots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Split [M, 3] rows of (sequence, token count, slot) and drop the padding rows, whose slot is negative."""
     sequence, count, slot = snapshots[snapshots[:, 2] >= 0].long().unbind(1)
     return sequence, count, slot
+
+
+def check_longest(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Raises ValueError for a sequence of the batch that is longer than it says."""
+    if cu_seqlens.is_cpu and len(cu_seqlens) > 1 and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, and a sequence of the batch has {longest} tokens.")
+
+
+def check_pages(page_table: Tensor, ends: Tensor, page_size: int) -> None:
+    """Raises ValueError for a sequence whose tokens do not fit the table's pages. ends: [B], tokens of each."""
+    room = page_table.shape[1] * page_size
+    if ends.is_cpu and len(ends) and (longest := int(ends.max())) > room:
+        raise ValueError(
+            f"page_table has {page_table.shape[1]} pages of {page_size} tokens, and a sequence has {longest} tokens."
+        )
+
+
+def check_slots(write_slot: Tensor, snapshots: Tensor | None = None) -> None:
+    """Raises ValueError for a slot that is written twice in a call; negative ones are written by nobody."""
+    if not write_slot.is_cpu:
+        return
+    slots = write_slot.tolist() + ([] if snapshots is None else snapshots[:, 2].tolist())
+    slots = [slot for slot in slots if slot >= 0]
+    if len(set(slots)) < len(slots):
+        raise ValueError(f"slots {slots} are written, one of them twice.")

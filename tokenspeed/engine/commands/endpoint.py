@@ -186,7 +186,7 @@ class Endpoint:
                 raise Failure("empty answer", "the stream had no text")
         except Failure as failure:
             answer.error, answer.detail = failure.kind, failure.detail
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             answer.error, answer.detail = "timeout", f"no complete answer within {self.timeout:g} s"
         except httpx.ConnectError as error:
             answer.error, answer.detail = "no connection", str(error)

@@ -14,9 +14,9 @@ from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..device import pick_device, pick_dtype, pick_kv_dtype
 from ..errors import CapacityError
 from ..loading import decodes_by_kernel, fit_memory, slot_sizes
-from ..memory import MemoryLayout, free_memory, total_memory
+from ..memory import MemoryLayout, free_memory, plan_host_memory, total_memory
 from ..model.qwen3_5 import Qwen3_5
-from ..model.weights import holds_mtp, with_formats
+from ..model.weights import holds_mtp, with_formats, with_stored_head
 from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.plan import describe_plan, traffic
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             absent = "the checkpoint has no mtp.* tensors" + (
                 ", though its config.json names a head" if config.mtp_layers else ""
             )
-        config = with_formats(config, directory, options.quantization)
+        config = with_stored_head(with_formats(config, directory, options.quantization), directory)
     else:
         name, config = options.size, published(options.size)
         config = replace(config, fp8=PRODUCTS if options.quantization == "fp8" else frozenset())
@@ -155,6 +155,9 @@ def describe(
             yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
         kind = device.type if memory_gib is None else "cuda"
         yield f"prefix cache       {_turns(model.config, layout, engine, left, total, kind)}"
+        pages, slots = plan_host_memory(layout, engine, model.mesh.world)
+        if slots:
+            yield f"                   in host memory {pages * PAGE_TOKENS} tokens and {slots} states more"
     yield f"kernels            {_kernels(device)}"
 
 

@@ -38,6 +38,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "loading), or none (dequantised while loading) (default auto)",
     )
     model.add_argument(
+        "--load-format",
+        default=default.load_format,
+        choices=["auto", "dummy"],
+        help="dummy: random weights, made on the device, to measure any size; config.json and the tokenizer's files "
+        "are enough (default auto: the checkpoint's)",
+    )
+    model.add_argument(
         "--kv-cache-dtype",
         default=default.kv_cache_dtype,
         choices=["auto", "fp8"],

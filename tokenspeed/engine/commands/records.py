@@ -61,9 +61,12 @@ class _Line:
         self.number, self.name = number, name
         self.record: dict[str, Any] | None = None  # once it has ended
 
-    def fail(self, error: TokenSpeedError | str) -> None:
-        kind = "EngineError" if isinstance(error, str) else type(error).__name__
-        self.record = {"id": self.name, "line": self.number, "error": {"type": kind, "message": str(error)}}
+    def fail(self, error: TokenSpeedError) -> None:
+        self.record = {
+            "id": self.name,
+            "line": self.number,
+            "error": {"type": type(error).__name__, "message": str(error)},
+        }
 
 
 class _Batch:
@@ -143,7 +146,7 @@ class _Batch:
             collector.take(update)
             if collector.output.finished and update.finish_reason != "abort":
                 if collector.error:
-                    line.fail(collector.error)
+                    line.fail(collector.error.error)
                 else:
                     line.record = as_record(collector.output) | {"id": line.name}
                 self._write()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_ROWS, ffn_block_scratch
-from ...ops.gdn_block import GDN_BLOCK_ROWS, gdn_block_scratch
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 from ..config import DenseConfig, ModelConfig
 from ..parallel import sharding
@@ -179,10 +178,6 @@ class GatedDeltaNet(Stage):
         self.a_log, self.dt_bias = (weight(mesh, gates, dtype=torch.float32) for _ in range(2))
         self.norm = weight(mesh, c.value_dim)
         self.out = matrix(mesh, c.hidden, values, fp8=in_fp8(c, "linear_attn", {"out_proj": c.hidden}))
-        # What the kernel of a small decode batch leaves for the next; the model's layers share one.
-        size = gdn_block_scratch(len(self.in_proj[0].data), self.out.data.shape[1])
-        self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
-        self.in_one = all(weight.scale is None for weight in (*self.in_proj, self.out))  # whose kernel takes no FP8
 
     def sources(self):
         yield from self.in_proj.sources()
@@ -194,14 +189,10 @@ class GatedDeltaNet(Stage):
 
     def forward(self, x, residual, batch):
         views: StateViews = batch.layers[self.layer]
-        gates, d = (self.a_log, self.dt_bias), batch.decode
-        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= GDN_BLOCK_ROWS:
-            weights = (self.in_proj[0].data, self.conv, *gates, self.norm)
-            where = (d.context_lens, d.read_slot, d.write_slot)
-            return ops.gdn_block(*x, *weights, *views, *where, self.out.data, self.scratch)
         (qkv, z, b, a), _, residual = self.in_proj(x)
+        gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []
-        if d:
+        if d := batch.decode:
             raw = (qkv[:cut], z[:cut], a[:cut], b[:cut])
             weights = (self.conv, *gates, self.norm, self.eps)
             outputs.append(
@@ -276,8 +267,9 @@ class MoE(Stage):
         # What the kernel of a small decode batch leaves for the next; the model's layers share one.
         size = moe_block_scratch(self.experts.count, self.top_k, hidden)
         self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
-        used = (*self.in_proj, self.shared_down, self.gate_up, self.down)
-        self.in_one = all(weight.scale is None for weight in used)  # whose kernel takes no FP8
+        # The kernel takes all of them in FP8, but for the router, or none.
+        used = (self.in_proj[0], self.shared_down, self.gate_up, self.down)
+        self.in_one = len({weight.scale is None for weight in used}) == 1
         held = self.experts.slice(mesh)
         self.first_expert, self.bounds = held.start, slice(held.start, held.stop + 1)
 
@@ -301,12 +293,16 @@ class MoE(Stage):
                 yield source(key, parts.expert(local), self.mesh, *dims) if held else elsewhere(key, *dims)
 
     def forward(self, x, residual, batch):
-        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= MOE_BLOCK_ROWS:
-            experts = (self.in_proj[0].data, self.experts.count, self.top_k, self.gate_up.data, self.down.data)
-            return ops.moe_block(*x, *experts, self.shared_down.data, self.scratch, self.first_expert)
-        (shared, logits, shared_gate), x, residual = self.in_proj(x)
         padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding
         contexts = padded.context_lens if padded else None
+        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= MOE_BLOCK_ROWS:
+            (first, in_scale), *others = self.in_proj
+            experts = (first, self.experts.count, self.top_k, self.gate_up.data, self.down.data)
+            router = others[0].data if others else None
+            scales = (in_scale, self.gate_up.scale, self.down.scale, self.shared_down.scale)
+            rest = (self.shared_down.data, self.scratch, self.first_expert, router, *scales, contexts)
+            return ops.moe_block(*x, *experts, *rest)
+        (shared, logits, shared_gate), x, residual = self.in_proj(x)
         weights, experts, order, offsets = ops.moe_route(logits, self.top_k, contexts)
         held = (order, offsets[self.bounds], self.gate_up.data, self.down.data, self.first_expert)
         y = ops.moe_experts(x, weights, experts, *held, self.gate_up.scale, self.down.scale)

@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ...ops.fp8 import BLOCK, blocks, dequantise, quantise_blocks
+from ...ops.fp8 import BLOCK, FP8, blocks, dequantise, quantise_blocks
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..files import read_json_object
@@ -22,6 +23,9 @@ _MTP = "mtp."
 _PREFIXES = ("model.language_model.", "model.")
 _DTYPES = ("BF16", "F16", "F32")
 _FP8, _SCALE = "F8_E4M3", "_scale_inv"
+_HEAD = "lm_head.weight"
+_ROWS = 16384  # of a matrix that are compared or made at once
+_FP8_SPREAD = 64.0  # of random e4m3 numbers: hardly one exceeds 448
 
 
 class _Files:
@@ -69,6 +73,23 @@ def with_formats(config: ModelConfig, directory: Path, quantization: str) -> Mod
     return replace(config, fp8=frozenset(stored[True] - stored[False]))
 
 
+def with_stored_head(config: ModelConfig, directory: Path) -> ModelConfig:
+    """The configuration, untied where it says tied but the checkpoint has an LM head that is not the embedding: the
+    stored head counts then, as in transformers. Raises ConfigError for files that cannot be read."""
+    if not config.tied:
+        return config
+    files = _Files(directory)
+    embedding = next((p + "embed_tokens.weight" for p in _PREFIXES if p + "embed_tokens.weight" in files.where), None)
+    if _HEAD not in files.where or embedding is None:
+        return config
+    head, embedded = files.get(_HEAD), files.get(embedding)
+    rows = head.get_shape()[0]
+    same = head.get_shape() == embedded.get_shape() and all(
+        torch.equal(head[at : at + _ROWS], embedded[at : at + _ROWS]) for at in range(0, rows, _ROWS)
+    )
+    return config if same else replace(config, tied=False)
+
+
 def _check_listed(config: ModelConfig, files: _Files, name: str, fp8: bool) -> None:
     if config.stored is None:
         return
@@ -101,8 +122,8 @@ def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
     names = [name for name in files.where if not name.startswith(skipped)]
     prefix = next((p for p in _PREFIXES if any(name.startswith(p + "layers.") for name in names)), _PREFIXES[-1])
     sources = {source.key: source for source in model.sources(prefix)}
-    if model.config.tied and "lm_head.weight" in names:
-        names.remove("lm_head.weight")  # some writers store the tied matrix twice
+    if model.config.tied and _HEAD in names:
+        names.remove(_HEAD)  # some writers store the tied matrix twice; see `with_stored_head`
     scales = {name for name in names if name.endswith(_SCALE) and name.removesuffix(_SCALE) in sources}
     unknown = sorted(set(names) - set(sources) - scales)
     if unknown:
@@ -120,6 +141,25 @@ def load_weights(model: Qwen3_5, directory: Path, progress: bool) -> None:
     if scales:
         raise ConfigError(_listing(f"{directory} holds scales of tensors that are not there", sorted(scales)))
     _check_complete(model, sources, names, filled, directory)
+
+
+@torch.no_grad()
+def fill_with_noise(model: Qwen3_5) -> None:
+    """Random numbers for every parameter, made on its device, of sizes that keep what goes through the model finite: to
+    measure without a checkpoint. They follow from the parameter's name, so ranks that share one agree. Mutates the
+    model's parameters."""
+    for name, parameter in model.named_parameters():
+        rows = parameter[: len(parameter) - parameter.padding]
+        generator = torch.Generator(rows.device).manual_seed(crc32(name.encode()))
+        if name.endswith(("a_log", "dt_bias")):
+            rows.uniform_(-4, 0, generator=generator)
+        elif rows.dtype == FP8:
+            for part in rows.flatten(0, -2).split(_ROWS):
+                part.copy_(torch.randn(part.shape, device=part.device, generator=generator) * _FP8_SPREAD)
+        elif name.endswith(".scale"):
+            rows.fill_((BLOCK * rows.shape[-1]) ** -0.5 / _FP8_SPREAD)
+        else:
+            rows.normal_(0, 0.1 if rows.dim() == 1 else rows.shape[-1] ** -0.5, generator=generator)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

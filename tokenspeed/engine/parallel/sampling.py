@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...ops.sampling import gumbel_scores, masses
+from ...ops.sampling import gumbel_scores, id_or_reason, masses
 from .comm import Communicator
 
 _LOW = 0xFFFFFFFF
@@ -19,9 +19,10 @@ _LEVELS = ((20, 11), (10, 10), (0, 10))  # lowest bit and count of bits: the 31 
 def greedy(logits: Tensor, communicator: Communicator) -> Tensor:
     """The largest logit of a row, the lowest id of equals. One reduction.
 
-    logits: [B, V / tp], the rank's slice. Returns ids of the whole vocabulary, [B] int64, the same on every rank.
+    logits: [B, V / tp], the rank's slice. Returns ids of the whole vocabulary, [B] int64, the same on every rank; as
+    `ops.sample` says, a reason where there is none.
     """
-    return _winner(logits.float(), communicator)
+    return id_or_reason(*_winner(logits.float(), communicator))
 
 
 def sample(
@@ -43,23 +44,32 @@ def sample(
     logits = logits.float()
     greedy_rows = temperature <= 0
     scaled = logits / torch.where(greedy_rows, 1, temperature)[:, None]
-    largest = communicator.all_reduce(scaled.amax(-1, keepdim=True), "tp", largest=True)
-    distance = largest - scaled
+    largest = _largest(scaled, communicator)
+    distance = largest[:, None] - scaled
     limit = torch.minimum(-torch.log(min_p), _limit(distance, top_k, top_p, communicator))
     score = gumbel_scores(distance, seed, index, mesh.index("tp") * width)
     score.masked_fill_(distance > limit[:, None], -torch.inf)
-    return _winner(torch.where(greedy_rows[:, None], logits, score), communicator)
+    ids, _ = _winner(torch.where(greedy_rows[:, None], logits, score), communicator)
+    return id_or_reason(ids, largest)
 
 
-def _winner(values: Tensor, communicator: Communicator) -> Tensor:
-    """The id of the largest value of each row, the lowest of equals: one maximum of (value, -id) as an integer."""
+def _largest(logits: Tensor, communicator: Communicator) -> Tensor:
+    """The largest logit of each row, [B]; infinity for NaN, of which a maximum over ranks need not tell."""
+    return communicator.all_reduce(logits.amax(-1).nan_to_num_(torch.inf, torch.inf, -torch.inf), "tp", largest=True)
+
+
+def _winner(values: Tensor, communicator: Communicator) -> tuple[Tensor, Tensor]:
+    """The id of the largest value of each row, the lowest of equals, and that value, infinity for NaN: one maximum of
+    (value, -id) as an integer."""
     best, id = values.max(-1)
+    best.nan_to_num_(torch.inf, torch.inf, -torch.inf)
     first = communicator.mesh.index("tp") * values.shape[1]
     # Floats order as integers once the bits below the sign of a negative are flipped; adding 0.0 makes -0.0 equal 0.0.
     bits = (best + 0.0).view(torch.int32)
     ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
     key = communicator.all_reduce((ordered << 32) | (_LOW - (first + id)), "tp", largest=True)
-    return _LOW - (key & _LOW)
+    ordered = key >> 32
+    return _LOW - (key & _LOW), (ordered ^ (ordered >> 31 & 0x7FFFFFFF)).int().view(torch.float32)
 
 
 def _limit(distance: Tensor, top_k: Tensor, top_p: Tensor, communicator: Communicator) -> Tensor:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from ... import __version__
 from ..chat.conversation import Conversation
 from ..config import PAGE_TOKENS
-from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError, TransferError
+from ..errors import CapacityError, CorruptedError, EngineError, RequestError, TokenSpeedError, TransferError
 from .anthropic import Message, count_tokens
 from .bodies import JsonRoute
 from .client import DeadlineExceeded
@@ -246,6 +246,7 @@ _STATUS = {
     UnknownModel: (404, "not_found_error"),
     Overloaded: (429, "rate_limit_error"),
     DeadlineExceeded: (504, "timeout_error"),
+    CorruptedError: (500, "internal_error"),
     EngineError: (503, "service_unavailable_error"),
 }
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 import msgspec
 import zmq
 
-from .. import errors
 from ..errors import EngineError, RequestError, TokenSpeedError
 from ..request import Request, Update
 from ..text.grammar import GrammarSpec
@@ -110,7 +109,7 @@ class EngineClient:
                     raise what
                 if what.error:
                     left = 0
-                    raise EngineError(what.error)
+                    raise what.error.error
                 left -= what.finish_reason is not None
                 yield what
         finally:
@@ -139,7 +138,7 @@ class EngineClient:
         try:
             self._send(Ping(number))
             return (await asyncio.wait_for(self._pongs[number], timeout)).stats
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} s") from None
         finally:
             del self._pongs[number]
@@ -156,7 +155,7 @@ class EngineClient:
                 self._send(Stop())
             try:
                 await asyncio.wait_for(self._process.wait(), seconds)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
         if self._watcher is not None:
@@ -195,9 +194,9 @@ class EngineClient:
                 future = self._pongs.get(pong.number)
                 if future and not future.done():
                     future.set_result(pong)
-            case Refused(request_id, kind, message):
+            case Refused(request_id, failure):
                 if queue := self._queues.get(request_id):
-                    queue.put_nowait(getattr(errors, kind)(message))
+                    queue.put_nowait(failure.error)
             case Ready() as ready:
                 self.ready = ready
                 self._started.set()

@@ -122,7 +122,7 @@ class Formats:
         ended = self._ends[number] = asyncio.get_running_loop().create_future()
         try:
             reply, status = await asyncio.wait_for(self._done(number, data, ended), MOST_WALL_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise RequestError(_LIMIT.format(f"{MOST_WALL_SECONDS:g} s")) from None
         except OSError as error:
             raise EngineError(f"output formats cannot be compiled just now: {error}") from None

@@ -140,7 +140,7 @@ class _Body:
         left = min(self._limits.pause, self._end - time.monotonic())
         try:
             message = await asyncio.wait_for(self._receive(), max(left, 0))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(408, "the body came too slowly", {"connection": "close"}) from None
         got = len(message.get("body", b""))
         self.bytes += got

@@ -57,7 +57,7 @@ class ServerOptions:
 def serve(options: ServerOptions, config: EngineConfig) -> int:
     """Serve until a signal or the engine's end; the exit status. Raises ConfigError for what cannot be used."""
     lines = Log()
-    directory = resolve(options.model)
+    directory = resolve(options.model, config.load_format)
     frontend = Frontend.from_directory(directory)
     listener = listen(options.host, options.port)
     loop = _new_loop()

@@ -3,7 +3,7 @@
 import msgspec
 
 from ..config import EngineConfig
-from ..request import Request, Update
+from ..request import Failure, Request, Update
 from ..text.grammar import GrammarSpec
 from ..transfer.params import Address, Transfer, TransferSettings
 
@@ -60,11 +60,10 @@ class News(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """A request that was not taken. kind: the error's class name."""
+    """A request that was not taken."""
 
     request_id: str
-    kind: str
-    message: str
+    failure: Failure
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):

@@ -37,6 +37,7 @@ _COUNTERS = {
     "cached_tokens": "of them, resumed from a snapshot",
     "recomputed_matched_tokens": "computed although their keys and values were there, for want of a state",
     "preemptions": "sequences that gave way to older ones",
+    "corrupted_requests": "requests that ended because their logits were not finite",
     "snapshots_evicted": "states that were let go",
     "snapshots_left_to_host": "of them, states that host memory still had",
     "pages_evicted": "KV pages that were let go",

@@ -34,7 +34,7 @@ def _card(service: Service) -> dict[str, Any]:
         # As Anthropic's clients read it.
         "type": "model",
         "display_name": name,
-        "created_at": datetime.datetime.fromtimestamp(started, datetime.timezone.utc).isoformat(),
+        "created_at": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(),
         "lifecycle": "active",
         "max_input_tokens": service.room,
         "max_tokens": service.room,

@@ -16,7 +16,7 @@ from ..core import Engine
 from ..errors import TokenSpeedError
 from ..frontend import Frontend
 from ..llm import load_engine
-from ..request import Request, Update
+from ..request import Failure, Request, Update
 from ..text.grammar import Grammar
 from ..transfer.arenas import Arenas
 from ..transfer.endpoint import Endpoint
@@ -129,7 +129,7 @@ class EngineProcess:
             else:
                 self._engine.submit(request, self._news.append, compiled)
         except TokenSpeedError as error:
-            self._send(Refused(request.id, type(error).__name__, str(error)))
+            self._send(Refused(request.id, Failure.of(error)))
 
     def _submit_compiled(self) -> None:
         for id, (future, submit) in list(self._compiling.items()):

@@ -13,7 +13,7 @@ from typing import Any
 from ..chat.conversation import Conversation
 from ..chat.formats import Format
 from ..chat.turn import Conversations, PreparedTurn, TurnReader
-from ..errors import RequestError, TokenSpeedError
+from ..errors import CorruptedError, EngineError, RequestError, TokenSpeedError
 from ..frontend import Frontend
 from ..request import Request, SamplingParams, Update
 from ..text.turn import TurnEvent
@@ -177,6 +177,9 @@ class Service:
         except DeadlineExceeded:  # of what was left, when the engine was asked
             outcome = "timeout"
             raise DeadlineExceeded(f"the request took longer than its deadline of {limit:g} s.") from None
+        except (CorruptedError, EngineError):
+            outcome = "error"
+            raise
         except TokenSpeedError:
             outcome = "refused"
             raise
@@ -190,7 +193,7 @@ class Service:
             return Compiled(None, 0)
         try:
             return await asyncio.wait_for(self.formats.compile(key, request.name_space, format), limit)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise DeadlineExceeded("the grammar took longer than the request may") from None
 
     async def abort(self, name: str) -> bool:

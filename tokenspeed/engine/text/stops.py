@@ -13,9 +13,11 @@ class StopStrings:
         self._after = after or ""
         self._tail = ""  # of the text before `after`, as much as may begin it
         self._held = ""
+        self._early = 0  # characters of what is held back in which no string may end
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is certain now, and the stop string that was found; nothing may be pushed after one."""
+    def push(self, text: str, ends: bool = True) -> tuple[str, str | None]:
+        """The text that is certain now, and the stop string that was found; nothing may be pushed after one. ends:
+        whether one may end in this text; one that only begins in it may be found later, as in vLLM."""
         if not self._stops:
             return text, None
         before = ""
@@ -23,21 +25,17 @@ class StopStrings:
             passed = self._find_after(text)
             before, text = text[:passed], text[passed:]
         text = self._held + text
+        early = self._early if ends else len(text)
+        places = [(text.find(stop, max(early + 1 - len(stop), 0)), stop) for stop in self._stops]
         # The one that is complete first; of several that end together, the longest.
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        found = [(at + len(stop), -len(stop), stop) for at, stop in places if at >= 0]
         if found:
             end, length, stop = min(found)
             self._held = ""
             return before + text[: end if self._include else end + length], stop
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return before + text[: len(text) - keep], None
-
-    def pass_over(self, text: str) -> str:
-        """Text in which no stop string counts, with what was held back before it."""
-        if self._after:
-            self._find_after(text)
-        return self.finish() + text
+        certain = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        self._held, self._early = text[certain:], max(early - certain, 0)
+        return before + text[:certain], None
 
     def _find_after(self, text: str) -> int:
         """How much of the text is before the end of `after`."""
