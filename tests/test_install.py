@@ -1,5 +1,6 @@
 """The package installs: the short form of tools/try_installs.py, and what its metadata promise."""
 
+import os
 import re
 import subprocess
 import sys
@@ -70,3 +71,25 @@ def test_names_are_imported_when_they_are_used():
     assert tokenspeed.LLM.__module__ == "tokenspeed.engine.llm"
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = tokenspeed.Nothing
+
+
+@pytest.mark.parametrize(
+    ("absent", "mode", "sentence"),
+    [
+        ("pybind11", "0", "the build needs pybind11, and this environment has none"),
+        ("ninja", "0", "the build needs ninja"),
+        ("torch", "1", "the build needs torch"),
+        ("", "maybe", "TOKENSPEED_CUDA is 'maybe'; it may be 0"),
+    ],
+)
+def test_a_build_says_in_a_sentence_what_it_lacks(absent, mode, sentence, tmp_path):
+    program = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name == {absent!r} else find(name, *rest)\n"
+        f"sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}]\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "TOKENSPEED_CUDA": mode}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr

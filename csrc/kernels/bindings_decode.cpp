@@ -183,6 +183,7 @@ std::optional<std::tuple<Tensor, Tensor>> ffn_block(const Tensor& x, const Tenso
                        .scratch = data<uint32_t>(scratch),
                        .out = nullptr,
                        .sum = nullptr,
+                       .workspace = nullptr,
                        .tokens = static_cast<int>(tokens),
                        .hidden = static_cast<int>(hidden),
                        .width = static_cast<int>(width)};
@@ -193,7 +194,10 @@ std::optional<std::tuple<Tensor, Tensor>> ffn_block(const Tensor& x, const Tenso
     Tensor out = new_tensor(x, {tokens, hidden}), sum = new_tensor(x, {tokens, hidden});
     arguments.out = data(out);
     arguments.sum = data(sum);
+    const Tensor workspace = new_tensor(x, {tokens, width});
+    arguments.workspace = data(workspace);
     const Launch launch(x);
+    launch.keep(workspace);
     check_launch(tokenspeed::ffn_block(arguments, launch.stream()), "ffn_block");
     return std::make_tuple(out, sum);
 }

@@ -16,13 +16,16 @@
 // a product of its own, of which the half that belongs together counts. They never wait for each other behind the norm:
 // the ninth warp streams weights, the tenth adds the warps' sums, a ring of them, and stores activations and output.
 //
-// Dependencies. Activations are words of two bf16 and the launch's number; each warp spins on those of its own columns
-// and brings them into shared memory for itself: no fence, no counter, no barrier. The number comes from the caller's
-// memory, where launches count themselves, so a graph may replay; since only who has read it may change it, blocks
-// count themselves in, and the first waits for that count and clears the next launch's.
+// Dependencies. One token's activations are words of two bf16 and the launch's number; each warp spins on those of its
+// own columns and brings them into shared memory for itself: no fence, no counter, no barrier. Several tokens' words
+// would be too much for 132 blocks to read: they are rows of bf16, and blocks count, with a release, when theirs are
+// stored. The number comes from the caller's memory, where launches count themselves, so a graph may replay; since only
+// who has read it may change it, blocks count themselves in, and the first waits for that count and clears the next
+// launch's.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
-// have. What the kernel ahead still holds it gives back without waiting for us.
+// have. What the kernel ahead still holds it gives back without waiting for us. More than half of
+// a multiprocessor is left to the next one, whose ring fills while ours runs dry.
 //
 // Rounding is that of the operators that the torch implementation names. Sums have the same order for any number of
 // tokens and blocks.
@@ -62,16 +65,18 @@ static_assert(kTileRows * kDepth * 2 == kStageBytes);
 constexpr int kStages = 4;                             // of the ring, see the page
 constexpr int kSumSlots = 4;                           // tiles whose sums wait to be added
 constexpr int kSumPitch = kConsumers * kTileRows + 4;  // floats of a token's sums: distinct banks for a warp's stores
-// A block takes more than half of what a multiprocessor has, so that no two share one while the kernel ahead ends.
-constexpr int kLeastShared = 114 * 1024;
-constexpr int kWordsOfStage = kDepth / 2;  // of a token's activations that a stage of down meets
+// No two blocks may share a multiprocessor, as they might while the kernel ahead ends. By their registers they cannot,
+// and the rings of their neighbours, 137 KB of in_proj of 0.8B, fit beside one. Were they fewer, this would see to it.
+constexpr int kAloneShared = 114 * 1024;
+constexpr int kWordsOfStage = kDepth / 2;  // of the activations that a stage of down meets
 
 // The caller's memory: how many launches have used it, and how many blocks of the launches of either parity have read
-// that. Behind it the activations, words that carry their launch's number, [stage, token, kWordsOfStage].
+// that, and where tokens are several, stored their activations. Behind it the activations of one token, words of two
+// and their launch's number.
 struct Header {
     uint32_t launches;
     uint32_t padding[31];
-    uint32_t begun[2][32];
+    uint32_t counted[2][32];
 };
 constexpr int kHeaderWords = sizeof(Header) / sizeof(uint32_t);
 static_assert(kHeaderWords == 96, "so says the operator");
@@ -79,7 +84,7 @@ static_assert(kHeaderWords == 96, "so says the operator");
 struct Control {
     uint64_t full[kStages], empty[kStages];
     uint64_t sums_full[kSumSlots], sums_empty[kSumSlots];
-    uint64_t begun;  // the launch's number is known
+    uint64_t begun, exchanged;  // the launch's number is known; the activations of all blocks are there
     uint32_t launch;
     float squares[kConsumers];
 };
@@ -212,24 +217,42 @@ struct Multiplier {
     }
 };
 
-// Brings the activations that this warp multiplies into `rows`, [token, y_pitch]; kPairs: of words, on their way at
-// once.
-template <int kPairs>
-__device__ __forceinline__ void bring_activations(const Arguments& a, uint32_t launch, uint8_t* rows) {
-    const FfnBlock& p = a.p;
+// Brings the activations of the one token that this warp multiplies into `row`.
+__device__ __forceinline__ void bring_words(const Arguments& a, uint32_t launch, uint8_t* row) {
+    constexpr int kPairs = 4;                                                 // of words, on their way at once
     const int column = threadIdx.x / 32 * kWarpDepth + threadIdx.x % 32 * 4;  // of each stage
-    const int count = (max(p.width - column, 0) + kDepth - 1) / kDepth * p.tokens;
-    const uint64_t* words = a.words + column / 2;
-    uint8_t* to = rows + column * 2;
-    int token = 0;
+    const int count = (max(a.p.width - column, 0) + kDepth - 1) / kDepth;
     for (int base = 0; base < count; base += kPairs) {
         uint2 values[kPairs];
-        ptx::wait_tagged_pairs(values, words + base * kWordsOfStage, kWordsOfStage, count - base, launch);
+        const uint64_t* words = a.words + base * kWordsOfStage + column / 2;
+        ptx::wait_tagged_pairs(values, words, kWordsOfStage, count - base, launch);
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-            if (base + i >= count) break;
-            *reinterpret_cast<uint2*>(to + token * a.layout.y_pitch) = values[i];
-            if (++token == p.tokens) token = 0, to += kDepth * 2;
+            if (base + i < count) *reinterpret_cast<uint2*>(row + ((base + i) * kDepth + column) * 2) = values[i];
+        }
+    }
+    __syncwarp();
+}
+
+// The same of several tokens, whose activations are all there. Half a warp has a token's columns of a stage.
+__device__ __forceinline__ void bring_rows(const Arguments& a, uint8_t* rows) {
+    constexpr int kAtOnce = 8;
+    const FfnBlock& p = a.p;
+    const int first = threadIdx.x / 32 * kWarpDepth + threadIdx.x % 16 * 8;
+    const int all = (p.width + kDepth - 1) / kDepth * p.tokens;
+    for (int base = threadIdx.x % 32 / 16; base < all; base += 2 * kAtOnce) {
+        uint4 values[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = base + 2 * i, column = at / p.tokens * kDepth + first;
+            if (at >= all || column >= p.width) continue;
+            values[i] = ptx::load_16_no_allocate(p.workspace + at % p.tokens * p.width + column);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = base + 2 * i, column = at / p.tokens * kDepth + first;
+            if (at >= all || column >= p.width) continue;
+            store_16(rows + at % p.tokens * a.layout.y_pitch + column * 2, values[i]);
         }
     }
     __syncwarp();
@@ -248,11 +271,12 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         multiplier.tile(x, layout.x_pitch, p.hidden);
     }
     if (work.first_of_down >= work.down_tiles) return;
-    ptx::mbarrier_wait(&control.begun, 0);
     if (p.tokens == 1) {
-        bring_activations<4>(a, control.launch, y);
+        ptx::mbarrier_wait(&control.begun, 0);
+        bring_words(a, control.launch, y);
     } else {
-        bring_activations<12>(a, control.launch, y);
+        ptx::mbarrier_wait(&control.exchanged, 0);
+        bring_rows(a, y);
     }
     for (int tile = work.first_of_down; tile < work.down_tiles; tile += work.blocks) {
         multiplier.tile(y, layout.y_pitch, p.width);
@@ -272,7 +296,8 @@ __device__ void finish(const Arguments& a, Control& control, const float* sums) 
         launch = header.launches + 1;
         control.launch = launch;
         ptx::mbarrier_arrive(&control.begun);
-        ptx::add_relaxed(header.begun[launch % 2], 1);  // whoever sees this count knows that the number has been read
+        // Whoever sees this count knows that the number has been read.
+        if (p.tokens == 1) ptx::add_relaxed(header.counted[launch % 2], 1);
     }
     launch = __shfl_sync(kAllLanes, launch, 0);
     Cursor at;
@@ -290,18 +315,27 @@ __device__ void finish(const Arguments& a, Control& control, const float* sums) 
         at.next(kSumSlots);
     };
     for (int tile = work.first_of_gate_up; tile < work.gate_up_tiles; tile += work.blocks) {
-        const int column = tile * kTileColumns;
-        uint64_t* words = a.words + column / kDepth * p.tokens * kWordsOfStage + (column % kDepth + row) / 2;
+        const int column = tile * kTileColumns + row;
         each_token([&](int token, __nv_bfloat16 value) {  // rows 0 to 3 are gates, 4 to 7 their ups
             const float up = __shfl_down_sync(kAllLanes, to_float(value), kTileColumns);
             const float y = silu(to_float(value)) * up, next = __shfl_down_sync(kAllLanes, y, 1);
             if (token >= p.tokens || row >= kTileColumns || row % 2 != 0) return;
-            ptx::store_tagged(words + token * kWordsOfStage, pack<__nv_bfloat16>(y, next), launch);
+            const uint32_t pair = pack<__nv_bfloat16>(y, next);
+            if (p.tokens == 1) {
+                ptx::store_tagged(a.words + column / 2, pair, launch);
+            } else {
+                *reinterpret_cast<uint32_t*>(p.workspace + token * p.width + column) = pair;
+            }
         });
     }
+    if (lane == 0 && p.tokens > 1) {
+        ptx::add_release(header.counted[launch % 2], 1);
+        ptx::wait_at_least(header.counted[launch % 2], gridDim.x);
+        ptx::mbarrier_arrive(&control.exchanged);
+    }
     if (blockIdx.x == 0 && lane == 0) {
-        ptx::wait_at_least(header.begun[launch % 2], gridDim.x);
-        header.begun[(launch + 1) % 2][0] = 0;
+        ptx::wait_at_least(header.counted[launch % 2], gridDim.x);
+        header.counted[(launch + 1) % 2][0] = 0;
         header.launches = launch;
     }
     for (int tile = work.first_of_down; tile < work.down_tiles; tile += work.blocks) {
@@ -327,6 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             ptx::mbarrier_init(&control.sums_empty[i], 1);
         }
         ptx::mbarrier_init(&control.begun, 1);
+        ptx::mbarrier_init(&control.exchanged, 1);
         ptx::fence_mbarrier_init();
         ptx::prefetch_tensor_map(&maps.gate_up);
         ptx::prefetch_tensor_map(&maps.down);
@@ -363,7 +398,7 @@ cudaError_t encode(Maps* maps, const FfnBlock& p) {
 }  // namespace
 
 int64_t ffn_block_scratch(const FfnBlock& p) {
-    return kHeaderWords + (int64_t{p.width} + kDepth - 1) / kDepth * kDepth * kFfnBlockTokens;
+    return kHeaderWords + p.width;
 }
 
 bool ffn_block_supported(const FfnBlock& p) {
@@ -380,15 +415,14 @@ cudaError_t ffn_block(const FfnBlock& p, cudaStream_t stream) {
     Maps maps;
     const cudaError_t status = encode(&maps, p);
     if (status != cudaSuccess) return status;
-    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
-                                 .block = dim3(kThreads),
-                                 .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
-                                 .stream = stream,
-                                 .programmatic = true};
-    // Blocks wait for each other: all must be on the device at once.
-    if (max_resident_blocks(ffn_block_kernel, config) < static_cast<int>(config.grid.x)) {
-        return cudaErrorCooperativeLaunchTooLarge;
-    }
+    LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                           .block = dim3(kThreads),
+                           .shared_bytes = static_cast<size_t>(arguments.layout.bytes()),
+                           .stream = stream,
+                           .programmatic = true};
+    const int resident = max_resident_blocks(ffn_block_kernel, config), blocks = static_cast<int>(config.grid.x);
+    if (resident < blocks) return cudaErrorCooperativeLaunchTooLarge;  // blocks wait for each other
+    if (resident > blocks) config.shared_bytes = std::max<size_t>(config.shared_bytes, kAloneShared);
     return launch(ffn_block_kernel, config, maps, arguments);
 }
 

@@ -438,6 +438,7 @@ struct FfnBlock {
     uint32_t* scratch;             // ffn_block_scratch() words, aligned to 16 bytes, zeros at first
     __nv_bfloat16* out;            // [tokens, hidden]
     __nv_bfloat16* sum;            // [tokens, hidden]: x + residual
+    __nv_bfloat16* workspace;      // [tokens, width], any content
     int tokens, hidden, width;
 };
 bool ffn_block_supported(const FfnBlock& arguments);

@@ -7,7 +7,7 @@ import torch
 
 import tokenspeed.ops as ops
 from tests.kernels.launches import torch_served
-from tokenspeed.ops.strict import PRECONDITIONS, precondition
+from tokenspeed.ops.strict import PRECONDITIONS, precondition, refusing
 
 from .samples import SAMPLES
 
@@ -105,6 +105,19 @@ def test_strict_raises_on_a_cpu_and_only_inside():
     with torch.inference_mode(), pytest.raises(ops.NoKernel, match="silu_mul: the"), ops.strict():
         ops.silu_mul(x)
     assert ops.silu_mul(x).shape == (2, 8)
+
+
+def test_a_call_that_is_handed_on_is_refused_and_named(backend):
+    if not backend.kernels:
+        pytest.skip("no kernels")
+    x, weight = backend.randn(2, 64, dtype=torch.float32), backend.randn(64, dtype=torch.float32)
+    with refusing() as refused, pytest.raises(RuntimeError):
+        overload(backend, "rms_norm")(x, weight, 1e-6)
+    assert refused == ["rms_norm"]
+    with refusing() as refused:
+        overload(backend, "rms_norm")(*SAMPLES["rms_norm"](backend))
+        overload(backend, "linear")(backend.randn(20, 64), backend.randn(8, 64))
+    assert not refused, "a kernel served the first, and the second is a job for cuBLAS"
 
 
 def test_strict_lets_pass_what_a_kernel_serves(backend):

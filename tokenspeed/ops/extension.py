@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .strict import NoKernel, is_strict, served_by_design
+from .strict import refuse_if_strict
 
 _torch_implementations = torch.library.Library("tokenspeed_torch", "DEF")
 
@@ -23,8 +23,7 @@ def declare_torch_implementations() -> None:
         implementation = getattr(ops, name).__wrapped__
 
         def call(*args):
-            if is_strict() and not served_by_design(name, args):
-                raise NoKernel(f"tokenspeed_torch::{name} under strict")
+            refuse_if_strict(name, args)
             return implementation(*args)
 
         return call

@@ -7,8 +7,9 @@ meets them and is still not served (an extreme stride or size) raises under `str
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,7 +26,8 @@ COMPOSED = (
     *("ffn_block", "moe_block"),
 )
 
-_is_strict: ContextVar[bool] = ContextVar("tokenspeed_strict", default=False)
+# Under strict, the operators that were handed on to their torch implementations.
+_refused: ContextVar[list[str] | None] = ContextVar("tokenspeed_refused", default=None)
 
 
 class NoKernel(RuntimeError):
@@ -257,8 +259,23 @@ def served_by_design(name: str, args: tuple[Any, ...]) -> bool:
     return name in COMPOSED or (name == "linear" and len(args[0]) > KERNEL_ROWS // 2 and _linear(*args) is None)
 
 
-def is_strict() -> bool:
-    return _is_strict.get()
+def refuse_if_strict(name: str, args: tuple[Any, ...]) -> None:
+    """Called where a kernel hands a call on. The error crosses C++, which keeps no more than that there was one."""
+    refused = _refused.get()
+    if refused is not None and not served_by_design(name, args):
+        refused.append(name)
+        raise NoKernel(f"{name}: handed on to torch under strict")
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[list[str]]:
+    """Inside, no call may be handed on; the list names those that were."""
+    refused: list[str] = []
+    token = _refused.set(refused)
+    try:
+        yield refused
+    finally:
+        _refused.reset(token)
 
 
 class strict(TorchDispatchMode):
@@ -275,12 +292,10 @@ class strict(TorchDispatchMode):
         name = func._schema.name.removeprefix("tokenspeed::")
         if name not in COMPOSED and (problem := why_not(name, *args, **kwargs)):
             raise NoKernel(problem)
-        token = _is_strict.set(True)
-        try:
-            return func(*args, **kwargs)
-        except RuntimeError as error:
-            if "tokenspeed_torch::" in str(error) or isinstance(error, NoKernel):
-                raise NoKernel(f"{name}: the kernel did not take these strides, sizes or alignments.") from error
-            raise
-        finally:
-            _is_strict.reset(token)
+        with refusing() as refused:
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if refused:
+                    raise NoKernel(f"{refused[0]}: the kernel did not take these strides, sizes or layouts.") from error
+                raise
