@@ -19,9 +19,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("servers").add_argument
     repeated = {"action": "append", "default": [], "metavar": "URL"}
-    add("--replica", **repeated, help="a server that does all of a request, as http://HOST:PORT; may repeat")
-    add("--prefill", **repeated, help="a server that prefills for others (serve --role prefill); may repeat")
-    add("--decode", **repeated, help="a server that decodes (serve --role decode, or both); may repeat")
+    add(
+        "--replica",
+        **repeated,
+        help="a server that does all of a request, as http://HOST:PORT; may repeat (default none)",
+    )
+    add(
+        "--prefill",
+        **repeated,
+        help="a server that prefills for others (serve --role prefill); may repeat (default none)",
+    )
+    add("--decode", **repeated, help="a server that decodes (serve --role decode, or both); may repeat (default none)")
     add(
         "--prefill-tokens",
         type=int,
