@@ -235,21 +235,6 @@ void wait_tagged(uint32_t (&values)[kCount], const uint64_t* global, uint32_t ta
     }
 }
 
-template <int kRows, int kCount>
-void wait_tagged(uint32_t (&values)[kRows][kCount], const uint64_t* global, int64_t stride, int count, uint32_t tag) {
-    static_assert(kCount == 1 || kCount % 2 == 0);
-    for (int row = 0; row < kRows; ++row) {
-        for (int i = 0; i < kCount; ++i) values[row][i] = 0;
-        if (row >= count) continue;
-        const uint64_t* run = global + row * stride;
-        emulator::check_aligned(run, kCount == 1 ? 8 : 16);
-        for (int i = 0; i < kCount; ++i) {
-            emulator::wait_for_flag(reinterpret_cast<const uint32_t*>(run + i) + 1, tag, true);
-            values[row][i] = static_cast<uint32_t>(run[i]);
-        }
-    }
-}
-
 template <int kPairs>
 void wait_tagged_pairs(uint2 (&values)[kPairs], const uint64_t* global, int step, int count, uint32_t tag) {
     for (int i = 0; i < kPairs && i < count; ++i) {

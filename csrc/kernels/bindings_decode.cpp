@@ -18,152 +18,69 @@ bool is_slot_record(const Tensor& t, int64_t slots) {
     return t.size(0) == slots && is_dense_from(t, 1);
 }
 
-// What the operators of a Gated DeltaNet mixer read and write beside its projections, in the order of their arguments.
-struct GatedDeltaNet {
-    const Tensor &conv_weight, &a_log, &dt_bias, &norm_weight;
-    double eps;
-    const Tensor &state, &ring, &cursor, &window, &context_lens, &read_slot, &write_slot;
-
-    bool fits() const {
-        const int64_t slots = state.size(0);
-        bool fits = context_lens.size(0) > 0 && is_bf16(window) && is_float(state) && is_float(ring) &&
-                    is_int32(cursor) && conv_weight.size(1) == 4 && state.size(2) == 128 && state.size(3) == 128 &&
-                    key_heads() > 0 && is_float(a_log) && is_float(dt_bias) && is_bf16(conv_weight) &&
-                    (is_float(norm_weight) || is_bf16(norm_weight));
-        for (const Tensor* record : {&state, &ring, &cursor, &window}) fits = fits && is_slot_record(*record, slots);
-        for (const Tensor* weight : {&conv_weight, &a_log, &dt_bias, &norm_weight}) {
-            fits = fits && weight->is_contiguous();
-        }
-        for (const Tensor* integers : {&context_lens, &read_slot, &write_slot}) {
-            fits = fits && is_int32(*integers) && integers->is_contiguous();
-        }
-        return fits;
-    }
-    int64_t channels() const { return conv_weight.size(0); }
-    int64_t value_heads() const { return state.size(1); }
-    int64_t key_heads() const { return (channels() / 128 - value_heads()) / 2; }
-
-    // Without projections and output.
-    GatedDeltaRuleDecode arguments(int64_t rows) const {
-        const int64_t sequences = context_lens.size(0);
-        return {.qkv = nullptr,
-                .z = nullptr,
-                .a = nullptr,
-                .b = nullptr,
-                .qkv_stride = 0,
-                .z_stride = 0,
-                .a_stride = 0,
-                .b_stride = 0,
-                .conv_weight = data(conv_weight),
-                .a_log = data<float>(a_log),
-                .dt_bias = data<float>(dt_bias),
-                .norm_weight = norm_weight.data_ptr(),
-                .norm_weight_is_float = is_float(norm_weight),
-                .eps = static_cast<float>(eps),
-                .state = data<float>(state),
-                .ring = data<float>(ring),
-                .cursor = data<int32_t>(cursor),
-                .window = data(window),
-                .state_stride = state.stride(0),
-                .ring_stride = ring.stride(0),
-                .cursor_stride = cursor.stride(0),
-                .window_stride = window.stride(0),
-                .context_lens = data<int32_t>(context_lens),
-                .read_slot = data<int32_t>(read_slot),
-                .write_slot = data<int32_t>(write_slot),
-                .out = nullptr,
-                .sequences = static_cast<int>(sequences),
-                .tokens = static_cast<int>(rows / sequences),
-                .slots = static_cast<int>(state.size(0)),
-                .key_heads = static_cast<int>(key_heads()),
-                .value_heads = static_cast<int>(value_heads()),
-                .channels = static_cast<int>(channels()),
-                .ring_rows = static_cast<int>(ring.size(1)),
-                .ring_width = static_cast<int>(ring.size(2)),
-                .window_entries = static_cast<int>(window.size(1))};
-    }
-};
-
 std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z, const Tensor& a, const Tensor& b,
                                               const Tensor& conv_weight, const Tensor& a_log, const Tensor& dt_bias,
                                               const Tensor& norm_weight, double eps, const Tensor& state,
                                               const Tensor& ring, const Tensor& cursor, const Tensor& window,
                                               const Tensor& context_lens, const Tensor& read_slot,
                                               const Tensor& write_slot) {
-    const GatedDeltaNet net{conv_weight, a_log,  dt_bias, norm_weight,  eps,       state,
-                            ring,        cursor, window,  context_lens, read_slot, write_slot};
-    bool fits =
-        has_kernels(qkv) && qkv.size(0) > 0 && qkv.size(0) <= kMaxIndex && net.fits() && qkv.size(1) == net.channels();
+    const int64_t slots = state.size(0), value_heads = state.size(1), sequences = context_lens.size(0);
+    const int64_t channels = qkv.size(1), key_heads = (channels / 128 - value_heads) / 2;
+    bool fits = has_kernels(qkv) && sequences > 0 && qkv.size(0) > 0 && qkv.size(0) <= kMaxIndex && is_bf16(window) &&
+                is_float(state) && is_float(ring) && is_int32(cursor) && conv_weight.size(1) == 4 &&
+                state.size(2) == 128 && state.size(3) == 128 && key_heads > 0 && is_float(a_log) && is_float(dt_bias) &&
+                (is_float(norm_weight) || is_bf16(norm_weight));
     for (const Tensor* projection : {&qkv, &z, &a, &b}) {
         fits = fits && is_bf16(*projection) && projection->stride(1) == 1;
     }
-    if (!fits) return std::nullopt;
-    GatedDeltaRuleDecode arguments = net.arguments(qkv.size(0));
-    arguments.qkv = data(qkv);
-    arguments.z = data(z);
-    arguments.a = data(a);
-    arguments.b = data(b);
-    arguments.qkv_stride = row_stride(qkv);
-    arguments.z_stride = row_stride(z);
-    arguments.a_stride = row_stride(a);
-    arguments.b_stride = row_stride(b);
+    for (const Tensor* record : {&state, &ring, &cursor, &window}) fits = fits && is_slot_record(*record, slots);
+    for (const Tensor* weight : {&conv_weight, &a_log, &dt_bias, &norm_weight}) fits = fits && weight->is_contiguous();
+    for (const Tensor* integers : {&context_lens, &read_slot, &write_slot}) {
+        fits = fits && is_int32(*integers) && integers->is_contiguous();
+    }
+    if (!fits || !is_bf16(conv_weight)) return std::nullopt;
+
+    GatedDeltaRuleDecode arguments{.qkv = data(qkv),
+                                   .z = data(z),
+                                   .a = data(a),
+                                   .b = data(b),
+                                   .qkv_stride = row_stride(qkv),
+                                   .z_stride = row_stride(z),
+                                   .a_stride = row_stride(a),
+                                   .b_stride = row_stride(b),
+                                   .conv_weight = data(conv_weight),
+                                   .a_log = data<float>(a_log),
+                                   .dt_bias = data<float>(dt_bias),
+                                   .norm_weight = norm_weight.data_ptr(),
+                                   .norm_weight_is_float = is_float(norm_weight),
+                                   .eps = static_cast<float>(eps),
+                                   .state = data<float>(state),
+                                   .ring = data<float>(ring),
+                                   .cursor = data<int32_t>(cursor),
+                                   .window = data(window),
+                                   .state_stride = state.stride(0),
+                                   .ring_stride = ring.stride(0),
+                                   .cursor_stride = cursor.stride(0),
+                                   .window_stride = window.stride(0),
+                                   .context_lens = data<int32_t>(context_lens),
+                                   .read_slot = data<int32_t>(read_slot),
+                                   .write_slot = data<int32_t>(write_slot),
+                                   .out = nullptr,
+                                   .sequences = static_cast<int>(sequences),
+                                   .tokens = static_cast<int>(qkv.size(0) / sequences),
+                                   .slots = static_cast<int>(slots),
+                                   .key_heads = static_cast<int>(key_heads),
+                                   .value_heads = static_cast<int>(value_heads),
+                                   .channels = static_cast<int>(channels),
+                                   .ring_rows = static_cast<int>(ring.size(1)),
+                                   .ring_width = static_cast<int>(ring.size(2)),
+                                   .window_entries = static_cast<int>(window.size(1))};
     if (!gated_delta_rule_decode_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(z, {z.size(0), z.size(1)});
     arguments.out = data(out);
     const Launch launch(qkv);
     check_launch(tokenspeed::gated_delta_rule_decode(arguments, launch.stream()), "gated_delta_rule_decode");
     return out;
-}
-
-std::optional<std::tuple<Tensor, Tensor>> gdn_block(
-    const Tensor& x, const Tensor& residual, const Tensor& norm_weight, double eps, const Tensor& in_proj,
-    const Tensor& conv_weight, const Tensor& a_log, const Tensor& dt_bias, const Tensor& gated_norm_weight,
-    const Tensor& state, const Tensor& ring, const Tensor& cursor, const Tensor& window, const Tensor& context_lens,
-    const Tensor& read_slot, const Tensor& write_slot, const Tensor& out_proj, const Tensor& scratch) {
-    const GatedDeltaNet net{conv_weight, a_log,  dt_bias, gated_norm_weight, eps,       state,
-                            ring,        cursor, window,  context_lens,      read_slot, write_slot};
-    bool fits = has_kernels(x) && x.dim() == 2 && x.size(0) > 0 && x.size(0) <= kGdnBlockRows && x.stride(1) == 1 &&
-                in_proj.dim() == 2 && out_proj.dim() == 2 && is_int32(scratch) && net.fits() &&
-                x.size(0) % context_lens.size(0) == 0;
-    for (const Tensor* values : {&x, &residual, &norm_weight, &in_proj, &out_proj}) fits = fits && is_bf16(*values);
-    for (const Tensor* packed : {&residual, &norm_weight, &in_proj, &out_proj, &scratch}) {
-        fits = fits && packed->is_contiguous();
-    }
-    if (!fits) return std::nullopt;
-    const int64_t rows = x.size(0), hidden = x.size(1), projections = in_proj.size(0);
-    fits = has_shape(residual, {rows, hidden}) && has_shape(norm_weight, {hidden}) &&
-           has_shape(in_proj, {projections, hidden}) && has_shape(out_proj, {hidden, net.value_heads() * 128}) &&
-           projections <= kMaxIndex && hidden <= kMaxIndex;
-    if (!fits) return std::nullopt;
-
-    GdnBlock arguments{.x = data(x),
-                       .x_stride = row_stride(x),
-                       .residual = data(residual),
-                       .norm_weight = data(norm_weight),
-                       .eps = static_cast<float>(eps),
-                       .in_proj = data(in_proj),
-                       .out_proj = data(out_proj),
-                       .scratch = data<uint32_t>(scratch),
-                       .out = nullptr,
-                       .sum = nullptr,
-                       .workspace = nullptr,
-                       .tokens = static_cast<int>(rows),
-                       .hidden = static_cast<int>(hidden),
-                       .projections = static_cast<int>(projections),
-                       .mixer = net.arguments(rows)};
-    if (!gdn_block_supported(arguments)) return std::nullopt;
-    const int64_t wanted = gdn_block_scratch(arguments);
-    STD_TORCH_CHECK(scratch.numel() >= wanted, "scratch has ", scratch.numel(), " elements; ", projections,
-                    " rows of in_proj want ", wanted);
-    Tensor out = new_tensor(x, {rows, hidden}), sum = new_tensor(x, {rows, hidden});
-    arguments.out = data(out);
-    arguments.sum = data(sum);
-    const Tensor workspace = new_tensor(x, {static_cast<int64_t>(gdn_block_workspace(arguments))}, ScalarType::Byte);
-    arguments.workspace = data<uint8_t>(workspace);
-    const Launch launch(x);
-    launch.keep(workspace);
-    check_launch(tokenspeed::gdn_block(arguments, launch.stream()), "gdn_block");
-    return std::make_tuple(out, sum);
 }
 
 using Scale = std::optional<Tensor>;  // of an e4m3 weight
@@ -336,7 +253,6 @@ std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, co
 
 TOKENSPEED_KERNELS(library) {
     TOKENSPEED_KERNEL(library, gated_delta_rule_decode);
-    TOKENSPEED_KERNEL(library, gdn_block);
     TOKENSPEED_KERNEL(library, linear);
     TOKENSPEED_KERNEL(library, add_rms_norm_linear);
     TOKENSPEED_KERNEL(library, silu_mul_linear);

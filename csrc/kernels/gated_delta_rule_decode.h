@@ -115,19 +115,13 @@ struct Slots {
     int pending;   // tokens in the ring: D_0 .. D_{pending - 1}
     int ring_row;  // of the oldest pending token
     bool fold;
-
-    // What follows from a head's cursor.
-    __device__ __forceinline__ void place(const GatedDeltaRuleDecode& p, int cursor, int tokens) {
-        pending = context > 0 ? max(0, min(context - cursor, p.ring_rows)) : 0;
-        ring_row = pending > 0 ? (context - pending) % p.ring_rows : 0;
-        fold = pending + tokens > p.ring_rows || read != write || context == 0;
-    }
 };
 
-// A pair of neighbouring channels of the last inputs and of the new ones: what `convolve` takes.
+// Convolution, SiLU and rounding of one pair of neighbouring channels for all new tokens.
 template <int kTokens>
-__device__ __forceinline__ void load_inputs(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
-                                            int channel, uint32_t (&input)[kTaps - 1 + kTokens]) {
+__device__ __forceinline__ void convolve(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
+                                         int channel, uint4 taps, float* out, int out_stride) {
+    uint32_t input[kTaps - 1 + kTokens];
     const auto* window = p.window + slots.read * p.window_stride + channel;
     const int entry = slots.context % p.window_entries;
 #pragma unroll
@@ -144,12 +138,6 @@ __device__ __forceinline__ void load_inputs(const GatedDeltaRuleDecode& p, const
     for (int t = 0; t < kTokens; ++t) {
         input[kTaps - 1 + t] = *reinterpret_cast<const uint32_t*>(x + t * p.qkv_stride);
     }
-}
-
-// Convolution, SiLU and rounding of one pair of neighbouring channels for all new tokens.
-template <int kTokens>
-__device__ __forceinline__ void convolve(const uint32_t (&input)[kTaps - 1 + kTokens], uint4 taps, float* out,
-                                         int out_stride) {
     const float2 weight[kTaps] = {{unpack(taps.x).x, unpack(taps.z).x},
                                   {unpack(taps.x).y, unpack(taps.z).y},
                                   {unpack(taps.y).x, unpack(taps.w).x},
@@ -168,14 +156,14 @@ __device__ __forceinline__ void convolve(const uint32_t (&input)[kTaps - 1 + kTo
     }
 }
 
-// Starts the copies of the ring into shared memory, one row a warp; this is warp `warp` of those that share them. With
-// `all`, rows that hold nothing pending come along and are not looked at, which takes the cursor off the critical path.
+// Starts the copies of the ring into shared memory, one row a warp. With `all`, rows that hold nothing pending come
+// along and are not looked at, which takes the cursor off the critical path.
 template <int kBytes>
 __device__ __forceinline__ void load_ring(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
-                                          int read, int context, int cursor, bool all, int warp, int warps) {
+                                          int read, int context, int cursor, bool all) {
     constexpr int kFloats = kBytes / 4;
     const int lane = threadIdx.x % 32;
-    for (int row = warp; row < p.ring_rows; row += warps) {
+    for (int row = threadIdx.x / 32; row < p.ring_rows; row += kWarps) {
         const int token = context - 1 - (context - 1 - row + p.ring_rows) % p.ring_rows;  // the latest one at this row
         if (!all && token < cursor) continue;
         const float* source = p.ring + read * p.ring_stride + static_cast<int64_t>(row) * p.ring_width;
@@ -191,13 +179,16 @@ __device__ __forceinline__ void load_ring(const GatedDeltaRuleDecode& p, const P
     }
 }
 
-// g and beta of (value head, token) `i` of the group, from its two projections and its head's two parameters.
-__device__ __forceinline__ void gate(const Shared& shared, int i, __nv_bfloat16 a, __nv_bfloat16 b, float a_log,
-                                     float dt_bias) {
-    const float x = __bfloat162float(a) + dt_bias;
+// g and beta of (value head, token) `i` of the group; a_log and dt_bias are the head's.
+template <int kTokens>
+__device__ __forceinline__ void gate(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared, int i,
+                                     float a_log, float dt_bias) {
+    const int head = at.key_head * at.ratio + i / kTokens;
+    const int64_t row = static_cast<int64_t>(at.sequence) * kTokens + i % kTokens;
+    const float x = __bfloat162float(p.a[row * p.a_stride + head]) + dt_bias;
     const float softplus = x > 20.0f ? x : log1pf(expf(x));
     shared.g[i] = -expf(a_log) * softplus;
-    shared.beta[i] = 1.0f / (1.0f + expf(-__bfloat162float(b)));
+    shared.beta[i] = 1.0f / (1.0f + expf(-__bfloat162float(p.b[row * p.b_stride + head])));
 }
 
 // Product (t, j) of the triangle, by one warp: k_j . q_t for j <= t, k_t . k_j for j > t, with the decays between them;
@@ -321,21 +312,22 @@ __device__ __forceinline__ uint4 load_input(const GatedDeltaRuleDecode& p, const
     return *reinterpret_cast<const uint4*>(p.qkv + row * p.qkv_stride + part.channel(p, at, item % part.chunks));
 }
 
-// The window of the write slot: the new inputs, new_input(item) as `load_input` gives it, and the entries before them
-// when it is another slot. `thread` of `threads`.
-template <int kTokens, typename Input>
+// The window of the write slot: the new inputs, of which this thread's first was loaded before (`ahead`), and the
+// entries before them when it is another slot.
+template <int kTokens>
 __device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
-                                             const WindowPart& part, int thread, int threads, Input new_input) {
+                                             const WindowPart& part, uint4 ahead) {
     auto* window = p.window + slots.write * p.window_stride;
-    for (int i = thread; i < part.chunks * kTokens; i += threads) {
+    for (int i = threadIdx.x; i < part.chunks * kTokens; i += kThreads) {
         const int entry = (slots.context + i / part.chunks) % p.window_entries;
+        const uint4 input = i < kThreads ? ahead : load_input<kTokens>(p, at, part, i);
         *reinterpret_cast<uint4*>(window + static_cast<int64_t>(entry) * p.channels +
-                                  part.channel(p, at, i % part.chunks)) = new_input(i);
+                                  part.channel(p, at, i % part.chunks)) = input;
     }
     if (slots.read == slots.write || slots.context == 0) return;
     const auto* from = p.window + slots.read * p.window_stride;
     const int newest = slots.context % p.window_entries;
-    for (int i = thread; i < part.chunks * p.window_entries; i += threads) {
+    for (int i = threadIdx.x; i < part.chunks * p.window_entries; i += kThreads) {
         const int entry = i / part.chunks;
         const int token = entry >= newest ? entry - newest : entry - newest + p.window_entries;
         if (token < kTokens) continue;
@@ -344,16 +336,15 @@ __device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, cons
     }
 }
 
-// What the blocks of a group share and one of them stores: k and g of the ring's new rows, and the cursor. `thread` of
-// `threads`.
+// What the blocks of a group share and one of them stores: k and g of the ring's new rows, and the cursor.
 template <int kTokens>
 __device__ __forceinline__ void store_shared_state(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
-                                                   const Slots& slots, int thread, int threads) {
+                                                   const Slots& slots) {
     const int first_head = at.key_head * at.ratio;
-    if (slots.fold && thread < at.ratio) {
-        p.cursor[slots.write * p.cursor_stride + first_head + thread] = slots.context + 1;
+    if (slots.fold && threadIdx.x < at.ratio) {
+        p.cursor[slots.write * p.cursor_stride + first_head + threadIdx.x] = slots.context + 1;
     }
-    for (int i = thread; i < kTokens * kDim; i += threads) {
+    for (int i = threadIdx.x; i < kTokens * kDim; i += kThreads) {
         const int t = i / kDim, column = i % kDim;
         if (slots.fold && t == 0) continue;
         auto* row = p.ring + slots.write * p.ring_stride + (slots.context + t) % p.ring_rows * int64_t{p.ring_width};

@@ -445,27 +445,4 @@ bool ffn_block_supported(const FfnBlock& arguments);
 int64_t ffn_block_scratch(const FfnBlock& arguments);  // from the sizes alone
 cudaError_t ffn_block(const FfnBlock& arguments, cudaStream_t stream);
 
-// ---- gdn_block.cu: see the operator of that name; up to kGdnBlockRows rows, up to 4 tokens a sequence, hidden a
-// multiple of 64.
-constexpr int kGdnBlockRows = 8;
-struct GdnBlock {
-    const __nv_bfloat16* x;  // [tokens, hidden] by row stride
-    int64_t x_stride;
-    const __nv_bfloat16* residual;     // [tokens, hidden]
-    const __nv_bfloat16* norm_weight;  // [hidden]
-    float eps;
-    const __nv_bfloat16* in_proj;   // [projections, hidden]: q, k, v, z, b, a
-    const __nv_bfloat16* out_proj;  // [hidden, value_heads 128]
-    uint32_t* scratch;              // gdn_block_scratch() words, aligned to 16 bytes, zeros at first
-    __nv_bfloat16* out;             // [tokens, hidden]
-    __nv_bfloat16* sum;             // [tokens, hidden]: x + residual
-    uint8_t* workspace;             // of gdn_block_workspace bytes, any content
-    int tokens, hidden, projections;
-    GatedDeltaRuleDecode mixer;  // without its projections and its output
-};
-bool gdn_block_supported(const GdnBlock& arguments);
-int64_t gdn_block_scratch(const GdnBlock& arguments);  // from the sizes alone
-size_t gdn_block_workspace(const GdnBlock& arguments);
-cudaError_t gdn_block(const GdnBlock& arguments, cudaStream_t stream);
-
 }  // namespace tokenspeed

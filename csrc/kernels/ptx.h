@@ -426,52 +426,6 @@ __device__ __forceinline__ void wait_tagged(uint32_t (&values)[kCount], const ui
     }
 }
 
-// The same of kRows runs of kCount words (1, or a multiple of 2), `stride` words apart, all of them asked for at once.
-// Of the runs only the first `count` are looked at; values of the others are 0.
-template <int kRows, int kCount>
-__device__ __forceinline__ void wait_tagged(uint32_t (&values)[kRows][kCount], const uint64_t* global, int64_t stride,
-                                            int count, uint32_t tag) {
-    static_assert(kCount == 1 || kCount % 2 == 0);
-    uint64_t words[kRows][kCount];
-    bool there[kRows];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) there[row] = row >= count;
-    for (bool complete = false; !complete;) {
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-            if (there[row]) continue;  // what has come is not asked for again
-            const uint64_t* run = global + row * stride;
-            if constexpr (kCount == 1) {
-                asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(words[row][0]) : "l"(run) : "memory");
-            } else {
-#pragma unroll
-                for (int i = 0; i < kCount; i += 2) {
-                    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                                 : "=l"(words[row][i]), "=l"(words[row][i + 1])
-                                 : "l"(run + i)
-                                 : "memory");
-                }
-            }
-        }
-        complete = true;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-            if (there[row]) continue;
-            there[row] = true;
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                there[row] = there[row] && static_cast<uint32_t>(words[row][i] >> 32) == tag;
-            }
-            complete = complete && there[row];
-        }
-    }
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) values[row][i] = row < count ? static_cast<uint32_t>(words[row][i]) : 0;
-    }
-}
-
 // The same of pairs of words that lie apart: pair i, for i < count, at global + i step; the rest of `values` is left
 // alone. What has come is not asked for again: much of it is old when the last of it is still on its way.
 template <int kPairs>

@@ -24,7 +24,6 @@ KERNELS = (
     "attention_prologue",
     "causal_conv1d",
     "gated_delta_rule_prefill",
-    "gdn_block",
     "copy_states",
     "copy_pages",
     "moe_route",
@@ -136,7 +135,6 @@ WEIGHTS = {
     "add_rms_norm_linear": {2, 4},
     "silu_mul_linear": {1},
     "add_gated_silu_mul_linear": {2},
-    "gdn_block": {2, 4, 5, 6, 7, 8, 16},
     "moe_block": {2, 4, 7, 8, 9},
     "ffn_block": {2, 4, 5},
 }

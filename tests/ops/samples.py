@@ -6,7 +6,6 @@ import torch
 
 from tokenspeed.ops.ffn_block import ffn_block_scratch
 from tokenspeed.ops.fp8 import quantise_blocks
-from tokenspeed.ops.gdn_block import gdn_block_scratch
 from tokenspeed.ops.moe_block import moe_block_scratch
 
 from .backends import Backend
@@ -47,18 +46,6 @@ def gated_delta_rule_decode(backend: Backend):
     weights = (layer.conv_weight, layer.a_log, layer.dt_bias, layer.norm_weight, EPS)
     columns = (backend.tensor(values) for values in ([20, -1, 70], [3, -1, 0], [3, -1, 4]))
     return *layer.projections(6), *weights, layer.state, layer.ring, layer.cursor, layer.window, *columns
-
-
-def gdn_block(backend: Backend):
-    layer, hidden = _gdn(backend), 128
-    heads = layer.heads
-    values, rows = heads.nv * heads.dv, heads.channels + heads.nv * heads.dv + 2 * heads.nv
-    stream = (backend.randn(6, hidden), backend.randn(6, hidden), backend.randn(hidden) * 0.1, EPS)
-    in_proj, out_proj = backend.randn(rows + 4, hidden) * 0.1, backend.randn(hidden, values) * 0.1
-    weights = (layer.conv_weight, layer.a_log, layer.dt_bias, layer.norm_weight)
-    columns = (backend.tensor(values) for values in ([20, -1, 70], [3, -1, 0], [3, -1, 4]))
-    scratch = backend.tensor([0] * gdn_block_scratch(len(in_proj), values))
-    return *stream, in_proj, *weights, layer.state, layer.ring, layer.cursor, layer.window, *columns, out_proj, scratch
 
 
 def _attention(backend: Backend, contexts: list[int], stored: list[int]):
@@ -223,7 +210,6 @@ SAMPLES: dict[str, Callable] = {
         gated_delta_rule_decode,
         gated_delta_rule_prefill,
         gated_rms_norm,
-        gdn_block,
         linear,
         linear_fp8,
         moe_block,

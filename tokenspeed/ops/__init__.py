@@ -13,7 +13,6 @@ from .copies import copy_pages, copy_states
 from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
 from .ffn_block import ffn_block
 from .fp8 import linear_fp8, quantise_groups
-from .gdn_block import gdn_block
 from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
 from .moe import moe_experts, moe_route
 from .moe_block import moe_block
@@ -38,7 +37,6 @@ __all__ = [
     "gated_delta_rule_decode",
     "gated_delta_rule_prefill",
     "gated_rms_norm",
-    "gdn_block",
     "linear",
     "linear_fp8",
     "moe_block",

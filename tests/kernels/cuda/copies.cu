@@ -171,19 +171,7 @@ __global__ void __launch_bounds__(32) tagged_words(uint64_t* words, uint32_t* ta
     uint32_t sum = 0;
     for (uint32_t other = 0; other < gridDim.x; ++other) {
         uint32_t values[4];
-        if (other % 3 == 0) {
-            ptx::wait_tagged(values, words + other * 4, tag);
-        } else if (other % 3 == 1) {
-            uint32_t pairs[2][2];
-            ptx::wait_tagged(pairs, words + other * 4, 2, 2, tag);
-            for (int i = 0; i < 4; ++i) values[i] = pairs[i / 2][i % 2];
-        } else {
-            uint32_t even[3][1], odd[3][1];  // of three runs two are asked for
-            ptx::wait_tagged(even, words + other * 4, 2, 2, tag);
-            ptx::wait_tagged(odd, words + other * 4 + 1, 2, 2, tag);
-            for (int i = 0; i < 4; ++i) values[i] = i % 2 == 0 ? even[i / 2][0] : odd[i / 2][0];
-            sum += even[2][0] + odd[2][0];
-        }
+        ptx::wait_tagged(values, words + other * 4, tag);
         sum += values[0] + values[1] + values[2] + values[3];
     }
     sums[mine] = sum;

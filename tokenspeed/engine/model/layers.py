@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_ROWS, ffn_block_scratch
-from ...ops.gdn_block import GDN_BLOCK_ROWS, gdn_block_scratch
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 from ..config import DenseConfig, ModelConfig
 from ..parallel import sharding
@@ -179,10 +178,6 @@ class GatedDeltaNet(Stage):
         self.a_log, self.dt_bias = (weight(mesh, gates, dtype=torch.float32) for _ in range(2))
         self.norm = weight(mesh, c.value_dim)
         self.out = matrix(mesh, c.hidden, values, fp8=in_fp8(c, "linear_attn", {"out_proj": c.hidden}))
-        # What the kernel of a small decode batch leaves for the next; the model's layers share one.
-        size = gdn_block_scratch(len(self.in_proj[0].data), self.out.data.shape[1])
-        self.register_buffer("scratch", torch.zeros(size, dtype=torch.int32), persistent=False)
-        self.in_one = all(weight.scale is None for weight in (*self.in_proj, self.out))  # whose kernel takes no FP8
 
     def sources(self):
         yield from self.in_proj.sources()
@@ -194,14 +189,10 @@ class GatedDeltaNet(Stage):
 
     def forward(self, x, residual, batch):
         views: StateViews = batch.layers[self.layer]
-        gates, d = (self.a_log, self.dt_bias), batch.decode
-        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= GDN_BLOCK_ROWS:
-            weights = (self.in_proj[0].data, self.conv, *gates, self.norm)
-            where = (d.context_lens, d.read_slot, d.write_slot)
-            return ops.gdn_block(*x, *weights, *views, *where, self.out.data, self.scratch)
         (qkv, z, b, a), _, residual = self.in_proj(x)
+        gates = (self.a_log, self.dt_bias)
         cut, outputs = batch.decode_tokens, []
-        if d:
+        if d := batch.decode:
             raw = (qkv[:cut], z[:cut], a[:cut], b[:cut])
             weights = (self.conv, *gates, self.norm, self.eps)
             outputs.append(

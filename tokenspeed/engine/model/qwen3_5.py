@@ -56,10 +56,9 @@ class Qwen3_5(nn.Module):
         program += [("norm", Norm(config, mesh)), ("lm_head", head)]
         self.names = [name for name, _ in program]
         self.program = nn.ModuleList(stage for _, stage in program)
-        for kinds in (DenseFFN | MoE, GatedDeltaNet):
-            alike = [stage for stage in self.program if isinstance(stage, kinds)]
-            for stage in alike:
-                stage.scratch = alike[0].scratch
+        feed_forwards = [stage for stage in self.program if isinstance(stage, DenseFFN | MoE)]
+        for stage in feed_forwards:
+            stage.scratch = feed_forwards[0].scratch
         self.plan = plan_program(program, mesh, head.output)
         self.communicator = communicator
         self.mtp = MtpHead(config, communicator, embedding, head) if drafts else None
