@@ -7,6 +7,7 @@ from .library import operator
 from .linear import add_rms_norm_linear, silu_mul_linear
 
 FFN_BLOCK_ROWS = 8  # that the kernel of `ffn_block` serves
+FFN_BLOCK_FEWEST = 2  # rows from which it pays in a model: one row's two launches hide their boundary better
 # Of weights, up to which one launch is faster than two; beyond, what lies between launches is little beside the bytes.
 FFN_BLOCK_BYTES = 96 << 20
 

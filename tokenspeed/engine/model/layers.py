@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_ROWS, ffn_block_scratch
+from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_FEWEST, FFN_BLOCK_ROWS, ffn_block_scratch
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 from ..config import DenseConfig, ModelConfig
 from ..parallel import sharding
@@ -233,7 +233,8 @@ class DenseFFN(Stage):
         yield source("down_proj.weight", self.down, self.mesh, hidden, intermediate)
 
     def forward(self, x, residual, batch):
-        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= FFN_BLOCK_ROWS:
+        pays = FFN_BLOCK_FEWEST <= len(x.x) <= FFN_BLOCK_ROWS
+        if self.in_one and batch.prefill is None and x.residual is not None and pays:
             return ops.ffn_block(*x, self.gate_up.data, self.down.data, self.scratch)
         gate_up, _, residual = x.linear(*self.gate_up)
         return ops.silu_mul_linear(gate_up, *self.down), residual
