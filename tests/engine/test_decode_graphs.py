@@ -125,6 +125,5 @@ def test_logits_behind_drafts_are_those_of_tokens_one_by_one(model, place):
     assert steps < 60, "drafts that are right count"
     for ours, theirs in zip(found, expected, strict=True):
         distance = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
-        # Where experts nearly tie, rounding decides who is chosen.
-        dense = isinstance(model.config.ffn, DenseConfig)
-        assert (distance.max() if dense else distance.quantile(0.8)) < 0.03, distance.tolist()
+        # Where experts nearly tie, rounding decides who is chosen; logits of other tokens would be 1.4 apart.
+        assert distance.max() < (0.03 if isinstance(model.config.ffn, DenseConfig) else 0.7), distance.tolist()
