@@ -22,16 +22,16 @@ from torch import Tensor
 
 from tokenspeed import ops
 from tokenspeed.engine.config import PAGE_TOKENS, DenseConfig, ModelConfig
-from tokenspeed.engine.device import pick_kv_dtype
-from tokenspeed.engine.loading import slot_sizes
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.device import pick_kv_dtype
+from tokenspeed.engine.executor.loading import slot_sizes
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.parameters import Weight
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
 from tokenspeed.engine.quantization import PRODUCTS
-from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.schedule.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 from tokenspeed.ops.fp8 import FP8, quantise_blocks
 
 from .timing import Ceilings, measure_ceilings

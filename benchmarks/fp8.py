@@ -21,8 +21,8 @@ import torch
 from tokenspeed.engine.config import ModelConfig, MoeConfig
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.quantization import PRODUCTS
+from tokenspeed.engine.schedule.step import Step
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Step
 from tokenspeed.ops.fp8 import FP8
 
 from .card import CONTEXT, Sequences, decode_bytes, random_model

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from tokenspeed.engine.batch import pack_rows, to_device
+from tokenspeed.engine.executor.batch import pack_rows, to_device
+from tokenspeed.engine.executor.runner import Forwarded
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.model.mtp import Output
 from tokenspeed.engine.request import SamplingParams
-from tokenspeed.engine.runner import Forwarded
 
 SEQUENCES, WARM_UP, STEPS = 64, 40, 200
 

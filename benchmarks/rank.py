@@ -19,18 +19,18 @@ from torch import Tensor
 
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import PAGE_TOKENS, ModelConfig
-from tokenspeed.engine.device import pick_device, pick_dtype, use_threads
 from tokenspeed.engine.errors import CapacityError, TokenSpeedError
-from tokenspeed.engine.loading import check_weights
-from tokenspeed.engine.memory import Memory, MemoryLayout, free_memory
+from tokenspeed.engine.executor.device import pick_device, pick_dtype, use_threads
+from tokenspeed.engine.executor.loading import check_weights
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout, free_memory
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import fill_with_noise
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.parallel.plan import traffic
-from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.schedule.step import DecodeRow, NewPages, Step
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import DecodeRow, NewPages, Step
 
 ROUNDS = 21
 

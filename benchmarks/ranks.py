@@ -26,11 +26,11 @@ from torch import Tensor
 
 from tokenspeed import ops
 from tokenspeed.engine.errors import ConfigError
+from tokenspeed.engine.executor.ranks import free_port
+from tokenspeed.engine.executor.sampling import Vocabulary
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator, ProcessCommunicator, join_ranks
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.quantization import PRODUCTS
-from tokenspeed.engine.ranks import free_port
-from tokenspeed.engine.sampling import Vocabulary
 from tokenspeed.engine.sizes import PUBLISHED
 
 from .card import CUDA, Sequences, measure_decode, random_model, seconds, speed

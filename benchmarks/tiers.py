@@ -18,19 +18,19 @@ from pathlib import Path
 
 import torch
 
-from tokenspeed.engine.cache import CacheConfig, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import PAGE_TOKENS, ModelConfig
-from tokenspeed.engine.loading import decodes_by_kernel, slot_sizes
-from tokenspeed.engine.memory import HostMemory, Memory, MemoryLayout
+from tokenspeed.engine.executor.loading import decodes_by_kernel, slot_sizes
+from tokenspeed.engine.executor.memory import HostMemory, Memory, MemoryLayout
+from tokenspeed.engine.executor.mover import Mover
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import load_weights
-from tokenspeed.engine.mover import Mover
 from tokenspeed.engine.request import Request, SamplingParams
-from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.scheduler import Leaving, Limits, Planned, Scheduler, Sequence, State
+from tokenspeed.engine.schedule.cache import CacheConfig, PrefixCache
+from tokenspeed.engine.schedule.scheduler import Leaving, Limits, Planned, Scheduler, Sequence, State
+from tokenspeed.engine.schedule.step import Begin, Move
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Begin, Move
 
 from .card import random_model
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenspeed.engine.runner import Forwarded, Runner
-from tokenspeed.engine.step import DecodeRow, NewPages, PrefillRow, Step
+from tokenspeed.engine.executor.runner import Forwarded, Runner
+from tokenspeed.engine.schedule.step import DecodeRow, NewPages, PrefillRow, Step
 
 
 class Move(NamedTuple):

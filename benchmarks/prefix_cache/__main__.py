@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from tokenspeed.engine.cache import CacheConfig, Policy
+from tokenspeed.engine.schedule.cache import CacheConfig, Policy
 
 from . import agents, speed, trace
 from .replay import replay

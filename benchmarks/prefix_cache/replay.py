@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from tokenspeed.engine.cache import CacheConfig, NoRoom, PrefixCache
+from tokenspeed.engine.schedule.cache import CacheConfig, NoRoom, PrefixCache
 
 
 @dataclass(frozen=True, slots=True)

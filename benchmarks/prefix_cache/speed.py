@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from tokenspeed.engine.cache import CacheConfig, PrefixCache
+from tokenspeed.engine.schedule.cache import CacheConfig, PrefixCache
 
 PROMPT = 100_000
 PAGES = 60_000

@@ -7,7 +7,7 @@ is determined; but which snapshots it saves to host memory, and when, this model
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from tokenspeed.engine.cache import Reason
+from tokenspeed.engine.schedule.cache import Reason
 
 Prefix = tuple[int, ...]
 

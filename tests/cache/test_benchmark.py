@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.prefix_cache import agents, trace
 from benchmarks.prefix_cache.replay import replay
-from tokenspeed.engine.cache import CacheConfig, Policy
+from tokenspeed.engine.schedule.cache import CacheConfig, Policy
 
 
 @pytest.fixture(scope="module")

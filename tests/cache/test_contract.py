@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tokenspeed.engine.cache import Admission, CacheConfig, NoRoom, Policy, PrefixCache, Reason
 from tokenspeed.engine.errors import CapacityError, ConfigError, RequestError
+from tokenspeed.engine.schedule.cache import Admission, CacheConfig, NoRoom, Policy, PrefixCache, Reason
 
 PAGE = 4
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.cache.naive import Naive
-from tokenspeed.engine.cache import CacheConfig, NoRoom, Policy, PrefixCache
 from tokenspeed.engine.errors import RequestError
+from tokenspeed.engine.schedule.cache import CacheConfig, NoRoom, Policy, PrefixCache
 
 PAGE = 8
 TEXT = st.lists(st.integers(0, 1), max_size=20)

@@ -9,16 +9,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenspeed import ops
-from tokenspeed.engine.batch import Rotary, build_batch
 from tokenspeed.engine.config import ModelConfig
-from tokenspeed.engine.loading import slot_sizes
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.batch import Rotary, build_batch
+from tokenspeed.engine.executor.loading import slot_sizes
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import holds_mtp, load_weights, with_formats
 from tokenspeed.engine.parallel import sampling
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.quantization import products_of
-from tokenspeed.engine.runner import Runner
 from tokenspeed.ops.fp8 import quantise_blocks
 
 from ..driving import Move, place, step_of

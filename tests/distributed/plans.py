@@ -7,7 +7,7 @@ import torch
 
 from tokenspeed.engine.commands.info import Parts, head_needs, needs, program
 from tokenspeed.engine.config import MoeConfig
-from tokenspeed.engine.memory import MemoryLayout
+from tokenspeed.engine.executor.memory import MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh

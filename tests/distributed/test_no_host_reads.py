@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tokenspeed.engine.batch import Rotary, Tables, decode_batch
 from tokenspeed.engine.config import ModelConfig
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.batch import Rotary, Tables, decode_batch
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.mtp import ReducedHead
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel import sampling

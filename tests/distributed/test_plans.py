@@ -7,7 +7,7 @@ import torch
 
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.commands.info import weight_bytes
-from tokenspeed.engine.memory import MemoryLayout
+from tokenspeed.engine.executor.memory import MemoryLayout
 from tokenspeed.engine.parallel.plan import traffic
 from tokenspeed.engine.sizes import PUBLISHED
 

@@ -76,7 +76,7 @@ def test_ranks_give_what_one_process_gives(checkpoints, name, tp, ep):
 def ranks_of(process: subprocess.Popen) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     found = [int(pid) for pid in children.read_text().split()]
-    return [pid for pid in found if b"tokenspeed.engine.ranks" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in found if b"tokenspeed.engine.executor.ranks" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.fixture

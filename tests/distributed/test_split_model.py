@@ -7,12 +7,12 @@ from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.commands.info import weight_bytes
 from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.errors import ConfigError
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.parallel.plan import traffic
-from tokenspeed.engine.runner import Runner
 
 from ..driving import forward
 from . import models

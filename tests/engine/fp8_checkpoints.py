@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.driving import Move, logits_of
 from tokenspeed.engine.config import ModelConfig
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import load_weights, with_formats
-from tokenspeed.engine.runner import Runner
 
 PREFIX = "model.language_model."
 # By the ends of their names, as the releases have them.

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from zlib import crc32
 
 from tokenspeed.engine.config import PAGE_TOKENS
+from tokenspeed.engine.executor.runner import Result
+from tokenspeed.engine.executor.sampling import TokenScores
 from tokenspeed.engine.request import Request
-from tokenspeed.engine.runner import Result
-from tokenspeed.engine.sampling import TokenScores
-from tokenspeed.engine.step import Begin, DecodeRow, Edit, PrefillRow, Sample, Step
+from tokenspeed.engine.schedule.step import Begin, DecodeRow, Edit, PrefillRow, Sample, Step
 
 VOCAB = 64
 EOS, THINK, END_THINK = 3, 60, 61

@@ -13,21 +13,21 @@ from checkpoints import CPU, Shape, load, oracle
 from torch import Tensor
 
 from tokenspeed import ops
-from tokenspeed.engine.batch import paged
-from tokenspeed.engine.cache import Admission, CacheConfig, Fork, PrefixCache
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.core import Engine, Update
-from tokenspeed.engine.drafting import MtpDrafter
 from tokenspeed.engine.errors import TokenSpeedError
-from tokenspeed.engine.loading import slot_sizes
-from tokenspeed.engine.memory import HostMemory, Memory, MemoryLayout
+from tokenspeed.engine.executor.batch import paged
+from tokenspeed.engine.executor.drafting import MtpDrafter
+from tokenspeed.engine.executor.loading import slot_sizes
+from tokenspeed.engine.executor.memory import HostMemory, Memory, MemoryLayout
+from tokenspeed.engine.executor.mover import Mover
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.inputs import Batch, Rows
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
-from tokenspeed.engine.mover import Mover
 from tokenspeed.engine.request import Request, SamplingParams
-from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.scheduler import Limits, Sequence
-from tokenspeed.engine.step import NewPages, PrefillRow, Step
+from tokenspeed.engine.schedule.cache import Admission, CacheConfig, Fork, PrefixCache
+from tokenspeed.engine.schedule.scheduler import Limits, Sequence
+from tokenspeed.engine.schedule.step import NewPages, PrefillRow, Step
 from tokenspeed.engine.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4

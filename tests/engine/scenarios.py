@@ -6,9 +6,9 @@ from random import Random
 import torch
 from lab import ENDS, Lab, Qwen3_5, Talk
 
-from tokenspeed.engine.batch import STOPS
-from tokenspeed.engine.cache import Policy
-from tokenspeed.engine.scheduler import State
+from tokenspeed.engine.executor.batch import STOPS
+from tokenspeed.engine.schedule.cache import Policy
+from tokenspeed.engine.schedule.scheduler import State
 
 OPENING = [7, 3, 9]  # what the template puts before an answer
 

@@ -24,12 +24,13 @@ from hash_device import (
     scores_of,
 )
 
-from tokenspeed.engine import core, scheduler
-from tokenspeed.engine.cache import CacheConfig, Policy, PrefixCache
+from tokenspeed.engine import core
 from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.errors import CorruptedError, RequestError
 from tokenspeed.engine.request import Request, SamplingParams, Update
-from tokenspeed.engine.scheduler import Leaving, State
+from tokenspeed.engine.schedule import scheduler
+from tokenspeed.engine.schedule.cache import CacheConfig, Policy, PrefixCache
+from tokenspeed.engine.schedule.scheduler import Leaving, State
 
 MOST_STEPS = 4000  # of a schedule: far more than any needs
 

@@ -3,10 +3,10 @@
 import torch
 from checkpoints import CPU, Shape, load, oracle
 
-from tokenspeed.engine.batch import decode_batch, pack_rows, to_device
-from tokenspeed.engine.memory import Memory, MemoryLayout
-from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Step
+from tokenspeed.engine.executor.batch import decode_batch, pack_rows, to_device
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
+from tokenspeed.engine.schedule.step import Begin, DecodeRow, NewPages, PrefillRow, Step
 
 PROMPTS = ((5, 9, 11, 2), (7, 7, 3))
 

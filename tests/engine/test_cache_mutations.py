@@ -7,12 +7,12 @@ import scenarios
 from lab import TOLERANCE, random_model
 from planting import Bug, must_be_noticed
 
-from tokenspeed.engine.batch import Tables, build_batch
 from tokenspeed.engine.core import Engine
-from tokenspeed.engine.memory import Memory
-from tokenspeed.engine.mover import Mover, page_runs
-from tokenspeed.engine.runner import Runner
-from tokenspeed.engine.scheduler import Scheduler, _Draft
+from tokenspeed.engine.executor.batch import Tables, build_batch
+from tokenspeed.engine.executor.memory import Memory
+from tokenspeed.engine.executor.mover import Mover, page_runs
+from tokenspeed.engine.executor.runner import Runner
+from tokenspeed.engine.schedule.scheduler import Scheduler, _Draft
 
 RING = 3
 # (what is wrong, where, the code, the bug, the scenario that notices)

@@ -16,9 +16,9 @@ from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.commands.interrupts import interruptible
 from tokenspeed.engine.commands.options import add_sampling_options, chosen_sampling
 from tokenspeed.engine.core import Engine
+from tokenspeed.engine.debug.ranges import add_ranges
 from tokenspeed.engine.errors import EngineError
 from tokenspeed.engine.llm import LLM
-from tokenspeed.engine.ranges import add_ranges
 from tokenspeed.engine.request import SamplingParams
 
 

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from tokenspeed.engine.__main__ import main
-from tokenspeed.engine.commands.measure import Case, measure
-from tokenspeed.engine.commands.spread import Spread
+from tokenspeed.engine.bench.measure import Case, measure
+from tokenspeed.engine.bench.spread import Spread
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.request import Acceptance
 
@@ -49,7 +49,7 @@ def test_a_shared_prefix_is_computed_once(capsys):
 def test_the_clock_counts_from_submission_to_each_token(monkeypatch):
     llm = LLM(progress=False, max_num_seqs=2, draft_tokens=0)
     now = [0.0]
-    monkeypatch.setattr("tokenspeed.engine.commands.measure.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tokenspeed.engine.bench.measure.time.perf_counter", lambda: now[0])
     step = llm.engine.step
 
     def slow():
@@ -67,7 +67,7 @@ def test_the_clock_counts_from_submission_to_each_token(monkeypatch):
 def test_tokens_that_come_together_are_one_event_and_drafts_are_told(monkeypatch):
     llm = LLM(progress=False, max_num_seqs=2, draft_tokens=3)
     now = [0.0]
-    monkeypatch.setattr("tokenspeed.engine.commands.measure.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tokenspeed.engine.bench.measure.time.perf_counter", lambda: now[0])
     step, reconcile, brought = llm.engine.step, llm.engine.scheduler.reconcile, []
 
     def slow():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tokenspeed.engine.__main__ import main
-from tokenspeed.engine.commands.drive import drive
+from tokenspeed.engine.bench.drive import drive
 from tokenspeed.engine.core import Engine
 from tokenspeed.engine.errors import EngineError
 from tokenspeed.engine.llm import LLM

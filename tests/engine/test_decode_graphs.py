@@ -8,12 +8,12 @@ import torch
 
 from tokenspeed import ops
 from tokenspeed.engine.config import DenseConfig
-from tokenspeed.engine.loading import slot_sizes
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.loading import slot_sizes
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
-from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.schedule.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 
 CUDA, SEQUENCES, PAGES = torch.device("cuda"), 2, 8
 

@@ -16,11 +16,11 @@ from planting import Bug, must_be_noticed, noticed
 from test_speculation import load, prompt_of
 
 from tokenspeed import ops
-from tokenspeed.engine import drafting as engine_drafting
-from tokenspeed.engine.batch import Tables
-from tokenspeed.engine.drafting import LookupDrafter, MtpDrafter
-from tokenspeed.engine.runner import Launched, Runner
-from tokenspeed.engine.sampling import Sampler
+from tokenspeed.engine.executor import drafting as engine_drafting
+from tokenspeed.engine.executor.batch import Tables
+from tokenspeed.engine.executor.drafting import LookupDrafter, MtpDrafter
+from tokenspeed.engine.executor.runner import Launched, Runner
+from tokenspeed.engine.executor.sampling import Sampler
 
 DRAFTS = 3
 SAMPLED = {"temperature": 2.5, "seed": 3}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from checkpoints import CPU
 
-from tokenspeed.engine.batch import Tables
-from tokenspeed.engine.drafting import Chosen, LookupDrafter
-from tokenspeed.engine.step import Begin
+from tokenspeed.engine.executor.batch import Tables
+from tokenspeed.engine.executor.drafting import Chosen, LookupDrafter
+from tokenspeed.engine.schedule.step import Begin
 
 PREDECESSOR = (*range(1, 6), 1, 2, 3, *range(20, 50))
 LOOKED_UP = {

@@ -18,13 +18,13 @@ from tokenspeed import ops
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import PAGE_TOKENS
+from tokenspeed.engine.debug.step_log import StepLog, read_log, replay
 from tokenspeed.engine.errors import ConfigError
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.llm import LLM
-from tokenspeed.engine.memory import Memory, MemoryLayout
 from tokenspeed.engine.request import SamplingParams
-from tokenspeed.engine.runner import Runner
 from tokenspeed.engine.sizes import PUBLISHED, RELEASES, published
-from tokenspeed.engine.step_log import StepLog, read_log, replay
 from tokenspeed.ops.fp8 import FP8
 
 EVALUATION = Path(evaluate.__file__).parent / "evaluation.json"

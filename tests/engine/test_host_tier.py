@@ -11,7 +11,7 @@ from scenarios import aborted_on_the_way, arriving, computed_sooner, text, there
 from tokenspeed.engine.errors import CapacityError, ConfigError
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.request import SamplingParams
-from tokenspeed.engine.scheduler import State
+from tokenspeed.engine.schedule.scheduler import State
 
 
 @pytest.fixture(scope="module")

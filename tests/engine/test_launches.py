@@ -5,12 +5,12 @@ import torch
 from checkpoints import CPU, Shape, load, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.layers import DenseFFN
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
-from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.schedule.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 
 SAMPLING = {"tokenspeed.sample.default", "aten.argmax.default"}
 

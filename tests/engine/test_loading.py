@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokenspeed.engine import loading
 from tokenspeed.engine.config import EngineConfig, YarnScaling
 from tokenspeed.engine.errors import CapacityError, ConfigError
+from tokenspeed.engine.executor import loading
+from tokenspeed.engine.executor.memory import MemoryLayout
 from tokenspeed.engine.llm import LLM
-from tokenspeed.engine.memory import MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.sizes import PUBLISHED
 

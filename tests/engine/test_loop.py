@@ -8,9 +8,9 @@ import pytest
 from hash_device import EOS, VOCAB, Letters, expected
 from schedules import Bench, Setting
 
-from tokenspeed.engine.cache import CacheConfig, PrefixCache
 from tokenspeed.engine.request import Request, SamplingParams
-from tokenspeed.engine.scheduler import Leaving, State
+from tokenspeed.engine.schedule.cache import CacheConfig, PrefixCache
+from tokenspeed.engine.schedule.scheduler import Leaving, State
 
 NEVER_ENDS = {"ignore_eos": True, "temperature": 0.0}
 

@@ -6,7 +6,7 @@ from schedules import Bench, Setting
 from test_loop import LETTERS, finish, prompt_of, request, reuse_of
 
 from tokenspeed.engine.request import Acceptance
-from tokenspeed.engine.scheduler import drafts_for
+from tokenspeed.engine.schedule.scheduler import drafts_for
 
 
 @pytest.mark.parametrize(("drafts", "length"), [(((10, 7),), 5), (((4, 7), (7, 5)), 90)])

@@ -5,9 +5,9 @@ import torch
 from checkpoints import CPU, Shape, load, oracle_logits, oracle_without_ties
 
 from tests.driving import Move, logits_of
-from tokenspeed.engine.loading import slot_sizes
-from tokenspeed.engine.memory import Memory, MemoryLayout
-from tokenspeed.engine.runner import Runner
+from tokenspeed.engine.executor.loading import slot_sizes
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.runner import Runner
 
 TOLERANCE = 1e-3
 SHAPES = [

@@ -5,10 +5,10 @@ import torch
 from checkpoints import CPU
 from planting import Bug, must_be_noticed
 
-from tokenspeed.engine.memory import HostMemory, Memory, MemoryLayout
-from tokenspeed.engine.mover import Mover, page_runs
+from tokenspeed.engine.executor.memory import HostMemory, Memory, MemoryLayout
+from tokenspeed.engine.executor.mover import Mover, page_runs
+from tokenspeed.engine.schedule.step import Move
 from tokenspeed.engine.sizes import PUBLISHED
-from tokenspeed.engine.step import Move
 
 
 def arenas(seed: int = 0) -> tuple[Memory, HostMemory, Mover]:

@@ -17,7 +17,7 @@ from examples.tiny_agent.train_mtp import add_head, draft_states, load_head, loa
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import FULL, ModelConfig
 from tokenspeed.engine.errors import ConfigError
-from tokenspeed.engine.memory import Memory, MemoryLayout
+from tokenspeed.engine.executor.memory import Memory, MemoryLayout
 from tokenspeed.engine.model.inputs import Batch, PrefillRows, Rows
 from tokenspeed.engine.model.mtp import Output
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5

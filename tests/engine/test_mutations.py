@@ -8,7 +8,7 @@ from planting import Bug, must_be_noticed, must_pass_without, seeds
 
 from tokenspeed.engine.core import Engine
 from tokenspeed.engine.request import Acceptance
-from tokenspeed.engine.scheduler import Scheduler, Sequence, _Draft
+from tokenspeed.engine.schedule.scheduler import Scheduler, Sequence, _Draft
 from tokenspeed.engine.text.constraints import BadWords, ThinkingBudget
 from tokenspeed.engine.text.stops import StopStrings
 

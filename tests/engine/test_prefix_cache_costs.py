@@ -4,7 +4,7 @@ import pytest
 from lab import ENDS, TOLERANCE, Lab, random_model
 from scenarios import OPENING, branch, computed_sooner, eviction, mid_page_hit, pending, text
 
-from tokenspeed.engine.cache import Reason
+from tokenspeed.engine.schedule.cache import Reason
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokenspeed.engine.sampling import Choices, Sampler, Vocabulary
-from tokenspeed.engine.step import Begin, Edit, Sample
+from tokenspeed.engine.executor.sampling import Choices, Sampler, Vocabulary
+from tokenspeed.engine.schedule.step import Begin, Edit, Sample
 
 VOCAB = 24
 DRAWS = 3000

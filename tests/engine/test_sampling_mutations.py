@@ -6,7 +6,7 @@ import pytest
 import test_sampling as sampling
 from planting import Bug, must_be_noticed, must_pass_without
 
-from tokenspeed.engine.sampling import Sampler, Vocabulary
+from tokenspeed.engine.executor.sampling import Sampler, Vocabulary
 
 distribution = partial(partial, sampling.test_ids_follow_the_exact_distribution)
 side_by_side = partial(partial, sampling.test_a_sequence_gets_its_ids_in_any_batch_at_any_row_and_after_any_preemption)

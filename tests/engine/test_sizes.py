@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 from tokenspeed.engine.config import DenseConfig, ModelConfig
-from tokenspeed.engine.memory import MemoryLayout
+from tokenspeed.engine.executor.memory import MemoryLayout
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.sizes import PUBLISHED
 

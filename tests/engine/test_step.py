@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tokenspeed.engine.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step, StepChecker
+from tokenspeed.engine.schedule.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step, StepChecker
 
 BEGINS = tuple(Begin(i, 0.0, 0, 1.0, 0.0, 0) for i in range(2))
 FIRST = Step(

@@ -9,11 +9,11 @@ import torch
 
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.checkpoint import SHIPPED
+from tokenspeed.engine.debug.step_log import Record, StepLog, hash_logits, read_log, replay
 from tokenspeed.engine.errors import LogError
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.request import SamplingParams
-from tokenspeed.engine.step import Begin, DecodeRow, Edit, NewPages, PrefillRow, Sample, Step
-from tokenspeed.engine.step_log import Record, StepLog, hash_logits, read_log, replay
+from tokenspeed.engine.schedule.step import Begin, DecodeRow, Edit, NewPages, PrefillRow, Sample, Step
 
 
 @pytest.fixture(scope="module")

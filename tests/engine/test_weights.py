@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tokenspeed.engine.checkpoint import SHIPPED, resolve
 from tokenspeed.engine.config import EngineConfig, ModelConfig
 from tokenspeed.engine.errors import ConfigError
-from tokenspeed.engine.loading import load_runner, read_model_config
+from tokenspeed.engine.executor.loading import load_runner, read_model_config
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import fill_with_noise, load_weights
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenspeed.engine.__main__ import main
-from tokenspeed.engine.commands.endpoint import Answer, Endpoint, Events
-from tokenspeed.engine.commands.load import Client, Figures, Level, Run
-from tokenspeed.engine.commands.workload import PRESETS, WORDS, Calibration, Conversation, make_conversations, text
+from tokenspeed.engine.bench.endpoint import Answer, Endpoint, Events
+from tokenspeed.engine.bench.load import Client, Figures, Level, Run
+from tokenspeed.engine.bench.workload import PRESETS, WORDS, Calibration, Conversation, make_conversations, text
 from tokenspeed.engine.server.metrics import Metrics
 
 

@@ -10,8 +10,8 @@ import pytest
 import zmq
 from launch import Server
 
-from tokenspeed.engine.cache import CacheConfig, PrefixCache
 from tokenspeed.engine.errors import ConfigError
+from tokenspeed.engine.schedule.cache import CacheConfig, PrefixCache
 from tokenspeed.engine.server.kv_events import (
     AllBlocksCleared,
     BlockNames,

@@ -5,12 +5,13 @@ import os
 import sys
 
 from .. import __version__
+from .bench import engine as bench
 from .checkpoint import resolve
-from .commands import bench, chat, generate, info, route, serve
+from .commands import chat, generate, info, route, serve
 from .commands.options import engine_settings
 from .config import EngineConfig
 from .errors import TokenSpeedError
-from .ranks import follow
+from .executor.ranks import follow
 
 
 def build_parser() -> argparse.ArgumentParser:

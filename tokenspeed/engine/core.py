@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from .errors import CorruptedError, EngineError, RequestError, TokenSpeedError
+from .executor.runner import NONE_ALLOWED, Launched, Runner
 from .request import Acceptance, Failure, Request, RequestMetrics, TokenScores, Update
-from .runner import NONE_ALLOWED, Launched, Runner
-from .scheduler import Leaving, Limits, Planned, Scheduler
-from .scheduler import Sequence as Continuation
-from .step import Begin, Edit, Step, StepChecker
+from .schedule.scheduler import Leaving, Limits, Planned, Scheduler
+from .schedule.scheduler import Sequence as Continuation
+from .schedule.step import Begin, Edit, Step, StepChecker
 from .text.constraints import BadWords, Constraint, Format, ThinkingBudget, combine
 from .text.detokenizer import Detokenizer
 from .text.grammar import Grammar, GrammarCompiler, GrammarSpec

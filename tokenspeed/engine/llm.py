@@ -11,22 +11,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .cache import CacheConfig, Policy, PrefixCache
+from .chat.collector import Collector
 from .chat.conversation import Conversation
 from .chat.formats import Format
 from .chat.turn import Conversations, PreparedTurn, TurnReader
 from .checkpoint import resolve
-from .collector import Collector
 from .config import EngineConfig
 from .core import Engine
-from .device import pick_device
 from .errors import ConfigError, EngineError, RequestError, TokenSpeedError
-from .frontend import Frontend, Prompt
-from .loading import load_runner, longest_sequence
+from .executor.device import pick_device
+from .executor.loading import load_runner, longest_sequence
+from .executor.ranks import start_ranks
 from .parallel.comm import ONE_RANK
-from .ranks import start_ranks
 from .request import Failure, Request, RequestOutput, SamplingParams, Update
-from .scheduler import Limits
+from .schedule.cache import CacheConfig, Policy, PrefixCache
+from .schedule.scheduler import Limits
+from .text.frontend import Frontend, Prompt
 from .text.grammar import GrammarSpec
 from .text.turn import TurnEvent
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RequestError
-from ..frontend import Frontend
 from ..request import Acceptance, Request, SamplingParams, Update
+from ..text.frontend import Frontend
 from ..text.grammar import GrammarSpec
 from ..text.history import TurnHistory
 from ..text.messages import TOOL_CALL

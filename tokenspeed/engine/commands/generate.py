@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
+from ..chat.collector import Collector
 from ..chat.conversation import Conversation
 from ..chat.formats import Format
 from ..chat.turn import TurnReader
-from ..collector import Collector
 from ..errors import RequestError
 from ..llm import LLM
 from ..request import Acceptance, CompletionOutput, Request

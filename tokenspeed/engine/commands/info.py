@@ -11,10 +11,10 @@ from ... import ops
 from ...ops.fp8 import FP8
 from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
-from ..device import pick_device, pick_dtype, pick_kv_dtype
 from ..errors import CapacityError
-from ..loading import decodes_by_kernel, fit_memory, slot_sizes
-from ..memory import MemoryLayout, free_memory, plan_host_memory, total_memory
+from ..executor.device import pick_device, pick_dtype, pick_kv_dtype
+from ..executor.loading import decodes_by_kernel, fit_memory, slot_sizes
+from ..executor.memory import MemoryLayout, free_memory, plan_host_memory, total_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import holds_mtp, with_formats, with_stored_head
 from ..parallel.comm import Communicator

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ..config import AUTO_DRAFTS_ON_CPU, AUTO_DRAFTS_ON_GPU, MOST_DRAFTS, EngineConfig
+from ..debug.ranges import add_ranges
+from ..debug.step_log import StepLog
 from ..errors import ConfigError
 from ..llm import LLM
-from ..ranges import add_ranges
 from ..request import SamplingParams
-from ..step_log import StepLog
 from .interrupts import interruptible
 
 _SAMPLING = tuple(name for name in SamplingParams.__dataclass_fields__ if name != "seed")

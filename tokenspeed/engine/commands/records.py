@@ -11,16 +11,16 @@ from typing import Any, BinaryIO
 import msgspec
 from tqdm import tqdm
 
+from ..bench.drive import drive
+from ..chat.collector import Collector
 from ..chat.conversation import Conversation
 from ..chat.formats import Format
 from ..chat.turn import TurnReader
-from ..collector import Collector
 from ..core import Sink, Update
 from ..errors import ConfigError, RequestError, TokenSpeedError
 from ..llm import LLM
 from ..request import Request, RequestOutput, SamplingParams
 from ..text.grammar import GrammarSpec
-from .drive import drive
 from .options import note, open_model
 
 _CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "enable_thinking")  # beside the messages

@@ -11,7 +11,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ..step import Edit, Step
+from ..schedule.step import Edit, Step
 
 Message = Step | list[Edit] | None  # None: the end
 

@@ -21,7 +21,7 @@ import msgspec
 
 from ..chat.formats import Format
 from ..errors import TokenSpeedError
-from ..frontend import Frontend
+from ..text.frontend import Frontend
 from ..text.grammar import GrammarCompiler, GrammarSpec
 from ..text.tool_grammar import ToolGrammars
 from .formats import MOST_BYTES, MOST_CPU_SECONDS, STATUS, Compiled, NotCompiled

@@ -11,8 +11,8 @@ from array import array
 import msgspec
 import zmq
 
-from ..cache import PrefixCache
 from ..errors import ConfigError
+from ..schedule.cache import PrefixCache
 
 LOG_ENTRIES = 1 << 14  # between two steps; beyond it the cache is told anew
 

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..checkpoint import resolve
 from ..config import EngineConfig
 from ..errors import ConfigError, EngineError
-from ..frontend import Frontend
+from ..text.frontend import Frontend
 from ..transfer.params import TransferSettings
 from .app import create_app
 from .client import EngineClient

@@ -14,9 +14,9 @@ import zmq
 
 from ..core import Engine
 from ..errors import TokenSpeedError
-from ..frontend import Frontend
 from ..llm import load_engine
 from ..request import Failure, Request, Update
+from ..text.frontend import Frontend
 from ..text.grammar import Grammar
 from ..transfer.arenas import Arenas
 from ..transfer.endpoint import Endpoint

@@ -14,8 +14,8 @@ from ..chat.conversation import Conversation
 from ..chat.formats import Format
 from ..chat.turn import Conversations, PreparedTurn, TurnReader
 from ..errors import CorruptedError, EngineError, RequestError, TokenSpeedError
-from ..frontend import Frontend
 from ..request import Request, SamplingParams, Update
+from ..text.frontend import Frontend
 from ..text.turn import TurnEvent
 from ..transfer.params import Address, RemoteDecode, Transfer, answer, parse
 from .background import Background

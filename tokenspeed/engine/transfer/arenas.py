@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import Memory
+from ..executor.memory import Memory
 from .messages import KV, SLOTS, Part
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..cache import NoRoom
 from ..config import PAGE_TOKENS
 from ..core import Engine, Sink
 from ..errors import CapacityError, RequestError, TransferError
 from ..request import PrefixReuse, Request, RequestMetrics, SamplingParams, Update
-from ..scheduler import Leaving, State
-from ..scheduler import Sequence as Continuation
+from ..schedule.cache import NoRoom
+from ..schedule.scheduler import Leaving, State
+from ..schedule.scheduler import Sequence as Continuation
 from ..text.grammar import Grammar, GrammarSpec
 from .endpoint import address_of
 from .identity import digest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import PAGE_TOKENS
 from ..errors import HandshakeError
-from ..memory import MemoryLayout
+from ..executor.memory import MemoryLayout
 from .messages import Identity
 
 _SAMPLES, _SAMPLE_BYTES = 32, 4096  # of each file of weights

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .config import PAGE_TOKENS
+from ..config import PAGE_TOKENS
 
 
 class Begin(NamedTuple):

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.inputs import Batch, DecodeRows, PrefillRows, Rows
+from ..model.mtp import MtpHead
+from ..schedule.step import Begin
 from .batch import Rotary, Tables, paged, prefill_rows, to_device
 from .memory import Memory
-from .model.inputs import Batch, DecodeRows, PrefillRows, Rows
-from .model.mtp import MtpHead
 from .sampling import Sampler
-from .step import Begin
 
 _PATTERN = 3  # ids that must have stood there before
 

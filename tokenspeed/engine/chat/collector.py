@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from .chat.turn import TurnReader
-from .request import CompletionOutput, Failure, Logprob, Request, RequestOutput, TokenScores, Update
-from .text.tokenizer import Tokenizer
-from .text.tools import Content
-from .text.turn import TurnEvent, TurnText
+from ..request import CompletionOutput, Failure, Logprob, Request, RequestOutput, TokenScores, Update
+from ..text.tokenizer import Tokenizer
+from ..text.tools import Content
+from ..text.turn import TurnEvent, TurnText
+from .turn import TurnReader
 
 
 class Collector:

@@ -8,13 +8,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoint import resolve
-from ..device import device_name
+from ..commands.options import add_engine_options, add_run_options, note, open_model
+from ..debug.step_log import replay
 from ..errors import RequestError
+from ..executor.device import device_name
 from ..llm import LLM
-from ..step_log import replay
-from . import bench_serve
+from . import serve as bench_serve
 from .measure import Case, Measured, measure
-from .options import add_engine_options, add_run_options, note, open_model
 from .results import panels, save, write_json
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
+from ... import ops
+from ..parallel import sampling as split_sampling
+from ..parallel.comm import ONE_RANK, Communicator
+from ..request import TokenScores
+from ..schedule.step import Begin, Edit, Sample
 from .batch import to_device
-from .parallel import sampling as split_sampling
-from .parallel.comm import ONE_RANK, Communicator
-from .request import TokenScores
-from .step import Begin, Edit, Sample
 
 _LEAST_TEMPERATURE = 1e-5
 

@@ -16,16 +16,16 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from .. import __version__
-from .config import PAGE_TOKENS, ModelConfig
-from .core import Engine
-from .device import pick_device, pick_dtype, pick_kv_dtype, use_threads
-from .errors import LogError
-from .memory import Memory, MemoryLayout
-from .model.qwen3_5 import Qwen3_5
-from .model.weights import load_weights
-from .runner import Runner
-from .step import Begin, Edit, Step, StepChecker
+from ... import __version__
+from ..config import PAGE_TOKENS, ModelConfig
+from ..core import Engine
+from ..errors import LogError
+from ..executor.device import pick_device, pick_dtype, pick_kv_dtype, use_threads
+from ..executor.memory import Memory, MemoryLayout
+from ..executor.runner import Runner
+from ..model.qwen3_5 import Qwen3_5
+from ..model.weights import load_weights
+from ..schedule.step import Begin, Edit, Step, StepChecker
 
 _Count = Annotated[int, Meta(ge=1)]
 _BIAS = Begin._fields.index("bias")

@@ -9,10 +9,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import ops
-from .config import EngineConfig, ModelConfig
+from ... import ops
+from ..config import EngineConfig, ModelConfig
+from ..errors import CapacityError, ConfigError
+from ..model.qwen3_5 import Qwen3_5
+from ..model.weights import fill_with_noise, holds_mtp, load_weights, with_formats, with_stored_head
+from ..parallel.comm import Communicator
+from ..quantization import PRODUCTS
+from ..schedule.scheduler import drafts_for
 from .device import pick_dtype, pick_kv_dtype, use_threads
-from .errors import CapacityError, ConfigError
 from .memory import (
     HostMemory,
     Memory,
@@ -23,13 +28,8 @@ from .memory import (
     plan_memory,
     total_memory,
 )
-from .model.qwen3_5 import Qwen3_5
-from .model.weights import fill_with_noise, holds_mtp, load_weights, with_formats, with_stored_head
 from .mover import Mover
-from .parallel.comm import Communicator
-from .quantization import PRODUCTS
 from .runner import Runner
-from .scheduler import drafts_for
 
 _SHARED_BYTES = 64 << 20  # smaller models gain nothing from a second thread, and wait for it on a busy machine
 RING_ROWS = 8  # updates that a slot keeps beside its state where a kernel decodes: the state is written once in nine

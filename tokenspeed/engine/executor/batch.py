@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from .config import PAGE_TOKENS
+from ... import ops
+from ..config import PAGE_TOKENS
+from ..model.inputs import Batch, DecodeRows, PrefillRows, Rows
+from ..schedule.step import Begin, DecodeRow, NewPages, Step
 from .memory import Memory
-from .model.inputs import Batch, DecodeRows, PrefillRows, Rows
-from .step import Begin, DecodeRow, NewPages, Step
 
 STOPS = 32  # ids that end a sequence that the device knows; others are found by the host, a step later
 

@@ -28,10 +28,10 @@ from enum import Enum, auto
 from itertools import islice
 from typing import Protocol
 
+from ..config import PAGE_TOKENS
+from ..errors import CapacityError
+from ..request import PrefixReuse, Request
 from .cache import Admission, NoRoom, PrefixCache
-from .config import PAGE_TOKENS
-from .errors import CapacityError
-from .request import PrefixReuse, Request
 from .step import Begin, DecodeRow, Move, NewPages, PrefillRow, Sample, Step
 
 _AGE = 64  # admissions that may overtake a request for each step of priority between them

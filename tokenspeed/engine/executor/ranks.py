@@ -1,6 +1,6 @@
 """The processes of one model: rank 0 runs the engine, the others run the Steps it sends.
 
-    python -m tokenspeed.engine.ranks    a rank beside rank 0, with its settings as JSON on standard input
+    python -m tokenspeed.engine.executor.ranks    a rank beside rank 0, with its settings as JSON on standard input
 
 A rank that is lost ends the others, with the reason: collectives cannot go on without it.
 """
@@ -19,15 +19,15 @@ from pathlib import Path
 import msgspec
 import torch
 
-from .config import EngineConfig
+from ..config import EngineConfig
+from ..errors import ConfigError, EngineError, TokenSpeedError
+from ..parallel.comm import ProcessCommunicator, abort, join_ranks
+from ..parallel.control import Inbox, StepChannel
+from ..parallel.mesh import Mesh
+from ..schedule.step import Edit, Step
 from .device import pick_device
-from .errors import ConfigError, EngineError, TokenSpeedError
 from .loading import load_runner
-from .parallel.comm import ProcessCommunicator, abort, join_ranks
-from .parallel.control import Inbox, StepChannel
-from .parallel.mesh import Mesh
 from .runner import Launched, Runner
-from .step import Edit, Step
 
 _CHECK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0  # for the loss to be noticed and told where the rank was needed
@@ -141,7 +141,7 @@ def _run(runner: Runner, step: Step, inbox: Inbox, before: Launched | None) -> L
 
 
 def _start(directory: Path, config: EngineConfig, rank: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tokenspeed.engine.ranks"]
+    command = [sys.executable, "-m", "tokenspeed.engine.executor.ranks"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     process.stdin.write(msgspec.json.encode(RankSettings(str(directory), config, rank)))
     process.stdin.close()

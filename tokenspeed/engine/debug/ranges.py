@@ -6,7 +6,7 @@ The callables are replaced once, when ranges are asked for: an engine without th
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from .core import Engine
+from ..core import Engine
 
 Range = Callable[[str], AbstractContextManager]  # torch.cuda.nvtx.range, torch.profiler.record_function
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import FULL, PAGE_TOKENS, EngineConfig, ModelConfig
-from .errors import CapacityError, ConfigError
-from .model.inputs import StateViews
+from ..config import FULL, PAGE_TOKENS, EngineConfig, ModelConfig
+from ..errors import CapacityError, ConfigError
+from ..model.inputs import StateViews
 
 _ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
 SNAPSHOT_TOKENS = 8192  # of KV beside each slot that is not a running sequence's

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import ops
+from ... import ops
+from ..errors import CapacityError
+from ..model.inputs import Batch, DecodeRows
+from ..model.qwen3_5 import Qwen3_5
+from ..request import TokenScores
+from ..schedule.step import Edit, Step
 from .batch import Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
 from .drafting import Chosen, Drafter, LookupDrafter, MtpDrafter
-from .errors import CapacityError
 from .graphs import DecodeGraphs
 from .memory import Memory
-from .model.inputs import Batch, DecodeRows
-from .model.qwen3_5 import Qwen3_5
 from .mover import Mover
-from .request import TokenScores
 from .sampling import Choices, Sampler, Scores, Vocabulary
-from .step import Edit, Step
 
 NONE_ALLOWED = ops.sampling.NONE_ALLOWED  # in place of an id: none could be chosen
 _DECODE_OPERATORS = {

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..commands.options import note
 from ..errors import ConfigError, EngineError, RequestError
 from .endpoint import Endpoint
 from .load import Client, Figures, Level, Run
-from .options import note
 from .results import panels, save, write_json
 from .workload import PRESETS, Calibration, Preset, make_conversations
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..schedule.step import DecodeRow, Step
 from .batch import pack_rows, to_device
-from .step import DecodeRow, Step
 
 if TYPE_CHECKING:
     from .runner import Forwarded, Runner

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 
-from .config import ModelConfig
-from .errors import RequestError
-from .request import Request, SamplingParams
-from .text.generation_config import GenerationDefaults
-from .text.template import ChatTemplate
-from .text.tokenizer import Tokenizer
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..request import Request, SamplingParams
+from .generation_config import GenerationDefaults
+from .template import ChatTemplate
+from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 

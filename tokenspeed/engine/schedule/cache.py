@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tokenspeed._cache import Admission, Cache, Error, Fork, Loan, Match, NoRoom, Policy, Reason, Reception
 
-from .errors import CapacityError, ConfigError, RequestError
+from ..errors import CapacityError, ConfigError, RequestError
 from .step import Move
 
 __all__ = [

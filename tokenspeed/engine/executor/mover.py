@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..schedule.step import Move
 from .memory import HostMemory, Memory
-from .step import Move
 
 _SMOOTHING = 0.2  # weight of the latest move in the measured rate
 
