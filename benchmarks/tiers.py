@@ -50,7 +50,8 @@ class Bench:
 
     def __init__(self, model: Qwen3_5, device: torch.device, dtype: torch.dtype, tokens: int):
         longest = max(tokens, CONTEXT + 4 * STEPS) + 4 * PAGE_TOKENS
-        pages, slots = -(-(longest + longest // 3) // PAGE_TOKENS) + DECODING * (CONTEXT + 4 * STEPS) // PAGE_TOKENS, 12
+        # Five conversations: what moves out ahead of need starts when less than a quarter is free.
+        pages, slots = (5 * longest + DECODING * (CONTEXT + 4 * STEPS)) // PAGE_TOKENS, 12
         layout = MemoryLayout(model.share, dtype, *slot_sizes(model.config, 0, decodes_by_kernel(device)))
         host_pages, host_slots = 2 * pages, 2 * slots
         self.layout, self.device, self.pages, self.slots = layout, device, pages, slots
