@@ -138,7 +138,7 @@ def extensions() -> list[Extension]:
     libraries = [path.parent / name for path in toolkit for name in ("lib64", "lib")]
     kernels = Extension(
         "tokenspeed._C",
-        sources("csrc/kernels/*.cu") + sources("csrc/kernels/*.cpp"),
+        sources("csrc/kernels/*/*.cu") + sources("csrc/kernels/*/*.cpp"),
         include_dirs=[str(ROOT / "csrc/kernels"), *map(str, toolkit), str(torch / "include")],
         extra_compile_args=["-std=c++20", "-DUSE_CUDA", STABLE_ABI],
         extra_link_args=[

@@ -221,10 +221,10 @@ def main() -> None:
     if nvcc is None:
         sys.exit(COMPILER_HINT)
     version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
-    headers = b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.h")))
+    headers = b"".join(path.read_bytes() for path in sorted(KERNELS.rglob("*.h")))
     previous = _previous()
     reports, faults = [], []
-    for source in [*sorted(KERNELS.glob("*.cu")), *sorted(SELF_TESTS.glob("*.cu"))]:
+    for source in [*sorted(KERNELS.rglob("*.cu")), *sorted(SELF_TESTS.glob("*.cu"))]:
         if names and source.stem not in names:
             continue
         key = hashlib.sha256(headers + source.read_bytes() + " ".join([*FLAGS, version]).encode()).hexdigest()

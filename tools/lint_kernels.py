@@ -57,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="by default csrc/kernels and the self-tests")
     files = [path.resolve() for path in parser.parse_args().files] or [
-        *sorted((ROOT / "csrc" / "kernels").glob("*.cu")),
-        *sorted(path for path in (ROOT / "csrc" / "kernels").glob("*.h") if not path.name.startswith("binding")),
+        *sorted((ROOT / "csrc" / "kernels").rglob("*.cu")),
+        *sorted(path for path in (ROOT / "csrc" / "kernels").rglob("*.h") if not path.name.startswith("binding")),
         *sorted((ROOT / "tests" / "kernels" / "cuda").rglob("*.cu")),
     ]
     faults = [fault for path in files for fault in lint(path)]

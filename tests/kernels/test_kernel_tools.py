@@ -42,7 +42,7 @@ def test_the_lint_names_each_breach_of_the_dialect(breach):
 
 
 def test_the_kernels_keep_the_dialect():
-    files = [*(ROOT / "csrc" / "kernels").glob("*.cu"), *(HERE / "cuda").rglob("*.cu")]
+    files = [*(ROOT / "csrc" / "kernels").rglob("*.cu"), *(HERE / "cuda").rglob("*.cu")]
     assert len(files) > 5
     assert [fault for path in files for fault in lint(path)] == []
 

@@ -22,7 +22,7 @@ def build_library() -> Path:
     kernels = ROOT / "csrc" / "kernels"
     flags = ["-DTOKENSPEED_EMULATED", STABLE_ABI, "-isystem", str(torch_home / "include"), f"-L{torch_home / 'lib'}"]
     link = ["-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
-    sources = sorted([*kernels.glob("*.cu"), *kernels.glob("*.cpp")])
+    sources = sorted([*kernels.rglob("*.cu"), *kernels.rglob("*.cpp")])
     return build(sources, ROOT / "build" / "emulator" / "libkernels.so", [*flags, *link])
 
 

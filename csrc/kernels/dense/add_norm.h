@@ -5,7 +5,7 @@
 #include <ptx.h>
 #include <reduce.h>
 
-#include "moe_experts_decode.h"
+#include "moe/moe_experts_decode.h"
 
 namespace tokenspeed {
 

@@ -21,10 +21,10 @@
 
 #include <algorithm>
 
+#include "dense/scaled_product.h"
 #include "fp8.h"
 #include "kernels.h"
 #include "moe_experts_prefill.h"
-#include "scaled_product.h"
 
 namespace tokenspeed {
 namespace {

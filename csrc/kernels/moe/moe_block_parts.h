@@ -4,7 +4,7 @@
 #include <ptx.h>
 #include <reduce.h>
 
-#include "add_norm.h"
+#include "dense/add_norm.h"
 #include "moe_block.h"
 #include "moe_scaled_products.h"
 #include "moe_select.h"
