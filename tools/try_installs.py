@@ -24,7 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "TOKENSPEED_CUDA": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONSAFEPATH": "1"}
 STALE = ("tokenspeed/_C.abi3.so", "tokenspeed/_C.so", "build/lib/tokenspeed/renamed_long_ago.py")
-SOURCES = ("csrc/kernels/dense/rms_norm.cu", "csrc/kernels/ptx.h", "csrc/cache/tree.cpp", "tools/cuda_paths.py", "setup.py")
+SOURCES = (
+    "csrc/kernels/dense/rms_norm.cu",
+    "csrc/kernels/ptx.h",
+    "csrc/cache/tree.cpp",
+    "tools/cuda_paths.py",
+    "setup.py",
+)
 CONTENTS = (
     "tokenspeed/py.typed",
     "tokenspeed/engine/server/page.html",

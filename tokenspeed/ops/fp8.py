@@ -119,7 +119,7 @@ def quantise_groups(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cublas_takes(x: Tensor, x_scale: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether cuBLAS has this product with a scale for each block; csrc/kernels/bindings/bindings_fp8.cpp asks the same."""
+    """Whether cuBLAS has this product with a scale for each block; bindings_fp8.cpp asks the same."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0) or out_dtype != torch.bfloat16:
         return False
     sizes = len(x) > 0 and len(x) % 4 == 0 and weight.shape[0] % 16 == 0 and weight.shape[1] % (4 * BLOCK) == 0

@@ -1,4 +1,4 @@
-"""Sums over the ranks of one host by a kernel that writes into the other cards' memory (csrc/kernels/step/all_reduce.cu).
+"""Sums over the ranks of one host by a kernel (csrc/kernels/step/all_reduce.cu) that writes into the other cards.
 
 NVLink multicast has no part in it: memory is shared by CUDA's handles between processes, a store goes to one peer.
 """
