@@ -1,12 +1,14 @@
 """The mover copies whole slots and pages, byte for byte, when it is asked, and to nowhere else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoints import CPU
 from planting import Bug, must_be_noticed
 
 from tokenspeed.engine.executor.memory import HostMemory, Memory, MemoryLayout
-from tokenspeed.engine.executor.mover import Mover, page_runs
+from tokenspeed.engine.executor.mover import Mover, _Started, page_runs
 from tokenspeed.engine.schedule.step import Move
 from tokenspeed.engine.sizes import PUBLISHED
 
@@ -54,6 +56,21 @@ def test_nothing_is_copied_before_somebody_asks():
     assert torch.equal(host.slots[1], memory.slots[1]) and torch.equal(host.slots[0], before[0])
     assert mover.finished() == [1] and mover.rate > 0
     assert torch.equal(host.slots[0], memory.slots[0])
+
+
+def test_what_comes_from_host_memory_is_waited_for_and_not_what_goes_there():
+    mover, waited = arenas()[2], []
+
+    def started(number: int, out: bool) -> _Started:
+        return _Started(Move(number, out, (), (), 0, 0), end=SimpleNamespace(synchronize=lambda: waited.append(number)))
+
+    mover._streams = [None, None]
+    mover.wait()
+    mover._started.append(started(1, True))
+    mover.wait()
+    mover._started += [started(2, False), started(3, False)]
+    mover.wait()
+    assert waited == [1, 2]
 
 
 SLOT = "copy(source.slots[move.source], target.slots[move.target])"

@@ -55,6 +55,17 @@ def test_arenas_on_a_cpu_are_not_shared_so():
     assert cuda_ipc.card(Arenas(memory)) == "" and cuda_ipc.export(Arenas(memory), "GPU-1") == ()
 
 
+def test_where_memory_cannot_be_shared_bytes_go_over_the_socket(monkeypatch):
+    def refused(storage):
+        raise RuntimeError("CUDA error: operation not supported")
+
+    layout = SimpleNamespace(page_bytes=8, slot_bytes=8)
+    memory = SimpleNamespace(kv=torch.zeros(2, 8), slots=torch.zeros(2, 8, dtype=torch.uint8), layout=layout)
+    monkeypatch.setattr(cuda_ipc, "card", lambda arenas: "GPU-1")
+    monkeypatch.setattr(torch.UntypedStorage, "_share_cuda_", refused)
+    assert cuda_ipc.export(Arenas(memory), "GPU-1") == ()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_unit_is_copied_from_another_process_on_the_same_gpu():
     there = arenas(1)

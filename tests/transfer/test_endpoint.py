@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -50,6 +51,12 @@ def ended(end: Endpoint, seconds: float = 20.0) -> tuple:
     return tuple(found)
 
 
+def die(end: Endpoint) -> None:
+    """Without a word."""
+    end._part = lambda: None
+    end.close()
+
+
 def test_a_unit_goes_over_sockets(ends):
     there, here = ends(1), ends(2)
     here.pull(source(there), lambda: Targets({0: 5, 1: 6, 2: 1}, 3))
@@ -69,7 +76,7 @@ def test_a_peer_that_dies_is_noticed_on_both_sides_within_the_lease(ends):
     here.pull(source(there), lambda: Targets({0: 5, 1: 6}, 3))
     time.sleep(0.2)
     start = time.monotonic()
-    there.close()
+    die(there)
     ((room, error),) = ended(here)
     assert room == "room" and "nothing was heard" in str(error) and time.monotonic() - start < 3 * LEASE
     with pytest.raises(TransferError, match="have ended"):
@@ -79,9 +86,81 @@ def test_a_peer_that_dies_is_noticed_on_both_sides_within_the_lease(ends):
     fourth.pull(source(third), lambda: None)
     time.sleep(0.2)
     start = time.monotonic()
-    fourth.close()
+    die(fourth)
     ((room, error),) = ended(third)
     assert "lease" in str(error) and time.monotonic() - start < 3 * LEASE
+
+
+@pytest.mark.parametrize("slot", [None, 1])
+def test_an_engine_that_ends_tells_its_peers_at_once(ends, slot):
+    there, here, third = (ends(seed, lease=60.0) for seed in (1, 2, 3))
+    there.offer("room", b"prompt", (4, 5), slot, 0)
+    here.pull(source(there), lambda: None)
+    third.offer("other", b"prompt", (4, 5), slot, 0)
+    here.pull(source(third, "other"), lambda: None)
+    limit = time.monotonic() + 20
+    while not (there.rooms._rooms["room"].asker and third.rooms._rooms["other"].asker):
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+    there.close()
+    ((room, error),) = ended(here)
+    assert room == "room" and "transfers have ended" in str(error)
+    here.close()
+    ((room, error),) = ended(third)
+    assert room == "other" and str(error) == "the decoder has left"
+
+
+def test_a_wire_thread_that_fails_ends_transfers_and_nothing_else(ends, tmp_path, monkeypatch):
+    there, lab = ends(1), Lab(random_model(tmp_path))
+    here = Endpoint("127.0.0.1", 0, 60.0)
+    here.register(Arenas(lab.memory), IDENTITY)
+    exchange, submit = Exchange(lab.engine, here), lab.engine.submit
+
+    def pulled(request, sink, grammar=None):
+        monkeypatch.setattr(lab.engine, "submit", submit)
+        exchange.submit(request, sink, RemotePrefill(request.id, there.host, there.port), grammar)
+
+    def fails():
+        raise OSError("planted")
+
+    monkeypatch.setattr(lab.engine, "submit", pulled)
+    before = lab.submit(text(1, 100))
+    lent = replace(before.request, id="lent", prompt=tuple(text(3, 200)), boundaries=())
+    exchange.submit(lent, lambda update: None, RemoteDecode("room"))
+    monkeypatch.setattr(here.rooms, "tick", fails)
+    here._thread.join(20)
+    assert not here._thread.is_alive()
+    lab.engine.step()
+    lab.engine.step()
+    exchange.step()
+    assert not exchange.lends
+    with pytest.raises(TransferError, match="have ended"):
+        here.offer("another", b"prompt", (), None, 0)
+    with pytest.raises(TransferError, match="have ended"):
+        exchange.submit(before.request, print, RemoteDecode("third"))
+    monkeypatch.setattr(lab.engine, "submit", pulled)
+    after = lab.submit(text(2, 100))
+    lab.run()
+    assert before.finished and after.finished and exchange.failed == 2 and lab.difference() <= TOLERANCE
+    exchange.close()
+    here.close()
+
+
+def test_a_message_that_cannot_be_followed_costs_its_sender_alone(ends, monkeypatch):
+    there, here = ends(1, lease=0.5), ends(2, lease=0.5)
+    monkeypatch.setattr(there.rooms, "_handles", lambda card: 1 // 0)
+    here.pull(source(there, "lost"), lambda: Targets({}, 0))
+    ((_, error),) = ended(here)
+    assert "nothing was heard" in str(error)
+    monkeypatch.undo()
+    monkeypatch.setattr(here.pulls, "_welcomed", lambda peer, welcome: 1 // 0)
+    here.pull(source(there, "lost too"), lambda: Targets({}, 0))
+    ((_, error),) = ended(here)
+    assert "ZeroDivisionError" in str(error)
+    monkeypatch.undo()
+    there.offer("room", b"prompt", (4,), 1, 0)
+    here.pull(source(there), lambda: Targets({0: 5}, 3))
+    assert ended(here) == (("room", None),)
 
 
 def test_an_address_where_nobody_is_ends_with_the_lease(ends):

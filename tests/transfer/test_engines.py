@@ -215,3 +215,41 @@ def test_a_name_can_be_used_once(model):
     assert talk.finished and len(again) == 1
     with pytest.raises(TransferError, match="used once"):
         pair.lender.submit(talk.request, print, RemoteDecode("0"))
+
+
+@pytest.mark.parametrize("offers", [1, 2, 4, 5])
+def test_a_room_that_cannot_be_offered_any_more_costs_a_computation_and_nothing_else(model, offers):
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64})
+    left, offer = [offers], pair.lender._calls.offer
+
+    def refusing(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise TransferError("planted")
+        offer(*args)
+
+    pair.lender._calls.offer = refusing
+    talk = pair.decode.submit(text(1, 300))
+    pair.settle()
+    assert left[0] < 0 and talk.finished and pair.decode.difference() <= TOLERANCE
+    assert pair.taker.failed == 1 and pair.lender.offered == 0 and not pair.lender.lends
+    assert pair.updates["0"][-1].finish_reason == "length", "the prefill goes on"
+
+
+def test_a_known_prompt_that_cannot_be_offered_is_refused_and_given_back(model):
+    pair = Pair(model)
+    pair.decode.ask(text(1, 300))
+    pair.settle()
+    pair.decode.engine.clear_cache()
+    offer = pair.lender._calls.offer
+
+    def refusing(room, digest, pages, slot, epoch):
+        if slot is not None:
+            raise TransferError("planted")
+        offer(room, digest, pages, slot, epoch)
+
+    pair.lender._calls.offer = refusing
+    talk = pair.decode.ask(text(1, 300))
+    pair.settle()
+    assert [str(error) for error in pair.refused] == ["planted"] and not pair.lender.lends
+    assert talk.finished and pair.taker.failed == 1 and pair.decode.difference() <= TOLERANCE

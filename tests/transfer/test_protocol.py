@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import torch
-from wire import IDENTITY, LEASE, PEER, Wire
+from wire import ADDRESS, IDENTITY, LEASE, PAGE_BYTES, PEER, SLOT_BYTES, Wire
 
 from tokenspeed.engine.errors import HandshakeError, TransferError
+from tokenspeed.engine.transfer import cuda_ipc
 from tokenspeed.engine.transfer.messages import (
     MOST_READ_BYTES,
     VERSION,
@@ -17,11 +18,13 @@ from tokenspeed.engine.transfer.messages import (
     Gone,
     Hello,
     Identity,
+    Leave,
     OtherVersion,
     Part,
     Read,
     Ready,
     Stranger,
+    Welcome,
     decode_from_decoder,
     encode,
 )
@@ -297,3 +300,77 @@ def test_another_version_is_named_and_what_is_no_message_refused():
     for wrong in (frame[:-1], frame[:1] + b"\xc1", encode(Gone("room", "x")), frame[:1] + b"\x91" * 10_000):
         with pytest.raises(TransferError):
             decode_from_decoder(wrong)
+
+
+@pytest.mark.parametrize("handles", [(b"x",), (b"x", b"y"), (b"x",) * 3])
+def test_handles_that_are_none_end_what_is_pulled_from_there(handles):
+    wire = started(Wire())
+    wire.pulls._map = lambda found: cuda_ipc.map_arenas(wire.here, found)
+    wire.pulls.tick()
+    wire.pulls.handle(ADDRESS, Welcome("prefill-engine", LEASE, handles))
+    ((room, error),) = wire.pulls.take_ended()
+    assert room == "room" and isinstance(error, TransferError) and "handle" in str(error)
+
+
+@pytest.mark.parametrize(
+    "parts, state",
+    [
+        ((Part(0, 0, 1 << 60),), None),
+        ((Part(0, 0, PAGE_BYTES - 1),), None),
+        ((Part(0, 0, 0),), None),
+        ((Part(1, 0, PAGE_BYTES),), None),
+        ((), Part(1, 0, 2 * SLOT_BYTES)),
+        ((), Part(0, 0, SLOT_BYTES)),
+    ],
+)
+def test_what_is_no_page_and_no_state_is_not_read(parts, state):
+    wire = started(Wire())
+    wire.rooms.offer("room", b"prompt", (), None, 0)
+    wire.run()
+    wire.pulls.handle(ADDRESS, Ready("room", 0, 0, parts, state))
+    ((_, error),) = wire.pulls.take_ended()
+    assert isinstance(error, TransferError) and "offers" in str(error)
+    assert not any(isinstance(message, Read) for message in wire.sent)
+
+
+def test_a_copy_that_fails_ends_its_pull_and_nothing_is_called_done():
+    wire = started(Wire())
+    wire.pulls._map = lambda handles: [flat[:PAGE_BYTES] for flat in wire.there.flat]  # less than what is offered
+    wire.pulls.tick()
+    wire.pulls.handle(ADDRESS, Welcome("prefill-engine", LEASE, (b"x", b"y")))
+    wire.pulls.handle(ADDRESS, Ready("room", 0, 0, wire.there.rows(0, PAGES), wire.there.rows(1, [SLOT])[0]))
+    wire.pulls.reserve()
+    wire.pulls.tick()
+    ((_, error),) = wire.pulls.take_ended()
+    assert "cannot be copied" in str(error) and not any(isinstance(message, Done) for message in wire.sent)
+
+
+def test_pulls_are_gone_through_under_their_lock():
+    """The engine's thread starts and cancels some meanwhile."""
+    wire = started(Wire())
+    wire.run()
+
+    class Watched(dict):
+        def values(self):
+            assert wire.pulls._lock.locked()
+            return super().values()
+
+    wire.pulls._pulls = Watched(wire.pulls._pulls)
+    assert wire.pulls.drop_idle() == []
+    wire.pulls.cancel("room")
+    assert wire.pulls.drop_idle() == [ADDRESS]
+
+
+def test_after_the_end_nothing_is_begun():
+    wire = started(Wire())
+    wire.rooms.offer("room", b"prompt", PAGES, None, 0)
+    wire.run()
+    end = TransferError("the end")
+    wire.rooms.forget(end)
+    wire.pulls.forget(end)
+    assert [(reply.peer, reply.message) for reply in wire.rooms.parting()] == [(PEER, Gone("room", "the end"))]
+    wire.pulls.part()
+    assert wire.sent[-1] == Leave("room")
+    for begin in (lambda: wire.rooms.offer("other", b"", (), None, 0), lambda: wire.pulls.pull(wire.source("a"), None)):
+        with pytest.raises(TransferError, match="the end"):
+            begin()

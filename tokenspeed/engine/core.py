@@ -211,8 +211,9 @@ class Engine:
 
     @property
     def blocked(self) -> bool:
-        """After a step: what there is to do waits for what comes from elsewhere, or for memory that is lent."""
-        return not self._in_flight and not self.scheduler.idle
+        """After a step: what there is to do waits for what comes from elsewhere, or for memory that is lent. Moves are
+        waited for by the next step."""
+        return not self._in_flight and not self.scheduler.idle and not self.scheduler.awaits_moves
 
     # ---- the loop
 

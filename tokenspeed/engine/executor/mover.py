@@ -50,9 +50,9 @@ class Mover:
         return [self._finish(started) for started in done]
 
     def wait(self) -> None:
-        """Until one more is done."""
+        """Until one more is done: the first from host memory, which somebody waits for, else the first."""
         if self._started and self._streams:
-            self._started[0].end.synchronize()
+            next((started for started in self._started if not started.move.out), self._started[0]).end.synchronize()
 
     def settle(self, numbers: Iterable[int]) -> None:
         """What is launched from now on comes behind these moves, which rank 0 knows to be done."""

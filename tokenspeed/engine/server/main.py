@@ -115,7 +115,8 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
     finally:
         if formats is not None:
             await formats.close()
-        await engine.close(_STOP_SECONDS if signals is None or not signals.second.is_set() else _LAST_WORDS_SECONDS)
+        seconds = _STOP_SECONDS + (options.transfer.lease if options.transfer else 0)  # decoders may still read
+        await engine.close(seconds if signals is None or not signals.second.is_set() else _LAST_WORDS_SECONDS)
 
 
 class _Signals:

@@ -3,9 +3,12 @@
 python -m tokenspeed.engine.server.process ENDPOINT PARENT    with the settings as JSON on standard input
 """
 
+import contextlib
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,15 +67,16 @@ class EngineProcess:
         # As many side by side as can come: they were compiled before, within limits, each key's few at a time.
         self._workers = ThreadPoolExecutor(_MOST_COMPILING, initializer=give_way)
         self._compiling: dict[str, tuple[Future[Grammar], Submit]] = {}
-        self._stopped = False
+        self._stopped: float | None = None  # when it was told to
         self._blocked = False  # what there is to do waits for something from elsewhere
 
     def run(self) -> None:
-        """Until it is told to stop, or its parent is gone. Raises EngineError where the engine failed."""
+        """Until it is told to stop, or its parent is gone. What decoders are reading then may be read to its end, for a
+        lease at most. Raises EngineError where the engine failed."""
         engine = self._engine
         engine.grammars  # noqa: B018 made here, where nobody waits yet
         self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs, self._address))
-        while not self._stopped and os.getppid() == self._parent:
+        while not self._ended and os.getppid() == self._parent:
             self._submit_compiled()
             if self._exchange and self._exchange.step():
                 self._blocked = False
@@ -89,10 +93,18 @@ class EngineProcess:
                 self._publish()
                 self._blocked = engine.blocked
 
+    @property
+    def _ended(self) -> bool:
+        if self._stopped is None:
+            return False
+        exchange = self._exchange
+        return exchange is None or not exchange.lends or time.monotonic() > self._stopped + exchange.lease
+
     def _receive(self):
         """The next message; waits for one while there is nothing else to do."""
         if self._blocked or not self._engine.has_work:
-            self._socket.poll(_CHECK_MS if self._compiling or self._blocked else _ORPHAN_CHECK_MS)
+            soon = self._compiling or self._blocked or self._stopped is not None
+            self._socket.poll(_CHECK_MS if soon else _ORPHAN_CHECK_MS)
         try:
             return decode_to_engine(self._socket.recv(zmq.DONTWAIT))
         except zmq.Again:
@@ -119,7 +131,7 @@ class EngineProcess:
                 stats = self._engine.stats() | (self._exchange.stats() if self._exchange else {})
                 self._send(Pong(number, stats))
             case Stop():
-                self._stopped = True
+                self._stopped = time.monotonic()
 
     def _submit(self, request: Request, grammar: Future[Grammar] | None, transfer: Transfer | None) -> None:
         try:
@@ -150,13 +162,25 @@ class EngineProcess:
         self._socket.send(encode(message))
 
 
-def _take_part(engine: Engine, settings: Settings) -> tuple[Exchange, Address]:
-    """Among other engines. Raises ConfigError where the address cannot be had."""
-    transfer: TransferSettings = settings.transfer
+@contextlib.contextmanager
+def taking_part(engine: Engine, settings: Settings) -> Iterator[tuple[Exchange | None, Address | None]]:
+    """Among other engines, where it should; they are told of the end. Raises ConfigError where the address cannot be
+    had."""
+    transfer: TransferSettings | None = settings.transfer
+    if transfer is None:
+        yield None, None
+        return
     endpoint = Endpoint(transfer.host, None if transfer.role == "decode" else transfer.port, transfer.lease)
     layout, model = engine.runner.memory.layout, fingerprint(Path(settings.directory))
     endpoint.register(Arenas(engine.runner.memory), identity(layout, model, settings.config.quantization))
-    return Exchange(engine, endpoint), Address(transfer.role, endpoint.engine, endpoint.host, endpoint.port)
+    exchange = Exchange(engine, endpoint)
+    try:
+        yield exchange, Address(transfer.role, endpoint.engine, endpoint.host, endpoint.port)
+    finally:
+        try:
+            exchange.close()
+        finally:
+            endpoint.close()
 
 
 def main() -> int:
@@ -170,8 +194,8 @@ def main() -> int:
         frontend = Frontend.from_directory(Path(settings.directory))
         engine = load_engine(frontend, settings.config, settings.progress)
         publisher = KvEventPublisher(engine.cache, settings.kv_events) if settings.kv_events else None
-        exchange, address = _take_part(engine, settings) if settings.transfer else (None, None)
-        EngineProcess(engine, socket, publisher, exchange, address).run()
+        with taking_part(engine, settings) as (exchange, address):
+            EngineProcess(engine, socket, publisher, exchange, address).run()
         return 0
     except TokenSpeedError as error:
         socket.send(encode(Failed(str(error))))

@@ -1,6 +1,7 @@
 """The five calls, and the thread that speaks with peers: ZeroMQ sockets, MessagePack, no code."""
 
 import contextlib
+import logging
 import socket as sockets
 import threading
 import time
@@ -29,7 +30,10 @@ from .rooms import Ended, Reply, Rooms
 
 _TICK_MS = 50
 _CLOSE_SECONDS = 5.0
+_LINGER_MS = 500  # for the last messages to go out
 _MOST_PEERS = 64  # that this engine has connected to; beyond it those go that nothing is pulled from
+
+log = logging.getLogger("tokenspeed.transfer")
 
 
 def address_of(host: str, port: int) -> str:
@@ -88,13 +92,11 @@ class Endpoint:
 
     def offer(self, room: str, digest: bytes, pages: Sequence[int], slot: int | None, epoch: int) -> None:
         """As `Rooms.offer`."""
-        self._check_alive()
         self.rooms.offer(room, digest, pages, slot, epoch)
         self._call()
 
     def pull(self, source: Source, reserve: Callable[[], Targets | None]) -> None:
         """As `Pulls.pull`."""
-        self._check_alive()
         self.pulls.pull(source, reserve)
         self._call()
 
@@ -112,17 +114,13 @@ class Endpoint:
         self._call()
 
     def close(self) -> None:
-        """Ends the thread. Peers hear no more."""
+        """Ends the thread. Peers are told, and hear no more."""
         self._stopped.set()
         self._call()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
         self._awake.close()
         self._wake.close()
-
-    def _check_alive(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            raise TransferError("this engine's transfers have ended")
 
     def _call(self) -> None:
         """The thread shall look what there is to do."""
@@ -148,11 +146,21 @@ class Endpoint:
                 for reply in self.rooms.tick():
                     self._reply(reply)
                 self.pulls.tick()
+        except Exception:  # whatever it is, the engine goes on without transfers
+            log.exception("this engine's transfers end")
         finally:
             error = TransferError("this engine's transfers have ended")
             self.pulls.forget(error)
             self.rooms.forget(error)
-            self._context.destroy(linger=0)
+            try:
+                self._part()
+            finally:
+                self._context.destroy(linger=_LINGER_MS)
+
+    def _part(self) -> None:
+        for reply in self.rooms.parting():
+            self._reply(reply)
+        self.pulls.part()
 
     def _take_asked(self) -> None:
         while True:
@@ -168,7 +176,12 @@ class Endpoint:
                 continue
             except TransferError:
                 continue
-            for reply in self.rooms.handle(peer, message):
+            try:
+                replies = self.rooms.handle(peer, message)
+            except Exception:  # a message may cost its sender the room, but nobody else anything
+                log.exception("a decoder's message was not understood: %.200r", message)
+                continue
+            for reply in replies:
                 self._reply(reply)
 
     def _reply(self, reply: Reply) -> None:
@@ -209,4 +222,8 @@ class Endpoint:
                 message = Refused("version", str(head[0]) if head else "none", str(_VERSION))
             except TransferError:
                 continue
-            self.pulls.handle(address, message, data[0] if data else None)
+            try:
+                self.pulls.handle(address, message, data[0] if data else None)
+            except Exception as error:
+                log.exception("a prefiller's message could not be followed: %.200r", message)
+                self.pulls.lose(address, TransferError(f"{address}: {type(error).__name__}: {error}"))

@@ -88,7 +88,12 @@ class Exchange:
     def step(self) -> bool:
         """Tells peers what is new, and takes what has come. Whether a request can go on now. Mutates the cache."""
         for offered in [offered for offered in self._rooms.values() if offered.sequence]:
-            self._follow(offered)
+            try:
+                self._follow(offered)
+            except TransferError as error:  # its prefill goes on: it can be of use to others
+                log.warning("room %.40s is not offered any more: %s", offered.room, error)
+                self._calls.cancel(offered.room, str(error))
+                del self._rooms[offered.room]
         went_on = False
         for room, error in self._calls.poll():
             if offered := self._rooms.pop(room, None):
@@ -106,6 +111,16 @@ class Exchange:
                 del self._arriving[room]
                 self._arrived(room, arriving, error)
         return went_on
+
+    @property
+    def lends(self) -> bool:
+        """Whether a room is open that a decoder may be reading."""
+        return bool(self._rooms)
+
+    @property
+    def lease(self) -> float:
+        """Seconds of silence after which a room is given up."""
+        return self._calls.lease
 
     def close(self) -> None:
         """Everything is given back; requests that waited for something compute it."""
@@ -140,10 +155,6 @@ class Exchange:
             return
         offered = _Offered(room, digest(request.name_space, prefix), request.name_space, prefix)
         self._calls.offer(room, offered.digest, (), None, 0)
-        self._rooms[room] = offered
-        if self._lend(offered):
-            sink(_ended(request, len(prefix)))
-            return
         own = replace(
             request,
             prompt=request.prompt[:-1],
@@ -153,14 +164,19 @@ class Exchange:
             stops_after=None,
         )
         try:
-            (offered.sequence,) = engine.submit(own, lambda update: sink(_without_output(update)))
+            if self._lend(offered):
+                sink(_ended(request, len(prefix)))
+            else:
+                (offered.sequence,) = engine.submit(own, lambda update: sink(_without_output(update)))
         except Exception:
             self._calls.cancel(room, "the request was refused")
-            del self._rooms[room]
+            self._give_back(offered)
             raise
+        self._rooms[room] = offered
 
     def _follow(self, offered: _Offered) -> None:
-        """Offers the pages that have become whole, and with the end of the prefill all of it."""
+        """Offers the pages that have become whole, and with the end of the prefill all of it. Raises TransferError
+        where that cannot be."""
         sequence = offered.sequence
         if sequence.state is State.ENDED:
             offered.sequence, offered.told = None, (sequence.preemptions, 0)
@@ -184,15 +200,19 @@ class Exchange:
         self._calls.offer(offered.room, offered.digest, found, None, sequence.preemptions)
 
     def _lend(self, offered: _Offered) -> bool:
-        """All of it, where it is there."""
+        """All of it, where it is there. Raises TransferError where it cannot be offered; nothing is lent then."""
         id = next(self._ids)
         loan = self._cache.lend(id, offered.name_space, offered.prefix)
         if loan.state_tokens < len(offered.prefix):
             self._cache.release(id)
             return False
-        offered.loan = id
         # Pages that were told of before are the same pages: they stayed while it ran, and it has ended just now.
-        self._calls.offer(offered.room, offered.digest, loan.pages.tolist(), loan.slot, offered.told[0])
+        try:
+            self._calls.offer(offered.room, offered.digest, loan.pages.tolist(), loan.slot, offered.told[0])
+        except TransferError:
+            self._cache.release(id)
+            raise
+        offered.loan = id
         return True
 
     def _give_back(self, offered: _Offered) -> None:

@@ -6,7 +6,7 @@ was cancelled is never written for again, so what was set aside can be given awa
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from .arenas import Arenas, Move
 from .messages import (
     KV,
     MOST_READ_BYTES,
+    SLOTS,
     Ask,
     Closed,
     Data,
@@ -116,6 +117,7 @@ class Pulls:
         self._starting: deque[_Pull] = deque()
         self._parting: deque[Source] = deque()
         self._peers: dict[str, _Peer] = {}
+        self._forgotten: TransferError | None = None
         self._number = 0
         self.bytes = 0  # that were brought so far
 
@@ -123,8 +125,10 @@ class Pulls:
 
     def pull(self, source: Source, reserve: Callable[[], Targets | None]) -> None:
         """Bring what a room offers. reserve: asked once something is there, by `poll`, and again until there is room.
-        Raises TransferError for a room that is being pulled."""
+        Raises TransferError for a room that is being pulled, and where nobody can be heard of any more."""
         with self._lock:
+            if self._forgotten:
+                raise TransferError(str(self._forgotten))
             if source.room in self._pulls:
                 raise TransferError(f"room {source.room!r} is being pulled: names can be used once.")
             now = self._clock()
@@ -196,9 +200,7 @@ class Pulls:
                 self._send(peer.address, self._hello)
             elif peer.welcome is not None:
                 self._begin(peer, pull)
-        while self._parting:
-            source = self._parting.popleft()
-            self._send(source.address, Leave(source.room))
+        self.part()
         now = self._clock()
         for room, pull in list(self._pulls.items()):
             if now - pull.heard > self._lease:
@@ -217,18 +219,33 @@ class Pulls:
                     self._begin(peer, pull)
                 self._go_on(pull, peer)
 
+    def part(self) -> None:
+        """Tells peers of what was given up."""
+        while self._parting:
+            source = self._parting.popleft()
+            self._send(source.address, Leave(source.room))
+
     def drop_idle(self) -> list[str]:
         """Forgets the peers that nothing is pulled from, and says which they were."""
-        used = {pull.source.address for pull in self._pulls.values()}
+        with self._lock:
+            used = {pull.source.address for pull in self._pulls.values()}
         idle = [address for address in self._peers if address not in used]
         for address in idle:
             del self._peers[address]
         return idle
 
     def forget(self, error: TransferError) -> None:
-        """Nobody will be heard of any more."""
-        for room in list(self._pulls):
-            self._end(room, error)
+        """Nobody can be heard of any more; `part` still tells peers."""
+        with self._lock:
+            self._forgotten, pulls = error, list(self._pulls.values())
+        for pull in pulls:
+            self._end(pull.source.room, error)
+            self._parting.append(pull.source)
+
+    def lose(self, address: str, error: TransferError) -> None:
+        """What is pulled from there fails; the next pull greets the peer anew."""
+        if peer := self._peers.get(address):
+            self._lose(peer, error)
 
     def _silence(self, pull: _Pull) -> TransferError:
         what = f"nothing was heard of room {pull.source.room!r} at {pull.source.address} for {self._lease:g} s"
@@ -237,7 +254,11 @@ class Pulls:
     def _welcomed(self, peer: _Peer, welcome: Welcome) -> None:
         peer.welcome, peer.arenas = welcome, None
         if welcome.handles and self._map is not None:
-            peer.arenas = self._map(welcome.handles)
+            try:
+                peer.arenas = self._map(welcome.handles)
+            except TransferError as error:
+                self._lose(peer, error)
+                return
         for pull in list(self._pulls.values()):
             if pull.source.address == peer.address:
                 self._begin(peer, pull)
@@ -280,6 +301,9 @@ class Pulls:
                 if epoch != pull.epoch:
                     self._restart(pull, epoch)
                 if first == len(pull.offsets):
+                    if wrong := self._misfit(pull, parts, state):
+                        self._end(room, TransferError(f"{peer.address} offers {wrong}"))
+                        return
                     size = self._arenas.row_bytes[KV]
                     for part in parts:
                         pull.offsets += range(part.offset, part.offset + part.length, size)
@@ -300,6 +324,19 @@ class Pulls:
                 self._end(room, None if pull.done else TransferError("the room was closed before it was read"))
             case Gone(_, reason):
                 self._end(room, TransferError(f"room {room!r} at {peer.address}: {reason}"))
+
+    def _misfit(self, pull: _Pull, parts: Sequence[Part], state: Part | None) -> str:
+        """What cannot be a unit's pages or state, "" where all can."""
+        (page, slot), pages = self._arenas.row_bytes, len(pull.offsets)
+        for part in parts:
+            if part.arena != KV or part.length < 1 or part.length % page:
+                return f"{part} as pages of {page} bytes"
+            pages += part.length // page
+        if pages * page > self._arenas.flat[KV].numel():
+            return f"{pages} pages, more than there are here"
+        if state is not None and (state.arena, state.length) != (SLOTS, slot):
+            return f"{state} as a state of {slot} bytes"
+        return ""
 
     def _go_on(self, pull: _Pull, peer: _Peer) -> None:
         """Read what is ready and has a place, and say when that was all."""
@@ -328,15 +365,22 @@ class Pulls:
             pull.reads[self._number] = moves
             read = Read(pull.source.room, pull.epoch, self._number, tuple(part for part, _ in moves))
             self._send(pull.source.address, read)
-        if pull.state_queued and not pull.moves and not pull.reads:
+        if pull.alive and pull.state_queued and not pull.moves and not pull.reads:
             pull.done = True
             self._send(pull.source.address, Done(pull.source.room, pull.epoch))
 
     def _write(self, pull: _Pull, moves: list[Move], write: Callable[[], None]) -> None:
         with pull.lock:
-            if pull.alive:
+            if not pull.alive:
+                return
+            try:
                 write()
+            except RuntimeError as error:  # the device's, or nothing lies there in a peer's arena
+                failed = TransferError(f"what {pull.source.address} offers cannot be copied: {error}")
+            else:
                 pull.bytes += sum(part.length for part, _ in moves)
+                return
+        self._end(pull.source.room, failed)
 
     def _stop(self, pull: _Pull) -> None:
         with pull.lock:

@@ -90,19 +90,22 @@ class Rooms:
         self._over: OrderedDict[str, str] = OrderedDict()
         self._peers: OrderedDict[bytes, None] = OrderedDict()
         self._ended: list[Ended] = []
-        self._parting: list[Reply] = []  # to those who wait for news of rooms that are over
+        self._parting: list[Reply] = []  # to decoders, of rooms that are over
+        self._forgotten: TransferError | None = None
 
     # ---- the engine's thread
 
     def offer(self, name: str, digest: bytes, pages: Sequence[int], slot: int | None, epoch: int) -> None:
         """These pages of a prompt are there to be read, in order, and with a slot all of it is. Again with more of
         them, or with another epoch, after which other pages may be meant. Raises TransferError for a name that was
-        used before."""
+        used before, and where nobody can ask any more."""
         if not 0 < len(name) <= MOST_ROOM_CHARACTERS:
             raise TransferError(f"the room's name has {len(name)} characters; 1 to {MOST_ROOM_CHARACTERS} are needed.")
         with self._lock:
             if any(ended.room == name for ended in self._ended):
                 return  # of which the engine is about to be told
+            if self._forgotten:
+                raise TransferError(str(self._forgotten))
             if name in self._over:
                 raise TransferError(f"room {name!r} is over ({self._over[name]}): names can be used once.")
             room = self._rooms.get(name)
@@ -146,6 +149,8 @@ class Rooms:
                 return [Reply(peer, Gone(message.room, self._over[message.room]))]
             room = self._rooms.get(message.room)
             if room is None:
+                if len(message.room) > MOST_ROOM_CHARACTERS:
+                    return [Reply(peer, Gone(message.room, "no room has so long a name"))]
                 if isinstance(message, Leave):
                     self._remember(message.room, "the decoder has left")
                     return []
@@ -164,11 +169,11 @@ class Rooms:
                     if room.slot is None or epoch != room.epoch:
                         room.asked = Ask(name, room.digest or b"")
                         return [self._answer(name, room) or Reply(peer, Waiting(name, room.digest is not None))]
-                    self._end(name, "the decoder has it")
+                    self._end(name, "the decoder has it", part=False)
                     self._ended.append(Ended(name, None))
                     return [Reply(peer, Closed(name))]
                 case Leave(name):
-                    self._end(name, "the decoder has left", tell=True)
+                    self._end(name, "the decoder has left", tell=True, part=False)
                     return []
                 case Read(name, epoch, number, parts):
                     if epoch != room.epoch:
@@ -182,9 +187,8 @@ class Rooms:
 
     def tick(self) -> list[Reply]:
         """Answers to those who have waited for news, and an end to rooms whose lease is over."""
-        now = self._clock()
+        now, replies = self._clock(), self.parting()
         with self._lock:
-            replies, self._parting = self._parting, []
             for name, room in list(self._rooms.items()):
                 if room.asked is not None and (reply := self._answer(name, room)):
                     replies.append(reply)
@@ -193,9 +197,16 @@ class Rooms:
                     self._end(name, f"no decoder was heard of for its lease of {self._lease:g} s", tell=True)
         return replies
 
-    def forget(self, error: TransferError) -> None:
-        """Nobody will ask any more."""
+    def parting(self) -> list[Reply]:
+        """What decoders are to hear of rooms that are over."""
         with self._lock:
+            replies, self._parting = self._parting, []
+        return replies
+
+    def forget(self, error: TransferError) -> None:
+        """Nobody can ask any more."""
+        with self._lock:
+            self._forgotten = error
             for name in list(self._rooms):
                 self._end(name, str(error), tell=True)
 
@@ -215,8 +226,7 @@ class Rooms:
         asked, peer = room.asked, room.asker
         if room.digest is not None:
             if asked.digest != room.digest:
-                room.asked = None
-                self._end(name, "it has another prompt", tell=True)
+                self._end(name, "it has another prompt", tell=True, part=False)
                 return Reply(peer, Gone(name, self._over[name]))
             first = asked.pages if asked.epoch == room.epoch else 0
             if first < len(room.pages) or room.slot is not None or (asked.epoch not in (-1, room.epoch)):
@@ -239,13 +249,13 @@ class Rooms:
             rows = range(part.offset // size, (part.offset + part.length - 1) // size + 1)
             if len(rows) > len(room.pages) + 1 or not offered[part.arena].issuperset(rows):
                 return False
-        return sum(part.length for part in parts) <= MOST_READ_BYTES
+        return 0 < sum(part.length for part in parts) <= MOST_READ_BYTES
 
-    def _end(self, name: str, reason: str, tell: bool = False) -> None:
-        """The room is over. tell: the engine, which has not asked for it, as a failure."""
+    def _end(self, name: str, reason: str, tell: bool = False, part: bool = True) -> None:
+        """The room is over. tell: the engine, which has not asked for it, as a failure; part: tell the decoder."""
         room = self._rooms.pop(name)
         self._remember(name, reason)
-        if room.asked is not None:
+        if part and room.asker is not None:
             self._parting.append(Reply(room.asker, Gone(name, reason)))
         if tell and room.digest is not None:
             self._ended.append(Ended(name, TransferError(reason)))
