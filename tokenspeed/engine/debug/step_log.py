@@ -103,9 +103,7 @@ class StepLog:
         """model: the checkpoint directory's name. Raises LogError where the file cannot be written, and for an engine
         with host memory, whose moves a replay would not have."""
         if engine.runner.mover:
-            raise LogError(
-                "steps of an engine with host memory cannot be replayed: leave out --host-memory to log them."
-            )
+            raise LogError("steps with host memory cannot be replayed: leave out --host-memory to log them.")
         try:
             self._file = path.open("wb")
         except OSError as error:
