@@ -25,7 +25,7 @@ RULES = [
 ]
 INCLUDES = [
     (r'#include\s+"(ptx|launch|vector|reduce|tensor_layout)', "include shared headers with <>: the path picks them"),
-    (r"#include\s+[<\"](torch|ATen|c10)/", "only bindings.cpp knows torch"),
+    (r"#include\s+[<\"](torch|ATen|c10)/", "only the files of bindings/ know torch"),
 ]
 WRAPPERS = {"ptx.h", "ptx_tma.h", "ptx_wgmma.h"}
 HOST_ONLY = {"launch.h", "launch_config.h"}  # the launch helper itself

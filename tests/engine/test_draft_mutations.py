@@ -60,7 +60,7 @@ class Planted:
 
     def noise_by_step(self, patch, model) -> "sampled":  # noqa: F821
         draw, steps = Sampler.draw, count()
-        patch.setattr(Sampler, "draw", lambda s, x, index, output: draw(s, x, index, output * 0 + next(steps)))
+        patch.setattr(Sampler, "draw", lambda s, x, i, output, *rest: draw(s, x, i, output * 0 + next(steps), *rest))
 
     def drafts_are_taken_unseen(self, patch, model) -> "sampled":  # noqa: F821
         accept = ops.accept_tokens

@@ -188,8 +188,8 @@ BUGS = (
     Bug(
         "freed under a launched step",
         Scheduler._leave,
-        "if sequence.last_step <= self._reconciled:",
-        "if True:",
+        "sequence.last_step <= self._reconciled",
+        "True",
         seeds(0),
     ),
     Bug("retired a step early", Scheduler.reconcile, "s.last_step <= planned.number", "True", seeds(2)),
@@ -356,8 +356,8 @@ BUGS = (
     Bug(
         "ids are read before the next plan",
         Engine._step,
-        "self._in_flight.append((planned, launched))",
-        "self._reconcile(planned, launched)",
+        "self._in_flight.append((planned, launched, begin))",
+        "self._reconcile(planned, launched, begin)",
         seeds(0),
     ),
     Bug(

@@ -152,3 +152,9 @@ def test_files_that_are_empty_or_missing_or_of_another_model_are_refused(log, tm
             replay(path, SHIPPED)
     with pytest.raises(LogError, match="cannot be written"):
         StepLog(tmp_path, LLM(progress=False, max_num_seqs=1).engine, "x")
+
+
+def test_an_engine_with_host_memory_is_not_logged(tmp_path):
+    llm = LLM(progress=False, threads=1, max_num_seqs=2, kv_pages=6, state_slots=4, host_memory=0.05)
+    with pytest.raises(LogError, match="leave out --host-memory"):
+        StepLog(tmp_path / "steps.jsonl", llm.engine, "tiny_agent")

@@ -1,6 +1,7 @@
 """Where requests go, and what becomes of them when servers come and go."""
 
 import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -9,6 +10,7 @@ from fakes import PAGE, Fake, routed, until
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.router.backends import _reachable
 from tokenspeed.engine.router.index import PrefixIndex
+from tokenspeed.engine.router.policy import split
 from tokenspeed.engine.server.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 TEXT = "abcdefgh" * 300  # long enough to be asked about
@@ -252,3 +254,12 @@ def test_an_endpoint_that_listens_everywhere_is_reached_at_its_server():
 def test_what_cannot_be_routed_is_refused_by_name(options, words, capsys):
     assert main(["route", *options]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_prefill_is_asked_for_no_more_than_its_prompt():
+    helper = SimpleNamespace(peer={"engine_id": "e", "host": "h", "port": 1})
+    body = {"prompt": "a", "max_tokens": 9, "min_tokens": 5, "logprobs": 3, "stream": True, "seed": 4}
+    prefill, decode = split(body, helper)
+    assert prefill["max_tokens"] == 1 and not prefill["stream"] and prefill["seed"] == 4
+    assert not {"min_tokens", "logprobs"} & set(prefill), "a prefiller would refuse more tokens than it may have"
+    assert body.items() <= decode.items()

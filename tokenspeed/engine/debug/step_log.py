@@ -100,7 +100,10 @@ class StepLog:
     """Writes down what an engine launches from now on; it must not have launched anything before. `close` ends it."""
 
     def __init__(self, path: Path, engine: Engine, model: str):
-        """model: the checkpoint directory's name. Raises LogError where the file cannot be written."""
+        """model: the checkpoint directory's name. Raises LogError where the file cannot be written, and for an engine
+        with host memory, whose moves a replay would not have."""
+        if engine.runner.mover:
+            raise LogError("steps with host memory cannot be replayed: leave out --host-memory to log them.")
         try:
             self._file = path.open("wb")
         except OSError as error:

@@ -77,7 +77,8 @@ def split(body: dict[str, Any], helper: Backend) -> tuple[dict[str, Any], dict[s
     """The bodies for who prefills and for who decodes, under a name that both know."""
     name, peer = secrets.token_hex(16), helper.peer
     asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": name}
-    prefill = {key: value for key, value in body.items() if key not in ("stream_options", "max_completion_tokens")}
+    beside = ("stream_options", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs", "prompt_logprobs")
+    prefill = {key: value for key, value in body.items() if key not in beside}  # of what is said, nobody hears its id
     prefill |= {"stream": False, "max_tokens": 1, "n": 1, "kv_transfer_params": asked}
     given = {
         "do_remote_prefill": True,
