@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -110,8 +111,9 @@ class Recorder:
 
     def __init__(self):
         self.ids: list[str] = []
+        self.ready = SimpleNamespace(transfer=None)
 
-    async def generate(self, request, grammar=None, timeout=None, grammar_bytes=0):
+    async def generate(self, request, grammar=None, timeout=None, grammar_bytes=0, transfer=None):
         self.ids.append(request.id)
         await asyncio.sleep(0)
         yield Update(request.id, 0, [1], "a", finish_reason="length")
