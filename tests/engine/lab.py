@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from threading import RLock
 from unittest.mock import patch
 
 import torch
@@ -400,11 +401,13 @@ def poison(memory: Memory) -> None:
             layer.cursor.fill_(0)
 
 
+_COUNTING = RLock()  # two labs may run in two threads, and what one has replaced the other must not put back
+
+
 @contextmanager
 def counted_copies() -> Iterator[dict[str, int]]:
     """Pairs copied by the two copy operators."""
     count = {"copy_pages": 0, "copy_states": 0}
-    originals = {name: getattr(ops, name) for name in count}
 
     def counting(name):
         def copy(arena, source, *rest):
@@ -413,5 +416,7 @@ def counted_copies() -> Iterator[dict[str, int]]:
 
         return copy
 
-    with patch.multiple(ops, **{name: counting(name) for name in count}):
-        yield count
+    with _COUNTING:
+        originals = {name: getattr(ops, name) for name in count}
+        with patch.multiple(ops, **{name: counting(name) for name in count}):
+            yield count
