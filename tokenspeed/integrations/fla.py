@@ -65,36 +65,6 @@ def chunk_gated_delta_rule(
     return out.unflatten(0, (batch, tokens)), as_vk(state, state_layout).contiguous() if output_final_state else None
 
 
-def fused_recurrent_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    *,
-    state_layout: str = "KV",
-    max_seqlen: int | None = None,
-    strict: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """As `fla.ops.gated_delta_rule.fused_recurrent_gated_delta_rule`: `chunk_gated_delta_rule`, arguments and errors
-    alike. An engine that decodes is faster with `ops.gated_delta_rule_decode`, which has the whole mixer in it."""
-    return chunk_gated_delta_rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale,
-        initial_state,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        cu_seqlens,
-        state_layout=state_layout,
-        max_seqlen=max_seqlen,
-        strict=strict,
-    )
+# flash-linear-attention's function for short sequences: arguments, errors and kernel are the same here. An engine that
+# decodes is faster with `ops.gated_delta_rule_decode`, which has the whole mixer in it.
+fused_recurrent_gated_delta_rule = chunk_gated_delta_rule
