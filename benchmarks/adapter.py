@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,13 @@ def compare_functions(tokens: int, device: str) -> dict[str, Any]:
 
     q, k, v = draw(1, tokens, 16, 128), draw(1, tokens, 16, 128), draw(1, tokens, 32, 128)
     g, beta = -draw(1, tokens, 32).float().abs() * 0.1, draw(1, tokens, 32).sigmoid()
+    repeat = partial(torch.repeat_interleave, repeats=2, dim=2)
     rest = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
     contenders = {
         "operators [V, K]": lambda: fla.chunk_gated_delta_rule(q, k, v, g, beta, state_layout="VK", **rest),
         "operators [K, V]": lambda: fla.chunk_gated_delta_rule(q, k, v, g, beta, **rest),
-        "transformers": lambda: torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, **rest),
+        # It wants a query and a key for every head of the values, as its model repeats them.
+        "transformers": lambda: torch_chunk_gated_delta_rule(repeat(q), repeat(k), v, g=g, beta=beta, **rest),
     }
     if find_spec("fla") and device == "cuda":
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as theirs

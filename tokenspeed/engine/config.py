@@ -184,8 +184,8 @@ class EngineConfig:
     torch's choice, or 1 where the model is too small to share.
     max_model_len: of one sequence, None for the model's context; max_num_seqs: at once; max_num_batched_tokens: of one
     Step.
-    gpu_memory_utilization: how much of the device's whole memory may be in use, weights included, once pages and slots
-    are there; None for .9 on a GPU, and on a CPU for half of what is free. kv_pages, state_slots: the same by number.
+    gpu_memory_utilization: how much of the device's whole memory this engine takes, weights included; None for what is
+    free on a GPU but for a tenth of it, and on a CPU for half of what is free. kv_pages, state_slots: by number.
     host_memory: GiB of this machine's memory in which the prefix cache keeps what the device has no room for, over all
     ranks. enable_prefix_caching: share what prompts have in common;
     cache_policy: what is kept when memory is scarce, "value" or "lru"; snapshot_grid: distance of optional snapshots in

@@ -13,10 +13,10 @@ from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..errors import CapacityError
 from ..executor.device import pick_device, pick_dtype, pick_kv_dtype
-from ..executor.loading import decodes_by_kernel, fit_memory, slot_sizes
+from ..executor.loading import decodes_by_kernel, fit_memory, read_model_config, slot_sizes
 from ..executor.memory import MemoryLayout, free_memory, plan_host_memory, total_memory
 from ..model.qwen3_5 import Qwen3_5
-from ..model.weights import holds_mtp, with_formats, with_stored_head
+from ..model.weights import holds_mtp
 from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.plan import describe_plan, traffic
@@ -69,15 +69,14 @@ class Parts(NamedTuple):
 
 
 def run(options: argparse.Namespace) -> int:
-    device, absent = pick_device(options.device), ""
+    device, absent, engine = pick_device(options.device), "", EngineConfig(**engine_settings(options))
     if options.size is None:
-        directory = resolve(options.model)
-        name, config = str(options.model or directory.name), ModelConfig.from_directory(directory)
-        if any(directory.glob("*.safetensors")) and not holds_mtp(config, directory):
+        directory = resolve(options.model, engine.load_format)
+        name, config = str(options.model or directory.name), read_model_config(directory, engine)
+        if engine.load_format != "dummy" and not holds_mtp(config, directory):
             absent = "the checkpoint has no mtp.* tensors" + (
                 ", though its config.json names a head" if config.mtp_layers else ""
             )
-        config = with_stored_head(with_formats(config, directory, options.quantization), directory)
     else:
         name, config = options.size, published(options.size)
         config = replace(config, fp8=PRODUCTS if options.quantization == "fp8" else frozenset())
@@ -85,10 +84,7 @@ def run(options: argparse.Namespace) -> int:
         absent = absent or "its config.json names none"
     # A plan for a GPU is of what one would use: its dtype, and slots with a ring of updates.
     dtype = pick_dtype(options.dtype, torch.device("cuda") if options.memory_gib else device)
-    mesh, engine = (
-        Mesh(options.tensor_parallel_size, options.expert_parallel_size),
-        EngineConfig(**engine_settings(options)),
-    )
+    mesh = Mesh(options.tensor_parallel_size, options.expert_parallel_size)
 
     def empty(mtp: bool) -> Qwen3_5:
         return Qwen3_5.empty(config, dtype, torch.device("meta"), Communicator(mesh), mtp)
@@ -154,7 +150,7 @@ def describe(
             each = context * layout.kv_token_bytes + layout.slot_bytes
             yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
         kind = device.type if memory_gib is None else "cuda"
-        yield f"prefix cache       {_turns(model.config, layout, engine, left, total, kind)}"
+        yield f"prefix cache       {_turns(model.config, layout, engine, left, weights, total, kind)}"
         pages, slots = plan_host_memory(layout, engine, model.mesh.world)
         if slots:
             yield f"                   in host memory {pages * PAGE_TOKENS} tokens and {slots} states more"
@@ -226,13 +222,13 @@ def weight_bytes(model: Qwen3_5) -> int:
 
 
 def _turns(
-    config: ModelConfig, layout: MemoryLayout, engine: EngineConfig, free: int, total: int, device_type: str
+    config: ModelConfig, layout: MemoryLayout, engine: EngineConfig, free: int, held: int, total: int, device_type: str
 ) -> str:
     """How many agent turns of which length stay known: each is its tokens' KV and the state at its end."""
     try:
-        plan = fit_memory(config, layout, engine, free, total, device_type)
-    except CapacityError:
-        return f"none: {_bytes(free)} hold no page and slot"
+        plan = fit_memory(config, layout, engine, free, held, total, device_type)
+    except CapacityError as error:
+        return f"none: {error}"
     spare = max(plan.slots - engine.max_num_seqs, 0) if engine.enable_prefix_caching else 0
     lengths = [tokens for tokens in _TURNS if tokens <= config.max_context]
     fit = [f"{min(spare, plan.pages * PAGE_TOKENS // tokens)} of {tokens} tokens" for tokens in lengths]

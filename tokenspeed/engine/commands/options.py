@@ -78,8 +78,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization",
         type=float,
         metavar="F",
-        help="of the device's whole memory that may be in use, weights included; KV pages and state slots fill it "
-        "(default 0.9 on a GPU; on a CPU half of what is free)",
+        help="of the device's whole memory that this engine takes, weights included; KV pages and state slots fill it "
+        "(default: on a GPU what is free but for a tenth of it; on a CPU half of what is free)",
     )
     engine.add_argument("--kv-pages", type=int, metavar="N", help="KV pages of 64 tokens (default: what fits)")
     engine.add_argument("--state-slots", type=int, metavar="N", help="recurrent states kept (default: what fits)")

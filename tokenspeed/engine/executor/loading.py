@@ -55,7 +55,8 @@ def load_runner(
     check_context(model_config, config)
     communicator.prepare(model_config.hidden, device)
     sharers = communicator.mesh.world if device.type == "cpu" else 1
-    free = free_memory(device) // sharers
+    free, total = free_memory(device) // sharers, total_memory(device) // sharers
+    check_utilization(config, free, total)
     check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
     if dummy:
@@ -73,9 +74,8 @@ def load_runner(
     drafts = max((drafts for _, drafts in depths), default=0)
     sizes, kv_dtype = slot_sizes(model_config, drafts, decodes_by_kernel(device)), pick_kv_dtype(config.kv_cache_dtype)
     layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
-    plan = fit_memory(
-        model_config, layout, config, free_memory(device) // sharers, total_memory(device) // sharers, device.type
-    )
+    left = free_memory(device) // sharers
+    plan = fit_memory(model_config, layout, config, left, free - left, total, device.type)
     host = plan_host_memory(layout, config, communicator.mesh.world)
     plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots, *host]))
     if progress:
@@ -161,14 +161,30 @@ def longest_sequence(model: ModelConfig, config: EngineConfig, plan: MemoryPlan)
     return min(config.max_model_len or model.max_context, plan.tokens)
 
 
+def check_utilization(config: EngineConfig, unused: int, total: int) -> int | None:
+    """Bytes of the device that gpu_memory_utilization asks for, None where it is not given. Raises CapacityError where
+    they are more than others leave unused."""
+    if config.gpu_memory_utilization is None:
+        return None
+    wanted = int(config.gpu_memory_utilization * total)
+    if wanted > unused:
+        raise CapacityError(
+            f"gpu_memory_utilization is {config.gpu_memory_utilization}, {wanted / 2**30:.2f} GiB of this device, of "
+            f"which others leave {unused / 2**30:.2f} GiB: it must be at most {unused / total:.2f}."
+        )
+    return wanted
+
+
 def fit_memory(
-    model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, total: int, device_type: str
+    model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, held: int, total: int, device_type: str
 ) -> MemoryPlan:
-    """Pages and slots for an engine on a device of `total` bytes, of which `free` are left beside the weights. Raises
-    CapacityError where nothing fits."""
+    """Pages and slots for an engine on a device of `total` bytes, of which it holds `held`, its weights, and `free` are
+    left. Raises CapacityError where nothing fits, or where others hold what gpu_memory_utilization asks for."""
     on_gpu = device_type == "cuda"
-    utilization = config.gpu_memory_utilization or (0.9 if on_gpu else None)
-    usable = free // 2 if utilization is None else free - int((1 - utilization) * total)
+    if (share := check_utilization(config, free + held, total)) is not None:
+        usable = share - held
+    else:
+        usable = free - total // 10 if on_gpu else free // 2
     longest = config.max_model_len or model.max_context
     # A CPU's memory has other users: no more than twice what the sequences running at once can hold.
     most = None if on_gpu else 2 * config.max_num_seqs * longest
