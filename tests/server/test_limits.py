@@ -1,5 +1,6 @@
 """What clients may send and leave lying: every limit is told, and nobody else waits."""
 
+import asyncio
 import json
 import re
 import socket
@@ -87,6 +88,15 @@ def test_a_body_is_not_read_before_its_key_is_accepted(running):
     with connect(running) as connection:
         connection.sendall(head(**{"content-length": 30 << 20}))
         assert said(connection).startswith(b"HTTP/1.1 401"), "none of the body was sent"
+
+
+@pytest.mark.parametrize("headers, status", [({}, 401), (KEY, 413)])
+def test_a_client_that_sends_all_before_it_reads_gets_its_refusal_and_no_reset(running, headers, status):
+    async def statuses() -> list[int]:
+        async with httpx.AsyncClient(base_url=running.url, headers=headers, timeout=30) as client:
+            return [(await client.post("/v1/completions", content=b"x" * (40 << 20))).status_code for _ in range(8)]
+
+    assert asyncio.run(statuses()) == [status] * 8
 
 
 def test_a_body_of_brackets_is_refused_by_the_number_of_its_values(running):

@@ -69,7 +69,8 @@ class MtpDrafter:
             index.append(new)
             context.append(self._tables.length[new])
             slots.append(places)
-            tables = [self._tables.pages[torch.cat(index)]]
+            width = max(rows.page_table.shape[1] for rows in (batch.decode, batch.prefill) if rows)
+            tables = [self._tables.pages[torch.cat(index), :width]]
         if drafts and index:
             self._draft(torch.cat(index), torch.cat(context), torch.cat(slots), tables[0], drafts, chosen.greedy)
 

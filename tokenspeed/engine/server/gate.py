@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .service import caller
 
+_DRAIN_SECONDS, _DRAIN_PAUSE = 2.0, 0.1  # of a refused body: in all, and until the next piece
 OPEN_PATHS = frozenset({"/", "/health", "/kv_transfer", "/metrics", "/openapi.json"})
 
 
@@ -63,6 +64,8 @@ class Gate:
             status, kind, message = refusal
             body = {"message": message, "type": kind, "code": status, "param": None}
             response = JSONResponse({"type": "error", "error": body}, status, {"connection": "close"})
+            if "expect" not in headers:
+                await _drain(receive)
             await response(scope, receive, send)
             return
         body = _Body(self, receive)
@@ -147,10 +150,24 @@ class _Body:
         self._gate._held += got
         self._more = message.get("more_body", False)
         if self.bytes > self._limits.most_bytes:
+            if self._more:
+                await _drain(self._receive)
             raise HTTPException(413, too_large(self._limits), {"connection": "close"})
         if self._gate._held > self._limits.most_in_all:
             raise HTTPException(429, "too many bodies are being worked on; try again later.", {"retry-after": "1"})
         return message
+
+
+async def _drain(receive: Receive) -> None:
+    """Reads and drops what comes of a refused body without a pause: a client that sends all of it before it reads would
+    find its connection reset in place of the answer."""
+    end, more = time.monotonic() + _DRAIN_SECONDS, True
+    while more and time.monotonic() < end:
+        try:
+            message = await asyncio.wait_for(receive(), _DRAIN_PAUSE)
+        except TimeoutError:
+            return
+        more = message.get("more_body", False)
 
 
 def too_large(limits: BodyLimits) -> str:
