@@ -20,7 +20,7 @@ _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gat
 _reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _LEAVING_SECONDS = 5.0
 STAGED_ROWS = 8  # of a batch whose residual sum and norm are one launch with the product behind them already
-_opened: list[peers.PeerSums] = []  # of this process
+_opened: list[peers.PeerKernel] = []  # of this process
 
 
 class Communicator:
@@ -55,6 +55,11 @@ class Communicator:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
     ) -> tuple[Tensor, Tensor] | None:
         """`ops.add_rms_norm` of the sum of every rank's x, in one launch; None where no kernel does both."""
+        return None
+
+    def draws(self, logits: Tensor) -> peers.PeerDraws | None:
+        """What chooses ids, in one launch, from rows whose slices every rank of the tp group holds; None where no
+        kernel does. logits: this rank's slice [B, V / tp]."""
         return None
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
@@ -93,6 +98,7 @@ class ProcessCommunicator(Communicator):
             self._groups[name] = self._groups[canonical]
 
         self._peers: dict[str, peers.PeerSums] = {}
+        self._draws: peers.PeerDraws | None = None
         self._peers_told = ""
 
     def describe(self) -> str:
@@ -115,18 +121,19 @@ class ProcessCommunicator(Communicator):
         except peers.PeerError as error:
             self._peers_told = f" alone: {error}"
             return
-        _opened.extend(made.values())
-        self._peers = {name: made[self.mesh.canonical(name)] for name in GROUPS if self.mesh.size(name) > 1}
+        _opened.extend(made.kernels)
+        self._peers = {name: made.sums[self.mesh.canonical(name)] for name in GROUPS if self.mesh.size(name) > 1}
+        self._draws = made.draws
         self._peers_told = " and peer memory"
 
     def check(self) -> None:
-        for sums in self._peers.values():
-            sums.check()
+        for kernel in (*self._peers.values(), *([self._draws] if self._draws else [])):
+            kernel.check()
 
     def without_peers(self) -> "ProcessCommunicator":
-        """The same groups, and every sum over them by torch.distributed."""
+        """The same groups, and everything over them by torch.distributed."""
         plain = copy.copy(self)
-        plain._peers, plain._peers_told = {}, " alone"
+        plain._peers, plain._draws, plain._peers_told = {}, None, " alone"
         return plain
 
     def connect(self, device: torch.device) -> None:
@@ -158,6 +165,9 @@ class ProcessCommunicator(Communicator):
         if sums is None or len(x) <= STAGED_ROWS or not sums.serves(x) or not residual.is_contiguous():
             return None
         return sums.add_rms_norm(x, residual, weight, eps)
+
+    def draws(self, logits: Tensor) -> peers.PeerDraws | None:
+        return self._draws if self._draws and self._draws.serves(logits) else None
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
         x = x.movedim(dim, 0).contiguous()
@@ -204,8 +214,8 @@ def join_ranks(mesh: Mesh, device: torch.device, address: str, timeout_s: float 
 def abort() -> None:
     """Let this process's collectives on a GPU end, with any result, though a rank that they wait for is lost. Returns
     at once."""
-    for sums in _opened:
-        sums.stop()
+    for kernel in _opened:
+        kernel.stop()
     if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo notices by itself
         work = dist.distributed_c10d._abort_process_group
         threading.Thread(target=_quietly, args=(work,), name="tokenspeed-abort", daemon=True).start()
