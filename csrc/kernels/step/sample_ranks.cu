@@ -173,7 +173,8 @@ __device__ unsigned long long block_running_sum(Exchange& exchange, unsigned lon
 // `share`. One exchange a level.
 template <bool kMasses, typename T>
 __device__ __forceinline__ uint32_t search(const SampleRanks& p, Exchange& exchange, Peers& peers,
-                                           const Part<T>& part_of_row, uint32_t last, double share) {
+                                           const Part<T>& part_of_row, uint32_t last, float share) {
+    constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;  // what registers allow
     uint32_t low = 0, high = kInfinity;
     unsigned long long below = 0;  // sum of what lies under `low`
     double target = share;
@@ -183,7 +184,7 @@ __device__ __forceinline__ uint32_t search(const SampleRanks& p, Exchange& excha
         for (int i = 0; i < kPieces; ++i) exchange.bins[i][threadIdx.x] = 0;
         if (threadIdx.x == 0) exchange.found_bin = -1;
         __syncthreads();
-#pragma unroll 2
+#pragma unroll kUnroll
         for (int i = threadIdx.x; i < part_of_row.count; i += kThreads) {
             const float distance = part_of_row.distance(i);
             const uint32_t bits = __float_as_uint(distance);
@@ -224,7 +225,7 @@ __device__ __forceinline__ uint32_t search(const SampleRanks& p, Exchange& excha
         if (kMasses && level == 0) {
             unsigned long long total = 0;
             for (int i = 0; i < kWarps; ++i) total += exchange.warp_totals[i];
-            target = fmax(share * static_cast<double>(total), 1.0);
+            target = fmax(static_cast<double>(share) * static_cast<double>(total), 1.0);
         }
         if (static_cast<double>(sum) >= target && static_cast<double>(sum - mine) < target) {
             exchange.found_bin = threadIdx.x;  // one thread at most
@@ -580,7 +581,7 @@ __device__ __forceinline__ int draw_row(const SampleRanks& p, Exchange& exchange
         }
     }
     uint32_t last = kInfinity;
-    if (top_k > 0) last = search<false>(p, exchange, peers, part, last, top_k);
+    if (top_k > 0) last = search<false>(p, exchange, peers, part, last, static_cast<float>(top_k));
     if (top_p < 1) last = search<true>(p, exchange, peers, part, last, top_p);
     best =
         block_best(exchange, best_score(part, noise_of(p, row), fminf(__uint_as_float(last), limit_of_min_p(p, row))));
