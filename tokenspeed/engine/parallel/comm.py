@@ -9,10 +9,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from ... import ops
 from ..errors import ConfigError
-from . import peers
+from . import costs, peers
 from .mesh import GROUPS, Mesh
 
 # torch 2.13 renamed both; the old names warn there, the new ones are not in 2.11.
@@ -32,6 +34,7 @@ class Communicator:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
+        self.costs: costs.Costs | None = None  # of the sums of a prefill, where they were measured
 
     def describe(self) -> str:
         if self.mesh.world == 1:
@@ -41,8 +44,16 @@ class Communicator:
             "so times and bytes are real and results are not the model's"
         )
 
-    def prepare(self, width: int, device: torch.device) -> None:
-        """Sums of [N, width] will follow. Every rank calls it alike, before what is free is measured."""
+    def prepare(
+        self,
+        width: int,
+        device: torch.device,
+        tokens: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: bool = False,
+    ) -> None:
+        """Sums of [N, width] in `dtype` will follow. Every rank calls it alike, before what is free is measured.
+        tokens: the largest N of a prefill; 0: which sums are fast for it need not be measured."""
 
     def check(self) -> None:
         """Raises EngineError where another rank did not bring its part of a sum: results are not to be trusted."""
@@ -56,6 +67,22 @@ class Communicator:
     ) -> tuple[Tensor, Tensor] | None:
         """`ops.add_rms_norm` of the sum of every rank's x, in one launch; None where no kernel does both."""
         return None
+
+    def add_rms_norm_in_parts(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of the sum of every rank's x and of the residual stream, each rank making that of its own rows.
+
+        x: [N, H]; residual: this rank's rows of the stream, [ceil(N / ranks), H], or None, where the sum is the stream.
+        Returns the norm [N, H] of all rows, and this rank's rows of the stream.
+        """
+        rows, ranks = len(x), self.mesh.size(group)
+        part = self.reduce_scatter(F.pad(x, (0, 0, 0, -rows % ranks)), 0, group)
+        if residual is None:
+            normed, stream = ops.rms_norm(part, weight, eps), part
+        else:
+            normed, stream = ops.add_rms_norm(part, residual, weight, eps)
+        return self.all_gather(normed, 0, group)[:rows], stream
 
     def draws(self, logits: Tensor) -> peers.PeerDraws | None:
         """What chooses ids, in one launch, from rows whose slices every rank of the tp group holds; None where no
@@ -104,9 +131,22 @@ class ProcessCommunicator(Communicator):
     def describe(self) -> str:
         return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}{self._peers_told}"
 
-    def prepare(self, width: int, device: torch.device) -> None:
-        if device.type != "cuda" or self._peers_told:
+    def prepare(
+        self,
+        width: int,
+        device: torch.device,
+        tokens: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: bool = False,
+    ) -> None:
+        if device.type != "cuda":
             return
+        if not self._peers_told:
+            self._connect_peers(width, device)
+        if tokens and self.costs is None and self.mesh.tp == self.mesh.world > 1:
+            self.costs = costs.measure(self, width, dtype, device, tokens, progress)
+
+    def _connect_peers(self, width: int, device: torch.device) -> None:
         handles = dist.new_group(backend="gloo")
 
         def exchange(own: object) -> list:
