@@ -29,6 +29,7 @@ from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.executor.ranks import free_port
 from tokenspeed.engine.executor.sampling import Vocabulary
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator, ProcessCommunicator, join_ranks
+from tokenspeed.engine.parallel.costs import ALL_REDUCE, IN_PARTS, Costs
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.sizes import PUBLISHED
@@ -137,7 +138,7 @@ def measure(size: str, communicator: Communicator, options: argparse.Namespace) 
     named = f"{size} tp {mesh.tp} ep {mesh.ep}"
     result: dict = {"size": size, "tp": mesh.tp, "ep": mesh.ep, "weights": options.quantization}
     result |= {"device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy, "decode": [], "sums": []}
-    communicator.prepare(config.hidden, torch.device("cuda", torch.cuda.current_device()))
+    communicator.prepare(config.hidden, torch.device("cuda", torch.cuda.current_device()), options.prefill)
     if options.nccl_alone and mesh.world > 1:
         communicator = communicator.without_peers()
     print(f"{named}: {communicator.describe()}, copy {ceilings.copy:.0f} GB/s", flush=True)
@@ -149,7 +150,7 @@ def measure(size: str, communicator: Communicator, options: argparse.Namespace) 
     model = random_model(config, any(drafts for drafts, _ in speeds), communicator)
     result["draws"] = measure_draws(named, model.share.vocab, communicator)
     if options.prefill:
-        result["prefill"] = measure_prefill(named, model, options.prefill)
+        result["prefill"] = measure_forms(named, model, options.prefill)
     for batch in options.batches:
         for drafts, mean in speeds:
             decode = (batch, None, drafts, mean, ceilings)
@@ -172,6 +173,24 @@ def measure(size: str, communicator: Communicator, options: argparse.Namespace) 
 
 def is_collective(kernel: str) -> bool:
     return kernel.startswith(("nccl", "all_reduce"))
+
+
+def measure_forms(named: str, model, tokens: int) -> list[dict]:
+    """A prefill as it is, and where the sums over ranks have two forms, of either form."""
+    measured = model.communicator.costs
+    if measured is None:
+        return [measure_prefill(named, model, tokens)]
+    print(f"{named}: {measured.lines()[0]}", flush=True)
+    rows = []
+    for form in (ALL_REDUCE, IN_PARTS):
+        cheap, dear = (1.0,), (2.0,)
+        us = (cheap, dear) if form == ALL_REDUCE else (dear, cheap)
+        model.communicator.costs = Costs(measured.group, (1,), *us)
+        model.link()
+        rows.append({"sums": form} | measure_prefill(f"{named}, {form}", model, tokens))
+    model.communicator.costs = measured
+    model.link()
+    return rows
 
 
 def measure_prefill(named: str, model, tokens: int) -> dict:
