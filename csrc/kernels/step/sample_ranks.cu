@@ -106,7 +106,7 @@ struct Peers {
     }
 
     __device__ __forceinline__ uint2 pull(const SampleRanks& p, int source, int granule) {
-        uint32_t words[2];
+        uint32_t words[2] = {};
         const uint64_t* from = p.memory[p.rank] + place(p, source, granule);
         if (*patient != 0) {
             if (!ptx::wait_tagged_system(words, from, tag, {p.status, p.patience_ns})) {
@@ -626,6 +626,12 @@ size_t shared_bytes_of(const SampleRanks& p, int chunk) {
     return sizeof(Exchange) + static_cast<size_t>(chunk) * (p.logits_are_float ? 4 : 2);
 }
 
+constexpr int kChoices = 3;  // of blocks to a cluster
+
+int blocks_of(int choice) {
+    return 8 >> choice;
+}
+
 int chunk_of(const SampleRanks& p, int blocks) {  // whole vectors; a Philox call serves four ids
     return ((p.width + blocks - 1) / blocks + 7) / 8 * 8;
 }
@@ -634,10 +640,10 @@ int chunk_of(const SampleRanks& p, int blocks) {  // whole vectors; a Philox cal
 
 bool sample_ranks_supported(const SampleRanks& p) {
     const bool ranks = p.ranks == 2 || p.ranks == 4 || p.ranks == 8;
+    bool clusters = true;
+    for (const int count : p.clusters) clusters = clusters && count >= 1 && count <= p.most_clusters;
     return ranks && p.rank >= 0 && p.rank < p.ranks && p.rows >= 1 && p.width >= 4 && p.width % 4 == 0 &&
-           p.width <= kSampleMaxVocabulary / p.ranks && p.clusters[0] >= 1 && p.most_clusters >= p.clusters[0] &&
-           p.most_clusters >= p.clusters[1] && p.most_clusters >= p.clusters[2] &&
-           shared_bytes_of(p, chunk_of(p, 8)) <= kSharedLimit;
+           p.width <= kSampleMaxVocabulary / p.ranks && clusters && shared_bytes_of(p, chunk_of(p, 8)) <= kSharedLimit;
 }
 
 int64_t sample_ranks_memory(int ranks, int most_clusters) {
@@ -655,14 +661,15 @@ int sample_ranks_clusters(int blocks) {
 cudaError_t sample_ranks(SampleRanks p, cudaStream_t stream) {
     if (!sample_ranks_supported(p)) return cudaErrorInvalidValue;
     const int vector = p.logits_are_float ? 4 : 8;
-    // As many blocks to a row as let every row have a cluster at once.
-    int blocks = 8, clusters = p.clusters[0];
-    for (int i = 1; i < 3 && clusters < p.rows; ++i) {
-        const int fewer = 8 >> i;
-        if (p.clusters[i] <= clusters || shared_bytes_of(p, chunk_of(p, fewer)) > kSharedLimit) continue;
-        blocks = fewer;
-        clusters = p.clusters[i];
+    // As many blocks to a row as leave each thread four ids, which share a Philox call, and let every row have a
+    // cluster at once.
+    int choice = 0;
+    while (choice < kChoices - 1 && chunk_of(p, blocks_of(choice)) < 4 * kThreads) ++choice;
+    for (int fewer = choice + 1; fewer < kChoices && p.clusters[choice] < p.rows; ++fewer) {
+        const bool fits = shared_bytes_of(p, chunk_of(p, blocks_of(fewer))) <= kSharedLimit;
+        if (fits && p.clusters[fewer] > p.clusters[choice]) choice = fewer;
     }
+    const int blocks = blocks_of(choice), clusters = p.clusters[choice];
     p.chunk = chunk_of(p, blocks);
     p.vectors = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.logits_stride % vector == 0;
     const LaunchConfig config = {.grid = dim3(blocks, std::min(p.rows, clusters)),
