@@ -10,6 +10,9 @@ from tests.kernels.launches import emulator
 from tests.kernels.test_sample import arguments
 from tokenspeed import ops
 from tokenspeed.engine.errors import EngineError
+from tokenspeed.engine.executor.sampling import Vocabulary
+from tokenspeed.engine.parallel.comm import Communicator
+from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.parallel.peers import PeerDraws, declare
 from tokenspeed.ops.sampling import NONE_ALLOWED, NOT_FINITE
 
@@ -178,6 +181,30 @@ def test_a_lost_rank_is_told_and_later_draws_wait_no_more(made, lost, cut):
     with pytest.raises(EngineError, match="lost"):
         left.check()
     ranks.ranks[lost].check()
+
+
+class Connected(Communicator):
+    """A rank that has draws, as one of several cards has."""
+
+    def __init__(self, draws: PeerDraws, rank: int):
+        super().__init__(Mesh(2, 1, rank))
+        self._draws = draws
+
+    def draws(self, logits):
+        return self._draws if self._draws.serves(logits) else None
+
+
+def test_the_vocabulary_of_a_rank_draws_by_them(made):
+    ranks, values = made(2), arguments(rows_of(2, 1024, 3), top_k=2, seed=torch.tensor([1, 2]))
+    parts = [part.contiguous() for part in values[0].chunk(2, 1)]
+    vocabularies = [Vocabulary(512, Connected(draws, rank)) for rank, draws in enumerate(ranks.ranks)]
+    sampled = [v.sample(part, *values[1:]) for v, part in zip(vocabularies, parts, strict=True)]
+    likeliest = [v.likeliest(part) for v, part in zip(vocabularies, parts, strict=True)]
+    ranks.run()
+    assert [ids.tolist() for ids in sampled] == [ops.sample(*values).tolist()] * 2
+    assert [ids.tolist() for ids in likeliest] == [values[0].argmax(-1).tolist()] * 2
+    assert vocabularies[0].split and not vocabularies[0].tells_greedy
+    assert Vocabulary(512, Communicator(Mesh(2))).tells_greedy and not Vocabulary(512).tells_greedy
 
 
 def test_what_is_not_served_is_told(made):
