@@ -4,7 +4,7 @@
 
 Of each decode step its time and tokens per second, the time with the collectives left out (the difference is what they
 cost, waiting included), and the share of the time that a rank's own bytes take at the copy bandwidth of this run. And
-of the collectives alone: a sum of decode's sizes, and the norm behind it.
+of the collectives alone: a sum of decode's sizes, the norm behind it, and the draw of ids.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.executor.ranks import free_port
 from tokenspeed.engine.executor.sampling import Vocabulary
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator, ProcessCommunicator, join_ranks
+from tokenspeed.engine.parallel.costs import ALL_REDUCE, IN_PARTS, Costs
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.sizes import PUBLISHED
@@ -36,8 +37,16 @@ from tokenspeed.engine.sizes import PUBLISHED
 from .card import CUDA, Sequences, measure_decode, random_model, seconds, speed
 from .timing import measure_ceilings
 
-SUM_ROWS = (1, 2, 4, 8, 16, 32, 64)
+SUM_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 128)
+DRAW_ROWS = (1, 8, 64)
 CHAIN = 32  # sums in one graph
+DRAW_CHAIN = 4
+DRAWS = (  # name, temperature, top-k, top-p
+    ("greedy", 0.0, 0, 1.0),
+    ("temperature", 1.0, 0, 1.0),
+    ("top-k 20, top-p 0.95", 1.0, 20, 0.95),
+    ("top-p 0.95", 0.5, 0, 0.95),
+)
 ROUNDS = 15
 
 
@@ -55,7 +64,8 @@ def main() -> int:
     parser.add_argument("--skip-one", action="store_true", help="leave out the run on one GPU")
     parser.add_argument("--skip-sums", action="store_true", help="leave out the collectives alone")
     parser.add_argument("--seconds", type=float, default=290, help="ranks that take longer are ended (default 290)")
-    parser.add_argument("--nccl-alone", action="store_true", help="no sums by peer memory")
+    parser.add_argument("--nccl-alone", action="store_true", help="no sums and draws by peer memory")
+    parser.add_argument("--draws-alone", action="store_true", help="measure the draw of ids and nothing else")
     parser.add_argument("--json", type=Path, help="append each size's figures to this JSONL file")
     parser.add_argument("--worker", nargs=2, metavar=("RANK", "ADDRESS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -128,16 +138,19 @@ def measure(size: str, communicator: Communicator, options: argparse.Namespace) 
     named = f"{size} tp {mesh.tp} ep {mesh.ep}"
     result: dict = {"size": size, "tp": mesh.tp, "ep": mesh.ep, "weights": options.quantization}
     result |= {"device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy, "decode": [], "sums": []}
-    communicator.prepare(config.hidden, torch.device("cuda", torch.cuda.current_device()))
+    communicator.prepare(config.hidden, torch.device("cuda", torch.cuda.current_device()), options.prefill)
     if options.nccl_alone and mesh.world > 1:
         communicator = communicator.without_peers()
     print(f"{named}: {communicator.describe()}, copy {ceilings.copy:.0f} GB/s", flush=True)
+    if options.draws_alone:
+        result["draws"] = measure_draws(named, config.vocab // mesh.tp, communicator)
+        return result
     if mesh.world > 1 and not options.skip_sums:
         result["sums"] = measure_sums(communicator, config.hidden)
     model = random_model(config, any(drafts for drafts, _ in speeds), communicator)
-    result["draws"] = measure_draws(named, model.share.vocab, communicator, options.batches)
+    result["draws"] = measure_draws(named, model.share.vocab, communicator)
     if options.prefill:
-        result["prefill"] = measure_prefill(named, model, options.prefill)
+        result["prefill"] = measure_forms(named, model, options.prefill)
     for batch in options.batches:
         for drafts, mean in speeds:
             decode = (batch, None, drafts, mean, ceilings)
@@ -160,6 +173,24 @@ def measure(size: str, communicator: Communicator, options: argparse.Namespace) 
 
 def is_collective(kernel: str) -> bool:
     return kernel.startswith(("nccl", "all_reduce"))
+
+
+def measure_forms(named: str, model, tokens: int) -> list[dict]:
+    """A prefill as it is, and where the sums over ranks have two forms, of either form."""
+    measured = model.communicator.costs
+    if measured is None:
+        return [measure_prefill(named, model, tokens)]
+    print(f"{named}: {measured.lines()[0]}", flush=True)
+    rows = []
+    for form in (ALL_REDUCE, IN_PARTS):
+        cheap, dear = (1.0,), (2.0,)
+        us = (cheap, dear) if form == ALL_REDUCE else (dear, cheap)
+        model.communicator.costs = Costs(measured.group, (1,), *us)
+        model.link()
+        rows.append({"sums": form} | measure_prefill(f"{named}, {form}", model, tokens))
+    model.communicator.costs = measured
+    model.link()
+    return rows
 
 
 def measure_prefill(named: str, model, tokens: int) -> dict:
@@ -213,25 +244,31 @@ def normed(communicator: Communicator, x: Tensor, residual: Tensor, weight: Tens
     return (done or ops.add_rms_norm(communicator.all_reduce(x, "world"), residual, weight, 1e-6))[0]
 
 
-def measure_draws(named: str, width: int, communicator: Communicator, batches: list[int]) -> list[dict]:
-    """Of a step's ids, greedy and by temperature, top-k and top-p."""
-    rows, vocabulary = [], Vocabulary(width, communicator)
-    for batch in batches:
+def measure_draws(named: str, width: int, communicator: Communicator) -> list[dict]:
+    """Of a step's ids: greedy, by temperature, and by top-k and top-p; over ranks also without peer memory. And how
+    many rows get another id than one rank draws from the whole row."""
+    rows = []
+    torch.manual_seed(1 + communicator.mesh.rank)
+    ways = contenders(communicator) if communicator.mesh.tp > 1 else {"ours": communicator}
+    for batch in DRAW_ROWS:
         logits = torch.randn(batch, width, device=CUDA, dtype=torch.bfloat16) * 3
-        ones, k = torch.ones(batch, device=CUDA), torch.full((batch,), 20, device=CUDA, dtype=torch.int32)
-        seed = torch.arange(batch, device=CUDA)
-        row = {"batch": batch}
-        for name, temperature in (("greedy", 0 * ones), ("sampled", ones)):
-            values = (temperature, k, 0.9 * ones, 0 * ones, seed, seed)
-            row[f"{name}_us"] = graph_us(partial(vocabulary.sample, logits, *values), 4)
-        if vocabulary.split:
-            row["greedy_us"] = graph_us(partial(vocabulary.likeliest, logits), 4)
+        ones, seed = torch.ones(batch, device=CUDA), torch.arange(batch, device=CUDA)
+        whole = communicator.all_gather(logits, 1, "tp") if len(ways) > 1 else logits
+        row: dict = {"batch": batch, "width": width}
+        for name, temperature, top_k, top_p in DRAWS:
+            k = torch.full((batch,), top_k, device=CUDA, dtype=torch.int32)
+            values = (temperature * ones, k, top_p * ones, 0 * ones, seed, seed)
+            expected = ops.sample(whole, *values)
+            told = []
+            for way, each in ways.items():
+                vocabulary = Vocabulary(width, each)
+                greedy = vocabulary.split and temperature == 0
+                work = partial(vocabulary.likeliest, logits) if greedy else partial(vocabulary.sample, logits, *values)
+                row[f"{name}_{way}_us"] = graph_us(work, DRAW_CHAIN)
+                row[f"{name}_{way}_apart"] = int((work() != expected).sum())
+                told.append(f"{way} {row[f'{name}_{way}_us']:.1f} us ({row[f'{name}_{way}_apart']} rows apart)")
+            print(f"{named}: ids of {batch:3d} rows of {width}, {name}: {', '.join(told)}", flush=True)
         rows.append(row)
-        print(
-            f"{named}: ids of {batch:3d} rows of {width}: greedy {row['greedy_us']:.1f} us, temperature, top-k and "
-            f"top-p {row['sampled_us']:.1f} us",
-            flush=True,
-        )
     return rows
 
 

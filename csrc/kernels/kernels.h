@@ -279,6 +279,39 @@ struct Sample {
 bool sample_supported(const Sample& arguments);
 cudaError_t sample(Sample arguments, cudaStream_t stream);
 
+// ---- sample_ranks.cu: ids as of `sample`, from logits whose vocabulary is split over ranks; rank r holds ids r width ..
+// (r + 1) width - 1. Every rank makes the same calls in the same order, with the same values but for the logits; width
+// a multiple of 4, logits bf16 or fp32 by row stride, of any alignment.
+constexpr int kSampleRanksMost = 8;   // 2, 4 or 8 of them
+constexpr int kSampleRanksTags = 32;  // words of `control` before its tags
+struct SampleRanks {
+    const void* logits;        // [rows, width]
+    const float* temperature;  // [rows], as are the others; null: 0, and the others are not read
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const int64_t* seed;
+    const int64_t* index;
+    int64_t* ids;
+    uint64_t*
+        memory[kSampleRanksMost];  // of each rank sample_ranks_memory bytes that every rank can write, zeros at first
+    uint32_t* control;             // [kSampleRanksTags + most_clusters] of this rank, zeros at first
+    uint32_t* status;              // host memory, [2]: set [0] and waits end; [1] is set where one has ended so
+    uint64_t patience_ns;          // a wait ends after this long, too
+    int64_t logits_stride;
+    int logits_are_float;
+    int rows, width, rank, ranks;
+    int clusters[3];    // of 8, 4 and 2 blocks: how many every rank can hold at once
+    int most_clusters;  // of them
+    // The launcher sets them.
+    int chunk;    // ids of one block
+    int vectors;  // whether rows may be read 16 bytes at a time
+};
+bool sample_ranks_supported(const SampleRanks& arguments);
+int64_t sample_ranks_memory(int ranks, int most_clusters);  // bytes
+int sample_ranks_clusters(int blocks);                      // that this device can hold at once
+cudaError_t sample_ranks(SampleRanks arguments, cudaStream_t stream);
+
 // ---- gated_delta_rule_prefill.cu: see the operator of that name; dk = dv = 128. Any alignment for ring, a, b, a_log,
 // dt_bias, cursor and the index arrays.
 struct GatedDeltaRulePrefill {

@@ -480,12 +480,16 @@ __device__ __forceinline__ bool load_tagged_system(uint32_t (&values)[2], const 
     return static_cast<uint32_t>(first >> 32) == tag && static_cast<uint32_t>(second >> 32) == tag;
 }
 
-// Spins until both words have the tag; false where patience was over before.
+// Spins until both words have the tag; false where patience was over before. Who has polled a few times in vain sleeps
+// between polls: tens of thousands of threads that poll without a pause keep the memory they look at so busy that the
+// words they wait for arrive late.
 __device__ __forceinline__ bool wait_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag,
                                                    const Patience& patience) {
+    constexpr uint32_t kEagerPolls = 6;
     constexpr uint32_t kPolls = 1024;  // between two looks at the rest, which takes a way to the host
     uint64_t start = 0;
     for (uint32_t polls = 1; !load_tagged_system(values, global, tag); ++polls) {
+        if (polls > kEagerPolls) asm volatile("nanosleep.u32 100;");
         if (polls % kPolls != 0) continue;
         uint32_t stop;
         uint64_t now;

@@ -1,5 +1,6 @@
 """One rank as a process: `python -m tests.distributed.ranks RANK DIRECTORY` runs every case of DIRECTORY/cases.json
-whose mesh has that rank, over gloo, and leaves its results beside it."""
+whose mesh has that rank, over gloo, and leaves its results beside it. Where the case says so, sums of tokens are made
+in parts."""
 
 import json
 import sys
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tokenspeed.engine.parallel.comm import Communicator, join_ranks
+from tokenspeed.engine.parallel.costs import Costs
 from tokenspeed.engine.parallel.mesh import GROUPS, Mesh
 
 from . import models
@@ -37,12 +39,14 @@ def outcome(communicator: Communicator, checkpoint: str) -> dict[str, torch.Tens
 
 def main(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
-    for number, (checkpoint, tp, ep) in enumerate(json.loads((directory / "cases.json").read_text())):
+    for number, (checkpoint, tp, ep, in_parts) in enumerate(json.loads((directory / "cases.json").read_text())):
         if rank >= max(tp, ep):
             continue
         mesh = Mesh(tp, ep, rank)
         communicator = join_ranks(mesh, models.CPU, f"file://{directory / f'meeting-{number}'}", timeout_s=60)
         assert communicator.describe() == f"rank {rank} of {mesh.world} over gloo"
+        if in_parts:
+            communicator.costs = Costs("tp", (1,), (2.0,), (1.0,))
         results = outcome(communicator, checkpoint) if checkpoint else collectives(communicator)
         contiguous = {name: tensor.contiguous() for name, tensor in results.items()}
         save_file(contiguous, directory / f"case-{number}-rank-{rank}.safetensors")

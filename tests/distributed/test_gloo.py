@@ -35,6 +35,8 @@ CASES = [
     *(("moe", Mesh(tp, ep)) for tp in (1, 2, 4) for ep in (1, 2, 4) if (tp, ep) != (1, 1)),
     ("fp8", Mesh(2, 1)),
     ("fp8", Mesh(2, 4)),
+    ("dense in parts", Mesh(2, 1)),
+    ("moe in parts", Mesh(4, 2)),
     ("", Mesh(4, 2)),
     ("", Mesh(2, 4)),
 ]
@@ -46,14 +48,16 @@ def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     made = {name: models.write_checkpoint(root / name, raw) for name, raw in CONFIGS.items()}
     fp8 = models.write_fp8_checkpoint(root / "fp8", models.config(moe=True, kv_heads=2, **models.BLOCKS))
-    return {"shipped": SHIPPED, "": "", "fp8": fp8, **made}
+    in_parts = {f"{name} in parts": directory for name, directory in made.items()}
+    return {"shipped": SHIPPED, "": "", "fp8": fp8, **made, **in_parts}
 
 
 @pytest.fixture(scope="module")
 def results(directories, tmp_path_factory):
     """Per case, what each rank left."""
     shared = tmp_path_factory.mktemp("ranks")
-    (shared / "cases.json").write_text(json.dumps([(str(directories[name]), m.tp, m.ep) for name, m in CASES]))
+    cases = [(str(directories[name]), m.tp, m.ep, name.endswith("in parts")) for name, m in CASES]
+    (shared / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "tests.distributed.ranks"]
     processes = [
         subprocess.Popen([*command, str(rank), str(shared)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -86,7 +90,7 @@ def test_processes_give_the_logits_of_one_process_and_one_id(number, results, ex
             lists[name] = [tensors[f"{name}.{i}"] for i in range(count)]
         return models.Outcome(**lists)
 
-    whole = expected[CASES[number][0]]
+    whole = expected[CASES[number][0].removesuffix(" in parts")]
     assert len(whole.drafts) == 8 * ModelConfig.from_directory(directories[CASES[number][0]]).mtp_layers
     models.check([outcome(tensors) for tensors in results[number]], whole)
 

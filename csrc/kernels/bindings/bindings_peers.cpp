@@ -1,5 +1,5 @@
-// The sum over ranks, and memory that they share, as C functions: no operator, since its result depends on who else
-// calls it. tokenspeed/engine/parallel/peers.py calls them. Each returns null, or why it failed.
+// The sum over ranks, the draw over ranks, and memory that they share, as C functions: no operators, since their results
+// depend on who else calls them. tokenspeed/engine/parallel/peers.py calls them. Each returns null, or why it failed.
 #include <launch.h>
 
 #include "kernels.h"
@@ -7,6 +7,7 @@
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 using tokenspeed::AllReduce;
+using tokenspeed::SampleRanks;
 
 namespace {
 
@@ -31,6 +32,24 @@ EXPORTED const char* tokenspeed_all_reduce(const AllReduce* arguments, size_t si
 
 EXPORTED int64_t tokenspeed_all_reduce_memory(int ranks, int most_rows, int most_width) {
     return tokenspeed::all_reduce_memory(ranks, most_rows, most_width);
+}
+
+// size: as above.
+EXPORTED const char* tokenspeed_sample_ranks(const SampleRanks* arguments, size_t size, int device, void* stream) {
+    if (size != sizeof(SampleRanks)) return "the arguments of sample_ranks have another layout";
+    if (!tokenspeed::sample_ranks_supported(*arguments)) return "sample_ranks does not serve these sizes";
+    set_device(device);
+    const cudaError_t status = tokenspeed::sample_ranks(*arguments, static_cast<cudaStream_t>(stream));
+    return status == cudaSuccess ? nullptr : tokenspeed::describe(status);
+}
+
+EXPORTED int64_t tokenspeed_sample_ranks_memory(int ranks, int most_clusters) {
+    return tokenspeed::sample_ranks_memory(ranks, most_clusters);
+}
+
+EXPORTED int tokenspeed_sample_ranks_clusters(int device, int blocks) {
+    set_device(device);
+    return tokenspeed::sample_ranks_clusters(blocks);
 }
 
 #ifndef TOKENSPEED_EMULATED

@@ -18,6 +18,8 @@ from ..executor.memory import MemoryLayout, free_memory, plan_host_memory, total
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import holds_mtp
 from ..parallel.comm import Communicator
+from ..parallel.compile import group_of_parts
+from ..parallel.costs import ALL_REDUCE, IN_PARTS
 from ..parallel.mesh import Mesh
 from ..parallel.plan import describe_plan, traffic
 from ..quantization import PRODUCTS
@@ -179,6 +181,9 @@ def needs(name: str, model: Qwen3_5, layout: MemoryLayout) -> Iterator[str]:
         terms = f"{_bytes(sent.token)} of terms a token and {_bytes(sent.logit_row)} a logit row"
         yield f"traffic            {sent.collectives} collectives a step, {terms}"
         yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
+        group = group_of_parts(model.plan)
+        forms = f"{ALL_REDUCE}, or {IN_PARTS} where GPUs find it faster at start" if group else ALL_REDUCE
+        yield f"                   sums of a prefill by {forms}"
     yield f"KV per token       {_bytes(layout.kv_token_bytes)}{' in FP8' if layout.kv_dtype else ''}"
     split = f"{_bytes(layout.recurrent_bytes)} fp32 recurrence"
     if layout.ring_rows:

@@ -50,7 +50,7 @@ class DecodeGraphs:
                 (drafts, greedy): self._capture(
                     lambda f=forwarded, drafts=drafts, greedy=greedy: runner.choose_plainly(f, drafts, greedy)
                 )
-                for greedy in ((False, True) if runner.vocabulary.split else (False,))
+                for greedy in ((False, True) if runner.vocabulary.tells_greedy else (False,))
             }
             self._captured[size, width] = _Captured(packed, forward, forwarded, choose)
 

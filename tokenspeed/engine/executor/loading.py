@@ -53,7 +53,10 @@ def load_runner(
     mtp = bool(config.draft_depths(True, on_gpu)) and has_head
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
-    communicator.prepare(model_config.hidden, device)
+    communicator.prepare(model_config.hidden, device, config.max_num_batched_tokens, dtype, progress)
+    if progress and communicator.costs:
+        for line in communicator.costs.lines():
+            tqdm.write(line, file=sys.stderr)
     sharers = communicator.mesh.world if device.type == "cpu" else 1
     free, total = free_memory(device) // sharers, total_memory(device) // sharers
     check_utilization(config, free, total)

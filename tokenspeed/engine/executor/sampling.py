@@ -57,8 +57,13 @@ class Vocabulary:
     def split(self) -> bool:
         return self._ranks > 1
 
+    @property
+    def tells_greedy(self) -> bool:
+        """Whether `likeliest` is worth telling apart from `sample` at temperature 0: kernels find that themselves."""
+        return self.split and not self._communicator.draws(torch.empty(1, self.width, device="meta"))
+
     def likeliest(self, logits: Tensor) -> Tensor:
-        """`sample` at temperature 0. One reduction where the vocabulary is split, and not eight."""
+        """`sample` at temperature 0. One launch, or one reduction in place of eight, where the vocabulary is split."""
         return split_sampling.greedy(logits, self._communicator)
 
     def sample(self, logits: Tensor, *arguments: Tensor) -> Tensor:
@@ -133,6 +138,7 @@ class Sampler:
     def __init__(self, indices: int, vocabulary: Vocabulary, device: torch.device):
         """V below: the vocabulary's width."""
         self._vocabulary, self._device = vocabulary, device
+        self._tells_greedy = vocabulary.tells_greedy
         self._begins: dict[int, Begin] = {}
         self._shape = (indices, vocabulary.width)
         self._floats = torch.zeros(3, indices + 1, device=device)  # temperature, top_p, min_p of each index
@@ -160,8 +166,8 @@ class Sampler:
         return not any(s.edited or s.logprobs >= 0 or self._begins[s.index].adjusted for s in samples)
 
     def greedy(self, samples: Sequence[Sample]) -> bool:
-        """Whether to tell `draw` that all of these have temperature 0: on one rank its kernel finds that itself."""
-        return self._vocabulary.split and all(_temperature(self._begins[s.index]) == 0 for s in samples)
+        """Whether to tell `draw` that all of these have temperature 0."""
+        return self._tells_greedy and all(_temperature(self._begins[s.index]) == 0 for s in samples)
 
     def draw(self, logits: Tensor, index: Tensor, output: Tensor, greedy: bool = False) -> Tensor:
         """An id from each row of logits [L, V], for output number `output` of sequence `index`, both [L] int64: [L]

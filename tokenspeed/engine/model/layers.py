@@ -54,6 +54,10 @@ class Stage(nn.Module):
         """`forward` behind the sum of x over a group, of a stage that absorbs it."""
         return self.forward(communicator.all_reduce(x, group), residual, batch)
 
+    def reduce_in_parts(self, x: Tensor, residual: Tensor | None, batch: Batch, communicator: Communicator, group: str):
+        """The same with the residual stream in parts over the group, before and behind it."""
+        raise NotImplementedError
+
 
 class Embedding(Stage):
     """Token ids to the residual stream: each rank looks up the ids of its part of the vocabulary."""
@@ -100,6 +104,9 @@ class Norm(Stage):
             if done is not None:
                 return DoneNorm(*done), None
         return super().reduce_into(x, residual, batch, communicator, group)
+
+    def reduce_in_parts(self, x, residual, batch, communicator, group):
+        return DoneNorm(*communicator.add_rms_norm_in_parts(x, residual, self.weight, self.eps, group)), None
 
 
 class LogitRows(Stage):

@@ -41,8 +41,8 @@ class PendingNorm(NamedTuple):
 
 
 class DoneNorm(NamedTuple):
-    """In the place of a `PendingNorm` whose norm was made with the sum over ranks: the norm, and the residual
-    stream."""
+    """In the place of a `PendingNorm` whose norm was made with the sum over ranks: the norm, and the residual stream,
+    or this rank's part of it."""
 
     norm: Tensor
     x: Tensor

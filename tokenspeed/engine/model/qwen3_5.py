@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..config import FULL, ModelConfig
 from ..parallel.comm import ONE_RANK, Communicator
-from ..parallel.compile import link, plan_program
+from ..parallel.compile import Call, group_of_parts, link, plan_program
+from ..parallel.costs import IN_PARTS
 from ..parallel.sharding import rank_share
 from .inputs import Batch
 from .layers import (
@@ -69,6 +70,9 @@ class Qwen3_5(nn.Module):
         same mesh."""
         self.communicator = communicator or self.communicator
         self._calls = link(self.plan, self.communicator)
+        self._calls_in_parts: list[Call] = []
+        if self.communicator.costs and self.communicator.costs.group == group_of_parts(self.plan):
+            self._calls_in_parts = link(self.plan, self.communicator, in_parts=True)
         if self.mtp:
             self.mtp.link(communicator)
 
@@ -109,6 +113,9 @@ class Qwen3_5(nn.Module):
         """Logits of the tokens that are wanted, [L, the rank's vocabulary], and with an MTP head the state of all N
         tokens after the final norm, [N, hidden]. Mutates the batch's pages and slots."""
         x = residual = None
-        for call in self._calls:
+        costs, calls = self.communicator.costs, self._calls
+        if self._calls_in_parts and costs.pick(len(batch.tokens)) == IN_PARTS:
+            calls = self._calls_in_parts
+        for call in calls:
             x, residual = call(x, residual, batch)
         return Output(x, residual if self.mtp else None)

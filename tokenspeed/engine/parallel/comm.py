@@ -9,10 +9,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from ... import ops
 from ..errors import ConfigError
-from . import peers
+from . import costs, peers
 from .mesh import GROUPS, Mesh
 
 # torch 2.13 renamed both; the old names warn there, the new ones are not in 2.11.
@@ -20,7 +22,7 @@ _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gat
 _reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _LEAVING_SECONDS = 5.0
 STAGED_ROWS = 8  # of a batch whose residual sum and norm are one launch with the product behind them already
-_opened: list[peers.PeerSums] = []  # of this process
+_opened: list[peers.PeerKernel] = []  # of this process
 
 
 class Communicator:
@@ -32,6 +34,7 @@ class Communicator:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
+        self.costs: costs.Costs | None = None  # of the sums of a prefill, where they were measured
 
     def describe(self) -> str:
         if self.mesh.world == 1:
@@ -41,8 +44,16 @@ class Communicator:
             "so times and bytes are real and results are not the model's"
         )
 
-    def prepare(self, width: int, device: torch.device) -> None:
-        """Sums of [N, width] will follow. Every rank calls it alike, before what is free is measured."""
+    def prepare(
+        self,
+        width: int,
+        device: torch.device,
+        tokens: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: bool = False,
+    ) -> None:
+        """Sums of [N, width] in `dtype` will follow. Every rank calls it alike, before what is free is measured.
+        tokens: the largest N of a prefill; 0: which sums are fast for it need not be measured."""
 
     def check(self) -> None:
         """Raises EngineError where another rank did not bring its part of a sum: results are not to be trusted."""
@@ -55,6 +66,27 @@ class Communicator:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
     ) -> tuple[Tensor, Tensor] | None:
         """`ops.add_rms_norm` of the sum of every rank's x, in one launch; None where no kernel does both."""
+        return None
+
+    def add_rms_norm_in_parts(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of the sum of every rank's x and of the residual stream, each rank making that of its own rows.
+
+        x: [N, H]; residual: this rank's rows of the stream, [ceil(N / ranks), H], or None, where the sum is the stream.
+        Returns the norm [N, H] of all rows, and this rank's rows of the stream.
+        """
+        rows, ranks = len(x), self.mesh.size(group)
+        part = self.reduce_scatter(F.pad(x, (0, 0, 0, -rows % ranks)), 0, group)
+        if residual is None:
+            normed, stream = ops.rms_norm(part, weight, eps), part
+        else:
+            normed, stream = ops.add_rms_norm(part, residual, weight, eps)
+        return self.all_gather(normed, 0, group)[:rows], stream
+
+    def draws(self, logits: Tensor) -> peers.PeerDraws | None:
+        """What chooses ids, in one launch, from rows whose slices every rank of the tp group holds; None where no
+        kernel does. logits: this rank's slice [B, V / tp]."""
         return None
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
@@ -93,14 +125,28 @@ class ProcessCommunicator(Communicator):
             self._groups[name] = self._groups[canonical]
 
         self._peers: dict[str, peers.PeerSums] = {}
+        self._draws: peers.PeerDraws | None = None
         self._peers_told = ""
 
     def describe(self) -> str:
         return f"rank {self.mesh.rank} of {self.mesh.world} over {dist.get_backend()}{self._peers_told}"
 
-    def prepare(self, width: int, device: torch.device) -> None:
-        if device.type != "cuda" or self._peers_told:
+    def prepare(
+        self,
+        width: int,
+        device: torch.device,
+        tokens: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: bool = False,
+    ) -> None:
+        if device.type != "cuda":
             return
+        if not self._peers_told:
+            self._connect_peers(width, device)
+        if tokens and self.costs is None and self.mesh.tp == self.mesh.world > 1:
+            self.costs = costs.measure(self, width, dtype, device, tokens, progress)
+
+    def _connect_peers(self, width: int, device: torch.device) -> None:
         handles = dist.new_group(backend="gloo")
 
         def exchange(own: object) -> list:
@@ -115,18 +161,19 @@ class ProcessCommunicator(Communicator):
         except peers.PeerError as error:
             self._peers_told = f" alone: {error}"
             return
-        _opened.extend(made.values())
-        self._peers = {name: made[self.mesh.canonical(name)] for name in GROUPS if self.mesh.size(name) > 1}
+        _opened.extend(made.kernels)
+        self._peers = {name: made.sums[self.mesh.canonical(name)] for name in GROUPS if self.mesh.size(name) > 1}
+        self._draws = made.draws
         self._peers_told = " and peer memory"
 
     def check(self) -> None:
-        for sums in self._peers.values():
-            sums.check()
+        for kernel in (*self._peers.values(), *([self._draws] if self._draws else [])):
+            kernel.check()
 
     def without_peers(self) -> "ProcessCommunicator":
-        """The same groups, and every sum over them by torch.distributed."""
+        """The same groups, and everything over them by torch.distributed."""
         plain = copy.copy(self)
-        plain._peers, plain._peers_told = {}, " alone"
+        plain._peers, plain._draws, plain._peers_told = {}, None, " alone"
         return plain
 
     def connect(self, device: torch.device) -> None:
@@ -158,6 +205,9 @@ class ProcessCommunicator(Communicator):
         if sums is None or len(x) <= STAGED_ROWS or not sums.serves(x) or not residual.is_contiguous():
             return None
         return sums.add_rms_norm(x, residual, weight, eps)
+
+    def draws(self, logits: Tensor) -> peers.PeerDraws | None:
+        return self._draws if self._draws and self._draws.serves(logits) else None
 
     def all_gather(self, x: Tensor, dim: int, group: str) -> Tensor:
         x = x.movedim(dim, 0).contiguous()
@@ -204,8 +254,8 @@ def join_ranks(mesh: Mesh, device: torch.device, address: str, timeout_s: float 
 def abort() -> None:
     """Let this process's collectives on a GPU end, with any result, though a rank that they wait for is lost. Returns
     at once."""
-    for sums in _opened:
-        sums.stop()
+    for kernel in _opened:
+        kernel.stop()
     if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo notices by itself
         work = dist.distributed_c10d._abort_process_group
         threading.Thread(target=_quietly, args=(work,), name="tokenspeed-abort", daemon=True).start()

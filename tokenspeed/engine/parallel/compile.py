@@ -2,6 +2,10 @@
 
 A collective stands before the stage that needs it, never after the one that caused it: sums wait as long as they can,
 pass through stages that act alike on every term, and end inside the norm that consumes them.
+
+A sum of tokens that ends in a norm has a second form: a reduce-scatter along the tokens, the norm of this rank's part,
+and an all-gather of the norms. The residual stream then stays in parts between the norms. `link` makes a program of
+either form; which is faster depends on the number of tokens (`costs.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +33,9 @@ class Stage(Protocol):
 
     def reduce_into(self, x, residual, batch, communicator: Communicator, group: str):
         """`forward` behind the sum of x over a group, of a stage that absorbs it."""
+
+    def reduce_in_parts(self, x, residual, batch, communicator: Communicator, group: str):
+        """The same with the residual stream in parts, before and behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +88,27 @@ def plan_program(program: Sequence[tuple[str, Stage]], mesh: Mesh, output: Place
     return entries
 
 
-def link(plan: Sequence[Entry], communicator: Communicator) -> list[Call]:
-    """The plan as callables, to be run one after the other."""
+def group_of_parts(plan: Sequence[Entry]) -> str | None:
+    """The group over which the program's sums can be made in parts; None where it has none: every norm of tokens must
+    end a sum, and all of them sums over the same ranks, or the residual stream would have to be cut anew."""
+    groups = {
+        entry.collective.group if entry.fused else None
+        for entry in plan
+        if entry.stage and entry.stage.absorbs_reduce and not (entry.fused and entry.collective.rows != "token")
+    }
+    return groups.pop() if len(groups) == 1 else None
+
+
+def link(plan: Sequence[Entry], communicator: Communicator, in_parts: bool = False) -> list[Call]:
+    """The plan as callables, to be run one after the other. in_parts: sums of tokens in their second form, for a plan
+    that has a `group_of_parts`."""
     calls: list[Call] = []
     for entry in plan:
+        if in_parts and entry.stage and entry.stage.picks_rows and isinstance(entry.stage.input, Keep):
+            calls.append(JoinParts(communicator, group_of_parts(plan)))
         if entry.fused:
-            calls.append(ReduceInto(entry.stage, communicator, entry.collective.group))
+            made = ReduceInParts if in_parts and entry.collective.rows == "token" else ReduceInto
+            calls.append(made(entry.stage, communicator, entry.collective.group))
             continue
         if entry.collective:
             calls.append(Collect(entry.collective, communicator))
@@ -105,6 +127,29 @@ class ReduceInto:
 
     def __call__(self, x, residual, batch):
         return self.stage.reduce_into(x, residual, batch, self.communicator, self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceInParts:
+    """`ReduceInto` whose residual stream lies in parts over the ranks of the group."""
+
+    stage: Stage
+    communicator: Communicator
+    group: str
+
+    def __call__(self, x, residual, batch):
+        return self.stage.reduce_in_parts(x, residual, batch, self.communicator, self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinParts:
+    """Makes the residual stream whole, for a stage that picks rows of it. x: a row for each of the stream."""
+
+    communicator: Communicator
+    group: str
+
+    def __call__(self, x, residual, batch):
+        return x, self.communicator.all_gather(residual, 0, self.group)[: len(x)]
 
 
 @dataclass(frozen=True, slots=True)

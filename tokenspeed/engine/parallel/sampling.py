@@ -1,7 +1,8 @@
 """Choosing tokens from logits that are split over ranks by vocabulary, without gathering them.
 
-Every rank works on its slice, and only maxima, histograms and one key a row are reduced. All reductions are of maxima
-and integers, so they are exact, every rank gets the same id, and it is the one `ops.sample` draws from the whole row.
+Every rank works on its slice. Where ranks share memory one kernel does it all (csrc/kernels/step/sample_ranks.cu);
+elsewhere only maxima, histograms and one key a row are reduced. What is exchanged are maxima, integers and the few
+likeliest ids, so every rank gets the same id, and it is the one `ops.sample` draws from the whole row.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,13 @@ _LEVELS = ((20, 11), (10, 10), (0, 10))  # lowest bit and count of bits: the 31 
 
 
 def greedy(logits: Tensor, communicator: Communicator) -> Tensor:
-    """The largest logit of a row, the lowest id of equals. One reduction.
+    """The largest logit of a row, the lowest id of equals. One launch, or one reduction.
 
     logits: [B, V / tp], the rank's slice. Returns ids of the whole vocabulary, [B] int64, the same on every rank; as
     `ops.sample` says, a reason where there is none.
     """
+    if draws := communicator.draws(logits):
+        return draws.greedy(logits)
     return id_or_reason(*_winner(logits.float(), communicator))
 
 
@@ -35,11 +38,14 @@ def sample(
     index: Tensor,
     communicator: Communicator,
 ) -> Tensor:
-    """`ops.sample` of rows whose vocabulary is split over the tp group, id for id. Eight reductions, no host reads.
+    """`ops.sample` of rows whose vocabulary is split over the tp group, id for id. One launch, or eight
+    reductions; no host reads.
 
     logits: [B, V / tp], the rank's slice in order of rank, -inf for what is forbidden; the other tensors as in
     `ops.sample`, alike on every rank. Returns ids of the whole vocabulary, [B] int64, the same on every rank.
     """
+    if draws := communicator.draws(logits):
+        return draws.sample(logits, temperature, top_k, top_p, min_p, seed, index)
     mesh, width = communicator.mesh, logits.shape[1]
     logits = logits.float()
     greedy_rows = temperature <= 0
