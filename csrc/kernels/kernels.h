@@ -259,7 +259,7 @@ cudaError_t linear_fp8(const LinearFp8& arguments, cudaStream_t stream);
 
 // ---- sample.cu: see the operator of that name; logits [rows, vocabulary] bf16 or fp32 by row stride, of any
 // alignment.
-constexpr int kSampleMaxVocabulary = 400000;  // a row lies in the shared memory of one cluster
+constexpr int kSampleMaxVocabulary = 1 << 18;  // sums of 14-bit pieces of masses stay within 32 bits
 struct Sample {
     const void* logits;
     bool logits_are_float;
@@ -271,12 +271,14 @@ struct Sample {
     const int64_t* seed;
     const int64_t* index;
     int64_t* ids;
+    void* workspace;  // of sample_workspace bytes, aligned to 16, any content
     int rows, vocabulary;
     // The launcher sets them.
-    int chunk = 0;         // ids of one block
+    int groups = 0;        // of a block
     bool vectors = false;  // rows may be read 16 bytes at a time
 };
 bool sample_supported(const Sample& arguments);
+size_t sample_workspace(int rows);
 cudaError_t sample(Sample arguments, cudaStream_t stream);
 
 // ---- sample_ranks.cu: ids as of `sample`, from logits whose vocabulary is split over ranks; rank r holds ids r width ..

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tokenspeed.ops.sampling  # declares torch.ops.tokenspeed.sample
+from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.ops.backends import make_backend
 from tokenspeed.ops.sampling import NONE_ALLOWED, NOT_FINITE, _philox, noise_words
 
@@ -172,9 +173,7 @@ def test_a_row_draws_the_same_id_alone_and_in_any_batch():
 # ---- the kernel against the torch implementation
 
 
-@pytest.fixture(scope="module", params=["emulated", "cuda"])
-def backend(request):
-    return make_backend(request.param)
+pytest_plugins = ["tests.kernels.schedules"]
 
 
 def assert_same_draws(backend, args):
@@ -200,8 +199,8 @@ def test_the_kernel_draws_what_torch_draws(backend, dtype, spread):
     assert_same_draws(backend, arguments(logits, **options))
 
 
-@pytest.mark.parametrize("vocabulary", [1, 5, 33])
-def test_vocabularies_smaller_than_a_cluster(backend, vocabulary):
+@pytest.mark.parametrize("vocabulary", [1, 5, 33, 257])
+def test_vocabularies_smaller_than_a_block(backend, vocabulary):
     options = {"temperature": torch.tensor([1.0, 0.0]), "top_k": 3, "seed": 1, "index": torch.arange(2)}
     assert_same_draws(backend, arguments(torch.randn(2, vocabulary).bfloat16(), **options))
 
@@ -220,3 +219,96 @@ def test_equal_logits_and_forbidden_rows(backend):
     assert_same_draws(backend, arguments(logits[:1], temperature=torch.tensor([0.0])))
     assert_same_draws(backend, arguments(logits[:1], temperature=0.7, top_k=3, top_p=0.5, index=4))
     assert backend.op("sample")(*(x.to(backend.device) for x in arguments(logits[1:]))).tolist() == [NONE_ALLOWED]
+
+
+# Each of the ways in which the kernel comes to an id. Logits of 3,001 ids, 4 wide unless said otherwise.
+WAYS = {
+    "nothing is cut": {},
+    "min-p alone": {"min_p": 0.02},
+    "a list within a bound by half the groups": {"top_k": 20, "top_p": 0.95},
+    "a list within a bound by all groups": {"top_k": 128, "top_p": 0.7, "min_p": 0.001},
+    "bins of masses, a narrow nucleus": {"top_p": 0.4},
+    "bins of masses, a wide one": {"top_p": 0.97, "temperature": 3.0},
+    "bins of masses, and min-p": {"top_p": 0.99, "min_p": 0.05, "temperature": 1.5},
+    "bins of counts": {"top_k": 300, "top_p": 0.9, "temperature": 2.0},
+    "bins of counts, and no nucleus": {"top_k": 1000, "temperature": 0.02},
+    "more than a list of gathered ids": {"top_k": 2500, "top_p": 0.999, "temperature": 5.0},
+    "top-k beyond the vocabulary": {"top_k": 5000},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_to_an_id_is_that_of_torch(scheduled, way):
+    rows = 6 if scheduled.emulated is not None else 256
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = (torch.randn(rows, 3001) * 4).to(dtype)
+        assert_same_draws(scheduled, arguments(logits, **WAYS[way], seed=torch.arange(rows), index=5))
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 7}, {"top_k": 200}, {"top_p": 0.5}, {"top_k": 40, "top_p": 0.9}])
+@pytest.mark.parametrize("levels", [1, 2, 40])
+def test_ties_without_number(backend, levels, cut):
+    """More ids at the distance of a cut than any list holds."""
+    logits = torch.randint(levels, (3, 4999)).float() / 64
+    assert_same_draws(backend, arguments(logits, **cut, index=torch.arange(3)))
+    assert_same_draws(backend, arguments(logits.bfloat16(), **cut, temperature=0.3, index=torch.arange(3)))
+
+
+@pytest.mark.parametrize("allowed", [1, 5, 600])
+def test_most_ids_are_forbidden(backend, allowed):
+    """As by a grammar: fewer groups have an allowed id than top-k asks for."""
+    logits = torch.full((4, 5000), -math.inf)
+    logits[:, 1000 : 1000 + allowed] = torch.randn(4, allowed)
+    for cut in ({}, {"top_k": 20}, {"top_k": 500}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.5}, {"min_p": 0.3}):
+        assert_same_draws(backend, arguments(logits.bfloat16(), **cut, seed=3, index=torch.arange(4)))
+
+
+def test_rows_that_do_not_lie_at_whole_vectors(backend):
+    memory = torch.randn(3, 1030).bfloat16() * 3
+    for logits in (memory[:, 1:1021], memory[:, 8:1019], memory[:, :999]):
+        for cut in ({"temperature": 0.0}, {}, {"top_k": 9}, {"top_p": 0.9}):
+            assert_same_draws(backend, arguments(logits, **cut, index=torch.arange(3)))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
+def test_a_row_is_split_among_as_many_blocks_as_there_are_multiprocessors_for(backend, multiprocessors):
+    if backend.emulated is None:
+        pytest.skip("a card has its own count of multiprocessors")
+    device = emulator()
+    device.emulator_multiprocessors(multiprocessors)
+    try:
+        for rows, vocabulary in [(1, 40000), (3, 9001), (20, 1500)]:
+            logits = (torch.randn(rows, vocabulary) * 3).bfloat16()
+            for cut in ({"temperature": 0.0}, {}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"top_k": 200}):
+                assert_same_draws(backend, arguments(logits, **cut, seed=torch.arange(rows)))
+    finally:
+        device.emulator_multiprocessors(4)
+
+
+def test_more_rows_than_a_launch_takes(backend):
+    rows = 1024 + 3
+    options = {"top_k": torch.arange(rows) % 3, "top_p": torch.where(torch.arange(rows) % 2 > 0, 0.5, 1.0)}
+    options |= {"temperature": torch.rand(rows), "min_p": torch.rand(rows) * 0.1}
+    assert_same_draws(backend, arguments(torch.randn(rows, 19), **options, seed=torch.arange(rows), index=9))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("cut", [{"temperature": 0.0}, {}, {"top_k": 20}, {"top_p": 0.9}])
+def test_logits_that_the_kernel_ahead_writes(cut, seed):
+    """Queued: the second launch may begin as soon as the first has seen that kernel end."""
+    make_backend("emulated")
+    logits = (torch.randn(2, 2000) * 3).bfloat16()
+    late, arena = behind_a_copy(logits)
+    from_slot, to_slot = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+
+    def run():
+        torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
+        return torch.ops.tokenspeed_emulated.sample(*arguments(late, **cut, index=4))
+
+    assert torch.equal(queued(emulator(), seed, run), sample(logits, **cut, index=4))
+
+
+def test_the_kernel_serves_its_calls_itself():
+    make_backend("emulated")
+    for logits in (torch.randn(2, 300), torch.randn(2, 300).bfloat16()):
+        assert not torch_served(lambda logits=logits: torch.ops.tokenspeed_emulated.sample(*arguments(logits)))

@@ -239,12 +239,17 @@ std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, co
                      .seed = data<int64_t>(seed),
                      .index = data<int64_t>(index),
                      .ids = nullptr,
+                     .workspace = nullptr,
                      .rows = static_cast<int>(logits.size(0)),
                      .vocabulary = static_cast<int>(logits.size(1))};
     if (!sample_supported(arguments)) return std::nullopt;
     Tensor ids = new_tensor(logits, {logits.size(0)}, ScalarType::Long);
     arguments.ids = data<int64_t>(ids);
+    const auto bytes = static_cast<int64_t>(sample_workspace(arguments.rows));
+    const Tensor workspace = new_tensor(logits, {bytes}, ScalarType::Byte);
+    arguments.workspace = workspace.data_ptr();
     const Launch launch(logits);
+    launch.keep(workspace);
     check_launch(tokenspeed::sample(arguments, launch.stream()), "sample");
     return ids;
 }

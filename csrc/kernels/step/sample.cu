@@ -1,514 +1,275 @@
 // One id a row by temperature, top-k, top-p and min-p, without a sort. Contract: tokenspeed/ops/sampling.py.
 //
-// A cluster of eight blocks (four, where there are many rows) holds a row in shared memory as it is (248,320 logits in
-// bf16: 62 KB a block), so device memory sees each logit once: 0.5 MB a row, 0.1 us of bandwidth; what counts is the
-// instructions of a multiprocessor and the chain of cluster barriers.
-//   1. largest logit (and its lowest id, which is the answer at temperature 0), and the largest of every warp
-//   2. distances d = max - x >= 0 of the scaled logits x, made anew where they are needed; their bits order as integers
-//   3. a bound that surely holds what top-k and top-p keep: for top-k the k-th largest of the warps' largest logits,
-//   for
-//      top-p alone the smallest of three distances whose mass reaches the target. The few ids within it are listed, and
-//      one block finds the exact cuts by comparing each with each, and draws
-//   4. where the list would overflow, or k is large: the smallest distance at which a running sum (of ones, of masses)
-//      reaches its target, by histograms that narrow the range of bits: the first level has linear bins of 1/32, where
-//      logits spread evenly and no bin is crowded, the others 1024 equal ranges of bits, two more levels to the value
-//   5. Philox noise for what is left, four ids a call, and the largest Gumbel score. Of an id that cannot reach the
-//      warp's best so far even with the largest noise of its word, no logarithm is taken.
-// Masses are integers (2^40 the likeliest), in histograms as three 14-bit pieces by native 32-bit atomics, so no order
-// of threads or blocks changes a sum; scores compare with the id as the tie-break.
+// Two launches, with a row split over up to 128 blocks in each; what lies between is no barrier that a grid has to
+// wait for with all its blocks on the device, and needs no counter whose content is known.
+//   1. largest_kernel: a block's largest logit, and the largest of each of its groups of threads. It clears the counters
+//      of the second.
+//   2. draw_kernel, before its wait for the first: its logits again (512 KB a row, from L2) and their noise, which is a
+//      function of seed, position and id alone. Behind it: the largest logit, distances d = max - x >= 0 of the scaled
+//      logits x, whose bits order as integers, and by what the row asks for
+//        nothing to cut  the block's largest Gumbel score
+//        top-k to 128    the k-th largest of 128 to 511 groups' largest bounds what top-k keeps: no fewer than k ids
+//                        reach it, and seldom twice as many. They are listed
+//        top-p           masses and best scores of 256 bins of distance. The cut lies in the bin where the running sum
+//                        of masses reaches its target; the ids of the bins before are kept
+//        top-k above     counts of the bins in place of masses
+//      The last block to end has it all and gives the id. With top-p the best score of the bins before the cut's beats
+//      those of its own bin nearly always. Where it does not, and with a large top-k, the last block lists the ids up
+//      to that bin and finds the cuts among them exactly; among the whole row where a list does not hold them.
+// With many rows a block has more of a row: some 396 blocks in all.
 //
-// Tried and lost: two-byte loads by 512 threads and two logarithms for every id: greedy 13 us, temperature 37 us, top-k
-// and top-p 56 us for one row. With 16-byte loads and a bound by each thread's own best, the row in fp32: 10.2, 28.5
-// and 55 us, 64 greedy rows 42 us.
+// Masses are integers (2^40 the likeliest), in a block's bins as three 14-bit pieces by native 32-bit atomics, so no
+// order of threads or blocks changes a sum. Scores compare by the id where they are equal.
 //
-// budget: sample_kernel registers<=64 shared<=0 hot
+// Of an id that cannot reach the warp's best so far even with the largest noise of its word, no logarithm is taken.
+//
+// Tried and lost, all in one launch with a row in the shared memory of a cluster: two-byte loads by 512 threads and two
+// logarithms for every id: greedy 13 us, temperature 37 us, top-k and top-p 56 us for one row. With 16-byte loads and a
+// bound by each thread's own best, the row in fp32: 10.2, 28.5 and 55 us, 64 greedy rows 42 us. With a bound by the
+// warp's best and lists, eight multiprocessors a row: 6.2, 20.8, 21.2 us, 64 greedy rows 23.7; top-p alone 64.5 us.
+//
+// budget: largest_kernel registers<=64 shared<=0 hot
+// budget: draw_kernel registers<=80 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
 
+#include <algorithm>
+
 #include "kernels.h"
+#include "sample.h"
+#include "sample_cuts.h"
 
 namespace tokenspeed {
 namespace {
 
-constexpr int kMostBlocks = 8, kFewestBlocks = 4;  // per row: one cluster
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
-constexpr int kBins = kThreads;
-constexpr int kPieces = 3;
-constexpr int kPieceBits = 14;
-constexpr float kMass = 1099511627776.0f;  // 2^40
-constexpr float kLinearBins = 32;          // per unit of distance
-constexpr uint32_t kInfinity = 0x7f800000;
-constexpr int kList = 512;      // ids that are compared each with each
-constexpr int kListTopK = 128;  // the largest top-k that is bounded by the warps' largest: they are 256 or 128
-constexpr int kBounds = 3;      // distances that may bound top-p
-constexpr int kNoneAllowed = -1, kNotFinite = -2;  // in place of an id
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr size_t kSharedLimit = 227 * 1024;
+using namespace sampling;
 
-struct Best {
-    float value;
-    int id;
-};
-
-struct alignas(16) Exchange {  // of dynamic shared memory, before the row
-    uint32_t bins[kPieces][kBins];
-    unsigned long long warp_totals[kWarps];
-    Best warp_best[kWarps];
-    Best block_best[2];  // of the largest logit, of the largest score; the cluster reads them
-    unsigned long long found_before;
-    int found_bin;
-    // Of the list: a block's own ids, then in one block those of all.
-    unsigned long long mass_within[kBounds + 1][kWarps];  // of each bound, and of the whole row
-    int ids_within[kBounds][kWarps];
-    unsigned long long masses[kList];
-    float list_distance[kList];
-    int list_id[kList];
-    int listed;
-    float bound;
-};
-
-__device__ __forceinline__ float to_fp32(float x) {
-    return x;
-}
-__device__ __forceinline__ float to_fp32(__nv_bfloat16 x) {
-    return __bfloat162float(x);
-}
-
-// A block's part of a row: its logits in shared memory, and how they become distances.
 template <typename T>
-struct Part {
-    const T* logits;
-    int first, count;
-    float temperature, largest;  // of the scaled logits of the row
-
-    __device__ __forceinline__ float distance(int i) const { return largest - to_fp32(logits[i]) / temperature; }
-};
-
-__device__ __forceinline__ Best better(Best a, Best b) {
-    return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+__device__ __forceinline__ Logits<T> logits_of(const Sample& p) {
+    return {static_cast<const T*>(p.logits) + blockIdx.y * p.logits_stride, p.vocabulary, p.vectors};
 }
 
-// The best of the block, for thread 0.
-__device__ Best block_best(Exchange& exchange, Best best) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        best = better(
-            best, {__shfl_xor_sync(0xffffffffu, best.value, offset), __shfl_xor_sync(0xffffffffu, best.id, offset)});
-    }
-    if (lane == 0) exchange.warp_best[warp] = best;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < kWarps; ++i) best = better(best, exchange.warp_best[i]);
-    }
-    return best;
-}
-
-// The best of the cluster, for every thread. `slot`: each slot serves once a launch.
-__device__ Best cluster_best(Exchange& exchange, Best best, int slot) {
-    best = block_best(exchange, best);
-    if (threadIdx.x == 0) exchange.block_best[slot] = best;
-    ptx::cluster_sync();
-    best = *ptx::cluster_map(&exchange.block_best[slot], 0);
-    for (int i = 1; i < gridDim.x; ++i) best = better(best, *ptx::cluster_map(&exchange.block_best[slot], i));
-    return best;
-}
-
-__device__ __forceinline__ unsigned long long mass_of(float distance) {
-    return static_cast<unsigned long long>(expf(-distance) * kMass);
-}
-
-// The inclusive sum over the threads of the block up to this one.
-__device__ unsigned long long block_running_sum(Exchange& exchange, unsigned long long x) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const unsigned long long below = __shfl_up_sync(0xffffffffu, x, offset);
-        if (lane >= offset) x += below;
-    }
-    if (lane == 31) exchange.warp_totals[warp] = x;
-    __syncthreads();
-    for (int i = 0; i < warp; ++i) x += exchange.warp_totals[i];
-    return x;
-}
-
-// The bits of the smallest distance up to which the row's sum reaches its target. kMasses: the sum is of the masses of
-// distances of at most `last`, the target `share` of all of it; else it is the count and the target `share`.
-template <bool kMasses, typename T>
-__device__ uint32_t search(Exchange& exchange, const Part<T>& part_of_row, uint32_t last, double share) {
-    uint32_t low = 0, high = kInfinity;
-    unsigned long long below = 0;  // sum of what lies under `low`
-    double target = share;
-    for (int level = 0; low < high; ++level) {
-        int shift = 0;
-        while (level > 0 && ((high - low) >> shift) >= kBins) ++shift;
-        for (int i = 0; i < kPieces; ++i) exchange.bins[i][threadIdx.x] = 0;
-        if (threadIdx.x == 0) exchange.found_bin = -1;
-        __syncthreads();
-        for (int i = threadIdx.x; i < part_of_row.count; i += kThreads) {
-            const float distance = part_of_row.distance(i);
-            const uint32_t bits = __float_as_uint(distance);
-            if (bits < low || bits > high || bits > last) continue;
-            const int bin = level == 0 ? static_cast<int>(fminf(distance * kLinearBins, kBins - 1))
-                                       : static_cast<int>((bits - low) >> shift);
-            if constexpr (kMasses) {
-                const unsigned long long mass = mass_of(distance);
-                if (mass == 0) continue;
-                for (int piece = 0; piece < kPieces; ++piece) {
-                    const auto part = static_cast<uint32_t>(mass >> (piece * kPieceBits)) & ((1u << kPieceBits) - 1);
-                    if (part != 0) atomicAdd(&exchange.bins[piece][bin], part);
-                }
-            } else {
-                atomicAdd(&exchange.bins[0][bin], 1u);
-            }
-        }
-        ptx::cluster_sync();
-        unsigned long long mine = 0;
-        for (int block = 0; block < gridDim.x; ++block) {
-            for (int piece = 0; piece < (kMasses ? kPieces : 1); ++piece) {
-                const uint32_t part = *ptx::cluster_map(&exchange.bins[piece][threadIdx.x], block);
-                mine += static_cast<unsigned long long>(part) << (piece * kPieceBits);
-            }
-        }
-        const unsigned long long sum = below + block_running_sum(exchange, mine);
-        if (kMasses && level == 0) {
-            unsigned long long total = 0;
-            for (int i = 0; i < kWarps; ++i) total += exchange.warp_totals[i];
-            target = fmax(share * static_cast<double>(total), 1.0);
-        }
-        if (static_cast<double>(sum) >= target && static_cast<double>(sum - mine) < target) {
-            exchange.found_bin = threadIdx.x;  // one thread at most
-            exchange.found_before = sum - mine;
-        }
-        ptx::cluster_sync();  // also: the peers have read this block's bins
-        const int bin = exchange.found_bin;
-        if (bin < 0) return kInfinity;
-        below = exchange.found_before;
-        if (level == 0) {
-            low = __float_as_uint(static_cast<float>(bin) / kLinearBins);
-            high = bin == kBins - 1 ? kInfinity : __float_as_uint(static_cast<float>(bin + 1) / kLinearBins) - 1;
-        } else {
-            low += static_cast<uint32_t>(bin) << shift;
-            high = min(high, low + ((1u << shift) - 1));
-        }
-        __syncthreads();  // before found_bin is cleared
-    }
-    return low;
-}
-
-struct Words {
-    uint32_t x[4];
-};
-
-// Philox 4x32-10 (Salmon et al. 2011).
-__device__ __forceinline__ Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-#pragma unroll
-    for (int i = 0; i < 10; ++i) {
-        if (i > 0) k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-        const uint32_t high_0 = __umulhi(0xD2511F53u, c0), low_0 = 0xD2511F53u * c0;
-        const uint32_t high_1 = __umulhi(0xCD9E8D57u, c2), low_1 = 0xCD9E8D57u * c2;
-        c0 = high_1 ^ c1 ^ k0;
-        c1 = low_1;
-        c2 = high_0 ^ c3 ^ k1;
-        c3 = low_0;
-    }
-    return {{c0, c1, c2, c3}};
-}
-
-__device__ __forceinline__ float uniform(uint32_t word) {
-    return fminf(static_cast<float>(word) * 0x1p-32f + 0x1p-33f, 1.0f - 0x1p-24f);
-}
-
-__device__ __forceinline__ float gumbel(float uniform) {
-    return -logf(-log1pf(-uniform));
-}
-
-// Whether gumbel(uniform) surely stays below `needed`: it is at most -log(uniform). Spares most ids two logarithms.
-__device__ __forceinline__ bool cannot_reach(float uniform, float needed) {
-    return uniform > ptx::exp2_approximate(needed * -1.44269504f) * 1.001f;
-}
-
-// The score of an id by its word of noise.
-__device__ __forceinline__ float score_of(uint32_t word, float distance) {
-    return gumbel(uniform(word)) - distance;
-}
-
-struct Noise {
-    uint64_t seed, index;
-
-    __device__ __forceinline__ Words words(int quad) const {  // of ids 4 quad .. 4 quad + 3
-        return philox(quad, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), 0,
-                      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    }
-};
-
-// The best of this thread's ids within `limit`. Called by the whole block.
-template <typename T>
-__device__ Best draw(const Part<T>& part, const Noise& noise, float limit) {
-    Best best = {-INFINITY, INT32_MAX};
-    float warp_best = -INFINITY;
-    for (int base = 0; base < part.count; base += kThreads * 4) {
-        const int i = base + threadIdx.x * 4;
-        float distances[4];
-        bool kept = false;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            distances[j] = i + j < part.count ? part.distance(i + j) : NAN;
-            kept = kept || distances[j] <= limit;
-        }
-        if (kept) {
-            const Words words = noise.words((part.first + i) / 4);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (!(distances[j] <= limit) || cannot_reach(uniform(words.x[j]), warp_best + distances[j])) continue;
-                best = better(best, {score_of(words.x[j], distances[j]), part.first + i + j});
-            }
-        }
-        // The order of floats as that of integers: the sign decides whether the other bits turn.
-        const uint32_t bits = __float_as_uint(best.value);
-        const uint32_t most = __reduce_max_sync(kAllLanes, bits & 0x80000000u ? ~bits : bits | 0x80000000u);
-        warp_best = __uint_as_float(most & 0x80000000u ? most & 0x7fffffffu : ~most);
-    }
-    return best;
-}
-
-// The k-th largest of the warps' largest logits: no fewer than k ids reach it. `warp_largest`: of this block.
-__device__ float bound_of_top_k(Exchange& exchange, const float* warp_largest, int k) {
-    auto* all = reinterpret_cast<float*>(exchange.bins[0]);
-    const int warps = gridDim.x * kWarps, mine = threadIdx.x;
-    if (mine < warps) all[mine] = ptx::cluster_map(warp_largest, mine / kWarps)[mine % kWarps];
-    if (mine == 0) exchange.bound = -INFINITY;
-    __syncthreads();
-    if (mine < warps) {
-        int larger = 0;
-        for (int i = 0; i < warps; ++i) larger += all[i] > all[mine] || (all[i] == all[mine] && i < mine);
-        if (larger == k - 1) exchange.bound = all[mine];
-    }
-    __syncthreads();
-    return exchange.bound;
-}
-
-// The smallest of a few distances within which `share` of the row's mass lies, and the mass of the row; infinity where
-// none holds it, or more ids than a list takes.
-template <typename T>
-__device__ float bound_of_top_p(Exchange& exchange, const Part<T>& part, float share, unsigned long long& row_mass) {
-    constexpr float kDistances[kBounds] = {2.0f, 5.0f, 12.0f};
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    unsigned long long sums[kBounds + 1] = {};
-    uint32_t counts = 0;  // of each bound, 8 bits: a thread has 98 ids at most
-    static_assert(kBounds <= 4 && kSampleMaxVocabulary / (kFewestBlocks * kThreads) < 255);
-    for (int i = threadIdx.x; i < part.count; i += kThreads) {
-        const float distance = part.distance(i);
-        if (!(distance <= INFINITY)) continue;
-        const unsigned long long mass = mass_of(distance);
-#pragma unroll
-        for (int j = 0; j < kBounds; ++j) {
-            sums[j] += distance <= kDistances[j] ? mass : 0;
-            counts += distance <= kDistances[j] ? 1u << (8 * j) : 0;
-        }
-        sums[kBounds] += mass;
-    }
-#pragma unroll
-    for (int j = 0; j < kBounds; ++j) {
-        const int ids = __reduce_add_sync(kAllLanes, static_cast<int>(counts >> (8 * j) & 0xff));
-        if (lane == 0) exchange.ids_within[j][warp] = ids;
-    }
-#pragma unroll
-    for (int j = 0; j <= kBounds; ++j) {
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) sums[j] += __shfl_xor_sync(kAllLanes, sums[j], offset);
-        if (lane == 0) exchange.mass_within[j][warp] = sums[j];
-    }
-    __syncthreads();
-    if (threadIdx.x <= kBounds) {
-        unsigned long long total = 0;
-        for (int i = 0; i < kWarps; ++i) total += exchange.mass_within[threadIdx.x][i];
-        exchange.mass_within[threadIdx.x][0] = total;
-        if (threadIdx.x < kBounds) {
-            int ids = 0;
-            for (int i = 0; i < kWarps; ++i) ids += exchange.ids_within[threadIdx.x][i];
-            exchange.ids_within[threadIdx.x][0] = ids;
-        }
-    }
-    ptx::cluster_sync();
-#pragma unroll
-    for (int j = 0; j <= kBounds; ++j) {
-        sums[j] = 0;
-        for (int i = 0; i < gridDim.x; ++i) sums[j] += *ptx::cluster_map(&exchange.mass_within[j][0], i);
-    }
-    row_mass = sums[kBounds];
-    const double target = fmax(static_cast<double>(share) * static_cast<double>(row_mass), 1.0);
-    float bound = INFINITY;
-    int which = 0;
-#pragma unroll
-    for (int j = 0; j < kBounds; ++j) {
-        if (bound < INFINITY || static_cast<double>(sums[j]) < target) continue;
-        which = j;
-        bound = kDistances[j];
-    }
-    int ids = 0;
-    for (int i = 0; i < gridDim.x; ++i) ids += *ptx::cluster_map(&exchange.ids_within[which][0], i);
-    return ids <= kList ? bound : INFINITY;
-}
-
-// Lists this block's ids within `bound`. Whether the lists of all blocks fit in one; ends with a barrier of the
-// cluster.
-template <typename T>
-__device__ bool list_ids(Exchange& exchange, const Part<T>& part, float bound) {
-    if (threadIdx.x == 0) exchange.listed = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < part.count; i += kThreads) {
-        const float distance = part.distance(i);
-        if (!(distance <= bound)) continue;
-        const int place = atomicAdd(&exchange.listed, 1);
-        if (place >= kList) continue;
-        exchange.list_distance[place] = distance;
-        exchange.list_id[place] = part.first + i;
-    }
-    ptx::cluster_sync();
-    int all = 0;
-    for (int i = 0; i < gridDim.x; ++i) all += min(*ptx::cluster_map(&exchange.listed, i), kList + 1);
-    return all <= kList;
-}
-
-// The id that is drawn from the lists of all blocks, by one block: which cuts by top-k (0: not), by top-p of the mass
-// of what is left or of the row, and by `limit`, and draws. For thread 0.
-__device__ Best draw_from_lists(Exchange& exchange, const Noise& noise, int top_k, float top_p,
-                                unsigned long long row_mass, float limit) {
-    auto* distances = reinterpret_cast<float*>(exchange.bins[0]);
-    auto* ids = reinterpret_cast<int*>(exchange.bins[1]);
-    const int mine = threadIdx.x;
-    int count = 0;
-    for (int block = 0; block < gridDim.x; ++block) {
-        const int listed = *ptx::cluster_map(&exchange.listed, block), place = mine - count;
-        if (place >= 0 && place < listed) {
-            distances[mine] = ptx::cluster_map(exchange.list_distance, block)[place];
-            ids[mine] = ptx::cluster_map(exchange.list_id, block)[place];
-        }
-        count += listed;
-    }
-    if (mine == 0) exchange.bound = INFINITY;
-    __syncthreads();
-    const bool holds = mine < count;
-    const float distance = holds ? distances[mine] : INFINITY;
-    if (top_k > 0) {
-        int smaller = 0, equal = 0, equal_before = 0;
-        for (int i = 0; holds && i < count; ++i) {
-            smaller += distances[i] < distance;
-            equal += distances[i] == distance;
-            equal_before += distances[i] == distance && i < mine;
-        }
-        if (holds && smaller < top_k && smaller + equal >= top_k && equal_before == 0) exchange.bound = distance;
-        __syncthreads();
-        limit = fminf(limit, exchange.bound);
-    }
-    const float last = exchange.bound;
-    __syncthreads();
-    if (top_p < 1) {
-        if (holds) exchange.masses[mine] = distance <= last ? mass_of(distance) : 0;
-        if (mine == 0) exchange.bound = INFINITY;
-        __syncthreads();
-        if (holds) {
-            unsigned long long smaller = 0, through = 0, total = 0;
-            bool first = true;  // of those at this distance
-            for (int i = 0; i < count; ++i) {
-                const unsigned long long mass = exchange.masses[i];
-                total += mass;
-                if (distances[i] < distance) smaller += mass;
-                if (distances[i] <= distance) through += mass;
-                first = first && !(distances[i] == distance && i < mine);
-            }
-            if (top_k == 0) total = row_mass;
-            const double target = fmax(static_cast<double>(top_p) * static_cast<double>(total), 1.0);
-            if (first && static_cast<double>(through) >= target && static_cast<double>(smaller) < target)
-                exchange.bound = distance;
-        }
-        __syncthreads();
-        limit = fminf(limit, exchange.bound);
-    }
-    Best best = {-INFINITY, INT32_MAX};
-    if (holds && distance <= limit) {
-        const Words words = noise.words(ids[mine] / 4);
-        const int which = ids[mine] % 4;
-        const uint32_t word = which < 2 ? (which == 0 ? words.x[0] : words.x[1]) : which == 2 ? words.x[2] : words.x[3];
-        best = {score_of(word, distance), ids[mine]};
-    }
-    return block_best(exchange, best);
+__device__ __forceinline__ RowState& state_of(const Sample& p) {
+    return static_cast<RowState*>(p.workspace)[blockIdx.y];
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ Sample p) {
+__global__ void __launch_bounds__(kThreads) largest_kernel(const __grid_constant__ Sample p) {
     DYNAMIC_SHARED(storage);
     auto& exchange = *reinterpret_cast<Exchange*>(storage);
-    auto* kept = reinterpret_cast<T*>(storage + sizeof(Exchange));
-    float* warp_largest = reinterpret_cast<float*>(exchange.bins[2]);
-    const int row = blockIdx.y, chunk = p.chunk, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int first = blockIdx.x * chunk, count = max(0, min(chunk, p.vocabulary - first));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = static_cast<int>(gridDim.x);
+    const int block = static_cast<int>(blockIdx.x), groups = p.groups;
+    const auto logits = logits_of<T>(p);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
-    const float temperature = p.temperature[row];
-    const bool greedy = !(temperature > 0);
-    const auto* logits = static_cast<const T*>(p.logits) + row * p.logits_stride + first;
     Best best = {-INFINITY, INT32_MAX};
     bool finite = true;  // or -inf
-    constexpr int kVector = 16 / sizeof(T);
-    const int vectors = p.vectors ? count / kVector : 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < vectors; i += kThreads) {
-        const uint4 bits = ptx::load_16_no_allocate(logits + i * kVector);
-        *reinterpret_cast<uint4*>(kept + i * kVector) = bits;
+    const auto look_at = [&](const Octet<T>& x, int octet) {
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-            const float logit = to_fp32(reinterpret_cast<const T*>(&bits)[j]);
-            finite = finite && logit < INFINITY;
-            best = better(best, {logit, first + i * kVector + j});
+        for (int j = 0; j < kOctet; ++j) {
+            const float logit = x[j];
+            finite = finite && logit < INFINITY;  // NaN is not seen by maxima
+            if (logit > best.value) best = {logit, octet * kOctet + j};
+        }
+    };
+    constexpr int kBatch = 4;
+    const int segments = (p.vocabulary + kSegment - 1) / kSegment;
+    const int first = (warp * blocks + block) * 32 + lane, octets = segments * 32;
+    const int stride = kWarps * blocks * 32;
+    for (int octet = first; octet < octets; octet += kBatch * stride) {
+        Octet<T> x[kBatch];  // on their way together
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (logits.is_whole(octet + i * stride)) x[i] = logits.load_whole(octet + i * stride);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (logits.is_whole(octet + i * stride)) look_at(x[i], octet + i * stride);
         }
     }
-    for (int i = vectors * kVector + threadIdx.x; i < count; i += kThreads) {
-        kept[i] = logits[i];
-        const float logit = to_fp32(kept[i]);
-        finite = finite && logit < INFINITY;
-        best = better(best, {logit, first + i});
+    for (int octet = first; octet < octets; octet += stride) {
+        if (!logits.is_whole(octet)) look_at(logits.load_ragged(octet), octet);
     }
-    if (!finite) best.value = INFINITY;  // NaN is not seen by maxima
-    const float mine = best.value;
-    float largest_of_warp = mine;
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        largest_of_warp = fmaxf(largest_of_warp, __shfl_xor_sync(kAllLanes, largest_of_warp, offset));
+    if (!finite) best.value = INFINITY;
+
+    RowState& state = state_of(p);
+    for (int i = block * kThreads + static_cast<int>(threadIdx.x); i < kBins; i += blocks * kThreads) {
+        state.sums[i] = state.bests[i] = 0;
     }
-    if (lane == 0) warp_largest[warp] = largest_of_warp;
-    best = cluster_best(exchange, best, 0);
-    const float largest = greedy ? best.value : best.value / temperature;
-    const bool has_id = fabsf(largest) < INFINITY;  // alike for all of the cluster
-    if (!greedy && has_id) {
-        const Part<T> part = {kept, first, count, temperature, largest};
-        const Noise noise = {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.index[row])};
-        const int top_k = p.top_k[row] < p.vocabulary ? max(p.top_k[row], 0) : 0;
-        const float top_p = p.top_p[row], least = -logf(p.min_p[row]);
-        float bound = INFINITY;
-        unsigned long long row_mass = 0;
-        if (top_k > 0 && top_k <= kListTopK) {
-            bound = part.largest - bound_of_top_k(exchange, warp_largest, top_k) / temperature;
-        } else if (top_k == 0 && top_p < 1) {
-            bound = bound_of_top_p(exchange, part, top_p, row_mass);
+    if (block == 0 && threadIdx.x == 0) state.done = state.listed = 0;
+
+    const Key key = warp_largest(key_of(best.value, best.id));
+    if (lane == 0) exchange.warp_values[warp] = key;
+    float largest = best.value;  // of the threads t of the warp with the same t % groups
+    for (int offset = 16; offset >= groups; offset /= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
+    }
+    exchange.values[threadIdx.x] = largest;
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < groups) {
+        for (int i = warp; i < kWarps; i += max(1, groups / 32)) {
+            largest = fmaxf(largest, exchange.values[i * 32 + lane]);
         }
-        if (bound < INFINITY && list_ids(exchange, part, bound)) {
-            if (blockIdx.x == 0) best = draw_from_lists(exchange, noise, top_k, top_p, row_mass, least);
+        state.group_largest[block * groups + static_cast<int>(threadIdx.x)] = largest;
+    }
+    if (warp == 0) {
+        const Key of_block = warp_largest(lane < kWarps ? exchange.warp_values[lane] : 0);
+        if (lane == 0) state.largest[block] = {value_of(of_block), id_of(of_block)};
+    }
+}
+
+// The scores of a thread's octet where nothing is cut but by min-p. A whole warp.
+// most: see most_for; of the warp's best score so far.
+template <typename T>
+__device__ __forceinline__ void score_octet(const Octet<T>& x, const Words (&words)[2], int first, const Scale& scale,
+                                            float farthest, float& most, Key& best) {
+    float races[kOctet];
+    float least = INFINITY, least_uniform = 1, least_distance = INFINITY;
+    int least_id = first;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+        const float distance = scale.distance(x[j]), u = uniform(words[j / 4].x[j % 4]);
+        races[j] = distance <= farthest ? race_of(u, distance) : INFINITY;
+        if (races[j] < least) least = races[j], least_uniform = u, least_distance = distance, least_id = first + j;
+    }
+    // The likeliest winner first; then seldom another can reach it.
+    if (least <= most && least < INFINITY) best = max(best, key_of(score_of(least_uniform, least_distance), least_id));
+    most = most_for(from_ordered(__reduce_max_sync(kAllLanes, static_cast<uint32_t>(best >> 32))));
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+        if (!(races[j] <= most) || races[j] == INFINITY || first + j == least_id) continue;
+        best = max(best, key_of(score_of(uniform(words[j / 4].x[j % 4]), scale.distance(x[j])), first + j));
+    }
+}
+
+// Adds a thread's octet to the bins: its masses and best scores, or its count.
+template <typename T>
+__device__ __forceinline__ void bin_octet(Exchange& exchange, const Octet<T>& x, const Words (&words)[2], int first,
+                                          const Scale& scale, const Request& request) {
+    const Bins bins(request);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+        const float distance = scale.distance(x[j]);
+        if (!(distance < INFINITY)) continue;
+        const int bin = bins.of(distance);
+        if (request.counts) {
+            atomicAdd(&exchange.pieces[0][bin], 1u);
+            continue;
+        }
+        const Key mass = mass_of(distance);
+        if (mass == 0) continue;  // beyond every cut
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+            const auto part = static_cast<uint32_t>(mass >> (piece * kPieceBits)) & ((1u << kPieceBits) - 1);
+            if (part != 0) atomicAdd(&exchange.pieces[piece][bin], part);
+        }
+        const Key best = exchange.bests[bin];
+        const float u = uniform(words[j / 4].x[j % 4]);
+        if (!(distance <= request.farthest) || (best > 0 && race_of(u, distance) > most_for(value_of(best)))) continue;
+        const Key key = key_of(score_of(u, distance), first + j);
+        if (key > best) atomicMax(&exchange.bests[bin], key);
+    }
+}
+
+// Appends those of a thread's octet that are no farther than `bound` to the row's list.
+template <typename T>
+__device__ __forceinline__ void list_octet(RowState& state, const Octet<T>& x, int first, const Scale& scale,
+                                           float bound, float least_logit) {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+        if (x[j] < least_logit) continue;
+        const float distance = scale.distance(x[j]);
+        if (!(distance <= bound) || distance == INFINITY) continue;
+        const uint32_t place = atomicAdd(&state.listed, 1u);
+        if (place >= kList) return;
+        state.list_distance[place] = distance;
+        state.list_id[place] = first + j;
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kernel(const __grid_constant__ Sample p) {
+    DYNAMIC_SHARED(storage);
+    auto& exchange = *reinterpret_cast<Exchange*>(storage);
+    const int row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    const int step = kWarps * blocks, segments = (p.vocabulary + kSegment - 1) / kSegment;
+    int segment = warp * blocks + block;
+    const auto logits = logits_of<T>(p);
+    RowState& state = state_of(p);
+
+    // Before the wait: the row and what it asks for are older than the kernel ahead.
+    const Request request(p, row);
+    const Noise noise = {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.index[row])};
+    Octet<T> x = {};
+    Words words[2];
+    const auto fetch = [&] {
+        const int octet = segment * 32 + lane;
+        x = logits.load(octet);
+        if (request.scores()) words[0] = noise.words(octet * 2), words[1] = noise.words(octet * 2 + 1);
+    };
+    if (!request.greedy && segment < segments) fetch();
+    if (request.bins) {
+        for (int i = 0; i < kPieces; ++i) exchange.pieces[i][threadIdx.x] = 0;
+        exchange.bests[threadIdx.x] = 0;
+    }
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+
+    Key largest = 0;
+    for (int i = lane; i < blocks; i += 32) largest = max(largest, key_of(state.largest[i].value, state.largest[i].id));
+    largest = warp_largest(largest);
+    const float logit = value_of(largest), scaled = request.greedy ? logit : logit / request.temperature;
+    const bool has_id = fabsf(scaled) < INFINITY;  // alike for the whole row
+    if (request.greedy || !has_id) {
+        if (block == 0 && threadIdx.x == 0) {
+            p.ids[row] = has_id ? id_of(largest) : scaled > 0 ? kNotFinite : kNoneAllowed;
+        }
+        return;
+    }
+
+    const Scale scale = {logit, scaled, request.temperature};
+    float bound = INFINITY, least_logit = -INFINITY, most = INFINITY;
+    if (request.lists) {
+        const float bound_logit = bound_of_top_k(exchange, state, blocks * p.groups, request.top_k);
+        bound = scale.distance(bound_logit);
+        least_logit = scale.least_logit(bound);
+    }
+    __syncthreads();  // the bins are clear
+    Key best = 0;
+    while (segment < segments) {
+        const int first = (segment * 32 + lane) * kOctet;
+        if (request.lists) {
+            list_octet(state, x, first, scale, bound, least_logit);
+        } else if (request.bins) {
+            bin_octet(exchange, x, words, first, scale, request);
         } else {
-            uint32_t last = kInfinity;
-            ptx::cluster_sync();  // what peers read of the bins and the lists is read
-            if (top_k > 0) last = search<false>(exchange, part, last, top_k);
-            if (top_p < 1) last = search<true>(exchange, part, last, top_p);
-            best = cluster_best(exchange, draw(part, noise, fminf(__uint_as_float(last), least)), 1);
+            score_octet(x, words, first, scale, request.farthest, most, best);
         }
+        segment += step;
+        if (segment < segments) fetch();
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-        p.ids[row] = has_id ? best.id : largest > 0 ? kNotFinite : kNoneAllowed;
+
+    if (request.bins) {
+        __syncthreads();
+        const int bin = threadIdx.x;
+        Key sum = 0;
+        for (int piece = 0; piece < kPieces; ++piece) {
+            sum += static_cast<Key>(exchange.pieces[piece][bin]) << (piece * kPieceBits);
+        }
+        if (sum > 0) atomicAdd(&state.sums[bin], sum);
+        if (exchange.bests[bin] > 0) atomicMax(&state.bests[bin], exchange.bests[bin]);
+    } else if (!request.lists) {
+        best = block_largest(exchange, best);
+        if (threadIdx.x == 0) atomicMax(&state.bests[0], best);
     }
-    ptx::cluster_sync();  // nobody leaves while a peer may read its shared memory
+    __syncthreads();
+    if (threadIdx.x == 0) exchange.last = ptx::fetch_add_acq_rel(&state.done, 1) + 1 == gridDim.x;
+    __syncthreads();
+    if (exchange.last == 0) return;
+    best = choose(exchange, state, logits, scale, request, noise);
+    if (threadIdx.x == 0) p.ids[row] = id_of(best);
 }
 
 }  // namespace
@@ -517,27 +278,43 @@ bool sample_supported(const Sample& p) {
     return p.rows >= 1 && p.rows <= 65535 && p.vocabulary >= 1 && p.vocabulary <= kSampleMaxVocabulary;
 }
 
+size_t sample_workspace(int rows) {
+    return sizeof(RowState) * static_cast<size_t>(rows < kRowsAtOnce ? rows : kRowsAtOnce);
+}
+
 cudaError_t sample(Sample p, cudaStream_t stream) {
     if (!sample_supported(p)) return cudaErrorInvalidValue;
-    const int size = p.logits_are_float ? 4 : 2, vector = 16 / size;
-    const auto chunk_of = [&](int blocks) {  // whole vectors; a Philox call serves four ids
-        return ((p.vocabulary + blocks - 1) / blocks + 7) / 8 * 8;
-    };
-    const auto shared_bytes_of = [&](int blocks) {
-        return sizeof(Exchange) + static_cast<size_t>(chunk_of(blocks)) * size;
-    };
-    // Many rows take several rounds of clusters: fewer with clusters of half the size.
-    const bool many = p.rows * kMostBlocks > multiprocessor_count() && shared_bytes_of(kFewestBlocks) <= kSharedLimit;
-    const int blocks = many ? kFewestBlocks : kMostBlocks;
-    p.chunk = chunk_of(blocks);
-    p.vectors = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.logits_stride % vector == 0;
-    const LaunchConfig config = {.grid = dim3(blocks, p.rows),
-                                 .block = dim3(kThreads),
-                                 .shared_bytes = shared_bytes_of(blocks),
-                                 .stream = stream,
-                                 .cluster = dim3(blocks),
-                                 .programmatic = true};
-    return launch(p.logits_are_float ? sample_kernel<float> : sample_kernel<__nv_bfloat16>, config, p);
+    const int size = p.logits_are_float ? 4 : 2, all = p.rows;
+    const int segments = (p.vocabulary + kSegment - 1) / kSegment;
+    p.vectors = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.logits_stride % (16 / size) == 0;
+    for (int first = 0; first < all; first += kRowsAtOnce) {
+        p.rows = std::min(all - first, kRowsAtOnce);
+        const int share = multiprocessor_count() * kBlocksPerMultiprocessor / p.rows;
+        const int blocks = std::max(1, std::min({share, segments, kMostBlocks}));
+        for (p.groups = 1; blocks * p.groups < kFewestGroups;) p.groups *= 2;
+        const LaunchConfig config = {.grid = dim3(blocks, p.rows),
+                                     .block = dim3(kThreads),
+                                     // The same for both: blocks of the second fit beside the first.
+                                     .shared_bytes = sizeof(Exchange),
+                                     .stream = stream,
+                                     .programmatic = true};
+        const auto run = [&](auto largest, auto draw) {
+            const auto status = launch(largest, config, p);
+            return status == cudaSuccess ? launch(draw, config, p) : status;
+        };
+        const auto status = p.logits_are_float ? run(largest_kernel<float>, draw_kernel<float>)
+                                               : run(largest_kernel<__nv_bfloat16>, draw_kernel<__nv_bfloat16>);
+        if (status != cudaSuccess) return status;
+        p.logits = static_cast<const uint8_t*>(p.logits) + kRowsAtOnce * p.logits_stride * size;
+        p.temperature += kRowsAtOnce;
+        p.top_k += kRowsAtOnce;
+        p.top_p += kRowsAtOnce;
+        p.min_p += kRowsAtOnce;
+        p.seed += kRowsAtOnce;
+        p.index += kRowsAtOnce;
+        p.ids += kRowsAtOnce;
+    }
+    return cudaSuccess;
 }
 
 }  // namespace tokenspeed
