@@ -136,11 +136,12 @@ def operators(**replacements: Callable) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def pinned(mean: float) -> Callable:
+def pinned(mean: float, device: torch.device = CUDA) -> Callable:
     """An `accept_tokens` under which as many ids count a step as `mean` says, in a fixed order, whatever was chosen:
     random weights draft nothing right, and what a step costs depends on how far sequences move."""
     counts = [int(mean * (i + 1)) - int(mean * i) for i in range(10)]
-    pattern, step = torch.tensor(counts, dtype=torch.int32, device=CUDA), torch.zeros(1, dtype=torch.int64, device=CUDA)
+    pattern = torch.tensor(counts, dtype=torch.int32, device=device)
+    step = torch.zeros(1, dtype=torch.int64, device=device)
 
     def accept(chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids) -> Tensor:
         count = pattern[step % len(counts)].expand_as(context_lens).clamp(max=chosen.shape[1])

@@ -217,6 +217,10 @@ struct Linear {
     int64_t out_stride;
     int rows, outputs, inputs;
     const float* scale = nullptr;
+    // Of e4m3 weights: rows of bf16, contiguous, that go on below them; out has outputs + tail_outputs columns.
+    const __nv_bfloat16* tail = nullptr;  // [tail_outputs, inputs]
+    int tail_outputs = 0;
+    int tail_clusters = 0;  // the launcher sets it: of the grid, those that have the tail
     // add_rms_norm_linear: x + residual is the sum, its norm the operand; all [rows, inputs] contiguous.
     const __nv_bfloat16* residual = nullptr;
     const __nv_bfloat16* norm_weight = nullptr;

@@ -97,13 +97,27 @@ def test_formats_race_on_equal_work_and_count_their_bytes(monkeypatch, capsys):
     monkeypatch.setattr(fp8, "ROUNDS", 1)
     monkeypatch.setattr(fp8, "DECODED", 1)
     monkeypatch.setattr(fp8, "CONTEXT", 70)
-    rows = fp8.measure("toy", fp8.TOY, [1], 10, 130, [2], CEILINGS, torch.device("cpu"))
-    decode, prefill, pages = rows
+    rows = fp8.measure("toy", fp8.TOY, [1], 10, 130, [2], CEILINGS, torch.device("cpu"), [(2, 1.5)], kernels=True)
+    decode, prefill, pages, drafted = rows
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 3 and all(line.startswith("toy ") and " x " in line for line in told)
+    assert len(told) == 4 and all(line.startswith("toy ") and " x " in line for line in told)
+    assert (drafted["drafts"], drafted["ids_a_step"]) == (2, 1.5) and "2 drafts, 1.5 ids a step" in told[3]
+    for name in ("bf16", "fp8"):
+        assert drafted[name]["tok_s"] == pytest.approx(1.5e6 / drafted[name]["us"])
     assert decode["fp8"]["bytes"]["experts hit"] * 1.9 < decode["bf16"]["bytes"]["experts hit"]
     assert pages["kv fp8"]["bytes"]["KV"] * 2 == pages["kv bf16"]["bytes"]["KV"] == 2 * 130 * 2 * 256 * 2
     assert prefill["tokens"] == 10 and prefill["bf16"]["tflops_of_products"] > 0
     for name in ("bf16", "fp8"):
+        assert decode[name]["kernels"] == {}, "a CPU has no kernels to time"
         assert decode[name]["floor_us"] == pytest.approx(sum(decode[name]["bytes"].values()) / 10e3)
         assert decode[name]["of_floor"] == pytest.approx(decode[name]["floor_us"] / decode[name]["us"])
+
+
+def test_kernels_of_both_formats_stand_beside_each_other():
+    row = {"what": "decode", "bf16": {"kernels": {"a": (2.0, 1), "b": (1.0, 3)}}, "fp8": {"kernels": {"c": (4.0, 2)}}}
+    assert [line.split() for line in fp8.told_kernels(row)] == [
+        ["bf16", "2.0", "us", "1", "x", "fp8", "0.0", "us", "0", "x", "a"],
+        ["bf16", "1.0", "us", "3", "x", "fp8", "0.0", "us", "0", "x", "b"],
+        ["bf16", "0.0", "us", "0", "x", "fp8", "4.0", "us", "2", "x", "c"],
+    ]
+    assert fp8.told_kernels({"what": "prefill", "bf16": {"us": 1.0}}) == []

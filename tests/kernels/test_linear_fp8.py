@@ -104,6 +104,72 @@ def test_every_way_to_share_the_tiles_among_clusters(backend, name, multiprocess
         device.emulator_multiprocessors(4)
 
 
+def tail_error(backend: Backend, name: str, rows: int, outputs: int, tail: int, inputs: int) -> float:
+    """The largest distance of the product of an e4m3 weight and of rows of bf16 below it, one launch, from that in
+    double precision."""
+    values, below = arguments(backend, name, rows, outputs, inputs), backend.randn(tail, inputs)
+    out = run(backend, name, [*values, below])[0]
+    weight, scale = values[-2:]
+    x = values[0]
+    if name == "add_rms_norm_linear":
+        x = torch.ops.tokenspeed.add_rms_norm(*(value.cpu() for value in values[:3]), values[3])[0]
+    joined = torch.cat([by_hand(weight, scale), exact(below)])
+    assert out.shape == (rows, outputs + tail)
+    return relative_error(out, exact(x) @ joined.T)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("linear", n) for n in range(1, 17)] + [(NAMES[1], n) for n in range(1, 9)])
+def test_rows_of_bf16_below_the_weight_are_the_same_launch(backend, name, rows):
+    assert tail_error(backend, name, rows, 48, 24, 1056) < 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_tail_of_any_size_below_a_weight_of_any_size(backend, name, rows):
+    for outputs, tail, inputs in [(24, 1, 96), (17, 33, 480), (129, 16, 128), (300, 70, 2208), (16, 264, 1024)]:
+        assert tail_error(backend, name, rows, outputs, tail, inputs) < 1e-2
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 8, 16])
+def test_a_tail_beside_every_number_of_clusters(backend, multiprocessors):
+    if backend.emulated is None:
+        pytest.skip("a card has its own count of multiprocessors")
+    device = emulator()
+    device.emulator_multiprocessors(multiprocessors)
+    try:
+        for rows, outputs, tail, inputs in [
+            (1, 16, 16, 8192),
+            (2, 40, 5, 4096),
+            (1, 336, 64, 2048),
+            (8, 128, 40, 1024),
+        ]:
+            for name in NAMES[:2]:
+                if name == "linear" or rows < 8:
+                    assert tail_error(backend, name, rows, outputs, tail, inputs) < 1e-2
+        assert tail_error(backend, "linear", 13, 336, 40, 2048) < 1e-2
+    finally:
+        device.emulator_multiprocessors(4)
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_a_tail_gives_the_same_bits_by_every_schedule(scheduled, rows):
+    torch.manual_seed(rows)
+    values = [*arguments(scheduled, "linear", rows, 100, 2080), scheduled.randn(40, 2080)]
+    result = run(scheduled, "linear", values)[0]
+    if scheduled.emulated is not None:
+        emulator().emulator_seed(0)
+    assert same_bits(run(scheduled, "linear", values)[0], result)
+
+
+def test_a_tail_below_a_bf16_weight_and_one_of_other_inputs_go_to_torch(backend):
+    x, below = backend.randn(2, 64), backend.randn(8, 64)
+    weight = backend.randn(24, 64)
+    results = []
+    served = torch_served(lambda: results.append(backend.op("linear")(x, weight, None, below)))
+    assert served == ["tokenspeed_torch::linear"]
+    assert relative_error(results[0], exact(x) @ exact(torch.cat([weight, below])).T) < 4e-3
+
+
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_every_e4m3_number_is_multiplied_exactly(backend, rows):
     """Subnormal ones too, and beside the smallest and largest x that bf16 products of weights leave normal."""
@@ -159,14 +225,15 @@ def test_a_chain_in_which_each_launch_starts_early_equals_one_at_a_time(backend,
         pytest.skip("only the emulated device always starts the successor first")
     ops, norm = torch.ops.tokenspeed_emulated, backend.randn(256) * 0.1
     x, residual = backend.randn(3, 256), backend.randn(3, 256)
-    gate_up, down = draw_weight(backend, 512, 256), draw_weight(backend, 256, 256)
+    gate_up, down, below = draw_weight(backend, 512, 256), draw_weight(backend, 256, 256), backend.randn(24, 256)
 
     def chain() -> list[torch.Tensor]:
         both, normed, stream = ops.add_rms_norm_linear(x, residual, norm, 1e-6, *gate_up)
         y = ops.silu_mul_linear(both, *down)
         z = ops.linear(y, *down)
         ops.add_gated_silu_mul_linear(z, both, down[0], normed[:, :1], down[1])
-        return [both, normed, stream, y, z]
+        joined = ops.add_rms_norm_linear(z, stream, norm, 1e-6, *gate_up, below)
+        return [both, normed, stream, y, z, *joined, ops.linear(joined[1], *down, below)]
 
     expected = chain()
     for result, before in zip(queued(emulator(), seed, chain), expected, strict=True):

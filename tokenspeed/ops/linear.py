@@ -1,7 +1,8 @@
 """The dense product, alone and with what comes before it in a layer.
 
 A weight is [out, in] of x's dtype, or e4m3 with a scale in the format `fp8_block128` (fp8.py). With a scale the product
-is that of the weight it stands for: accumulated in fp32 and rounded once to x's dtype.
+is that of the weight it stands for: accumulated in fp32 and rounded once to x's dtype. Behind an e4m3 weight may come a
+tail, rows of x's dtype that stand below it: what a checkpoint keeps in two formats is one product.
 
 On a GPU the weights may be read before the launch ahead on the stream has finished: see "Weights stand still" in
 docs/ops.md.
@@ -15,37 +16,50 @@ from .library import operator
 from .norm import add_rms_norm, add_sigmoid_gated, silu_mul
 
 
-@operator(fake=lambda x, weight, scale=None: x.new_empty(x.shape[0], weight.shape[0]))
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def _outputs(weight: Tensor, tail: Tensor | None) -> int:
+    return weight.shape[0] + (0 if tail is None else tail.shape[0])
+
+
+@operator(fake=lambda x, weight, scale=None, tail=None: x.new_empty(x.shape[0], _outputs(weight, tail)))
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, tail: Tensor | None = None) -> Tensor:
     """`x weight^T`. x: [N, in]; weight: [out, in] of x's dtype, or e4m3 with a scale.
 
-    scale: [ceil(out / 128), ceil(in / 128)] fp32, one for each block of an e4m3 weight. Returns [N, out] of x's dtype,
-    accumulated in fp32 on the GPU. Where a card's kernel serves many rows of x with an e4m3 weight, it may multiply
-    `quantise_groups(x)` instead of x, as `linear_fp8` does.
+    scale: [ceil(out / 128), ceil(in / 128)] fp32, one for each block of an e4m3 weight. tail: [more, in] of x's dtype,
+    rows that stand below an e4m3 weight; out grows by them. Returns [N, out] of x's dtype, accumulated in fp32 on the
+    GPU. Where a card's kernel serves many rows of x with an e4m3 weight, it may multiply `quantise_groups(x)` instead
+    of x, as `linear_fp8` does. Many rows with a tail are two products and a copy of both: there, call it twice.
     """
-    return product(x, weight, scale)
+    if tail is None:
+        return product(x, weight, scale)
+    return torch.cat([linear(x, weight, scale), linear(x, tail)], dim=1)
 
 
 # The kernels of the operators below serve decode batches, in which a launch costs as much as its work. What they do not
 # serve is the composition of operators, each of which has a kernel for any number of rows.
 
 
-def _product_norm_sum(x, residual, norm_weight, eps, weight, scale=None):
-    return x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(residual), torch.empty_like(residual)
+def _product_norm_sum(x, residual, norm_weight, eps, weight, scale=None, tail=None):
+    return x.new_empty(x.shape[0], _outputs(weight, tail)), torch.empty_like(residual), torch.empty_like(residual)
 
 
 @operator(fake=_product_norm_sum)
 def add_rms_norm_linear(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor | None = None
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add a block's output to the residual stream, normalise the sum, and multiply: `add_rms_norm` into `linear`.
 
-    x, residual: [N, in]; norm_weight: [in], zero-centred; weight, scale: as in `linear`. Returns the product,
+    x, residual: [N, in]; norm_weight: [in], zero-centred; weight, scale, tail: as in `linear`. Returns the product,
     [N, out], the norm that was its operand and the sum, both [N, in]; all of x's dtype, rounded where the two operators
     round.
     """
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return linear(normed, weight, scale), normed, total
+    return linear(normed, weight, scale, tail), normed, total
 
 
 @operator(fake=lambda x, weight, scale=None: x.new_empty(x.shape[0], weight.shape[0]))

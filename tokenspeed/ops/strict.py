@@ -121,9 +121,14 @@ def _silu_mul(x: Tensor) -> str | None:
     return None if x.shape[-1] % 16 == 0 else f"x has {x.shape[-1]} columns; kernels take a multiple of 16."
 
 
-def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> str | None:
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, tail: Tensor | None = None) -> str | None:
     if problem := _bf16(x=x) or (_bf16(weight=weight) if scale is None else None):
         return problem
+    if tail is not None:
+        if scale is None:
+            return "weight is bfloat16 and has a tail; only one in e4m3 may."
+        if problem := _bf16(tail=tail) or _contiguous(tail=tail) or _aligned(tail=tail):
+            return problem
     if len(x) > KERNEL_ROWS:
         return None  # by cuBLAS
     if weight.shape[1] % 32:

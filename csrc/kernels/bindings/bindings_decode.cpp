@@ -84,8 +84,10 @@ std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z
 }
 
 using Scale = std::optional<Tensor>;  // of an e4m3 weight
+using Tail = std::optional<Tensor>;   // rows of bf16 below it
 
-bool fits_linear(const Tensor& x, const Tensor& weight, const Scale& scale, int64_t inputs) {
+bool fits_linear(const Tensor& x, const Tensor& weight, const Scale& scale, int64_t inputs,
+                 const Tail& tail = std::nullopt) {
     const int64_t rows = weight.size(0), columns = weight.size(1);
     const bool format =
         scale
@@ -94,30 +96,38 @@ bool fits_linear(const Tensor& x, const Tensor& weight, const Scale& scale, int6
             : is_bf16(weight);
     return format && has_kernels(x) && x.dim() == 2 && is_bf16(x) && x.stride(1) == 1 && weight.is_contiguous() &&
            x.size(0) > 0 && x.size(0) <= kLinearMaxRows && rows <= kMaxIndex && columns <= kMaxIndex &&
-           inputs == columns;
+           inputs == columns &&
+           (!tail || (scale && is_bf16(*tail) && tail->dim() == 2 && tail->is_contiguous() && tail->size(0) > 0 &&
+                      tail->size(0) <= kMaxIndex && tail->size(1) == columns));
 }
 
-Linear product(const Tensor& x, const Tensor& weight, const Scale& scale) {
+int64_t outputs_of(const Tensor& weight, const Tail& tail) {
+    return weight.size(0) + (tail ? tail->size(0) : 0);
+}
+
+Linear product(const Tensor& x, const Tensor& weight, const Scale& scale, const Tail& tail = std::nullopt) {
     return {.x = data(x),
             .x_stride = row_stride(x),
             .weight = weight.data_ptr(),
             .out = nullptr,
-            .out_stride = weight.size(0),
+            .out_stride = outputs_of(weight, tail),
             .rows = static_cast<int>(x.size(0)),
             .outputs = static_cast<int>(weight.size(0)),
             .inputs = static_cast<int>(weight.size(1)),
-            .scale = scale ? data<float>(*scale) : nullptr};
+            .scale = scale ? data<float>(*scale) : nullptr,
+            .tail = tail ? data(*tail) : nullptr,
+            .tail_outputs = tail ? static_cast<int>(tail->size(0)) : 0};
 }
 
-std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const Scale& scale) {
-    if (scale && x.size(0) > kLinearMaxRows) return linear_of_groups(x, weight, *scale);
-    if (!fits_linear(x, weight, scale, x.size(1))) return std::nullopt;
-    Linear arguments = product(x, weight, scale);
+std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const Scale& scale, const Tail& tail) {
+    if (scale && !tail && x.size(0) > kLinearMaxRows) return linear_of_groups(x, weight, *scale);
+    if (!fits_linear(x, weight, scale, x.size(1), tail)) return std::nullopt;
+    Linear arguments = product(x, weight, scale, tail);
     if (!linear_supported(arguments)) return std::nullopt;
     // Nine rows and more of long inputs overflow L1, and cuBLAS wins: on an H200, 16 rows, 6144 -> 5120 took 25.2 us
     // against its 18.5, 5120 -> 34816 100 against 91; with up to 4096 inputs the kernel is level or ahead.
     if (!scale && arguments.rows > 8 && arguments.inputs > 4096) return std::nullopt;
-    Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
+    Tensor out = new_tensor(x, {x.size(0), outputs_of(weight, tail)});
     arguments.out = data(out);
     const Launch launch(x);
     check_launch(tokenspeed::linear(arguments, launch.stream()), "linear");
@@ -126,17 +136,18 @@ std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const Scale&
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tensor& x, const Tensor& residual,
                                                                       const Tensor& norm_weight, double eps,
-                                                                      const Tensor& weight, const Scale& scale) {
-    const bool fits = fits_linear(x, weight, scale, x.size(1)) && is_bf16(residual) &&
+                                                                      const Tensor& weight, const Scale& scale,
+                                                                      const Tail& tail) {
+    const bool fits = fits_linear(x, weight, scale, x.size(1), tail) && is_bf16(residual) &&
                       has_shape(residual, {x.size(0), x.size(1)}) && residual.is_contiguous() && is_bf16(norm_weight) &&
                       has_shape(norm_weight, {x.size(1)}) && norm_weight.is_contiguous();
     if (!fits) return std::nullopt;
-    Linear arguments = product(x, weight, scale);
+    Linear arguments = product(x, weight, scale, tail);
     arguments.residual = data(residual);
     arguments.norm_weight = data(norm_weight);
     arguments.eps = static_cast<float>(eps);
     if (!add_rms_norm_linear_supported(arguments)) return std::nullopt;
-    Tensor out = new_tensor(x, {x.size(0), weight.size(0)});
+    Tensor out = new_tensor(x, {x.size(0), outputs_of(weight, tail)});
     Tensor normed = new_tensor(x, {x.size(0), x.size(1)}), sum = new_tensor(x, {x.size(0), x.size(1)});
     arguments.out = data(out);
     arguments.normed = data(normed);

@@ -29,6 +29,10 @@
 // power. Rows whose x leaves no room for a deep ring get a short one; what does not fit beside that goes in two
 // launches.
 //
+// Rows of bf16 may go on below an e4m3 weight (the gates below a layer's in-projection): some clusters of the grid have
+// those, and are blocks of the bf16 kernel, the others are as without them. Their number leaves the busiest block the
+// fewest pieces.
+//
 // What was tried, and where the time between two launches goes: docs/kernels/launch_boundaries.md.
 //
 // budget: linear_kernel registers<=112 shared<=0 hot sass=HMMA
@@ -86,6 +90,10 @@ constexpr int kMostScales = 32;  // slabs of e4m3 a block: a warp's scales of a 
 // residual sum and its norm.
 enum class Operand { kCopied, kSiluMul, kAddNorm };
 
+// Whether rows of bf16 may go on below the weight.
+template <typename Weight, Operand kOperand>
+constexpr bool kTakesTail = Format<Weight>::kScaled && kOperand != Operand::kSiluMul;
+
 template <int kRows, bool kDeep>
 struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
     static constexpr int kStages = kRows == 1 ? 11 : kDeep ? 8 : 4;
@@ -133,6 +141,15 @@ __device__ __forceinline__ void copy_piece(uint8_t* piece, const Weight* weight,
                       inside ? 16 : 0);
     }
 }
+
+// What some clusters of the grid multiply: a weight and where its outputs go.
+template <typename Weight>
+struct Part {
+    const Weight* weight;
+    __nv_bfloat16* out;
+    int outputs;
+    int cluster, clusters;  // this block's among those
+};
 
 // This warp's scales of a tile, of the slab first_slab + lane; zero where there is none.
 __device__ __forceinline__ float load_scale(const Linear& p, int tile, int first_slab, int last_slab) {
@@ -312,18 +329,17 @@ __device__ __forceinline__ void multiply_piece(float (&sum)[kGroups][2][4], cons
 }
 
 template <typename Weight, int kRows, bool kDeep, bool kSplit, Operand kOperand>
-__global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
+__device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight>& part, uint8_t* shared) {
     using F = Format<Weight>;
     constexpr int kSlab = F::kSlab, kXChunks = 2 * F::kXChunks;
     constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
     constexpr int kStages = Storage<kRows, kDeep>::kStages;
-    DYNAMIC_SHARED(shared);
     auto& storage = *reinterpret_cast<Storage<kRows, kDeep>*>(shared);
-    const auto* weight = static_cast<const Weight*>(p.weight);
-    const int rows = p.rows, outputs = p.outputs, inputs = p.inputs;
+    const Weight* weight = part.weight;
+    const int rows = p.rows, outputs = part.outputs, inputs = p.inputs;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int slabs = (inputs + kSlab - 1) / kSlab, tiles = (outputs + kTileRows - 1) / kTileRows;
-    const int stride = gridDim.y;
+    const int cluster = part.cluster, stride = part.clusters;
     const int rank = kSplit ? blockIdx.x : 0, ranks = kSplit ? gridDim.x : 1;
     const int first_slab = slabs * rank / ranks, last_slab = slabs * (rank + 1) / ranks;
     const int first = first_slab * kSlab, last = last_slab * kSlab;
@@ -336,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     const Target operand = {operand_rows, pitch, divisors, F::groups(share)};
     uint8_t* ring = reinterpret_cast<uint8_t*>(operand_rows) + F::operand_bytes(rows, kNorm, share);
     const auto piece_of = [&](int stage) { return ring + (stage * kWarps + warp) * kPieceBytes; };
-    const int own_turns = kSplit ? (tiles - static_cast<int>(blockIdx.y) + stride - 1) / stride : 0;
+    const int own_turns = kSplit ? (tiles - cluster + stride - 1) / stride : 0;
     if constexpr (kSplit) {
         if (threadIdx.x == 0) {
             const int own = (own_turns - rank + ranks - 1) / ranks;  // tiles rank, rank + ranks, ... of the cluster's
@@ -348,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
         ptx::cluster_arrive_relaxed();  // the peers may write into this block's exchange buffer from now on
     }
 
-    Walk ahead = {static_cast<int>(blockIdx.y), first_slab, first_slab, last_slab, stride};
+    Walk ahead = {cluster, first_slab, first_slab, last_slab, stride};
     const auto copy_next = [&](int stage) {
         if (ahead.tile < tiles) copy_piece(piece_of(stage), weight, ahead.tile, ahead.slab, outputs, inputs);
         ptx::cp_async_commit();  // an empty group at the end keeps the count
@@ -360,8 +376,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
     }
     float scales = 0, next_scales[2] = {};  // of the two tiles to come
     if (F::kScaled) {
-        next_scales[0] = load_scale(p, blockIdx.y, first_slab, last_slab);
-        next_scales[1] = load_scale(p, blockIdx.y + stride, first_slab, last_slab);
+        next_scales[0] = load_scale(p, cluster, first_slab, last_slab);
+        next_scales[1] = load_scale(p, cluster + stride, first_slab, last_slab);
     }
     const bool is_short = kRows == 1 && (tiles + stride - 1) / stride * share <= kStages;
     const int first_copies = is_short ? kFirstCopies : kStages - 1;
@@ -389,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
         const int column = tile * kTileRows + output;
         if (column >= outputs) return;
         __nv_bfloat16 value = __float2bfloat16(total);
-        __nv_bfloat16& target = p.out[row * p.out_stride + column];
+        __nv_bfloat16& target = part.out[row * p.out_stride + column];
         if (kOperand == Operand::kSiluMul && p.gate != nullptr) {
             const float share = sigmoid(__bfloat162float(p.gate[row * p.gate_stride]));
             value = __float2bfloat16(__bfloat162float(target) + share * __bfloat162float(value));
@@ -397,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
         target = value;
     };
     int stage = 0, turn = 0;
-    for (int tile = blockIdx.y; tile < tiles; tile += stride, ++turn) {
+    for (int tile = cluster; tile < tiles; tile += stride, ++turn) {
         float sum[kGroups][2][4] = {};
         if (F::kScaled) {
             scales = next_scales[0];
@@ -475,14 +491,30 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
                 const int slot = i * (kMaxClusterTiles / ranks) + own / ranks;
                 total += storage.exchange[(slot * kRows + row) * kTileRows + output];
             }
-            store(blockIdx.y + own * stride, total);
+            store(cluster + own * stride, total);
         }
     }
 }
 
-// The grid and the shared memory of a call.
+template <typename Weight, int kRows, bool kDeep, bool kSplit, Operand kOperand>
+__global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
+    DYNAMIC_SHARED(shared);
+    const int cluster = static_cast<int>(blockIdx.y), clusters = static_cast<int>(gridDim.y) - p.tail_clusters;
+    if constexpr (kTakesTail<Weight, kOperand>) {
+        if (cluster >= clusters) {
+            const Part<__nv_bfloat16> tail = {p.tail, p.out + p.outputs, p.tail_outputs, cluster - clusters,
+                                              p.tail_clusters};
+            multiply_part<__nv_bfloat16, kRows, kDeep, kSplit, kOperand>(p, tail, shared);
+            return;
+        }
+    }
+    const Part<Weight> whole = {static_cast<const Weight*>(p.weight), p.out, p.outputs, cluster, clusters};
+    multiply_part<Weight, kRows, kDeep, kSplit, kOperand>(p, whole, shared);
+}
+
+// The grid and the shared memory of a call. clusters: of the grid, `tail_clusters` of them for the tail.
 struct Plan {
-    int ranks, clusters;
+    int ranks, clusters, tail_clusters;
     bool deep;
     size_t shared_bytes;
 };
@@ -495,37 +527,80 @@ size_t shared_bytes_of(int rows, int slabs, int64_t pieces) {
            stages * kSlabBytes;
 }
 
+// What the busiest block of `clusters` has of a weight.
+struct Share {
+    int turns, slabs;
+
+    int64_t pieces() const { return int64_t{turns} * slabs; }
+};
+
+int tiles_of(int outputs) {
+    return (outputs + kTileRows - 1) / kTileRows;
+}
+
+template <typename Weight>
+Share share_of(int outputs, int inputs, int clusters, int ranks) {
+    const int slabs = (inputs + Format<Weight>::kSlab - 1) / Format<Weight>::kSlab;
+    return {(tiles_of(outputs) + clusters - 1) / clusters, (slabs + ranks - 1) / ranks};
+}
+
+// How many of so many clusters have the tail: the most that leave the busiest block the fewest pieces.
+template <typename Weight>
+int tail_clusters_of(const Linear& p, int clusters, int ranks) {
+    if (p.tail == nullptr) return 0;
+    int best = 1;
+    int64_t fewest = INT64_MAX;
+    for (int tail = 1; tail <= std::min(tiles_of(p.tail_outputs), clusters - 1); ++tail) {
+        const int64_t pieces = std::max(share_of<Weight>(p.outputs, p.inputs, clusters - tail, ranks).pieces(),
+                                        share_of<__nv_bfloat16>(p.tail_outputs, p.inputs, tail, ranks).pieces());
+        if (pieces > fewest) continue;
+        fewest = pieces;
+        best = tail;
+    }
+    return best;
+}
+
 // The cheapest way to share tiles x slabs, in halves of a piece: the pieces of the busiest block, its part of x, and
 // what the exchange in a cluster takes (0.7 us on an H200); by the class of rows, so that a row's sums have the same
 // order in every batch of the class, unless x fits in one of them and not in another.
 template <typename Weight, int kRows, Operand kOperand>
 Plan plan(const Linear& p) {
     using F = Format<Weight>;
-    const int tiles = (p.outputs + kTileRows - 1) / kTileRows, slabs = (p.inputs + F::kSlab - 1) / F::kSlab;
+    const int tiles = tiles_of(p.outputs), slabs = (p.inputs + F::kSlab - 1) / F::kSlab;
+    const int tail_tiles = p.tail == nullptr ? 0 : tiles_of(p.tail_outputs),
+              fewest_clusters = p.tail == nullptr ? 1 : 2;
     const int multiprocessors = multiprocessor_count();
     Plan best{};
     int64_t best_cost = INT64_MAX;
     for (int ranks = 1; ranks <= std::min(8, slabs); ranks *= 2) {
         // How many clusters of more than two fit at once depends on how the multiprocessors of a card are grouped.
         const int usable = ranks > 2 ? std::max(multiprocessors * 3 / 4, ranks) : multiprocessors;
-        const int clusters = std::min(tiles, std::max(1, usable / ranks));
-        const int turns = (tiles + clusters - 1) / clusters, share = (slabs + ranks - 1) / ranks;
-        if (ranks > 1 && turns > kMaxClusterTiles / ranks * ranks) continue;
-        if (F::kScaled && share > kMostScales) continue;
-        const int64_t pieces = int64_t{turns} * share;
+        const int clusters = std::min(tiles + tail_tiles, std::max(fewest_clusters, usable / ranks));
+        const int tail_clusters = tail_clusters_of<Weight>(p, clusters, ranks);
+        const Share share = share_of<Weight>(p.outputs, p.inputs, clusters - tail_clusters, ranks);
+        Share tail{};
+        if (tail_clusters > 0) tail = share_of<__nv_bfloat16>(p.tail_outputs, p.inputs, tail_clusters, ranks);
+        if (ranks > 1 && std::max(share.turns, tail.turns) > kMaxClusterTiles / ranks * ranks) continue;
+        if (F::kScaled && share.slabs > kMostScales) continue;
+        const int64_t pieces = std::max(share.pieces(), tail.pieces());
+        const auto bytes_of = [&]<bool kDeep>(int rows) {
+            const size_t bytes = shared_bytes_of<Weight, kRows, kDeep, kOperand>(rows, share.slabs, share.pieces());
+            if (tail_clusters == 0) return bytes;
+            return std::max(bytes,
+                            shared_bytes_of<__nv_bfloat16, kRows, kDeep, kOperand>(rows, tail.slabs, tail.pieces()));
+        };
         const auto bytes = [&](bool deep, int rows) {
-            return deep ? shared_bytes_of<Weight, kRows, true, kOperand>(rows, share, pieces)
-                        : shared_bytes_of<Weight, kRows, false, kOperand>(rows, share, pieces);
+            return deep ? bytes_of.template operator()<true>(rows) : bytes_of.template operator()<false>(rows);
         };
         bool deep = kRows == 1 || pieces > kShortShare || bytes(false, kRows) > kHalfSharedLimit;
         // x of e4m3 weights takes twice the room beside as many bytes of them.
         if (F::kScaled && kRows > 1 && bytes(deep, p.rows) > kSharedLimit) deep = false;
         const size_t shared_bytes = bytes(deep, p.rows);
         if (shared_bytes > kSharedLimit) continue;
-        const int64_t cost = 2 * pieces + kRows * share * F::kXChunks / kTileRows * 2 + (ranks > 1 ? 3 : 0);
+        const int64_t cost = 2 * pieces + kRows * share.slabs * F::kXChunks / kTileRows * 2 + (ranks > 1 ? 3 : 0);
         if (cost < best_cost) {
             best_cost = cost;
-            best = {ranks, clusters, deep, shared_bytes};
+            best = {ranks, clusters, tail_clusters, deep, shared_bytes};
         }
     }
     return best;  // no clusters: x does not fit
@@ -537,6 +612,8 @@ std::optional<cudaError_t> try_rows(const Linear& p, const cudaStream_t* stream)
     const Plan shares = plan<Weight, kRows, kOperand>(p);
     if (shares.clusters == 0) return std::nullopt;
     if (stream == nullptr) return cudaSuccess;
+    Linear arguments = p;
+    arguments.tail_clusters = shares.tail_clusters;
     const LaunchConfig config = {.grid = dim3(shares.ranks, shares.clusters),
                                  .block = dim3(kThreads),
                                  .shared_bytes = shares.shared_bytes,
@@ -547,11 +624,11 @@ std::optional<cudaError_t> try_rows(const Linear& p, const cudaStream_t* stream)
     if (shares.deep) {
         return launch(shares.ranks > 1 ? linear_kernel<Weight, kRows, true, true, kOperand>
                                        : linear_kernel<Weight, kRows, true, false, kOperand>,
-                      config, p);
+                      config, arguments);
     }
     return launch(shares.ranks > 1 ? linear_kernel<Weight, kRows, kDeepOnly, true, kOperand>
                                    : linear_kernel<Weight, kRows, kDeepOnly, false, kOperand>,
-                  config, p);
+                  config, arguments);
 }
 
 template <typename Weight, Operand kOperand>
@@ -594,7 +671,8 @@ bool aligned(const void* pointer) {
 
 bool well_formed(const Linear& p) {
     return p.rows >= 1 && p.rows <= kLinearMaxRows && p.outputs >= 1 && p.inputs >= 32 && p.inputs % 32 == 0 &&
-           p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.weight);
+           p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.weight) && aligned(p.tail) &&
+           (p.tail == nullptr || (p.scale != nullptr && p.tail_outputs >= 1));
 }
 
 }  // namespace
@@ -609,7 +687,8 @@ bool add_rms_norm_linear_supported(const Linear& p) {
 }
 
 bool silu_mul_linear_supported(const Linear& p) {
-    return well_formed(p) && p.rows <= kLinearMaxStagedRows && try_launch<Operand::kSiluMul>(p, nullptr);
+    return well_formed(p) && p.tail == nullptr && p.rows <= kLinearMaxStagedRows &&
+           try_launch<Operand::kSiluMul>(p, nullptr);
 }
 
 cudaError_t linear(const Linear& p, cudaStream_t stream) {

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.strict import KERNEL_ROWS
 from ..config import ModelConfig
 from ..parallel.mesh import Mesh
 from .parameters import Section, Source, in_fp8, local_size, matrix, source, whole_size
@@ -25,12 +26,14 @@ class PendingNorm(NamedTuple):
             return ops.rms_norm(self.x, self.norm_weight, self.eps)
         return ops.add_rms_norm(self.x, self.residual, self.norm_weight, self.eps)[0]
 
-    def linear(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def linear(
+        self, weight: Tensor, scale: Tensor | None = None, tail: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The product of the norm with a weight, the norm, and the residual stream."""
         if self.residual is None:
             normed = self.normed()
-            return ops.linear(normed, weight, scale), normed, self.x
-        return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight, scale)
+            return ops.linear(normed, weight, scale, tail), normed, self.x
+        return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight, scale, tail)
 
     def linear_of(self, rows: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The product of some rows of the norm with a weight, of all where `rows` is None, and the whole norm."""
@@ -51,15 +54,18 @@ class DoneNorm(NamedTuple):
     def normed(self) -> Tensor:
         return self.norm
 
-    def linear(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear(self.norm, weight, scale), self.norm, self.x
+    def linear(
+        self, weight: Tensor, scale: Tensor | None = None, tail: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.linear(self.norm, weight, scale, tail), self.norm, self.x
 
     def linear_of(self, rows: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         return ops.linear(self.norm if rows is None else self.norm[rows], weight), self.norm
 
 
 class Joined(nn.ModuleList):
-    """Several products of one x behind its norm: one launch, or two where the leading ones are in FP8 and others not.
+    """Several products of one x behind its norm: one launch, or, of more rows than a decode step has, two where the
+    leading ones are in FP8 and others not.
 
     outputs: of each product, the checkpoint tensors that stand above one another in it, by their names below `block`,
     with the sections of their rows.
@@ -93,7 +99,11 @@ class Joined(nn.ModuleList):
     def forward(self, x: PendingNorm | DoneNorm) -> tuple[list[Tensor], Tensor, Tensor]:
         """The products in order, the norm, and the residual stream."""
         first, *others = self
-        projected, normed, residual = x.linear(*first)
-        results = [projected, *(ops.linear(normed, *each) for each in others)]
+        joined = bool(others) and len(x.x) <= KERNEL_ROWS
+        projected, normed, residual = x.linear(*first, others[0].data) if joined else x.linear(*first)
+        if joined:
+            results = projected.split([len(each.data) for each in self], dim=1)
+        else:
+            results = [projected, *(ops.linear(normed, *each) for each in others)]
         pairs = zip(results, self.widths, strict=True)
         return [part for result, widths in pairs for part in result.split(widths, dim=1)[:-1]], normed, residual
