@@ -36,6 +36,7 @@ def main() -> int:
     add("--prompts", type=int, default=3, help="of them, one after the other (default 3)")
     add("--streams", type=int, default=8, help="sequences that decode meanwhile (default 8)")
     add("--stream-tokens", type=int, default=200, help="of each stream's prompt (default 200)")
+    add("--max-tokens", type=int, default=4000, help="of each stream, then it begins anew (default 4000)")
     add(
         "--memory",
         type=float,
@@ -99,6 +100,7 @@ def measure(options: argparse.Namespace, url: str, meanwhile) -> dict[str, float
     def stream(number: int) -> None:
         ids = [random.randrange(_IDS) for _ in range(options.stream_tokens)]
         body = {"prompt": ids, "stream": True, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+        body["max_tokens"] = options.max_tokens
         with httpx.Client(timeout=None) as client:
             while not ended.is_set():
                 with client.stream("POST", f"{url}/v1/completions", json=body) as answer:

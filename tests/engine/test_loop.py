@@ -152,10 +152,26 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled():
     assert all(later == sooner + 1 for sooner, later in pairwise(said[1:]))
 
 
+def test_a_short_prompt_does_not_wait_until_a_long_one_has_ended():
+    bench = Bench(Setting(seqs=3, batch_tokens=256, pages=64))
+    bench.submit(request("long", prompt_of(2000), max_tokens=1))
+    bench.step()
+    for number, id in enumerate("ab"):
+        bench.submit(request(id, prompt_of(100, 1 + number), max_tokens=1))
+    while not (bench.news["a", 0] and bench.news["b", 0]):
+        bench.step()
+    assert not bench.news["long", 0] and len(bench.device.steps) < 6
+    bench.run()
+    bench.check()
+    longest = [max(len(row.tokens) for row in step.prefill) for step in bench.device.steps if step.prefill]
+    assert min(longest[:-1]) >= 128 and longest.count(256) >= 5, "half of a step at least, all of it when alone"
+
+
 def test_a_step_holds_no_more_tokens_than_it_may():
-    bench = Bench(Setting(seqs=4, batch_tokens=64))
-    finish(bench, *(request(str(i), prompt_of(150 + i, i), max_tokens=40) for i in range(8)))
-    assert max(step.tokens for step in bench.device.steps) <= 64
+    for most in (64, 256):  # of which the second is shared by several prompts
+        bench = Bench(Setting(seqs=4, batch_tokens=most, pages=64))
+        finish(bench, *(request(str(i), prompt_of(3 * most + i, i), max_tokens=40) for i in range(8)))
+        assert max(step.tokens for step in bench.device.steps) <= most
 
 
 @pytest.mark.parametrize("drafts", [(), ((4, 3),)])

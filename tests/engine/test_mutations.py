@@ -270,16 +270,30 @@ BUGS = (
     Bug(
         "admission is put off",
         Scheduler.plan,
-        "if budget > 0 and self.preemptions",
+        "if budget > kept and self.preemptions",
         "if not decoding and self.preemptions",
         loop.test_a_request_that_comes_while_others_decode_is_prefilled_in_the_next_step,
     ),
     Bug(
         "prompts go beyond the budget",
         Scheduler.plan,
-        "budget -= self._plan_prefill(sequence, budget, draft)",
-        "self._plan_prefill(sequence, budget, draft)",
+        "budget -= self._plan_prefill(sequence, budget - kept, draft)",
+        "self._plan_prefill(sequence, budget - kept, draft)",
         loop.test_a_step_holds_no_more_tokens_than_it_may,
+    ),
+    Bug(
+        "the oldest prompt takes all",
+        Scheduler.plan,
+        "budget - budget // 2 // PAGE_TOKENS * PAGE_TOKENS",
+        "budget",
+        loop.test_a_short_prompt_does_not_wait_until_a_long_one_has_ended,
+    ),
+    Bug(
+        "the oldest prompt takes what is left over alone",
+        Scheduler.plan,
+        "budget - budget // 2 // PAGE_TOKENS * PAGE_TOKENS",
+        "0",
+        loop.test_a_short_prompt_does_not_wait_until_a_long_one_has_ended,
     ),
     Bug(
         "the budget forgets decoding",

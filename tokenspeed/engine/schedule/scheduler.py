@@ -244,11 +244,17 @@ class Scheduler:
             if sequence.state is State.DECODING:  # and did not give way to one before it
                 self._plan_decode(sequence, draft)
         budget = self.limits.max_num_batched_tokens - len(draft.decode) * draft.width
-        for sequence in self.running:
-            if sequence.state is State.PREFILLING and budget > 0:
-                budget -= self._plan_prefill(sequence, budget, draft)
-        if budget > 0 and self.preemptions == preemptions:
-            self._admit(budget, draft)
+        # The oldest prompt takes what the others leave, and half of the pages is for them: a short prompt need not wait
+        # until a long one has ended.
+        oldest, *others = [s for s in self.running if s.state is State.PREFILLING] or [None]
+        kept = min(oldest.target - oldest.launched, budget - budget // 2 // PAGE_TOKENS * PAGE_TOKENS) if oldest else 0
+        for sequence in others:
+            if budget > kept:
+                budget -= self._plan_prefill(sequence, budget - kept, draft)
+        if budget > kept and self.preemptions == preemptions:
+            budget -= self._admit(budget - kept, draft)
+        if oldest and budget > 0:
+            self._plan_prefill(oldest, budget, draft)
         draft.moves = self.cache.take_moves()
         if draft.empty:
             return None
@@ -397,15 +403,16 @@ class Scheduler:
         sequence.snapshots = deque(admission.plan)
         sequence.holds_memory = True
 
-    def _admit(self, budget: int, draft: "_Draft") -> None:
-        """Requests from the queue while there is room. One that does not fit is passed, a bounded number of times."""
-        blocked = False
+    def _admit(self, budget: int, draft: "_Draft") -> int:
+        """Requests from the queue while there is room; returns how many tokens of them go into this Step. One that does
+        not fit is passed, a bounded number of times."""
+        blocked, before = False, budget
         here = (sequence for sequence in self.waiting if not sequence.held)
         for sequence in list(islice(here, 1 + self.limits.skip_ahead)):
             if budget <= 0 or 1 + len(self._children.get(sequence.id, ())) > self._available():
-                return
+                break
             if blocked and self._passed >= self.limits.skip_ahead:
-                return
+                break
             if self._should_wait(sequence):
                 continue
             admission = self._take_in(sequence)
@@ -440,6 +447,7 @@ class Scheduler:
                 self._arriving[admission.move] = sequence
             else:
                 budget -= self._plan_prefill(sequence, budget, draft)
+        return before - budget
 
     def _take_in(self, sequence: Sequence) -> Admission | NoRoom:
         request = sequence.request
