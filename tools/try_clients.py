@@ -65,8 +65,9 @@ def opencode(folder: Path, url: str) -> tuple[list, dict]:
     options = {"baseURL": f"{url}/v1", "apiKey": "unused"}
     local = {"npm": "@ai-sdk/openai-compatible", "name": "local", "options": options, "models": models}
     settings = {"model": "local/tiny", "small_model": "local/tiny", "provider": {"local": local}}
-    (folder / "project" / "opencode.json").write_text(json.dumps(settings))
-    return [npm(folder, "opencode-ai") / "opencode", "run", "Hello!"], {}
+    (config := folder / "opencode.json").write_text(json.dumps(settings))
+    command = [npm(folder, "opencode-ai") / "opencode", "run", "--model", "local/tiny", "Hello!"]
+    return command, {"OPENCODE_CONFIG": str(config)}
 
 
 def qwen_code(folder: Path, url: str) -> tuple[list, dict]:
@@ -127,7 +128,7 @@ def try_client(client: str, home: Path, url: str) -> str:
         done = subprocess.run(
             command,
             cwd=home / "project",
-            env=os.environ | {"HOME": str(home)} | environment,
+            env=os.environ | {"HOME": str(home), "PWD": str(home / "project")} | environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
