@@ -156,5 +156,5 @@ def test_unknown_formats_of_weights_and_pages_are_named(setting):
 
 
 def test_an_unknown_form_of_sums_is_named():
-    with pytest.raises(ConfigError, match="prefill_sums is 'fast'.*'all-reduce' or 'in-parts'"):
+    with pytest.raises(ConfigError, match=r"prefill_sums is 'fast'.*'all-reduce' or 'in-parts'"):
         EngineConfig(prefill_sums="fast")
