@@ -29,7 +29,7 @@ from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.executor.ranks import free_port
 from tokenspeed.engine.executor.sampling import Vocabulary
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator, ProcessCommunicator, join_ranks
-from tokenspeed.engine.parallel.costs import ALL_REDUCE, IN_PARTS, Costs
+from tokenspeed.engine.parallel.costs import ALL_REDUCE, IN_PARTS, always_in_parts, never_in_parts
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.quantization import PRODUCTS
 from tokenspeed.engine.sizes import PUBLISHED
@@ -129,9 +129,19 @@ def work(options: argparse.Namespace, rank: int, address: str) -> int:
     os._exit(0)  # graphs hold collectives, and their groups would wait for them
 
 
+class Alone(Communicator):
+    """Collectives left out: each rank draws ids from its own slice, by the kernel of one rank."""
+
+    def draws(self, logits: Tensor) -> "Alone":
+        return self
+
+    def sample(self, logits: Tensor, *values: Tensor) -> Tensor:
+        return ops.sample(logits, *values)
+
+
 @torch.inference_mode()
 def measure(size: str, communicator: Communicator, options: argparse.Namespace) -> dict:
-    mesh, alone = communicator.mesh, Communicator(communicator.mesh)
+    mesh, alone = communicator.mesh, Alone(communicator.mesh)
     config = replace(PUBLISHED[size], fp8=PRODUCTS if options.quantization == "fp8" else frozenset())
     speeds = [speed(text) for text in options.drafts]
     ceilings = measure_ceilings("cuda")
@@ -180,12 +190,10 @@ def measure_forms(named: str, model, tokens: int) -> list[dict]:
     measured = model.communicator.costs
     if measured is None:
         return [measure_prefill(named, model, tokens)]
-    print(f"{named}: {measured.lines()[0]}", flush=True)
+    print(f"{named}: {measured}", flush=True)
     rows = []
-    for form in (ALL_REDUCE, IN_PARTS):
-        cheap, dear = (1.0,), (2.0,)
-        us = (cheap, dear) if form == ALL_REDUCE else (dear, cheap)
-        model.communicator.costs = Costs(measured.group, (1,), *us)
+    for form, costs in ((ALL_REDUCE, never_in_parts(model.mesh)), (IN_PARTS, always_in_parts(model.mesh))):
+        model.communicator.costs = costs
         model.link()
         rows.append({"sums": form} | measure_prefill(f"{named}, {form}", model, tokens))
     model.communicator.costs = measured

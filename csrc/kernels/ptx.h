@@ -481,8 +481,7 @@ __device__ __forceinline__ bool load_tagged_system(uint32_t (&values)[2], const 
 }
 
 // Spins until both words have the tag; false where patience was over before. Who has polled a few times in vain sleeps
-// between polls: tens of thousands of threads that poll without a pause keep the memory they look at so busy that the
-// words they wait for arrive late.
+// between polls, so that tens of thousands of threads do not keep busy the memory into which the words are to come.
 __device__ __forceinline__ bool wait_tagged_system(uint32_t (&values)[2], const uint64_t* global, uint32_t tag,
                                                    const Patience& patience) {
     constexpr uint32_t kEagerPolls = 6;

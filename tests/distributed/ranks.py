@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tokenspeed.engine.parallel.comm import Communicator, join_ranks
-from tokenspeed.engine.parallel.costs import Costs
+from tokenspeed.engine.parallel.costs import always_in_parts
 from tokenspeed.engine.parallel.mesh import GROUPS, Mesh
 
 from . import models
@@ -46,7 +46,7 @@ def main(rank: int, directory: Path) -> None:
         communicator = join_ranks(mesh, models.CPU, f"file://{directory / f'meeting-{number}'}", timeout_s=60)
         assert communicator.describe() == f"rank {rank} of {mesh.world} over gloo"
         if in_parts:
-            communicator.costs = Costs("tp", (1,), (2.0,), (1.0,))
+            communicator.costs = always_in_parts(mesh)
         results = outcome(communicator, checkpoint) if checkpoint else collectives(communicator)
         contiguous = {name: tensor.contiguous() for name, tensor in results.items()}
         save_file(contiguous, directory / f"case-{number}-rank-{rank}.safetensors")

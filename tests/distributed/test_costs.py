@@ -11,7 +11,7 @@ from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel import costs
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
 from tokenspeed.engine.parallel.compile import JoinParts, ReduceInParts, ReduceInto, group_of_parts, link
-from tokenspeed.engine.parallel.costs import ALL_REDUCE, IN_PARTS, Costs
+from tokenspeed.engine.parallel.costs import ALL_REDUCE, IN_PARTS, Costs, always_in_parts, never_in_parts
 from tokenspeed.engine.parallel.mesh import Mesh
 
 from . import models
@@ -26,11 +26,7 @@ CASES = {
 
 def from_tokens(tokens: int) -> Costs:
     """In parts from that number on: the lines cross between the two sizes."""
-    return Costs("tp", (1, 2 * tokens - 1), (100.0, 300.0), (150.0, 230.0)) if tokens > 1 else always()
-
-
-def always() -> Costs:
-    return Costs("tp", (1, 2), (100.0, 200.0), (10.0, 20.0))
+    return Costs("tp", (1, 2 * tokens - 1), (100.0, 300.0), (150.0, 230.0)) if tokens > 1 else always_in_parts(Mesh(2))
 
 
 def test_the_pick_follows_the_costs():
@@ -38,12 +34,13 @@ def test_the_pick_follows_the_costs():
     assert [table.pick(n) for n in (1, 100, 200, 300, 330, 400, 4000)] == [ALL_REDUCE] * 4 + [IN_PARTS] * 3
     assert Costs("tp", (100, 200), (10.0, 20.0), (9.9, 19.9)).pick(150) == ALL_REDUCE  # no more than noise
     assert Costs("tp", (100, 200), (10.0, 20.0), (8.0, 30.0)).pick(100) == IN_PARTS
-    [line] = table.lines()
-    assert "100 tokens 10 or 30 us: all-reduce;" in line and "400 tokens 40 or 30 us: reduce-scatter" in line
+    assert "100 tokens 10 or 30 us: all-reduce;" in str(table)
+    assert "400 tokens 40 or 30 us: reduce-scatter + all-gather" in str(table)
 
 
 def test_below_what_was_measured_it_is_one_all_reduce():
-    assert always().pick(1) == IN_PARTS
+    assert always_in_parts(Mesh(2)).pick(1) == IN_PARTS
+    assert never_in_parts(Mesh(2)).pick(100_000) == ALL_REDUCE
     assert Costs("tp", (64, 128), (9.0, 9.0), (1.0, 1.0)).pick(63) == ALL_REDUCE
 
 
@@ -83,7 +80,7 @@ class Counting(Communicator):
 @pytest.mark.parametrize("tokens", [1, 30])
 @pytest.mark.parametrize("name", CASES)
 def test_both_forms_give_the_logits_of_one_process(checkpoints, name, tokens):
-    """Steps of 103, 18, 2 and 4 tokens, of which those of a rank are not always as many as another's."""
+    """Prefills of 103 and 18 tokens, not always as many to a rank as to another, and decode, which stays whole."""
     directory, expected = checkpoints(name)
 
     def work(communicator):
@@ -95,7 +92,8 @@ def test_both_forms_give_the_logits_of_one_process(checkpoints, name, tokens):
     ranks = CASES[name][1].world
     for _, kinds in results:
         parts = {rows for kind, rows in kinds if kind == IN_PARTS}
-        assert parts == {-(-rows // ranks) * ranks for rows in (103, 18, 2, 4) if rows >= tokens}
+        assert parts == {-(-rows // ranks) * ranks for rows in (103, 18) if rows >= tokens}
+        assert {rows for kind, rows in kinds if kind == ALL_REDUCE} >= {2, 4}
 
 
 def test_without_costs_nothing_changes(checkpoints):
@@ -123,7 +121,7 @@ def test_the_program_in_parts_joins_the_stream_before_rows_are_picked():
 def test_where_sums_are_over_different_ranks_they_stay_whole(mesh):
     config = ModelConfig.from_dict(models.config(moe=True, kv_heads=2))
     communicator = Communicator(mesh)
-    communicator.costs = always()
+    communicator.costs = always_in_parts(mesh)
     model = Qwen3_5.empty(config, torch.float32, torch.device("meta"), communicator)
     assert group_of_parts(model.plan) is None and not model._calls_in_parts
 

@@ -58,11 +58,20 @@ def test_ranks_bring_units_back_from_their_parts_of_host_memory():
     assert [ours["ids"] for ours in split["results"]] == [theirs["ids"] for theirs in alone["results"]]
 
 
-@pytest.mark.parametrize(("name", "tp", "ep"), [("dense", 2, 1), ("dense", 4, 1), ("moe", 2, 4), ("shipped", 2, 2)])
-def test_ranks_give_what_one_process_gives(checkpoints, name, tp, ep):
+@pytest.mark.parametrize(
+    ("name", "tp", "ep", "sums"),
+    [
+        ("dense", 2, 1, "auto"),
+        ("dense", 4, 1, "auto"),
+        ("moe", 2, 4, "auto"),
+        ("shipped", 2, 2, "auto"),
+        ("moe", 2, 2, "in-parts"),
+    ],
+)
+def test_ranks_give_what_one_process_gives(checkpoints, name, tp, ep, sums):
     alone, split = (
         start(checkpoints[name], **settings)
-        for settings in ({}, {"tensor_parallel_size": tp, "expert_parallel_size": ep})
+        for settings in ({}, {"tensor_parallel_size": tp, "expert_parallel_size": ep, "prefill_sums": sums})
     )
     alone, split = outcome(alone), outcome(split)
     for event in ("preemptions", "forks", "cached_tokens", "aborted"):

@@ -153,3 +153,8 @@ def test_a_quantisation_by_mlx_gguf_or_modelopt_is_seen_where_they_leave_it(tmp_
 def test_unknown_formats_of_weights_and_pages_are_named(setting):
     with pytest.raises(ConfigError, match=f"{next(iter(setting))} is '{next(iter(setting.values()))}'.*'fp8'"):
         EngineConfig(**setting)
+
+
+def test_an_unknown_form_of_sums_is_named():
+    with pytest.raises(ConfigError, match=r"prefill_sums is 'fast'.*'all-reduce' or 'in-parts'"):
+        EngineConfig(prefill_sums="fast")

@@ -194,7 +194,9 @@ class EngineConfig:
     one, looked up in the sequence itself: 0 for none, "auto" for what pays at the number of decoding sequences with a
     head, else none. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
     tokenizer's merges make the most frequent; None for all.
-    tensor_parallel_size, expert_parallel_size: ranks the dense weights and the experts are split over; rendezvous:
+    tensor_parallel_size, expert_parallel_size: ranks the dense weights and the experts are split over; prefill_sums: of
+    many tokens over ranks, "all-reduce", "in-parts" (reduce-scatter, the norm of a part, all-gather), or "auto" for
+    what is measured to be faster at start on GPUs, else all-reduce: results of the two differ by rounding; rendezvous:
     where the ranks meet, as torch.distributed takes it, None where this process is to start the others on this machine.
     """
 
@@ -220,6 +222,7 @@ class EngineConfig:
     draft_vocabulary: int | None = None
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
+    prefill_sums: str = "auto"
     rendezvous: str | None = None
 
     def draft_depths(self, mtp: bool, on_gpu: bool) -> tuple[tuple[int, int], ...]:
@@ -252,6 +255,11 @@ class EngineConfig:
             ("cache_policy", self.cache_policy in ("value", "lru"), "'value' or 'lru'"),
             ("snapshot_grid", self.snapshot_grid >= 0, "at least 0 (0 is off)"),
             ("seed", self.seed >= 0, "at least 0"),
+            (
+                "prefill_sums",
+                self.prefill_sums in ("auto", "all-reduce", "in-parts"),
+                "'auto', 'all-reduce' or 'in-parts'",
+            ),
             (
                 "draft_tokens",
                 self.draft_tokens == "auto" or self.draft_tokens in range(MOST_DRAFTS + 1),

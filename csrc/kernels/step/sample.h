@@ -5,6 +5,7 @@
 #include <vector.h>
 
 #include "kernels.h"
+#include "noise.h"
 
 namespace tokenspeed::sampling {
 
@@ -17,23 +18,15 @@ constexpr int kSegment = 32 * kOctet;  // of a warp; those of a block lie `block
 constexpr int kFewestGroups = 256;     // of a row; less than twice as many
 constexpr int kBins = kThreads;
 constexpr int kPieces = 3, kPieceBits = 14;
-constexpr float kMass = 1099511627776.0f;  // 2^40
-constexpr float kLinearBins = 8;           // per unit of distance
+constexpr float kLinearBins = 8;  // per unit of distance
 constexpr uint32_t kInfinity = 0x7f800000;
-constexpr float kLog2E = 1.44269504f;
-constexpr int kList = 512;                         // ids within the bound of top-k, compared each with each
-constexpr int kGathered = 2048;                    // ids up to the bin of a cut
-constexpr int kListTopK = 128;                     // the largest top-k that groups bound
-constexpr int kHalvesTopK = 48;                    // up to here half as many groups do
-constexpr int kNoneAllowed = -1, kNotFinite = -2;  // in place of an id
+constexpr int kList = 512;       // ids within the bound of top-k, compared each with each
+constexpr int kGathered = 2048;  // ids up to the bin of a cut
+constexpr int kListTopK = 128;   // the largest top-k that groups bound
+constexpr int kHalvesTopK = 48;  // up to here half as many groups do
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 using Key = unsigned long long;  // a value in the order of floats, then the id counted backwards; 0 is none
-
-struct Best {
-    float value;
-    int id;
-};
 
 // Of one row, in the workspace.
 struct alignas(16) RowState {
@@ -165,62 +158,6 @@ struct Logits {
         return is_whole(octet) ? load_whole(octet) : load_ragged(octet);
     }
 };
-
-struct Words {
-    uint32_t x[4];
-};
-
-// Philox 4x32-10 (Salmon et al. 2011).
-__device__ __forceinline__ Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-#pragma unroll
-    for (int i = 0; i < 10; ++i) {
-        if (i > 0) k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-        const uint32_t high_0 = __umulhi(0xD2511F53u, c0), low_0 = 0xD2511F53u * c0;
-        const uint32_t high_1 = __umulhi(0xCD9E8D57u, c2), low_1 = 0xCD9E8D57u * c2;
-        c0 = high_1 ^ c1 ^ k0;
-        c1 = low_1;
-        c2 = high_0 ^ c3 ^ k1;
-        c3 = low_0;
-    }
-    return {{c0, c1, c2, c3}};
-}
-
-__device__ __forceinline__ float uniform(uint32_t word) {
-    return fminf(static_cast<float>(word) * 0x1p-32f + 0x1p-33f, 1.0f - 0x1p-24f);
-}
-
-// Gumbel noise - distance. At most -log(uniform) - distance.
-__device__ __forceinline__ float score_of(float uniform, float distance) {
-    return -logf(-log1pf(-uniform)) - distance;
-}
-
-// What `uniform exp(distance)` must not exceed for the score to reach `needed`, with room for the approximate unit.
-// Spares most ids two logarithms.
-__device__ __forceinline__ float most_for(float needed) {
-    return ptx::exp2_approximate(-needed * kLog2E) * 1.001f;
-}
-__device__ __forceinline__ float race_of(float uniform, float distance) {
-    return uniform * ptx::exp2_approximate(distance * kLog2E);
-}
-
-struct Noise {
-    uint64_t seed, index;
-
-    __device__ __forceinline__ Words words(int quad) const {  // of ids 4 quad .. 4 quad + 3
-        return philox(quad, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), 0,
-                      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    }
-    __device__ __forceinline__ float score(int id, float distance) const {
-        const Words all = words(id / 4);
-        const int which = id % 4;
-        const uint32_t word = which < 2 ? (which == 0 ? all.x[0] : all.x[1]) : which == 2 ? all.x[2] : all.x[3];
-        return score_of(uniform(word), distance);
-    }
-};
-
-__device__ __forceinline__ Key mass_of(float distance) {
-    return static_cast<Key>(expf(-distance) * kMass);
-}
 
 // What a row asks for.
 struct Request {

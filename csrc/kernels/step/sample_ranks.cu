@@ -25,20 +25,19 @@
 // budget: sample_ranks_kernel registers<=64 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <vector.h>
 
 #include <algorithm>
 
-#include "draw.h"
 #include "kernels.h"
+#include "noise.h"
 
 namespace tokenspeed {
 namespace {
 
-using draw::Best;
-using draw::better;
-using draw::mass_of;
-using draw::Noise;
-using draw::to_fp32;
+using sampling::Best;
+using sampling::mass_of;
+using sampling::Noise;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
@@ -78,6 +77,18 @@ struct alignas(16) Exchange {  // of dynamic shared memory, before the row
     int patient;
 };
 
+// The larger value; of equals the lower id.
+__device__ __forceinline__ Best better(Best a, Best b) {
+    return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+}
+
+// The order of floats as that of integers: the sign decides whether the other bits turn.
+__device__ __forceinline__ float largest_of_warp(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    const uint32_t most = __reduce_max_sync(kAllLanes, bits & 0x80000000u ? ~bits : bits | 0x80000000u);
+    return __uint_as_float(most & 0x80000000u ? most & 0x7fffffffu : ~most);
+}
+
 // A block's part of a row: its logits in shared memory, and how they become distances.
 template <typename T>
 struct Part {
@@ -85,7 +96,7 @@ struct Part {
     int first, count;            // ids of the whole vocabulary
     float temperature, largest;  // of the scaled logits of the row
 
-    __device__ __forceinline__ float distance(int i) const { return largest - to_fp32(logits[i]) / temperature; }
+    __device__ __forceinline__ float distance(int i) const { return largest - to_float(logits[i]) / temperature; }
 };
 
 // A cluster's way to the same cluster of the other ranks.
@@ -251,7 +262,7 @@ __device__ __forceinline__ uint32_t search(const SampleRanks& p, Exchange& excha
 template <typename T>
 __device__ Best best_score(const Part<T>& part, const Noise& noise, float limit) {
     Best best = {-INFINITY, INT32_MAX};
-    float warp_best = -INFINITY;
+    float most = INFINITY;  // of what an id's race may be, to beat the warp's best
     for (int base = 0; base < part.count; base += kThreads * 4) {
         const int i = base + threadIdx.x * 4;
         float distances[4];
@@ -262,15 +273,15 @@ __device__ Best best_score(const Part<T>& part, const Noise& noise, float limit)
             kept = kept || distances[j] <= limit;
         }
         if (kept) {
-            const draw::Words words = noise.words((part.first + i) / 4);
+            const sampling::Words words = noise.words((part.first + i) / 4);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const bool hopeless = draw::cannot_reach(draw::uniform(words.x[j]), warp_best + distances[j]);
-                if (!(distances[j] <= limit) || hopeless) continue;
-                best = better(best, {draw::score_of(words.x[j], distances[j]), part.first + i + j});
+                const float uniform = sampling::uniform(words.x[j]);
+                if (!(distances[j] <= limit) || sampling::race_of(uniform, distances[j]) > most) continue;
+                best = better(best, {sampling::score_of(uniform, distances[j]), part.first + i + j});
             }
         }
-        warp_best = draw::largest_of_warp(best.value);
+        most = sampling::most_for(largest_of_warp(best.value));
     }
     return best;
 }
@@ -518,7 +529,7 @@ __device__ __forceinline__ Best draw_from_lists(const SampleRanks& p, Exchange& 
         limit = fminf(limit, exchange.bound);
     }
     Best best = {-INFINITY, INT32_MAX};
-    if (holds && distance <= limit) best = {draw::score_of(noise_of(p, row).word(ids[mine]), distance), ids[mine]};
+    if (holds && distance <= limit) best = {noise_of(p, row).score(ids[mine], distance), ids[mine]};
     return block_best(exchange, best);
 }
 
@@ -545,27 +556,27 @@ __device__ __forceinline__ int draw_row(const SampleRanks& p, Exchange& exchange
         *reinterpret_cast<uint4*>(kept + i * kVector) = bits;
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-            const float logit = to_fp32(reinterpret_cast<const T*>(&bits)[j]);
+            const float logit = to_float(reinterpret_cast<const T*>(&bits)[j]);
             finite = finite && logit < INFINITY;
             best = better(best, {logit, first + i * kVector + j});
         }
     }
     for (int i = vectors * kVector + threadIdx.x; i < count; i += kThreads) {
         kept[i] = logits[i];
-        const float logit = to_fp32(kept[i]);
+        const float logit = to_float(kept[i]);
         finite = finite && logit < INFINITY;
         best = better(best, {logit, first + i});
     }
     if (!finite) best.value = INFINITY;  // NaN is not seen by maxima
-    const float largest_of_warp = draw::largest_of_warp(best.value);
-    if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest_of_warp;
+    const float most = largest_of_warp(best.value);
+    if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = most;
     best = block_best(exchange, best);
     if (threadIdx.x == 0) exchange.block_best = best;
     ptx::cluster_sync();
     float bound;
     best = first_look(p, exchange, peers, warp_largest, top_k, bound);
     const float largest = greedy ? best.value : best.value / temperature;
-    if (!(fabsf(largest) < INFINITY)) return largest > 0 ? draw::kNotFinite : draw::kNoneAllowed;
+    if (!(fabsf(largest) < INFINITY)) return largest > 0 ? sampling::kNotFinite : sampling::kNoneAllowed;
     if (greedy) return best.id;
 
     const Part<T> part = {kept, first, count, temperature, largest};
@@ -616,7 +627,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_ranks_kernel(const __grid_
     for (int row = blockIdx.y; row < p.rows; row += gridDim.y) {
         const int id = draw_row(p, exchange, peers, kept, row);
         // What is drawn without another rank is not to be trusted, nor looked up.
-        if (blockIdx.x == 0 && threadIdx.x == 0) p.ids[row] = exchange.patient != 0 ? id : draw::kNotFinite;
+        if (blockIdx.x == 0 && threadIdx.x == 0) p.ids[row] = exchange.patient != 0 ? id : sampling::kNotFinite;
         ptx::cluster_sync();  // what peers read of this block is read
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) tags[blockIdx.y] = peers.tag;

@@ -141,6 +141,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="split the experts over N of the same ranks (default 1)",
     )
+    engine.add_argument(
+        "--prefill-sums",
+        choices=["auto", "all-reduce", "in-parts"],
+        default=default.prefill_sums,
+        help="over ranks, of a prefill: one all-reduce, or a reduce-scatter and an all-gather with the norm between, "
+        "which rounds otherwise (default auto: on GPUs the faster one, as measured at start)",
+    )
     engine.add_argument("--validate", action="store_true", help="check every step and the cache: slow (default off)")
 
 

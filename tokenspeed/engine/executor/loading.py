@@ -15,6 +15,8 @@ from ..errors import CapacityError, ConfigError
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import fill_with_noise, holds_mtp, load_weights, with_formats, with_stored_head
 from ..parallel.comm import Communicator
+from ..parallel.compile import group_of_parts
+from ..parallel.costs import always_in_parts
 from ..quantization import PRODUCTS
 from ..schedule.scheduler import drafts_for
 from .device import pick_dtype, pick_kv_dtype, use_threads
@@ -53,15 +55,22 @@ def load_runner(
     mtp = bool(config.draft_depths(True, on_gpu)) and has_head
     _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
-    communicator.prepare(model_config.hidden, device, config.max_num_batched_tokens, dtype, progress)
-    if progress and communicator.costs:
-        for line in communicator.costs.lines():
-            tqdm.write(line, file=sys.stderr)
+    measured = config.max_num_batched_tokens if config.prefill_sums == "auto" else 0
+    communicator.prepare(model_config.hidden, device, measured, dtype, progress)
+    if config.prefill_sums == "in-parts":
+        communicator.costs = always_in_parts(communicator.mesh)
+    if progress and measured and communicator.costs:
+        tqdm.write(str(communicator.costs), file=sys.stderr)
     sharers = communicator.mesh.world if device.type == "cpu" else 1
     free, total = free_memory(device) // sharers, total_memory(device) // sharers
     check_utilization(config, free, total)
     check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
+    if config.prefill_sums == "in-parts" and model.mesh.world > 1 and group_of_parts(model.plan) is None:
+        raise ConfigError(
+            "prefill_sums is 'in-parts', but not all sums of this model are over the same ranks: it must be 'auto' or "
+            "'all-reduce', or tensor_parallel_size a multiple of expert_parallel_size."
+        )
     if dummy:
         fill_with_noise(model)
     else:

@@ -114,7 +114,7 @@ class Qwen3_5(nn.Module):
         tokens after the final norm, [N, hidden]. Mutates the batch's pages and slots."""
         x = residual = None
         costs, calls = self.communicator.costs, self._calls
-        if self._calls_in_parts and costs.pick(len(batch.tokens)) == IN_PARTS:
+        if self._calls_in_parts and batch.prefill is not None and costs.pick(len(batch.tokens)) == IN_PARTS:
             calls = self._calls_in_parts
         for call in calls:
             x, residual = call(x, residual, batch)

@@ -77,7 +77,8 @@ class Communicator:
         Returns the norm [N, H] of all rows, and this rank's rows of the stream.
         """
         rows, ranks = len(x), self.mesh.size(group)
-        part = self.reduce_scatter(F.pad(x, (0, 0, 0, -rows % ranks)), 0, group)
+        padded = F.pad(x, (0, 0, 0, -rows % ranks)) if rows % ranks else x
+        part = self.reduce_scatter(padded, 0, group)
         if residual is None:
             normed, stream = ops.rms_norm(part, weight, eps), part
         else:

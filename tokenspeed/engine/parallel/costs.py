@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ... import ops
+from .mesh import Mesh
 
 if TYPE_CHECKING:
     from .comm import Communicator
 
 ALL_REDUCE, IN_PARTS = "all-reduce", "reduce-scatter + all-gather"
 _SHIFTS = (6, 4, 2, 0)  # of the largest number of tokens: the sizes that are measured
-_ROUNDS, _WARM_UP = 7, 2
+_ROUNDS, _WARM_UP, _CALLS = 7, 2, 4
 _MARGIN = 0.95  # in parts must be faster by more than what two measurements of one thing differ by
 _EPS = 1e-6
 
@@ -51,11 +52,20 @@ class Costs:
                 return first + (last - first) * (tokens - low) / (high - low)
         return us[-1] * tokens / self.tokens[-1]
 
-    def lines(self) -> list[str]:
-        """The table with its picks, as text."""
+    def __str__(self) -> str:
+        """The table with its picks, a line."""
         rows = zip(self.tokens, self.all_reduce, self.in_parts, strict=True)
         told = "; ".join(f"{n} tokens {one:.0f} or {parts:.0f} us: {self.pick(n)}" for n, one, parts in rows)
-        return [f"sums of a prefill over {self.group}, by {ALL_REDUCE} or {IN_PARTS}: {told}"]
+        return f"sums of a prefill over {self.group}, by {ALL_REDUCE} or {IN_PARTS}: {told}"
+
+
+def always_in_parts(mesh: Mesh) -> Costs:
+    """Under which every number of tokens is summed in parts."""
+    return Costs(mesh.canonical("world"), (1,), (2.0,), (1.0,))
+
+
+def never_in_parts(mesh: Mesh) -> Costs:
+    return Costs(mesh.canonical("world"), (1,), (1.0,), (2.0,))
 
 
 def measure(
@@ -71,27 +81,32 @@ def measure(
         part = residual[: -(-tokens // communicator.mesh.world)]
 
         def whole(x: Tensor = x, residual: Tensor = residual) -> None:
-            done = communicator.add_rms_norm(x, residual, weight, _EPS, group)
-            done or ops.add_rms_norm(communicator.all_reduce(x, group), residual, weight, _EPS)
+            if communicator.add_rms_norm(x, residual, weight, _EPS, group) is None:
+                ops.add_rms_norm(communicator.all_reduce(x, group), residual, weight, _EPS)
 
         def in_parts(x: Tensor = x, part: Tensor = part) -> None:
             communicator.add_rms_norm_in_parts(x, part, weight, _EPS, group)
 
         found[ALL_REDUCE].append(_us(whole, device))
         found[IN_PARTS].append(_us(in_parts, device))
+        del x, residual, part, whole, in_parts
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # before what is free is measured
     table = torch.tensor(list(found.values()), dtype=torch.float32, device=device)
     one, parts = communicator.all_reduce(table, group, largest=True).tolist()  # of the slowest rank
     return Costs(group, sizes, tuple(one), tuple(parts))
 
 
 def _us(work: Callable[[], None], device: torch.device) -> float:
+    """Of one call among several in a row, since a prefill does not wait for each."""
     times = []
     for _ in range(_WARM_UP + _ROUNDS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        work()
+        for _ in range(_CALLS):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - start) * 1e6)
+        times.append((time.perf_counter() - start) * 1e6 / _CALLS)
     return statistics.median(times[_WARM_UP:])

@@ -99,7 +99,9 @@ class Limits:
 class PeerKernel:
     """A kernel over the ranks of one group. Every rank makes the same calls in the same order."""
 
-    def __init__(self, library: ctypes.CDLL, rank: int, ranks: int, memory: Sequence[int], tags: int, device):
+    def __init__(
+        self, library: ctypes.CDLL, rank: int, ranks: int, memory: Sequence[int], tags: int, device: torch.device
+    ):
         """memory: address of each rank's memory, all zeros, in order of rank; tags: how many the kernel counts;
         device: of this rank's tensors."""
         self._library, self._rank, self._device = library, rank, device
