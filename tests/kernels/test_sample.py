@@ -300,10 +300,11 @@ def test_logits_that_the_kernel_ahead_writes(cut, seed):
     logits = (torch.randn(2, 2000) * 3).bfloat16()
     late, arena = behind_a_copy(logits)
     from_slot, to_slot = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    given = arguments(late, **cut, index=4)
 
     def run():
         torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
-        return torch.ops.tokenspeed_emulated.sample(*arguments(late, **cut, index=4))
+        return torch.ops.tokenspeed_emulated.sample(*given)
 
     assert torch.equal(queued(emulator(), seed, run), sample(logits, **cut, index=4))
 
