@@ -15,16 +15,16 @@ behind_drafts = partial(partial, sampling.test_ids_behind_drafts_that_are_right_
 BUGS = (
     Bug(
         "noise is tied to the row",
-        Sampler.draw,
+        Sampler.parameters,
         "self._integers_of[:, index]",
         "self._integers_of[:, index] + torch.arange(len(index))",
         side_by_side(0),
     ),
     Bug(
         "noise of one output",
-        Sampler.draw,
-        "seed, output)",
-        "seed, output * 0)",
+        Sampler.draw_by,
+        "*parameters, output)",
+        "*parameters, output * 0)",
         sampling.test_the_noise_of_one_output_says_nothing_about_the_next,
     ),
     Bug(
@@ -36,9 +36,9 @@ BUGS = (
     ),
     Bug(
         "neighbouring seeds are one",
-        Sampler.draw,
-        "min_p, seed, output",
-        "min_p, seed // 2, output",
+        Sampler.parameters,
+        "min_p, seed)",
+        "min_p, seed // 2)",
         sampling.test_neighbouring_seeds_are_independent,
     ),
     Bug(

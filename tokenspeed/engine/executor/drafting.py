@@ -100,17 +100,21 @@ class MtpDrafter:
         self, index: Tensor, context: Tensor, slots: Tensor, page_table: Tensor, drafts: int, greedy: bool
     ) -> None:
         """Draft behind the last id of B sequences, which stands at row `context`, negative for padding."""
-        tables = self._tables
+        tables, drafted = self._tables, []
+        # What is known of every draft is made before the first: a launch each, and not one more for each draft.
+        parameters = None if greedy else self._sampler.parameters(index)
+        ahead = torch.arange(drafts, dtype=context.dtype, device=context.device)[:, None]
         room = tables.capacity[index].masked_fill(context < 0, 0)  # behind it there is no page to look at
+        places = torch.where(context + ahead < room, context + ahead, -1)
+        outputs = (context - tables.prompt[index]).long() + (1 + ahead)  # of the drafts; the last id has the one before
         token, hidden = tables.ids[index, 0], self._kept(slots)
-        output = (context - tables.prompt[index]).long()  # the number of the last id
         for k in range(drafts):
-            row = context + k
-            rows = Rows(page_table, torch.where(row < room, row, -1), slots, slots)
+            rows = Rows(page_table, places[k], slots, slots)
             batch = paged(self._memory, tables, self._rotary, rows, index, token[:, None], -1)
             logits, hidden = self._head(batch, hidden)
-            token = self._sampler.draw(logits, index, output + (1 + k), greedy).clamp_(min=0)  # a draft may be any id
-            tables.ids[index, 1 + k] = token
+            token = self._sampler.draw_by(parameters, logits, outputs[k]).clamp_(min=0)  # a draft may be any id
+            drafted.append(token)
+        tables.ids[index, 1 : 1 + drafts] = torch.stack(drafted, dim=1)
 
     def _kept(self, slots: Tensor) -> Tensor:
         """The trunk's last state of slots, [B, hidden]."""

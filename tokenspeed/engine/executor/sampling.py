@@ -128,6 +128,16 @@ class Choices(NamedTuple):
         return range(decoding * width + sample - decoding, decoding * width + sample - decoding + 1)
 
 
+class Parameters(NamedTuple):
+    """What `ops.sample` takes of each row beside its logits and the number of its output, in that order: all [L]."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+
 class Sampler:
     """Sampling parameters and penalty counts of every sequence index.
 
@@ -173,11 +183,19 @@ class Sampler:
         """An id from each row of logits [L, V], for output number `output` of sequence `index`, both [L] int64: [L]
         int64, negative where there is none (`ops.sample`). greedy: every row has temperature 0. Reads nothing on the
         host."""
-        if greedy:
-            return self._vocabulary.likeliest(logits)
+        return self.draw_by(None if greedy else self.parameters(index), logits, output)
+
+    def parameters(self, index: Tensor) -> Parameters:
+        """Of sequences `index` [L] int64, for `draw_by`: whoever draws several times behind the same asks once."""
         temperature, top_p, min_p = self._floats[:, index]
         top_k, seed = self._integers_of[:, index]
-        return self._vocabulary.sample(logits, temperature, top_k.int(), top_p, min_p, seed, output)
+        return Parameters(temperature, top_k.int(), top_p, min_p, seed)
+
+    def draw_by(self, parameters: Parameters | None, logits: Tensor, output: Tensor) -> Tensor:
+        """`draw` by the parameters of the rows; None: every row has temperature 0."""
+        if parameters is None:
+            return self._vocabulary.likeliest(logits)
+        return self._vocabulary.sample(logits, *parameters, output)
 
     def choose(
         self, samples: Sequence[Sample], choices: Choices, logits: Tensor, edits: Sequence[Edit]
