@@ -29,7 +29,7 @@ def _softmax_multinomial(logits: Tensor, temperature: Tensor, *rest) -> Tensor:
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """Each kind of cut; logits of one row are half a megabyte, so the time is the chain of cluster barriers."""
+    """Each kind of cut; logits of one row are half a megabyte, so the time is two launches and the noise."""
     for rows in (1, 64) if len(sizes.decode) > 1 else (1,):
         for name, (temperature, top_k, top_p) in CUTS.items():
 
