@@ -234,10 +234,14 @@ def measure(
     speeds: list[tuple[int, float]],
     fp8: bool,
     kv_dtype: torch.dtype | None,
+    draft_vocabulary: int | None = None,
 ) -> dict:
-    """speeds: (drafts, ids a step) to measure decode steps at; fp8: weights; kv_dtype: of the pages, None for bf16."""
+    """speeds: (drafts, ids a step) to measure decode steps at; fp8: weights; kv_dtype: of the pages, None for bf16;
+    draft_vocabulary: how many of the lowest ids are drafted, None for all."""
     config = replace(PUBLISHED[size], fp8=PRODUCTS if fp8 else frozenset())
     model = random_model(config, mtp=any(drafts for drafts, _ in speeds))
+    if draft_vocabulary is not None and model.mtp is not None:
+        model.mtp.reduce_vocabulary(torch.arange(draft_vocabulary))
     ceilings = measure_ceilings("cuda")
     formats = {"weights": "fp8" if fp8 else "bf16", "kv": "fp8" if kv_dtype else "bf16"}
     result: dict = {"size": size, **formats, "device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy}
@@ -328,6 +332,9 @@ def main() -> int:
         metavar="K[:MEAN]",
         help="drafts behind each id, and the mean of ids a step to pin acceptance to (default 0; 3 means 3:3.3)",
     )
+    parser.add_argument(
+        "--draft-vocabulary", type=int, metavar="N", help="draft the N lowest ids alone (default: all of them)"
+    )
     parser.add_argument("--json", type=Path, help="append each size's figures to this JSONL file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -336,7 +343,8 @@ def main() -> int:
     speeds = [speed(text) for text in options.drafts]
     for size in options.size:
         formats = options.quantization == "fp8", pick_kv_dtype(options.kv_cache_dtype)
-        result = measure(size, options.batches, options.prefill, not options.no_check, speeds, *formats)
+        check, vocabulary = not options.no_check, options.draft_vocabulary
+        result = measure(size, options.batches, options.prefill, check, speeds, *formats, vocabulary)
         if options.json:
             with options.json.open("a") as out:
                 out.write(json.dumps(result) + "\n")

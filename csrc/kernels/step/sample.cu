@@ -220,8 +220,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kerne
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
+    Best parts[kMostBlocks / 32];  // on their way together, and the groups' behind them
+#pragma unroll
+    for (int i = 0; i < kMostBlocks / 32; ++i) {
+        parts[i] = lane + i * 32 < blocks ? state.largest[lane + i * 32] : Best{-INFINITY, INT32_MAX};
+    }
+    const float bound_logit =
+        request.lists ? bound_of_top_k(exchange, state, blocks * p.groups, request.top_k) : -INFINITY;
     Key largest = 0;
-    for (int i = lane; i < blocks; i += 32) largest = max(largest, key_of(state.largest[i].value, state.largest[i].id));
+#pragma unroll
+    for (const Best& part : parts) largest = max(largest, key_of(part.value, part.id));
     largest = warp_largest(largest);
     const float logit = value_of(largest), scaled = request.greedy ? logit : logit / request.temperature;
     const bool has_id = fabsf(scaled) < INFINITY;  // alike for the whole row
@@ -235,7 +243,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kerne
     const Scale scale = {logit, scaled, request.temperature};
     float bound = INFINITY, least_logit = -INFINITY, most = INFINITY;
     if (request.lists) {
-        const float bound_logit = bound_of_top_k(exchange, state, blocks * p.groups, request.top_k);
         bound = scale.distance(bound_logit);
         least_logit = scale.least_logit(bound);
     }
