@@ -226,6 +226,7 @@ WAYS = {
     "nothing is cut": {},
     "min-p alone": {"min_p": 0.02},
     "a list within a bound by half the groups": {"top_k": 20, "top_p": 0.95},
+    "a list of two of nearly equal chance": {"top_k": 2, "temperature": 30.0},
     "a list within a bound by all groups": {"top_k": 128, "top_p": 0.7, "min_p": 0.001},
     "bins of masses, a narrow nucleus": {"top_p": 0.4},
     "bins of masses, a wide one": {"top_p": 0.97, "temperature": 3.0},
