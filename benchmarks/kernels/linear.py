@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
+from tokenspeed import ops
+from tokenspeed.ops.fp8 import quantise_blocks
+
 from ..cases import Case, Inputs, Sizes, operator_case, torch_implementation
 
 # Outputs x inputs of the published models, from 2 MB to the vocabulary.
@@ -51,6 +54,30 @@ def fused_cases(all_rows: tuple[int, ...]) -> Iterator[Case]:
             )
 
 
+def _two_launches(x, residual, norm_weight, eps, weight, scale, tail) -> tuple[torch.Tensor, torch.Tensor]:
+    projected, normed, _ = ops.add_rms_norm_linear(x, residual, norm_weight, eps, weight, scale)
+    return projected, ops.linear(normed, tail)
+
+
+def fp8_cases(all_rows: tuple[int, ...], outputs: int, tail: int, inputs: int) -> Iterator[Case]:
+    """An in-projection in two formats, and beside it the launches that it stands for."""
+    for rows in all_rows:
+
+        def product(draw: Inputs, rows=rows) -> tuple:
+            stream = (draw.randn(rows, inputs), draw.randn(rows, inputs), draw.randn(inputs), 1e-6)
+            return *stream, *quantise_blocks(draw.randn(outputs, inputs)), draw.randn(tail, inputs)
+
+        yield Case(
+            "add_rms_norm_linear",
+            f"{rows} x {inputs} -> {outputs} of e4m3 + {tail} of bf16",
+            (outputs + 2 * tail) * inputs + 2 * rows * (outputs + tail + 5 * inputs),
+            product,
+            torch.ops.tokenspeed.add_rms_norm_linear.default,
+            flops=2 * rows * (outputs + tail) * inputs,
+            peers={"a launch for each format": _two_launches},
+        )
+
+
 def cases(sizes: Sizes) -> Iterator[Case]:
     """Calls follow each other in one graph, so each fills its ring beside the one before, as in a decode step."""
     on_gpu = len(sizes.decode) > 1
@@ -64,3 +91,5 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             shape = f"{rows} x {inputs} -> {outputs}, {2 * outputs * inputs / 1e6:.0f} MB"
             yield operator_case("linear", shape, size, product, flops=2 * rows * outputs * inputs)
     yield from fused_cases((1, 8) if on_gpu else (1,))
+    # Of a Gated DeltaNet layer of 35B-A3B.
+    yield from fp8_cases((1, 8), 12288, 64, 2048) if on_gpu else fp8_cases((1,), 256, 16, 256)

@@ -1,10 +1,12 @@
 """A decode layer's mixture of experts, from the residual sum on: one launch beside the five that it stands for."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from tokenspeed.ops.fp8 import quantise_blocks
 from tokenspeed.ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
 
 from ..cases import Case, Inputs, Sizes, operator_case
@@ -17,8 +19,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     """Tokens choose experts at random: as many as they hit on the average. The first peer, torch, is the composition of
     this package's other operators, with their kernels."""
     on_gpu = len(sizes.decode) > 1
-    for model, experts, top_k, hidden, width in MODELS if on_gpu else ON_CPU:
-        held = Weights(experts, hidden, width)
+    for (model, experts, top_k, hidden, width), fp8 in product(MODELS if on_gpu else ON_CPU, (False, True)):
+        held = Weights(experts, hidden, width, fp8)
         for tokens in (1, 2, 4, MOE_BLOCK_ROWS) if on_gpu else sizes.decode:
             # Every set renames the experts that the first hits: other weights, but as many of them.
             generator = torch.Generator().manual_seed(tokens)
@@ -38,15 +40,22 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 shared_down = draw.randn(hidden, width).mul_(width**-0.5)
                 scratch = draw.integers([0] * moe_block_scratch(experts, top_k, hidden))
                 norm_weight = draw.randn(hidden).mul_(1e-3)
-                gate_up, down = held.draw(draw)
                 stream = (x, residual, norm_weight, EPS)
-                return *stream, in_proj, experts, top_k, gate_up, down, shared_down, scratch
+                if not held.fp8:
+                    gate_up, down = held.draw(draw)
+                    return *stream, in_proj, experts, top_k, gate_up, down, shared_down, scratch
+                gate_up, gate_up_scale, down, down_scale = held.draw(draw)
+                (shared, in_scale), (shared_down, shared_scale) = map(
+                    quantise_blocks, (in_proj[: 2 * width], shared_down)
+                )
+                weights = (shared, experts, top_k, gate_up, down, shared_down, scratch, 0, in_proj[2 * width :])
+                return *stream, *weights, in_scale, gate_up_scale, down_scale, shared_scale
 
-            dense = 2 * width + experts + 8 + width
+            per_weight = 1 if fp8 else 2
             yield operator_case(
                 "moe_block",
-                f"{model}, {tokens} tokens, {hit} experts",
-                2 * hidden * (3 * hit * width + dense + 4 * tokens),
+                f"{model}, {tokens} tokens, {hit} experts" + ", e4m3" * fp8,
+                hidden * (per_weight * 3 * (hit + 1) * width + 2 * (experts + 8 + 4 * tokens)),
                 layer,
                 ceiling="read",
             )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import tokenspeed.ops
+from tokenspeed.ops.fp8 import quantise_blocks
 
 from ..cases import Case, Inputs, Sizes, operator_case, optional_peer
 
@@ -20,7 +21,9 @@ class Weights:
     """One model's weights, shared by the input sets of a case, which differ in the experts they hit; freed with them:
     four sets of the largest model's weights would fill the card."""
 
-    def __init__(self, experts: int, hidden: int, width: int):
+    def __init__(self, experts: int, hidden: int, width: int, fp8: bool = False):
+        """fp8: each weight is followed by its scales."""
+        self.fp8 = fp8
         self.shapes = ((experts, 2 * width, hidden), (experts, hidden, width))
         self.living: list[weakref.ref] = []
 
@@ -28,6 +31,8 @@ class Weights:
         weights = [reference() for reference in self.living]
         if not weights or any(tensor is None for tensor in weights):
             weights = [draw.randn(*shape).mul_(shape[-1] ** -0.5) for shape in self.shapes]
+            if self.fp8:
+                weights = [part for weight in weights for part in quantise_blocks(weight)]
             self.living = [weakref.ref(tensor) for tensor in weights]
         return weights
 

@@ -12,7 +12,8 @@
 // what keeps memory busy from one launch to the next: a block starts as one of the kernel ahead leaves, and asks for
 // 11 slabs at once. Where the share is short (of one row, no more than the ring) the ring is no longer than the share
 // or than half of a multiprocessor, so that the next kernel's fills beside it, and five slabs are asked for before the
-// wait, the others once x has been, which would wait behind them.
+// wait, the others once x has been, which would wait behind them: x comes 5 us behind 160 KB. A block of e4m3 does so
+// with a share half as long again, since its arithmetic, which begins with x, is twice as much a byte.
 //
 // x lies in shared memory, all rows of the block's columns. What comes before the product in a layer is done on the
 // way, up to eight rows: silu_mul, or the residual sum and its norm, whose sum of squares every block repeats. The
@@ -62,6 +63,7 @@ constexpr int kChunk = 8;                  // elements of x in 16 bytes
 constexpr int kChunks = kRowBytes / 16;    // of 16 bytes, in a row of a piece
 constexpr int kRowsAtOnce = 32 / kChunks;  // that a warp's copy instruction covers
 constexpr int kSumPitch = kTileRows + 4;   // floats; distinct banks for the four lanes that hold one row's sums
+constexpr int kAtOnce = 4;                 // 16-byte loads of x or residual that a thread has under way
 constexpr int kMaxClusterTiles = 12;       // tiles a cluster may own: what its exchange buffer holds
 
 // What the type of weights decides: bf16, or E4m3 with a scale for every block of 128 x 128.
@@ -108,14 +110,26 @@ struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1,
 constexpr int kSharedLimit = 227 * 1024;      // bytes a block
 constexpr int kHalfSharedLimit = 113 * 1024;  // where two share a multiprocessor
 constexpr int kShortShare = 10;               // pieces
-constexpr int kFirstCopies = 5;               // before the wait, of a short share
+constexpr int kFirstCopies = 5;               // before the wait, of a share that asks for x early
 
-// A walk over a block's pieces: for every tile, for every slab.
+// The longest share, in pieces, of one row that asks for x early: the ring; behind a norm more of e4m3, which takes
+// twice the arithmetic a piece, all of it once x is there.
+template <typename Weight, Operand kOperand, int kStages>
+constexpr int kMostEarly = Format<Weight>::kScaled && kOperand == Operand::kAddNorm ? kStages * 3 / 2 : kStages;
+
+// A walk over a block's pieces: for every tile, for every slab. source: what this lane copies of the piece first.
+template <typename Weight>
 struct Walk {
     int tile, slab, first_slab, last_slab, stride;
+    const Weight* source;
+    int64_t next_tile;  // elements from the first slab of a tile to that of the next
 
     __device__ void next() {
-        if (++slab == last_slab) slab = first_slab, tile += stride;
+        source += Format<Weight>::kSlab;
+        if (++slab < last_slab) return;
+        source += next_tile - int64_t{last_slab - first_slab} * Format<Weight>::kSlab;
+        slab = first_slab;
+        tile += stride;
     }
 };
 
@@ -124,21 +138,38 @@ __device__ __forceinline__ int place(int row, int chunk) {
     return row * kRowBytes + (chunk ^ (row % 2 * (kChunks / 2))) * 16;
 }
 
+// The row of a piece that a lane copies first, and the column of a slab that it copies of each.
+__device__ __forceinline__ int copied_row() {
+    return static_cast<int>(threadIdx.x) % 32 / kChunks;
+}
+template <typename Weight>
+__device__ __forceinline__ int copied_column() {
+    using F = Format<Weight>;
+    const int warp = threadIdx.x / 32, chunk = threadIdx.x % kChunks;
+    return warp * F::kColumns + chunk * (F::kColumns / kChunks);
+}
+
 // Starts the copies of this warp's piece of a slab; zeros where the matrix ends.
 template <typename Weight>
-__device__ __forceinline__ void copy_piece(uint8_t* piece, const Weight* weight, int tile, int slab, int outputs,
+__device__ __forceinline__ void copy_piece(uint8_t* piece, const Walk<Weight>& at, const Weight* weight, int outputs,
                                            int inputs) {
-    using F = Format<Weight>;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunk = lane % kChunks, column = slab * F::kSlab + warp * F::kColumns + chunk * (F::kColumns / kChunks);
-    const int output = tile * kTileRows + lane / kChunks;
-    const Weight* source = weight + static_cast<int64_t>(output) * inputs + column;
+    const int row = copied_row(), chunk = static_cast<int>(threadIdx.x) % kChunks;
     const int64_t step = int64_t{kRowsAtOnce} * inputs;
+    // Rows that are left from this lane's first on, none behind the last column.
+    const int left =
+        at.slab * Format<Weight>::kSlab + copied_column<Weight>() < inputs ? outputs - at.tile * kTileRows - row : 0;
+    const Weight* source = at.source;
+    if (__all_sync(kAllLanes, left > kTileRows - kRowsAtOnce)) {
+#pragma unroll
+        for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) {
+            ptx::cp_async(piece + place(i * kRowsAtOnce + row, chunk), source);
+        }
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) {
-        const bool inside = output + i * kRowsAtOnce < outputs && column < inputs;
-        ptx::cp_async(piece + place(i * kRowsAtOnce + lane / kChunks, chunk), inside ? source : weight,
-                      inside ? 16 : 0);
+        const bool inside = i * kRowsAtOnce < left;
+        ptx::cp_async(piece + place(i * kRowsAtOnce + row, chunk), inside ? source : weight, inside ? 16 : 0);
     }
 }
 
@@ -181,11 +212,12 @@ __device__ __forceinline__ void store_operand(const Target& to, int row, int col
 }
 
 // Copies x into the operand, zeros behind the last column: all threads through all rows, four loads ahead of what they
-// store. A warp has one row at a time.
-template <typename Weight>
-__device__ __forceinline__ void stage_copy(const Target& operand, const Linear& p, int first, int last) {
-    constexpr int kAtOnce = 4;
+// store. A warp has one row at a time. after_loads is called when a thread's first loads are on their way.
+template <typename Weight, typename AfterLoads>
+__device__ __forceinline__ void stage_copy(const Target& operand, const Linear& p, int first, int last,
+                                           AfterLoads after_loads) {
     const int chunks = (last - first) / kChunk, all = p.rows * chunks;
+    if (static_cast<int>(threadIdx.x) >= all) after_loads();
     for (int from = threadIdx.x; from < all; from += kAtOnce * kThreads) {
         uint4 values[kAtOnce];
 #pragma unroll
@@ -195,6 +227,7 @@ __device__ __forceinline__ void stage_copy(const Target& operand, const Linear& 
             values[i] = at < all && column < p.inputs ? *reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column)
                                                       : uint4{};
         }
+        if (from == static_cast<int>(threadIdx.x)) after_loads();
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int at = from + i * kThreads;
@@ -234,19 +267,30 @@ __device__ __forceinline__ void copy_norm_weights(__nv_bfloat16* weights, const 
 
 // Writes the norm of x + residual into the operand, and the blocks of one cluster both it and the sum into memory.
 // Every block repeats the sum of squares of whole rows: it is less work than to wait for another block's.
-template <typename Weight, int kRows>
+// after_loads: as in stage_copy.
+template <typename Weight, int kRows, typename AfterLoads>
 __device__ __forceinline__ void stage_add_norm(const Target& operand, const __nv_bfloat16* weights, float* squares,
-                                               const Linear& p, int first, int last) {
+                                               const Linear& p, int first, int last, AfterLoads after_loads) {
     constexpr int kRowThreads = kRows == 1 ? kThreads : 32, kStep = kRowThreads * kChunk;
     const int row = threadIdx.x / kRowThreads, from = threadIdx.x % kRowThreads * kChunk;
     const bool stores = blockIdx.y == 0;
     float total = 0;
-    if (row < p.rows) {
-#pragma unroll 4
-        for (int column = from; column < p.inputs; column += kStep) {
-            const uint4 added = *reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
-            const uint4 old = *reinterpret_cast<const uint4*>(p.residual + int64_t{row} * p.inputs + column);
-            const uint4 sum = pack(unpack(added) + unpack(old));
+    for (int base = from; base == from || base < p.inputs; base += kAtOnce * kStep) {  // once by all threads
+        uint4 added[kAtOnce], old[kAtOnce];
+        const int end = row < p.rows ? p.inputs : 0;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int column = base + i * kStep;
+            if (column >= end) continue;
+            added[i] = *reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
+            old[i] = *reinterpret_cast<const uint4*>(p.residual + int64_t{row} * p.inputs + column);
+        }
+        if (base == from) after_loads();
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int column = base + i * kStep;
+            if (column >= end) continue;
+            const uint4 sum = pack(unpack(added[i]) + unpack(old[i]));
             total += sum_of_squares(unpack(sum));
             if (column >= first && column < last) {
                 store_16(operand.rows + row * operand.pitch + column - first, sum);
@@ -364,9 +408,16 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
         ptx::cluster_arrive_relaxed();  // the peers may write into this block's exchange buffer from now on
     }
 
-    Walk ahead = {cluster, first_slab, first_slab, last_slab, stride};
+    const int64_t first_row = int64_t{cluster} * kTileRows + copied_row();
+    Walk<Weight> ahead = {cluster,
+                          first_slab,
+                          first_slab,
+                          last_slab,
+                          stride,
+                          weight + first_row * inputs + first + copied_column<Weight>(),
+                          int64_t{stride} * kTileRows * inputs};
     const auto copy_next = [&](int stage) {
-        if (ahead.tile < tiles) copy_piece(piece_of(stage), weight, ahead.tile, ahead.slab, outputs, inputs);
+        if (ahead.tile < tiles) copy_piece(piece_of(stage), ahead, weight, outputs, inputs);
         ptx::cp_async_commit();  // an empty group at the end keeps the count
         ahead.next();
     };
@@ -379,23 +430,28 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
         next_scales[0] = load_scale(p, cluster, first_slab, last_slab);
         next_scales[1] = load_scale(p, cluster + stride, first_slab, last_slab);
     }
-    const bool is_short = kRows == 1 && (tiles + stride - 1) / stride * share <= kStages;
-    const int first_copies = is_short ? kFirstCopies : kStages - 1;
+    const bool is_early = kRows == 1 && (tiles + stride - 1) / stride * share <= kMostEarly<Weight, kOperand, kStages>;
+    const int first_copies = is_early ? kFirstCopies : kStages - 1;
     for (int stage = 0; stage < first_copies; ++stage) copy_next(stage);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    if constexpr (kOperand == Operand::kCopied) stage_copy<Weight>(operand, p, first, last);
-    if constexpr (kOperand == Operand::kSiluMul) stage_silu_mul<Weight, kRows>(operand, p, first, last);
+    const auto copy_others = [&] {
+        for (int stage = first_copies; stage < kStages - 1; ++stage) copy_next(stage);
+    };
+    if constexpr (kOperand == Operand::kCopied) stage_copy<Weight>(operand, p, first, last, copy_others);
+    if constexpr (kOperand == Operand::kSiluMul) {
+        stage_silu_mul<Weight, kRows>(operand, p, first, last);
+        copy_others();
+    }
     if constexpr (kOperand == Operand::kAddNorm) {
-        if (is_short) {
+        if (is_early) {
             ptx::cp_async_wait<kFirstCopies>();
         } else {
             ptx::cp_async_wait<kStages - 1>();
         }
         __syncthreads();  // every thread's norm weights are there
-        stage_add_norm<Weight, kRows>(operand, norm_weights, storage.squares, p, first, last);
+        stage_add_norm<Weight, kRows>(operand, norm_weights, storage.squares, p, first, last, copy_others);
     }
-    for (int stage = first_copies; stage < kStages - 1; ++stage) copy_next(stage);
     __syncthreads();
     if (kSplit) ptx::cluster_wait();
 
@@ -421,8 +477,9 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
             next_scales[1] = load_scale(p, tile + 2 * stride, first_slab, last_slab);
         }
         for (int slab = first_slab; slab < last_slab; ++slab) {
-            const __nv_bfloat16* mine = operand.rows + lane / 4 * pitch + (slab - first_slab) * kSlab +
-                                        warp * F::kColumns + lane % 4 * F::kXChunks * kChunk;
+            const __nv_bfloat16* mine = operand.rows + (kRows == 1 ? 0 : lane / 4 * pitch) +
+                                        (slab - first_slab) * kSlab + warp * F::kColumns +
+                                        lane % 4 * F::kXChunks * kChunk;
             uint4 values[kXChunks][kGroups];
 #pragma unroll
             for (int i = 0; i < kXChunks; ++i) {
@@ -430,7 +487,9 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
                 for (int n = 0; n < kGroups; ++n) {
                     const auto* from =
                         mine + n * 8 * pitch + i / F::kXChunks * (F::kColumns / 2) + i % F::kXChunks * kChunk;
-                    values[i][n] = n * 8 + lane / 4 < rows ? *reinterpret_cast<const uint4*>(from) : uint4{};
+                    // Of one row all eight columns of the product are that row's.
+                    values[i][n] =
+                        kRows == 1 || n * 8 + lane / 4 < rows ? *reinterpret_cast<const uint4*>(from) : uint4{};
                 }
             }
             ptx::cp_async_wait<kStages - 2>();
@@ -445,8 +504,10 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
                 for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
+                        if (kRows == 1 && i > 0) continue;
                         const int of_row = kRows == 1 ? 0 : n * 8 + lane % 4 * 2 + i;
-                        const float factor = of_row < rows ? scale * divisor[of_row * operand.groups] : 0.0f;
+                        const float factor =
+                            kRows == 1 || of_row < rows ? scale * divisor[of_row * operand.groups] : 0.0f;
                         sum[n][0][i] += factor * (unscaled[n][0][i] + unscaled[n][1][i]);
                         sum[n][0][i + 2] += factor * (unscaled[n][0][i + 2] + unscaled[n][1][i + 2]);
                     }

@@ -20,13 +20,14 @@
 // tokens that did not choose the expert are not stored. Another warp brings the activations of units of 4 into shared
 // memory.
 //
-// Dependencies. Where a wait is all there is to do, what is handed on carries its own flag: the router's logits and the
-// rows of down are words with the launch's number in the upper half, and the reader spins on the words. The others are
-// counters: one of the first product (for 2), one for each entry (3 to 4); who stores adds with a release, who needs it
-// waits with an acquire. Every block repeats norm and top-k, which costs less than to wait for another's. Last, a block
-// finishes its own 16 columns of the output, those of its tile of shared_down, ranks in order: no float atomics, the
-// same input gives the same bits. All this lies in the caller's memory, since its old content must be known: a launch
-// counts itself, uses one of two sets of counters in turn and clears the other, so a graph may replay.
+// Dependencies. Where a wait is all there is to do, what is handed on carries its own flag: the router's logits, the
+// rows of down and the activations of one token are words with the launch's number in the upper half, and the reader
+// spins on the words. The others are counters: one of the first product (for 2), one for each entry (3 to 4, of more
+// tokens); who stores adds with a release, who needs it waits with an acquire. Every block repeats norm and top-k,
+// which costs less than to wait for another's. Last, a block finishes its own 16 columns of the output, those of its
+// tile of shared_down, ranks in order: no float atomics, the same input gives the same bits. All this lies in the
+// caller's memory, since its old content must be known: a launch counts itself, uses one of two sets of counters in
+// turn and clears the other, so a graph may replay.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
 // have. What the kernel ahead still holds it gives back without waiting for us. The next kernel's ring fills where ours
@@ -36,9 +37,9 @@
 //
 // Weights in e4m3 (all but the router, whose tiles then come first): a stage holds twice the depth, x becomes fp16 when
 // the router's tiles are done, activations as they come into a row slot, and a chunk of 128 columns is multiplied by
-// its scale, as in moe_experts_decode.cu. A warp asks for a unit's scales when it begins it; the thread that streams
-// asks L2 for them earlier. One token of 35B: 29.9 MB, 7.2 us at 4.17 TB/s; predicted 14 us (bf16: 21.7), not measured
-// yet. Padding rows choose nobody, in both formats.
+// its scale, as in moe_experts_decode.cu. A warp asks for a unit's scales before it finishes the unit ahead; the thread
+// that streams asks L2 for them earlier. One token of 35B: 29.9 MB, 7.2 us at 4.17 TB/s; predicted 14 us (bf16: 21.7),
+// not measured yet. Padding rows choose nobody, in both formats.
 //
 // budget: moe_block_kernel registers<=96 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
@@ -172,10 +173,17 @@ __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots)
         const int entry = (unit - gate_up_units) / work.down_tiles;
         const bool chose = lane < p.tokens && control.ranks[entry][lane] != kNobody;
         unsigned left = __ballot_sync(kAllLanes, chose);
-        if (lane == 0) ptx::wait_at_least(&counters.activated[entry], __popc(left) * work.gate_up_tiles);
-        __syncwarp();
+        if (a.words == nullptr) {
+            if (lane == 0) ptx::wait_at_least(&counters.activated[entry], __popc(left) * work.gate_up_tiles);
+            __syncwarp();
+        }
         ptx::mbarrier_wait(&control.rows_empty[at.slot], at.phase ^ 1);
         uint8_t* slot = slots + at.slot * slot_bytes;
+        if (a.words != nullptr && left != 0) {
+            bring_words<Weight>(a.words + int64_t{control.ranks[entry][0]} * words_pitch(p.width), slot, p.width,
+                                control.launch);
+            left = 0;
+        }
         for (; left != 0; left &= left - 1) {
             const int token = __ffs(static_cast<int>(left)) - 1;
             const auto* row = a.activations + int64_t{token * p.top_k + control.ranks[entry][token]} * p.width;
@@ -278,27 +286,46 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     };
 
     const int gate_up_units = control.entries * work.gate_up_tiles;
+    // A unit's scales are asked for before the unit ahead of it is finished.
+    const auto scale_of = [&](int unit) -> float {
+        if (!kScaled<Weight> || unit < 0) return 0;
+        if (unit < gate_up_units) {
+            const int entry = unit / work.gate_up_tiles, tile = unit % work.gate_up_tiles;
+            const float* scales = Scales{p}.gate_up(control.experts[entry], tile * GateUp::kTileColumns);
+            return Multiplier::load_scale<GateUp>(scales, Scales{p}.up_scales(), p.hidden);
+        }
+        const int of_down = unit - gate_up_units, entry = of_down / work.down_tiles, tile = of_down % work.down_tiles;
+        const float* scales = Scales{p}.down(control.experts[entry], tile * Down::kTileColumns);
+        return Multiplier::load_scale<Down>(scales, 0, p.width);
+    };
     bool shared_left = true;
+    int unit = next_unit(control, at_units);
+    float scale = scale_of(unit);
     for (int item = 0;; ++item) {
-        const int unit = next_unit(control, at_units);
         if (shared_left && work.is_shared_turn(item, unit, gate_up_units)) {
             shared_left = false;
             multiply_shared();
         }
         if (unit < 0) break;
-        if (unit < gate_up_units) {
-            const int entry = unit / work.gate_up_tiles, tile = unit % work.gate_up_tiles;
-            const float* scales = Scales{p}.gate_up(control.experts[entry], tile * GateUp::kTileColumns);
-            const float* sums =
-                multiplier.unit<GateUp, Weight>(x, layout.row_pitch, p.hidden, scales, Scales{p}.up_scales());
-            finish_gate_up(a, control, multiplier, sums, entry, tile);
+        const int now = unit;
+        float sum[2][4] = {};
+        const auto take_next = [&] {
+            unit = next_unit(control, at_units);
+            scale = scale_of(unit);
+        };
+        if (now < gate_up_units) {
+            multiplier.stages<GateUp, Weight>(sum, x, layout.row_pitch, p.hidden, scale);
+            take_next();
+            const float* sums = multiplier.gather<GateUp>(sum);
+            finish_gate_up(a, control, multiplier, sums, now / work.gate_up_tiles, now % work.gate_up_tiles);
             continue;
         }
-        const int of_down = unit - gate_up_units, entry = of_down / work.down_tiles, tile = of_down % work.down_tiles;
+        const int of_down = now - gate_up_units, entry = of_down / work.down_tiles, tile = of_down % work.down_tiles;
         ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
         const uint8_t* slot = slots + at_rows.slot * layout.tokens * layout.slot_pitch;
-        const float* scales = Scales{p}.down(control.experts[entry], tile * Down::kTileColumns);
-        const float* sums = multiplier.unit<Down, Weight>(slot, layout.slot_pitch, p.width, scales);
+        multiplier.stages<Down, Weight>(sum, slot, layout.slot_pitch, p.width, scale);
+        take_next();
+        const float* sums = multiplier.gather<Down>(sum);
         if (lane == 0) ptx::mbarrier_arrive(&control.rows_empty[at_rows.slot]);
         at_rows.next(kRowSlots);
         finish_down(a, control, multiplier, sums, entry, tile);
@@ -410,6 +437,11 @@ cudaError_t launch_block(const MoeBlock& p, cudaStream_t stream) {
     arguments.logits = reinterpret_cast<uint64_t*>(p.scratch + kHeaderWords);
     arguments.rows = arguments.logits + int64_t{kTokens} * p.experts;
     arguments.activations = reinterpret_cast<__nv_bfloat16*>(p.workspace);
+    // Rows of tokens that are not there leave room for the words.
+    const int64_t unused = int64_t{kTokens - p.tokens} * p.top_k * p.hidden;
+    if (p.tokens <= kMostTokensOfWords && int64_t{p.tokens} * p.top_k * words_pitch(p.width) <= unused) {
+        arguments.words = arguments.rows + int64_t{p.tokens} * p.top_k * p.hidden;
+    }
     arguments.projected = arguments.activations + int64_t{p.tokens} * p.top_k * p.width;
     arguments.shared_rows = arguments.projected + int64_t{p.tokens} * arguments.projected_pitch;
     Maps maps{};

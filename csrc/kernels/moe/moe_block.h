@@ -35,6 +35,9 @@ constexpr int kRowSlots = 2;
 constexpr int kUnitSlots = 4;
 // With few units a block, equal shares are more even than whatever the blocks take one by one.
 constexpr int kMostTokensOfEqualShares = 2;
+// Activations of one token are words with a flag, two in a word; of more, every block would read too many of them.
+constexpr int kMostTokensOfWords = 1;
+constexpr int kWordPieces = 64;    // of eight columns, in words of which a lane reads those of its two together
 constexpr uint8_t kNobody = 0xff;  // the rank of a token that has not chosen the expert
 // Four stages lose nothing to twelve and gain up to a tenth: with more under way, memory is slower.
 constexpr int kStages = 4;
@@ -64,8 +67,9 @@ constexpr int most_sums() {
 constexpr int kTokenSums = most_sums<Dense, GateUp, Down>();  // floats that one token's sums of a unit take
 
 // The caller's memory: how many launches have used it; two sets of counters, used in turn, of which a launch clears the
-// one it does not use; and words that carry the number of their launch, the router's logits [kTokens, experts] and the
-// rows of down [kTokens, top_k, hidden].
+// one it does not use; and words that carry the number of their launch, the router's logits [tokens, experts], the rows
+// of down [tokens, top_k, hidden], and of one token the activations behind them. There is room for kTokens of the first
+// two.
 struct CounterSet {
     uint32_t projected;  // blocks that have begun, and what other blocks read of the first product: tiles of each token
     uint32_t padding[31];
@@ -134,8 +138,17 @@ struct Arguments {
     uint64_t* logits = nullptr;            // [tokens, experts], tagged
     uint64_t* rows = nullptr;              // [choices, hidden], by token and rank, tagged
     __nv_bfloat16* activations = nullptr;  // [choices, width], by token and rank
+    uint64_t* words = nullptr;             // the same of one token, [choices, words_pitch], tagged; null: activations
     __nv_bfloat16* shared_rows = nullptr;  // [tokens, hidden]
 };
+
+// Words of a choice's activations, and where those of its piece of eight columns begin.
+__host__ __device__ constexpr int words_pitch(int width) {
+    return (width / 8 + kWordPieces - 1) / kWordPieces * kWordPieces * 4;
+}
+__device__ __forceinline__ int words_of(int piece) {
+    return (piece / kWordPieces * kWordPieces + piece % 32 * 2 + piece / 32 % 2) * 4;
+}
 
 // How many units of each kind there are, and who has them. Of the first product, tiles in bf16 come before those in
 // e4m3, which want x in fp16.

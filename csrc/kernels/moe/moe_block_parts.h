@@ -67,14 +67,22 @@ struct Multiplier {
     int turn = 0;
 
     // Multiplies one unit with rows of `operand`, and returns its sums [depth warp, token, row]. scales: of e4m3, those
-    // of the tile's rows; up_scales: how much further those of the up rows lie.
+    // of the tile's rows.
     template <typename Product, typename Weight>
     __device__ __forceinline__ const float* unit(const uint8_t* operand, int pitch, int depth,
-                                                 const float* scales = nullptr, int up_scales = 0) {
+                                                 const float* scales = nullptr) {
+        float sum[2][4] = {};
+        stages<Product, Weight>(sum, operand, pitch, depth,
+                                kScaled<Weight> ? load_scale<Product>(scales, 0, depth) : 0);
+        return gather<Product>(sum);
+    }
+
+    // The first half of that, without the sums of other warps. scale: from load_scale.
+    template <typename Product, typename Weight>
+    __device__ __forceinline__ void stages(float (&sum)[2][4], const uint8_t* operand, int pitch, int depth,
+                                           float scale) {
         using S = Shape<Product>;
         const int depth_warp = static_cast<int>(threadIdx.x) / 32 / Product::kRowWarps;
-        const float scale = kScaled<Weight> ? load_scale<Product>(scales, up_scales, depth) : 0;
-        float sum[2][4] = {};
         for (int first = 0, s = 0; first * kChunk<Weight> < depth; first += S::kDepthWarps, ++s) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
             multiply_stage<Product, Weight>(sum, ring + at.slot * kStageBytes, operand, pitch, depth,
@@ -83,7 +91,6 @@ struct Multiplier {
             if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
             at.next(layout.stages);
         }
-        return gather<Product>(sum);
     }
 
     // The same for one stage of Dense that lies beside the ring.
@@ -120,7 +127,7 @@ struct Multiplier {
     }
 
     // The warp's scales of a unit: of the gate and the up rows of the even and odd lanes' stage (gate_up), or of all
-    // rows of the lane's stage.
+    // rows of the lane's stage. up_scales: how much further those of the up rows lie.
     template <typename Product>
     __device__ __forceinline__ static float load_scale(const float* scales, int up_scales, int depth) {
         constexpr bool kPairs = std::is_same_v<Product, GateUp>;
@@ -241,6 +248,27 @@ __device__ __forceinline__ void store_piece(uint8_t* row, int piece, int depth, 
     if (inside) store_16(row + piece * 16, packed);
 }
 
+// Brings a choice's activations from tagged words into a row slot. One warp.
+template <typename Weight>
+__device__ inline void bring_words(const uint64_t* words, uint8_t* row, int width, uint32_t launch) {
+    const int lane = threadIdx.x % 32, pieces = width / 8;
+    for (int base = 0; base < pieces; base += kWordPieces) {
+        const int piece = base + lane;
+        uint32_t values[8] = {};
+        uint32_t (&first)[4] = *reinterpret_cast<uint32_t (*)[4]>(values);
+        if (piece + 32 < pieces) {
+            ptx::wait_tagged(values, words + words_of(piece), launch);
+        } else if (piece < pieces) {
+            ptx::wait_tagged(first, words + words_of(piece), launch);
+        }
+        __syncwarp();
+        store_piece<Weight>(row, piece, width, make_uint4(values[0], values[1], values[2], values[3]), piece < pieces);
+        if (base + 32 >= pieces) break;
+        store_piece<Weight>(row, piece + 32, width, make_uint4(values[4], values[5], values[6], values[7]),
+                            piece + 32 < pieces);
+    }
+}
+
 // Writes the shared expert's activations, silu(gate) * up, into a row slot. One warp.
 template <typename Weight>
 __device__ inline void activate_shared(const Arguments& a, uint8_t* slot) {
@@ -282,12 +310,25 @@ __device__ __forceinline__ void finish_gate_up(const Arguments& a, const Control
     if (static_cast<int>(threadIdx.x) / 32 * 32 >= p.tokens * kColumns) return;
     const int token = threadIdx.x / kColumns, output = threadIdx.x % kColumns;
     const int rank = token < p.tokens ? control.ranks[entry][token] : kNobody;
+    const int64_t choice = token * p.top_k + rank;
+    float value = 0;
     if (rank != kNobody) {
         const int row = output / 8 * 16 + output % 8;  // each warp's gate rows, then its up rows
         const float gate = multiplier.total<GateUp>(sums, token, row);
         const float up = multiplier.total<GateUp>(sums, token, row + 8);
-        a.activations[int64_t{token * p.top_k + rank} * p.width + tile * kColumns + output] =
-            __float2bfloat16(silu(gate) * up);
+        value = silu(gate) * up;
+    }
+    if (a.words != nullptr) {
+        __syncwarp();
+        const float next = __shfl_down_sync(kAllLanes, value, 1);
+        if (rank == kNobody || output % 2 != 0) return;
+        const int column = tile * kColumns + output;
+        ptx::store_tagged(a.words + choice * words_pitch(p.width) + words_of(column / 8) + column % 8 / 2,
+                          pack<__nv_bfloat16>(value, next), control.launch);
+        return;
+    }
+    if (rank != kNobody) {
+        a.activations[choice * p.width + tile * kColumns + output] = __float2bfloat16(value);
     }
     __syncwarp();
     if (rank != kNobody && output == 0) ptx::add_release(&counters_of(p.scratch, control.launch).activated[entry], 1);
