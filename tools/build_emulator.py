@@ -8,6 +8,7 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,14 +46,16 @@ def build(sources: list[Path], output: Path, extra_flags: list[str] | None = Non
         for old in objects.glob("*.o"):
             old.unlink()
         stamp_file.write_text(stamp)
-    built = []
-    for source in [*sources, *sorted(EMULATOR.glob("*.cpp"))]:
-        target = objects / f"{source.name}.o"
-        built.append(target)
-        if _is_fresh(target):
-            continue
-        command = [compiler, *flags, "-MMD", "-MF", f"{target}.d", "-x", "c++", "-c", str(source), "-o", str(target)]
-        subprocess.run(command, check=True)
+    targets = {objects / f"{source.name}.o": source for source in [*sources, *sorted(EMULATOR.glob("*.cpp"))]}
+    stale = [target for target in targets if not _is_fresh(target)]
+
+    def compile_one(target: Path) -> None:
+        command = [compiler, *flags, "-MMD", "-MF", f"{target}.d", "-x", "c++", "-c", str(targets[target])]
+        subprocess.run([*command, "-o", str(target)], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, stale))  # raises where one of them failed
+    built = list(targets)
     newest = max(target.stat().st_mtime for target in built)
     if not output.exists() or output.stat().st_mtime < newest:
         link = [compiler, "-shared", *(extra_flags or []), *map(str, built), "-ldl", "-o", str(output)]

@@ -20,7 +20,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("ceilings", "goldens", "tests", "benchmarks", "sanitizer", "profile")
-PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-o",
+    "addopts=--import-mode=importlib",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "--every-case",
+]
 TEST_SECONDS, TEST_PROCESSES = 120, 14
 SANITIZER_SECONDS = 150
 # Short tests with shared memory, ragged ends, or writes at computed places.

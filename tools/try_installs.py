@@ -23,6 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "TOKENSPEED_CUDA": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONSAFEPATH": "1"}
+# An environment without a ninja of its own takes the one on the PATH. Another version than the Makefile's would compile
+# everything again in this tree, and so would the Makefile's after it.
+ENVIRONMENT["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 STALE = ("tokenspeed/_C.abi3.so", "tokenspeed/_C.so", "build/lib/tokenspeed/renamed_long_ago.py")
 SOURCES = (
     "csrc/kernels/dense/rms_norm.cu",
@@ -53,8 +56,9 @@ class InstallFailed(Exception):
     """What did not install or run, with the output."""
 
 
-def run(*command: str | Path, cwd: Path | None = None, status: int = 0) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+def run(*command: str | Path, cwd: Path | None = None, status: int = 0, variables: dict[str, str] | None = None) -> str:
+    environment = ENVIRONMENT | (variables or {})
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode != status:
         raise InstallFailed(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -96,8 +100,10 @@ def check_wheel(wheel: Path) -> None:
     expect(not foreign, f"{wheel.name} has {foreign}")
 
 
-def make_wheel(python: Path | str, source: Path, to: Path, *options: str) -> Path:
-    run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", to, *options, source)
+def make_wheel(
+    python: Path | str, source: Path, to: Path, *options: str, variables: dict[str, str] | None = None
+) -> Path:
+    run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", to, *options, source, variables=variables)
     [wheel] = to.glob("*.whl")
     check_wheel(wheel)
     return wheel
@@ -154,11 +160,14 @@ def forms_in_short(work: Path, tree: Path, sdist: Path) -> None:
     if not isolated:
         print("no package index can be reached: the wheel is built without isolation")
     with timed("wheel from the sdist" + ", in isolation" * isolated):
-        wheel = make_wheel(sys.executable, sdist, work / "wheel", *([] if isolated else ["--no-build-isolation"]))
+        options = [] if isolated else ["--no-build-isolation"]
+        unoptimised = {"CXXFLAGS": "-O0"}  # compiles in half the time, to the same files
+        wheel = make_wheel(sys.executable, sdist, work / "wheel", *options, variables=unoptimised)
         environment = Environment(work / "wheel-env", sys.executable, ours)
         environment.install("--no-deps", "--no-index", wheel)
         environment.check_engine()
         environment.check_operators()
+    # With the compiler's flags as they are, so that what `make` built in this tree is used and stays.
     with timed("editable"):
         environment = Environment(work / "editable-env", sys.executable, ours)
         environment.install("--no-deps", "--no-index", "--no-build-isolation", "--editable", ROOT)
@@ -201,8 +210,6 @@ def main() -> int:
     parser.add_argument("--python", nargs="+", default=[sys.executable], metavar="PYTHON", help="interpreters to try")
     parser.add_argument("--short", action="store_true", help="two forms, with the packages of this environment")
     options = parser.parse_args()
-    if options.short:
-        ENVIRONMENT["CXXFLAGS"] = "-O0"  # half the time, and the same files
     for python in [sys.executable] if options.short else options.python:
         print(run(python, "--version").strip(), flush=True)
         with tempfile.TemporaryDirectory(prefix="tokenspeed-") as folder:

@@ -437,7 +437,7 @@ class Cache {
     int64_t last_move_ = 0;
     int32_t planned_ = 0;  // slots promised to snapshots that are not written yet
     Stats counters_;
-    int32_t most_events_ = 0;  // 0: no log is kept
+    int32_t max_events_ = 0;  // 0: no log is kept
     bool events_lost_ = false;
     std::vector<Event> events_;
 };

@@ -128,7 +128,7 @@ std::string Cache::check() const {
             nodes.push_back(child_id);
             forgotten.push_back(forgotten[i]);
             bool block = child.resident() && child.length == config_.page_tokens && !forgotten[i];
-            if (most_events_ > 0 && !events_lost_ && child.announced != block)
+            if (max_events_ > 0 && !events_lost_ && child.announced != block)
                 return who + (block ? "a page nobody was told of" : "announced, but not to be matched");
             if (child.parent != nodes[i]) return who + "its parent does not know it";
             if (child.end != node.end + child.length || child.length == 0) return who + "wrong length";

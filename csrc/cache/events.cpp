@@ -7,14 +7,14 @@
 namespace tokenspeed::cache {
 
 void Cache::log_events(int32_t entries) {
-    most_events_ = std::max(entries, 0);
+    max_events_ = std::max(entries, 0);
     events_.clear();
-    events_lost_ = most_events_ > 0;  // whatever is there already is told by the first drain
+    events_lost_ = max_events_ > 0;  // whatever is there already is told by the first drain
 }
 
 void Cache::log(Event event) {
     if (events_lost_) return;
-    if (static_cast<int32_t>(events_.size()) == most_events_) {
+    if (static_cast<int32_t>(events_.size()) == max_events_) {
         events_.clear();
         events_lost_ = true;
         return;
@@ -37,13 +37,13 @@ Event Cache::stored(NodeId id, NodeId root) const {
 
 // Nobody can match a forgotten namespace's pages: they are not worth telling.
 void Cache::announce(NodeId id, NodeId root) {
-    if (most_events_ == 0 || tree_[root].cleared) return;
+    if (max_events_ == 0 || tree_[root].cleared) return;
     tree_[id].announced = true;
     if (!events_lost_) log(stored(id, root));
 }
 
 void Cache::withdraw(NodeId id) {
-    if (!std::exchange(tree_[id].announced, false) || most_events_ == 0) return;
+    if (!std::exchange(tree_[id].announced, false) || max_events_ == 0) return;
     log({.kind = Event::Kind::kRemoved, .block = id});
 }
 

@@ -9,8 +9,8 @@ namespace tokenspeed::cache {
 
 namespace {
 
-constexpr size_t kMostOutgoing = 4;  // units under way to host memory at once
-constexpr int32_t kReserve = 4;      // one in so many pages is to be free, one in so many slots free or saved
+constexpr size_t kMaxOutgoing = 4;  // units under way to host memory at once
+constexpr int32_t kReserve = 4;     // one in so many pages is to be free, one in so many slots free or saved
 
 }  // namespace
 
@@ -35,7 +35,7 @@ std::vector<Move> Cache::take_moves() {
 // The weakest snapshots are copied first: they are the next to go. What host memory refuses, being weaker than all that
 // would have to make room, ends with its eviction, unless it is used before.
 void Cache::save_ahead() {
-    while (outgoing_.size() < kMostOutgoing && scarce()) {
+    while (outgoing_.size() < kMaxOutgoing && scarce()) {
         std::optional<NodeId> node = weakest_unsaved();
         if (!node) return;
         if (!save(*node)) snapshots_[tree_[*node].snapshot].refused = true;

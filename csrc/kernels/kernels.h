@@ -387,9 +387,9 @@ cudaError_t paged_attention_decode(PagedAttentionDecode arguments, cudaStream_t 
 struct PagedAttentionPrefill : PagedAttention {
     const int32_t* cu_seqlens;  // [sequences + 1]; null: every sequence has tokens_each, or is padding
     int64_t tokens;             // of all sequences
-    int most_parts;             // of the workspace; see paged_attention_prefill_parts
-    float* parts;               // [most_parts, kPrefillPartRows, D]
-    float2* part_sums;          // [most_parts, kPrefillPartRows]: maximum in units of log 2, sum
+    int max_parts;              // of the workspace; see paged_attention_prefill_parts
+    float* parts;               // [max_parts, kPrefillPartRows, D]
+    float2* part_sums;          // [max_parts, kPrefillPartRows]: maximum in units of log 2, sum
     int tokens_each = 1;        // 1 beside cu_seqlens
 };
 constexpr int kPrefillPartRows = 128;

@@ -32,7 +32,7 @@ from tokenspeed.engine.schedule import scheduler
 from tokenspeed.engine.schedule.cache import CacheConfig, Policy, PrefixCache
 from tokenspeed.engine.schedule.scheduler import Leaving, State
 
-MOST_STEPS = 4000  # of a schedule: far more than any needs
+MAX_STEPS = 4000  # of a schedule: far more than any needs
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Bench:
         sequences = list(planner.running)
         self.engine.step()
         self._idle = 0 if len(self.device.steps) > steps else self._idle + 1
-        assert self._idle < 3 and len(self.device.steps) < MOST_STEPS, "no progress"
+        assert self._idle < 3 and len(self.device.steps) < MAX_STEPS, "no progress"
         self.events["preemption"] += planner.preemptions - preemptions
         for before, step in pairwise(self.device.steps[max(steps - 1, 0) :]):
             self.events["copy"] += len(step.copies)

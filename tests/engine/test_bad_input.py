@@ -9,13 +9,13 @@ from schedules import Bench, Setting
 from test_loop import finish, prompt_of, request
 
 from tokenspeed.engine.errors import CapacityError, EngineError, RequestError
-from tokenspeed.engine.request import MOST_BIASES, MOST_SEQUENCES, MOST_STRINGS, Request, SamplingParams
+from tokenspeed.engine.request import MAX_BIASES, MAX_SEQUENCES, MAX_STRINGS, Request, SamplingParams
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("n", value) for value in (0, -1, MOST_SEQUENCES + 1, 1.5, True, "2")),
+        *(("n", value) for value in (0, -1, MAX_SEQUENCES + 1, 1.5, True, "2")),
         *(("temperature", value) for value in (-0.1, math.nan, math.inf, "1", None)),
         *(("top_p", value) for value in (0, -0.5, 1.01, math.nan)),
         *(("top_k", value) for value in (-2, 1.5, "5")),
@@ -26,9 +26,9 @@ from tokenspeed.engine.request import MOST_BIASES, MOST_SEQUENCES, MOST_STRINGS,
         *(("max_tokens", value) for value in (0, -1, 1.5, True)),
         *(("min_tokens", value) for value in (-1, 17)),
         *((name, value) for name in ("logprobs", "prompt_logprobs") for value in (-1, 21, True)),
-        *(("stop", value) for value in ("", [""], [1], ["a"] * (MOST_STRINGS + 1), "a" * 2000, 7)),
+        *(("stop", value) for value in ("", [""], [1], ["a"] * (MAX_STRINGS + 1), "a" * 2000, 7)),
         *(("bad_words", value) for value in ([""], [1], 7)),
-        *(("stop_token_ids", value) for value in ([-1], ["a"], [True], [1] * (MOST_BIASES + 1), 7)),
+        *(("stop_token_ids", value) for value in ([-1], ["a"], [True], [1] * (MAX_BIASES + 1), 7)),
         *(("allowed_token_ids", value) for value in ([-1], [1.0])),
         *(("logit_bias", value) for value in ({-1: 1}, {1: 101}, {1: math.nan}, {"a": 1}, [(1,)], 7, [3])),
         ("thinking_token_budget", -1),

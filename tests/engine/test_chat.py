@@ -67,8 +67,10 @@ def test_formats_are_kept_by_chat_and_generate(llm):
 
 def test_turns_come_back_as_they_were_generated_and_states_that_no_prompt_meets_are_dropped(llm):
     turn = llm.prepare(Conversation(SUM, TOOLS), GREEDY)
-    assert turn.request.kept_with == llm.frontend.tokenizer.token_to_id("<tool_call>")
-    assert llm.frontend.request("a", turn.request.prompt, GREEDY).kept_with is None, "nobody knows what follows ids"
+    assert turn.request.snapshot_token_id == llm.frontend.tokenizer.token_to_id("<tool_call>")
+    assert llm.frontend.request("a", turn.request.prompt, GREEDY).snapshot_token_id is None, (
+        "nobody knows what follows ids"
+    )
     llm.engine.cache.clear("")
     [first] = llm.chat(SUM, GREEDY, progress=False, tools=TOOLS)
     history = [*SUM, first.outputs[0].answer.message(), {"role": "tool", "content": "42"}]

@@ -1,4 +1,5 @@
-"""What is looked up as drafts: what stood behind the latest place of the same three ids, and nothing of others."""
+"""What is looked up as drafts: what stood behind the latest place of the same three ids, and nothing of others. What an
+MTP head reads to draft."""
 
 from types import SimpleNamespace
 
@@ -7,7 +8,9 @@ import torch
 from checkpoints import CPU
 
 from tokenspeed.engine.executor.batch import Tables
-from tokenspeed.engine.executor.drafting import Chosen, LookupDrafter
+from tokenspeed.engine.executor.drafting import Chosen, LookupDrafter, MtpDrafter
+from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.request import SamplingParams
 from tokenspeed.engine.schedule.step import Begin
 
 PREDECESSOR = (*range(1, 6), 1, 2, 3, *range(20, 50))
@@ -37,3 +40,17 @@ def looked_up(history: tuple[int, ...], id: int) -> list[int]:
 def test_drafts_are(name):
     history, id, drafts = LOOKED_UP[name]
     assert looked_up(history, id) == drafts
+
+
+def test_drafting_reads_the_pages_that_its_sequences_hold(monkeypatch):
+    """Also behind the first id of a prompt, where a table as wide as the context would make it slow."""
+    widths, draft = [], MtpDrafter._draft
+
+    def seen(self, index, context, slots, page_table, *rest):
+        widths.append(page_table.shape[1])
+        draft(self, index, context, slots, page_table, *rest)
+
+    monkeypatch.setattr(MtpDrafter, "_draft", seen)
+    llm = LLM(progress=False, device="cpu")
+    llm.generate([[5] * 70, [6] * 10], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    assert widths and set(widths) == {2}

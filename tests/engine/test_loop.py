@@ -66,7 +66,9 @@ def test_an_end_that_will_not_come_back_is_kept_only_with_what_makes_it_come_bac
     ids = finish(Bench(Setting()), request("a", prompt, max_tokens=9)).outcome("a").ids
     others = set(range(VOCAB)) - set(ids)
     bench = Bench(Setting())
-    kept = replace(request("a", prompt, boundaries=(66,), max_tokens=9), kept_with=ids[4] if held else min(others))
+    kept = replace(
+        request("a", prompt, boundaries=(66,), max_tokens=9), snapshot_token_id=ids[4] if held else min(others)
+    )
     finish(bench, kept, request("b", prompt_of(9, 1), max_tokens=2))
     finish(bench, request("c", (*prompt, *ids, 1, 2), max_tokens=2))
     assert reuse_of(bench, "c").cached_tokens == (len(prompt) + 8 if held else 66)
@@ -76,7 +78,9 @@ def test_who_gives_way_keeps_its_state_whatever_will_come_back():
     bench, donated = Bench(Setting(pages=4, seqs=2)), []
     finish_in_cache = bench.cache.finish
     bench.cache.finish = lambda *args, donate: donated.append(donate) or finish_in_cache(*args, donate=donate)
-    finish(bench, *(replace(request(str(i), prompt_of(60, i), max_tokens=120), kept_with=VOCAB) for i in range(2)))
+    finish(
+        bench, *(replace(request(str(i), prompt_of(60, i), max_tokens=120), snapshot_token_id=VOCAB) for i in range(2))
+    )
     assert sum(donated) == bench.engine.scheduler.preemptions > 0 and len(donated) == sum(donated) + 2
 
 

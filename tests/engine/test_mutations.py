@@ -128,7 +128,7 @@ BUGS = (
         "drafts by another's load",
         Scheduler.plan,
         "drafts_for(self.limits.drafts, len(decoding))",
-        "self.limits.most_drafts",
+        "self.limits.max_drafts",
         drafts.test_each_number_of_decoding_sequences_has_its_drafts,
     ),
     Bug("the budget forgets drafts", Scheduler.plan, "len(draft.decode) * draft.width", "len(draft.decode)", a_step),

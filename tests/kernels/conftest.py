@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from .devices import CudaDevice, Device, EmulatedDevice, Golden
 
@@ -19,6 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _option(config: pytest.Config, name: str):
     return config.getoption(name, default=None)  # None when pytest started above this folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the operands are small, and idle threads of torch's pool spin
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

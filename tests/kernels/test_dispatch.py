@@ -140,6 +140,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.thinned(2, "seed", "name")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed):

@@ -17,10 +17,6 @@ pytest_plugins = ["tests.kernels.schedules"]
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(11)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the reference's operands are small
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

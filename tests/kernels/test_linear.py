@@ -101,6 +101,7 @@ def test_every_way_to_share_the_tiles_among_clusters(emulator, multiprocessors, 
         assert product_error(make_backend("emulated"), rows, outputs, inputs) < 4e-3
 
 
+@pytest.mark.thinned(2, "multiprocessors", "name")
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 8, 16])
 @pytest.mark.parametrize("name", STAGED)
 def test_every_way_to_share_a_staged_operand_among_clusters(emulator, multiprocessors, name):

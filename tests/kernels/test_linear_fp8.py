@@ -87,6 +87,7 @@ def test_outputs_and_inputs_need_not_fill_tiles_slabs_and_blocks(backend, name, 
         assert error(backend, name, rows, outputs, inputs) < tolerance(name)
 
 
+@pytest.mark.thinned(2, "multiprocessors", "name")
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 8, 16])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_way_to_share_the_tiles_among_clusters(backend, name, multiprocessors):

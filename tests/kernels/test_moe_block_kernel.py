@@ -150,6 +150,7 @@ class Layer:
         return y, total
 
 
+@pytest.mark.thinned(2, "scheduled", "tokens", "fp8")
 @in_both_formats
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8])
 def test_every_count_of_tokens_under_every_schedule(scheduled, tokens, fp8):
@@ -220,6 +221,7 @@ def test_the_published_depths(backend, experts, hidden, width, fp8):
     Layer(backend, 1, hidden, width, width, experts, top_k=2, favourites=2, fp8=fp8).check()
 
 
+@pytest.mark.thinned(2, "multiprocessors", "tokens", "fp8")
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 13])
 @pytest.mark.parametrize(("tokens", "fp8"), [(1, False), (7, False), (1, True), (7, True)])
 def test_every_way_to_share_the_work_gives_the_same_bits(backend, tokens, multiprocessors, fp8):
@@ -253,6 +255,7 @@ def test_no_order_of_threads_changes_a_bit(backend, tokens, multiprocessors, fp8
         device.emulator_multiprocessors(4)
 
 
+@pytest.mark.thinned(3, "scheduled", "held", "tokens", "fp8")
 @pytest.mark.parametrize("held", [(0, 1), (1, 255), (255, 256), (0, 200), (100, 256)])
 @pytest.mark.parametrize(("tokens", "fp8"), [(1, False), (6, False), (6, True)])
 def test_a_share_of_the_experts_adds_its_choices_and_no_other(scheduled, tokens, held, fp8):
@@ -267,6 +270,7 @@ def test_a_share_that_nobody_chose_leaves_the_shared_expert(scheduled):
     layer.check(slice(gap[0] + 1, gap[1]))
 
 
+@pytest.mark.thinned(2, "scheduled", "others")
 @pytest.mark.parametrize("others", [[1], [8, 3], [2, 9, 1]])
 def test_calls_of_all_sizes_pass_the_scratch_on(scheduled, others):
     """Whatever the last call left, a kernel's or torch's (nine tokens), the next takes nothing for its own."""
@@ -279,6 +283,7 @@ def test_calls_of_all_sizes_pass_the_scratch_on(scheduled, others):
         assert all(same_bits(a, b) for a, b in zip(layer.check(), first, strict=True))
 
 
+@pytest.mark.thinned(3, "seed", "tokens", "fp8")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("tokens", "fp8"), [(1, False), (4, False), (4, True)])
 def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, fp8, seed):

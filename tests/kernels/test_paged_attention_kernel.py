@@ -58,6 +58,7 @@ def prefill_in_a_batch(pages: Pages, q: Tensor, gate: Tensor, row: list[int], co
 
 
 # One, two and four tiles of 16 rows, and two row groups: (group, tokens).
+@pytest.mark.thinned(2, "scheduled", "group", "dtype")
 @of_both_types
 @pytest.mark.parametrize(("group", "tokens"), [(4, 1), (6, 3), (8, 4), (16, 3), (16, 5)])
 def test_decode_of_every_number_of_rows_at_page_borders_under_every_schedule(scheduled, group, tokens, dtype):
@@ -66,6 +67,7 @@ def test_decode_of_every_number_of_rows_at_page_borders_under_every_schedule(sch
 
 # With fewer blocks than pairs of a sequence and a row group, the merge goes by the borders between blocks; (16, 5) are
 # two row groups.
+@pytest.mark.thinned(2, "count", "group", "dtype")
 @pytest.mark.parametrize(("group", "tokens"), [(8, 4), (16, 5)])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9, 64])
 @of_both_types
@@ -76,6 +78,7 @@ def test_every_way_to_cut_the_pages_among_blocks(blocks, count, group, tokens, d
 
 
 # One, two and four tiles of 16 rows; 63 leaves one key of the first page, 16 hides all that a warp scores.
+@pytest.mark.thinned(3, "count", "first_key", "group")
 @pytest.mark.parametrize(("group", "tokens"), [(4, 1), (8, 4), (16, 4)])
 @pytest.mark.parametrize("first_key", [1, 16, 63])
 @pytest.mark.parametrize("count", [1, 3, 8])
@@ -99,6 +102,7 @@ def test_many_rows_of_a_batch_are_decoded_by_the_prefill_kernel(backend, dtype):
 
 
 # Rows that fill a tile of 128 exactly, miss it by a token, and leave a token for the next: (group, tokens).
+@pytest.mark.thinned(2, "scheduled", "tokens", "dtype")
 @of_both_types
 @pytest.mark.parametrize(("group", "tokens"), [(4, 33), (6, 21), (6, 22), (8, 16), (16, 9)])
 def test_prefill_at_tile_borders_under_every_schedule(scheduled, group, tokens, dtype):

@@ -27,8 +27,8 @@ from tests.server.launch import Server
 MEMORY = ("--kv-pages", "192", "--state-slots", "48", "--max-body-mib", "1", "--request-timeout", "20")
 ARENAS = (*MEMORY, "--max-num-seqs", "32", "--max-num-batched-tokens", "256")  # short steps: /health waits for one
 CLIENTS = 16
-MOST_TOKENS = 3  # a body that asks for thousands is a load test
-MOST_PLACES, MOST_DEPTH = 10_000, 300  # of a body that is changed once more
+MAX_TOKENS = 3  # a body that asks for thousands is a load test
+MAX_PLACES, MAX_DEPTH = 10_000, 300  # of a body that is changed once more
 SHORT, GROWTH_MIB = 400, 64  # bodies of the short form; what may be added between the middle and the end
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
@@ -183,10 +183,10 @@ class Report:
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """The paths of everything inside a JSON value, down to MOST_DEPTH."""
+    """The paths of everything inside a JSON value, down to MAX_DEPTH."""
     found = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items if len(path) < MOST_DEPTH else ():
+    for key, item in items if len(path) < MAX_DEPTH else ():
         found += places(item, (*path, key))
     return found
 
@@ -195,9 +195,9 @@ def mutated(body: dict[str, Any], luck: random.Random) -> bytes:
     """A copy with a few of its values replaced, moved, repeated, wrapped or taken out; at times its text as well."""
     body = copy.deepcopy(body)
     for _ in range(luck.choice((0, 1, 1, 1, 2, 3, 6))):
-        if not 0 < len(all_places := places(body)) < MOST_PLACES:  # copies of copies would fill the memory
+        if not 0 < len(all_places := places(body)) < MAX_PLACES:  # copies of copies would fill the memory
             break
-        if max(map(len, all_places)) > MOST_DEPTH // 2:  # and this process could not write what is nested deeper
+        if max(map(len, all_places)) > MAX_DEPTH // 2:  # and this process could not write what is nested deeper
             break
         *way, last = luck.choice(all_places)
         inside: Any = body
@@ -230,7 +230,7 @@ def mutated(body: dict[str, Any], luck: random.Random) -> bytes:
     for name in ("max_tokens", "max_output_tokens"):
         asked = body.get(name)
         if not isinstance(asked, str | list | dict):
-            body[name] = min(asked, MOST_TOKENS) if isinstance(asked, int) else MOST_TOKENS
+            body[name] = min(asked, MAX_TOKENS) if isinstance(asked, int) else MAX_TOKENS
     if isinstance(body.get("max_completion_tokens"), int):
         del body["max_completion_tokens"]
     data = bytearray(json.dumps(body).encode())

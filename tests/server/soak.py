@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from tests.server.launch import Server
 
-SHOWN_SECONDS, WARM_UP_SECONDS, MOST_WARM_UPS, STEADY_KIB = 0.5, 4, 6, 2048
+SHOWN_SECONDS, WARM_UP_SECONDS, MAX_WARM_UPS, STEADY_KIB = 0.5, 4, 6, 2048
 # Memory is looked at between rounds, when nothing runs: a step of many prompts takes 250 MiB for a moment.
 # What the allocator gives back late, or once more, still shows, so the median of several looks counts.
 ROUND_SECONDS, LEAST_ROUNDS = 20, 6
@@ -82,7 +82,7 @@ async def _soak(
 ) -> Report:
     report, host = Report(), urlsplit(server.url).netloc
     processes = {"server": server.process.pid, "engine": server.engine_pid()}
-    for warm_up in range(MOST_WARM_UPS):  # pools, tables and arenas fill up
+    for warm_up in range(MAX_WARM_UPS):  # pools, tables and arenas fill up
         resident = {pid: _resident_kib(pid) for pid in processes.values()}
         await _clients(host, WARM_UP_SECONDS, streams, random.Random(seed - warm_up), Report(), None)
         if all(_resident_kib(pid) - resident[pid] < STEADY_KIB for pid in resident):

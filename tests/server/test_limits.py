@@ -180,7 +180,7 @@ def small_server(**limits):
 
 
 def test_of_half_open_connections_the_longest_makes_room():
-    with small_server(most_idle=5) as server:
+    with small_server(max_idle=5) as server:
         first = connect(server)
         first.sendall(b"GET / HTTP/1.1\r\n")
         time.sleep(0.2)

@@ -152,7 +152,7 @@ def test_a_custom_tool_is_a_function_of_one_text():
 
 
 def test_the_memory_of_responses_is_bounded():
-    store = ResponseStore(most_bytes=3000)
+    store = ResponseStore(max_bytes=3000)
     for i in range(100):
         frame = {"output": [{"id": f"item{i}", "text": "x" * 50}]}
         store.put("", f"r{i}", StoredResponse([{"role": "user", "content": "x" * 300}], frame))

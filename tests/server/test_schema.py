@@ -7,7 +7,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
 EXAMPLES = 10  # of each operation, valid and again not
-MOST_TOKENS = 4  # a generated body may ask for thousands
+MAX_TOKENS = 4  # a generated body may ask for thousands
 # What bounds an answer, by the path that gives it.
 ANSWERS = dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/messages"), "max_tokens")
 ANSWERS |= {"/v1/responses": "max_output_tokens"}
@@ -23,8 +23,8 @@ def test_no_request_of_the_schema_makes_the_server_fail(server):
         if case.path in ANSWERS and isinstance(case.body, dict):
             bound = ANSWERS[case.path]
             asked = case.body.get(bound)
-            if asked is None or (isinstance(asked, int) and asked > MOST_TOKENS):
-                case.body[bound] = MOST_TOKENS
+            if asked is None or (isinstance(asked, int) and asked > MAX_TOKENS):
+                case.body[bound] = MAX_TOKENS
         response = case.call(base_url=server.url, timeout=30)
         case.validate_response(response, checks=[not_a_server_error])
         statuses.setdefault(case.path, set()).add(response.status_code)

@@ -180,19 +180,21 @@ def test_an_answer_whose_reasoning_will_be_dropped_is_kept_with_a_tool_call_alon
     call_id = tokenizer.token_to_id("<tool_call>")
     for messages in ([QUERY], [SYSTEM, QUERY, *STEP]):
         for thinking in (True, False):
-            assert template.encode(messages, enable_thinking=thinking).kept_with == call_id
+            assert template.encode(messages, enable_thinking=thinking).snapshot_token_id == call_id
 
 
 def test_an_answer_that_comes_back_as_it_was_is_always_kept(made, made_checkpoint):
     preserving = ChatTemplate.from_directory(made_checkpoint, made)
     kwargs = {"preserve_thinking": True}
     for messages in ([QUERY], [SYSTEM, QUERY, *STEP]):
-        assert preserving.encode(messages, template_kwargs=kwargs).kept_with is None
-        assert ChatTemplate({"default": TEXT + TURNS}, made).encode(messages).kept_with is None
+        assert preserving.encode(messages, template_kwargs=kwargs).snapshot_token_id is None
+        assert ChatTemplate({"default": TEXT + TURNS}, made).encode(messages).snapshot_token_id is None
     refusing = "{% if messages[-1].content == 'next' %}{{ raise_exception('no') }}{% endif %}" + TURNS + PROMPT
-    assert ChatTemplate({"default": TEXT + refusing}, made).encode([QUERY]).kept_with is None, "nothing is known"
+    assert ChatTemplate({"default": TEXT + refusing}, made).encode([QUERY]).snapshot_token_id is None, (
+        "nothing is known"
+    )
     given = TURNS.replace("text(m)", "('<think>\n' ~ m.reasoning_content if m.reasoning_content) ~ text(m)")
-    assert ChatTemplate({"default": TEXT + given + PROMPT}, made).encode([QUERY]).kept_with is None
+    assert ChatTemplate({"default": TEXT + given + PROMPT}, made).encode([QUERY]).snapshot_token_id is None
 
 
 @FEW
@@ -200,7 +202,7 @@ def test_an_answer_that_comes_back_as_it_was_is_always_kept(made, made_checkpoin
 def test_what_is_not_kept_does_not_come_back(tokenizer, template, conversation, thinking, reasoning):
     messages, tools = conversation
     prompt = template.encode(messages, tools, enable_thinking=thinking)
-    if prompt.kept_with is None or messages[-1]["role"] == "assistant":
+    if prompt.snapshot_token_id is None or messages[-1]["role"] == "assistant":
         return
     answer = {"role": "assistant", "content": "so", "reasoning_content": reasoning}
     later = template.encode([*messages, answer, {"role": "user", "content": "and?"}], tools, enable_thinking=thinking)

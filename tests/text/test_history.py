@@ -50,7 +50,7 @@ def test_a_turn_that_was_cut_short_is_not_kept():
 
 
 def test_memory_is_bounded_by_turns_and_by_ids_and_what_is_used_stays():
-    history = TurnHistory([END], most_turns=3, most_ids=100)
+    history = TurnHistory([END], max_turns=3, max_ids=100)
     for first in range(3):
         history.store("", [first], [4, 4, END])
     assert history.restore("", [0, 8, END], [], same_sum)[2] == 1
@@ -81,7 +81,7 @@ def test_a_conversation_comes_back_whole(turns, start):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["", "a"]), st.lists(st.integers(0, 2), max_size=3), IDS), max_size=20))
 def test_the_index_of_known_prompts_holds_them_and_nothing_else(turns):
-    history = TurnHistory([END], most_turns=5, most_ids=20)
+    history = TurnHistory([END], max_turns=5, max_ids=20)
     for name_space, prompt, generated in turns:
         history.store(name_space, prompt, [*generated, END])
         ends = [(turn.name_space, turn.length) for turn in history._turns.values()]

@@ -15,7 +15,7 @@ from tokenspeed.engine.errors import ConfigError, HandshakeError, TransferError
 from tokenspeed.engine.transfer.arenas import Arenas
 from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
 from tokenspeed.engine.transfer.exchange import Exchange
-from tokenspeed.engine.transfer.messages import MOST_MESSAGE_BYTES, VERSION, Ask, encode
+from tokenspeed.engine.transfer.messages import MAX_MESSAGE_BYTES, VERSION, Ask, encode
 from tokenspeed.engine.transfer.params import RemoteDecode, RemotePrefill
 from tokenspeed.engine.transfer.pulls import Source, Targets
 
@@ -193,7 +193,7 @@ def test_strange_messages_harm_nobody(ends):
         socket.send_multipart([frame, frame, frame])
         answers = [socket.recv() for _ in range(4)]  # to those of another version
         assert all(msgspec.msgpack.decode(answer[1:])["type"] == "Refused" for answer in answers)
-        socket.send(bytes(MOST_MESSAGE_BYTES + 1))  # its connection is cut
+        socket.send(bytes(MAX_MESSAGE_BYTES + 1))  # its connection is cut
         there.offer("room", b"prompt", (4,), 1, 0)
         here.pull(source(there), lambda: Targets({0: 5}, 3))
         assert ended(here) == (("room", None),)

@@ -9,7 +9,7 @@ from wire import ADDRESS, IDENTITY, LEASE, PAGE_BYTES, PEER, SLOT_BYTES, Wire
 from tokenspeed.engine.errors import HandshakeError, TransferError
 from tokenspeed.engine.transfer import cuda_ipc
 from tokenspeed.engine.transfer.messages import (
-    MOST_READ_BYTES,
+    MAX_READ_BYTES,
     VERSION,
     Ask,
     Closed,
@@ -235,7 +235,7 @@ def test_a_second_decoder_gets_nothing_and_the_first_one_all():
         Part(1, 0, 1),
         Part(2, 0, 1),
         Part(0, 2**62, 1),
-        Part(1, 2 * 3_000_000, MOST_READ_BYTES + 1),
+        Part(1, 2 * 3_000_000, MAX_READ_BYTES + 1),
     ],
 )
 def test_nothing_beside_what_a_room_offers_is_read(part):

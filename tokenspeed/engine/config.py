@@ -12,7 +12,7 @@ from .quantization import StoredFp8, refusal, stored_quantization
 LINEAR, FULL = "linear_attention", "full_attention"
 _MODEL_TYPES = {"qwen3_5": "dense", "qwen3_5_text": "dense", "qwen3_5_moe": "moe", "qwen3_5_moe_text": "moe"}
 PAGE_TOKENS = 64
-MOST_DRAFTS = 7
+MAX_DRAFTS = 7
 # (sequences that decode, drafts behind each): verifying more costs more. Measured on an H200, docs/performance.md.
 AUTO_DRAFTS_ON_GPU = ((64, 3),)
 AUTO_DRAFTS_ON_CPU = ((4, 3), (16, 2), (32, 1))
@@ -262,8 +262,8 @@ class EngineConfig:
             ),
             (
                 "draft_tokens",
-                self.draft_tokens == "auto" or self.draft_tokens in range(MOST_DRAFTS + 1),
-                f"'auto' or 0 to {MOST_DRAFTS}",
+                self.draft_tokens == "auto" or self.draft_tokens in range(MAX_DRAFTS + 1),
+                f"'auto' or 0 to {MAX_DRAFTS}",
             ),
             ("draft_vocabulary", positive(self.draft_vocabulary), "at least 1, or None for every id"),
             (

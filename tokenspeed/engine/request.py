@@ -13,11 +13,11 @@ from .errors import EngineError, RequestError, TokenSpeedError
 if TYPE_CHECKING:
     from .text.turn import Answer
 
-MOST_SEQUENCES = 64  # n of one request
-MOST_LOGPROBS = 20
-MOST_BIASES = 1024  # ids with a logit_bias, allowed ids, stop ids
-MOST_STRINGS = 64  # stop strings, bad words
-MOST_STRING_CHARACTERS = 1024
+MAX_SEQUENCES = 64  # n of one request
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024  # ids with a logit_bias, allowed ids, stop ids
+MAX_STRINGS = 64  # stop strings, bad words
+MAX_STRING_CHARACTERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +104,20 @@ def _pair(value: Any) -> bool:
 
 
 def _ids(values: tuple) -> bool:
-    return len(values) <= MOST_BIASES and all(_integer(id, 0) for id in values)
+    return len(values) <= MAX_BIASES and all(_integer(id, 0) for id in values)
 
 
 def _strings(values: tuple) -> bool:
-    return len(values) <= MOST_STRINGS and all(
-        isinstance(text, str) and 0 < len(text) <= MOST_STRING_CHARACTERS for text in values
+    return len(values) <= MAX_STRINGS and all(
+        isinstance(text, str) and 0 < len(text) <= MAX_STRING_CHARACTERS for text in values
     )
 
 
 def _ranges(p: SamplingParams) -> tuple[tuple[str, bool, str], ...]:
     finite = math.inf  # exclusive below: NaN and infinity fail a comparison or the bound
-    strings = f"up to {MOST_STRINGS} strings of 1 to {MOST_STRING_CHARACTERS} characters"
+    strings = f"up to {MAX_STRINGS} strings of 1 to {MAX_STRING_CHARACTERS} characters"
     return (
-        ("n", _integer(p.n, 1, MOST_SEQUENCES), f"an integer from 1 to {MOST_SEQUENCES}"),
+        ("n", _integer(p.n, 1, MAX_SEQUENCES), f"an integer from 1 to {MAX_SEQUENCES}"),
         ("presence_penalty", _number(p.presence_penalty, -2, 2), "in [-2, 2]"),
         ("frequency_penalty", _number(p.frequency_penalty, -2, 2), "in [-2, 2]"),
         ("repetition_penalty", _number(p.repetition_penalty) and 0 < p.repetition_penalty < finite, "a number > 0"),
@@ -127,23 +127,23 @@ def _ranges(p: SamplingParams) -> tuple[tuple[str, bool, str], ...]:
         ("min_p", _number(p.min_p, 0, 1), "in [0, 1]"),
         ("seed", p.seed is None or _integer(p.seed, 0, 2**63 - 1), "in [0, 2^63)"),
         ("stop", _strings(p.stop), strings),
-        ("stop_token_ids", _ids(p.stop_token_ids), f"up to {MOST_BIASES} token ids"),
+        ("stop_token_ids", _ids(p.stop_token_ids), f"up to {MAX_BIASES} token ids"),
         ("bad_words", _strings(p.bad_words), strings),
         ("max_tokens", p.max_tokens is None or _integer(p.max_tokens, 1), "at least 1, or None"),
         ("min_tokens", _integer(p.min_tokens, 0, p.max_tokens or math.inf), "from 0 to max_tokens"),
-        ("logprobs", p.logprobs is None or _integer(p.logprobs, 0, MOST_LOGPROBS), f"from 0 to {MOST_LOGPROBS}"),
+        ("logprobs", p.logprobs is None or _integer(p.logprobs, 0, MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}"),
         (
             "prompt_logprobs",
-            p.prompt_logprobs is None or _integer(p.prompt_logprobs, 0, MOST_LOGPROBS),
-            f"from 0 to {MOST_LOGPROBS}",
+            p.prompt_logprobs is None or _integer(p.prompt_logprobs, 0, MAX_LOGPROBS),
+            f"from 0 to {MAX_LOGPROBS}",
         ),
         (
             "logit_bias",
-            len(p.logit_bias) <= MOST_BIASES
+            len(p.logit_bias) <= MAX_BIASES
             and all(_pair(pair) and _integer(pair[0], 0) and _number(pair[1], -100, 100) for pair in p.logit_bias),
-            f"up to {MOST_BIASES} pairs of a token id and a number in [-100, 100]",
+            f"up to {MAX_BIASES} pairs of a token id and a number in [-100, 100]",
         ),
-        ("allowed_token_ids", _ids(p.allowed_token_ids), f"up to {MOST_BIASES} token ids"),
+        ("allowed_token_ids", _ids(p.allowed_token_ids), f"up to {MAX_BIASES} token ids"),
         (
             "thinking_token_budget",
             p.thinking_token_budget is None or _integer(p.thinking_token_budget, 0),
@@ -158,7 +158,8 @@ class Request:
 
     id: unique among the running; boundaries: token counts at which a later prompt is likely to leave this one;
     name_space: prompts of different ones never share memory; priority: lower goes first, arrival breaks ties;
-    kept_with: no later prompt begins with this one and its output unless the output holds this id; None: it may.
+    snapshot_token_id: the state after the output is kept only where the output holds this id, because otherwise no
+    later prompt begins with it; None: it is kept in any case.
     stops_after: stop strings count only once the output holds this text; None: from its start.
     """
 
@@ -168,7 +169,7 @@ class Request:
     boundaries: tuple[int, ...] = ()
     name_space: str = ""
     priority: int = 0
-    kept_with: int | None = None
+    snapshot_token_id: int | None = None
     stops_after: str | None = None
 
     def check(self, vocab: int, max_tokens: int) -> None:

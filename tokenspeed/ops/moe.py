@@ -73,7 +73,7 @@ def moe_experts(
     """
     top_k = weights.shape[1]
     order = order.long()
-    if x.is_cuda:
+    if x.is_cuda or (gate_up_scale is None and int(offsets[0])):
         # The choices of the experts at hand lie together, and the grouped product wants them first.
         order = order[(torch.arange(len(order), device=order.device) + offsets[0]) % max(len(order), 1)]
         offsets = offsets - offsets[0]
@@ -89,20 +89,22 @@ def moe_experts(
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None, parts: int = 1) -> Tensor:
     """Rows offsets[e] .. offsets[e + 1] of x times the transpose of weight[e]; other rows are zero. parts: how many
     pieces of a weight's rows have blocks of their own."""
-    if x.is_cuda:
+    if x.is_cuda or scale is None:
         if scale is not None:  # experts in one product have x's type, to which they are rounded
             pairs = zip(weight.chunk(parts, dim=1), scale.chunk(parts, dim=1), strict=True)
             weight = torch.cat([dequantise(*pair).to(x.dtype) for pair in pairs], dim=1)
         out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
+        if not x.is_cuda and int(offsets[-1]) == len(out):
+            return out
         return out.masked_fill_(torch.arange(len(out), device=out.device)[:, None] >= offsets[-1], 0)
-    # On the host the offsets cost nothing to read, and only experts with tokens are visited.
+    # On the host the offsets cost nothing to read, and only experts with tokens are converted from FP8.
     bounds = offsets.tolist()
     out = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         columns = out[start:end].chunk(parts, dim=1)
-        scales = [None] if scale is None else scale[expert].chunk(parts)
-        for column, part, part_scale in zip(columns, weight[expert].chunk(parts), scales, strict=True):
+        pieces = zip(columns, weight[expert].chunk(parts), scale[expert].chunk(parts), strict=True)
+        for column, part, part_scale in pieces:
             column.copy_(product(x[start:end], part, part_scale))
     return out

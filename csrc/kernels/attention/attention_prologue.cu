@@ -7,7 +7,7 @@
 //
 // Floor: 4 bytes a value of q, k and v, plus the angles: 16:2 heads, 8192 tokens: 170 MB = 39 us at 4.3 TB/s.
 //
-// Tiling: a warp does one head of one token, or kMostHeads neighbouring heads where there are tokens enough to fill the
+// Tiling: a warp does one head of one token, or kMaxHeads neighbouring heads where there are tokens enough to fill the
 // card: D = 256 is one 16-byte vector a lane and head, and all of a warp's loads (heads, angles, weights, slot) are in
 // flight before the first shuffle. The mean takes five shuffles, the rope partner sits R / 16 lanes away. v is a copy.
 //
@@ -28,7 +28,7 @@ namespace tokenspeed {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kMostHeads = 4;  // per warp; every published model's q + 2 kv heads are a multiple of it
+constexpr int kMaxHeads = 4;  // per warp; every published model's q + 2 kv heads are a multiple of it
 constexpr int kLaneElements = kHeadDim / 32;
 
 // The lane's 8 angles: `offset` 0 for cosines, rotary / 2 for sines.
@@ -112,19 +112,19 @@ __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const A
 cudaError_t attention_prologue(const AttentionPrologue& arguments, cudaStream_t stream) {
     const int heads = arguments.q_heads + 2 * arguments.kv_heads;
     const bool many =
-        heads % kMostHeads == 0 && arguments.tokens * heads >= kWarps * kMostHeads * 4 * multiprocessor_count();
-    const int64_t units = arguments.tokens * heads / (many ? kMostHeads : 1);
+        heads % kMaxHeads == 0 && arguments.tokens * heads >= kWarps * kMaxHeads * 4 * multiprocessor_count();
+    const int64_t units = arguments.tokens * heads / (many ? kMaxHeads : 1);
     LaunchConfig config;
     config.grid = dim3(static_cast<unsigned>((units + kWarps - 1) / kWarps));
     config.block = dim3(kWarps * 32);
     config.stream = stream;
     config.programmatic = true;
     if (arguments.kv_is_e4m3) {
-        return launch(many ? attention_prologue_kernel<E4m3, kMostHeads> : attention_prologue_kernel<E4m3, 1>, config,
+        return launch(many ? attention_prologue_kernel<E4m3, kMaxHeads> : attention_prologue_kernel<E4m3, 1>, config,
                       arguments);
     }
     return launch(
-        many ? attention_prologue_kernel<__nv_bfloat16, kMostHeads> : attention_prologue_kernel<__nv_bfloat16, 1>,
+        many ? attention_prologue_kernel<__nv_bfloat16, kMaxHeads> : attention_prologue_kernel<__nv_bfloat16, 1>,
         config, arguments);
 }
 

@@ -716,8 +716,8 @@ PagedAttentionDecodeShape paged_attention_decode_shape(const PagedAttentionDecod
     const int rows = p.tokens * (p.q_heads / p.kv_heads);
     const int tiles = rows <= kTileRows ? 1 : rows <= 2 * kTileRows ? 2 : 4;
     const int groups = p.kv_heads * ((rows + tiles * kTileRows - 1) / (tiles * kTileRows));
-    const int64_t most_units = static_cast<int64_t>(groups) * p.sequences * p.table_width;
-    const auto blocks = static_cast<int>(std::min<int64_t>(multiprocessor_count(), most_units));
+    const int64_t max_units = static_cast<int64_t>(groups) * p.sequences * p.table_width;
+    const auto blocks = static_cast<int>(std::min<int64_t>(multiprocessor_count(), max_units));
     return {blocks, tiles, static_cast<int64_t>(2) * blocks * tiles * kTileRows};
 }
 

@@ -75,7 +75,7 @@ constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: 
 constexpr int kConverters = 96;                     // threads, behind the producer warp
 constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3;
 constexpr int kWhole = 1 << 30;     // more pages than any sequence has
-constexpr int kMostRanges = 128;    // that a sequence is cut into
+constexpr int kMaxRanges = 128;     // that a sequence is cut into
 constexpr int kLaneSequences = 32;  // one a lane: with more of them tiles are not sorted, and nothing is cut
 constexpr int kSplitRounds = 2;     // nor with more tiles than that many rounds
 constexpr int kPartRounds = 3;      // rounds that the parts of a cut list may take
@@ -89,8 +89,8 @@ constexpr int kMergeRows = 4, kMergeThreads = kMergeRows * kDim / 4;
 
 // What all blocks work through.
 struct List {
-    int entries;     // for one KV head
-    int most_pages;  // of an entry
+    int entries;    // for one KV head
+    int max_pages;  // of an entry
 };
 
 template <typename Kv>
@@ -148,18 +148,18 @@ __device__ __forceinline__ int quotient_up(int dividend, int divisor) {
     return static_cast<int>((static_cast<uint32_t>(dividend) + divisor - 1) / static_cast<uint32_t>(divisor));
 }
 
-__device__ __forceinline__ int ranges_of(const Extent& extent, int most_pages) {
-    return extent.pages <= most_pages ? 1 : quotient_up(extent.pages, most_pages);
+__device__ __forceinline__ int ranges_of(const Extent& extent, int max_pages) {
+    return extent.pages <= max_pages ? 1 : quotient_up(extent.pages, max_pages);
 }
 
-__device__ __forceinline__ int entries_of(const Extent& extent, int most_pages) {
-    return extent.tiles * ranges_of(extent, most_pages);
+__device__ __forceinline__ int entries_of(const Extent& extent, int max_pages) {
+    return extent.tiles * ranges_of(extent, max_pages);
 }
 
 // The most pages of one entry of the list: what ends first by the estimate of the file's head, in integers, so that
 // both kernels choose the same. By whole warps; each lane tries other numbers of ranges for the longest sequence.
-__device__ __forceinline__ int choose_most_pages(const PagedAttentionPrefill& p, int blocks) {
-    if (p.most_parts == 0) return kWhole;
+__device__ __forceinline__ int choose_max_pages(const PagedAttentionPrefill& p, int blocks) {
+    if (p.max_parts == 0) return kWhole;
     const int lane = threadIdx.x % 32;
     const Extent own = lane < p.sequences ? extent_of(p, lane) : Extent{0, 0};
     const int own_tokens = lane < p.sequences ? tokens_of(p, lane) : 0;
@@ -169,24 +169,24 @@ __device__ __forceinline__ int choose_most_pages(const PagedAttentionPrefill& p,
     uint32_t least = ~0u;
     int best = kWhole;
 #pragma unroll 1
-    for (int first = 1; first <= min(kMostRanges, longest); first += 32) {
-        const int ranges = first + lane, most_pages = max(quotient_up(longest, ranges), 1);
+    for (int first = 1; first <= min(kMaxRanges, longest); first += 32) {
+        const int ranges = first + lane, max_pages = max(quotient_up(longest, ranges), 1);
         int entries = 0;
 #pragma unroll 1
         for (int sequence = 0; sequence < p.sequences; ++sequence) {
             const Extent extent{__shfl_sync(0xffffffffu, own.tiles, sequence),
                                 __shfl_sync(0xffffffffu, own.pages, sequence)};
-            entries += entries_of(extent, most_pages);
+            entries += entries_of(extent, max_pages);
         }
         entries *= p.kv_heads;
         const uint32_t rounds = quotient_up(entries, blocks);
         const uint32_t mean = rounds * static_cast<uint32_t>(pages + kEntryPages * entries) / entries;
         const uint32_t cost =
-            max(mean, static_cast<uint32_t>(most_pages + kEntryPages)) + (ranges > 1 ? kMergePages : 0);
-        const bool fits = ranges == 1 || (ranges <= longest && entries <= p.most_parts);
+            max(mean, static_cast<uint32_t>(max_pages + kEntryPages)) + (ranges > 1 ? kMergePages : 0);
+        const bool fits = ranges == 1 || (ranges <= longest && entries <= p.max_parts);
         if (fits && cost < least) {
             least = cost;
-            best = ranges > 1 ? most_pages : kWhole;
+            best = ranges > 1 ? max_pages : kWhole;
         }
     }
     const uint32_t least_of_all = warp_reduce(least, [](uint32_t a, uint32_t b) { return min(a, b); });
@@ -211,9 +211,9 @@ __device__ __forceinline__ int visible_pages(const PagedAttentionPrefill& p, int
 
 // By whole warps.
 __device__ __forceinline__ List list_of(const PagedAttentionPrefill& p, int blocks) {
-    const int most_pages = choose_most_pages(p, blocks);
-    return {count_all(p.sequences, [&](int sequence) { return entries_of(extent_of(p, sequence), most_pages); }),
-            most_pages};
+    const int max_pages = choose_max_pages(p, blocks);
+    return {count_all(p.sequences, [&](int sequence) { return entries_of(extent_of(p, sequence), max_pages); }),
+            max_pages};
 }
 
 // The tile at `index` of one KV head when the tiles of at most kLaneSequences sequences stand in the order of the
@@ -250,14 +250,14 @@ __device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, const 
     for (int round = 0;; ++round) {
         const int item = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
         if (item >= list.entries * p.kv_heads) break;
-        const int most_pages = list.most_pages, entry = list.entries - 1 - item / p.kv_heads;
-        const bool sorted = most_pages == kWhole && p.sequences <= kLaneSequences;
+        const int max_pages = list.max_pages, entry = list.entries - 1 - item / p.kv_heads;
+        const bool sorted = max_pages == kWhole && p.sequences <= kLaneSequences;
         const auto [sequence, offset] =
             sorted ? locate_longest(p, item / p.kv_heads) : locate(p.sequences, entry, [&](int candidate) {
-                return entries_of(extent_of(p, candidate), most_pages);
+                return entries_of(extent_of(p, candidate), max_pages);
             });
         const Extent extent = extent_of(p, sequence);
-        const int ranges = ranges_of(extent, most_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
+        const int ranges = ranges_of(extent, max_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
         Tile tile;
         tile.sequence = sequence;
         tile.head = item % p.kv_heads;
@@ -808,7 +808,7 @@ struct CutRow {
 };
 
 // By whole warps.
-__device__ __forceinline__ CutRow find_row(const PagedAttentionPrefill& p, int most_pages, int token, int query_head,
+__device__ __forceinline__ CutRow find_row(const PagedAttentionPrefill& p, int max_pages, int token, int query_head,
                                            int column) {
     // How many sequences end before the token. There may be tokens behind the last one.
     const int lane = threadIdx.x % 32;
@@ -819,8 +819,8 @@ __device__ __forceinline__ CutRow find_row(const PagedAttentionPrefill& p, int m
     const int first_token = first_token_of(p, sequence), rows = tokens_of(p, sequence) * p.group;
     const int head = query_head / p.group, row = (token - first_token) * p.group + query_head % p.group;
     const int tile = row / kRows, pages = visible_pages(p, tile * kRows, rows, p.context_lens[sequence]);
-    const int before = count_all(sequence, [&](int other) { return entries_of(extent_of(p, other), most_pages); });
-    CutRow found{quotient_up(pages, quotient_up(extent.pages, ranges_of(extent, most_pages))),
+    const int before = count_all(sequence, [&](int other) { return entries_of(extent_of(p, other), max_pages); });
+    CutRow found{quotient_up(pages, quotient_up(extent.pages, ranges_of(extent, max_pages))),
                  (static_cast<int64_t>(before + tile) * p.kv_heads + head) * kRows + row % kRows,
                  static_cast<int64_t>(extent.tiles) * p.kv_heads * kRows,
                  {}};
@@ -833,14 +833,14 @@ __device__ __forceinline__ CutRow find_row(const PagedAttentionPrefill& p, int m
 // few, as it may turn out that nothing was cut.
 __global__ void __launch_bounds__(kMergeThreads)
     prefill_merge_kernel(const __grid_constant__ PagedAttentionPrefill p, int blocks) {
-    const int most_pages = choose_most_pages(p, blocks), column = threadIdx.x % (kDim / 4) * 4;
+    const int max_pages = choose_max_pages(p, blocks), column = threadIdx.x % (kDim / 4) * 4;
     const int rows = static_cast<int>(p.tokens) * p.q_heads, step = gridDim.x * kMergeRows;
     int row = blockIdx.x * kMergeRows + threadIdx.x / (kDim / 4);
     CutRow found{};
-    if (most_pages < kWhole && row < rows) found = find_row(p, most_pages, row / p.q_heads, row % p.q_heads, column);
+    if (max_pages < kWhole && row < rows) found = find_row(p, max_pages, row / p.q_heads, row % p.q_heads, column);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    if (most_pages == kWhole) return;
+    if (max_pages == kWhole) return;
     while (row < rows) {
         if (found.parts > 1) {
             float maximum = -INFINITY, weight_sum = 0;
@@ -863,7 +863,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                        make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse), found.gates);
         }
         row += step;
-        if (row < rows) found = find_row(p, most_pages, row / p.q_heads, row % p.q_heads, column);
+        if (row < rows) found = find_row(p, max_pages, row / p.q_heads, row % p.q_heads, column);
     }
 }
 
@@ -881,7 +881,7 @@ cudaError_t launch_prefill(const PagedAttentionPrefill& p, int blocks, cudaStrea
 }
 
 // At most as many tiles as the sequences may have for one KV head.
-int64_t most_tiles(const PagedAttention& p, int64_t tokens) {
+int64_t max_tiles(const PagedAttention& p, int64_t tokens) {
     return tokens * (p.q_heads / p.kv_heads) / kRows + p.sequences;
 }
 
@@ -897,20 +897,20 @@ bool paged_attention_prefill_is_short(const PagedAttention& p, int64_t tokens) {
 }
 
 int paged_attention_prefill_parts(const PagedAttention& p, int64_t tokens) {
-    const int64_t tiles = most_tiles(p, tokens) * p.kv_heads;
+    const int64_t tiles = max_tiles(p, tokens) * p.kv_heads;
     const int blocks = multiprocessor_count();
     if (p.sequences > kLaneSequences || tiles > kSplitRounds * blocks) return 0;
-    return static_cast<int>(std::min<int64_t>(kPartRounds * blocks, tiles * std::min(p.table_width, kMostRanges)));
+    return static_cast<int>(std::min<int64_t>(kPartRounds * blocks, tiles * std::min(p.table_width, kMaxRanges)));
 }
 
 cudaError_t paged_attention_prefill(PagedAttentionPrefill p, cudaStream_t stream) {
     complete(p);
-    const int64_t tiles = most_tiles(p, p.tokens) * p.kv_heads;
+    const int64_t tiles = max_tiles(p, p.tokens) * p.kv_heads;
     const auto blocks =
-        static_cast<int>(std::min<int64_t>(multiprocessor_count(), p.most_parts > 0 ? p.most_parts : tiles));
+        static_cast<int>(std::min<int64_t>(multiprocessor_count(), p.max_parts > 0 ? p.max_parts : tiles));
     const auto status =
         p.kv_is_e4m3 ? launch_prefill<E4m3>(p, blocks, stream) : launch_prefill<__nv_bfloat16>(p, blocks, stream);
-    if (status != cudaSuccess || p.most_parts == 0) return status;
+    if (status != cudaSuccess || p.max_parts == 0) return status;
     const int64_t merge_blocks = (p.tokens * p.q_heads + kMergeRows - 1) / kMergeRows;
     return launch(
         prefill_merge_kernel,

@@ -469,7 +469,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Chunks of a sequence of so many tokens, wherever in a chunk it begins.
-int most_chunks(int64_t tokens) {
+int max_chunks(int64_t tokens) {
     return tokens > 0 ? static_cast<int>((tokens + kChunk - 2) / kChunk) + 1 : 0;
 }
 
@@ -479,7 +479,7 @@ int window_chunks(const GatedDeltaRulePrefill& p) {
 }
 
 // Chunks of a batch that a window may hold, from chunk `first` of its sequences on.
-int64_t most_slots(const GatedDeltaRulePrefill& p, int first) {
+int64_t max_slots(const GatedDeltaRulePrefill& p, int first) {
     const int64_t everywhere = std::min<int64_t>(p.tokens / kChunk + 2 * int64_t{p.sequences}, p.tokens);
     // Who reaches the window has more than the chunks before it, all of them full but the first.
     const int64_t sequences = first == 0 ? p.sequences : p.tokens / ((first - 1) * kChunk);
@@ -491,8 +491,8 @@ struct Workspace {
     int64_t keys, carry, bytes;  // bytes of the key tiles, of all tiles, of all
 
     explicit Workspace(const GatedDeltaRulePrefill& p) {
-        const int64_t slots = most_slots(p, 0), distance = Window::carry_distance(window_chunks(p));
-        const bool one = most_chunks(p.longest) <= window_chunks(p);
+        const int64_t slots = max_slots(p, 0), distance = Window::carry_distance(window_chunks(p));
+        const bool one = max_chunks(p.longest) <= window_chunks(p);
         keys = slots * p.key_heads * sizeof(KeyTiles);
         carry = keys + slots * p.value_heads * sizeof(HeadTiles);
         bytes = carry + (one ? 0 : p.tokens / distance + 1) * p.value_heads * kDim * kDim * sizeof(float);
@@ -505,7 +505,7 @@ bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& p) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.key_heads > 0 && p.value_heads % p.key_heads == 0 &&
            p.value_heads / p.key_heads <= kMaxValueHeadsPerKeyHead && p.value_heads <= 65535 && p.sequences <= 65535 &&
-           most_slots(p, 0) <= 65535 && p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && aligned(p.qkv) &&
+           max_slots(p, 0) <= 65535 && p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && aligned(p.qkv) &&
            aligned(p.state) && aligned(p.out);
 }
 
@@ -534,10 +534,10 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
     const Workspace layout(p);
     auto* workspace = static_cast<uint8_t*>(p.workspace);
     const int chunks = window_chunks(p);
-    for (int first = 0; first == 0 || first < most_chunks(p.longest); first += chunks) {
+    for (int first = 0; first == 0 || first < max_chunks(p.longest); first += chunks) {
         const Window window{.first = first,
                             .chunks = chunks,
-                            .slots = static_cast<int>(most_slots(p, first)),
+                            .slots = static_cast<int>(max_slots(p, first)),
                             .keys = reinterpret_cast<KeyTiles*>(workspace),
                             .heads = reinterpret_cast<HeadTiles*>(workspace + layout.keys),
                             .carry = reinterpret_cast<float*>(workspace + layout.carry)};

@@ -13,8 +13,8 @@ import msgspec
 from ..errors import ConfigError, EngineError
 from ..request import Acceptance
 
-_MOST_EVENT_BYTES = 16 << 20
-_MOST_ERROR_BYTES = 64 << 10
+_MAX_EVENT_BYTES = 16 << 20
+_MAX_ERROR_BYTES = 64 << 10
 _CALL_SECONDS = 60.0  # for the calls that nothing measures
 _END_SECONDS = 1.0  # from [DONE] to the end of the body
 
@@ -101,8 +101,8 @@ class Events:
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """The data of each event that the piece completes. Raises Failure for an event beyond 16 MiB."""
-        if len(self._rest) + len(self._data) + len(piece) > _MOST_EVENT_BYTES:
-            raise Failure("malformed stream", f"an event is larger than {_MOST_EVENT_BYTES} bytes")
+        if len(self._rest) + len(self._data) + len(piece) > _MAX_EVENT_BYTES:
+            raise Failure("malformed stream", f"an event is larger than {_MAX_EVENT_BYTES} bytes")
         self._rest += piece
         if b"\n" not in piece:
             return
@@ -240,7 +240,7 @@ async def _beginning(response: httpx.Response) -> str:
     found = b""
     async for piece in response.aiter_bytes():
         found += piece
-        if len(found) > _MOST_ERROR_BYTES:
+        if len(found) > _MAX_ERROR_BYTES:
             break
     return found[:200].decode(errors="replace")
 

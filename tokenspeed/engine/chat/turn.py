@@ -88,7 +88,7 @@ class Conversations:
             tuple(boundaries),
             name_space,
             priority,
-            encoded.kept_with,
+            encoded.snapshot_token_id,
             stops_after=CLOSE if reasoning else None,
         )
         close_id = self.frontend.tokenizer.token_to_id(CLOSE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import AUTO_DRAFTS_ON_CPU, AUTO_DRAFTS_ON_GPU, MOST_DRAFTS, EngineConfig
+from ..config import AUTO_DRAFTS_ON_CPU, AUTO_DRAFTS_ON_GPU, MAX_DRAFTS, EngineConfig
 from ..debug.ranges import add_ranges
 from ..debug.step_log import StepLog
 from ..errors import ConfigError
@@ -114,7 +114,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=_drafts,
         default=default.draft_tokens,
         metavar="N|auto|0",
-        help=f"tokens drafted behind each and verified in one step, 0 to {MOST_DRAFTS}, by the MTP head or, without "
+        help=f"tokens drafted behind each and verified in one step, 0 to {MAX_DRAFTS}, by the MTP head or, without "
         f"one, by lookup in the sequence; the text is the same (default auto, with a head, by sequences: "
         f"{_depths(AUTO_DRAFTS_ON_GPU)} on a GPU, {_depths(AUTO_DRAFTS_ON_CPU)} on a CPU; otherwise 0)",
     )

@@ -85,7 +85,7 @@ def header_of(engine: Engine, model: str) -> Header:
         ring_rows=memory.layout.ring_rows,
         max_num_seqs=engine.limits.max_seqs,
         max_model_len=engine.limits.max_tokens,
-        draft_tokens=engine.limits.most_drafts,
+        draft_tokens=engine.limits.max_drafts,
         mtp=mtp is not None,
         draft_vocabulary=None if drafted is None else len(drafted),
         window_entries=memory.layout.window_entries,

@@ -109,11 +109,11 @@ class MemoryPlan:
         return text
 
 
-def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_tokens: int | None) -> MemoryPlan:
+def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, max_tokens: int | None) -> MemoryPlan:
     """Divide `free` bytes between pages and slots: a slot for each running sequence first, and of the rest as many
     slots as leave SNAPSHOT_TOKENS of KV to each, for prompts to come back to.
 
-    most_tokens: more KV than this is of no use, None without such a bound. Raises CapacityError where not one sequence
+    max_tokens: more KV than this is of no use, None without such a bound. Raises CapacityError where not one sequence
     of one page fits.
     """
     pages, slots = config.kv_pages, config.state_slots
@@ -123,12 +123,12 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, most_toke
         slots = min(config.max_num_seqs, (free - known) // (layout.slot_bytes + layout.page_bytes))
         if config.enable_prefix_caching:
             slots += max(free - known - slots * (layout.slot_bytes + layout.page_bytes), 0) // shared
-        if most_tokens is not None:
+        if max_tokens is not None:
             slots = min(slots, config.max_num_seqs * 3)
     if pages is None:
         pages = (free - slots * layout.slot_bytes) // layout.page_bytes
-        if most_tokens is not None:
-            pages = min(pages, -(-most_tokens // PAGE_TOKENS))
+        if max_tokens is not None:
+            pages = min(pages, -(-max_tokens // PAGE_TOKENS))
     plan = MemoryPlan(layout, max(pages, 1), max(slots, 1))
     if plan.bytes > free:
         raise CapacityError(

@@ -24,7 +24,7 @@ from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
 from .inputs import Batch, StateViews
-from .parameters import Source, elsewhere, in_fp8, matrix, source, stacked, weight
+from .parameters import Source, in_fp8, matrix, not_held, source, stacked, weight
 from .products import DoneNorm, Joined, PendingNorm
 
 Flow = tuple[Tensor | PendingNorm | DoneNorm, Tensor | None]
@@ -77,9 +77,9 @@ class Embedding(Stage):
         if self.whole:
             return F.embedding(batch.tokens, self.weight), residual
         local = batch.tokens - self.first
-        elsewhere = (local < 0) | (local >= len(self.weight))
-        rows = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
-        return rows.masked_fill_(elsewhere[:, None], 0), residual
+        not_held_here = (local < 0) | (local >= len(self.weight))
+        rows = F.embedding(local.masked_fill_(not_held_here, 0), self.weight)
+        return rows.masked_fill_(not_held_here[:, None], 0), residual
 
 
 class Norm(Stage):
@@ -298,7 +298,7 @@ class MoE(Stage):
             for expert in range(self.experts.count):
                 key, local = f"experts.{expert}.{name}.weight", expert - self.first_expert
                 held = 0 <= local < len(parts.data)
-                yield source(key, parts.expert(local), self.mesh, *dims) if held else elsewhere(key, *dims)
+                yield source(key, parts.expert(local), self.mesh, *dims) if held else not_held(key, *dims)
 
     def forward(self, x, residual, batch):
         padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding

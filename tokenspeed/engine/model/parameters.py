@@ -140,7 +140,7 @@ def _block_slices(local: tuple[slice, ...]) -> tuple[slice, ...]:
     return (*experts, *(slice(each.start // BLOCK, blocks(each.stop)) for each in (rows, columns)))
 
 
-def elsewhere(key: str, *dims: Dim) -> Source:
+def not_held(key: str, *dims: Dim) -> Source:
     """A checkpoint tensor that belongs to the model and of which this rank holds nothing."""
     return Source(key, whole_shape(dims), ())
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..server.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
 
-_MOST_BLOCKS = 1 << 22
+_MAX_BLOCKS = 1 << 22
 
 
 class PrefixIndex:
@@ -24,7 +24,7 @@ class PrefixIndex:
         """Mutates the index. What an engine says twice, or of blocks that are not known, changes nothing."""
         match event:
             case BlockStored(hashes, parent, tokens, size):
-                if size < 1 or len(tokens) != size * len(hashes) or len(self._places) > _MOST_BLOCKS:
+                if size < 1 or len(tokens) != size * len(hashes) or len(self._places) > _MAX_BLOCKS:
                     return
                 self._block_size = size
                 for number, name in enumerate(hashes):

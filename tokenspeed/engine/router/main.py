@@ -28,7 +28,7 @@ class RouterOptions:
     api_keys: tuple[str, ...] = ()
     least_prefill: int = 1024
     check_seconds: float = 2.0
-    most_body_bytes: int = 32 << 20
+    max_body_bytes: int = 32 << 20
     drain_seconds: float = 30
 
 
@@ -48,7 +48,7 @@ async def _route(options: RouterOptions, listener) -> None:
     client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
     backends = Backends(options.backends, client, options.check_seconds)
     policy = Policy(backends, options.least_prefill)
-    app = Router(backends, policy, client).app(BodyLimits(options.most_body_bytes), options.api_keys, (options.host,))
+    app = Router(backends, policy, client).app(BodyLimits(options.max_body_bytes), options.api_keys, (options.host,))
     config = uvicorn.Config(
         app,
         log_config=None,

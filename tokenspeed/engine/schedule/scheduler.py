@@ -140,7 +140,7 @@ class Limits:
     drafts: tuple[tuple[int, int], ...] = ()
 
     @property
-    def most_drafts(self) -> int:
+    def max_drafts(self) -> int:
         return max((drafts for _, drafts in self.drafts), default=0)
 
 
@@ -552,7 +552,7 @@ class Scheduler:
 
     def _comes_back(self, sequence: Sequence) -> bool:
         """Whether a later prompt may begin with this one and its output."""
-        opening = sequence.request.kept_with
+        opening = sequence.request.snapshot_token_id
         return opening is None or opening in sequence.tokens[sequence.prompt_tokens :]
 
     def _enqueue(self, sequence: Sequence) -> None:

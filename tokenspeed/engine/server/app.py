@@ -79,7 +79,7 @@ def create_app(
         service.admit(count)
         streaming = False
         try:
-            job = await _while_connected(request, elsewhere(request, make, long))
+            job = await _while_connected(request, off_event_loop(request, make, long))
             if not stream:
                 return json_response(await _while_connected(request, job.whole()))
             pieces = job.stream()
@@ -93,8 +93,8 @@ def create_app(
             if not streaming:
                 service.release(count)
 
-    async def elsewhere(request: Request, work: Callable[[], Any], long: bool = False) -> Any:
-        """Long texts are rendered and tokenised beside the event loop."""
+    async def off_event_loop(request: Request, work: Callable[[], Any], long: bool = False) -> Any:
+        """The result of `work`. Long texts are rendered and tokenised in a thread, short ones at once."""
         announced = request.headers.get("content-length")
         short = not long and announced is not None and int(announced) <= _LONG_TEXT
         return work() if short else await service.background.run(caller.get(), work)
@@ -115,7 +115,7 @@ def create_app(
 
     @app.post("/v1/messages/count_tokens")
     async def message_tokens(body: AnthropicConversation, request: Request, key: str | None = Depends(key)):
-        return await _while_connected(request, elsewhere(request, lambda: count_tokens(service, body, key)))
+        return await _while_connected(request, off_event_loop(request, lambda: count_tokens(service, body, key)))
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: Request, key: str | None = Depends(key)):
@@ -155,7 +155,7 @@ def create_app(
 
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages.")
-        return await _while_connected(request, elsewhere(request, work))
+        return await _while_connected(request, off_event_loop(request, work))
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request):
@@ -167,7 +167,7 @@ def create_app(
                     raise RequestError(f"token id {id} at position {position} is outside the vocabulary of {vocab}.")
             return json_response({"prompt": service.frontend.tokenizer.decode_long(body.tokens)})
 
-        return await _while_connected(request, elsewhere(request, work))
+        return await _while_connected(request, off_event_loop(request, work))
 
     @app.post("/v1/abort")
     async def abort(body: AbortRequest):

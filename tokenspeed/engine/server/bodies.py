@@ -15,7 +15,7 @@ from .service import caller
 # Of a value, by the character that announces it, in the time that a number takes: 0.2 s in all. Text that has these
 # characters counts as well; a million tokens of program text have a third of it.
 _WEIGHTS = {b",": 1, b":": 2, b"[": 3, b"{": 3}
-MOST_VALUES = 3 << 19
+MAX_VALUES = 3 << 19
 
 _SHORT = 1 << 16  # bytes that take no time
 
@@ -25,8 +25,8 @@ _decode = msgspec.json.Decoder().decode
 def decode_json(body: bytes) -> Any:
     """The value of a JSON text. Raises json.JSONDecodeError for what is none, HTTPException for too many values."""
     values = sum(weight * body.count(character) for character, weight in _WEIGHTS.items())
-    if values > MOST_VALUES:
-        raise HTTPException(413, f"the body has about {values} JSON values; at most {MOST_VALUES} are taken")
+    if values > MAX_VALUES:
+        raise HTTPException(413, f"the body has about {values} JSON values; at most {MAX_VALUES} are taken")
     gc.disable()  # new values are no garbage, and to look through them takes longer than to make them
     try:
         return _decode(body)

@@ -15,14 +15,14 @@ _SPARE_DESCRIPTORS = 256  # files and sockets beside the connections
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
     """head_bytes, headers: of a request's line and headers, which must have come in head_seconds. most: connections at
-    a time; most_idle of them may have sent no whole head yet, beyond it the one that has taken longest goes.
+    a time; max_idle of them may have sent no whole head yet, beyond it the one that has taken longest goes.
     unread_seconds: in which a client must read something of what waits for it."""
 
     head_bytes: int = 65536
     headers: int = 128
     head_seconds: float = 10.0
     most: int = 4096
-    most_idle: int = 1024
+    max_idle: int = 1024
     unread_seconds: float = 30.0
 
     def within(self, descriptors: int) -> int:
@@ -60,7 +60,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse("503 Service Unavailable", f"{self._shared.most} connections are open, the most there may be")
             return
         self._expect_head()
-        if len(self._shared.waiting) > self._limits.most_idle:
+        if len(self._shared.waiting) > self._limits.max_idle:
             next(iter(self._shared.waiting))._refuse("408 Request Timeout", "too many connections wait for a request")
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -24,7 +24,7 @@ from ..errors import TokenSpeedError
 from ..text.frontend import Frontend
 from ..text.grammar import GrammarCompiler, GrammarSpec
 from ..text.tool_grammar import ToolGrammars
-from .formats import MOST_BYTES, MOST_CPU_SECONDS, STATUS, Compiled, NotCompiled
+from .formats import MAX_BYTES, MAX_CPU_SECONDS, STATUS, Compiled, NotCompiled
 from .lifeline import end_with_parent, give_way
 
 _LEAST_BYTES = 1 << 16  # that a grammar counts for where it is kept
@@ -95,11 +95,11 @@ class FormatWorker:
         signal.set_wakeup_fd(-1)
         with job.makefile("rb") as incoming:
             data = incoming.read()
-        most = _pages(0) + MOST_BYTES
+        most = _pages(0) + MAX_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, MOST_CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)
         try:
             spec = msgspec.msgpack.decode(data, type=Format).spec(ToolGrammars())
             before = _pages(1)

@@ -24,10 +24,10 @@ from ..text.grammar import GrammarSpec, json_object
 from ..text.sized_cache import SizedCache
 from .shares import Shares
 
-MOST_CPU_SECONDS = 2.0
-MOST_WALL_SECONDS = 30.0  # of a machine that is busy with other things
-MOST_BYTES = 256 << 20
-MOST_CHARACTERS = 1 << 20  # of one request's schemas and tools
+MAX_CPU_SECONDS = 2.0
+MAX_WALL_SECONDS = 30.0  # of a machine that is busy with other things
+MAX_BYTES = 256 << 20
+MAX_CHARACTERS = 1 << 20  # of one request's schemas and tools
 SHARE = 4  # of one key at a time
 STATUS = struct.Struct("<qq")  # a job's number, a wait status
 _KEPT_BYTES = 32 << 20
@@ -94,9 +94,9 @@ class Formats:
             data = msgspec.msgpack.encode(format)
         except (TypeError, ValueError, RecursionError, OverflowError) as error:
             raise RequestError(f"the schemas of the request cannot be used: {error}") from None
-        if len(data) > MOST_CHARACTERS:
+        if len(data) > MAX_CHARACTERS:
             raise RequestError(
-                f"the schemas and tools of the request have {len(data)} bytes; at most {MOST_CHARACTERS} are supported"
+                f"the schemas and tools of the request have {len(data)} bytes; at most {MAX_CHARACTERS} are supported"
             )
         known = name_space, hashlib.blake2b(data, digest_size=16).digest()
         found = self._known.get(known)
@@ -121,9 +121,9 @@ class Formats:
         number = next(self._numbers)
         ended = self._ends[number] = asyncio.get_running_loop().create_future()
         try:
-            reply, status = await asyncio.wait_for(self._done(number, data, ended), MOST_WALL_SECONDS)
+            reply, status = await asyncio.wait_for(self._done(number, data, ended), MAX_WALL_SECONDS)
         except TimeoutError:
-            raise RequestError(_LIMIT.format(f"{MOST_WALL_SECONDS:g} s")) from None
+            raise RequestError(_LIMIT.format(f"{MAX_WALL_SECONDS:g} s")) from None
         except OSError as error:
             raise EngineError(f"output formats cannot be compiled just now: {error}") from None
         finally:
@@ -180,7 +180,7 @@ _LIMIT = (
 def _why(status: int) -> str:
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGPROF:
-        return _LIMIT.format(f"{MOST_CPU_SECONDS:g} s of computing")
+        return _LIMIT.format(f"{MAX_CPU_SECONDS:g} s of computing")
     if number in (signal.SIGABRT, signal.SIGKILL):
-        return _LIMIT.format(f"{MOST_BYTES >> 20} MiB of memory")
+        return _LIMIT.format(f"{MAX_BYTES >> 20} MiB of memory")
     return f"the requested output format cannot be enforced: compiling it failed with status {status}"

@@ -21,11 +21,11 @@ OPEN_PATHS = frozenset({"/", "/health", "/kv_transfer", "/metrics", "/openapi.js
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """most_bytes: of one body; most_in_all: of those that are held at a time; pause: seconds in which some of it must
-    come; seconds: in which all of it must."""
+    """max_bytes: of one body; max_total_bytes: of all bodies that are held at a time; pause: seconds in which some of
+    it must come; seconds: in which all of it must."""
 
-    most_bytes: int = 32 << 20
-    most_in_all: int = 1 << 30
+    max_bytes: int = 32 << 20
+    max_total_bytes: int = 1 << 30
     pause: float = 20.0
     seconds: float = 300.0
 
@@ -84,9 +84,9 @@ class Gate:
         elif refusal := self._foreign(headers):
             return 403, "permission_error", refusal
         announced = headers.get("content-length", "0")
-        if not announced.isdecimal() or int(announced) > self._limits.most_bytes:
+        if not announced.isdecimal() or int(announced) > self._limits.max_bytes:
             return 413, "invalid_request_error", too_large(self._limits)
-        if self._held + int(announced) > self._limits.most_in_all:
+        if self._held + int(announced) > self._limits.max_total_bytes:
             return 429, "rate_limit_error", f"bodies of {self._held} bytes are being worked on; try again later."
         return None
 
@@ -149,11 +149,11 @@ class _Body:
         self.bytes += got
         self._gate._held += got
         self._more = message.get("more_body", False)
-        if self.bytes > self._limits.most_bytes:
+        if self.bytes > self._limits.max_bytes:
             if self._more:
                 await _drain(self._receive)
             raise HTTPException(413, too_large(self._limits), {"connection": "close"})
-        if self._gate._held > self._limits.most_in_all:
+        if self._gate._held > self._limits.max_total_bytes:
             raise HTTPException(429, "too many bodies are being worked on; try again later.", {"retry-after": "1"})
         return message
 
@@ -171,4 +171,4 @@ async def _drain(receive: Receive) -> None:
 
 
 def too_large(limits: BodyLimits) -> str:
-    return f"the body is larger than {limits.most_bytes} bytes, the most this server takes"
+    return f"the body is larger than {limits.max_bytes} bytes, the most this server takes"

@@ -6,7 +6,7 @@ import queue
 import time
 from logging.handlers import QueueHandler, QueueListener
 
-_MOST_LINES = 10_000  # that wait; beyond it lines are dropped, and how many is said
+_MAX_LINES = 10_000  # that wait; beyond it lines are dropped, and how many is said
 _LAST_SECONDS = 1.0
 
 
@@ -15,7 +15,7 @@ class Log:
 
     def __init__(self, descriptor: int = 2):
         """descriptor: of the open file that the lines go to."""
-        self._lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_LINES)
+        self._lines: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_LINES)
         writer = _Writer(descriptor)
         writer.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         taken = _Dropping(self._lines)

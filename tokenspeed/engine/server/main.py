@@ -45,8 +45,8 @@ class ServerOptions:
     origins: tuple[str, ...] = ()
     model: str | None = None
     model_name: str | None = None
-    most_requests: int = 512
-    most_body_bytes: int = 32 << 20
+    max_requests: int = 512
+    max_body_bytes: int = 32 << 20
     timeout: float | None = None
     drain_seconds: float = 30
     exact_history: bool = True
@@ -77,12 +77,12 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         await engine.start()
         name = options.model_name or options.model or frontend.directory.name
         service_config = ServiceConfig(
-            name, options.most_requests, options.timeout, options.exact_history, options.kv_events
+            name, options.max_requests, options.timeout, options.exact_history, options.kv_events
         )
         service = Service(frontend, engine, service_config)
         formats = service.formats
         await formats.start()
-        limits, connections = BodyLimits(options.most_body_bytes), Connections(ConnectionLimits())
+        limits, connections = BodyLimits(options.max_body_bytes), Connections(ConnectionLimits())
         app = AccessLog(create_app(service, limits, options.api_keys, (options.host,), options.origins))
         settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
         server = Server(uvicorn.Config(app, http=connections, **settings))

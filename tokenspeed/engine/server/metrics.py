@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 
-from ..config import MOST_DRAFTS
+from ..config import MAX_DRAFTS
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # The names of Engine.stats, and the server's own, with their help.
@@ -95,7 +95,7 @@ class Metrics:
         yield reuse
         for name, help in _DRAFTS.items():
             family = CounterMetricFamily(f"tokenspeed_{name}_tokens", f"{help}, by position", labels=["position"])
-            for place in range(1, MOST_DRAFTS + 1):
+            for place in range(1, MAX_DRAFTS + 1):
                 if f"{name}_{place}" in self._stats:
                     family.add_metric([str(place)], self._stats[f"{name}_{place}"])
             yield family

@@ -45,7 +45,7 @@ from .messages import (
 )
 
 _ORPHAN_CHECK_MS, _CHECK_MS = 1000, 2
-_MOST_COMPILING = 32
+_MAX_COMPILING = 32
 
 
 class EngineProcess:
@@ -65,7 +65,7 @@ class EngineProcess:
         self._news: list[Update] = []
         self._parent = os.getppid()
         # As many side by side as can come: they were compiled before, within limits, each key's few at a time.
-        self._workers = ThreadPoolExecutor(_MOST_COMPILING, initializer=give_way)
+        self._workers = ThreadPoolExecutor(_MAX_COMPILING, initializer=give_way)
         self._compiling: dict[str, tuple[Future[Grammar], Submit]] = {}
         self._stopped: float | None = None  # when it was told to
         self._blocked = False  # what there is to do waits for something from elsewhere

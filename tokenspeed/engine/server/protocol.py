@@ -11,29 +11,29 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..errors import RequestError
-from ..request import MOST_BIASES, MOST_LOGPROBS, MOST_SEQUENCES, MOST_STRINGS, SamplingParams
+from ..request import MAX_BIASES, MAX_LOGPROBS, MAX_SEQUENCES, MAX_STRINGS, SamplingParams
 
-MOST_MESSAGES = 4096
-MOST_TOOLS = 512
-MOST_ITEMS = 4 * MOST_MESSAGES  # of responses: an answer is reasoning, a text and its calls
+MAX_MESSAGES = 4096
+MAX_TOOLS = 512
+MAX_ITEMS = 4 * MAX_MESSAGES  # of responses: an answer is reasoning, a text and its calls
 
 Text = Annotated[str, Field(max_length=64 << 20)]
-Strings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MOST_STRINGS)]
+Strings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MAX_STRINGS)]
 # One string is a list of one, before anything is checked: an error then names the string, and not the other form.
 OneOrMore = Annotated[Strings, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 # Whatever counts or names tokens fits 32 bits, so that no later stage meets a number it cannot hold.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = CountFromZero
-TokenIds = Annotated[list[TokenId], Field(max_length=MOST_BIASES)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_BIASES)]
 
 _FIRST_ERROR = Field(fail_fast=True)  # a million wrong ids would be a million errors, 15 s of them
 
 
 def _few(biases: Any) -> Any:
     """Counted before anything in it is looked at."""
-    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
-        raise ValueError(f"logit_bias has {len(biases)} entries; at most {MOST_BIASES} are taken")
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"logit_bias has {len(biases)} entries; at most {MAX_BIASES} are taken")
     return biases
 
 
@@ -68,7 +68,7 @@ class Sampling(Body):
 
     model: str | None = None
     max_tokens: Count | None = None
-    n: int = Field(1, ge=1, le=MOST_SEQUENCES)
+    n: int = Field(1, ge=1, le=MAX_SEQUENCES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: OneOrMore | None = None
@@ -90,7 +90,7 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     thinking_token_budget: CountFromZero | None = None
     truncate_prompt_tokens: Count | None = None
     return_token_ids: bool = False
@@ -150,13 +150,13 @@ class ResponseFormat(Body):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
@@ -184,7 +184,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[Annotated[list[TokenId], _FIRST_ERROR]], Field(max_length=64), _FIRST_ERROR]
     )
     max_tokens: CountFromZero | None = 16
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     response_format: ResponseFormat | None = None
     suffix: Any = None  # refused where it asks for something
@@ -194,10 +194,10 @@ class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     model: str | None = None
-    input: Text | Annotated[list[dict[str, Any]], Field(max_length=MOST_ITEMS), _FIRST_ERROR]
+    input: Text | Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS), _FIRST_ERROR]
     instructions: Text | None = None
     previous_response_id: str | None = Field(None, max_length=256)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     max_output_tokens: Count | None = None
@@ -235,8 +235,8 @@ class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or messages."""
 
     prompt: Text | None = None
-    messages: list[dict[str, Any]] | None = Field(None, max_length=MOST_MESSAGES)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    messages: list[dict[str, Any]] | None = Field(None, max_length=MAX_MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
@@ -270,9 +270,9 @@ class AnthropicConversation(Body):
     """What is counted at POST /v1/messages/count_tokens: text and tools."""
 
     model: str | None = None
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
-    system: Text | Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES), _FIRST_ERROR] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    system: Text | Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES), _FIRST_ERROR] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Kind | None = None
     thinking: Kind | None = None
     output_config: dict[str, Any] | None = None

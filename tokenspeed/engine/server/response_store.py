@@ -8,7 +8,7 @@ import msgspec
 from ..errors import RequestError
 from ..text.sized_cache import SizedCache
 
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 
 
 class UnknownResponse(RequestError):
@@ -26,10 +26,10 @@ class StoredResponse:
 class ResponseStore:
     """Responses by name space and id. Any thread may call."""
 
-    def __init__(self, most_bytes: int = _MOST_BYTES):
-        """most_bytes: of the responses' JSON and their items'; what was used least lately is forgotten first."""
-        self._kept: SizedCache[StoredResponse] = SizedCache(most_bytes)
-        self._items: SizedCache[dict[str, Any]] = SizedCache(most_bytes)
+    def __init__(self, max_bytes: int = _MAX_BYTES):
+        """max_bytes: of the responses' JSON and their items'; what was used least lately is forgotten first."""
+        self._kept: SizedCache[StoredResponse] = SizedCache(max_bytes)
+        self._items: SizedCache[dict[str, Any]] = SizedCache(max_bytes)
 
     def get(self, name_space: str, id: str | None) -> StoredResponse:
         """Empty for None. Raises UnknownResponse."""

@@ -69,12 +69,12 @@ class Unsupported(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """model_name: as clients see it; most_requests: in flight at once, beyond them 429; timeout: seconds a request may
+    """model_name: as clients see it; max_requests: in flight at once, beyond them 429; timeout: seconds a request may
     take unless it asks for less, None for no limit; exact_history: known turns come back as they were generated;
     kv_events: where the engine publishes cache events."""
 
     model_name: str
-    most_requests: int = 512
+    max_requests: int = 512
     timeout: float | None = None
     exact_history: bool = True
     kv_events: str | None = None
@@ -124,9 +124,9 @@ class Service:
         """
         if self.draining:
             raise Overloaded("the server is shutting down; use another one.", 5)
-        if self.in_flight + requests > self.config.most_requests:
+        if self.in_flight + requests > self.config.max_requests:
             raise Overloaded(
-                f"{self.in_flight} requests are in flight of at most {self.config.most_requests}; try again later.",
+                f"{self.in_flight} requests are in flight of at most {self.config.max_requests}; try again later.",
                 1,
             )
         self.in_flight += requests

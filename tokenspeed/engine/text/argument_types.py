@@ -14,7 +14,7 @@ KINDS = ("string", "integer", "number", "boolean", "null", "array", "object")
 _SPELLINGS = {"True": "true", "False": "false", "None": "null"}  # templates that print Python's values teach these
 _MAX_DEPTH = 32  # of nested anyOf and $ref; what lies deeper says nothing
 _MAX_VISITS = 1000
-_MOST_COMPARISONS = 100_000
+_MAX_COMPARISONS = 100_000
 _MAX_LITERAL = 1 << 17  # characters of a value in Python's spelling
 _BRACKETS = re.compile(r"[\[\](){}]")
 
@@ -207,7 +207,7 @@ def _common(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
     try:
         known = set(left)
     except TypeError:
-        if len(left) * len(right) > _MOST_COMPARISONS:
+        if len(left) * len(right) > _MAX_COMPARISONS:
             return right
         return tuple(value for value in right if value in left)
     return tuple(value for value in right if value in known)

@@ -29,10 +29,10 @@ class _Turn:
 class TurnHistory:
     """The latest turns, bounded in number and in ids; what is used again stays longer. Any thread may call."""
 
-    def __init__(self, end_ids: Collection[int], most_turns: int = 4096, most_ids: int = 1 << 22):
+    def __init__(self, end_ids: Collection[int], max_turns: int = 4096, max_ids: int = 1 << 22):
         """end_ids: the ids that end a turn."""
         self._ends = frozenset(end_ids)
-        self._most_turns, self._most_ids = most_turns, most_ids
+        self._max_turns, self._max_ids = max_turns, max_ids
         self._turns: OrderedDict[tuple[str, bytes], _Turn] = OrderedDict()
         self._ids = 0
         # Where the known prompts of a name space end, ascending, and what their last ids are there.
@@ -42,7 +42,7 @@ class TurnHistory:
 
     def store(self, name_space: str, prompt: Sequence[int], generated: Sequence[int]) -> None:
         """A turn that was generated to its end after `prompt`. One that was cut short is no turn to come back."""
-        if not generated or generated[-1] not in self._ends or len(generated) > self._most_ids:
+        if not generated or generated[-1] not in self._ends or len(generated) > self._max_ids:
             return
         key = name_space, hashlib.blake2b(array("i", prompt), digest_size=_DIGEST_BYTES).digest()
         turn = _Turn(name_space, len(prompt), tuple(prompt[-_TAIL:]), tuple(generated))
@@ -55,7 +55,7 @@ class TurnHistory:
                 self._tails[place] = Counter()
                 insort(self._lengths.setdefault(name_space, []), turn.length)
             self._tails[place][turn.tail] += 1
-            while len(self._turns) > self._most_turns or self._ids > self._most_ids:
+            while len(self._turns) > self._max_turns or self._ids > self._max_ids:
                 self._drop(next(iter(self._turns)))
 
     def restore(

@@ -28,14 +28,14 @@ class EncodedPrompt:
 
     ids: the prompt. boundaries: ascending token counts in (0, len(ids)) at which a later prompt is likely to leave this
     one (`boundaries.stable_cuts`); a control token follows each. reasoning_open: the turn to come begins inside
-    `<think>`. kept_with: the end of that turn is worth a state only where the turn holds this id, the one that opens a
-    tool call, because the template will change any other answer; None: it always is.
+    `<think>`. snapshot_token_id: the state at the end of that turn is worth keeping only where the turn holds this id,
+    the one that opens a tool call, because the template will change any other answer; None: it always is.
     """
 
     ids: list[int]
     boundaries: tuple[int, ...]
     reasoning_open: bool
-    kept_with: int | None = None
+    snapshot_token_id: int | None = None
 
 
 class ChatTemplate:
@@ -136,8 +136,8 @@ class ChatTemplate:
         revealed = [len(conversation.hidden.reveal(text[:cut]).text) for cut in cuts]
         ids, counts = self._tokenizer.encode_with_counts(rendered, revealed, name_space)
         boundaries = tuple(count for count in counts if count)
-        kept_with = None if comes_back else self._tokenizer.token_to_id(TOOL_CALL)
-        return EncodedPrompt(ids, boundaries, leaves_reasoning_open(rendered.text), kept_with)
+        snapshot_token_id = None if comes_back else self._tokenizer.token_to_id(TOOL_CALL)
+        return EncodedPrompt(ids, boundaries, leaves_reasoning_open(rendered.text), snapshot_token_id)
 
     def _accepted(
         self, messages: Any, tools: Any, enable_thinking: bool | None, kwargs: Mapping[str, bool] | None

@@ -31,7 +31,7 @@ _KNOWN = {"type", "properties", "required", "additionalProperties", "$defs", "de
 _ANNOTATIONS = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "format"}
 _NOT_FOR_TEXT = {"anyOf", "oneOf", "allOf", "$ref", "not", "if", "contentEncoding", "contentMediaType"}
 _MAX_DEPTH = 16  # of nested anyOf and $ref
-_MOST_BRANCHES = 1000  # of one argument; what refers to itself twice at each level would have millions
+_MAX_BRANCHES = 1000  # of one argument; what refers to itself twice at each level would have millions
 _KEPT_CHARACTERS = 8 << 20  # of functions and their rules
 
 
@@ -148,8 +148,8 @@ class _Value:
     def _branches(self, schema: Any, depth: int) -> list[Any]:
         """Schemas one of which must hold, as far as that can be told apart."""
         self._visits += 1
-        if self._visits > _MOST_BRANCHES:
-            raise _Unsupported(f"{self.rule}: more than {_MOST_BRANCHES} alternatives")
+        if self._visits > _MAX_BRANCHES:
+            raise _Unsupported(f"{self.rule}: more than {_MAX_BRANCHES} alternatives")
         if depth > _MAX_DEPTH or schema is False:
             raise _Unsupported(f"{self.rule}: a schema that admits nothing, or alternatives nested too deep")
         if not isinstance(schema, Mapping):

@@ -14,8 +14,8 @@ from ..errors import ConfigError, TransferError
 from . import cuda_ipc
 from .arenas import Arenas
 from .messages import (
-    MOST_MESSAGE_BYTES,
-    MOST_READ_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_READ_BYTES,
     FromDecoder,
     Identity,
     OtherVersion,
@@ -31,7 +31,7 @@ from .rooms import Ended, Reply, Rooms
 _TICK_MS = 50
 _CLOSE_SECONDS = 5.0
 _LINGER_MS = 500  # for the last messages to go out
-_MOST_PEERS = 64  # that this engine has connected to; beyond it those go that nothing is pulled from
+_MAX_PEERS = 64  # that this engine has connected to; beyond it those go that nothing is pulled from
 
 log = logging.getLogger("tokenspeed.transfer")
 
@@ -76,7 +76,7 @@ class Endpoint:
         self._router = self._context.socket(zmq.ROUTER)
         self._router.linger, self._router.ipv6 = 0, True
         self._router.router_handover = True  # a decoder that connects anew is still the same
-        self._router.maxmsgsize = MOST_MESSAGE_BYTES
+        self._router.maxmsgsize = MAX_MESSAGE_BYTES
         if self.port is not None:
             self._bind()
         self._thread = threading.Thread(target=self._run, name="tokenspeed-transfer", daemon=True)
@@ -196,7 +196,7 @@ class Endpoint:
             dealer = self._dealers[address] = self._context.socket(zmq.DEALER)
             dealer.linger, dealer.ipv6 = 0, True
             dealer.identity = uuid.uuid4().bytes
-            dealer.maxmsgsize = MOST_READ_BYTES + MOST_MESSAGE_BYTES
+            dealer.maxmsgsize = MAX_READ_BYTES + MAX_MESSAGE_BYTES
             with contextlib.suppress(zmq.ZMQError):  # no address: nothing is heard from there, and the lease ends
                 dealer.connect(address)
             self._poller.register(dealer, zmq.POLLIN)
@@ -204,7 +204,7 @@ class Endpoint:
             dealer.send(encode(message), zmq.DONTWAIT)
 
     def _drop_idle(self) -> None:
-        for address in [] if len(self._dealers) < _MOST_PEERS else self.pulls.drop_idle():
+        for address in [] if len(self._dealers) < _MAX_PEERS else self.pulls.drop_idle():
             dealer = self._dealers.pop(address, None)
             if dealer is not None:
                 self._poller.unregister(dealer)

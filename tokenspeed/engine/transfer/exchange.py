@@ -160,7 +160,7 @@ class Exchange:
             prompt=request.prompt[:-1],
             params=SamplingParams(max_tokens=1, temperature=0, ignore_eos=True),
             boundaries=tuple(count for count in request.boundaries if count <= len(prefix)),
-            kept_with=None,
+            snapshot_token_id=None,
             stops_after=None,
         )
         try:
@@ -186,8 +186,8 @@ class Exchange:
                 del self._rooms[offered.room]
             return
         # While it waits again others may take its pages, and what comes back from host memory is not there yet.
-        elsewhere = sequence.state in (State.WAITING, State.ARRIVING)
-        pages = 0 if elsewhere else sequence.consumed // PAGE_TOKENS
+        waiting = sequence.state in (State.WAITING, State.ARRIVING)
+        pages = 0 if waiting else sequence.consumed // PAGE_TOKENS
         if (sequence.preemptions, pages) == offered.told:
             return
         offered.told, found = (sequence.preemptions, pages), ()

@@ -6,9 +6,9 @@ import msgspec
 from ..errors import TransferError
 
 VERSION = 1
-MOST_MESSAGE_BYTES = 1 << 18  # of anything but data
-MOST_READ_BYTES = 1 << 20  # that one Read asks for
-MOST_ROOM_CHARACTERS = 128
+MAX_MESSAGE_BYTES = 1 << 18  # of anything but data
+MAX_READ_BYTES = 1 << 20  # that one Read asks for
+MAX_ROOM_CHARACTERS = 128
 KV, SLOTS = 0, 1  # the arenas
 
 

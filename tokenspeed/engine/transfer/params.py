@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ..errors import RequestError
-from .messages import MOST_ROOM_CHARACTERS
+from .messages import MAX_ROOM_CHARACTERS
 
 ROLES = ("prefill", "decode", "both")
 
@@ -103,6 +103,6 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
 
 def _name(given: Mapping[str, Any]) -> str | None:
     name = given.get("transfer_id") or given.get("remote_request_id")
-    if name is not None and not (isinstance(name, str) and len(name) <= MOST_ROOM_CHARACTERS):
-        raise RequestError(f"transfer_id is {name!r:.100}; it must be up to {MOST_ROOM_CHARACTERS} characters.")
+    if name is not None and not (isinstance(name, str) and len(name) <= MAX_ROOM_CHARACTERS):
+        raise RequestError(f"transfer_id is {name!r:.100}; it must be up to {MAX_ROOM_CHARACTERS} characters.")
     return name

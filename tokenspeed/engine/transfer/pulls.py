@@ -14,7 +14,7 @@ from ..errors import HandshakeError, TransferError
 from .arenas import Arenas, Move
 from .messages import (
     KV,
-    MOST_READ_BYTES,
+    MAX_READ_BYTES,
     SLOTS,
     Ask,
     Closed,
@@ -352,7 +352,7 @@ class Pulls:
         if pull.state is not None and not pull.state_queued:
             pull.moves += _pieces(pull.state, self._arenas.slot(targets.slot))
             pull.state_queued = True
-        most = _MAPPED_BYTES if peer.arenas is not None else MOST_READ_BYTES
+        most = _MAPPED_BYTES if peer.arenas is not None else MAX_READ_BYTES
         while pull.moves and pull.alive and len(pull.reads) < _READS:
             moves, size = [], 0
             while pull.moves and size + pull.moves[0].part.length <= most:
@@ -398,7 +398,5 @@ class Pulls:
 
 def _pieces(part: Part, target: int) -> list[Move]:
     """A part in pieces that one Read may ask for."""
-    ends = range(0, part.length, MOST_READ_BYTES)
-    return [
-        Move(Part(part.arena, part.offset + at, min(MOST_READ_BYTES, part.length - at)), target + at) for at in ends
-    ]
+    ends = range(0, part.length, MAX_READ_BYTES)
+    return [Move(Part(part.arena, part.offset + at, min(MAX_READ_BYTES, part.length - at)), target + at) for at in ends]

@@ -15,8 +15,8 @@ from .arenas import Arenas
 from .identity import check
 from .messages import (
     KV,
-    MOST_READ_BYTES,
-    MOST_ROOM_CHARACTERS,
+    MAX_READ_BYTES,
+    MAX_ROOM_CHARACTERS,
     SLOTS,
     Ask,
     Closed,
@@ -36,8 +36,8 @@ from .messages import (
     Welcome,
 )
 
-MOST_ROOMS = 4096  # that are open, or asked for, at a time
-_MOST_PEERS = 1024
+MAX_ROOMS = 4096  # that are open, or asked for, at a time
+_MAX_PEERS = 1024
 _REMEMBERED = 1 << 14  # names of rooms that are over
 
 
@@ -99,8 +99,8 @@ class Rooms:
         """These pages of a prompt are there to be read, in order, and with a slot all of it is. Again with more of
         them, or with another epoch, after which other pages may be meant. Raises TransferError for a name that was
         used before, and where nobody can ask any more."""
-        if not 0 < len(name) <= MOST_ROOM_CHARACTERS:
-            raise TransferError(f"the room's name has {len(name)} characters; 1 to {MOST_ROOM_CHARACTERS} are needed.")
+        if not 0 < len(name) <= MAX_ROOM_CHARACTERS:
+            raise TransferError(f"the room's name has {len(name)} characters; 1 to {MAX_ROOM_CHARACTERS} are needed.")
         with self._lock:
             if any(ended.room == name for ended in self._ended):
                 return  # of which the engine is about to be told
@@ -110,8 +110,8 @@ class Rooms:
                 raise TransferError(f"room {name!r} is over ({self._over[name]}): names can be used once.")
             room = self._rooms.get(name)
             if room is None or room.digest is None:
-                if sum(other.digest is not None for other in self._rooms.values()) >= MOST_ROOMS:
-                    raise TransferError(f"{MOST_ROOMS} rooms are open, the most there may be.")
+                if sum(other.digest is not None for other in self._rooms.values()) >= MAX_ROOMS:
+                    raise TransferError(f"{MAX_ROOMS} rooms are open, the most there may be.")
                 room = self._rooms.setdefault(name, _Room(self._clock()))
                 room.digest = digest
             if slot is not None and room.slot is None:
@@ -149,12 +149,12 @@ class Rooms:
                 return [Reply(peer, Gone(message.room, self._over[message.room]))]
             room = self._rooms.get(message.room)
             if room is None:
-                if len(message.room) > MOST_ROOM_CHARACTERS:
+                if len(message.room) > MAX_ROOM_CHARACTERS:
                     return [Reply(peer, Gone(message.room, "no room has so long a name"))]
                 if isinstance(message, Leave):
                     self._remember(message.room, "the decoder has left")
                     return []
-                if not isinstance(message, Ask) or len(self._rooms) >= 2 * MOST_ROOMS:
+                if not isinstance(message, Ask) or len(self._rooms) >= 2 * MAX_ROOMS:
                     return [Reply(peer, Gone(message.room, "there is no such room"))]
                 room = self._rooms[message.room] = _Room(self._clock())
             if room.asker not in (None, peer):
@@ -217,7 +217,7 @@ class Rooms:
             return Refused(error.field, error.ours, error.theirs)
         with self._lock:
             self._peers[peer] = None
-            if len(self._peers) > _MOST_PEERS:
+            if len(self._peers) > _MAX_PEERS:
                 self._peers.popitem(last=False)
         return Welcome(self._engine, self._lease, self._handles(hello.card))
 
@@ -249,7 +249,7 @@ class Rooms:
             rows = range(part.offset // size, (part.offset + part.length - 1) // size + 1)
             if len(rows) > len(room.pages) + 1 or not offered[part.arena].issuperset(rows):
                 return False
-        return 0 < sum(part.length for part in parts) <= MOST_READ_BYTES
+        return 0 < sum(part.length for part in parts) <= MAX_READ_BYTES
 
     def _end(self, name: str, reason: str, tell: bool = False, part: bool = True) -> None:
         """The room is over. tell: the engine, which has not asked for it, as a failure; part: tell the decoder."""

@@ -1,0 +1,41 @@
+"""What holds for all tests: which cases of a thinned test run, and no garbage collection over what stays."""
+
+import gc
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-case", action="store_true", help="run thinned tests with all their cases (make fuzz)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked `thinned(n, *names)` about one case in n runs: where the places of its values of these
+    parameters, counted from 0 in the order in which the test lists them, sum up to a multiple of n. Every value still
+    runs, and with three parameters or more any value of one still meets any value of another."""
+    if config.getoption("--every-case"):
+        return
+    seen: dict[tuple[str, str], dict[str, int]] = {}  # by test and parameter the place of each value
+
+    def runs(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("thinned")
+        if marker is None:
+            return True
+        one_in, *names = marker.args
+        total = 0
+        for name in names:
+            places = seen.setdefault((item.nodeid.partition("[")[0], name), {})
+            total += places.setdefault(repr(item.callspec.params[name]), len(places))
+        return total % one_in == 0
+
+    kept, left_out = [], []
+    for item in items:
+        (kept if runs(item) else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collected tests and imported modules stay: no later collection looks through them
