@@ -191,10 +191,12 @@ def measure(
     def draw(mtp: bool) -> dict[str, Qwen3_5]:
         return {name: random_model(replace(config, fp8=fp8), mtp, device=device) for name, fp8 in formats.items()}
 
+    def plain() -> dict[str, tuple[Qwen3_5, None]]:
+        return {name: (model, None) for name, model in models.items()}
+
     models = draw(mtp=False)
     for batch in batches:
-        row = {name: (model, None) for name, model in models.items()}
-        keep(decode_row(row, batch, CONTEXT, ceilings, device, kernels=kernels))
+        keep(decode_row(plain(), batch, CONTEXT, ceilings, device, kernels=kernels))
     keep(prefill_row(models, prefill, device))
     eight = {name: (models["fp8"], kv_dtype) for name, kv_dtype in {"kv bf16": None, "kv fp8": FP8}.items()}
     models.clear()
@@ -203,9 +205,8 @@ def measure(
     eight.clear()
     models = draw(mtp=True) if speeds else {}
     for batch in batches if speeds else ():
-        row = {name: (model, None) for name, model in models.items()}
         for drafts, mean in speeds:
-            keep(decode_row(row, batch, CONTEXT, ceilings, device, drafts, mean, kernels))
+            keep(decode_row(plain(), batch, CONTEXT, ceilings, device, drafts, mean, kernels))
     return rows
 
 
