@@ -68,10 +68,9 @@ class Decoding:
         every so many drafts, one is not what is chosen."""
         last = ids.shape[1] - 1
 
-        def draw(logits, index, output, greedy=False):
-            return ids[index, output.clamp(0, last)]
-
-        self.runner.sampler.draw, self.wrong = draw, wrong
+        sampler, self.wrong = self.runner.sampler, wrong
+        sampler.parameters = lambda index: index
+        sampler.draw_by = lambda index, logits, output: ids[index, output.clamp(0, last)]
 
     def walk(self, tokens: int) -> tuple[list[torch.Tensor], int]:
         """Logits behind that many tokens of each sequence, [tokens, V] fp32, and in how many steps."""

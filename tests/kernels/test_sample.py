@@ -246,6 +246,14 @@ def test_each_way_to_an_id_is_that_of_torch(scheduled, way):
         assert_same_draws(scheduled, arguments(logits, **WAYS[way], seed=torch.arange(rows), index=5))
 
 
+def test_what_min_p_keeps_may_lie_behind_what_a_warp_looks_at_first(backend):
+    """As many rows as leave one block to each, so that a warp looks at several parts of its row."""
+    rows = 24 if backend.name == "emulated" else 512
+    logits = torch.randn(rows, 6000)
+    logits[:, 4100:] += 40
+    assert_same_draws(backend, arguments(logits, min_p=0.05, seed=torch.arange(rows), index=5))
+
+
 @pytest.mark.parametrize("cut", [{"top_k": 7}, {"top_k": 200}, {"top_p": 0.5}, {"top_k": 40, "top_p": 0.9}])
 @pytest.mark.parametrize("levels", [1, 2, 40])
 def test_ties_without_number(backend, levels, cut):
