@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .service import caller
 
-_DRAIN_SECONDS, _DRAIN_PAUSE = 2.0, 0.1  # of a refused body: in all, and until the next piece
+_DRAIN_SECONDS, _DRAIN_PAUSE = 5.0, 0.5  # of a refused body: in all, and until the next piece
 OPEN_PATHS = frozenset({"/", "/health", "/kv_transfer", "/metrics", "/openapi.json"})
 
 
