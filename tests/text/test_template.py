@@ -203,5 +203,16 @@ def test_a_template_argument_outside_the_allow_list_is_a_request_error_that_name
 def test_template_arguments_must_be_booleans(template):
     with pytest.raises(RequestError, match="preserve_thinking must be true or false, not 'yes'"):
         template.render(HELLO, template_kwargs={"preserve_thinking": "yes"})
+    with pytest.raises(RequestError, match="preserve_thinking must be true or false, not 1"):
+        template.render(HELLO, template_kwargs={"preserve_thinking": 1})
     with pytest.raises(RequestError, match="enable_thinking must be true or false, not 'no'"):
         template.render(HELLO, enable_thinking="no")
+
+
+def test_an_effort_reaches_a_template_that_asks_for_it_and_no_other(template, copied_checkpoint):
+    asks = load(copied_checkpoint, b"{{ reasoning_effort | default('xhigh') }}: {{ messages[0].content }}")
+    for effort, said in (("low", "low"), (None, "xhigh"), ("none", "xhigh")):
+        assert asks.render(HELLO, template_kwargs=asks.effort_kwargs(effort)).text == f"{said}: hello"
+    assert template.effort_kwargs("low") == {}
+    with pytest.raises(RequestError, match=r"reasoning_effort must be one of minimal, low, .*, not 'much'"):
+        asks.render(HELLO, template_kwargs=asks.effort_kwargs("much"))

@@ -27,7 +27,7 @@ class Conversation:
     response_format: Mapping[str, Any] | None = None
     structured_outputs: Mapping[str, Any] | None = None
     enable_thinking: bool | None = None
-    template_kwargs: Mapping[str, bool] | None = None
+    template_kwargs: Mapping[str, bool | str] | None = None
     marks: tuple[int, ...] = ()
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

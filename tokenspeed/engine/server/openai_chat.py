@@ -59,7 +59,7 @@ class Chat:
         self.id = body.request_id or new_id("chatcmpl")
         self._created = int(time.time())
         refuse(body, _REFUSED)
-        kwargs = dict(body.chat_template_kwargs or {})
+        kwargs = service.frontend.template.effort_kwargs(body.reasoning_effort) | (body.chat_template_kwargs or {})
         enable_thinking = kwargs.pop("enable_thinking", body.enable_thinking)
         if body.reasoning_effort == "none" and enable_thinking is None:
             enable_thinking = False

@@ -34,13 +34,15 @@ class Response:
         known = service.responses.get(self._name_space, body.previous_response_id).messages
         self._messages = [*known, *as_messages(body.input, lambda id: service.responses.item(self._name_space, id))]
         system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+        effort = (body.reasoning or {}).get("effort")
         chat = Conversation(
             messages=[*system, *self._messages],
             tools=self._tools.definitions or None,
             tool_choice=self._tools.choice(body.tool_choice),
             parallel_tool_calls=body.parallel_tool_calls,
             response_format=body.format(),
-            enable_thinking=False if (body.reasoning or {}).get("effort") == "none" else None,
+            enable_thinking=False if effort == "none" else None,
+            template_kwargs=service.frontend.template.effort_kwargs(effort),
             add_generation_prompt=True,
         )
         sampling = {"temperature": body.temperature, "top_p": body.top_p, "max_tokens": body.max_output_tokens}

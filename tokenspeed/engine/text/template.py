@@ -18,7 +18,11 @@ from .reasoning import leaves_reasoning_open
 from .sandbox import BoundedEnvironment, TemplateRefusal
 from .tokenizer import Tokenizer
 
-TEMPLATE_KWARGS = ("preserve_thinking",)  # beside enable_thinking; what the family's templates know, each a bool
+# What the family's templates know beside enable_thinking, and what it may be.
+TEMPLATE_KWARGS: dict[str, tuple[bool | str, ...]] = {
+    "preserve_thinking": (True, False),
+    "reasoning_effort": ("minimal", "low", "medium", "high", "xhigh", "max"),
+}
 MAX_MARKS = 4
 
 
@@ -49,7 +53,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._sources = dict(sources)
         self._environment = BoundedEnvironment()
-        # By template name and options, of which there are few: all are flags.
+        # By template name and options, of which there are few.
         self._generation_prompts: dict[tuple, str | None] = {}
         self._templates = {}
         for name, source in sources.items():
@@ -81,6 +85,12 @@ class ChatTemplate:
             raise ConfigError(f"{file}: chat_template must be a string or a list of {{name, template}} objects")
         return cls(sources, tokenizer, str(file))
 
+    def effort_kwargs(self, effort: str | None) -> dict[str, bool | str]:
+        """template_kwargs for how much the model is to think: none where the template does not ask."""
+        if effort in (None, "none") or not any("reasoning_effort" in source for source in self._sources.values()):
+            return {}
+        return {"reasoning_effort": effort}
+
     def render(
         self,
         messages: list[dict[str, Any]],
@@ -88,7 +98,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
-        template_kwargs: Mapping[str, bool] | None = None,
+        template_kwargs: Mapping[str, bool | str] | None = None,
     ) -> Rendered:
         """The conversation as text, for `Tokenizer.encode_rendered`.
 
@@ -110,7 +120,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
-        template_kwargs: Mapping[str, bool] | None = None,
+        template_kwargs: Mapping[str, bool | str] | None = None,
         marks: Sequence[int] = (),
         continue_final_message: bool = False,
         name_space: str | None = None,
@@ -140,7 +150,7 @@ class ChatTemplate:
         return EncodedPrompt(ids, boundaries, leaves_reasoning_open(rendered.text), snapshot_token_id)
 
     def _accepted(
-        self, messages: Any, tools: Any, enable_thinking: bool | None, kwargs: Mapping[str, bool] | None
+        self, messages: Any, tools: Any, enable_thinking: bool | None, kwargs: Mapping[str, bool | str] | None
     ) -> tuple["_Conversation", list[int]]:
         """The conversation as the template takes it, and for each of the messages its index there."""
         checked, places = check_messages(messages), list(range(len(messages)))
@@ -175,7 +185,7 @@ class _Conversation:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         enable_thinking: bool | None,
-        kwargs: Mapping[str, bool] | None,
+        kwargs: Mapping[str, bool | str] | None,
     ):
         """messages: checked."""
         tools = check_tools(tools)
@@ -237,10 +247,12 @@ class _Conversation:
         return text.removeprefix(bare) if bare is not None and text.startswith(bare) else None
 
 
-def _check_kwargs(kwargs: Mapping[str, bool] | None) -> dict[str, bool]:
+def _check_kwargs(kwargs: Mapping[str, bool | str] | None) -> dict[str, bool | str]:
     for name, value in (kwargs or {}).items():
         if name not in TEMPLATE_KWARGS:
             raise RequestError(f"template argument {name!r} is not allowed; allowed: {', '.join(TEMPLATE_KWARGS)}")
-        if not isinstance(value, bool):
-            raise RequestError(f"template argument {name} must be true or false, not {value!r}")
+        choices = TEMPLATE_KWARGS[name]
+        if not isinstance(value, type(choices[0])) or value not in choices:
+            names = "true or false" if True in choices else f"one of {', '.join(map(str, choices))}"
+            raise RequestError(f"template argument {name} must be {names}, not {value!r:.60}")
     return dict(kwargs or {})
