@@ -247,7 +247,8 @@ class Scheduler:
         # The oldest prompt takes what the others leave, and half of the pages is for them: a short prompt need not wait
         # until a long one has ended.
         oldest, *others = [s for s in self.running if s.state is State.PREFILLING] or [None]
-        kept = min(oldest.target - oldest.launched, budget - budget // 2 // PAGE_TOKENS * PAGE_TOKENS) if oldest else 0
+        half = budget - budget // 2 // PAGE_TOKENS * PAGE_TOKENS
+        kept = (self._chunk_end(oldest, half) - oldest.launched or half) if oldest else 0
         for sequence in others:
             if budget > kept:
                 budget -= self._plan_prefill(sequence, budget - kept, draft)
@@ -320,18 +321,21 @@ class Scheduler:
         if sequence.last_step <= self._reconciled and not sequence.move:
             self._retire(sequence)
 
-    def _plan_prefill(self, sequence: Sequence, budget: int, draft: "_Draft") -> int:
-        """A chunk of the prompt, up to an absolute multiple of 64 or its end; returns how many tokens."""
-        params, start = sequence.request.params, sequence.launched
-        scored = sequence.scored
+    def _chunk_end(self, sequence: Sequence, budget: int) -> int:
+        """Where a chunk of the prompt ends: at a whole page or with the prompt; at its start where no page fits."""
+        start, scored = sequence.launched, sequence.scored
         end = min(start + min(budget, _SCORED_TOKENS if scored else budget), sequence.target)
-        if end < sequence.target:
-            end = end // PAGE_TOKENS * PAGE_TOKENS
-            if end <= start:
-                if draft.prefill:
-                    return 0
-                # Nobody else's prompt goes on in this Step, and decoding may leave less than a page in every Step.
-                end = min(start + budget, sequence.target)
+        return end if end == sequence.target else max(end // PAGE_TOKENS * PAGE_TOKENS, start)
+
+    def _plan_prefill(self, sequence: Sequence, budget: int, draft: "_Draft") -> int:
+        """A chunk of the prompt; returns how many tokens."""
+        params, start, scored = sequence.request.params, sequence.launched, sequence.scored
+        end = self._chunk_end(sequence, budget)
+        if end == start:
+            if draft.prefill:
+                return 0
+            # Nobody else's prompt goes on in this Step, and decoding may leave less than a page in every Step.
+            end = min(start + budget, sequence.target)
         if not sequence.begun:
             sequence.begun = True
             draft.begins.append(self._host.begin(sequence))
