@@ -323,10 +323,11 @@ def test_ctrl_c_prints_what_was_measured(capsys):
     with FakeEndpoint(answer) as fake:
         options = ["--concurrency", "1", "2", "--preset", "chat", "--quiet"]
         assert main(["bench", "serve", "--url", fake.url, *options]) == 130
-        assert len(fake.bodies) == 7
+        assert len(fake.bodies) in (7, 8), "the other user may have its answer and ask again before the signal is seen"
     out = capsys.readouterr().out
     assert "1 at once *" in out and "stopped before its end" in out
-    assert next(line for line in out.splitlines() if line.startswith("requests answered")).split()[-1] == "4"
+    answered = next(line for line in out.splitlines() if line.startswith("requests answered")).split()[-1]
+    assert answered in ("3", "4"), "those before the seventh, of which the other user's may be on its way"
 
 
 def test_failures_are_in_the_table_with_their_words(capsys):
