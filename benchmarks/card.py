@@ -213,7 +213,9 @@ def decode_bytes(model: Qwen3_5, batch: int, context: int, kv_dtype: torch.dtype
 
 @torch.inference_mode()
 def kernel_times(sequences: Sequences) -> dict[str, tuple[float, int]]:
-    """Microseconds and launches by kernel of one decode step."""
+    """Microseconds and launches by kernel of one decode step; none on a CPU."""
+    if sequences.runner.device.type != "cuda":
+        return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         sequences.run(sequences.decode())
         torch.cuda.synchronize()

@@ -318,7 +318,7 @@ def test_ctrl_c_prints_what_was_measured(capsys):
     def answer(body):
         if len(fake.bodies) == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        return [STREAM, 0.3, *PLAIN[1:]] if len(fake.bodies) >= 7 else PLAIN
+        return [STREAM, 3.0, *PLAIN[1:]] if len(fake.bodies) >= 7 else PLAIN
 
     with FakeEndpoint(answer) as fake:
         options = ["--concurrency", "1", "2", "--preset", "chat", "--quiet"]
