@@ -1,4 +1,4 @@
-"""Runs all tests in two processes side by side, which takes little more than half the time on two cores.
+"""Runs all tests in two processes side by side.
 
     python tools/run_tests.py [pytest options]
 
