@@ -1,18 +1,22 @@
 """Two engines on one card: what long prefills in one do to the time between tokens in the other.
 
-    python -m benchmarks.disaggregation --model DIRECTORY [--prompt-tokens 50000] [--json FILE]
+    python -m benchmarks.disaggregation --model DIRECTORY [--prompt-tokens 50000] [--mps 50 30] [--json FILE]
 
 Streams decode on a server of role decode; meanwhile a server of role prefill, a process of its own on the same device,
 prefills long prompts, first for nobody and then for requests that are decoded beside the streams. The last row is one
-server that does both.
+server that does both. With --mps both are clients of CUDA's multi-process service instead, which is started for them:
+work of both runs at once, the prefilling server's on a part of the multiprocessors.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -45,6 +49,22 @@ def main() -> int:
     add("--batch-tokens", type=int, default=2048, help="of one step of the prefilling server (default 2048)")
     add("--draft-tokens", default="0", help="of all servers (default 0: one token a step, so that times compare)")
     add("--seconds", type=float, default=10, help="idle measurement (default 10)")
+    add(
+        "--mps",
+        type=int,
+        nargs="+",
+        choices=range(1, 101),
+        metavar="PERCENT",
+        help="of the multiprocessors, the most that the prefilling server uses under CUDA's multi-process service; "
+        "measured once for each",
+    )
+    add(
+        "--mps-decode",
+        type=int,
+        choices=range(1, 101),
+        metavar="PERCENT",
+        help="with --mps, the most that the decoding server uses (default 100)",
+    )
     add("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     common = ["--device", options.device, "--draft-tokens", options.draft_tokens, "--threads", "1"]
@@ -54,28 +74,61 @@ def main() -> int:
     batch = ["--max-num-batched-tokens", str(options.batch_tokens)]
     rows = {}
     with contextlib.ExitStack() as stack:
-        decode = stack.enter_context(server(*common, "--role", "decode"))
-        prefill = stack.enter_context(server(*common, *batch, "--role", "prefill"))
-        rows["idle"] = measure(options, decode, lambda: time.sleep(options.seconds))
-        rows["prefill beside"] = measure(options, decode, lambda: prompts(options, prefill, None))
-        rows["prefill for it"] = measure(options, decode, lambda: prompts(options, prefill, decode))
-    with server(*common, *batch) as both:
-        rows["one server"] = measure(options, both, lambda: prompts(options, None, both))
+        service = stack.enter_context(multi_process_service()) if options.mps else {}
+        decode = stack.enter_context(server(*common, "--role", "decode", **at_most(service, options.mps_decode)))
+        for share in options.mps or [None]:
+            of = f", {share} %" if share else ""
+            with server(*common, *batch, "--role", "prefill", **at_most(service, share)) as prefill:
+                if "idle" not in rows:
+                    rows["idle"] = measure(options, decode, lambda: time.sleep(options.seconds))
+                beside = measure(options, decode, lambda prefill=prefill: prompts(options, prefill, None))
+                for_it = measure(options, decode, lambda prefill=prefill: prompts(options, prefill, decode))
+                rows |= {f"prefill beside{of}": beside, f"prefill for it{of}": for_it}
+    if not options.mps:
+        with server(*common, *batch) as both:
+            rows["one server"] = measure(options, both, lambda: prompts(options, None, both))
     idle = rows["idle"]["p99"]
-    print(f"{'':16}{'ITL p50':>10}{'p99':>10}{'max':>10}{'p99 / idle':>12}{'tokens':>8}{'a prompt, s':>13}")
+    print(f"{'':22}{'ITL p50':>10}{'p99':>10}{'max':>10}{'p99 / idle':>12}{'tokens':>8}{'a prompt, s':>13}")
     for name, row in rows.items():
         times = "".join(f"{1000 * row[key]:>7.1f} ms" for key in ("p50", "p99", "max"))
-        print(f"{name:16}{times}{row['p99'] / idle:>11.2f}x{row['tokens']:>8}{row['seconds']:>13.2f}")
+        print(f"{name:22}{times}{row['p99'] / idle:>11.2f}x{row['tokens']:>8}{row['seconds']:>13.2f}")
     if options.json:
         options.json.write_text(json.dumps(vars(options) | {"json": None, "rows": rows}, indent=1))
     return 0
 
 
 @contextlib.contextmanager
-def server(*given: str):
-    """A server with these options; its URL."""
+def multi_process_service():
+    """CUDA's multi-process service, with a folder of its own; what its clients need in their environment."""
+    control = shutil.which("nvidia-cuda-mps-control")
+    if control is None:
+        raise SystemExit("--mps needs nvidia-cuda-mps-control, a part of NVIDIA's driver, on the PATH")
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+        clients = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
+        for path in clients.values():
+            os.mkdir(path)
+        environment = os.environ | clients
+        subprocess.run([control, "-d"], env=environment, check=True)
+        try:
+            yield clients
+        except BaseException:
+            for path in sorted(Path(folder, "log").iterdir()):
+                print(f"{path.name}:", *path.read_text().splitlines()[-20:], sep="\n", file=sys.stderr)
+            raise
+        finally:
+            subprocess.run([control], input="quit -t 10\n", text=True, env=environment, check=True)
+
+
+def at_most(service: dict[str, str], percent: int | None) -> dict[str, str]:
+    """The environment of a client that uses so much of the multiprocessors, where there is a service and a bound."""
+    return service | ({"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percent)} if service and percent else {})
+
+
+@contextlib.contextmanager
+def server(*given: str, **environment: str):
+    """A server with these options, and with these variables added to the environment; its URL."""
     command = [sys.executable, "-m", "tokenspeed.engine", "serve", "--port", "0", *given]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     try:
         lines: list[str] = []
         begin = time.monotonic()
