@@ -106,7 +106,7 @@ BUGS = (
     Bug(
         "drafts beyond the room",
         Scheduler._width,
-        "if any(s.launched + width >= s.room for s in decoding)",
+        "if any(tokens > self.limits.max_tokens for tokens in needed)",
         "if False",
         drafts.test_no_draft_goes_beyond_the_room,
     ),

@@ -169,6 +169,6 @@ def test_many_sequences_are_drafted_for_less_deeply(models):
         lab.submit([*prompt_of("shipped"), 40 + i], [], max_tokens=(10, 30, 60)[i], ignore_eos=True)
     lab.run()
     assert {width for rows, width in widths if rows == 3} == {1}
-    assert {width for rows, width in widths if rows == 2} == {1, 2}
+    assert {width for rows, width in widths if rows == 2} == {2}  # to the end of the shorter one
     assert {width for rows, width in widths if rows == 1} >= {4}
     assert lab.difference() <= TOLERANCE

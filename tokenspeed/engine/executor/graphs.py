@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ... import ops
 from ..schedule.step import DecodeRow, Step
 from .batch import pack_rows, to_device
 
@@ -35,13 +36,16 @@ class DecodeGraphs:
 
     def __init__(self, runner: "Runner", depths: Callable[[int], int], progress: bool):
         """Captures every size, the largest first, so that all share its memory. Padding rows alone run meanwhile: no
-        page and no slot changes. Raises RuntimeError where an operator cannot be captured."""
+        page and no slot changes. Raises `ops.NoKernel` where no kernel serves an operator, before anything is captured
+        (torch's allocator does not recover from a capture that fails), RuntimeError where a capture fails."""
         self._device, self._nobody = runner.device, runner.tables.nobody
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._packed: dict[tuple[int, int], tuple[DecodeRow, ...]] = {}  # what stands in each input
         self._pool = None
         self._sizes = [size for size in _SIZES if size < self._nobody] + [self._nobody]
         shapes = [(size, width) for size in reversed(self._sizes) for width in sorted({1, 1 + depths(size)})]
+        with ops.strict():
+            runner.decode_forward(to_device(pack_rows((), 1, self._nobody), self._device), 1)
         for size, width in tqdm(shapes, desc="capturing decode", unit="graph", disable=not progress):
             packed = to_device(pack_rows((), size, self._nobody), self._device)
             forward, forwarded = self._capture(lambda packed=packed, width=width: runner.decode_forward(packed, width))

@@ -110,11 +110,6 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def room(self) -> int:
-        """Tokens it may come to."""
-        return self.prompt_tokens + self.limit
-
-    @property
     def scored(self) -> bool:
         """Log-probabilities of its prompt are still wanted, so every token's logits are."""
         return self.request.params.prompt_logprobs is not None and not self.outputs
@@ -266,14 +261,16 @@ class Scheduler:
 
     def _width(self, decoding: list[Sequence], drafts: int) -> int:
         """How many tokens each sequence is to consume: its last id and all its drafts, or the id alone where drafts
-        would be more than a sequence has left, than a Step may hold, or than there are pages for."""
+        would be more than the context or a Step may hold, or than there are pages for. What a sequence says beyond its
+        limit is dropped, as what it says behind its end."""
         width = 1 + drafts
         if not drafts or len(decoding) * width > self.limits.max_num_batched_tokens:
             return 1
-        if any(s.launched + width >= s.room for s in decoding):
-            return 1
         # The next drafts leave keys and values behind the tokens that are consumed.
-        enough = [self._extend(s, min(s.launched + width + drafts, s.room)) for s in decoding]
+        needed = [s.launched + width + drafts for s in decoding]
+        if any(tokens > self.limits.max_tokens for tokens in needed):
+            return 1
+        enough = [self._extend(s, tokens) for s, tokens in zip(decoding, needed, strict=True)]
         return width if all(enough) else 1
 
     def _plan_decode(self, sequence: Sequence, draft: "_Draft") -> None:
