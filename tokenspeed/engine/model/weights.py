@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from zlib import crc32
 
@@ -21,28 +22,36 @@ from .qwen3_5 import Qwen3_5
 _NOT_TEXT = ("model.visual.", "visual.")
 _MTP = "mtp."
 _PREFIXES = ("model.language_model.", "model.")
-_DTYPES = ("BF16", "F16", "F32")
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _FP8, _SCALE = "F8_E4M3", "_scale_inv"
 _HEAD = "lm_head.weight"
+_MAPPED_BYTES = 256 << 20  # of what was read, that stay mapped
 _ROWS = 16384  # of a matrix that are compared or made at once
 _FP8_SPREAD = 64.0  # of random e4m3 numbers: hardly one exceeds 448
 
 
 class _Files:
-    """A checkpoint's tensors by name, in files that are opened when they are first needed."""
+    """A checkpoint's tensors by name, in files that are opened when first needed, and anew after a while: pages
+    that were read count as the process's memory as long as they are mapped."""
 
     def __init__(self, directory: Path):
         """Raises ConfigError for a directory without readable weights."""
         self.directory, self.where = directory, _tensor_files(directory)
         self._opened: dict[Path, object] = {}
+        self._read = 0
 
     def get(self, name: str):
         """The safetensors slice of a tensor. Raises ConfigError where its file is corrupt or lacks it."""
         path = self.where[name]
+        if self._read > _MAPPED_BYTES:
+            self._opened.clear()
+            self._read = 0
         try:
             if path not in self._opened:
                 self._opened[path] = _open(path)
-            return self._opened[path].get_slice(name)
+            found = self._opened[path].get_slice(name)
+            self._read += prod(found.get_shape()) * _BYTES.get(found.get_dtype(), 1)
+            return found
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"{path} has no readable tensor {name!r} ({error}); the checkpoint is incomplete."
@@ -219,9 +228,9 @@ def _fill(source: Source, files: _Files) -> None:
         raise ConfigError(f"{files.place(name)} has shape {list(shape)}; this model needs {list(source.shape)}.")
     if kind == _FP8 and len(shape) > 1 and name + _SCALE in files.where:
         scale = _scale_of(source, files)
-    elif kind not in _DTYPES:
+    elif kind not in _BYTES:
         missing = f"; FP8 needs its scale {name + _SCALE}, which is not there" if kind == _FP8 else ""
-        raise ConfigError(f"{files.place(name)} is stored as {kind}; {', '.join(_DTYPES)} are read{missing}.")
+        raise ConfigError(f"{files.place(name)} is stored as {kind}; {', '.join(_BYTES)} are read{missing}.")
     elif name + _SCALE in files.where:
         raise ConfigError(f"{files.place(name)} is stored as {kind}, but has a scale, {name + _SCALE}.")
     try:
@@ -244,8 +253,8 @@ def _scale_of(source: Source, files: _Files):
             f"{files.place(name)} has shape {scale.get_shape()}; {source.key} of {list(source.shape)} in blocks of "
             f"{BLOCK} x {BLOCK} needs {needed}."
         )
-    if scale.get_dtype() not in _DTYPES:
-        raise ConfigError(f"{files.place(name)} is stored as {scale.get_dtype()}; {', '.join(_DTYPES)} are read.")
+    if scale.get_dtype() not in _BYTES:
+        raise ConfigError(f"{files.place(name)} is stored as {scale.get_dtype()}; {', '.join(_BYTES)} are read.")
     return scale
 
 
