@@ -41,15 +41,21 @@ CASES = [
     ("moe-mtp", 3, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     ("moe", 0, {"tensor_parallel_size": 2}),
     ("dense-fp8", 0, {"tensor_parallel_size": 2}),
-    ("moe-fp8", 0, {"tensor_parallel_size": 2}),
+    ("moe-fp8", 0, {"tensor_parallel_size": 1, "expert_parallel_size": 2}),
     ("moe", 0, {"tensor_parallel_size": 1, "expert_parallel_size": 2}),
     ("shipped", 0, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
 ]
 PROMPTS = [[(7 * i + 13 * j) % 600 for j in range(length)] for i, length in enumerate((5, 70, 131, 64, 90, 300))]
 # Largest and mean distance of log-probabilities: bf16 terms are summed in another order, and where experts nearly tie,
-# that decides who is chosen. The shipped model is sure of itself, so a changed expert moves it by more: in fp32 it has no
-# ties near enough.
-ROUNDING = {"dense": (0.08, 0.03), "moe": (1.0, 0.12), "shipped": (1e-2, 1e-3)}
+# that decides who is chosen. The shipped model is sure of itself, so another expert moves it by more: it runs in fp32.
+# FP8: what was decoded from exact activations is scored by a prefill, which rounds them to e4m3.
+ROUNDING = {
+    "dense": (0.08, 0.03),
+    "moe": (1.0, 0.12),
+    "shipped": (1e-2, 1e-3),
+    "dense-fp8": (0.6, 0.1),
+    "moe-fp8": (1.5, 0.25),
+}
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -110,7 +116,7 @@ def test_two_cards_say_what_one_would(checkpoints, name, drafts, ranks):
         assert split["graphs"]
     if drafts:
         assert split["stats"]["draft_steps"] > 0
-    largest, mean = ROUNDING[name.split("-")[0]]
+    largest, mean = ROUNDING[name.removesuffix("-mtp")]
     for ids in (split["ids"], split["plain"]):
         assert all(len(said) == 40 for said in ids)
         one = result(checkpoints(name), limits, greedy, ids)

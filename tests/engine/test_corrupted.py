@@ -96,7 +96,10 @@ def test_one_that_breaks_on_its_way_says_what_it_said_and_ends(model, drafts):
     with broken_token(model, id):
         talk, *found = [lab.submit(prompt(1), **params), *(lab.submit(prompt(i), seed=i) for i in (2, 3))]
         lab.run()
-    assert talk.outputs[0] == whole[: at + 1] and talk.reasons == {0: "error"}
+    # Ids that would have been verified beside the broken one are lost with it: attention weighs keys behind a row by
+    # zero, and zero times NaN is NaN.
+    ends = range(at + 1 - drafts, at + 2)
+    assert talk.outputs[0] in [whole[:end] for end in ends] and talk.reasons == {0: "error"}
     assert [type(error) for error in talk.errors] == [CorruptedError]
     assert [t.outputs for t in found] == [t.outputs for t in others]
     again = lab.ask(talk.history(), max_tokens=2)
