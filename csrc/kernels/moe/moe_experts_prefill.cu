@@ -1,63 +1,6 @@
-// The expert product of a prefill, any number of tokens: out_t = sum_k w_tk down_e(silu(gate_e x_t) * up_e x_t), e the
-// k-th expert of token t. The choices come grouped by expert (`order`, `offsets` of moe_route).
+// HEADER
 //
-// Flops: 6 hidden width a choice. 8192 tokens of 35B: 412 Gflop, 0.53 ms at 780 TFLOP/s; the weights of all experts are
-// 1.6 GB, 0.37 ms at 4.3 TB/s, beside it. So 256 tokens an expert are about where the matrix unit becomes the bound.
-//
-// Three launches: a grouped product with gate and up, its epilogue the activation, into bf16 rows in the order of
-// `order`; a grouped product with down, into bf16 rows by token and rank; the weighted sum of each token's rows in
-// order of rank, in fp32. Written by hand and not on CUTLASS: the gather of x, the pairing of gate with up and the
-// scatter are most of the code either way, and this runs on the emulated device.
-//
-// A tile is 128 choices of one expert x 256 weight rows: 128 gate rows and the 128 up rows that they meet, so that both
-// lie in the same thread's accumulators, or 256 rows of down. Three warpgroups: one copies stages of 64 of depth (16 KB
-// of choices, 32 KB of weights, four in flight), two multiply 64 choices each, wgmma m64n256k16. Weights, and the
-// choices of the second product, come by TMA; rows of x are gathered by cp.async, eight a thread, into the layout that
-// TMA would have made. A warpgroup whose 64 rows lie past the end of its expert does not multiply, so the matrix unit
-// does an expert's choices rounded up to 64.
-//
-// Blocks are persistent, one a multiprocessor, and take every gridDim.x-th tile. Tiles of an expert are neighbours, its
-// rows before its columns: blocks at work at one time share weights and rows in L2. Every block finds the expert of a
-// tile in a table of tiles before each expert, which it makes at its start. The two multiplying warpgroups drift apart
-// by up to the ring, so that one stores while the other multiplies.
-//
-// Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
-// written for them, and the sum leaves them out.
-//
-// Measured on an H100 (24 November 2026; read 3.0 to 3.1 TB/s, product 775 to 802 TFLOP/s), tokens that choose at
-// random, one set of weights: 8192 tokens of 35B 1.09 ms, 377 TFLOP/s of useful products; of 397B, 160 choices an
-// expert, 10.2 ms, 202 TFLOP/s; 16384 tokens of 397B, 320 choices, 12.9 ms, 320 TFLOP/s. In a benchmark that walks
-// through sets of inputs, another run: 1.30 and 10.6 ms for the first two, torch 2.39 and 1.00 times as long. Memory
-// alone would take 0.75 and 5.0 ms there: weights 1.6 / 12.9 GB, rows between the kernels 0.7 / 1.7 GB, x once an
-// expert.
-//
-// Where the time goes, 8192 tokens of 35B, in us, with a part of the work left out:
-//                             gate_up   down   sum
-//     as it is                    628    366   112
-//     no gather of x              526    358
-//     no copies of gate and up    410
-//     no copies at all            392    272   110
-//     no fence before products    633    366
-// Without copies the products see what lies in shared memory, which spares power, and are still short of the rate that
-// 12% of rounded rows (by estimate) leave: 700 TFLOP/s in gate_up, 505 in down, whose tiles are a quarter as deep. The
-// copies of weights are what holds gate_up back: 1.07 GB in 628 us are 1.7 TB/s, 56% of what memory can. The decode
-// kernel takes 512 bytes of a row at a time, not 128, and reaches 93%: the short runs are suspected, not shown.
-//
-// Tried and lost:
-//   - a cluster of two blocks that halve an expert's choices and share its weights by multicast, with weights as the
-//     rows of the product and choices, up to 160 a block in steps of 16, as its columns: predicted 0.86 ms for 8192
-//     tokens of 35B, measured 1.24 (gate_up 708, down 437), against 1.09 in the same run. 397B gained, 8.1 ms (256
-//     TFLOP/s) and, of 16384 tokens, 12.1 ms. It had 0.52 ms of gate_up at 65 tokens, where there is nothing to do but
-//     to read weights: 1.8 TB/s there too, so neither products nor traffic from L2 bind it;
-//   - the same with weights read evict-first: 1.34 ms;
-//   - together, measured only as a whole (1985 us against 1303, 397B 12.7 ms against 10.6): 512 bytes a row asked into
-//     L2 ahead of the copies; weights evict-first; tiles left in shared memory by who copies, and the places of down's
-//     rows looked up before the products.
-// Next: longer runs of a weight row, by stages of 32 rows x 256 of depth as in the decode kernel, or asked into L2
-// ahead without evict-first; then clusters again.
-//
-// budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
-// budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
+// budget: product_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: sum_kernel registers<=64 shared<=0 hot
 #include <bf16x8.h>
 #include <launch.h>
@@ -73,10 +16,33 @@
 namespace tokenspeed {
 namespace {
 
-using namespace expert_prefill;
+using expert_prefill::kAllLanes, expert_prefill::kMaxExperts, expert_prefill::kRowBytes;
 
+constexpr int kThreads = 384;  // warpgroup 0 copies, 1 and 2 multiply
+constexpr int kGroupThreads = 128;
+constexpr int kWgmmaRegisters = 224, kCopyRegisters = 56;
+constexpr int kBlocks = 2;  // of a cluster
+constexpr int kGroupChoices = 64;
+constexpr int kGroups = 3;  // of a block's tile: of each warpgroup, and one of the whole cluster
+constexpr int kTileGroups = kBlocks * kGroups - 1;  // of a cluster's tile
+constexpr int kUnitRows =
+    64;  // of weights: the share of a warpgroup in the cluster's group; of gate_up, 32 rows of each
+constexpr int kTileUnits = kBlocks * (kGroups - 1);
+constexpr int kTileRows = kTileUnits * kUnitRows;
 constexpr int kDepth = kRowBytes / 2;  // of a stage
-constexpr int kWgmmaRegisters = 216, kCopyRegisters = 72;
+constexpr int kStages = 4;
+constexpr int kGroupBytes = kGroupChoices * kRowBytes, kUnitBytes = kUnitRows * kRowBytes;
+constexpr int kHalfBytes = kTileUnits / kBlocks * kUnitBytes;  // of weights that a block copies, to both
+constexpr int kRun = 32;  // weight rows among which a thread finds eight neighbouring columns of the output
+
+struct Storage {  // of dynamic shared memory
+    uint8_t choices[kStages][kGroups * kGroupBytes];
+    uint8_t weights[kStages][kBlocks * kHalfBytes];  // block i copies half i
+    uint64_t full[kStages], empty[kStages];
+    int tiles_before[kMaxExperts + 1];  // tiles of choices of lower experts
+    int warp_total[kThreads / 32];
+};
+static_assert(sizeof(Storage) <= 227 * 1024);
 
 struct Arguments {
     MoeExperts p;
@@ -84,154 +50,338 @@ struct Arguments {
     __nv_bfloat16* rows;         // [choices, hidden], by token and rank
 };
 
-// sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. kGathered: the choices were written by
-// threads (cp.async), and the matrix unit must be let see it.
-template <bool kGathered>
-__device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Storage& storage, Cursor& at, int stages,
-                                              bool has_rows) {
-    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-    int before = -1;  // the slot whose products may still run
-    for (int s = 0; s < stages; ++s) {
-        ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-        if (has_rows) {
-            if (kGathered) ptx::fence_async_shared();
-            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]) + group * kGroupChoices * kRowBytes;
-            const uint32_t weights = ptx::shared_address(storage.weights[at.slot]);
-            ptx::wgmma_fence(sum);
-#pragma unroll
-            for (int k = 0; k < kDepth / 16; ++k) {
-                const uint64_t a = ptx::matrix_descriptor(choices + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
-                const uint64_t b = ptx::matrix_descriptor(weights + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
-                ptx::wgmma<__nv_bfloat16, kTileRows>(sum, a, b, s > 0 || k > 0);
-            }
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<1>();
-        }
-        if (lane == 0 && before >= 0) ptx::mbarrier_arrive(&storage.empty[before]);
-        before = at.slot;
-        at.next();
-    }
-    ptx::wgmma_wait<0>(sum);
-    if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
+// The product with gate and up, or with down.
+template <bool kGateUp>
+struct Product {
+    static constexpr int kKinds = kGateUp ? 2 : 1;  // of weight rows: gate and up lie in turns of kRun rows
+    static constexpr int kUnitColumns = kUnitRows / kKinds, kTileColumns = kTileRows / kKinds;  // of the output
+    static __device__ int depth(const MoeExperts& p) { return kGateUp ? p.hidden : p.width; }
+    static __device__ int columns(const MoeExperts& p) { return kGateUp ? p.width : p.hidden; }
+};
+
+__device__ __forceinline__ int groups_of(int choices) {
+    return (choices + kGroupChoices - 1) / kGroupChoices;
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
-    DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage*>(raw);
-    const MoeExperts& p = a.p;
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    prepare(storage, p.offsets, p.experts, kCopyThreads + 1);
-    const Tiles tiles(storage, p.offsets, p.width, kPairs);
-    const int stages = p.hidden / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
+// Of a cluster. first: position in `order`.
+struct Tile {
+    int expert, first, choices, column_tile;
+
+    // Where a group of this block begins among the tile's choices; it has none if that is not below `choices`.
+    __device__ int start(int group) const {
+        const int groups = groups_of(choices), own = groups / kBlocks;
+        const int rank = static_cast<int>(ptx::cluster_rank());
+        if (group == kGroups - 1) return groups % kBlocks != 0 ? kBlocks * own * kGroupChoices : choices;
+        return group < own ? (rank * own + group) * kGroupChoices : choices;
+    }
+};
+
+// All tiles of one product, this cluster's in order.
+class Tiles {
+  public:
+    __device__ Tiles(const Storage& storage, const int32_t* offsets, int columns, int tile_columns)
+        : storage_(storage), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
+
+    __device__ static int first() { return static_cast<int>(blockIdx.x) / kBlocks; }
+    __device__ static int next(int index) { return index + static_cast<int>(gridDim.x) / kBlocks; }
+    __device__ bool holds(int index) const { return index < storage_.tiles_before[kMaxExperts] * column_tiles_; }
+
+    // Called by a whole warp.
+    __device__ Tile find(int index) const {
+        constexpr int kStride = kMaxExperts / 32;
+        const int lane = threadIdx.x % 32;
+        const int* before = storage_.tiles_before;
+        const int coarse = __popc(__ballot_sync(kAllLanes, before[lane * kStride] * column_tiles_ <= index)) - 1;
+        const int* part = before + coarse * kStride + 1;
+        const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles_ <= index));
+        const int expert = coarse * kStride + within;
+        const int local = index - before[expert] * column_tiles_, tiles = before[expert + 1] - before[expert];
+        const int choices = offsets_[expert + 1] - offsets_[expert], groups = groups_of(choices);
+        // The expert's groups are dealt equally to its tiles.
+        const int start = local % tiles * groups / tiles * kGroupChoices;
+        const int end = min((local % tiles + 1) * groups / tiles * kGroupChoices, choices);
+        return {expert, offsets_[expert] + start, end - start, local / tiles};
+    }
+
+  private:
+    const Storage& storage_;
+    const int32_t* offsets_;
+    int column_tiles_;
+};
+
+// Fills tiles_before and starts the barriers. Called by the whole cluster; ends with its barrier.
+__device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
+    constexpr int kShare = kMaxExperts / kThreads + 1;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = static_cast<int>(threadIdx.x) * kShare;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; ++i) {
+            ptx::mbarrier_init(&storage.full[i], full_arrivals);
+            ptx::mbarrier_init(&storage.empty[i], kBlocks * (kThreads - kGroupThreads) / 32);  // warps that multiply
+        }
+        ptx::fence_mbarrier_init();
+    }
+    int tiles[kShare], through = 0;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+        const int choices = first + i < experts ? offsets[first + i + 1] - offsets[first + i] : 0;
+        tiles[i] = (groups_of(choices) + kTileGroups - 1) / kTileGroups;
+        through += tiles[i];
+    }
+    int before = -through;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, through, distance);
+        if (lane >= distance) through += other;
+    }
+    if (lane == 31) storage.warp_total[warp] = through;
+    __syncthreads();
+    before += through;
+    for (int w = 0; w < warp; ++w) before += storage.warp_total[w];
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+        if (first + i <= kMaxExperts) storage.tiles_before[first + i] = before;
+        before += tiles[i];
+    }
+    ptx::cluster_sync();
+}
+
+// A place in the ring and the parity of its phase.
+struct Cursor {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+        if (++slot == kStages) slot = 0, phase ^= 1;
+    }
+};
+
+// By one thread: its block's half of a stage of weights, to both blocks. Where they share one group, each needs its own
+// half alone. Announces `other_bytes` more on the barrier.
+template <bool kGateUp>
+__device__ __forceinline__ void load_weights(Storage& storage, const CUtensorMap& map, const MoeExperts& p,
+                                             const Tile& tile, int slot, int stage, uint32_t other_bytes) {
+    using P = Product<kGateUp>;
+    const int rank = static_cast<int>(ptx::cluster_rank());
+    const bool both = tile.choices > kGroupChoices;
+    const int first = tile.column_tile * P::kTileColumns + rank * (P::kTileColumns / kBlocks);
+    const int run = (tile.expert * P::kKinds * P::columns(p) + first) / kRun;
+    uint64_t* full = &storage.full[slot];
+    ptx::mbarrier_arrive_expect_tx(full, (both ? kBlocks : 1) * kHalfBytes + other_bytes);
+    ptx::tma_load_multicast<5>(storage.weights[slot] + rank * kHalfBytes, &map, full, {stage * kDepth, 0, 0, 0, run},
+                               static_cast<uint16_t>(both ? (1 << kBlocks) - 1 : 1 << rank));
+}
+
+// What a thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
+struct Gather {
+    static constexpr int kRows = kGroups * kGroupChoices / 16;
+    int choice[kRows];  // token * top_k + rank; negative past a group's end
+
+    __device__ Gather(const MoeExperts& p, const Tile& tile) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            constexpr int kGroupRows = kGroupChoices / 16;
+            const int at = tile.start(i / kGroupRows) + threadIdx.x / 8 + i % kGroupRows * 16;
+            choice[i] = at < tile.choices ? p.order[tile.first + at] : -1;
+        }
+    }
+};
+
+// Copies by warpgroup 0: weights by TMA, rows of x by cp.async into the layout that TMA would have made. Rows past the
+// end keep what they held: they reach no row of the output but their own.
+__device__ void copy_gathered(Storage& storage, const CUtensorMap& weights, const MoeExperts& p, const Tiles& tiles) {
+    if (!tiles.holds(Tiles::first())) return;
+    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
     Cursor at;
-    if (threadIdx.x < kCopyThreads) {
-        ptx::register_decrease<kCopyRegisters>();
-        if (static_cast<int>(blockIdx.x) >= count) return;
-        Tile tile = tiles.find(blockIdx.x);
-        Gather gather(p, tile);
-        for (int index = blockIdx.x; index < count; index += step) {
-            const uint8_t* source[Gather::kRows];
+    Tile tile = tiles.find(Tiles::first());
+    Gather gather(p, tile);
+    for (int index = Tiles::first(); tiles.holds(index); index = Tiles::next(index)) {
+        uint32_t source[Gather::kRows];  // in pieces
+#pragma unroll
+        for (int i = 0; i < Gather::kRows; ++i) {
+            const int token = gather.choice[i] / p.top_k;
+            source[i] =
+                gather.choice[i] < 0 ? ~0u : static_cast<uint32_t>(token) * static_cast<uint32_t>(p.x_stride / 8);
+        }
+        const Tile current = tile;
+        if (tiles.holds(Tiles::next(index))) {  // the next tile's choices arrive while this one is copied
+            tile = tiles.find(Tiles::next(index));
+            gather = Gather(p, tile);
+        }
+        for (int s = 0; s < p.hidden / kDepth; ++s) {
+            ptx::mbarrier_wait_cluster(&storage.empty[at.slot], at.phase ^ 1);
+            if (threadIdx.x == 0) load_weights<true>(storage, weights, p, current, at.slot, s, 0);
+            const auto* x = reinterpret_cast<const uint4*>(p.x) + s * (kRowBytes / 16) + piece;
+            uint8_t* to = storage.choices[at.slot] + row * kRowBytes + (piece ^ row % 8) * 16;
 #pragma unroll
             for (int i = 0; i < Gather::kRows; ++i) {
-                const __nv_bfloat16* row = p.x + gather.choice[i] / p.top_k * p.x_stride;
-                source[i] =
-                    gather.choice[i] >= 0 ? reinterpret_cast<const uint8_t*>(row) + threadIdx.x % 8 * 16 : nullptr;
+                if (source[i] != ~0u) ptx::cp_async(to + i * 16 * kRowBytes, x + source[i]);
             }
-            const Tile current = tile;
-            if (index + step < count) {  // the next tile's choices arrive while this one is copied
-                tile = tiles.find(index + step);
-                gather = Gather(p, tile);
-            }
-            for (int s = 0; s < stages; ++s) {
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                if (threadIdx.x == 0) {
-                    ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
-                    ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
-                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
-                }
-                copy_choices(storage.choices[at.slot], source, s * kRowBytes);
-                ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-                at.next();
-            }
-        }
-    } else {
-        ptx::register_increase<kWgmmaRegisters>();
-        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
-        uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
-            float sum[kTileRows / 2];
-            multiply_tile<true>(sum, storage, at, stages, has_rows);
-            if (!has_rows) continue;
-            const auto activation = [&](int j, int i) {
-                const int gate = 4 * j + 2 * i, up = gate + kTileRows / 4;
-                return pack<__nv_bfloat16>(silu(sum[gate]) * sum[up], silu(sum[gate + 1]) * sum[up + 1]);
-            };
-            const int column = tile.column_tile * kPairs;
-            store_rows(output, activation, p.width - column, [&](int row) -> __nv_bfloat16* {
-                const int choice = row_of_warp + row;
-                if (choice >= tile.choices) return nullptr;
-                return a.activations + int64_t{tile.first + choice} * p.width + column;
-            });
+            ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
+            at.next();
         }
     }
 }
 
+// Copies by one warp: both operands by TMA. Rows past the end of a group are the next expert's, or zeros.
+__device__ void copy_activations(Storage& storage, const CUtensorMap& weights, const CUtensorMap& activations,
+                                 const MoeExperts& p, const Tiles& tiles) {
+    Cursor at;
+    for (int index = Tiles::first(); tiles.holds(index); index = Tiles::next(index)) {
+        const Tile tile = tiles.find(index);
+        for (int s = 0; threadIdx.x == 0 && s < p.width / kDepth; ++s) {
+            ptx::mbarrier_wait_cluster(&storage.empty[at.slot], at.phase ^ 1);
+            uint32_t bytes = 0;
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group) {
+                if (tile.start(group) < tile.choices) bytes += kGroupBytes;
+            }
+            load_weights<false>(storage, weights, p, tile, at.slot, s, bytes);
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group) {
+                const int start = tile.start(group);
+                if (start >= tile.choices) continue;
+                ptx::tma_load<2>(storage.choices[at.slot] + group * kGroupBytes, &activations, &storage.full[at.slot],
+                                 {s * kDepth, tile.first + start});
+            }
+            at.next();
+        }
+    }
+}
+
+// The 16-byte pieces of kUnitRows weight rows in a thread's sums, at `columns` of the output's row of `place` (the
+// thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is the
+// order of weight rows in shared memory.
+template <bool kGateUp>
+__device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* output, const int (&place)[2], int columns,
+                                           int unit_column) {
+    constexpr int kRunSums = kRun / 2;
+    const auto value = [&](int i) {
+        if constexpr (kGateUp) {
+            return silu(sum[i]) * sum[i + kRunSums];
+        } else {
+            return sum[i];
+        }
+    };
+#pragma unroll
+    for (int run = 0; run < Product<kGateUp>::kUnitColumns / kRun; ++run) {
+        const int column = unit_column + run * kRun;
+        if (column >= columns) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            uint32_t words[4];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const int at = run * kRunSums + w % 2 * 8 + w / 2 + 2 * i;
+                words[w] = pack<__nv_bfloat16>(value(at), value(at + 4));
+            }
+            if (place[i] < 0) continue;
+            __nv_bfloat16* to = output + int64_t{place[i]} * columns + column + threadIdx.x % 4 * 8;
+            store_16(to, make_uint4(words[0], words[1], words[2], words[3]));
+        }
+    }
+}
+
+// By a warpgroup: its group of every tile's choices times all of the tile's weights, the cluster's group times a unit,
+// and the stores.
+template <bool kGateUp>
+__device__ void multiply_tiles(Storage& storage, const Arguments& a, const Tiles& tiles) {
+    using P = Product<kGateUp>;
+    const MoeExperts& p = a.p;
+    const int group = threadIdx.x / kGroupThreads - 1, lane = threadIdx.x % 32;
+    const int unit = static_cast<int>(ptx::cluster_rank()) * (kTileUnits / kBlocks) + group;
+    const int stages = P::depth(p) / kDepth, columns = P::columns(p);
+    const auto release = [&](int slot) {
+        if (lane < kBlocks) ptx::mbarrier_arrive_cluster_relaxed(&storage.empty[slot], lane);
+    };
+    Cursor at;
+    Tile next = tiles.holds(Tiles::first()) ? tiles.find(Tiles::first()) : Tile{};
+    for (int index = Tiles::first(); tiles.holds(index); index = Tiles::next(index)) {
+        const Tile tile = next;
+        const int starts[2] = {tile.start(group), tile.start(kGroups - 1)};
+        const bool has_own = starts[0] < tile.choices, has_shared = starts[1] < tile.choices;
+        int place[2][2];  // of the thread's rows in the output; negative past the end
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int choice = starts[i / 2] + threadIdx.x % kGroupThreads / 32 * 16 + lane / 4 + i % 2 * 8;
+            place[i / 2][i % 2] = choice >= tile.choices ? -1
+                                  : kGateUp              ? tile.first + choice
+                                                         : p.order[tile.first + choice];
+        }
+        float own[kTileRows / 2], shared[kUnitRows / 2];
+        int before = -1;  // the slot whose products may still run
+        for (int s = 0; s < stages; ++s) {
+            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+            // The choices that threads copied: the matrix unit must be let see them.
+            if (kGateUp) ptx::fence_async_shared();
+            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]);
+            const uint32_t weights = ptx::shared_address(storage.weights[at.slot]);
+            const auto operand = [](uint32_t address, int k) {
+                return ptx::matrix_descriptor(address + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
+            };
+            // The own group's products come last: one group of them may run on below.
+            if (has_shared) {
+                ptx::wgmma_fence(shared);
+#pragma unroll
+                for (int k = 0; k < kDepth / 16; ++k) {
+                    ptx::wgmma<__nv_bfloat16, kUnitRows>(shared, operand(choices + (kGroups - 1) * kGroupBytes, k),
+                                                         operand(weights + unit * kUnitBytes, k), s > 0 || k > 0);
+                }
+                ptx::wgmma_commit();
+            }
+            if (has_own) {
+                ptx::wgmma_fence(own);
+#pragma unroll
+                for (int k = 0; k < kDepth / 16; ++k) {
+                    ptx::wgmma<__nv_bfloat16, kTileRows>(own, operand(choices + group * kGroupBytes, k),
+                                                         operand(weights, k), s > 0 || k > 0);
+                }
+                ptx::wgmma_commit();
+            }
+            if (s == 0 && tiles.holds(Tiles::next(index))) next = tiles.find(Tiles::next(index));
+            ptx::wgmma_wait<1>();
+            if (before >= 0) release(before);
+            before = at.slot;
+            at.next();
+        }
+        ptx::wgmma_wait<0>(own, shared);
+        release(before);
+        __nv_bfloat16* output = kGateUp ? a.activations : a.rows;
+        const int column = tile.column_tile * P::kTileColumns;
+        if (has_own) {
+#pragma unroll
+            for (int i = 0; i < kTileUnits; ++i) {
+                store_unit<kGateUp>(own + i * (kUnitRows / 2), output, place[0], columns, column + i * P::kUnitColumns);
+            }
+        }
+        if (has_shared) store_unit<kGateUp>(shared, output, place[1], columns, column + unit * P::kUnitColumns);
+    }
+}
+
+template <bool kGateUp>
 __global__ void __launch_bounds__(kThreads, 1)
-    down_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap down,
-                const __grid_constant__ Arguments a) {
+    product_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
+                   const __grid_constant__ Arguments a) {
+    using P = Product<kGateUp>;
     DYNAMIC_SHARED(raw);
     auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
-    prepare(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
-    ptx::grid_dependency_wait();
+    if (kGateUp) ptx::grid_dependency_wait();  // for down the routing is older than the kernel that is waited for
+    prepare(storage, p.offsets, p.experts, kGateUp ? kGroupThreads + 1 : 1);
+    if (!kGateUp) ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Tiles tiles(storage, p.offsets, p.hidden, kTileRows);
-    const int stages = p.width / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
-    Cursor at;
-    if (threadIdx.x < kCopyThreads) {
+    const Tiles tiles(storage, p.offsets, P::columns(p), P::kTileColumns);
+    if (threadIdx.x < kGroupThreads) {
         ptx::register_decrease<kCopyRegisters>();
-        if (threadIdx.x >= 32) return;
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
-                uint64_t* full = &storage.full[at.slot];
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
-                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next();
-            }
+        if constexpr (kGateUp) {
+            copy_gathered(storage, weights, p, tiles);
+        } else if (threadIdx.x < 32) {
+            copy_activations(storage, weights, activations, p, tiles);
         }
     } else {
         ptx::register_increase<kWgmmaRegisters>();
-        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
-        uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
-            float sum[kTileRows / 2];
-            multiply_tile<false>(sum, storage, at, stages, has_rows);
-            if (!has_rows) continue;
-#pragma unroll
-            for (int part = 0; part < kTileRows / kOutputColumns; ++part) {
-                const int column = tile.column_tile * kTileRows + part * kOutputColumns;
-                const auto packed = [&](int j, int i) {
-                    const int at_register = part * kOutputColumns / 2 + 4 * j + 2 * i;
-                    return pack<__nv_bfloat16>(sum[at_register], sum[at_register + 1]);
-                };
-                store_rows(output, packed, p.hidden - column, [&](int row) -> __nv_bfloat16* {
-                    const int choice = row_of_warp + row;
-                    if (choice >= tile.choices) return nullptr;
-                    return a.rows + int64_t{p.order[tile.first + choice]} * p.hidden + column;
-                });
-            }
-        }
+        multiply_tiles<kGateUp>(storage, a, tiles);
     }
+    ptx::cluster_sync();  // the other block's last copies and arrivals need this one's shared memory
 }
 
 constexpr int kSumThreads = 256;
@@ -291,39 +441,41 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     const Arguments arguments{p, rows + choices * p.hidden, rows};
     const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
     const auto experts = static_cast<uint64_t>(p.experts);
+    // Of each kRun rows, eight of every fourth: column i of a lane t's pair in the j-th eight columns of a product is
+    // column 8 t + 4 i + j of the run. Then from gate to up, and to the next run.
+    const auto weight_map = [](CUtensorMap* map, const void* base, uint64_t depth, uint64_t rows, uint32_t kinds,
+                               uint64_t kind_rows) {
+        return encode_tensor_map<5>(map, TensorElement::kBf16,
+                                    {.base = base,
+                                     .sizes = {depth, 8, 4, kinds, rows / kRun},
+                                     .strides = {2, 4 * depth * 2, depth * 2, kind_rows * depth * 2, kRun * depth * 2},
+                                     .box = {kDepth, 8, 4, kinds, kTileRows / kBlocks / kRun / kinds}},
+                                    Swizzle::k128);
+    };
     CUtensorMap gate_up, activations, down;
-    const cudaError_t encoded[] = {
-        encode_tensor_map<4>(&gate_up, TensorElement::kBf16,
-                             {.base = p.gate_up,
-                              .sizes = {hidden, width, 2, experts},
-                              .strides = {2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
-                              .box = {kDepth, kPairs, 2, 1}},
-                             Swizzle::k128),
-        encode_tensor_map<2>(&activations, TensorElement::kBf16,
-                             {.base = arguments.activations,
-                              .sizes = {width, static_cast<uint64_t>(choices)},
-                              .strides = {2, width * 2},
-                              .box = {kDepth, kTileChoices}},
-                             Swizzle::k128),
-        encode_tensor_map<3>(&down, TensorElement::kBf16,
-                             {.base = p.down,
-                              .sizes = {width, hidden, experts},
-                              .strides = {2, width * 2, hidden * width * 2},
-                              .box = {kDepth, kTileRows, 1}},
-                             Swizzle::k128)};
+    const cudaError_t encoded[] = {weight_map(&gate_up, p.gate_up, hidden, (2 * experts - 1) * width, 2, width),
+                                   weight_map(&down, p.down, width, experts * hidden, 1, hidden),
+                                   encode_tensor_map<2>(&activations, TensorElement::kBf16,
+                                                        {.base = arguments.activations,
+                                                         .sizes = {width, static_cast<uint64_t>(choices)},
+                                                         .strides = {2, width * 2},
+                                                         .box = {kDepth, kGroupChoices}},
+                                                        Swizzle::k128)};
     for (const cudaError_t status : encoded) {
         if (status != cudaSuccess) return status;
     }
-    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+    const int clusters = std::max(multiprocessor_count() / kBlocks, 1);
+    const LaunchConfig config = {.grid = dim3(clusters * kBlocks),
                                  .block = dim3(kThreads),
                                  .shared_bytes = sizeof(Storage),
                                  .stream = stream,
+                                 .cluster = dim3(kBlocks),
                                  .programmatic = true};
-    cudaError_t status = launch(gate_up_kernel, config, gate_up, arguments);
+    cudaError_t status = launch(product_kernel<true>, config, gate_up, activations, arguments);
     if (status != cudaSuccess) return status;
-    status = launch(down_kernel, config, activations, down, arguments);
+    status = launch(product_kernel<false>, config, down, activations, arguments);
     if (status != cudaSuccess) return status;
-    return sum_ranks(p, arguments.rows, stream);
+    return expert_prefill::sum_ranks(p, arguments.rows, stream);
 }
 
 }  // namespace tokenspeed
