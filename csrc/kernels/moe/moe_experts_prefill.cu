@@ -33,6 +33,9 @@ constexpr int kDepth = kRowBytes / 2;  // of a stage
 constexpr int kStages = 4;
 constexpr int kGroupBytes = kGroupChoices * kRowBytes, kUnitBytes = kUnitRows * kRowBytes;
 constexpr int kHalfBytes = kTileUnits / kBlocks * kUnitBytes;  // of weights that a block copies, to both
+constexpr uint16_t kBothBlocks = 3;
+constexpr int kBoxes = kBlocks;  // that a group of the second product comes in
+constexpr int kBoxChoices = kGroupChoices / kBoxes, kBoxBytes = kGroupBytes / kBoxes;
 constexpr int kRun = 32;  // weight rows among which a thread finds eight neighbouring columns of the output
 
 struct Storage {  // of dynamic shared memory
@@ -168,7 +171,7 @@ __device__ __forceinline__ void load_weights(Storage& storage, const CUtensorMap
     uint64_t* full = &storage.full[slot];
     ptx::mbarrier_arrive_expect_tx(full, (both ? kBlocks : 1) * kHalfBytes + other_bytes);
     ptx::tma_load_multicast<5>(storage.weights[slot] + rank * kHalfBytes, &map, full, {stage * kDepth, 0, 0, 0, run},
-                               static_cast<uint16_t>(both ? (1 << kBlocks) - 1 : 1 << rank));
+                               both ? kBothBlocks : static_cast<uint16_t>(1 << rank));
 }
 
 // What a thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
@@ -208,7 +211,7 @@ __device__ void copy_gathered(Storage& storage, const CUtensorMap& weights, cons
             gather = Gather(p, tile);
         }
         for (int s = 0; s < p.hidden / kDepth; ++s) {
-            ptx::mbarrier_wait_cluster(&storage.empty[at.slot], at.phase ^ 1);
+            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
             if (threadIdx.x == 0) load_weights<true>(storage, weights, p, current, at.slot, s, 0);
             const auto* x = reinterpret_cast<const uint4*>(p.x) + s * (kRowBytes / 16) + piece;
             uint8_t* to = storage.choices[at.slot] + row * kRowBytes + (piece ^ row % 8) * 16;
@@ -222,26 +225,32 @@ __device__ void copy_gathered(Storage& storage, const CUtensorMap& weights, cons
     }
 }
 
-// Copies by one warp: both operands by TMA. Rows past the end of a group are the next expert's, or zeros.
+// Copies by one warp: both operands by TMA, of the cluster's group each block a box to both. Rows past the end of a group
+// are the next expert's, or stay what they were.
 __device__ void copy_activations(Storage& storage, const CUtensorMap& weights, const CUtensorMap& activations,
                                  const MoeExperts& p, const Tiles& tiles) {
+    const int rank = static_cast<int>(ptx::cluster_rank());
     Cursor at;
     for (int index = Tiles::first(); tiles.holds(index); index = Tiles::next(index)) {
         const Tile tile = tiles.find(index);
-        for (int s = 0; threadIdx.x == 0 && s < p.width / kDepth; ++s) {
-            ptx::mbarrier_wait_cluster(&storage.empty[at.slot], at.phase ^ 1);
-            uint32_t bytes = 0;
+        if (threadIdx.x != 0) continue;
+        const auto start = [&](int box) { return tile.start(box / kBoxes) + box % kBoxes * kBoxChoices; };
+        uint32_t bytes = 0;
 #pragma unroll
-            for (int group = 0; group < kGroups; ++group) {
-                if (tile.start(group) < tile.choices) bytes += kGroupBytes;
-            }
+        for (int box = 0; box < kGroups * kBoxes; ++box) bytes += start(box) < tile.choices ? kBoxBytes : 0;
+        for (int s = 0; s < p.width / kDepth; ++s) {
+            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
             load_weights<false>(storage, weights, p, tile, at.slot, s, bytes);
 #pragma unroll
-            for (int group = 0; group < kGroups; ++group) {
-                const int start = tile.start(group);
-                if (start >= tile.choices) continue;
-                ptx::tma_load<2>(storage.choices[at.slot] + group * kGroupBytes, &activations, &storage.full[at.slot],
-                                 {s * kDepth, tile.first + start});
+            for (int box = 0; box < kGroups * kBoxes; ++box) {
+                if (start(box) >= tile.choices) continue;
+                uint8_t* to = storage.choices[at.slot] + box * kBoxBytes;
+                const int32_t from[2] = {s * kDepth, tile.first + start(box)};
+                if (box < (kGroups - 1) * kBoxes) {
+                    ptx::tma_load<2>(to, &activations, &storage.full[at.slot], from);
+                } else if (box % kBoxes == rank) {
+                    ptx::tma_load_multicast<2>(to, &activations, &storage.full[at.slot], from, kBothBlocks);
+                }
             }
             at.next();
         }
@@ -459,7 +468,7 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
                                                         {.base = arguments.activations,
                                                          .sizes = {width, static_cast<uint64_t>(choices)},
                                                          .strides = {2, width * 2},
-                                                         .box = {kDepth, kGroupChoices}},
+                                                         .box = {kDepth, kBoxChoices}},
                                                         Swizzle::k128)};
     for (const cudaError_t status : encoded) {
         if (status != cudaSuccess) return status;
