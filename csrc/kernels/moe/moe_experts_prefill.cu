@@ -1,4 +1,34 @@
-// HEADER
+// The expert product of a prefill, any number of tokens: out_t = sum_k w_tk down_e(silu(gate_e x_t) * up_e x_t), e the
+// k-th expert of token t. The choices come grouped by expert (`order`, `offsets` of moe_route).
+//
+// Flops: 6 hidden width a choice. 8192 tokens of 35B: 412 Gflop, 0.53 ms at 780 TFLOP/s; the weights of all experts are
+// 1.6 GB, 0.37 ms at 4.3 TB/s, beside it. So 256 tokens an expert are about where the matrix unit becomes the bound.
+//
+// Three launches: a grouped product with gate and up, its epilogue the activation, into bf16 rows in the order of
+// `order`; a grouped product with down, into bf16 rows by token and rank; the weighted sum of each token's rows in
+// order of rank, in fp32. Written by hand and not on CUTLASS: the gather of x, the pairing of gate with up and the
+// scatter are most of the code either way, and this runs on the emulated device.
+//
+// What binds is bytes from L2 to the multiprocessors, 5 to 6 TB/s over all (docs/kernels/moe_prefill.md counts them and
+// has what was tried and lost). So a tile is a cluster's, of two blocks that share its weights: up to five groups of 64
+// choices of one expert x 256 weight rows, 128 of gate and 128 of up, or 256 of down. Each block copies half of the
+// weights to both, by multicast, and multiplies two groups with all of them, a warpgroup each, m64n256k16. A fifth
+// group, or a third or an only one, is the cluster's: each of its four warpgroups multiplies it with a quarter of the
+// weight rows, m64n64k16. So both blocks have the same to do, and the matrix unit does an expert's choices rounded up
+// to 64.
+//
+// A third warpgroup copies stages of 64 of depth (24 KB of choices, 32 KB of weights, four in flight): weights, and the
+// choices of the second product, by TMA; rows of x are gathered by cp.async, twelve a thread, into the layout that TMA
+// would have made. Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring columns
+// of a row of the output: it stores them as they are.
+//
+// Clusters are persistent, one to two multiprocessors, and take every 66th tile. Tiles of an expert are neighbours:
+// clusters at work at one time share rows in L2. Every block finds the expert of a tile in a table of tiles before each
+// expert, which it makes at its start. The multiplying warpgroups drift apart by up to the ring, so that one stores
+// while the other multiplies.
+//
+// Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
+// written for them, and the sum leaves them out.
 //
 // budget: product_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: sum_kernel registers<=64 shared<=0 hot
@@ -16,23 +46,16 @@
 namespace tokenspeed {
 namespace {
 
-using expert_prefill::kAllLanes, expert_prefill::kMaxExperts, expert_prefill::kRowBytes;
+using namespace expert_prefill;
 
-constexpr int kThreads = 384;  // warpgroup 0 copies, 1 and 2 multiply
-constexpr int kGroupThreads = 128;
 constexpr int kWgmmaRegisters = 224, kCopyRegisters = 56;
 constexpr int kBlocks = 2;  // of a cluster
-constexpr int kGroupChoices = 64;
 constexpr int kGroups = 3;  // of a block's tile: of each warpgroup, and one of the whole cluster
-constexpr int kTileGroups = kBlocks * kGroups - 1;  // of a cluster's tile
-constexpr int kUnitRows =
-    64;  // of weights: the share of a warpgroup in the cluster's group; of gate_up, 32 rows of each
-constexpr int kTileUnits = kBlocks * (kGroups - 1);
-constexpr int kTileRows = kTileUnits * kUnitRows;
-constexpr int kDepth = kRowBytes / 2;  // of a stage
-constexpr int kStages = 4;
+constexpr int kOwnGroups = kBlocks * (kGroups - 1), kTileGroups = kOwnGroups + 1;  // of a cluster's tile
+constexpr int kUnitRows = kTileRows / kOwnGroups;  // of weights: a warpgroup's share in the cluster's group
+constexpr int kDepth = kRowBytes / 2;              // of a stage
 constexpr int kGroupBytes = kGroupChoices * kRowBytes, kUnitBytes = kUnitRows * kRowBytes;
-constexpr int kHalfBytes = kTileUnits / kBlocks * kUnitBytes;  // of weights that a block copies, to both
+constexpr int kHalfBytes = kOwnGroups / kBlocks * kUnitBytes;  // of weights that a block copies, to both
 constexpr uint16_t kBothBlocks = 3;
 constexpr int kBoxes = kBlocks;  // that a group of the second product comes in
 constexpr int kBoxChoices = kGroupChoices / kBoxes, kBoxBytes = kGroupBytes / kBoxes;
@@ -42,8 +65,7 @@ struct Storage {  // of dynamic shared memory
     uint8_t choices[kStages][kGroups * kGroupBytes];
     uint8_t weights[kStages][kBlocks * kHalfBytes];  // block i copies half i
     uint64_t full[kStages], empty[kStages];
-    int tiles_before[kMaxExperts + 1];  // tiles of choices of lower experts
-    int warp_total[kThreads / 32];
+    TileTable tiles;
 };
 static_assert(sizeof(Storage) <= 227 * 1024);
 
@@ -82,40 +104,35 @@ struct Tile {
 // All tiles of one product, this cluster's in order.
 class Tiles {
   public:
-    __device__ Tiles(const Storage& storage, const int32_t* offsets, int columns, int tile_columns)
-        : storage_(storage), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
+    __device__ Tiles(const TileTable& table, const int32_t* offsets, int columns, int tile_columns)
+        : table_(table), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
 
     __device__ static int first() { return static_cast<int>(blockIdx.x) / kBlocks; }
     __device__ static int next(int index) { return index + static_cast<int>(gridDim.x) / kBlocks; }
-    __device__ bool holds(int index) const { return index < storage_.tiles_before[kMaxExperts] * column_tiles_; }
+    __device__ bool holds(int index) const { return index < table_.count() * column_tiles_; }
 
     // Called by a whole warp.
     __device__ Tile find(int index) const {
-        constexpr int kStride = kMaxExperts / 32;
-        const int lane = threadIdx.x % 32;
-        const int* before = storage_.tiles_before;
-        const int coarse = __popc(__ballot_sync(kAllLanes, before[lane * kStride] * column_tiles_ <= index)) - 1;
-        const int* part = before + coarse * kStride + 1;
-        const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles_ <= index));
-        const int expert = coarse * kStride + within;
-        const int local = index - before[expert] * column_tiles_, tiles = before[expert + 1] - before[expert];
+        const int expert = table_.find(index, column_tiles_), before = table_.before[expert];
+        const int local = index - before * column_tiles_, tiles = table_.before[expert + 1] - before;
         const int choices = offsets_[expert + 1] - offsets_[expert], groups = groups_of(choices);
-        // The expert's groups are dealt equally to its tiles.
-        const int start = local % tiles * groups / tiles * kGroupChoices;
-        const int end = min((local % tiles + 1) * groups / tiles * kGroupChoices, choices);
+        // A whole tile has an even number of groups where that makes no more tiles: what is shared is gathered twice.
+        const auto begin = [&](int tile) {
+            if (tile == tiles) return choices;
+            return (groups <= kOwnGroups * tiles + 1 ? kOwnGroups * tile : tile * groups / tiles) * kGroupChoices;
+        };
+        const int start = begin(local % tiles), end = begin(local % tiles + 1);
         return {expert, offsets_[expert] + start, end - start, local / tiles};
     }
 
   private:
-    const Storage& storage_;
+    const TileTable& table_;
     const int32_t* offsets_;
     int column_tiles_;
 };
 
-// Fills tiles_before and starts the barriers. Called by the whole cluster; ends with its barrier.
+// Fills the table of tiles and starts the barriers. Called by the whole cluster; ends with its barrier.
 __device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
-    constexpr int kShare = kMaxExperts / kThreads + 1;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = static_cast<int>(threadIdx.x) * kShare;
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             ptx::mbarrier_init(&storage.full[i], full_arrivals);
@@ -123,40 +140,10 @@ __device__ void prepare(Storage& storage, const int32_t* offsets, int experts, i
         }
         ptx::fence_mbarrier_init();
     }
-    int tiles[kShare], through = 0;
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        const int choices = first + i < experts ? offsets[first + i + 1] - offsets[first + i] : 0;
-        tiles[i] = (groups_of(choices) + kTileGroups - 1) / kTileGroups;
-        through += tiles[i];
-    }
-    int before = -through;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, distance);
-        if (lane >= distance) through += other;
-    }
-    if (lane == 31) storage.warp_total[warp] = through;
-    __syncthreads();
-    before += through;
-    for (int w = 0; w < warp; ++w) before += storage.warp_total[w];
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        if (first + i <= kMaxExperts) storage.tiles_before[first + i] = before;
-        before += tiles[i];
-    }
+    storage.tiles.fill(offsets, experts,
+                       [](int choices) { return (groups_of(choices) + kTileGroups - 1) / kTileGroups; });
     ptx::cluster_sync();
 }
-
-// A place in the ring and the parity of its phase.
-struct Cursor {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void next() {
-        if (++slot == kStages) slot = 0, phase ^= 1;
-    }
-};
 
 // By one thread: its block's half of a stage of weights, to both blocks. Where they share one group, each needs its own
 // half alone. Announces `other_bytes` more on the barrier.
@@ -297,7 +284,7 @@ __device__ void multiply_tiles(Storage& storage, const Arguments& a, const Tiles
     using P = Product<kGateUp>;
     const MoeExperts& p = a.p;
     const int group = threadIdx.x / kGroupThreads - 1, lane = threadIdx.x % 32;
-    const int unit = static_cast<int>(ptx::cluster_rank()) * (kTileUnits / kBlocks) + group;
+    const int unit = static_cast<int>(ptx::cluster_rank()) * (kOwnGroups / kBlocks) + group;
     const int stages = P::depth(p) / kDepth, columns = P::columns(p);
     const auto release = [&](int slot) {
         if (lane < kBlocks) ptx::mbarrier_arrive_cluster_relaxed(&storage.empty[slot], lane);
@@ -358,7 +345,7 @@ __device__ void multiply_tiles(Storage& storage, const Arguments& a, const Tiles
         const int column = tile.column_tile * P::kTileColumns;
         if (has_own) {
 #pragma unroll
-            for (int i = 0; i < kTileUnits; ++i) {
+            for (int i = 0; i < kOwnGroups; ++i) {
                 store_unit<kGateUp>(own + i * (kUnitRows / 2), output, place[0], columns, column + i * P::kUnitColumns);
             }
         }
@@ -378,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     prepare(storage, p.offsets, p.experts, kGateUp ? kGroupThreads + 1 : 1);
     if (!kGateUp) ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Tiles tiles(storage, p.offsets, P::columns(p), P::kTileColumns);
+    const Tiles tiles(storage.tiles, p.offsets, P::columns(p), P::kTileColumns);
     if (threadIdx.x < kGroupThreads) {
         ptx::register_decrease<kCopyRegisters>();
         if constexpr (kGateUp) {

@@ -1,7 +1,6 @@
-// What moe_experts_prefill.cu and moe_experts_prefill_fp8.cu share: tiles and their order, the plan of shared memory,
-// the gather of rows, the stores. A stage is 128 bytes of each row: 64 columns of bf16, 128 of e4m3.
+// What moe_experts_prefill.cu and moe_experts_prefill_fp8.cu share: a stage is 128 bytes of each row, 64 columns of bf16
+// or 128 of e4m3; which expert a tile is of; the last launch.
 #pragma once
-#include <bf16x8.h>
 #include <launch.h>
 #include <ptx.h>
 
@@ -11,97 +10,58 @@ namespace tokenspeed::expert_prefill {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 384;  // warpgroup 0 copies, 1 and 2 multiply
-constexpr int kCopyThreads = 128;
-constexpr int kTileChoices = 128;
-constexpr int kTileRows = 256;         // of weights
-constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
+constexpr int kGroupThreads = 128;
+constexpr int kGroupChoices = 64;  // that a warpgroup multiplies at a time
+constexpr int kTileRows = 256;     // of weights
 constexpr int kStages = 4;
 constexpr int kRowBytes = 128;  // of a stage: what a row of a swizzled tile has
-constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
-constexpr int kGroupChoices = kTileChoices / 2;  // that one warpgroup multiplies
 constexpr int kMaxExperts = 512;
-constexpr int kOutputColumns = 128;  // that a warp stages at once
-constexpr int kOutputBytes = kOutputColumns * 2;
 
-struct Storage {  // of dynamic shared memory
-    uint8_t choices[kStages][kChoiceBytes];
-    uint8_t weights[kStages][kWeightBytes];
-    uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
-    uint64_t full[kStages], empty[kStages];
-    int tiles_before[kMaxExperts + 1];  // tiles of rows of lower experts; the total past the last expert
+// In shared memory: how many tiles of choices lower experts have.
+struct TileTable {
+    int before[kMaxExperts + 1];  // the total past the last expert
     int warp_total[kThreads / 32];
-};
-static_assert(sizeof(Storage) <= 227 * 1024);
 
-struct Tile {
-    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
-};
+    __device__ int count() const { return before[kMaxExperts]; }
 
-// All tiles of one product, this block's in order.
-class Tiles {
-  public:
-    __device__ Tiles(const Storage& storage, const int32_t* offsets, int columns, int tile_columns)
-        : storage_(storage), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
+    // tiles_of(choices): how many an expert has. Called by the whole block, which then needs a barrier.
+    template <typename TilesOf>
+    __device__ void fill(const int32_t* offsets, int experts, TilesOf tiles_of) {
+        constexpr int kShare = kMaxExperts / kThreads + 1;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = static_cast<int>(threadIdx.x) * kShare;
+        int tiles[kShare], mine = 0;
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+            tiles[i] = first + i < experts ? tiles_of(offsets[first + i + 1] - offsets[first + i]) : 0;
+            mine += tiles[i];
+        }
+        int through = mine;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int other = __shfl_up_sync(kAllLanes, through, distance);
+            if (lane >= distance) through += other;
+        }
+        if (lane == 31) warp_total[warp] = through;
+        __syncthreads();
+        int lower = through - mine;
+        for (int w = 0; w < warp; ++w) lower += warp_total[w];
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+            if (first + i <= kMaxExperts) before[first + i] = lower;
+            lower += tiles[i];
+        }
+    }
 
-    __device__ int count() const { return storage_.tiles_before[kMaxExperts] * column_tiles_; }
-
-    // Called by a whole warp.
-    __device__ Tile find(int index) const {
+    // The expert of a tile, where each tile of choices is so many tiles. Called by a whole warp.
+    __device__ int find(int index, int column_tiles) const {
         constexpr int kStride = kMaxExperts / 32;
         const int lane = threadIdx.x % 32;
-        const int* before = storage_.tiles_before;
-        const int coarse = __popc(__ballot_sync(kAllLanes, before[lane * kStride] * column_tiles_ <= index)) - 1;
+        const int coarse = __popc(__ballot_sync(kAllLanes, before[lane * kStride] * column_tiles <= index)) - 1;
         const int* part = before + coarse * kStride + 1;
-        const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles_ <= index));
-        const int expert = coarse * kStride + within;
-        const int local = index - before[expert] * column_tiles_, row_tiles = before[expert + 1] - before[expert];
-        const int first = offsets_[expert] + local % row_tiles * kTileChoices;
-        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), local / row_tiles};
+        return coarse * kStride +
+               __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles <= index));
     }
-
-  private:
-    const Storage& storage_;
-    const int32_t* offsets_;
-    int column_tiles_;
 };
-
-// Fills tiles_before and starts the barriers. Called by the whole block; ends with a barrier.
-__device__ inline void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
-    constexpr int kShare = (kMaxExperts + kThreads - 1) / kThreads;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&storage.full[i], full_arrivals);
-            ptx::mbarrier_init(&storage.empty[i], 8);  // warps that multiply
-        }
-        ptx::fence_mbarrier_init();
-    }
-    int tiles[kShare], mine = 0;
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        const int expert = static_cast<int>(threadIdx.x) * kShare + i;
-        const int choices = expert < experts ? offsets[expert + 1] - offsets[expert] : 0;
-        tiles[i] = (choices + kTileChoices - 1) / kTileChoices;
-        mine += tiles[i];
-    }
-    int through = mine;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, distance);
-        if (lane >= distance) through += other;
-    }
-    if (lane == 31) storage.warp_total[warp] = through;
-    __syncthreads();
-    int before = through - mine;
-    for (int w = 0; w < warp; ++w) before += storage.warp_total[w];
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        const int expert = static_cast<int>(threadIdx.x) * kShare + i;
-        if (expert <= kMaxExperts) storage.tiles_before[expert] = before;
-        before += tiles[i];
-    }
-    __syncthreads();
-}
 
 // A place in the ring and the parity of its phase.
 struct Cursor {
@@ -112,57 +72,6 @@ struct Cursor {
         if (++slot == kStages) slot = 0, phase ^= 1;
     }
 };
-
-// What a copying thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
-struct Gather {
-    static constexpr int kRows = kTileChoices / 16;
-    int choice[kRows];  // token * top_k + rank; negative past the tile's end
-
-    __device__ Gather(const MoeExperts& p, const Tile& tile) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int row = threadIdx.x / 8 + i * 16;
-            choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
-        }
-    }
-};
-
-// Copies one stage, `offset` bytes into each row. Rows past the end keep what they held: they reach no row of the
-// output but their own.
-__device__ __forceinline__ void copy_choices(uint8_t* choices, const uint8_t* const (&source)[Gather::kRows],
-                                             int64_t offset) {
-    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-    uint8_t* to = choices + row * kRowBytes + (piece ^ row % 8) * 16;
-#pragma unroll
-    for (int i = 0; i < Gather::kRows; ++i) {
-        if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + offset);
-    }
-}
-
-// Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
-// columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
-template <typename Values, typename RowPointer>
-__device__ __forceinline__ void store_rows(uint8_t* output, Values values, int columns, RowPointer row_pointer) {
-    const int lane = threadIdx.x % 32;
-    __syncwarp();  // what the warp stored before has been read
-    // Lane l names row l % 8 of the four 8 x 8 blocks: upper and lower rows of columns 8 j, then of 8 (j + 1).
-    const int row = lane % 16, step = lane / 16;
-#pragma unroll
-    for (int j = 0; j < kOutputColumns / 8; j += 2) {
-        const uint32_t block[4] = {values(j, 0), values(j, 1), values(j + 1, 0), values(j + 1, 1)};
-        ptx::stmatrix_x4(ptx::shared_address(output + row * kOutputBytes + ((j + step) ^ row % 8) * 16), block);
-    }
-    __syncwarp();
-    const int piece = lane % 16;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int from = i * 2 + lane / 16;
-        __nv_bfloat16* to = row_pointer(from);
-        if (to == nullptr || piece * 8 >= columns) continue;
-        store_16(to + piece * 8,
-                 *reinterpret_cast<const uint4*>(output + from * kOutputBytes + (piece ^ from % 8) * 16));
-    }
-}
 
 // The sum of each token's rows, [choices, hidden] by token and rank, in order of rank, with its weights: the last
 // launch.

@@ -31,11 +31,116 @@ namespace {
 
 using namespace expert_prefill;
 
+constexpr int kTileChoices = 2 * kGroupChoices;
+constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
+constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
+constexpr int kOutputColumns = 128;  // that a warp stages at once
+constexpr int kOutputBytes = kOutputColumns * 2;
 constexpr int kDepth = kRowBytes;  // of a stage: one block of scales
 constexpr int kParts = kTileRows / kScaleBlock;
 // Registers of a thread that multiplies and of one that copies; the second product's copies need few.
 constexpr int kGateUpRegisters = 232, kGatherRegisters = 40, kDownRegisters = 240, kCopyRegisters = 24;
 static_assert(kDepth == kScaleBlock && kPairs == kScaleBlock && kParts == 2);
+
+struct Storage {  // of dynamic shared memory
+    uint8_t choices[kStages][kChoiceBytes];
+    uint8_t weights[kStages][kWeightBytes];
+    uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
+    uint64_t full[kStages], empty[kStages];
+    TileTable tiles;
+};
+static_assert(sizeof(Storage) <= 227 * 1024);
+
+struct Tile {
+    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
+};
+
+// All tiles of one product, this block's in order.
+class Tiles {
+  public:
+    __device__ Tiles(const TileTable& table, const int32_t* offsets, int columns, int tile_columns)
+        : table_(table), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
+
+    __device__ int count() const { return table_.count() * column_tiles_; }
+
+    // Called by a whole warp.
+    __device__ Tile find(int index) const {
+        const int expert = table_.find(index, column_tiles_), before = table_.before[expert];
+        const int local = index - before * column_tiles_, row_tiles = table_.before[expert + 1] - before;
+        const int first = offsets_[expert] + local % row_tiles * kTileChoices;
+        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), local / row_tiles};
+    }
+
+  private:
+    const TileTable& table_;
+    const int32_t* offsets_;
+    int column_tiles_;
+};
+
+// Fills the table of tiles and starts the barriers. Called by the whole block; ends with a barrier.
+__device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; ++i) {
+            ptx::mbarrier_init(&storage.full[i], full_arrivals);
+            ptx::mbarrier_init(&storage.empty[i], 8);  // warps that multiply
+        }
+        ptx::fence_mbarrier_init();
+    }
+    storage.tiles.fill(offsets, experts, [](int choices) { return (choices + kTileChoices - 1) / kTileChoices; });
+    __syncthreads();
+}
+
+// What a copying thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
+struct Gather {
+    static constexpr int kRows = kTileChoices / 16;
+    int choice[kRows];  // token * top_k + rank; negative past the tile's end
+
+    __device__ Gather(const MoeExperts& p, const Tile& tile) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int row = threadIdx.x / 8 + i * 16;
+            choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
+        }
+    }
+};
+
+// Copies one stage; x: this thread's piece of the first row, sources: how many pieces further each row is, kNone to
+// leave it out. Rows past the end keep what they held: they reach no row of the output but their own.
+constexpr uint32_t kNone = ~0u;
+__device__ __forceinline__ void copy_choices(uint8_t* choices, const uint4* x,
+                                             const uint32_t (&sources)[Gather::kRows]) {
+    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
+    uint8_t* to = choices + row * kRowBytes + (piece ^ row % 8) * 16;
+#pragma unroll
+    for (int i = 0; i < Gather::kRows; ++i) {
+        if (sources[i] != kNone) ptx::cp_async(to + i * 16 * kRowBytes, x + sources[i]);
+    }
+}
+
+// Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
+// columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
+template <typename Values, typename RowPointer>
+__device__ __forceinline__ void store_rows(uint8_t* output, Values values, int columns, RowPointer row_pointer) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // what the warp stored before has been read
+    // Lane l names row l % 8 of the four 8 x 8 blocks: upper and lower rows of columns 8 j, then of 8 (j + 1).
+    const int row = lane % 16, step = lane / 16;
+#pragma unroll
+    for (int j = 0; j < kOutputColumns / 8; j += 2) {
+        const uint32_t block[4] = {values(j, 0), values(j, 1), values(j + 1, 0), values(j + 1, 1)};
+        ptx::stmatrix_x4(ptx::shared_address(output + row * kOutputBytes + ((j + step) ^ row % 8) * 16), block);
+    }
+    __syncwarp();
+    const int piece = lane % 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int from = i * 2 + lane / 16;
+        __nv_bfloat16* to = row_pointer(from);
+        if (to == nullptr || piece * 8 >= columns) continue;
+        store_16(to + piece * 8,
+                 *reinterpret_cast<const uint4*>(output + from * kOutputBytes + (piece ^ from % 8) * 16));
+    }
+}
 
 struct Arguments {
     MoeExperts p;
@@ -131,21 +236,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     const MoeExperts& p = a.p;
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    prepare(storage, p.offsets, p.experts, kCopyThreads + 1);
-    const Tiles tiles(storage, p.offsets, p.width, kPairs);
+    prepare(storage, p.offsets, p.experts, kGroupThreads + 1);
+    const Tiles tiles(storage.tiles, p.offsets, p.width, kPairs);
     const int stages = p.hidden / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
     Cursor at;
-    if (threadIdx.x < kCopyThreads) {
+    if (threadIdx.x < kGroupThreads) {
         ptx::register_decrease<kGatherRegisters>();
         if (static_cast<int>(blockIdx.x) >= count) return;
         Tile tile = tiles.find(blockIdx.x);
         Gather gather(p, tile);
         for (int index = blockIdx.x; index < count; index += step) {
-            const uint8_t* source[Gather::kRows];
+            uint32_t sources[Gather::kRows];
 #pragma unroll
             for (int i = 0; i < Gather::kRows; ++i) {
-                const uint8_t* row = a.x + int64_t{gather.choice[i] / p.top_k} * p.hidden;
-                source[i] = gather.choice[i] >= 0 ? row + threadIdx.x % 8 * 16 : nullptr;
+                const auto token = static_cast<uint32_t>(gather.choice[i] / p.top_k);
+                sources[i] = gather.choice[i] >= 0 ? token * static_cast<uint32_t>(p.hidden / 16) : kNone;
             }
             const Tile current = tile;
             if (index + step < count) {  // the next tile's choices arrive while this one is copied
@@ -159,14 +264,15 @@ __global__ void __launch_bounds__(kThreads, 1)
                     ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
                                      {s * kDepth, current.column_tile * kPairs, 0, current.expert});
                 }
-                copy_choices(storage.choices[at.slot], source, s * kRowBytes);
+                copy_choices(storage.choices[at.slot],
+                             reinterpret_cast<const uint4*>(a.x) + s * (kRowBytes / 16) + threadIdx.x % 8, sources);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
                 at.next();
             }
         }
     } else {
         ptx::register_increase<kGateUpRegisters>();
-        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2, lane = threadIdx.x % 32;
+        const int row_of_warp = threadIdx.x / 32 * 16 - kGroupThreads / 2, lane = threadIdx.x % 32;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
         for (int index = blockIdx.x; index < count; index += step) {
             const Tile tile = tiles.find(index);
@@ -203,10 +309,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     prepare(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Tiles tiles(storage, p.offsets, p.hidden, kTileRows);
+    const Tiles tiles(storage.tiles, p.offsets, p.hidden, kTileRows);
     const int stages = p.width / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
     Cursor at;
-    if (threadIdx.x < kCopyThreads) {
+    if (threadIdx.x < kGroupThreads) {
         ptx::register_decrease<kCopyRegisters>();
         if (threadIdx.x >= 32) return;
         for (int index = blockIdx.x; index < count; index += step) {
@@ -223,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     } else {
         ptx::register_increase<kDownRegisters>();
-        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2, lane = threadIdx.x % 32;
+        const int row_of_warp = threadIdx.x / 32 * 16 - kGroupThreads / 2, lane = threadIdx.x % 32;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
         for (int index = blockIdx.x; index < count; index += step) {
             const Tile tile = tiles.find(index);
