@@ -38,8 +38,6 @@
 #include <ptx_tma.h>
 #include <ptx_wgmma.h>
 
-#include <algorithm>
-
 #include "kernels.h"
 #include "moe_experts_prefill.h"
 
@@ -49,25 +47,11 @@ namespace {
 using namespace expert_prefill;
 
 constexpr int kWgmmaRegisters = 224, kCopyRegisters = 56;
-constexpr int kBlocks = 2;  // of a cluster
-constexpr int kGroups = 3;  // of a block's tile: of each warpgroup, and one of the whole cluster
-constexpr int kOwnGroups = kBlocks * (kGroups - 1), kTileGroups = kOwnGroups + 1;  // of a cluster's tile
-constexpr int kUnitRows = kTileRows / kOwnGroups;  // of weights: a warpgroup's share in the cluster's group
+constexpr int kGroups = 3;
 constexpr int kDepth = kRowBytes / 2;              // of a stage
-constexpr int kGroupBytes = kGroupChoices * kRowBytes, kUnitBytes = kUnitRows * kRowBytes;
-constexpr int kHalfBytes = kOwnGroups / kBlocks * kUnitBytes;  // of weights that a block copies, to both
-constexpr uint16_t kBothBlocks = 3;
-constexpr int kBoxes = kBlocks;  // that a group of the second product comes in
-constexpr int kBoxChoices = kGroupChoices / kBoxes, kBoxBytes = kGroupBytes / kBoxes;
+constexpr int kUnitRows = kTileRows / kOwnGroups;  // of weights: a warpgroup's share in the cluster's group
 constexpr int kRun = 32;  // weight rows among which a thread finds eight neighbouring columns of the output
-
-struct Storage {  // of dynamic shared memory
-    uint8_t choices[kStages][kGroups * kGroupBytes];
-    uint8_t weights[kStages][kBlocks * kHalfBytes];  // block i copies half i
-    uint64_t full[kStages], empty[kStages];
-    TileTable tiles;
-};
-static_assert(sizeof(Storage) <= 227 * 1024);
+static_assert(sizeof(Storage<kGroups>) <= 227 * 1024);
 
 struct Arguments {
     MoeExperts p;
@@ -84,165 +68,19 @@ struct Product {
     static __device__ int columns(const MoeExperts& p) { return kGateUp ? p.width : p.hidden; }
 };
 
-__device__ __forceinline__ int groups_of(int choices) {
-    return (choices + kGroupChoices - 1) / kGroupChoices;
-}
-
-// Of a cluster. first: position in `order`.
-struct Tile {
-    int expert, first, choices, column_tile;
-
-    // Where a group of this block begins among the tile's choices; it has none if that is not below `choices`.
-    __device__ int start(int group) const {
-        const int groups = groups_of(choices), own = groups / kBlocks;
-        const int rank = static_cast<int>(ptx::cluster_rank());
-        if (group == kGroups - 1) return groups % kBlocks != 0 ? kBlocks * own * kGroupChoices : choices;
-        return group < own ? (rank * own + group) * kGroupChoices : choices;
-    }
-};
-
-// All tiles of one product, this cluster's in order.
-class Tiles {
-  public:
-    __device__ Tiles(const TileTable& table, const int32_t* offsets, int columns, int tile_columns)
-        : table_(table), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
-
-    __device__ static int first() { return static_cast<int>(blockIdx.x) / kBlocks; }
-    __device__ static int next(int index) { return index + static_cast<int>(gridDim.x) / kBlocks; }
-    __device__ bool holds(int index) const { return index < table_.count() * column_tiles_; }
-
-    // Called by a whole warp.
-    __device__ Tile find(int index) const {
-        const int expert = table_.find(index, column_tiles_), before = table_.before[expert];
-        const int local = index - before * column_tiles_, tiles = table_.before[expert + 1] - before;
-        const int choices = offsets_[expert + 1] - offsets_[expert], groups = groups_of(choices);
-        // A whole tile has an even number of groups where that makes no more tiles: what is shared is gathered twice.
-        const auto begin = [&](int tile) {
-            if (tile == tiles) return choices;
-            return (groups <= kOwnGroups * tiles + 1 ? kOwnGroups * tile : tile * groups / tiles) * kGroupChoices;
-        };
-        const int start = begin(local % tiles), end = begin(local % tiles + 1);
-        return {expert, offsets_[expert] + start, end - start, local / tiles};
-    }
-
-  private:
-    const TileTable& table_;
-    const int32_t* offsets_;
-    int column_tiles_;
-};
-
-// Fills the table of tiles and starts the barriers. Called by the whole cluster; ends with its barrier.
-__device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&storage.full[i], full_arrivals);
-            ptx::mbarrier_init(&storage.empty[i], kBlocks * (kThreads - kGroupThreads) / 32);  // warps that multiply
-        }
-        ptx::fence_mbarrier_init();
-    }
-    storage.tiles.fill(offsets, experts,
-                       [](int choices) { return (groups_of(choices) + kTileGroups - 1) / kTileGroups; });
-    ptx::cluster_sync();
-}
-
-// By one thread: its block's half of a stage of weights, to both blocks. Where they share one group, each needs its own
-// half alone. Announces `other_bytes` more on the barrier.
+// By one thread: a block's half of a stage of weights.
 template <bool kGateUp>
-__device__ __forceinline__ void load_weights(Storage& storage, const CUtensorMap& map, const MoeExperts& p,
-                                             const Tile& tile, int slot, int stage, uint32_t other_bytes) {
-    using P = Product<kGateUp>;
-    const int rank = static_cast<int>(ptx::cluster_rank());
-    const bool both = tile.choices > kGroupChoices;
-    const int first = tile.column_tile * P::kTileColumns + rank * (P::kTileColumns / kBlocks);
-    const int run = (tile.expert * P::kKinds * P::columns(p) + first) / kRun;
-    uint64_t* full = &storage.full[slot];
-    ptx::mbarrier_arrive_expect_tx(full, (both ? kBlocks : 1) * kHalfBytes + other_bytes);
-    ptx::tma_load_multicast<5>(storage.weights[slot] + rank * kHalfBytes, &map, full, {stage * kDepth, 0, 0, 0, run},
-                               both ? kBothBlocks : static_cast<uint16_t>(1 << rank));
-}
+struct LoadHalf {
+    const CUtensorMap& map;
+    int columns;
 
-// What a thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
-struct Gather {
-    static constexpr int kRows = kGroups * kGroupChoices / 16;
-    int choice[kRows];  // token * top_k + rank; negative past a group's end
-
-    __device__ Gather(const MoeExperts& p, const Tile& tile) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            constexpr int kGroupRows = kGroupChoices / 16;
-            const int at = tile.start(i / kGroupRows) + threadIdx.x / 8 + i % kGroupRows * 16;
-            choice[i] = at < tile.choices ? p.order[tile.first + at] : -1;
-        }
+    __device__ void operator()(void* to, uint64_t* full, const Tile<kGroups>& tile, int stage, uint16_t mask) const {
+        using P = Product<kGateUp>;
+        const int half = tile.column_tile * kBlocks + static_cast<int>(ptx::cluster_rank());
+        const int run = (tile.expert * P::kKinds * columns + half * (P::kTileColumns / kBlocks)) / kRun;
+        ptx::tma_load_multicast<5>(to, &map, full, {stage * kDepth, 0, 0, 0, run}, mask);
     }
 };
-
-// Copies by warpgroup 0: weights by TMA, rows of x by cp.async into the layout that TMA would have made. Rows past the
-// end keep what they held: they reach no row of the output but their own.
-__device__ void copy_gathered(Storage& storage, const CUtensorMap& weights, const MoeExperts& p, const Tiles& tiles) {
-    if (!tiles.holds(Tiles::first())) return;
-    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-    Cursor at;
-    Tile tile = tiles.find(Tiles::first());
-    Gather gather(p, tile);
-    for (int index = Tiles::first(); tiles.holds(index); index = Tiles::next(index)) {
-        uint32_t source[Gather::kRows];  // in pieces
-#pragma unroll
-        for (int i = 0; i < Gather::kRows; ++i) {
-            const int token = gather.choice[i] / p.top_k;
-            source[i] =
-                gather.choice[i] < 0 ? ~0u : static_cast<uint32_t>(token) * static_cast<uint32_t>(p.x_stride / 8);
-        }
-        const Tile current = tile;
-        if (tiles.holds(Tiles::next(index))) {  // the next tile's choices arrive while this one is copied
-            tile = tiles.find(Tiles::next(index));
-            gather = Gather(p, tile);
-        }
-        for (int s = 0; s < p.hidden / kDepth; ++s) {
-            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-            if (threadIdx.x == 0) load_weights<true>(storage, weights, p, current, at.slot, s, 0);
-            const auto* x = reinterpret_cast<const uint4*>(p.x) + s * (kRowBytes / 16) + piece;
-            uint8_t* to = storage.choices[at.slot] + row * kRowBytes + (piece ^ row % 8) * 16;
-#pragma unroll
-            for (int i = 0; i < Gather::kRows; ++i) {
-                if (source[i] != ~0u) ptx::cp_async(to + i * 16 * kRowBytes, x + source[i]);
-            }
-            ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-            at.next();
-        }
-    }
-}
-
-// Copies by one warp: both operands by TMA, of the cluster's group each block a box to both. Rows past the end of a group
-// are the next expert's, or stay what they were.
-__device__ void copy_activations(Storage& storage, const CUtensorMap& weights, const CUtensorMap& activations,
-                                 const MoeExperts& p, const Tiles& tiles) {
-    const int rank = static_cast<int>(ptx::cluster_rank());
-    Cursor at;
-    for (int index = Tiles::first(); tiles.holds(index); index = Tiles::next(index)) {
-        const Tile tile = tiles.find(index);
-        if (threadIdx.x != 0) continue;
-        const auto start = [&](int box) { return tile.start(box / kBoxes) + box % kBoxes * kBoxChoices; };
-        uint32_t bytes = 0;
-#pragma unroll
-        for (int box = 0; box < kGroups * kBoxes; ++box) bytes += start(box) < tile.choices ? kBoxBytes : 0;
-        for (int s = 0; s < p.width / kDepth; ++s) {
-            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-            load_weights<false>(storage, weights, p, tile, at.slot, s, bytes);
-#pragma unroll
-            for (int box = 0; box < kGroups * kBoxes; ++box) {
-                if (start(box) >= tile.choices) continue;
-                uint8_t* to = storage.choices[at.slot] + box * kBoxBytes;
-                const int32_t from[2] = {s * kDepth, tile.first + start(box)};
-                if (box < (kGroups - 1) * kBoxes) {
-                    ptx::tma_load<2>(to, &activations, &storage.full[at.slot], from);
-                } else if (box % kBoxes == rank) {
-                    ptx::tma_load_multicast<2>(to, &activations, &storage.full[at.slot], from, kBothBlocks);
-                }
-            }
-            at.next();
-        }
-    }
-}
 
 // The 16-byte pieces of kUnitRows weight rows in a thread's sums, at `columns` of the output's row of `place` (the
 // thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is the
@@ -280,28 +118,24 @@ __device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* outp
 // By a warpgroup: its group of every tile's choices times all of the tile's weights, the cluster's group times a unit,
 // and the stores.
 template <bool kGateUp>
-__device__ void multiply_tiles(Storage& storage, const Arguments& a, const Tiles& tiles) {
+__device__ void multiply_tiles(Storage<kGroups>& storage, const Arguments& a, const Tiles<kGroups>& tiles) {
     using P = Product<kGateUp>;
     const MoeExperts& p = a.p;
     const int group = threadIdx.x / kGroupThreads - 1, lane = threadIdx.x % 32;
     const int unit = static_cast<int>(ptx::cluster_rank()) * (kOwnGroups / kBlocks) + group;
     const int stages = P::depth(p) / kDepth, columns = P::columns(p);
-    const auto release = [&](int slot) {
-        if (lane < kBlocks) ptx::mbarrier_arrive_cluster_relaxed(&storage.empty[slot], lane);
-    };
     Cursor at;
-    Tile next = tiles.holds(Tiles::first()) ? tiles.find(Tiles::first()) : Tile{};
-    for (int index = Tiles::first(); tiles.holds(index); index = Tiles::next(index)) {
-        const Tile tile = next;
-        const int starts[2] = {tile.start(group), tile.start(kGroups - 1)};
-        const bool has_own = starts[0] < tile.choices, has_shared = starts[1] < tile.choices;
+    Tile<kGroups> next = tiles.holds(tiles.first()) ? tiles.find(tiles.first()) : Tile<kGroups>{};
+    for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
+        const Tile<kGroups> tile = next;
+        const Span spans[2] = {tile.own(), tile.shared()};
+        const int begins[2] = {spans[0].begin + group * kGroupChoices, spans[1].begin};
+        const bool has_own = begins[0] < spans[0].end, has_shared = begins[1] < spans[1].end;
         int place[2][2];  // of the thread's rows in the output; negative past the end
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int choice = starts[i / 2] + threadIdx.x % kGroupThreads / 32 * 16 + lane / 4 + i % 2 * 8;
-            place[i / 2][i % 2] = choice >= tile.choices ? -1
-                                  : kGateUp              ? tile.first + choice
-                                                         : p.order[tile.first + choice];
+            const int choice = begins[i / 2] + threadIdx.x % kGroupThreads / 32 * 16 + lane / 4 + i % 2 * 8;
+            place[i / 2][i % 2] = choice >= spans[i / 2].end ? -1 : kGateUp ? choice : p.order[choice];
         }
         float own[kTileRows / 2], shared[kUnitRows / 2];
         int before = -1;  // the slot whose products may still run
@@ -320,7 +154,8 @@ __device__ void multiply_tiles(Storage& storage, const Arguments& a, const Tiles
 #pragma unroll
                 for (int k = 0; k < kDepth / 16; ++k) {
                     ptx::wgmma<__nv_bfloat16, kUnitRows>(shared, operand(choices + (kGroups - 1) * kGroupBytes, k),
-                                                         operand(weights + unit * kUnitBytes, k), s > 0 || k > 0);
+                                                         operand(weights + unit * kUnitRows * kRowBytes, k),
+                                                         s > 0 || k > 0);
                 }
                 ptx::wgmma_commit();
             }
@@ -333,14 +168,14 @@ __device__ void multiply_tiles(Storage& storage, const Arguments& a, const Tiles
                 }
                 ptx::wgmma_commit();
             }
-            if (s == 0 && tiles.holds(Tiles::next(index))) next = tiles.find(Tiles::next(index));
+            if (s == 0 && tiles.holds(tiles.next(index))) next = tiles.find(tiles.next(index));
             ptx::wgmma_wait<1>();
-            if (before >= 0) release(before);
+            if (before >= 0) release(storage, before);
             before = at.slot;
             at.next();
         }
         ptx::wgmma_wait<0>(own, shared);
-        release(before);
+        release(storage, before);
         __nv_bfloat16* output = kGateUp ? a.activations : a.rows;
         const int column = tile.column_tile * P::kTileColumns;
         if (has_own) {
@@ -359,19 +194,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ Arguments a) {
     using P = Product<kGateUp>;
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage*>(raw);
+    auto& storage = *reinterpret_cast<Storage<kGroups>*>(raw);
     const MoeExperts& p = a.p;
     if (kGateUp) ptx::grid_dependency_wait();  // for down the routing is older than the kernel that is waited for
     prepare(storage, p.offsets, p.experts, kGateUp ? kGroupThreads + 1 : 1);
     if (!kGateUp) ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Tiles tiles(storage.tiles, p.offsets, P::columns(p), P::kTileColumns);
+    const Tiles<kGroups> tiles(storage, p.offsets, P::columns(p), P::kTileColumns);
     if (threadIdx.x < kGroupThreads) {
         ptx::register_decrease<kCopyRegisters>();
+        const LoadHalf<kGateUp> load_half{weights, P::columns(p)};
+        const int stages = P::depth(p) / kDepth;
         if constexpr (kGateUp) {
-            copy_gathered(storage, weights, p, tiles);
+            copy_gathered(storage, p, tiles, p.x, static_cast<uint32_t>(p.x_stride / 8), stages, load_half);
         } else if (threadIdx.x < 32) {
-            copy_activations(storage, weights, activations, p, tiles);
+            copy_activations(storage, tiles, activations, kDepth, stages, load_half);
         }
     } else {
         ptx::register_increase<kWgmmaRegisters>();
@@ -460,13 +297,7 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     for (const cudaError_t status : encoded) {
         if (status != cudaSuccess) return status;
     }
-    const int clusters = std::max(multiprocessor_count() / kBlocks, 1);
-    const LaunchConfig config = {.grid = dim3(clusters * kBlocks),
-                                 .block = dim3(kThreads),
-                                 .shared_bytes = sizeof(Storage),
-                                 .stream = stream,
-                                 .cluster = dim3(kBlocks),
-                                 .programmatic = true};
+    const LaunchConfig config = product_config(sizeof(Storage<kGroups>), stream);
     cudaError_t status = launch(product_kernel<true>, config, gate_up, activations, arguments);
     if (status != cudaSuccess) return status;
     status = launch(product_kernel<false>, config, down, activations, arguments);

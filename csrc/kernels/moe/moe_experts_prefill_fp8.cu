@@ -31,91 +31,19 @@ namespace {
 
 using namespace expert_prefill;
 
-constexpr int kTileChoices = 2 * kGroupChoices;
+constexpr int kGroups = 2;
 constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
-constexpr int kChoiceBytes = kTileChoices * kRowBytes, kWeightBytes = kTileRows * kRowBytes;
-constexpr int kOutputColumns = 128;  // that a warp stages at once
+constexpr int kOutputColumns = 128;    // that a warp stages at once
 constexpr int kOutputBytes = kOutputColumns * 2;
 constexpr int kDepth = kRowBytes;  // of a stage: one block of scales
 constexpr int kParts = kTileRows / kScaleBlock;
-// Registers of a thread that multiplies and of one that copies; the second product's copies need few.
-constexpr int kGateUpRegisters = 232, kGatherRegisters = 40, kDownRegisters = 240, kCopyRegisters = 24;
+constexpr int kWgmmaRegisters = 232, kCopyRegisters = 40;
 static_assert(kDepth == kScaleBlock && kPairs == kScaleBlock && kParts == 2);
 
-struct Storage {  // of dynamic shared memory
-    uint8_t choices[kStages][kChoiceBytes];
-    uint8_t weights[kStages][kWeightBytes];
-    uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
-    uint64_t full[kStages], empty[kStages];
-    TileTable tiles;
+struct Shared : Storage<kGroups> {
+    alignas(16) uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
 };
-static_assert(sizeof(Storage) <= 227 * 1024);
-
-struct Tile {
-    int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
-};
-
-// All tiles of one product, this block's in order.
-class Tiles {
-  public:
-    __device__ Tiles(const TileTable& table, const int32_t* offsets, int columns, int tile_columns)
-        : table_(table), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
-
-    __device__ int count() const { return table_.count() * column_tiles_; }
-
-    // Called by a whole warp.
-    __device__ Tile find(int index) const {
-        const int expert = table_.find(index, column_tiles_), before = table_.before[expert];
-        const int local = index - before * column_tiles_, row_tiles = table_.before[expert + 1] - before;
-        const int first = offsets_[expert] + local % row_tiles * kTileChoices;
-        return {expert, first, min(offsets_[expert + 1] - first, kTileChoices), local / row_tiles};
-    }
-
-  private:
-    const TileTable& table_;
-    const int32_t* offsets_;
-    int column_tiles_;
-};
-
-// Fills the table of tiles and starts the barriers. Called by the whole block; ends with a barrier.
-__device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&storage.full[i], full_arrivals);
-            ptx::mbarrier_init(&storage.empty[i], 8);  // warps that multiply
-        }
-        ptx::fence_mbarrier_init();
-    }
-    storage.tiles.fill(offsets, experts, [](int choices) { return (choices + kTileChoices - 1) / kTileChoices; });
-    __syncthreads();
-}
-
-// What a copying thread gathers of a tile: a piece of 16 bytes of the rows of x of every 16th choice.
-struct Gather {
-    static constexpr int kRows = kTileChoices / 16;
-    int choice[kRows];  // token * top_k + rank; negative past the tile's end
-
-    __device__ Gather(const MoeExperts& p, const Tile& tile) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int row = threadIdx.x / 8 + i * 16;
-            choice[i] = row < tile.choices ? p.order[tile.first + row] : -1;
-        }
-    }
-};
-
-// Copies one stage; x: this thread's piece of the first row, sources: how many pieces further each row is, kNone to
-// leave it out. Rows past the end keep what they held: they reach no row of the output but their own.
-constexpr uint32_t kNone = ~0u;
-__device__ __forceinline__ void copy_choices(uint8_t* choices, const uint4* x,
-                                             const uint32_t (&sources)[Gather::kRows]) {
-    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-    uint8_t* to = choices + row * kRowBytes + (piece ^ row % 8) * 16;
-#pragma unroll
-    for (int i = 0; i < Gather::kRows; ++i) {
-        if (sources[i] != kNone) ptx::cp_async(to + i * 16 * kRowBytes, x + sources[i]);
-    }
-}
+static_assert(sizeof(Shared) <= 227 * 1024);
 
 // Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
 // columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
@@ -154,10 +82,10 @@ struct Arguments {
 // sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. row_scales: of this thread's two rows;
 // scales: of the two parts; each of `stages` blocks.
 template <bool kGathered>
-__device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock / 2], Storage& storage, Cursor& at,
+__device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock / 2], Shared& storage, Cursor& at,
                                               int stages, bool has_rows, const float* const (&row_scales)[2],
                                               int64_t row_scale_stride, const float* const (&scales)[kParts]) {
-    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    const int group = threadIdx.x / kGroupThreads - 1;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -175,12 +103,10 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock /
         const float of_rows[2] = {row_scale[0], row_scale[1]}, of_weights[kParts] = {scale[0], scale[1]};
         ask(min(s + 1, stages - 1));
         ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-        const auto read = [&] {
-            if (lane == 0) ptx::mbarrier_arrive(&storage.empty[at.slot]);
-        };
+        const auto read = [&] { release(storage, at.slot); };
         if (has_rows) {
             if (kGathered) ptx::fence_async_shared();
-            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]) + group * kGroupChoices * kRowBytes;
+            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]) + group * kGroupBytes;
             multiply_scaled(sum, choices, ptx::shared_address(storage.weights[at.slot]), of_rows, of_weights, read);
         } else {
             read();
@@ -195,7 +121,7 @@ template <typename Choice>
 __device__ __forceinline__ void store_activations(uint8_t* staging, const float (&sum)[kParts][kScaleBlock / 2],
                                                   const Arguments& a, int column, Choice choice) {
     constexpr float kLargest = 448.0f, kSmallestPeak = 0x1p-100f;
-    const int lane = threadIdx.x % 32, groups = a.p.width / kScaleBlock;
+    const int lane = threadIdx.x % 32, groups = static_cast<int>(static_cast<uint32_t>(a.p.width) / kScaleBlock);
     __syncwarp();  // what the warp stored before has been read
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -210,7 +136,7 @@ __device__ __forceinline__ void store_activations(uint8_t* staging, const float 
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
         const float factor = kLargest / peak;
         const int row = lane / 4 + half * 8, to = choice(row);
-        if (lane % 4 == 0 && to >= 0) a.activation_scale[int64_t{to} * groups + column / kScaleBlock] = peak / kLargest;
+        if (lane % 4 == 0 && to >= 0) a.activation_scale[int64_t{to} * groups + static_cast<uint32_t>(column) / kScaleBlock] = peak / kLargest;
 #pragma unroll
         for (int i = 0; i < kScaleBlock / 4; i += 2) {
             const float2 pair = make_float2(value[i] * factor, value[i + 1] * factor);
@@ -232,56 +158,38 @@ __device__ __forceinline__ void store_activations(uint8_t* staging, const float 
 __global__ void __launch_bounds__(kThreads, 1)
     gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage*>(raw);
+    auto& storage = *reinterpret_cast<Shared*>(raw);
     const MoeExperts& p = a.p;
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    prepare(storage, p.offsets, p.experts, kGroupThreads + 1);
-    const Tiles tiles(storage.tiles, p.offsets, p.width, kPairs);
-    const int stages = p.hidden / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
-    Cursor at;
+    prepare<kGroups>(storage, p.offsets, p.experts, kGroupThreads + 1);
+    const Tiles<kGroups> tiles(storage, p.offsets, p.width, kPairs);
+    const int stages = static_cast<int>(static_cast<uint32_t>(p.hidden) / kDepth);
     if (threadIdx.x < kGroupThreads) {
-        ptx::register_decrease<kGatherRegisters>();
-        if (static_cast<int>(blockIdx.x) >= count) return;
-        Tile tile = tiles.find(blockIdx.x);
-        Gather gather(p, tile);
-        for (int index = blockIdx.x; index < count; index += step) {
-            uint32_t sources[Gather::kRows];
-#pragma unroll
-            for (int i = 0; i < Gather::kRows; ++i) {
-                const auto token = static_cast<uint32_t>(gather.choice[i] / p.top_k);
-                sources[i] = gather.choice[i] >= 0 ? token * static_cast<uint32_t>(p.hidden / 16) : kNone;
-            }
-            const Tile current = tile;
-            if (index + step < count) {  // the next tile's choices arrive while this one is copied
-                tile = tiles.find(index + step);
-                gather = Gather(p, tile);
-            }
-            for (int s = 0; s < stages; ++s) {
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                if (threadIdx.x == 0) {
-                    ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
-                    ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
-                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
-                }
-                copy_choices(storage.choices[at.slot],
-                             reinterpret_cast<const uint4*>(a.x) + s * (kRowBytes / 16) + threadIdx.x % 8, sources);
-                ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-                at.next();
-            }
-        }
+        ptx::register_decrease<kCopyRegisters>();
+        const auto load_half = [&](void* to, uint64_t* full, const Tile<kGroups>& tile, int stage, uint16_t mask) {
+            const int rank = static_cast<int>(ptx::cluster_rank());  // gate, or up
+            ptx::tma_load_multicast<4>(to, &gate_up, full,
+                                       {stage * kDepth, tile.column_tile * kPairs, rank, tile.expert}, mask);
+        };
+        copy_gathered<kGroups>(storage, p, tiles, a.x, static_cast<uint32_t>(p.hidden / 16), stages, load_half);
     } else {
-        ptx::register_increase<kGateUpRegisters>();
-        const int row_of_warp = threadIdx.x / 32 * 16 - kGroupThreads / 2, lane = threadIdx.x % 32;
+        ptx::register_increase<kWgmmaRegisters>();
+        const int lane = threadIdx.x % 32;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
+        Cursor at;
+        for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
+            const Tile<kGroups> tile = tiles.find(index);
+            const Span own = tile.own();
+            const int first =
+                own.begin + static_cast<int>(threadIdx.x) / 32 * 16 - kGroupChoices;  // of the warp's choices
+            const bool has_rows =
+                own.begin + (static_cast<int>(threadIdx.x) / kGroupThreads - 1) * kGroupChoices < own.end;
             const float *row_scales[2], *scales[kParts];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int choice = min(row_of_warp + lane / 4 + 8 * i, tile.choices - 1);
-                row_scales[i] = a.x_scale + p.order[tile.first + choice] / p.top_k;
+                const int choice = min(first + lane / 4 + 8 * i, own.end - 1);
+                row_scales[i] = a.x_scale + p.order[choice] / p.top_k;
             }
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -292,53 +200,49 @@ __global__ void __launch_bounds__(kThreads, 1)
             float sum[kParts][kScaleBlock / 2];
             multiply_tile<true>(sum, storage, at, stages, has_rows, row_scales, p.tokens, scales);
             if (!has_rows) continue;
-            store_activations(output, sum, a, tile.column_tile * kPairs, [&](int row) {
-                const int choice = row_of_warp + row;
-                return choice < tile.choices ? tile.first + choice : -1;
-            });
+            store_activations(output, sum, a, tile.column_tile * kPairs,
+                              [&](int row) { return first + row < own.end ? first + row : -1; });
         }
     }
+    ptx::cluster_sync();  // the other block's last copies and arrivals need this one's shared memory
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap down,
                 const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage*>(raw);
+    auto& storage = *reinterpret_cast<Shared*>(raw);
     const MoeExperts& p = a.p;
-    prepare(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
+    prepare<kGroups>(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Tiles tiles(storage.tiles, p.offsets, p.hidden, kTileRows);
-    const int stages = p.width / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
-    Cursor at;
+    const Tiles<kGroups> tiles(storage, p.offsets, p.hidden, kTileRows);
+    const int stages = static_cast<int>(static_cast<uint32_t>(p.width) / kDepth);
     if (threadIdx.x < kGroupThreads) {
         ptx::register_decrease<kCopyRegisters>();
-        if (threadIdx.x >= 32) return;
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
-                uint64_t* full = &storage.full[at.slot];
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
-                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next();
-            }
-        }
+        const auto load_half = [&](void* to, uint64_t* full, const Tile<kGroups>& tile, int stage, uint16_t mask) {
+            const int half = tile.column_tile * kBlocks + static_cast<int>(ptx::cluster_rank());
+            ptx::tma_load_multicast<3>(to, &down, full, {stage * kDepth, half * (kTileRows / kBlocks), tile.expert},
+                                       mask);
+        };
+        if (threadIdx.x < 32) copy_activations<kGroups>(storage, tiles, activations, kDepth, stages, load_half);
     } else {
-        ptx::register_increase<kDownRegisters>();
-        const int row_of_warp = threadIdx.x / 32 * 16 - kGroupThreads / 2, lane = threadIdx.x % 32;
+        ptx::register_increase<kWgmmaRegisters>();
+        const int lane = threadIdx.x % 32;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
+        Cursor at;
+        for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
+            const Tile<kGroups> tile = tiles.find(index);
+            const Span own = tile.own();
+            const int first =
+                own.begin + static_cast<int>(threadIdx.x) / 32 * 16 - kGroupChoices;  // of the warp's choices
+            const bool has_rows =
+                own.begin + (static_cast<int>(threadIdx.x) / kGroupThreads - 1) * kGroupChoices < own.end;
             const float *row_scales[2], *scales[kParts];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int choice = min(row_of_warp + lane / 4 + 8 * i, tile.choices - 1);
-                row_scales[i] = a.activation_scale + int64_t{tile.first + choice} * stages;
+                const int choice = min(first + lane / 4 + 8 * i, own.end - 1);
+                row_scales[i] = a.activation_scale + int64_t{choice} * stages;
             }
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -355,13 +259,13 @@ __global__ void __launch_bounds__(kThreads, 1)
                     return pack<__nv_bfloat16>(sum[part][4 * j + 2 * i], sum[part][4 * j + 2 * i + 1]);
                 };
                 store_rows(output, packed, p.hidden - column, [&](int row) -> __nv_bfloat16* {
-                    const int choice = row_of_warp + row;
-                    if (choice >= tile.choices) return nullptr;
-                    return a.rows + int64_t{p.order[tile.first + choice]} * p.hidden + column;
+                    if (first + row >= own.end) return nullptr;
+                    return a.rows + int64_t{p.order[first + row]} * p.hidden + column;
                 });
             }
         }
     }
+    ptx::cluster_sync();
 }
 
 }  // namespace
@@ -400,29 +304,25 @@ cudaError_t moe_experts_prefill_fp8(const MoeExperts& p, cudaStream_t stream) {
                                                         {.base = p.gate_up,
                                                          .sizes = {hidden, width, 2, experts},
                                                          .strides = {1, hidden, width * hidden, 2 * width * hidden},
-                                                         .box = {kDepth, kPairs, 2, 1}},
+                                                         .box = {kDepth, kPairs, 1, 1}},
                                                         Swizzle::k128),
                                    encode_tensor_map<2>(&activations, TensorElement::kU8,
                                                         {.base = a.activations,
                                                          .sizes = {width, static_cast<uint64_t>(choices)},
                                                          .strides = {1, width},
-                                                         .box = {kDepth, kTileChoices}},
+                                                         .box = {kDepth, kBoxChoices}},
                                                         Swizzle::k128),
                                    encode_tensor_map<3>(&down, TensorElement::kU8,
                                                         {.base = p.down,
                                                          .sizes = {width, hidden, experts},
                                                          .strides = {1, width, hidden * width},
-                                                         .box = {kDepth, kTileRows, 1}},
+                                                         .box = {kDepth, kTileRows / kBlocks, 1}},
                                                         Swizzle::k128),
                                    quantise_groups(p.x, false, p.x_stride, a.x, a.x_scale, p.tokens, p.hidden, stream)};
     for (const cudaError_t status : started) {
         if (status != cudaSuccess) return status;
     }
-    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
-                                 .block = dim3(kThreads),
-                                 .shared_bytes = sizeof(Storage),
-                                 .stream = stream,
-                                 .programmatic = true};
+    const LaunchConfig config = product_config(sizeof(Shared), stream);
     cudaError_t status = launch(gate_up_kernel, config, gate_up, a);
     if (status != cudaSuccess) return status;
     status = launch(down_kernel, config, activations, down, a);
