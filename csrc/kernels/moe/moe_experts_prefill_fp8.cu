@@ -5,10 +5,12 @@
 // token's rows. Half the bytes and, by the datasheet, half the time of the matrix unit: 8192 tokens of 35B are 412
 // Gflop, 0.27 ms at twice 780 TFLOP/s, and 0.8 GB of weights, 0.19 ms at 4.3 TB/s.
 //
-// A tile and a stage have the shapes and bytes of bf16, with twice the columns. A tile of gate and up is 128 columns of
-// the activations: a whole group of each row, whose four lanes find its largest magnitude and store it as e4m3.
+// A stage has the rows and bytes of bf16, with twice the columns, and a cluster's tile up to four groups of 64 choices:
+// no registers are left for one that both blocks multiply, so of an odd number the first block has one more. A tile of
+// gate and up is 128 columns of the activations: a whole group of each row, whose four lanes find its largest magnitude
+// and store it as e4m3.
 //
-// Measured on an H200: 8192 tokens of 35B 717 us (575 TFLOP/s) against 1042 of bf16 in the same run, of half the
+// Measured on an H200 before blocks shared weights: 8192 tokens of 35B 717 us (575 TFLOP/s) against 1042 of bf16 in the same run, of half the
 // experts of 397B 3.03 ms (681 TFLOP/s) against 4.67.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=QGMMA
@@ -136,7 +138,8 @@ __device__ __forceinline__ void store_activations(uint8_t* staging, const float 
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
         const float factor = kLargest / peak;
         const int row = lane / 4 + half * 8, to = choice(row);
-        if (lane % 4 == 0 && to >= 0) a.activation_scale[int64_t{to} * groups + static_cast<uint32_t>(column) / kScaleBlock] = peak / kLargest;
+        if (lane % 4 == 0 && to >= 0)
+            a.activation_scale[int64_t{to} * groups + static_cast<uint32_t>(column) / kScaleBlock] = peak / kLargest;
 #pragma unroll
         for (int i = 0; i < kScaleBlock / 4; i += 2) {
             const float2 pair = make_float2(value[i] * factor, value[i + 1] * factor);
