@@ -53,9 +53,11 @@ def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
     assert error(scheduled, inputs(scheduled, chosen, 4, 128, 64)) < TOLERANCE
 
 
-@pytest.mark.parametrize("tokens", [16, 17, 33, DECODE_TOKENS, 65, 97, 129, 161, 193, 225, 257, 289, 320, 321, 643])
+@pytest.mark.parametrize(
+    "tokens", [16, 17, 33, DECODE_TOKENS, 65, 97, 129, 161, 193, 225, 257, 289, 320, 321, 600, 643]
+)
 def test_all_tokens_on_one_expert(backend, tokens):
-    """Several entries of 16 choices; one to six tiles of 128, whose last holds one choice or many."""
+    """Several entries of 16 choices; one to three tiles of one to five groups of 64, whose last holds one or many."""
     chosen = torch.full((tokens, 1), 3, device=backend.device)
     assert error(backend, inputs(backend, chosen, 5, 64, 64)) < TOLERANCE
 
