@@ -431,6 +431,7 @@ void Machine::run_until_complete(std::vector<Stream>& streams) {
             while (!stream.complete() && stream.grids[stream.current]->complete()) {
                 if (++stream.current < stream.grids.size()) begin(stream);
             }
+            start_follower(stream);
         }
         const auto under_way = std::find_if_not(streams.begin(), streams.end(), std::mem_fn(&Stream::complete));
         if (under_way == streams.end()) return;
@@ -443,22 +444,34 @@ void Machine::run_until_complete(std::vector<Stream>& streams) {
     }
 }
 
+static bool lets_successor(const Grid& grid) {
+    return std::all_of(grid.resident.begin(), grid.resident.end(), [](const auto& cluster) {
+        return std::all_of(cluster->blocks.begin(), cluster->blocks.end(),
+                           [](const auto& block) { return block->triggered || block->live == 0; });
+    });
+}
+
 // Runs some blocks of a programmatic successor up to their wait before their predecessor has done anything: whatever
 // they read or write too early shows.
 void Machine::start_early(Stream& stream, size_t index) {
-    if (index >= stream.grids.size() || !stream.grids[index]->programmatic) return;
+    if (index >= stream.grids.size() || !stream.grids[index]->programmatic || stream.grids[index]->takes_flags) return;
     if (!chance(policy_.early_successor)) return;
     Grid& grid = *stream.grids[index];
     while (grid.resident.size() < policy_.window && admit(grid)) {
     }
     while (run_ready() || step() || start_late() || deliver_lazy()) {
     }
-    for (const auto& cluster : grid.resident) {
-        for (const auto& block : cluster->blocks) {
-            if (!block->triggered && block->live > 0) return;
-        }
+    if (lets_successor(grid)) start_early(stream, index + 1);
+}
+
+// Starts a successor that takes flags from the grid under way, once every block of that has let it.
+void Machine::start_follower(Stream& stream) {
+    if (stream.current + 1 >= stream.grids.size() || policy_.early_successor == 0) return;
+    const Grid& ahead = *stream.grids[stream.current];
+    Grid& grid = *stream.grids[stream.current + 1];
+    if (!grid.takes_flags || grid.started > 0 || ahead.started < ahead.clusters || !lets_successor(ahead)) return;
+    while (grid.resident.size() < policy_.window && admit(grid)) {
     }
-    start_early(stream, index + 1);
 }
 
 cudaError_t Machine::submit(std::unique_ptr<Grid> grid) {

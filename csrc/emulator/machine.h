@@ -144,7 +144,7 @@ struct Cluster {
 struct Grid {
     dim3 grid, block, cluster;
     size_t shared_bytes = 0;
-    bool programmatic = false;
+    bool programmatic = false, takes_flags = false;
     int blocks_together = 1;
     const void* stream = nullptr;
     uint64_t priority = 0;  // of its stream's threads, where they have one
@@ -254,6 +254,7 @@ class Machine {
     void begin(Stream& stream);
     void run_until_complete(std::vector<Stream>& streams);
     void start_early(Stream& stream, size_t index);
+    void start_follower(Stream& stream);
     bool admit_any(std::vector<Stream>& streams);
     bool lose_patience();
     bool run_ready();  // false: nobody can run

@@ -189,6 +189,7 @@ inline void grid_dependency_launch() {
 
 // ---- flags between blocks
 
+inline void fence_device() {}
 inline uint32_t load_acquire(const uint32_t* global) {
     emulator::pause();
     return *global;

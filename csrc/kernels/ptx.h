@@ -352,6 +352,11 @@ __device__ __forceinline__ void grid_dependency_launch() {
 
 // ---- flags between blocks (gpu scope)
 
+// This thread's writes before it reach the device before those after it.
+__device__ __forceinline__ void fence_device() {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* global) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(global) : "memory");

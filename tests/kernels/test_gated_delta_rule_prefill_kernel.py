@@ -62,6 +62,30 @@ def test_the_kernels_of_windows_wait_for_each_other(backend, seed):
     assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("multiprocessors", [2, 6, 12])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_scan_takes_chunks_while_others_are_prepared(backend, seed, multiprocessors):
+    """Two multiprocessors leave the scan none of its own, six some after a round of units, twelve from the start."""
+    if backend.emulated is None:
+        pytest.skip("a card takes no seed")
+    results, device = [], emulator()
+    for early in (False, True):
+        torch.manual_seed(11)
+        layer = Layer(backend, published(1), slots=4)
+        layer.prepare(1, 30, pending=2)
+        data = inputs(layer, 1000)
+        arrays = *columns(backend, [Sequence(30, 1000, 1, 2)]), snapshot_rows(backend, [(0, 700, 3)])
+        records = (layer.a_log, layer.dt_bias, layer.state, layer.ring, layer.cursor)
+        call = partial(backend.op("gated_delta_rule_prefill"), *data, *records, *arrays, 1000)
+        device.emulator_multiprocessors(multiprocessors if early else 4)
+        try:
+            out = queued(device, seed, call) if early else call()
+        finally:
+            device.emulator_multiprocessors(4)
+        results.append((out, layer.state[2:].clone()))
+    assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 4), Heads(1, 3), Heads(2, 8), Heads(1, 8)])
 def test_each_value_head_takes_its_key_head(backend, heads):
     layer = Layer(backend, heads, slots=2)

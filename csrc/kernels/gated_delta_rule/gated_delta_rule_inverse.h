@@ -1,4 +1,4 @@
-// The inverse of a unit lower triangular matrix of 64 x 64, by one warpgroup in shared memory: see
+// A = (I + diag(beta) M)^-1 diag(beta) for a strictly lower M of 64 x 64, by one warpgroup in shared memory: see
 // gated_delta_rule_prepare.cu for the algorithm.
 #pragma once
 #include <ptx.h>
@@ -11,8 +11,8 @@ namespace tokenspeed::delta_rule_prefill {
 constexpr int kDiagonalPitch = 20;  // floats; so that a warp reads pairs of eight rows off distinct banks
 
 struct Inverse {                             // in the making, by one warpgroup
-    __half low[kPanel];                      // what rounding to fp16 takes from L, then from A
-    float diagonal[4][16 * kDiagonalPitch];  // a 16 x 16 block of L a warp, then its inverse
+    __half low[kPanel];                      // what rounding to fp16 takes from M, then from A
+    float diagonal[4][16 * kDiagonalPitch];  // a 16 x 16 block of L = diag(beta) M a warp, then A's
 };
 
 template <typename T>
@@ -40,22 +40,24 @@ struct Thread {
         : warp(ptx::warp_id() % 4), lane(__shfl_sync(0xffffffffu, threadIdx.x % 32, threadIdx.x % 32)) {}
 };
 
-// (I + L)^-1 of the warp's diagonal block in place, by substitution in fp32: one column a lane, both halves of the warp
-// alike.
-__device__ __forceinline__ void invert_diagonal(const Thread& thread, float* block) {
+// L -> A of the warp's diagonal block in place, by substitution in fp32: one column a lane, both halves of the warp
+// alike. `beta` is the block's.
+__device__ __forceinline__ void invert_diagonal(const Thread& thread, float* block, const float* beta) {
     const int column = thread.lane % 16;
     float x[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-        x[i] = i == column ? 1.0f : 0.0f;
+        x[i] = i == column ? beta[column] : 0.0f;
+        float odd = 0;  // two sums, each half as long a chain
 #pragma unroll
         for (int k = 0; k < i; k += 4) {
             const float4 row = *reinterpret_cast<const float4*>(block + i * kDiagonalPitch + k);
             x[i] -= row.x * x[k];
-            if (k + 1 < i) x[i] -= row.y * x[k + 1];
+            if (k + 1 < i) odd += row.y * x[k + 1];
             if (k + 2 < i) x[i] -= row.z * x[k + 2];
-            if (k + 3 < i) x[i] -= row.w * x[k + 3];
+            if (k + 3 < i) odd += row.w * x[k + 3];
         }
+        x[i] -= odd;
     }
     __syncwarp();
     if (thread.lane < 16) {
@@ -65,7 +67,8 @@ __device__ __forceinline__ void invert_diagonal(const Thread& thread, float* blo
     __syncwarp();
 }
 
-// A 16 x 16 block of products, or of A: to the tiles of the high and of the low parts.
+// A 16 x 16 block of A: to the tile of the high parts, and to that of the low ones where a product will read it.
+template <bool kLow>
 __device__ __forceinline__ void store_block(const Thread& thread, const float (&d)[2][4], HeadTiles& head,
                                             Inverse& inverse, int row_block, int column_block) {
     const int lane = thread.lane;
@@ -74,7 +77,7 @@ __device__ __forceinline__ void store_block(const Thread& thread, const float (&
         const Split split(d[i / 2][i % 2 * 2], d[i / 2][i % 2 * 2 + 1]);
         const int row = 16 * row_block + lane / 4 + i % 2 * 8, column = 16 * column_block + lane % 4 * 2 + i / 2 * 8;
         pair_at(head.solve, row, column) = split.high;
-        pair_at(inverse.low, row, column) = split.low;
+        if (kLow) pair_at(inverse.low, row, column) = split.low;
     }
 }
 
@@ -106,22 +109,20 @@ struct Operand {
     }
 };
 
-// The threads of a warpgroup. Constant numbers: for others a block would take all sixteen barriers.
+constexpr uint32_t kTeamBarriers = 3;  // of each team, from barrier 1 on
+
+// The threads of a warpgroup.
 __device__ __forceinline__ void synchronise_group() {
-    if (threadIdx.x < kGroupThreads) {
-        ptx::named_barrier_sync(1, kGroupThreads);
-    } else {
-        ptx::named_barrier_sync(2, kGroupThreads);
-    }
+    ptx::named_barrier_sync(1 + threadIdx.x / kGroupThreads + kTeamBarriers * threadIdx.y, kGroupThreads);
 }
 
-// L -> A = (I + L)^-1 in the tiles of high and low parts, by one warpgroup. Warp i owns block row i; all but the
-// diagonal blocks of L are in the tiles already.
-__device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, Inverse& inverse) {
+// M -> A in the tiles of high and low parts, by one warpgroup. Warp i owns block row i; the blocks below the diagonal
+// ones are in the tiles already.
+__device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, Inverse& inverse, const float* beta) {
     const int warp = thread.warp, lane = thread.lane;
     float* block = inverse.diagonal[warp];
     __syncwarp();
-    invert_diagonal(thread, block);
+    invert_diagonal(thread, block, beta + 16 * warp);
     float d[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -130,7 +131,7 @@ __device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, In
         d[i / 2][i % 2 * 2] = pair.x;
         d[i / 2][i % 2 * 2 + 1] = pair.y;
     }
-    store_block(thread, d, head, inverse, warp, warp);
+    store_block<true>(thread, d, head, inverse, warp, warp);
     Operand diagonal, beside;  // of A: its block (warp, warp), and that left of it in the pair
     diagonal.set(d, 1.0f);
     if (warp % 2 == 1) {
@@ -142,10 +143,10 @@ __device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, In
     if (warp % 2 == 1) {
         float a[2][4] = {};
         beside.multiply(thread, a, head, inverse, warp - 1, warp - 1);
-        store_block(thread, a, head, inverse, warp, warp - 1);
+        store_block<true>(thread, a, head, inverse, warp, warp - 1);
         beside.set(a, 1.0f);
     }
-    Operand lower[2];  // -A22 L21, a block row of the lower half
+    Operand lower[2];  // -A22 M21, a block row of the lower half
     if (warp >= 2) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -163,29 +164,8 @@ __device__ __forceinline__ void invert(const Thread& thread, HeadTiles& head, In
             float a[2][4] = {};
             if (j == 0) lower[0].multiply(thread, a, head, inverse, 0, 0);
             lower[1].multiply(thread, a, head, inverse, 1, j);
-            store_block(thread, a, head, inverse, warp, j);
+            store_block<false>(thread, a, head, inverse, warp, j);
         }
-    }
-}
-
-// Columns of A times beta, so that the scan's right-hand side need not know it; by one warpgroup.
-__device__ __forceinline__ void scale_columns(HeadTiles& head, const Inverse& inverse, const float* beta) {
-    const int thread = threadIdx.x % kGroupThreads, piece = thread % 8;
-    const float4 factors[2] = {*reinterpret_cast<const float4*>(beta + 8 * piece),
-                               *reinterpret_cast<const float4*>(beta + 8 * piece + 4)};
-    const auto scale = [](uint32_t high, uint32_t low, float left, float right) {
-        const float2 x = __half22float2(*reinterpret_cast<const __half2*>(&high));
-        const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&low));
-        return pack<__half>((x.x + y.x) * left, (x.y + y.y) * right);
-    };
-#pragma unroll 1
-    for (int row = thread / 8; row < kChunk; row += kGroupThreads / 8) {
-        if (piece / 2 > row / 16) continue;
-        const uint32_t at = place(row, piece);
-        auto& high = *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(head.solve) + at);
-        const uint4 low = *reinterpret_cast<const uint4*>(reinterpret_cast<const uint8_t*>(inverse.low) + at);
-        high = {scale(high.x, low.x, factors[0].x, factors[0].y), scale(high.y, low.y, factors[0].z, factors[0].w),
-                scale(high.z, low.z, factors[1].x, factors[1].y), scale(high.w, low.w, factors[1].z, factors[1].w)};
     }
 }
 

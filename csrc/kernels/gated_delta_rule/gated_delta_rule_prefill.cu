@@ -66,7 +66,7 @@ using namespace delta_rule_prefill;
 constexpr int kThreads = 384;                              // warpgroups: chain, outputs, and one whose warps move data
 constexpr int kChainRegisters = 240, kMoveRegisters = 40;  // per thread, of 168 at the start
 constexpr int kStages = 3;
-constexpr int kWindowSlots = 128, kLeastWindow = 8;  // chunks of all sequences in a window, and of one at least
+constexpr int kWindowSlots = 260, kLeastWindow = 8;  // chunks of all sequences in a window, and of one at least
 constexpr int kAhead = 6;                            // chunks, of asking memory for them
 constexpr int kWarps = kGroupThreads / 32;
 constexpr uint32_t kOutputBarrier = 1;
@@ -380,6 +380,12 @@ __device__ __forceinline__ void wait_until_empty(Ring& ring, int i) {
     if (i >= kStages) ptx::mbarrier_wait_cluster(&ring.empty[i % kStages], (i / kStages - 1) & 1);
 }
 
+// The flags of the block's chunks, p.key_heads apart.
+__device__ __forceinline__ const uint32_t* ready_of(const GatedDeltaRulePrefill& p, const Work& at,
+                                                    const Window& window) {
+    return window.ready + int64_t{at.slot} * p.key_heads + at.key_head;
+}
+
 // By one thread: the chain's operands. The first block brings what both need, each its own values; chunks further on
 // are asked for from memory.
 __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
@@ -387,17 +393,26 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
     const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head;
     const HeadTiles* heads = window.heads + int64_t{at.slot} * p.value_heads + at.value_head;
+    const uint32_t* ready = ready_of(p, at, window);
+    uint32_t known = 0;  // bit j: the tiles of chunk i + j are there
     const auto ask_for = [&](int i) {
-        if (i >= at.chunks) return;
-        ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)});
-        if (at.rank != 0) return;
-        ptx::bulk_prefetch_l2(keys + int64_t{i} * p.key_heads, sizeof(KeyTiles));
-        ptx::bulk_prefetch_l2(heads + int64_t{i} * p.value_heads, kHeadBytes);
+        if (i < at.chunks) ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)});
     };
     for (int i = 0; i < kAhead; ++i) ask_for(i);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        ask_for(i + kAhead);
+        const int later = i + kAhead;
+        ask_for(later);
+        if (at.rank == 0) {
+            if (later < at.chunks && ptx::load_acquire(ready + int64_t{later} * p.key_heads) == 1) {
+                known |= 1u << kAhead;
+                ptx::bulk_prefetch_l2(keys + int64_t{later} * p.key_heads, sizeof(KeyTiles));
+                ptx::bulk_prefetch_l2(heads + int64_t{later} * p.value_heads, kHeadBytes);
+            }
+            if (known % 2 == 0) ptx::wait_equal(ready + int64_t{i} * p.key_heads, 1);
+            known >>= 1;
+            ptx::fence_async_global();
+        }
         ChainStage& stage = shared.chain[i % kStages];
         uint64_t* full = &shared.chain_ring.full[i % kStages];
         wait_until_empty(shared.chain_ring, i);
@@ -415,10 +430,15 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
 // By one thread: those of the outputs, by the second block for both.
 __device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
                                              Shared& shared) {
+    const uint32_t* ready = ready_of(p, at, window);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
         OutputStage& stage = shared.outputs[i % kStages];
         uint64_t* full = &shared.output_ring.full[i % kStages];
+        if (at.rank != 0) {
+            ptx::wait_equal(ready + int64_t{i} * p.key_heads, 1);
+            ptx::fence_async_global();
+        }
         wait_until_empty(shared.output_ring, i);
         ptx::mbarrier_arrive_expect_tx(full, kOutputBytes);
         if (at.rank == 0) continue;
@@ -446,12 +466,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             ptx::mbarrier_init(barrier, kWarps);
         }
         ptx::fence_mbarrier_init();
+        ptx::load_acquire(window.ready);  // what the first kernel waited for is there; L1 forgets what it was before
     }
     ptx::cluster_sync();
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
     const Work at(p, window);
-    if (at.idle()) return;
+    if (at.idle()) {
+        ptx::grid_dependency_wait();
+        return;
+    }
     const uint32_t group = ptx::warp_id() / kWarps;
     if (group == 0) {
         ptx::register_increase<kChainRegisters>();
@@ -464,6 +486,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint32_t warp = ptx::warp_id() % kWarps, lane = threadIdx.x % 32;
         if (warp == 0 && lane == 0) load_chain(p, at, window, rows, shared);
         if (warp == 1 && lane == 0) load_outputs(p, at, window, shared);
+        if (warp == 2) {  // who waits for this grid waits for the first kernel too
+            ptx::grid_dependency_wait();
+            ptx::grid_dependency_launch();
+        }
         leave_cluster();
     }
 }
@@ -488,13 +514,14 @@ int64_t max_slots(const GatedDeltaRulePrefill& p, int first) {
 
 // How the workspace is laid out: the tiles of a window, then what sequences carry from one to the next.
 struct Workspace {
-    int64_t keys, carry, bytes;  // bytes of the key tiles, of all tiles, of all
+    int64_t keys, heads, carry, bytes;  // bytes of the key tiles, of all tiles, of these and the flags, of all
 
     explicit Workspace(const GatedDeltaRulePrefill& p) {
         const int64_t slots = max_slots(p, 0), distance = Window::carry_distance(window_chunks(p));
         const bool one = max_chunks(p.longest) <= window_chunks(p);
         keys = slots * p.key_heads * sizeof(KeyTiles);
-        carry = keys + slots * p.value_heads * sizeof(HeadTiles);
+        heads = keys + slots * p.value_heads * sizeof(HeadTiles);
+        carry = heads + (slots * p.key_heads * sizeof(uint32_t) / 16 + 1) * 16;
         bytes = carry + (one ? 0 : p.tokens / distance + 1) * p.value_heads * kDim * kDim * sizeof(float);
     }
 };
@@ -530,18 +557,20 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
                               .shared_bytes = sizeof(Shared),
                               .stream = stream,
                               .cluster = dim3(kDim / kColumns),
-                              .programmatic = true};
+                              .programmatic = true,
+                              .takes_flags = true};
     const Workspace layout(p);
     auto* workspace = static_cast<uint8_t*>(p.workspace);
-    const int chunks = window_chunks(p);
-    for (int first = 0; first == 0 || first < max_chunks(p.longest); first += chunks) {
+    const int chunks = window_chunks(p), longest = max_chunks(p.longest);
+    for (int first = 0; first == 0 || first < longest; first += chunks) {
         const Window window{.first = first,
                             .chunks = chunks,
                             .slots = static_cast<int>(max_slots(p, first)),
                             .keys = reinterpret_cast<KeyTiles*>(workspace),
                             .heads = reinterpret_cast<HeadTiles*>(workspace + layout.keys),
+                            .ready = reinterpret_cast<uint32_t*>(workspace + layout.heads),
                             .carry = reinterpret_cast<float*>(workspace + layout.carry)};
-        auto status = gated_delta_rule_prepare(p, rows, window, stream);
+        auto status = gated_delta_rule_prepare(p, rows, window, std::min(chunks, longest - first), stream);
         if (status == cudaSuccess) status = launch(prefill_kernel, config, p, rows, window);
         if (status != cudaSuccess) return status;
     }

@@ -68,6 +68,7 @@ struct Window {
     int slots;         // at most
     KeyTiles* keys;    // [slots, key_heads]
     HeadTiles* heads;  // [slots, value_heads]
+    uint32_t* ready;   // [slots, key_heads], 1: these tiles are there
     float* carry;      // [sequences that may reach beyond a window, value_heads, 128, 128]
 
     // Chunks of a sequence in the window.
@@ -134,8 +135,9 @@ __device__ __forceinline__ void load_block(int lane, uint32_t (&b)[4], const __h
     ptx::ldmatrix_x4_transposed(b, ptx::shared_address(tile) + place(row, piece));
 }
 
-// gated_delta_rule_prepare.cu: `rows` are boxes of 64 rows of 64 elements of qkv.
+// gated_delta_rule_prepare.cu: `rows` are boxes of 64 rows of 64 elements of qkv. The scan that follows has `chunks` of
+// one sequence at most.
 cudaError_t gated_delta_rule_prepare(const GatedDeltaRulePrefill& p, const CUtensorMap& rows, const Window& window,
-                                     cudaStream_t stream);
+                                     int chunks, cudaStream_t stream);
 
 }  // namespace tokenspeed::delta_rule_prefill

@@ -31,24 +31,43 @@ namespace {
 
 using namespace delta_rule_prefill;
 
-constexpr int kWorkers = 2 * kGroupThreads, kThreads = 3 * kGroupThreads;
-constexpr int kBlocksTogether = 2;                         // on a multiprocessor
-constexpr int kWorkRegisters = 104, kAheadRegisters = 32;  // per thread, of 80 at the start
-constexpr uint32_t kWorkersBarrier = 3;                    // 1 and 2 are the warpgroups'
+constexpr int kWorkers = 2 * kGroupThreads, kThreads = 3 * kGroupThreads;  // of a team
+constexpr int kTeams = 2;                                                  // of a block, which fills a multiprocessor
+constexpr int kWorkRegisters = 104, kAheadRegisters = 32;                  // per thread, of 80 at the start
+constexpr uint32_t kWorkersBarrier = 3;                                    // of a team; 1 and 2 are its warpgroups'
+constexpr int kCluster = 2;  // as the scan's, so that what a cluster leaves takes one of those
+// The scan does as many chunks in the time of a team's turn with one or two value heads.
+constexpr int kChunksOfTurn = 9;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
+
+// How units, a slot and a key head each, are dealt out in the order in which the scan wants them: one to every team in
+// each of so many rounds, the rest to the first teams alone. The other blocks leave their multiprocessors to the scan.
+struct Deal {
+    int units, rounds, lasting;
+    int heads;  // value heads of a key head
+
+    // What a team takes in its turn; at least `units`: nothing any more.
+    __device__ __forceinline__ int unit(int turn) const {
+        const int team = blockIdx.x * kTeams + threadIdx.y, teams = gridDim.x * kTeams;
+        if (turn < rounds) return team + turn * teams;
+        return team < lasting ? rounds * teams + (turn - rounds) * lasting + team : units;
+    }
+};
 
 struct alignas(16) Gates {  // of a value head
     float total[kChunk], beta[kChunk];
 };
 
 struct Ahead {       // what the third warpgroup leaves
+    int turn;        // kept here, for the workers lack registers
+    int unit;        // slot * key heads + key head
     int begin, end;  // the places of the chunk that the sequence fills; 0, 0: no chunk, and none after it
     Gates gates[kMaxValueHeadsPerKeyHead];
 };
 
-struct Shared {
+struct Shared {          // of a team
     KeyTiles keys;       // raw rows in bf16 first
     HeadTiles heads[2];  // a pair of value heads
     Inverse inverses[2];
@@ -110,7 +129,7 @@ __device__ __forceinline__ void store_factors(const Gates& gates, const Shared& 
     if (token == kChunk - 1) factors.decay[0] = from_start;
 }
 
-// By the whole block: the parts above the diagonal blocks, which stay zero from here on.
+// By the whole team: the parts above the diagonal blocks, which stay zero from here on.
 __device__ __forceinline__ void clear_upper(HeadTiles& head) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kChunk * kChunk / 8; i += kThreads) {
@@ -143,14 +162,14 @@ struct Decays {
     }
 };
 
-// k k^T -> L, strictly lower, in fp16 pairs; the diagonal blocks in fp32 too. All rows of a thread lie in the block row
-// of its warp.
+// k k^T -> M below the diagonal blocks, in fp16 pairs, and L = diag(beta) M in these blocks, in fp32. All rows of a
+// thread lie in the block row of its warp.
 __device__ __forceinline__ void store_lower(const Thread& thread, const float (&kk)[32], const Gates& gates,
                                             const float* key_scale, HeadTiles& head, Inverse& inverse) {
     const int warp = thread.warp;
     Decays decays(thread, gates.total);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) decays.scale[h] = gates.beta[decays.row[h]] * key_scale[decays.row[h]];
+    for (int h = 0; h < 2; ++h) decays.scale[h] = key_scale[decays.row[h]];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         if (j / 2 > warp) continue;
@@ -161,11 +180,13 @@ __device__ __forceinline__ void store_lower(const Thread& thread, const float (&
         for (int h = 0; h < 2; ++h) {
             const int row = decays.row[h];
             const float2 lower = decays.apply(kk + 4 * j + 2 * h, totals, scales, h, column);
-            const Split split(lower.x, lower.y);
-            pair_at(head.solve, row, column) = split.high;
-            pair_at(inverse.low, row, column) = split.low;
             if (j / 2 == warp) {
-                *reinterpret_cast<float2*>(inverse.diagonal[warp] + row % 16 * kDiagonalPitch + column % 16) = lower;
+                *reinterpret_cast<float2*>(inverse.diagonal[warp] + row % 16 * kDiagonalPitch + column % 16) =
+                    float2{gates.beta[row] * lower.x, gates.beta[row] * lower.y};
+            } else {
+                const Split split(lower.x, lower.y);
+                pair_at(head.solve, row, column) = split.high;
+                pair_at(inverse.low, row, column) = split.low;
             }
         }
     }
@@ -248,23 +269,25 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
     gates.total[2 * lane + 1] = through;
 }
 
-// The slots of a block, one after the other.
-__device__ __forceinline__ int slot_of(int turn) {
-    return blockIdx.y + turn * gridDim.y;
+// Tells the scan that the tiles of a unit are there: by the thread whose copies have written them.
+__device__ __forceinline__ void publish(const Window& window, int unit) {
+    ptx::fence_async_global();
+    ptx::store_release(window.ready + unit, 1);
 }
 
-// The third warpgroup: rows and gates of the block's chunks, a head a warp.
-__device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const Window& window, const CUtensorMap& rows,
-                                          Shared& shared) {
-    const int key_head = blockIdx.x, heads = p.value_heads / p.key_heads;
-    const int query = key_head * kDim, key = query + p.key_heads * kDim;
+// The third warpgroup: rows and gates of the team's chunks, a head a warp.
+__device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const Window& window, const Deal& deal,
+                                          const CUtensorMap& rows, Shared& shared) {
+    const int heads = deal.heads;
 #pragma unroll 1
     for (int turn = 0;; ++turn) {
-        const int slot = slot_of(turn);
+        const int unit = deal.unit(turn), slot = unit / p.key_heads, key_head = unit - slot * p.key_heads;
+        const int query = key_head * kDim, key = query + p.key_heads * kDim;
         Ahead& ahead = shared.ahead[turn % 2];
-        const Place place(p, window, slot < window.slots ? slot : INT32_MAX);
+        const Place place(p, window, unit < deal.units ? slot : INT32_MAX);
         if (turn > 0) ptx::mbarrier_wait(&shared.empty, (turn - 1) & 1);
         const bool first_lane = threadIdx.x % 32 == 0, first_thread = threadIdx.x == kWorkers;
+        if (first_thread) ahead.turn = turn;
         if (place.sequence < 0) {
             if (first_thread) ahead.begin = ahead.end = 0;
             if (first_lane) ptx::mbarrier_arrive(&shared.full);
@@ -281,6 +304,7 @@ __device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const 
                 ptx::tma_load(shared.keys.key + offset, &rows, &shared.full, {key + column, row});
                 ptx::tma_load(shared.keys.query + offset, &rows, &shared.full, {query + column, row});
             }
+            ahead.unit = unit;
             ahead.begin = begin;
             ahead.end = end;
         }
@@ -294,25 +318,30 @@ __device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const 
 }
 
 __device__ __forceinline__ void synchronise_workers() {
-    ptx::named_barrier_sync(kWorkersBarrier, kWorkers);
+    ptx::named_barrier_sync(kWorkersBarrier + kTeamBarriers * threadIdx.y, kWorkers);
 }
 
 // The two warpgroups.
-__device__ __forceinline__ void work(const GatedDeltaRulePrefill& p, const Window& window, Shared& shared) {
-    const int group = ptx::warp_id() / 4, key_head = blockIdx.x, heads = p.value_heads / p.key_heads;
+__device__ __forceinline__ void work(const Deal& deal, const Window& window, Shared& shared) {
+    const int group = ptx::warp_id() / 4, heads = deal.heads;
 #pragma unroll 1
-    for (int turn = 0;; ++turn) {
+    for (int turn = 0;;) {
         const Ahead& ahead = shared.ahead[turn % 2];
         ptx::mbarrier_wait(&shared.full, turn & 1);
-        if (ahead.end == 0) break;
+        if (ahead.end == 0) {
+            if (threadIdx.x == 0 && ahead.turn > 0) {
+                ptx::bulk_wait<0>();
+                publish(window, deal.unit(ahead.turn - 1));
+            }
+            return;
+        }
         normalise_rows(group == 0 ? shared.keys.key : shared.keys.query, ahead.begin, ahead.end,
                        group == 0 ? shared.key_scale : shared.query_scale, group == 0 ? 1.0f : kQueryScale);
         ptx::fence_async_shared();
         if (threadIdx.x == 0) ptx::bulk_wait_read<0>();  // the tiles of the heads may be written again
         synchronise_workers();
         if (threadIdx.x == 0) {
-            ptx::bulk_store(window.keys + int64_t{slot_of(turn)} * p.key_heads + key_head, &shared.keys,
-                            sizeof(KeyTiles));
+            ptx::bulk_store(window.keys + ahead.unit, &shared.keys, sizeof(KeyTiles));
             ptx::bulk_commit();
         }
 #pragma unroll 1
@@ -337,6 +366,10 @@ __device__ __forceinline__ void work(const GatedDeltaRulePrefill& p, const Windo
                 multiply_rows(products, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.key));
                 ptx::wgmma_wait<0>(products);
             }
+            if (first == 0 && threadIdx.x == 0 && ahead.turn > 0) {
+                ptx::bulk_wait<1>();  // all but this turn's keys
+                publish(window, deal.unit(ahead.turn - 1));
+            }
             if (first + 2 >= heads) {  // all products are made
                 if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
                 synchronise_workers();
@@ -345,28 +378,26 @@ __device__ __forceinline__ void work(const GatedDeltaRulePrefill& p, const Windo
             if (mine) {
                 const Gates& gates = ahead.gates[first + group];
                 store_lower(Thread(), products, gates, shared.key_scale, tiles, shared.inverses[group]);
-                invert(Thread(), tiles, shared.inverses[group]);
-                synchronise_group();
-                scale_columns(tiles, shared.inverses[group], gates.beta);
+                invert(Thread(), tiles, shared.inverses[group], gates.beta);
             }
             ptx::fence_async_shared();
             synchronise_workers();
             if (threadIdx.x == 0) {
-                HeadTiles* out = window.heads + int64_t{slot_of(turn)} * p.value_heads + key_head * heads + first;
+                HeadTiles* out = window.heads + int64_t{ahead.unit} * heads + first;
                 ptx::bulk_store(out, &shared.heads[0], kHeadBytes);
                 if (first + 1 < heads) ptx::bulk_store(out + 1, &shared.heads[1], kHeadBytes);
                 ptx::bulk_commit();
             }
         }
+        turn = ahead.turn + 1;
     }
-    if (threadIdx.x == 0) ptx::bulk_wait<0>();
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksTogether)
+__global__ void __launch_bounds__(kTeams* kThreads, 1)
     prepare_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
-                   const __grid_constant__ Window window) {
+                   const __grid_constant__ Window window, const __grid_constant__ Deal deal) {
     DYNAMIC_SHARED(storage);
-    auto& shared = *reinterpret_cast<Shared*>(storage);
+    auto& shared = reinterpret_cast<Shared*>(storage)[threadIdx.y];
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&rows);
         ptx::mbarrier_init(&shared.full, 4);
@@ -375,30 +406,45 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether)
     }
 #pragma unroll 1
     for (HeadTiles& head : shared.heads) clear_upper(head);
-    __syncthreads();
     ptx::grid_dependency_wait();
+    // The scan starts once all blocks have let it, so it finds no flag of an earlier use of the workspace.
+    for (int turn = threadIdx.x; deal.unit(turn) < deal.units; turn += kThreads) window.ready[deal.unit(turn)] = 0;
+    ptx::fence_device();
+    __syncthreads();
     ptx::grid_dependency_launch();
     if (ptx::warp_id() < kWorkers / 32) {
         ptx::register_increase<kWorkRegisters>();
-        work(p, window, shared);
+        work(deal, window, shared);
     } else {
         ptx::register_decrease<kAheadRegisters>();
-        run_ahead(p, window, rows, shared);
+        run_ahead(p, window, deal, rows, shared);
     }
 }
 
 }  // namespace
 
 cudaError_t delta_rule_prefill::gated_delta_rule_prepare(const GatedDeltaRulePrefill& p, const CUtensorMap& rows,
-                                                         const Window& window, cudaStream_t stream) {
-    const int resident = std::max(kBlocksTogether * multiprocessor_count() / p.key_heads, 1);
-    const LaunchConfig config{.grid = dim3(p.key_heads, std::min(window.slots, resident)),
-                              .block = kThreads,
-                              .shared_bytes = sizeof(Shared),
+                                                         const Window& window, int chunks, cudaStream_t stream) {
+    const int all = std::max(multiprocessor_count() / kCluster, 1) * kCluster;
+    const int64_t scanning = int64_t{kDim / kColumns} * p.value_heads * p.sequences;
+    const int beside = static_cast<int>(std::max<int64_t>(all - scanning, 0) / kCluster * kCluster);  // the scan
+    Deal deal{.units = window.slots * p.key_heads,
+              .rounds = 0,
+              .lasting = kTeams * beside,
+              .heads = p.value_heads / p.key_heads};
+    const int pairs = (deal.heads + 1) / 2;
+    const int64_t first = std::max(deal.units, 1) - int64_t{deal.lasting} * chunks / (kChunksOfTurn * pairs);
+    if (first > 0) deal.rounds = static_cast<int>((first - 1) / (kTeams * all) + 1);
+    const int needed = (std::max(deal.units, 1) + kTeams * kCluster - 1) / (kTeams * kCluster) * kCluster;
+    const int blocks = std::min(deal.rounds > 0 ? all : beside, needed);
+    deal.lasting = std::min(deal.lasting, kTeams * blocks);
+    const LaunchConfig config{.grid = static_cast<uint32_t>(blocks),
+                              .block = dim3(kThreads, kTeams),
+                              .shared_bytes = kTeams * sizeof(Shared),
                               .stream = stream,
-                              .programmatic = true,
-                              .blocks_together = kBlocksTogether};
-    return launch(prepare_kernel, config, p, rows, window);
+                              .cluster = kCluster,
+                              .programmatic = true};
+    return launch(prepare_kernel, config, p, rows, window, deal);
 }
 
 }  // namespace tokenspeed
