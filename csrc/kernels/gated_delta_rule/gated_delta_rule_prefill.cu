@@ -82,6 +82,7 @@ struct OutputStage {
     __half query[2 * kPanel], attention[kPanel];
     alignas(1024) float factors[kChunk];
 };
+constexpr uint64_t kSolveStep = (offsetof(ChainStage, solve) - offsetof(ChainStage, key)) >> 4;  // of descriptors
 constexpr uint32_t kChainBytes = offsetof(ChainStage, factors) + sizeof(TokenFactors);
 constexpr uint32_t kOutputBytes = offsetof(OutputStage, factors) + sizeof(OutputStage::factors);
 
@@ -186,17 +187,22 @@ __device__ __forceinline__ void release_stage(Ring& ring, int i) {
     if (threadIdx.x % 32 < 2) ptx::mbarrier_arrive_cluster_relaxed(&ring.empty[i % kStages], threadIdx.x % 32);
 }
 
-// The values of a chunk, bf16, of a thread's two rows and eight pairs of tokens.
-__device__ __forceinline__ void load_values(const Work& at, int chunk, const ChainStage& stage,
-                                            uint32_t (&values)[8][2]) {
+// The values of a chunk, of a thread's two rows and eight pairs of tokens: as an accumulator has them.
+__device__ __forceinline__ void load_values(const Work& at, int chunk, const ChainStage& stage, float (&values)[32]) {
+    uint32_t pairs[8][2];
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
         uint32_t blocks[4];
         ptx::ldmatrix_x4_transposed(blocks, columns_of_warp(stage.value, j));
 #pragma unroll
-        for (int b = 0; b < 4; ++b) values[j + b / 2][b % 2] = blocks[b];
+        for (int b = 0; b < 4; ++b) pairs[j + b / 2][b % 2] = blocks[b];
     }
-    if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(values, at.begin(chunk), at.end(chunk));
+    if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(pairs, at.begin(chunk), at.end(chunk));
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        values[2 * i] = __uint_as_float(pairs[i / 2][i % 2] << 16);
+        values[2 * i + 1] = __uint_as_float(pairs[i / 2][i % 2] & 0xffff0000u);
+    }
 }
 
 // The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
@@ -205,10 +211,10 @@ __device__ __forceinline__ void load_values(const Work& at, int chunk, const Cha
 __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
                                      Shared& shared) {
     const Lane lane;
-    float s[64], x[32];
-    uint32_t values[8][2];
+    float s[64], x[32], updates[32], values[32];
     load_state(p, at, window, s);
     int snapshot = next_snapshot(p, at, at.first_token(at.first));
+    uint64_t keys = panel_descriptor(shared.chain[0].key);  // of the chunk
     if (at.chunks > 0) {
         ptx::mbarrier_wait(&shared.chain_ring.full[0], 0);
         load_values(at, at.first, shared.chain[0], values);
@@ -218,20 +224,22 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         const ChainStage& stage = shared.chain[i % kStages];
         const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
-        const bool taken = i == 0 || ptx::mbarrier_test(&shared.taken, (i - 1) & 1);
         uint32_t state[8][4];
-#pragma unroll
-        for (int k = 0; k < 32; ++k) state[k / 4][k % 4] = ptx::pack_half_saturating(s[2 * k], s[2 * k + 1]);
         ptx::wgmma_fence(x);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            ptx::wgmma<__half, 64>(x, state[k], panel_descriptor(stage.key) + step_of_panels(k), k > 0);
+        for (int k = 0; k < 8; ++k) {  // operands are made while the matrix unit has those before them
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                state[k][i] = ptx::pack_half_saturating(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+            }
+            ptx::wgmma_fence();
+            ptx::wgmma<__half, 64>(x, state[k], keys + step_of_panels(k), k > 0);
         }
         ptx::wgmma_commit();
         float2 weights[8];
         load_factors(weights, factors.carried);
         if (i > 0) release_stage(shared.chain_ring, i - 1);
-        if (!taken) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
+        if (i > 0) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             shared.state[k][threadIdx.x] = uint4{state[k][0], state[k][1], state[k][2], state[k][3]};
@@ -240,54 +248,52 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
         }
+        const float decay = factors.decay[0];
         ptx::wgmma_wait<0>(x);
 
         // The right-hand side v - e^G S k, transposed, and V' = A diag(beta) times it.
         uint32_t operand[4][4];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float left = __uint_as_float(values[j][h] << 16);
-                const float right = __uint_as_float(values[j][h] & 0xffff0000u);
-                operand[j / 2][j % 2 * 2 + h] = ptx::pack_half_saturating(left - weights[j].x * x[4 * j + 2 * h],
-                                                                          right - weights[j].y * x[4 * j + 2 * h + 1]);
-            }
-        }
-        ptx::wgmma_fence(x);
+        ptx::wgmma_fence(updates);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 64>(x, operand[k], panel_descriptor(stage.solve) + step_of_panels(k), k > 0);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 weight = weights[2 * k + i / 2];
+                const int at = 8 * k + 2 * i;
+                operand[k][i] =
+                    ptx::pack_half_saturating(values[at] - weight.x * x[at], values[at + 1] - weight.y * x[at + 1]);
+            }
+            ptx::wgmma_fence();
+            ptx::wgmma<__half, 64>(updates, operand[k], keys + kSolveStep + step_of_panels(k), k > 0);
+#pragma unroll
+            for (int i = 0; k < 2 && i < 32; ++i) s[32 * k + i] *= decay;
         }
         ptx::wgmma_commit();
         load_factors(weights, factors.to_end);
-        const float decay = factors.decay[0];
-#pragma unroll
-        for (int k = 0; k < 64; ++k) s[k] *= decay;
         const int next = i + 1 < at.chunks ? i + 1 : i;
         const bool full = ptx::mbarrier_test(&shared.chain_ring.full[next % kStages], next / kStages & 1);
-        ptx::wgmma_wait<0>(x);
+        ptx::wgmma_wait<0>(updates);
 
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                operand[j / 2][j % 2 * 2 + h] =
-                    ptx::pack_half_saturating(x[4 * j + 2 * h] * weights[j].x, x[4 * j + 2 * h + 1] * weights[j].y);
-            }
-        }
         ptx::wgmma_fence(s);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            ptx::wgmma<__half, 128, true>(s, operand[k], panel_descriptor(stage.key) + (k * 16 * 128 >> 4), true);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 weight = weights[2 * k + i / 2];
+                const int at = 8 * k + 2 * i;
+                operand[k][i] = ptx::pack_half_saturating(updates[at] * weight.x, updates[at + 1] * weight.y);
+            }
+            ptx::wgmma_fence();
+            ptx::wgmma<__half, 128, true>(s, operand[k], keys + (k * 16 * 128 >> 4), true);
         }
         ptx::wgmma_commit();
+        keys = panel_descriptor(shared.chain[next % kStages].key);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            shared.update[k][threadIdx.x] = uint4{ptx::pack_half_saturating(x[8 * k], x[8 * k + 1]),
-                                                  ptx::pack_half_saturating(x[8 * k + 2], x[8 * k + 3]),
-                                                  ptx::pack_half_saturating(x[8 * k + 4], x[8 * k + 5]),
-                                                  ptx::pack_half_saturating(x[8 * k + 6], x[8 * k + 7])};
+            shared.update[k][threadIdx.x] = uint4{ptx::pack_half_saturating(updates[8 * k], updates[8 * k + 1]),
+                                                  ptx::pack_half_saturating(updates[8 * k + 2], updates[8 * k + 3]),
+                                                  ptx::pack_half_saturating(updates[8 * k + 4], updates[8 * k + 5]),
+                                                  ptx::pack_half_saturating(updates[8 * k + 6], updates[8 * k + 7])};
         }
         arrive_with_warp(&shared.update_given);
         if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[next % kStages], next / kStages & 1);
@@ -296,7 +302,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
 
         if (snapshot <= last) {
             for_snapshots(p, at, first, last, [&](int count, int slot) {
-                finish_snapshot(stage, x, count - 1 - first, state_of(p, at, slot));
+                finish_snapshot(stage, updates, count - 1 - first, state_of(p, at, slot));
                 if (threadIdx.x == 0 && at.column == 0) p.cursor[slot * p.cursor_stride + at.value_head] = count;
             });
             snapshot = next_snapshot(p, at, last);
