@@ -5,7 +5,8 @@
 // of differences (Yang et al. 2024):
 //     L = strict_lower(beta_i k_i.k_j e^{G_i - G_j}),  A = (I + L)^-1,  P = lower(q_i.k_j e^{G_i - G_j}) dk^-0.5
 //     V' = A beta (V - e^G K S^T),  O = e^G dk^-0.5 Q S^T + P V',  S <- e^{G_end} S + V'^T (e^{G_end - G} K)
-// Everything but the three products with S depends on the chunk alone: a first kernel makes it for all chunks at once.
+// Everything but the three products with S depends on the chunk alone: a first kernel makes it, and this one takes
+// chunks as their flags say that they are there (docs/kernels/gdn_prefill.md).
 // What is serial is the chain over chunks, so it works on S itself, [value columns x 128] in fp32 registers: rounded to
 // fp16 it is the A operand of S K^T, whose result, combined with the values, is the A operand of the product with A^T,
 // and that of V'^T K, accumulated onto S. Nothing on the chain waits for shared memory but for what was made before.
@@ -17,8 +18,9 @@
 // counts as zero). Three stages for the chain, 34 KB each, and three for the outputs, 25 KB each.
 //
 // Windows. The first kernel fills a workspace of some chunks of every sequence, the scan consumes it, and so on; a
-// sequence that goes on leaves its state in the workspace. Few windows: an earlier form with two workspaces, where
-// under programmatic launch one was filled beside the scan of the other, gained nothing from 16 to 130 chunks a window.
+// sequence that goes on leaves its state in the workspace. Within a window the two run beside each other: the scan
+// starts once all blocks of the first kernel have, on what multiprocessors they leave. It waits for that kernel's end
+// only to let the next grid start. Two workspaces, one filled beside the scan of the other, had gained nothing.
 //
 // Snapshots. V' is causal, so the state after token p is e^{G_p} S + sum_{t <= p} e^{G_p - G_t} v'_t k_t^T: the chain
 // stores S as it enters the chunk and adds that sum afterwards, with mma.sync. Its own values pass by untouched:
@@ -33,7 +35,7 @@
 // of 32 heads, 4.3 TB/s; the workspace, written and read, is 290 MB more there. Flops: 164 k a token and head, 56 us.
 // The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190, V' to fp16 110, update 320: 1,150.
 //
-// Measured on an H100, with the preparation: heads 16:32, 1 x 512 tokens 33 us, 1 x 2048 78 us, 1 x 8192 252 us, 1 x
+// Measured on an H100, one kernel after the other: heads 16:32, 1 x 512 tokens 33 us, 1 x 2048 78 us, 1 x 8192 252 us, 1 x
 // 32768 963 us; 16:64, 1 x 8192 371 us, 4 x 8192 1.41 ms; 16:16, 1 x 8192 234 us; 16:32, 16 x 128 102 us. The scan
 // takes 1.2 us a chunk, 2,050 cycles: without the products of the outputs 1.05, without anything of theirs 1.0. So the
 // chain's own instructions count, one warp a scheduler, each waiting for the one before, and shared memory, which 150
