@@ -35,8 +35,8 @@
 // of 32 heads, 4.3 TB/s; the workspace, written and read, is 290 MB more there. Flops: 164 k a token and head, 56 us.
 // The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190, V' to fp16 110, update 320: 1,150.
 //
-// Measured on an H100, one kernel after the other: heads 16:32, 1 x 512 tokens 33 us, 1 x 2048 78 us, 1 x 8192 252 us, 1 x
-// 32768 963 us; 16:64, 1 x 8192 371 us, 4 x 8192 1.41 ms; 16:16, 1 x 8192 234 us; 16:32, 16 x 128 102 us. The scan
+// Measured on an H100, one kernel after the other: heads 16:32, 1 x 512 tokens 33 us, 1 x 2048 78 us, 1 x 8192 252 us,
+// 1 x 32768 963 us; 16:64, 1 x 8192 371 us, 4 x 8192 1.41 ms; 16:16, 1 x 8192 234 us; 16:32, 16 x 128 102 us. The scan
 // takes 1.2 us a chunk, 2,050 cycles: without the products of the outputs 1.05, without anything of theirs 1.0. So the
 // chain's own instructions count, one warp a scheduler, each waiting for the one before, and shared memory, which 150
 // KB a chunk keep busy for 1,200 cycles. With 64 heads memory counts: without the stores of outputs 80 us less. Next:

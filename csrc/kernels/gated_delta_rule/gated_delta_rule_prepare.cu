@@ -1,14 +1,15 @@
 // Ahead of the scan of gated_delta_rule_prefill.cu and beside it: what follows from a chunk of 64 tokens alone. See
 // there for the algorithm and for what the tiles hold, docs/kernels/gdn_prefill.md for how the two share the device.
 //
-// A block is two teams. A team takes chunks of key heads in turn: unit keys and queries as fp16 in place of the raw rows, and then, for
-// each value head of the key head, L and P from k k^T, k q^T (wgmma) and the head's decays, and A = (I + L)^-1 diag(beta). Two
-// heads at a time: each of two warpgroups makes P of one and A of the other. A third runs ahead: it brings the rows by
-// TMA and computes the gates. Finished tiles leave by bulk stores, in the layout that the scan's bulk loads find again.
+// A block is two teams. A team takes chunks of key heads in turn: unit keys and queries as fp16 in place of the raw
+// rows, and then, for each value head of the key head, L and P from k k^T, k q^T (wgmma) and the head's decays, and A =
+// (I + L)^-1 diag(beta). Two heads at a time: each of two warpgroups makes P of one and A of the other. A third runs
+// ahead: it brings the rows by TMA and computes the gates. Finished tiles leave by bulk stores, in the layout that the
+// scan's bulk loads find again.
 //
 // The inverse, by blocks of 16 x 16: diagonal blocks by substitution in fp32, a warp each, then pairs of blocks (32 x
-// 32), then pairs of these: with L = diag(beta) M, A21 = -(A22 M21) A11, both factors in fp16 pairs (high and low part), the product in
-// brackets from registers to registers.
+// 32), then pairs of these: with L = diag(beta) M, A21 = -(A22 M21) A11, both factors in fp16 pairs (high and low
+// part), the product in brackets from registers to registers.
 //
 // Bytes: raw q and k once, 512 a token and key head, and out as many; per value head 16 KB of tiles and 1.8 KB of
 // factors a chunk: 208 MB at 8192 tokens of 16:32 heads, 69 us at 3 TB/s.
