@@ -30,7 +30,7 @@ EXPERTS = {
     "num_experts": 256,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128,
+    "shared_expert_intermediate_size": 256,  # two ranks have a block of FP8 each
 }
 # model, its drafts, and the ranks
 CASES = [

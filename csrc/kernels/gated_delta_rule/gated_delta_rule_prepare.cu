@@ -38,7 +38,7 @@ constexpr int kWorkRegisters = 104, kAheadRegisters = 32;                  // pe
 constexpr uint32_t kWorkersBarrier = 3;                                    // of a team; 1 and 2 are its warpgroups'
 constexpr int kCluster = 2;  // as the scan's, so that what a cluster leaves takes one of those
 // The scan does as many chunks in the time of a team's turn with one or two value heads.
-constexpr int kChunksOfTurn = 9;
+constexpr int kChunksOfTurn = 7;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
