@@ -35,21 +35,8 @@
 // of 32 heads, 4.3 TB/s; the workspace, written and read, is 290 MB more there. Flops: 164 k a token and head, 56 us.
 // The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190, V' to fp16 110, update 320: 1,150.
 //
-// Measured on an H100, one kernel after the other: heads 16:32, 1 x 512 tokens 33 us, 1 x 2048 78 us, 1 x 8192 252 us,
-// 1 x 32768 963 us; 16:64, 1 x 8192 371 us, 4 x 8192 1.41 ms; 16:16, 1 x 8192 234 us; 16:32, 16 x 128 102 us. The scan
-// takes 1.2 us a chunk, 2,050 cycles: without the products of the outputs 1.05, without anything of theirs 1.0. So the
-// chain's own instructions count, one warp a scheduler, each waiting for the one before, and shared memory, which 150
-// KB a chunk keep busy for 1,200 cycles. With 64 heads memory counts: without the stores of outputs 80 us less. Next:
-// fewer instructions between the products, and tiles of half the size (the triangles' other halves are zero).
-//
-// Tried and lost, on the card: all in one kernel, where each of the two blocks prepared every second chunk for both,
-// 598 us at 1 x 8192: one preparation took 12,000 to 16,000 cycles from its first load to its last store, chain and
-// preparations shared the schedulers, and the values came too late (the chain alone 215 us). Outputs made by the
-// chain's own warpgroup: 850 cycles a chunk longer. S and V' handed over as swizzled tiles: the fence for the matrix
-// unit's reads cost the chain 100 cycles each. Arrivals in the other block with release semantics: a fence of hundreds
-// of cycles. A block that prepares for itself alone, raw rows by 16-byte loads, 697 us. At compile time: P V' under way
-// over the end of the loop (ptxas serialises every wgmma, C7514); products with the triangles A and P in shapes that
-// shrink with each step (C7511).
+// Measured on an H200 and what it was before, what was tried and lost: docs/kernels/gdn_prefill.md. 16:32 heads, 1 x
+// 8192 tokens 188 us, 1 x 32768 705; 16:64, 1 x 8192 294.
 //
 // budget: prefill_kernel registers<=168 shared<=0 hot sass=HGMMA
 #include <launch.h>

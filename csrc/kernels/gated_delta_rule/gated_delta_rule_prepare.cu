@@ -14,10 +14,7 @@
 // Bytes: raw q and k once, 512 a token and key head, and out as many; per value head 16 KB of tiles and 1.8 KB of
 // factors a chunk: 208 MB at 8192 tokens of 16:32 heads, 69 us at 3 TB/s.
 //
-// Measured on an H100, 1 x 8192 tokens: 16:32 heads 93 us, 16:64 150 us, 16:16 79 us. A turn of a block takes 15,000
-// cycles of issue slots and latency alike (45% of the slots, half of the shared memory's rate); the inverse is 5,000 of
-// them. On the way there: one chunk a block 122 us, for the gates came after the rows and the code, 4,200 instructions,
-// was fetched anew by every block; a division and unrolled rows made a quarter of it.
+// Measured, and what was tried: docs/kernels/gdn_prefill.md.
 //
 // budget: prepare_kernel registers<=128 shared<=0 hot sass=HGMMA
 #include <launch.h>
