@@ -39,13 +39,15 @@ class Calls:
 class Pair:
     """prefill, decode: labs. Whatever is submitted to the decoder's lab, or stepped in it, goes through both.
 
-    seed: of how far messages and engines get between each other's steps."""
+    seed: of how far messages and engines get between each other's steps; network: of NIXL, where both have it."""
 
-    def __init__(self, model, *, prefill: dict | None = None, decode: dict | None = None, drafts=0, seed: int = 0):
+    def __init__(
+        self, model, *, prefill: dict | None = None, decode: dict | None = None, drafts=0, seed: int = 0, network=None
+    ):
         self.prefill = Lab(model, **{"drafts": drafts} | (prefill or {}))
         self.decode = Lab(model, **{"drafts": drafts} | (decode or {}))
         arenas = Arenas(self.prefill.memory), Arenas(self.decode.memory)
-        self.wire = wire = Wire(IDENTITY, *arenas, LEASE)
+        self.wire = wire = Wire(IDENTITY, *arenas, LEASE, network)
         self.random = Random(seed)
         self.lender = Exchange(self.prefill.engine, Calls(wire, True), lambda: wire.now)
         self.taker = Exchange(self.decode.engine, Calls(wire, False), lambda: wire.now)

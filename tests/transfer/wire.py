@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from agents import Network
 
 from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.transfer.arenas import Arenas
@@ -17,6 +18,7 @@ from tokenspeed.engine.transfer.messages import (
     decode_from_prefiller,
     encode,
 )
+from tokenspeed.engine.transfer.nixl import Nixl
 from tokenspeed.engine.transfer.pulls import Pulls, Source, Targets
 from tokenspeed.engine.transfer.rooms import Rooms
 
@@ -48,13 +50,18 @@ class Wire:
         there: Arenas | None = None,
         here: Arenas | None = None,
         lease: float = LEASE,
+        network: Network | None = None,
     ):
-        """identity: of the decoder; there, here: the prefiller's arenas and the decoder's."""
+        """identity: of the decoder; there, here: the prefiller's arenas and the decoder's; network: of NIXL, where they
+        have it."""
         self.now, self.sent = 0.0, []
         self.fault: Callable[[int, object], int] = lambda number, message: 1
         self.there, self.here = there or arenas(16, 4, 1), here or arenas(16, 4, 2)
-        self.rooms = Rooms(self.there, IDENTITY, "prefill-engine", lease, lambda: self.now)
-        self.pulls = Pulls(self.here, identity, "decode-engine", lease, lambda: self.now, self._send)
+        self.lending = network and Nixl(self.there, "prefill-engine", network.agent)
+        self.taking = network and Nixl(self.here, "decode-engine", network.agent)
+        own = self.lending and self.lending.own
+        self.rooms = Rooms(self.there, IDENTITY, "prefill-engine", lease, lambda: self.now, agent=own)
+        self.pulls = Pulls(self.here, identity, "decode-engine", lease, lambda: self.now, self._send, nixl=self.taking)
         self.queue: deque[tuple[object, bytes | None, bool]] = deque()
         self.prefiller_lives = self.decoder_lives = True
 
@@ -76,7 +83,9 @@ class Wire:
         end = self.now + seconds
         while True:
             self._poll()
-            while self.queue:
+            polls = 0
+            while self.queue or (self.pulls.reading and polls < 100):  # some reads never end
+                polls += not self.queue
                 self.deliver()
                 self._poll()
             if self.now >= end:

@@ -6,7 +6,7 @@ import math
 
 from ..config import EngineConfig
 from ..errors import ConfigError
-from ..transfer.params import ROLES, TransferSettings
+from ..transfer.params import ROLES, TRANSPORTS, TransferSettings
 from .options import add_engine_options, engine_settings
 
 
@@ -67,6 +67,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="S",
         help="seconds without a word after which a peer's memory is freed, and a prompt is prefilled here (default 20)",
     )
+    add(
+        "--transfer-transport",
+        choices=TRANSPORTS,
+        default="auto",
+        help="how bytes go between engines: auto takes CUDA IPC on one GPU, else NIXL where both have its package and "
+        "it works, else sockets; nixl takes no CUDA IPC and refuses to start without the package (default auto)",
+    )
     add_engine_options(parser)
     return parser
 
@@ -108,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
                 f"--role {options.role} with --tp {ranks[0]} --ep {ranks[1]}: engines of several ranks do not exchange "
                 "state yet; use one rank."
             )
-        transfer = TransferSettings(options.role, options.transfer_host, options.transfer_port, options.transfer_lease)
+        where = options.transfer_host, options.transfer_port
+        transfer = TransferSettings(options.role, *where, options.transfer_lease, options.transfer_transport)
     server = ServerOptions(
         host=options.host,
         port=options.port,

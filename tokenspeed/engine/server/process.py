@@ -170,7 +170,8 @@ def taking_part(engine: Engine, settings: Settings) -> Iterator[tuple[Exchange |
     if transfer is None:
         yield None, None
         return
-    endpoint = Endpoint(transfer.host, None if transfer.role == "decode" else transfer.port, transfer.lease)
+    port = None if transfer.role == "decode" else transfer.port
+    endpoint = Endpoint(transfer.host, port, transfer.lease, transfer.transport)
     layout, model = engine.runner.memory.layout, fingerprint(Path(settings.directory))
     endpoint.register(Arenas(engine.runner.memory), identity(layout, model, settings.config.quantization))
     exchange = Exchange(engine, endpoint)

@@ -58,7 +58,12 @@ class Arenas:
     @torch.inference_mode()
     def write(self, moves: Sequence[Move], data: bytes) -> None:
         """What a peer sent for the parts of these moves. Returns when it is there."""
-        found, at = torch.frombuffer(bytearray(data), dtype=torch.uint8), 0
+        self.place(moves, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    @torch.inference_mode()
+    def place(self, moves: Sequence[Move], found: Tensor) -> None:
+        """The same from memory of this process."""
+        at = 0
         with self._beside():
             for part, offset in moves:
                 self.flat[part.arena][offset : offset + part.length].copy_(found[at : at + part.length])

@@ -8,10 +8,11 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
+import torch
 import zmq
 
 from ..errors import ConfigError, TransferError
-from . import cuda_ipc
+from . import cuda_ipc, nixl
 from .arenas import Arenas
 from .messages import (
     MAX_MESSAGE_BYTES,
@@ -29,6 +30,7 @@ from .pulls import Pulls, Source, Targets
 from .rooms import Ended, Reply, Rooms
 
 _TICK_MS = 50
+_READING_TICK_MS = 1
 _CLOSE_SECONDS = 5.0
 _LINGER_MS = 500  # for the last messages to go out
 _MAX_PEERS = 64  # that this engine has connected to; beyond it those go that nothing is pulled from
@@ -44,10 +46,10 @@ def address_of(host: str, port: int) -> str:
 class Endpoint:
     """One engine among its peers. engine: its name, new with each start. The engine's thread makes every call."""
 
-    def __init__(self, host: str, port: int | None, lease: float):
+    def __init__(self, host: str, port: int | None, lease: float, transport: str = "auto"):
         """host: of this machine, as peers reach it; port: 0 takes a free one, and None is for who only pulls; lease:
-        seconds."""
-        self.host, self.port, self.lease = host, port, lease
+        seconds; transport: one of TRANSPORTS."""
+        self.host, self.port, self.lease, self.transport = host, port, lease, transport
         self.engine = uuid.uuid4().hex
         self._awake, self._wake = sockets.socketpair()
         self._wake.setblocking(False)
@@ -57,10 +59,20 @@ class Endpoint:
 
     def register(self, arenas: Arenas, identity: Identity) -> None:
         """Let peers of the same identity read the arenas, as far as rooms offer them, and listen. Raises ConfigError
-        where the address cannot be had."""
-        card = cuda_ipc.card(arenas)
+        where the address cannot be had, and where NIXL is asked for and does not work."""
+        card = cuda_ipc.card(arenas) if self.transport == "auto" else ""
+        self._device = arenas.device
+        self._nixl = None
+        if self.transport != "sockets":
+            self._nixl = nixl.start(arenas, self.engine, self.transport == "nixl")
         self.rooms = Rooms(
-            arenas, identity, self.engine, self.lease, time.monotonic, lambda peer: cuda_ipc.export(arenas, peer)
+            arenas,
+            identity,
+            self.engine,
+            self.lease,
+            time.monotonic,
+            lambda peer: cuda_ipc.export(arenas, peer) if card else (),
+            self._nixl and self._nixl.own,
         )
         self.pulls = Pulls(
             arenas,
@@ -71,6 +83,7 @@ class Endpoint:
             self._send,
             card,
             lambda handles: cuda_ipc.map_arenas(arenas, handles),
+            self._nixl,
         )
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -130,12 +143,14 @@ class Endpoint:
     # ---- the thread
 
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # for NIXL
         poller = self._poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._awake.fileno(), zmq.POLLIN)
         try:
             while not self._stopped.is_set():
-                ready = dict(poller.poll(_TICK_MS))
+                ready = dict(poller.poll(_READING_TICK_MS if self.pulls.reading else _TICK_MS))
                 if self._awake.fileno() in ready:
                     self._awake.recv(4096)
                 if self._router in ready:
@@ -156,6 +171,8 @@ class Endpoint:
                 self._part()
             finally:
                 self._context.destroy(linger=_LINGER_MS)
+                if self._nixl is not None:
+                    self._nixl.close()
 
     def _part(self) -> None:
         for reply in self.rooms.parting():

@@ -40,21 +40,33 @@ class Identity(msgspec.Struct, frozen=True):
     hidden_bytes: int
 
 
+class Agent(msgspec.Struct, frozen=True):
+    """Of NIXL, through which arenas can be read. metadata: how it describes itself; kind, device: of its memory;
+    addresses: where each arena begins there."""
+
+    metadata: bytes
+    kind: str
+    device: int
+    addresses: tuple[int, ...]
+
+
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """engine: who asks; card: the GPU its arenas are on, "" on a CPU."""
+    """engine: who asks; card: the GPU its arenas are on, "" on a CPU; nixl: whether it can read through NIXL."""
 
     engine: str
     identity: Identity
     card: str = ""
+    nixl: bool = False
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
     """lease: seconds of silence after which a room is given up. handles: of the arenas, where the asker can map them
-    (`cuda_ipc`)."""
+    (`cuda_ipc`); agent: where it can read them through NIXL."""
 
     engine: str
     lease: float
     handles: tuple[bytes, ...] = ()
+    agent: Agent | None = None
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):

@@ -10,6 +10,7 @@ from ..errors import RequestError
 from .messages import MAX_ROOM_CHARACTERS
 
 ROLES = ("prefill", "decode", "both")
+TRANSPORTS = ("auto", "sockets", "nixl")
 
 
 class RemoteDecode(msgspec.Struct, tag=True, frozen=True):
@@ -32,12 +33,13 @@ Transfer = RemoteDecode | RemotePrefill
 
 class TransferSettings(msgspec.Struct, frozen=True):
     """role: one of ROLES; host, port: of this machine, as peers reach it; lease: seconds of silence after which a
-    peer's memory is free again."""
+    peer's memory is free again; transport: one of TRANSPORTS."""
 
     role: str
     host: str = "127.0.0.1"
     port: int = 0
     lease: float = 20.0
+    transport: str = "auto"
 
 
 class Address(msgspec.Struct, frozen=True):

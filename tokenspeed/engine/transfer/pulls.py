@@ -4,6 +4,7 @@ The engine's thread starts and cancels; the wire's thread speaks with the peers 
 was cancelled is never written for again, so what was set aside can be given away at once.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,10 @@ from .messages import (
     Waiting,
     Welcome,
 )
+from .nixl import STAGE_BYTES, Nixl, Remote
 from .rooms import Ended
+
+log = logging.getLogger("tokenspeed.transfer")
 
 _READS = 4  # of one pull on their way
 _MAPPED_BYTES = 64 << 20  # that are copied at a time from a peer's arena that is mapped here
@@ -59,11 +63,13 @@ class Source(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """welcome: None until it has answered Hello; arenas: of it, where they are mapped here."""
+    """welcome: None until it has answered Hello; arenas: of it, where they are mapped here; remote: where they can be
+    read through NIXL."""
 
     address: str
     welcome: Welcome | None = None
     arenas: list | None = None
+    remote: Remote | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +102,7 @@ class _Pull:
 
 class Pulls:
     """send: takes a message to an address, from the wire's thread; map_arenas: of handles (`Welcome`), where they can
-    be mapped."""
+    be mapped; nixl: where peers' arenas can be read through it."""
 
     def __init__(
         self,
@@ -108,9 +114,10 @@ class Pulls:
         send: Callable[[str, FromDecoder], None],
         card: str = "",
         map_arenas: Callable[[tuple[bytes, ...]], list] | None = None,
+        nixl: Nixl | None = None,
     ):
-        self._arenas, self._hello, self._lease = arenas, Hello(engine, identity, card), lease
-        self._clock, self._send, self._map = clock, send, map_arenas
+        self._arenas, self._hello, self._lease = arenas, Hello(engine, identity, card, nixl is not None), lease
+        self._clock, self._send, self._map, self._nixl = clock, send, map_arenas, nixl
         self._lock = threading.Lock()  # of the two below; a pull's own guards what is written for it
         self._pulls: dict[str, _Pull] = {}
         self._ended: list[Ended] = []
@@ -119,6 +126,7 @@ class Pulls:
         self._peers: dict[str, _Peer] = {}
         self._forgotten: TransferError | None = None
         self._number = 0
+        self._reading: dict[int, tuple[_Pull, float]] = {}  # reads through NIXL, and since when
         self.bytes = 0  # that were brought so far
 
     # ---- the engine's thread
@@ -168,6 +176,11 @@ class Pulls:
 
     # ---- the wire's thread
 
+    @property
+    def reading(self) -> bool:
+        """Whether something is being read of whose end no message tells."""
+        return bool(self._reading)
+
     def handle(self, address: str, message: FromPrefiller, data: bytes | None = None) -> None:
         """A message of a peer."""
         peer = self._peers.get(address)
@@ -181,6 +194,7 @@ class Pulls:
             case Stranger():
                 if peer.welcome is not None:
                     peer.welcome = peer.arenas = None
+                    self._disconnect(peer)
                     self._send(address, self._hello)
             case _:
                 pull = self._pulls.get(message.room)
@@ -202,6 +216,7 @@ class Pulls:
                 self._begin(peer, pull)
         self.part()
         now = self._clock()
+        self._take_read(now)
         for room, pull in list(self._pulls.items()):
             if now - pull.heard > self._lease:
                 peer = self._peers.get(pull.source.address)
@@ -217,6 +232,8 @@ class Pulls:
                     self._send(peer.address, self._hello)
                 elif lost:
                     self._begin(peer, pull)
+                elif peer.remote is not None and pull.reads and now - pull.asked > self._lease / 4:
+                    self._ask(pull)  # the peer sees nothing of what is read
                 self._go_on(pull, peer)
 
     def part(self) -> None:
@@ -231,7 +248,7 @@ class Pulls:
             used = {pull.source.address for pull in self._pulls.values()}
         idle = [address for address in self._peers if address not in used]
         for address in idle:
-            del self._peers[address]
+            self._disconnect(self._peers.pop(address))
         return idle
 
     def forget(self, error: TransferError) -> None:
@@ -253,12 +270,15 @@ class Pulls:
 
     def _welcomed(self, peer: _Peer, welcome: Welcome) -> None:
         peer.welcome, peer.arenas = welcome, None
+        self._disconnect(peer)
         if welcome.handles and self._map is not None:
             try:
                 peer.arenas = self._map(welcome.handles)
             except TransferError as error:
                 self._lose(peer, error)
                 return
+        if peer.arenas is None and welcome.agent is not None and self._nixl is not None:
+            peer.remote = self._nixl.connect(welcome.engine, welcome.agent)
         for pull in list(self._pulls.values()):
             if pull.source.address == peer.address:
                 self._begin(peer, pull)
@@ -275,10 +295,15 @@ class Pulls:
 
     def _lose(self, peer: _Peer, error: TransferError) -> None:
         """A peer that says or does nothing useful: the next pull greets it anew."""
-        del self._peers[peer.address]
+        self._disconnect(self._peers.pop(peer.address))
         for room, pull in list(self._pulls.items()):
             if pull.source.address == peer.address:
                 self._end(room, error)
+
+    def _disconnect(self, peer: _Peer) -> None:
+        if peer.remote is not None:
+            self._nixl.disconnect(peer.remote)
+            peer.remote = None
 
     def _restart(self, pull: _Pull, epoch: int) -> None:
         """Whatever was read counts no more."""
@@ -352,22 +377,58 @@ class Pulls:
         if pull.state is not None and not pull.state_queued:
             pull.moves += _pieces(pull.state, self._arenas.slot(targets.slot))
             pull.state_queued = True
-        most = _MAPPED_BYTES if peer.arenas is not None else MAX_READ_BYTES
         while pull.moves and pull.alive and len(pull.reads) < _READS:
-            moves, size = [], 0
-            while pull.moves and size + pull.moves[0].part.length <= most:
-                moves.append(pull.moves.popleft())
-                size += moves[-1].part.length
             if peer.arenas is not None:
+                moves = _take(pull.moves, _MAPPED_BYTES)
                 self._write(pull, moves, lambda moves=moves: self._arenas.copy(moves, peer.arenas))
-                continue
-            self._number += 1
-            pull.reads[self._number] = moves
-            read = Read(pull.source.room, pull.epoch, self._number, tuple(part for part, _ in moves))
-            self._send(pull.source.address, read)
+            elif peer.remote is None:
+                moves = self._begin_read(pull, MAX_READ_BYTES)
+                read = Read(pull.source.room, pull.epoch, self._number, tuple(part for part, _ in moves))
+                self._send(pull.source.address, read)
+            elif self._nixl.free:
+                moves = self._begin_read(pull, STAGE_BYTES)
+                self._reading[self._number] = pull, self._clock()
+                try:
+                    self._nixl.read(peer.remote, self._number, moves)
+                except TransferError as error:
+                    self._take_failed(self._number, str(error))
+            elif self._reading:
+                return  # their end makes room
+            else:
+                self._to_sockets(peer, "reads that have begun do not end")
         if pull.alive and pull.state_queued and not pull.moves and not pull.reads:
             pull.done = True
             self._send(pull.source.address, Done(pull.source.room, pull.epoch))
+
+    def _begin_read(self, pull: _Pull, most: int) -> list[Move]:
+        self._number += 1
+        moves = pull.reads[self._number] = _take(pull.moves, most)
+        return moves
+
+    def _take_read(self, now: float) -> None:
+        """What has come through NIXL. What has failed, or does not end within a lease, is asked for over the socket."""
+        for number, found in self._nixl.ended() if self._nixl is not None else ():
+            pull, _ = self._reading.get(number, (None, 0.0))
+            if pull is not None and found is None:
+                self._take_failed(number, "a read has failed")
+            elif pull is not None:
+                del self._reading[number]
+                if moves := pull.reads.pop(number, None):  # of this epoch
+                    self._write(pull, moves, lambda moves=moves, found=found: self._arenas.place(moves, found))
+        for number, (_, since) in list(self._reading.items()):
+            if now - since > self._lease:
+                self._take_failed(number, f"a read has not ended within the lease of {self._lease:g} s")
+
+    def _take_failed(self, number: int, reason: str) -> None:
+        pull, _ = self._reading.pop(number)
+        pull.moves.extendleft(reversed(pull.reads.pop(number, ())))
+        if peer := self._peers.get(pull.source.address):
+            self._to_sockets(peer, reason)
+
+    def _to_sockets(self, peer: _Peer, reason: str) -> None:
+        if peer.remote is not None:
+            log.warning("%s is not read through NIXL any more, but over its socket: %s", peer.address, reason)
+        self._disconnect(peer)
 
     def _write(self, pull: _Pull, moves: list[Move], write: Callable[[], None]) -> None:
         with pull.lock:
@@ -394,6 +455,15 @@ class Pulls:
             self._stop(pull)
             with self._lock:
                 self._ended.append(Ended(room, error))
+
+
+def _take(moves: deque[Move], most: int) -> list[Move]:
+    """The first of them, of so many bytes at most; they are in there no more."""
+    taken, size = [], 0
+    while moves and size + moves[0].part.length <= most:
+        taken.append(moves.popleft())
+        size += taken[-1].part.length
+    return taken
 
 
 def _pieces(part: Part, target: int) -> list[Move]:

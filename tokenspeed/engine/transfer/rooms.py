@@ -18,6 +18,7 @@ from .messages import (
     MAX_READ_BYTES,
     MAX_ROOM_CHARACTERS,
     SLOTS,
+    Agent,
     Ask,
     Closed,
     Data,
@@ -72,7 +73,7 @@ class _Room:
 
 
 class Rooms:
-    """handles: makes what lets the peer on the same card map the arenas."""
+    """handles: makes what lets the peer on the same card map the arenas; agent: through which others can read them."""
 
     def __init__(
         self,
@@ -82,9 +83,10 @@ class Rooms:
         lease: float,
         clock: Callable[[], float],
         handles: Callable[[str], tuple[bytes, ...]] = lambda card: (),
+        agent: Agent | None = None,
     ):
         self._arenas, self._identity, self._engine, self._lease = arenas, identity, engine, lease
-        self._clock, self._handles = clock, handles
+        self._clock, self._handles, self._agent = clock, handles, agent
         self._lock = threading.Lock()
         self._rooms: dict[str, _Room] = {}
         self._over: OrderedDict[str, str] = OrderedDict()
@@ -219,7 +221,7 @@ class Rooms:
             self._peers[peer] = None
             if len(self._peers) > _MAX_PEERS:
                 self._peers.popitem(last=False)
-        return Welcome(self._engine, self._lease, self._handles(hello.card))
+        return Welcome(self._engine, self._lease, self._handles(hello.card), self._agent if hello.nixl else None)
 
     def _answer(self, name: str, room: _Room) -> Reply | None:
         """What there is to say to what was asked; None as long as there is nothing new and it need not be said yet."""
