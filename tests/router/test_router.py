@@ -177,6 +177,29 @@ def test_a_long_new_prompt_is_prefilled_apart_under_one_name_and_a_short_or_know
         assert len(prefill.asked) == 2 and len(decode.asked) == 4
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_conversation_without_tokens_is_prefilled_apart_where_much_of_it_is_new(path):
+    prefill, decode = Fake("p", peer=PEER), Fake("d", peer=PEER)
+    name = "input" if path.endswith("responses") else "messages"
+    with routed(least_prefill=500, prefill=[prefill], decode=[decode]) as caller:
+        said = [{"role": "user", "content": TEXT}]
+        for more in ("short", "word " * 1000, "short"):
+            assert caller.post(path, json={name: said, "stream": False}).json()["who"] == "d"
+            said += [{"role": "assistant", "content": "yes"}, {"role": "user", "content": more}]
+        until(lambda: len(prefill.asked) == 2)
+        apart = [body for body in decode.asked if "kv_transfer_params" in body]
+        assert [len(body[name]) for body in apart] == [1, 5] == [len(body[name]) for body in prefill.asked]
+        for first, second in zip(prefill.asked, apart, strict=True):
+            assert first["path"] == second["path"] == path
+            asked, given = first["kv_transfer_params"], second["kv_transfer_params"]
+            assert asked["transfer_id"] == given["transfer_id"] and given["remote_engine_id"] == PEER["engine_id"]
+        if name == "input":
+            answer = {"input": TEXT, "previous_response_id": "resp_d"}
+            referred = {"input": [{"type": "item_reference", "id": "x"}, {"role": "user", "content": TEXT}]}
+            assert [caller.post(path, json=body).json()["who"] for body in (answer, referred)] == ["d", "d"]
+            assert len(prefill.asked) == 2, "the prefiller does not know what is referred to"
+
+
 @pytest.mark.parametrize("how", ["refuses", "is gone", "was never there"])
 def test_without_who_prefills_the_decoder_does_all_of_it(how):
     prefill, decode = Fake("p", peer=PEER), Fake("d", peer=PEER)
@@ -259,7 +282,9 @@ def test_what_cannot_be_routed_is_refused_by_name(options, words, capsys):
 def test_a_prefill_is_asked_for_no_more_than_its_prompt():
     helper = SimpleNamespace(peer={"engine_id": "e", "host": "h", "port": 1})
     body = {"prompt": "a", "max_tokens": 9, "min_tokens": 5, "logprobs": 3, "stream": True, "seed": 4}
-    prefill, decode = split(body, helper)
+    prefill, decode = split("/v1/completions", body, helper)
     assert prefill["max_tokens"] == 1 and not prefill["stream"] and prefill["seed"] == 4
     assert not {"min_tokens", "logprobs"} & set(prefill), "a prefiller would refuse more tokens than it may have"
     assert body.items() <= decode.items()
+    prefill, _ = split("/v1/responses", {"input": "a", "max_output_tokens": 9}, helper)
+    assert prefill["max_output_tokens"] == 1 and prefill["store"] is False

@@ -127,6 +127,55 @@ def test_a_proxy_that_asks_one_after_the_other_passes_on_what_it_is_given(parts,
     nothing_is_held(prefill, decode)
 
 
+FORMS = {
+    "/v1/messages": lambda content: {"messages": [{"role": "user", "content": content}], "max_tokens": 12},
+    "/v1/responses": lambda content: {"input": content, "max_output_tokens": 12},
+}
+
+
+def said(answer: dict) -> list:
+    """What an answer of one of these forms says, and of how many tokens of how long a prompt it was told."""
+    usage = answer["usage"]
+    if "content" in answer:
+        prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        return [[block.get("text") or block.get("thinking") for block in answer["content"]], prompt]
+    return [[item["content"] for item in answer["output"]], usage["input_tokens"]]
+
+
+def cached(answer: dict) -> int:
+    usage = answer["usage"]
+    return usage.get("cache_read_input_tokens") or usage["input_tokens_details"]["cached_tokens"]
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_messages_and_responses_are_prefilled_apart_too(parts, server, path):
+    prefill, decode, routing = parts
+    pulled = decode.gauges()["transfers_pulled_total"]
+    post = lambda url, body: httpx.post(f"{url}{path}", json=body | {"temperature": 0}, timeout=60)  # noqa: E731
+
+    body = FORMS[path](f"one after the other {STORY}")
+    first = post(prefill.url, body | {"kv_transfer_params": {"do_remote_decode": True}}).json()
+    assert not first.get("content") and not first.get("output"), "nothing is generated there"
+    found = post(decode.url, body | {"kv_transfer_params": first["kv_transfer_params"]}).json()
+    local = post(server.url, body).json()
+    assert said(found) == said(local) and cached(found) == said(found)[1] - 1 and "kv_transfer_params" not in found
+
+    body = FORMS[path](f"through the router {STORY}")
+    found, local = post(routing.url, body).json(), post(server.url, body).json()
+    assert said(found) == said(local) and cached(found) == said(found)[1] - 1
+    with httpx.stream(
+        "POST", f"{routing.url}{path}", json=FORMS[path](f"in pieces {STORY}") | {"stream": True}
+    ) as told:
+        assert told.status_code == 200 and "error" not in told.read().decode()
+    assert decode.gauges()["transfers_pulled_total"] == pulled + 3
+    nothing_is_held(prefill, decode)
+
+    refused = post(prefill.url, body | {"stream": True, "kv_transfer_params": {"do_remote_decode": True}})
+    assert refused.status_code == 400 and "nothing to stream" in refused.text
+    if path == "/v1/responses":
+        assert httpx.get(f"{prefill.url}{path}/{first['id']}").status_code == 404, "there is nothing to go on with"
+
+
 @pytest.mark.parametrize(
     "who, given, words",
     [

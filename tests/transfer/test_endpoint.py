@@ -28,7 +28,7 @@ def ends():
     made = []
 
     def make(seed: int, identity=IDENTITY, lease: float = LEASE) -> Endpoint:
-        end = Endpoint("127.0.0.1", 0, lease)
+        end = Endpoint("127.0.0.1", 0, lease, "sockets")
         made.append(end)
         end.bytes = arenas(16, 4, seed)
         end.register(end.bytes, identity)

@@ -20,7 +20,7 @@ from ..server.gate import BodyLimits, Gate
 from ..server.sse import disconnected, event
 from .backends import DECODE, PREFILL, REPLICA, Backend, Backends
 from .policy import Choice, Policy, split
-from .prompts import CHAT, COMPLETIONS, GENERATING, RESPONSES, of, tokenize_body, tokens_given
+from .prompts import GENERATING, MESSAGES, RESPONSES, of, tokenize_body, tokens_given
 
 _KEPT_FROM_BACKENDS = {"host", "content-length", "connection", "keep-alive", "te", "transfer-encoding", "upgrade"}
 _KEPT_FROM_BACKENDS |= {"origin", "expect", "proxy-authorization", "trailer"}
@@ -87,7 +87,8 @@ class Router:
             raise Unroutable(f"the body is not JSON: {error}", 400, "invalid_request_error") from None
         headers = _for_backend(request)
         prompt = of(path, body, len(data), await self._tokens(path, body, len(data), headers))
-        transferable = path in (COMPLETIONS, CHAT) and prompt.tokens is not None and "kv_transfer_params" not in body
+        known = prompt.tokens is not None or path in (MESSAGES, RESPONSES)
+        transferable = known and not prompt.resumes and "kv_transfer_params" not in body
         tried: set[Backend] = set()
         refusal: Response | None = None
         while choice := self._policy.choose(prompt, transferable, frozenset(tried)):
@@ -177,7 +178,7 @@ class Router:
         try:
             prefill = None
             if choice.prefill is not None:
-                first, second = split(body, choice.prefill)
+                first, second = split(path, body, choice.prefill)
                 prefill = asyncio.create_task(self._prefill(path, headers, first, choice))
                 stack.callback(prefill.cancel)
             target = choice.backend.url + path + (f"?{request.url.query}" if request.url.query else "")

@@ -6,9 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .backends import DECODE, PREFILL, REPLICA, Backend, Backends
-from .prompts import Prompt
+from .prompts import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Prompt
 
 _REMEMBERED = 1 << 16  # conversations
+_LEAST_ANSWER = {
+    COMPLETIONS: {"max_tokens": 1, "n": 1},
+    CHAT: {"max_tokens": 1, "n": 1},
+    MESSAGES: {"max_tokens": 1},
+    RESPONSES: {"max_output_tokens": 1, "store": False},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,8 @@ class Policy:
 
     backends: Backends
     least_prefill: int = 1024
-    _homes: OrderedDict[str, Backend] = field(default_factory=OrderedDict)  # of conversations
+    # Of conversations, with about how many tokens they had there, where that is known.
+    _homes: OrderedDict[str, tuple[Backend, int | None]] = field(default_factory=OrderedDict)
 
     def choose(self, prompt: Prompt, transferable: bool, without: frozenset[Backend] = frozenset()) -> Choice | None:
         """None where nobody is left. transferable: whether its request can name a prefill; without: who has been tried
@@ -50,18 +57,18 @@ class Policy:
 
     def home_of(self, conversation: str) -> Backend | None:
         """The backend that `home` was told."""
-        return self._homes.get(conversation)
+        return self._homes.get(conversation, (None, None))[0]
 
-    def home(self, conversation: str, backend: Backend) -> None:
-        """What begins so is at this backend."""
-        self._homes[conversation] = backend
+    def home(self, conversation: str, backend: Backend, size: int | None = None) -> None:
+        """What begins so is at this backend. size: tokens of it, None for all."""
+        self._homes[conversation] = backend, size
         self._homes.move_to_end(conversation)
         if len(self._homes) > _REMEMBERED:
             self._homes.popitem(last=False)
 
     def _settle(self, prompt: Prompt, backend: Backend) -> None:
         if prompt.conversation:
-            self.home(prompt.conversation, backend)
+            self.home(prompt.conversation, backend, None if prompt.resumes else prompt.size)
 
     def _rank(self, backend: Backend, prompt: Prompt) -> tuple[int, int, int]:
         return backend.cost(prompt.size, self._known(backend, prompt)), backend.in_flight, backend.last_used
@@ -70,16 +77,18 @@ class Policy:
         """Tokens of the prompt in its cache: as its events say, and without them all that a conversation had there."""
         if prompt.tokens is not None and backend.listener is not None:
             return backend.index.match(prompt.tokens)
-        return prompt.size if self._homes.get(prompt.conversation) is backend else 0
+        home, size = self._homes.get(prompt.conversation, (None, None))
+        return 0 if home is not backend else prompt.size if size is None else min(size, prompt.size)
 
 
-def split(body: dict[str, Any], helper: Backend) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(path: str, body: dict[str, Any], helper: Backend) -> tuple[dict[str, Any], dict[str, Any]]:
     """The bodies for who prefills and for who decodes, under a name that both know."""
     name, peer = secrets.token_hex(16), helper.peer
     asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": name}
     beside = ("stream_options", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs", "prompt_logprobs")
     prefill = {key: value for key, value in body.items() if key not in beside}  # of what is said, nobody hears its id
-    prefill |= {"stream": False, "max_tokens": 1, "n": 1, "kv_transfer_params": asked}
+    prefill |= {"stream": False, "kv_transfer_params": asked}
+    prefill |= _LEAST_ANSWER[path]
     given = {
         "do_remote_prefill": True,
         "do_remote_decode": False,

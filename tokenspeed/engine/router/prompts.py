@@ -15,11 +15,13 @@ _BYTES_A_TOKEN = 4  # of a body, where nothing better is known
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """tokens: None where they were not made out; size: how many there are, or about so many; conversation: equal for
-    the turns of one, "" where there is nothing to tell it by."""
+    the turns of one, "" where there is nothing to tell it by; resumes: whether what comes before is stored at one
+    server."""
 
     tokens: list[int] | None
     size: int
     conversation: str = ""
+    resumes: bool = False
 
 
 def tokenize_body(path: str, body: dict[str, Any]) -> dict[str, Any] | None:
@@ -42,7 +44,14 @@ def tokens_given(path: str, body: dict[str, Any]) -> list[int] | None:
 def of(path: str, body: dict[str, Any], length: int, tokens: list[int] | None) -> Prompt:
     """length: of the body, in bytes."""
     size = len(tokens) if tokens is not None else length // _BYTES_A_TOKEN
-    return Prompt(tokens, size, _conversation(path, body))
+    return Prompt(tokens, size, _conversation(path, body), _resumes(body))
+
+
+def _resumes(body: dict[str, Any]) -> bool:
+    said = body.get("input")
+    items = said if isinstance(said, list) else ()
+    referred = any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items)
+    return referred or body.get("previous_response_id") is not None
 
 
 def _conversation(path: str, body: dict[str, Any]) -> str:

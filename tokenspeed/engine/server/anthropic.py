@@ -177,6 +177,7 @@ class Message:
     def __init__(self, service: Service, body: AnthropicRequest, key: str | None):
         """Raises RequestError for what cannot be asked."""
         self._service, self._body = service, body
+        self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         self.id = new_id("msg")
         refuse(body, {"compaction": None})
         sampling = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
@@ -188,7 +189,7 @@ class Message:
         self._reader = service.prepare(self.id, conversation(body), sampling, key)
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
-        async with aclosing(self._service.converse(self._reader)) as updates:
+        async with aclosing(self._service.converse(self._reader, transfer=self._transfer)) as updates:
             async for update, events in updates:
                 yield update, events if self._body.max_tokens else []
 
@@ -251,7 +252,8 @@ class Message:
         for block in blocks:
             if block["type"] != "tool_use":
                 block[block["type"]] = "".join(block[block["type"]])
-        return self._frame(blocks) | stopped | {"usage": self._usage()}
+        ended = stopped | {"usage": self._usage()} | self._service.transferred(self._transfer)
+        return self._frame(blocks) | ended
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events: message_start, content blocks, message_delta, message_stop."""

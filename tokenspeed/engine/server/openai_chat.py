@@ -52,7 +52,7 @@ class Chat:
 
     def __init__(self, service: Service, body: ChatRequest, key: str | None):
         """Raises RequestError for what cannot be asked."""
-        self._transfer = service.transfer(body.kv_transfer_params)
+        self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         if isinstance(self._transfer, RemoteDecode):
             body = body.prefilling()
         self._service, self._body = service, body

@@ -9,6 +9,7 @@ from ..chat.conversation import Conversation
 from ..request import Update
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
+from ..transfer.params import RemoteDecode
 from .protocol import ResponsesRequest, refuse
 from .response_items import Tools, as_messages, output_message, sealed
 from .response_store import StoredResponse
@@ -26,6 +27,7 @@ class Response:
     def __init__(self, service: Service, body: ResponsesRequest, key: str | None):
         """Raises RequestError for what cannot be asked."""
         self._service, self._body = service, body
+        self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         self.id = new_id("resp", "_")
         self._created = int(time.time())
         refuse(body, _REFUSED)
@@ -49,9 +51,12 @@ class Response:
         self._reader = service.prepare(self.id, chat, sampling, key)
         self._output = _Output(self._tools, _ENCRYPTED in (body.include or ()))
 
+    def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
+        return self._service.converse(self._reader, transfer=self._transfer)
+
     async def whole(self) -> dict[str, Any]:
         """The response object. Raises as `Service.run` does."""
-        async with aclosing(self._service.converse(self._reader)) as updates:
+        async with aclosing(self._updates()) as updates:
             async for update, events in updates:
                 self._output.take(events)
                 last = update
@@ -68,7 +73,7 @@ class Response:
             return event(found | {"sequence_number": number - 1}, found["type"])
 
         begun = False
-        async with aclosing(self._service.converse(self._reader)) as updates:
+        async with aclosing(self._updates()) as updates:
             async for update, events in updates:
                 pieces: list[dict[str, Any]] = []
                 if not begun:
@@ -98,6 +103,8 @@ class Response:
             "output_tokens_details": {"reasoning_tokens": reader.reasoning_tokens},
             "total_tokens": prompt + generated,
         }
+        if isinstance(self._transfer, RemoteDecode):  # no answer to go on with
+            return frame | self._service.transferred(self._transfer)
         if self._body.store:
             messages = [*self._messages, *output_message(frame["output"])]
             self._service.responses.put(self._name_space, self.id, StoredResponse(messages, frame))

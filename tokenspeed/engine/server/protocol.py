@@ -119,10 +119,7 @@ class Sampling(Body):
         return {name: getattr(self, name) for name in names} | {"seed": seed} | more
 
     def prefilling(self) -> "Sampling":
-        """The request as an engine takes it that only prefills for another one: nothing is asked of an answer. Raises
-        RequestError where it is to be streamed."""
-        if self.stream:
-            raise RequestError("stream is true, but with do_remote_decode there is nothing to stream; leave it out.")
+        """The request as an engine takes it that only prefills for another one: nothing is asked of an answer."""
         fields = type(self).model_fields
         names = fields.keys() & {"n", "min_tokens", "logprobs", "top_logprobs", "prompt_logprobs", "echo"}
         return self.model_copy(update={name: fields[name].default for name in names})
@@ -210,6 +207,7 @@ class ResponsesRequest(Body):
     metadata: dict[str, Any] | None = None
     store: bool = True
     stream: bool = False
+    kv_transfer_params: dict[str, Any] | None = Field(None, max_length=32)
     # Refused where they ask for something.
     background: Any = None
     conversation: Any = None
@@ -294,4 +292,5 @@ class AnthropicRequest(AnthropicConversation):
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
     metadata: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = Field(None, max_length=32)
     compaction: Any = None  # refused where it asks for something

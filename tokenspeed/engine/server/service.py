@@ -103,9 +103,13 @@ class Service:
         """This engine among others; None where it takes no part in transfers."""
         return self.engine.ready.transfer
 
-    def transfer(self, given: dict[str, Any] | None) -> Transfer | None:
-        """What `kv_transfer_params` ask for. Raises RequestError as `parse`."""
-        return parse(given, self.peer)
+    def transfer(self, given: dict[str, Any] | None, stream: bool) -> Transfer | None:
+        """What `kv_transfer_params` ask for. Raises RequestError as `parse`, and for a prefill that is to be
+        streamed."""
+        transfer = parse(given, self.peer)
+        if stream and isinstance(transfer, RemoteDecode):
+            raise RequestError("stream is true, but with do_remote_decode there is nothing to stream; leave it out.")
+        return transfer
 
     def transferred(self, transfer: Transfer | None) -> dict[str, Any]:
         """What the response of a prefill has for the decoder's request; nothing for another one's."""
