@@ -153,27 +153,45 @@ def test_messages_and_responses_are_prefilled_apart_too(parts, server, path):
     pulled = decode.gauges()["transfers_pulled_total"]
     post = lambda url, body: httpx.post(f"{url}{path}", json=body | {"temperature": 0}, timeout=60)  # noqa: E731
 
-    body = FORMS[path](f"one after the other {STORY}")
+    body = FORMS[path](f"{path} one after the other {STORY}")
     first = post(prefill.url, body | {"kv_transfer_params": {"do_remote_decode": True}}).json()
     assert not first.get("content") and not first.get("output"), "nothing is generated there"
     found = post(decode.url, body | {"kv_transfer_params": first["kv_transfer_params"]}).json()
     local = post(server.url, body).json()
     assert said(found) == said(local) and cached(found) == said(found)[1] - 1 and "kv_transfer_params" not in found
 
-    body = FORMS[path](f"through the router {STORY}")
+    body = FORMS[path](f"{path} through the router {STORY}")
     found, local = post(routing.url, body).json(), post(server.url, body).json()
     assert said(found) == said(local) and cached(found) == said(found)[1] - 1
-    with httpx.stream(
-        "POST", f"{routing.url}{path}", json=FORMS[path](f"in pieces {STORY}") | {"stream": True}
-    ) as told:
-        assert told.status_code == 200 and "error" not in told.read().decode()
+    told = post(routing.url, FORMS[path](f"{path} in pieces {STORY}") | {"stream": True})
+    assert told.status_code == 200 and "event: " in told.text and "event: error" not in told.text
     assert decode.gauges()["transfers_pulled_total"] == pulled + 3
     nothing_is_held(prefill, decode)
 
     refused = post(prefill.url, body | {"stream": True, "kv_transfer_params": {"do_remote_decode": True}})
     assert refused.status_code == 400 and "nothing to stream" in refused.text
     if path == "/v1/responses":
-        assert httpx.get(f"{prefill.url}{path}/{first['id']}").status_code == 404, "there is nothing to go on with"
+        assert httpx.get(f"{prefill.url}{path}/{first['id']}").status_code == 400, "there is nothing to go on with"
+
+
+def test_engines_of_two_ranks_exchange_state_rank_by_rank(server):
+    options = ("--tp", "2", "--transfer-lease", "20", "--max-num-seqs", "16", "--validate")
+    with ThreadPoolExecutor() as pool:
+        prefill, decode = pool.map(lambda role: Server("--role", role, *options), ("prefill", "decode"))
+    try:
+        bodies = [{"prompt": f"{i} {STORY}", "max_tokens": 16, "temperature": 0} for i in range(2)]
+        for number, body in enumerate(bodies):
+            first = body | {"kv_transfer_params": {"do_remote_decode": True}}
+            given = httpx.post(f"{prefill.url}/v1/completions", json=first, timeout=120).json()["kv_transfer_params"]
+            second = body | {"kv_transfer_params": given}
+            found = httpx.post(f"{decode.url}/v1/completions", json=second, timeout=120).json()
+            local = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()
+            assert found["choices"][0]["text"] == local["choices"][0]["text"]
+            assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == found["usage"]["prompt_tokens"] - 1
+            assert decode.gauges()["transfers_pulled_total"] == number + 1
+        nothing_is_held(prefill, decode)
+    finally:
+        assert [prefill.stop(), decode.stop()] == [0, 0], "".join(prefill.log + decode.log)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
 from tokenspeed.engine.transfer.params import RemotePrefill, TransferSettings
 from tokenspeed.engine.transfer.pulls import Source
 
+CONFIG = SimpleNamespace(quantization="none", tensor_parallel_size=1, expert_parallel_size=1)
+
 
 class Socket:
     """Brings Stop. polls: milliseconds that were waited for more."""
@@ -69,7 +71,7 @@ def test_an_engine_that_stops_leaves_what_it_pulls(tmp_path, monkeypatch):
     lab, there = Lab(random_model(tmp_path)), Endpoint("127.0.0.1", 0, 60.0)
     there.register(arenas(16, 4, 1), IDENTITY)
     transfer = TransferSettings("both", lease=60.0)
-    settings = SimpleNamespace(transfer=transfer, directory=".", config=SimpleNamespace(quantization="none"))
+    settings = SimpleNamespace(transfer=transfer, directory=".", config=CONFIG)
     try:
         with pytest.raises(KeyError), taking_part(lab.engine, settings) as (exchange, address):
             talk, submit = None, lab.engine.submit

@@ -25,9 +25,8 @@ from tokenspeed.engine.transfer.rooms import Rooms
 LEASE = 8.0
 ADDRESS, PEER = "tcp://prefiller:1", b"decoder"
 PAGE_BYTES, SLOT_BYTES = 700, 3_000_000  # a slot takes several Reads, a Read several pages
-IDENTITY = Identity(
-    "checkpoint", "none", "float32", "float32", PAGE_TOKENS, (1,), (("state", "float32", (1,)),), 1, SLOT_BYTES, 0
-)
+SLOT = (("state", "float32", (1,)),)
+IDENTITY = Identity("checkpoint", "none", (1, 1), "float32", "float32", PAGE_TOKENS, (1,), SLOT, 1, SLOT_BYTES, 0)
 
 
 def arenas(pages: int, slots: int, seed: int) -> Arenas:

@@ -21,7 +21,7 @@ from .core import Engine
 from .errors import ConfigError, EngineError, RequestError, TokenSpeedError
 from .executor.device import pick_device
 from .executor.loading import load_runner, longest_sequence
-from .executor.ranks import start_ranks
+from .executor.ranks import ALONE, Beside, start_ranks
 from .parallel.comm import ONE_RANK
 from .request import Failure, Request, RequestOutput, SamplingParams, Update
 from .schedule.cache import CacheConfig, Policy, PrefixCache
@@ -33,14 +33,14 @@ from .text.turn import TurnEvent
 _GHOST_NODES_PER_PAGE = 4  # evicted pages whose token ids are remembered
 
 
-def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True) -> Engine:
-    """Weights, memory and scheduler of a checkpoint; with more than one rank this process becomes rank 0. Raises
-    ConfigError or CapacityError for what cannot be used."""
+def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True, beside: Beside = ALONE) -> Engine:
+    """Weights, memory and scheduler of a checkpoint; with more than one rank this process becomes rank 0. beside: what
+    the other ranks do beside their Steps. Raises ConfigError or CapacityError for what cannot be used."""
     if config.tensor_parallel_size == config.expert_parallel_size == 1:
         device = pick_device(config.device)
         runner, plan = load_runner(frontend.directory, config, device, ONE_RANK, list, progress)
     else:
-        ranks = start_ranks(frontend.directory, config)
+        ranks = start_ranks(frontend.directory, config, beside)
         atexit.register(ranks.close)
         communicator, channel = ranks.communicator, ranks.channel
         runner, plan = load_runner(frontend.directory, config, ranks.device, communicator, channel.smallest, progress)

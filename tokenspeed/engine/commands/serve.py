@@ -109,11 +109,10 @@ def run(options: argparse.Namespace) -> int:
     config = EngineConfig(**engine_settings(options))
     transfer = None
     if options.role is not None:
-        ranks = config.tensor_parallel_size, config.expert_parallel_size
-        if ranks != (1, 1):
+        if config.rendezvous is not None:
             raise ConfigError(
-                f"--role {options.role} with --tp {ranks[0]} --ep {ranks[1]}: engines of several ranks do not exchange "
-                "state yet; use one rank."
+                f"--role {options.role} under torchrun: ranks exchange state with peers where this command starts them "
+                "itself, on one machine."
             )
         where = options.transfer_host, options.transfer_port
         transfer = TransferSettings(options.role, *where, options.transfer_lease, options.transfer_transport)

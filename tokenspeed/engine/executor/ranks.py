@@ -13,8 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -29,16 +32,29 @@ from .device import pick_device
 from .loading import load_runner
 from .runner import Launched, Runner
 
+Doing = AbstractContextManager[Callable[[], None]]
+
 _CHECK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0  # for the loss to be noticed and told where the rank was needed
 
 
+class Beside(NamedTuple):
+    """What the other ranks do beside their Steps: a module that calls `run_rank`, and settings for it, as JSON."""
+
+    module: str
+    settings: str
+
+
 class RankSettings(msgspec.Struct, frozen=True):
-    """What a rank beside rank 0 is started with."""
+    """What a rank beside rank 0 is started with. beside: settings of what it does beside its Steps."""
 
     directory: str
     config: EngineConfig
     rank: int
+    beside: str = ""
+
+
+ALONE = Beside("tokenspeed.engine.executor.ranks", "")
 
 
 @dataclass(slots=True)
@@ -81,10 +97,10 @@ class Ranks:
             _leave(self.runner, self.communicator)
 
 
-def start_ranks(directory: Path, config: EngineConfig) -> Ranks:
+def start_ranks(directory: Path, config: EngineConfig, beside: Beside = ALONE) -> Ranks:
     """Make this process rank 0 of `config.tensor_parallel_size` and `config.expert_parallel_size`. Without a rendezvous
-    the other ranks are started on this machine; with one, somebody else starts them. Returns when all have met. Raises
-    ConfigError where they cannot."""
+    the other ranks are started on this machine; with one, somebody else starts them, and they do nothing beside their
+    Steps. Returns when all have met. Raises ConfigError where they cannot."""
     mesh = Mesh(config.tensor_parallel_size, config.expert_parallel_size)
     device = rank_device(config, 0)
     others: list[subprocess.Popen] = []
@@ -97,7 +113,7 @@ def start_ranks(directory: Path, config: EngineConfig) -> Ranks:
                 "several hosts."
             )
         config = replace(config, rendezvous=f"tcp://127.0.0.1:{free_port()}")
-        others = [_start(directory, config, rank) for rank in range(1, mesh.world)]
+        others = [_start(directory, config, rank, beside) for rank in range(1, mesh.world)]
     lost: list[str] = []
     watch = threading.Thread(target=_watch_others, args=(others, lost), name="tokenspeed-ranks", daemon=True)
     if others:
@@ -116,19 +132,22 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def follow(directory: Path, config: EngineConfig, rank: int) -> None:
-    """Run what rank 0 sends, until it sends the end. Raises RuntimeError where another rank is lost."""
+def follow(directory: Path, config: EngineConfig, rank: int, beside: Callable[[Runner], Doing] | None = None) -> None:
+    """Run what rank 0 sends, until it sends the end. beside: what goes on meanwhile, and is told of each Step that was
+    run (on a GPU: launched). Raises RuntimeError where another rank is lost."""
     mesh, device = Mesh(config.tensor_parallel_size, config.expert_parallel_size, rank), rank_device(config, rank)
     communicator = join_ranks(mesh, device, config.rendezvous)
     channel = StepChannel()
     runner, _ = load_runner(directory, config, device, communicator, channel.smallest, progress=False)
     inbox = Inbox(channel)
     running: Launched | None = None
-    while (message := inbox.get()) is not None:
-        assert isinstance(message, Step)
-        running = _run(runner, message, inbox, running)
-    if running:
-        running.read()
+    with beside(runner) if beside else contextlib.nullcontext(lambda: None) as ran:
+        while (message := inbox.get()) is not None:
+            assert isinstance(message, Step)
+            running = _run(runner, message, inbox, running)
+            ran()
+        if running:
+            running.read()
     _leave(runner, communicator)
 
 
@@ -140,10 +159,10 @@ def _run(runner: Runner, step: Step, inbox: Inbox, before: Launched | None) -> L
     return launched
 
 
-def _start(directory: Path, config: EngineConfig, rank: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tokenspeed.engine.executor.ranks"]
+def _start(directory: Path, config: EngineConfig, rank: int, beside: Beside) -> subprocess.Popen:
+    command = [sys.executable, "-m", beside.module]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    process.stdin.write(msgspec.json.encode(RankSettings(str(directory), config, rank)))
+    process.stdin.write(msgspec.json.encode(RankSettings(str(directory), config, rank, beside.settings)))
     process.stdin.close()
     return process
 
@@ -190,11 +209,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def main() -> int:
+def run_rank(beside: Callable[[Runner, RankSettings], Doing] | None = None) -> int:
+    """This process is a rank beside rank 0, by the settings on standard input; the exit status."""
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=RankSettings)
     threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     try:
-        follow(Path(settings.directory), settings.config, settings.rank)
+        doing = beside and (lambda runner: beside(runner, settings))
+        follow(Path(settings.directory), settings.config, settings.rank, doing)
     except KeyboardInterrupt:  # Ctrl-C goes to every rank; rank 0 says so
         return 130
     except (TokenSpeedError, ConfigError, RuntimeError) as error:
@@ -204,4 +225,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_rank())

@@ -17,6 +17,7 @@ import zmq
 
 from ..core import Engine
 from ..errors import TokenSpeedError
+from ..executor.ranks import ALONE, Beside, free_port
 from ..llm import load_engine
 from ..request import Failure, Request, Update
 from ..text.frontend import Frontend
@@ -26,6 +27,7 @@ from ..transfer.endpoint import Endpoint
 from ..transfer.exchange import Exchange
 from ..transfer.identity import fingerprint, identity
 from ..transfer.params import Address, Transfer, TransferSettings
+from ..transfer.ranks import Shares, ShareSettings
 from .kv_events import KvEventPublisher
 from .lifeline import end_with_parent, give_way
 from .messages import (
@@ -162,26 +164,39 @@ class EngineProcess:
         self._socket.send(encode(message))
 
 
+def _sharing(settings: Settings) -> tuple[Beside, str]:
+    """What the other ranks of an engine do, and where rank 0 listens for them, "" where it need not."""
+    config, transfer = settings.config, settings.transfer
+    if transfer is None or config.tensor_parallel_size == config.expert_parallel_size == 1:
+        return ALONE, ""
+    link = f"tcp://127.0.0.1:{free_port()}"
+    lends = transfer.role != "decode"
+    share = ShareSettings(link, transfer.host, lends, transfer.lease, transfer.transport)
+    return Beside(Shares.__module__, msgspec.json.encode(share).decode()), link
+
+
 @contextlib.contextmanager
-def taking_part(engine: Engine, settings: Settings) -> Iterator[tuple[Exchange | None, Address | None]]:
-    """Among other engines, where it should; they are told of the end. Raises ConfigError where the address cannot be
-    had."""
+def taking_part(engine: Engine, settings: Settings, link: str = "") -> Iterator[tuple[Exchange | None, Address | None]]:
+    """Among other engines, where it should; they are told of the end. link: where to listen for the engine's other
+    ranks. Raises ConfigError where the address cannot be had."""
     transfer: TransferSettings | None = settings.transfer
     if transfer is None:
         yield None, None
         return
     port = None if transfer.role == "decode" else transfer.port
     endpoint = Endpoint(transfer.host, port, transfer.lease, transfer.transport)
-    layout, model = engine.runner.memory.layout, fingerprint(Path(settings.directory))
-    endpoint.register(Arenas(engine.runner.memory), identity(layout, model, settings.config.quantization))
-    exchange = Exchange(engine, endpoint)
+    config, layout, model = settings.config, engine.runner.memory.layout, fingerprint(Path(settings.directory))
+    mesh = config.tensor_parallel_size, config.expert_parallel_size
+    calls = Shares(endpoint, link, max(mesh), engine.runner) if link else endpoint
+    calls.register(Arenas(engine.runner.memory), identity(layout, model, config.quantization, mesh))
+    exchange = Exchange(engine, calls)
     try:
-        yield exchange, Address(transfer.role, endpoint.engine, endpoint.host, endpoint.port)
+        yield exchange, Address(transfer.role, endpoint.engine, endpoint.host, endpoint.port, mesh[0])
     finally:
         try:
             exchange.close()
         finally:
-            endpoint.close()
+            calls.close()
 
 
 def main() -> int:
@@ -193,9 +208,10 @@ def main() -> int:
     socket.connect(sys.argv[1])
     try:
         frontend = Frontend.from_directory(Path(settings.directory))
-        engine = load_engine(frontend, settings.config, settings.progress)
+        beside, link = _sharing(settings)
+        engine = load_engine(frontend, settings.config, settings.progress, beside)
         publisher = KvEventPublisher(engine.cache, settings.kv_events) if settings.kv_events else None
-        with taking_part(engine, settings) as (exchange, address):
+        with taking_part(engine, settings, link) as (exchange, address):
             EngineProcess(engine, socket, publisher, exchange, address).run()
         return 0
     except TokenSpeedError as error:

@@ -57,9 +57,10 @@ class Endpoint:
         self._stopped = threading.Event()
         self._dealers: dict[str, zmq.Socket] = {}
 
-    def register(self, arenas: Arenas, identity: Identity) -> None:
-        """Let peers of the same identity read the arenas, as far as rooms offer them, and listen. Raises ConfigError
-        where the address cannot be had, and where NIXL is asked for and does not work."""
+    def register(self, arenas: Arenas, identity: Identity, ports: tuple[int, ...] = ()) -> None:
+        """Let peers of the same identity read the arenas, as far as rooms offer them, and listen. ports: of this
+        engine's other ranks. Raises ConfigError where the address cannot be had, and where NIXL is asked for and does
+        not work."""
         card = cuda_ipc.card(arenas) if self.transport == "auto" else ""
         self._device = arenas.device
         self._nixl = None
@@ -73,6 +74,7 @@ class Endpoint:
             time.monotonic,
             lambda peer: cuda_ipc.export(arenas, peer) if card else (),
             self._nixl and self._nixl.own,
+            ports,
         )
         self.pulls = Pulls(
             arenas,

@@ -13,12 +13,14 @@ from .messages import Identity
 _SAMPLES, _SAMPLE_BYTES = 32, 4096  # of each file of weights
 
 
-def identity(layout: MemoryLayout, model: str, quantization: str) -> Identity:
-    """Of an engine with this memory. model: the `fingerprint` of its checkpoint."""
+def identity(layout: MemoryLayout, model: str, quantization: str, ranks: tuple[int, int] = (1, 1)) -> Identity:
+    """Of an engine with this memory. model: the `fingerprint` of its checkpoint; ranks: that split the dense weights,
+    and the experts."""
     parts = tuple((name, _name(dtype), tuple(shape)) for name, (dtype, shape) in layout.slot_parts().items())
     return Identity(
         model,
         quantization,
+        ranks,
         _name(layout.dtype),
         _name(layout.page_dtype),
         PAGE_TOKENS,

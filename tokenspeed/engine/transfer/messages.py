@@ -5,7 +5,7 @@ import msgspec
 
 from ..errors import TransferError
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 18  # of anything but data
 MAX_READ_BYTES = 1 << 20  # that one Read asks for
 MAX_ROOM_CHARACTERS = 128
@@ -23,13 +23,15 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 class Identity(msgspec.Struct, frozen=True):
     """What two engines must have in common before bytes of one mean anything to the other.
 
-    model: of the checkpoint's files; dtype: of weights and activations; page: shape of one, (layers, keys and values,
+    model: of the checkpoint's files; ranks: that split the dense weights, and the experts; dtype: of weights and
+    activations; page: shape of one, (layers, keys and values,
     heads, tokens, dimensions); slot: the parts of one for each layer, (name, dtype, shape); slot_layers, slot_bytes:
     how often they come, and what all take; hidden_bytes: of a slot, for the MTP head.
     """
 
     model: str
     quantization: str
+    ranks: tuple[int, int]
     dtype: str
     page_dtype: str
     page_tokens: int
@@ -61,12 +63,13 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
     """lease: seconds of silence after which a room is given up. handles: of the arenas, where the asker can map them
-    (`cuda_ipc`); agent: where it can read them through NIXL."""
+    (`cuda_ipc`); agent: where it can read them through NIXL; ports: of the engine's other ranks, in their order."""
 
     engine: str
     lease: float
     handles: tuple[bytes, ...] = ()
     agent: Agent | None = None
+    ports: tuple[int, ...] = ()
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):

@@ -43,12 +43,14 @@ class TransferSettings(msgspec.Struct, frozen=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """An engine among its peers, and where it lends what it has prefilled; port: None where it lends nothing."""
+    """An engine among its peers, and where it lends what it has prefilled; port: None where it lends nothing; tp: ranks
+    that split its dense weights."""
 
     role: str
     engine: str
     host: str
     port: int | None
+    tp: int = 1
 
 
 def parse(given: Mapping[str, Any] | None, own: Address | None) -> Transfer | None:
@@ -92,7 +94,7 @@ def answer(transfer: RemoteDecode, own: Address) -> dict[str, Any]:
         "remote_host": own.host,
         "remote_port": own.port,
         "transfer_id": transfer.room,
-        "tp_size": 1,
+        "tp_size": own.tp,
     }
 
 

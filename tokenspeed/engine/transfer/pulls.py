@@ -174,6 +174,12 @@ class Pulls:
     def open(self) -> int:
         return len(self._pulls)
 
+    def others(self, address: str) -> list[str]:
+        """Where the other ranks of a peer are; none where it has not answered yet."""
+        peer = self._peers.get(address)
+        welcome = peer and peer.welcome
+        return [f"{address.rpartition(':')[0]}:{port}" for port in welcome.ports] if welcome else []
+
     # ---- the wire's thread
 
     @property

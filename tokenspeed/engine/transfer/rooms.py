@@ -73,7 +73,8 @@ class _Room:
 
 
 class Rooms:
-    """handles: makes what lets the peer on the same card map the arenas; agent: through which others can read them."""
+    """handles: makes what lets the peer on the same card map the arenas; agent: through which others can read them;
+    ports: of this engine's other ranks."""
 
     def __init__(
         self,
@@ -84,9 +85,10 @@ class Rooms:
         clock: Callable[[], float],
         handles: Callable[[str], tuple[bytes, ...]] = lambda card: (),
         agent: Agent | None = None,
+        ports: tuple[int, ...] = (),
     ):
         self._arenas, self._identity, self._engine, self._lease = arenas, identity, engine, lease
-        self._clock, self._handles, self._agent = clock, handles, agent
+        self._clock, self._handles, self._agent, self._ports = clock, handles, agent, ports
         self._lock = threading.Lock()
         self._rooms: dict[str, _Room] = {}
         self._over: OrderedDict[str, str] = OrderedDict()
@@ -221,7 +223,8 @@ class Rooms:
             self._peers[peer] = None
             if len(self._peers) > _MAX_PEERS:
                 self._peers.popitem(last=False)
-        return Welcome(self._engine, self._lease, self._handles(hello.card), self._agent if hello.nixl else None)
+        agent = self._agent if hello.nixl else None
+        return Welcome(self._engine, self._lease, self._handles(hello.card), agent, self._ports)
 
     def _answer(self, name: str, room: _Room) -> Reply | None:
         """What there is to say to what was asked; None as long as there is nothing new and it need not be said yet."""
