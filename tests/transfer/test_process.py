@@ -10,6 +10,7 @@ from scenarios import arriving
 from texts import text
 from wire import IDENTITY, arenas
 
+from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.server import process
 from tokenspeed.engine.server.messages import Stop, encode
 from tokenspeed.engine.server.process import EngineProcess, taking_part
@@ -97,6 +98,13 @@ def test_an_engine_that_stops_leaves_what_it_pulls(tmp_path, monkeypatch):
         assert talk.finished and exchange.failed == 1, "it was given back to be computed"
     finally:
         there.close()
+
+
+def test_a_role_under_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["serve", "--role", "decode", "--tp", "2"]) == 1
+    assert "--role decode under torchrun" in capsys.readouterr().err
 
 
 def test_moves_are_waited_for_by_the_engine_and_not_by_its_socket(tmp_path):
