@@ -285,8 +285,6 @@ class Pulls:
                 return
         if peer.arenas is None and welcome.agent is not None and self._nixl is not None:
             peer.remote = self._nixl.connect(welcome.engine, welcome.agent)
-        way = "CUDA IPC" if peer.arenas is not None else "NIXL" if peer.remote is not None else "its socket"
-        log.info("prompts of the engine at %s come through %s", peer.address, way)
         for pull in list(self._pulls.values()):
             if pull.source.address == peer.address:
                 self._begin(peer, pull)
