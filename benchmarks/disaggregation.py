@@ -1,4 +1,4 @@
-"""Two engines on one card: what long prefills in one do to the time between tokens in the other.
+"""Two engines, on one card or on one each: what long prefills in one do to the time between tokens in the other.
 
     python -m benchmarks.disaggregation --model DIRECTORY [--prompt-tokens 50000] [--mps 50 30] [--json FILE]
 
@@ -36,6 +36,7 @@ def main() -> int:
     add("--model", help="checkpoint (default: the shipped one)")
     add("--load-format", help="dummy: random weights, of whatever the checkpoint's config.json says")
     add("--device", default="auto", help="of both servers (default auto)")
+    add("--prefill-device", help="of the prefilling server, as cuda:1 beside cuda:0 (default: --device)")
     add("--prompt-tokens", type=int, default=50_000, help="of each prompt that is prefilled meanwhile (default 50000)")
     add("--prompts", type=int, default=3, help="of them, one after the other (default 3)")
     add("--streams", type=int, default=8, help="sequences that decode meanwhile (default 8)")
@@ -67,25 +68,28 @@ def main() -> int:
     )
     add("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    common = ["--device", options.device, "--draft-tokens", options.draft_tokens, "--threads", "1"]
+    common = ["--draft-tokens", options.draft_tokens, "--threads", "1"]
     common += ["--model", options.model] if options.model else []
     common += ["--gpu-memory-utilization", str(options.memory)] if options.memory else []
     common += ["--load-format", options.load_format] if options.load_format else []
+    device, prefill_device = ["--device", options.device], ["--device", options.prefill_device or options.device]
     batch = ["--max-num-batched-tokens", str(options.batch_tokens)]
     rows = {}
     with contextlib.ExitStack() as stack:
         service = stack.enter_context(multi_process_service()) if options.mps else {}
-        decode = stack.enter_context(server(*common, "--role", "decode", **at_most(service, options.mps_decode)))
+        decode = stack.enter_context(
+            server(*common, *device, "--role", "decode", **at_most(service, options.mps_decode))
+        )
         for share in options.mps or [None]:
             of = f", {share} %" if share else ""
-            with server(*common, *batch, "--role", "prefill", **at_most(service, share)) as prefill:
+            with server(*common, *prefill_device, *batch, "--role", "prefill", **at_most(service, share)) as prefill:
                 if "idle" not in rows:
                     rows["idle"] = measure(options, decode, lambda: time.sleep(options.seconds))
                 beside = measure(options, decode, lambda prefill=prefill: prompts(options, prefill, None))
                 for_it = measure(options, decode, lambda prefill=prefill: prompts(options, prefill, decode))
                 rows |= {f"prefill beside{of}": beside, f"prefill for it{of}": for_it}
     if not options.mps:
-        with server(*common, *batch) as both:
+        with server(*common, *device, *batch) as both:
             rows["one server"] = measure(options, both, lambda: prompts(options, None, both))
     idle = rows["idle"]["p99"]
     print(f"{'':22}{'ITL p50':>10}{'p99':>10}{'max':>10}{'p99 / idle':>12}{'tokens':>8}{'a prompt, s':>13}")

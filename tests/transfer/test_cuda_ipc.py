@@ -1,4 +1,4 @@
-"""Two processes on one GPU: the decoder copies out of the prefiller's memory by itself."""
+"""Two processes on one GPU, or on two: the decoder copies out of the prefiller's memory by itself."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from test_cuda_ipc import IDENTITY, PAGES, arenas
 from tokenspeed.engine.transfer.endpoint import Endpoint
 from tokenspeed.engine.transfer.pulls import Source, Targets
 
-here = arenas(2)
+here = arenas(2, sys.argv[4])
 end = Endpoint("127.0.0.1", None, 20.0)
 end.register(here, IDENTITY)
 end.pull(Source(sys.argv[3], "room", b"prompt"), lambda: Targets({i: PAGES - 1 - i for i in range(PAGES)}, 3))
@@ -38,8 +38,9 @@ end.close()
 """
 
 
-def arenas(seed: int) -> Arenas:
-    """On the GPU, filled at random."""
+def arenas(seed: int, device: str) -> Arenas:
+    """On a GPU, filled at random."""
+    torch.cuda.set_device(device)
     generator = torch.Generator("cuda").manual_seed(seed)
     layout = SimpleNamespace(page_bytes=PAGE_BYTES, slot_bytes=SLOT_BYTES)
 
@@ -52,7 +53,7 @@ def arenas(seed: int) -> Arenas:
 def test_arenas_on_a_cpu_are_not_shared_so():
     layout = SimpleNamespace(page_bytes=8, slot_bytes=8)
     memory = SimpleNamespace(kv=torch.zeros(2, 8), slots=torch.zeros(2, 8, dtype=torch.uint8), layout=layout)
-    assert cuda_ipc.card(Arenas(memory)) == "" and cuda_ipc.export(Arenas(memory), "GPU-1") == ()
+    assert cuda_ipc.readable(Arenas(memory)) == () and cuda_ipc.export(Arenas(memory), ("GPU-1",)) == ()
 
 
 def test_where_memory_cannot_be_shared_bytes_go_over_the_socket(monkeypatch):
@@ -63,19 +64,22 @@ def test_where_memory_cannot_be_shared_bytes_go_over_the_socket(monkeypatch):
     memory = SimpleNamespace(kv=torch.zeros(2, 8), slots=torch.zeros(2, 8, dtype=torch.uint8), layout=layout)
     monkeypatch.setattr(cuda_ipc, "card", lambda arenas: "GPU-1")
     monkeypatch.setattr(torch.UntypedStorage, "_share_cuda_", refused)
-    assert cuda_ipc.export(Arenas(memory), "GPU-1") == ()
+    assert cuda_ipc.export(Arenas(memory), ("GPU-1",)) == ()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_unit_is_copied_from_another_process_on_the_same_gpu():
-    there = arenas(1)
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_a_unit_is_copied_from_another_process(device):
+    if device == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    there = arenas(1, "cuda:0")
     torch.cuda.synchronize()
     end = Endpoint("127.0.0.1", 0, 20.0)
     end.register(there, IDENTITY)
     try:
         end.offer("room", b"prompt", range(PAGES), 2, 0)
         paths = str(Path(__file__).parent), str(Path(__file__).parents[2])
-        command = [sys.executable, "-c", DECODER, *paths, address_of(end.host, end.port)]
+        command = [sys.executable, "-c", DECODER, *paths, address_of(end.host, end.port), device]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         out, _ = child.communicate(timeout=120)
         error, mapped, pages, slot = out.strip().split("|")

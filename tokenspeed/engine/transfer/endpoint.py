@@ -61,7 +61,7 @@ class Endpoint:
         """Let peers of the same identity read the arenas, as far as rooms offer them, and listen. ports: of this
         engine's other ranks. Raises ConfigError where the address cannot be had, and where NIXL is asked for and does
         not work."""
-        card = cuda_ipc.card(arenas) if self.transport == "auto" else ""
+        cards = cuda_ipc.readable(arenas) if self.transport == "auto" else ()
         self._device = arenas.device
         self._nixl = None
         if self.transport != "sockets":
@@ -72,7 +72,7 @@ class Endpoint:
             self.engine,
             self.lease,
             time.monotonic,
-            lambda peer: cuda_ipc.export(arenas, peer) if card else (),
+            lambda readable: cuda_ipc.export(arenas, readable) if cards else (),
             self._nixl and self._nixl.own,
             ports,
         )
@@ -83,7 +83,7 @@ class Endpoint:
             self.lease,
             time.monotonic,
             self._send,
-            card,
+            cards,
             lambda handles: cuda_ipc.map_arenas(arenas, handles),
             self._nixl,
         )

@@ -53,11 +53,11 @@ class Agent(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """engine: who asks; card: the GPU its arenas are on, "" on a CPU; nixl: whether it can read through NIXL."""
+    """engine: who asks; cards: the GPUs whose memory it can read by itself; nixl: whether it can read through NIXL."""
 
     engine: str
     identity: Identity
-    card: str = ""
+    cards: tuple[str, ...] = ()
     nixl: bool = False
 
 

@@ -112,11 +112,11 @@ class Pulls:
         lease: float,
         clock: Callable[[], float],
         send: Callable[[str, FromDecoder], None],
-        card: str = "",
+        cards: tuple[str, ...] = (),
         map_arenas: Callable[[tuple[bytes, ...]], list] | None = None,
         nixl: Nixl | None = None,
     ):
-        self._arenas, self._hello, self._lease = arenas, Hello(engine, identity, card, nixl is not None), lease
+        self._arenas, self._hello, self._lease = arenas, Hello(engine, identity, cards, nixl is not None), lease
         self._clock, self._send, self._map, self._nixl = clock, send, map_arenas, nixl
         self._lock = threading.Lock()  # of the two below; a pull's own guards what is written for it
         self._pulls: dict[str, _Pull] = {}

@@ -73,7 +73,8 @@ class _Room:
 
 
 class Rooms:
-    """handles: makes what lets the peer on the same card map the arenas; agent: through which others can read them;
+    """handles: makes what lets a peer that reads the card's memory map the arenas; agent: through which others can
+    read them;
     ports: of this engine's other ranks."""
 
     def __init__(
@@ -83,7 +84,7 @@ class Rooms:
         engine: str,
         lease: float,
         clock: Callable[[], float],
-        handles: Callable[[str], tuple[bytes, ...]] = lambda card: (),
+        handles: Callable[[tuple[str, ...]], tuple[bytes, ...]] = lambda cards: (),
         agent: Agent | None = None,
         ports: tuple[int, ...] = (),
     ):
@@ -224,7 +225,7 @@ class Rooms:
             if len(self._peers) > _MAX_PEERS:
                 self._peers.popitem(last=False)
         agent = self._agent if hello.nixl else None
-        return Welcome(self._engine, self._lease, self._handles(hello.card), agent, self._ports)
+        return Welcome(self._engine, self._lease, self._handles(hello.cards), agent, self._ports)
 
     def _answer(self, name: str, room: _Room) -> Reply | None:
         """What there is to say to what was asked; None as long as there is nothing new and it need not be said yet."""
