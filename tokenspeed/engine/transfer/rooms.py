@@ -74,8 +74,7 @@ class _Room:
 
 class Rooms:
     """handles: makes what lets a peer that reads the card's memory map the arenas; agent: through which others can
-    read them;
-    ports: of this engine's other ranks."""
+    read them; ports: of this engine's other ranks."""
 
     def __init__(
         self,
