@@ -77,7 +77,7 @@ def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
 
 @pytest.mark.parametrize("tokens", [97, 128, 129, 257, 321])
 def test_all_tokens_on_one_expert(backend, tokens):
-    """One or two tiles of one to four groups of 64, whose last holds one choice or many."""
+    """One to three tiles of 128, whose last holds one choice or many."""
     chosen = torch.full((tokens, 1), 1, device=backend.device)
     assert_close(backend, inputs(backend, chosen, 3, 128, 128))
 

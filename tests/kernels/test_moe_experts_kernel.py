@@ -14,6 +14,7 @@ pytest_plugins = ["tests.kernels.schedules"]
 
 TOLERANCE = 6e-3  # two roundings to bf16 (activation and output), three in a prefill
 DECODE_TOKENS = 64  # more take the prefill kernels
+CLUSTER_WIDTH = 1024  # the least whose prefill shares weights in clusters, from more than 128 choices an expert
 PUBLISHED = [(256, 8, 2048, 512), (256, 8, 3072, 1024), (512, 10, 4096, 1024)]  # experts, top-k, hidden, width
 
 
@@ -57,9 +58,36 @@ def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
     "tokens", [16, 17, 33, DECODE_TOKENS, 65, 97, 129, 161, 193, 225, 257, 289, 320, 321, 600, 643]
 )
 def test_all_tokens_on_one_expert(backend, tokens):
-    """Several entries of 16 choices; one to three tiles of one to five groups of 64, whose last holds one or many."""
+    """Several entries of 16 choices; one to six tiles of 128, whose last holds one choice or many."""
     chosen = torch.full((tokens, 1), 3, device=backend.device)
     assert error(backend, inputs(backend, chosen, 5, 64, 64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [129, 161, 193, 225, 257, 289, 320, 321, 600, 643])
+def test_one_expert_in_clusters(backend, tokens):
+    """One to three tiles of one to five groups of 64, whose last holds one choice or many."""
+    chosen = torch.zeros(tokens, 1, dtype=torch.int64, device=backend.device)
+    assert error(backend, inputs(backend, chosen, 1, 64, CLUSTER_WIDTH)) < TOLERANCE
+
+
+def test_ragged_groups_in_clusters(scheduled):
+    """Tiles of every number of groups, one of a single choice; first and last expert empty."""
+    counts = [0, 1, 63, 65, 0, 129, 321, 704, 0]
+    chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
+    chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)
+    assert len(chosen) > 128 * len(counts)
+    assert error(scheduled, inputs(scheduled, chosen, len(counts), 64, CLUSTER_WIDTH)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(64, 1024), (320, 1024), (192, 1088)])
+def test_clusters_give_the_bits_of_blocks_alone(backend, hidden, width):
+    """Experts that nobody chooses take a call below the choices an expert from which blocks share weights."""
+    chosen = random_choice(backend, 300, 3, 2)
+    shared, alone = (inputs(backend, chosen, experts, hidden, width) for experts in (3, 5))
+    alone[-2][:3], alone[-1][:3] = shared[-2], shared[-1]
+    for position in (0, 1):
+        alone[position].copy_(shared[position])
+    assert same_bits(*(backend.op("moe_experts")(*args) for args in (shared, alone)))
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -117,11 +145,11 @@ def test_the_published_sizes_of_one_expert(backend, hidden, width):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 13])
-@pytest.mark.parametrize("tokens", [3, 66])
-def test_every_way_to_share_the_work_gives_the_same_bits(backend, tokens, multiprocessors):
+@pytest.mark.parametrize(("tokens", "width"), [(3, 128), (66, 128), (400, CLUSTER_WIDTH)])
+def test_every_way_to_share_the_work_gives_the_same_bits(backend, tokens, width, multiprocessors):
     if backend.emulated is None:
         pytest.skip("a card has its own count of multiprocessors")
-    args = inputs(backend, random_choice(backend, tokens, 6, 2), 6, 128, 128)
+    args = inputs(backend, random_choice(backend, tokens, 6, 2), 6, 128, width)
     expected, device = backend.op("moe_experts")(*args), emulator()
     device.emulator_multiprocessors(multiprocessors)
     try:
@@ -130,11 +158,11 @@ def test_every_way_to_share_the_work_gives_the_same_bits(backend, tokens, multip
         device.emulator_multiprocessors(4)
 
 
-@pytest.mark.parametrize("tokens", [11, 70])
-def test_no_order_of_threads_changes_a_bit(backend, tokens):
+@pytest.mark.parametrize(("tokens", "width"), [(11, 64), (70, 64), (300, CLUSTER_WIDTH)])
+def test_no_order_of_threads_changes_a_bit(backend, tokens, width):
     if backend.emulated is None:
         pytest.skip("a card takes no seed")
-    args = inputs(backend, random_choice(backend, tokens, 6, 3), 6, 128, 64)
+    args = inputs(backend, random_choice(backend, tokens, 6, 3), 6, 128, width)
     expected, device = backend.op("moe_experts")(*args), emulator()
     try:
         for seed in range(1, 6):
@@ -144,12 +172,12 @@ def test_no_order_of_threads_changes_a_bit(backend, tokens):
         device.emulator_seed(0)
 
 
-@pytest.mark.parametrize("tokens", [5, 67])
-def test_a_token_has_the_same_bits_whoever_shares_its_experts(backend, tokens):
+@pytest.mark.parametrize(("tokens", "width"), [(5, 64), (67, 64), (301, CLUSTER_WIDTH)])
+def test_a_token_has_the_same_bits_whoever_shares_its_experts(backend, tokens, width):
     """Tokens of the same experts change places in the entry and the tile, but not their sums."""
     chosen = random_choice(backend, tokens, 4, 2)
     weights, *_ = routed(backend, chosen, 4)
-    x, _, _, _, _, gate_up, down = inputs(backend, chosen, 4, 128, 64)
+    x, _, _, _, _, gate_up, down = inputs(backend, chosen, 4, 128, width)
     gate_up, down = gate_up.nan_to_num(), down.nan_to_num()
 
     def run(rows: Tensor) -> Tensor:
@@ -161,11 +189,11 @@ def test_a_token_has_the_same_bits_whoever_shares_its_experts(backend, tokens):
 
 
 @pytest.mark.parametrize("held", [(0, 2), (2, 3), (3, 6), (5, 6)])
-@pytest.mark.parametrize("tokens", [1, 9, 66])
-def test_a_share_of_the_experts_adds_its_choices_and_no_other(scheduled, tokens, held):
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (9, 64), (66, 64), (250, CLUSTER_WIDTH)])
+def test_a_share_of_the_experts_adds_its_choices_and_no_other(scheduled, tokens, width, held):
     """Choices of experts elsewhere, in front and behind, and tokens (or all of them) that chose none of these."""
     chosen = random_choice(scheduled, tokens, 5, 2)  # nobody chooses the last
-    x, weights, experts, order, offsets, gate_up, down = inputs(scheduled, chosen, 6, 64, 64)
+    x, weights, experts, order, offsets, gate_up, down = inputs(scheduled, chosen, 6, 64, width)
     first, last = held
     share = (gate_up[first:last].clone(), down[first:last].clone())
     results = []
@@ -184,13 +212,13 @@ def test_a_share_of_the_experts_adds_its_choices_and_no_other(scheduled, tokens,
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("tokens", [5, 66])
-def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, seed):
+@pytest.mark.parametrize(("tokens", "width"), [(5, 64), (66, 64), (258, CLUSTER_WIDTH)])
+def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, width, seed):
     """Queued, so that each kernel may run up to its wait before the one before it has begun: those of one call, and a
     copy that brings one of the arguments. `gate_up` and `down` are weights, which may be read before the wait."""
     if backend.emulated is None:
         pytest.skip("only the emulated device always starts the successor first")
-    args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, 64)
+    args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, width)
     expected, device = backend.op("moe_experts")(*args), emulator()
     from_slot, to_slot = backend.tensor([0]), backend.tensor([1])
     for position in range(5):
@@ -208,9 +236,9 @@ def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, se
         assert same_bits(result, expected), f"argument {position}"
 
 
-@pytest.mark.parametrize("tokens", [9, 66])
-def test_a_row_of_nan_stays_in_its_row(backend, tokens):
-    args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, 64)
+@pytest.mark.parametrize(("tokens", "width"), [(9, 64), (66, 64), (258, CLUSTER_WIDTH)])
+def test_a_row_of_nan_stays_in_its_row(backend, tokens, width):
+    args = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 64, width)
     clean = backend.op("moe_experts")(*args)
     args[0][4] = torch.nan
     spoiled = backend.op("moe_experts")(*args)
@@ -219,9 +247,9 @@ def test_a_row_of_nan_stays_in_its_row(backend, tokens):
     assert same_bits(spoiled[others], clean[others])
 
 
-@pytest.mark.parametrize("tokens", [6, 66])
-def test_a_row_stride_is_fine(backend, tokens):
-    _, *rest = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 128, 64)
+@pytest.mark.parametrize(("tokens", "width"), [(6, 64), (66, 64), (258, CLUSTER_WIDTH)])
+def test_a_row_stride_is_fine(backend, tokens, width):
+    _, *rest = inputs(backend, random_choice(backend, tokens, 4, 2), 4, 128, width)
     assert error(backend, (backend.randn(tokens, 192)[:, 8:136], *rest)) < TOLERANCE
 
 

@@ -9,28 +9,26 @@
 // order of rank, in fp32. Written by hand and not on CUTLASS: the gather of x, the pairing of gate with up and the
 // scatter are most of the code either way, and this runs on the emulated device.
 //
-// What binds is bytes from L2 to the multiprocessors, 5 to 6 TB/s over all (docs/kernels/moe_prefill.md counts them and
-// has what was tried and lost). So a tile is a cluster's, of two blocks that share its weights: up to five groups of 64
-// choices of one expert x 256 weight rows, 128 of gate and 128 of up, or 256 of down. Each block copies half of the
-// weights to both, by multicast, and multiplies two groups with all of them, a warpgroup each, m64n256k16. A fifth
-// group, or a third or an only one, is the cluster's: each of its four warpgroups multiplies it with a quarter of the
-// weight rows, m64n64k16. So both blocks have the same to do, and the matrix unit does an expert's choices rounded up
-// to 64.
+// A tile is 128 choices of one expert x 256 weight rows: 128 gate rows and the 128 up rows that they meet, so that both
+// lie in the same thread's accumulators, or 256 rows of down. Three warpgroups: one copies stages of 64 of depth (16 KB
+// of choices, 32 KB of weights, four in flight), two multiply 64 choices each, wgmma m64n256k16. Weights, and the
+// choices of the second product, come by TMA; rows of x are gathered by cp.async, eight a thread, into the layout that
+// TMA would have made. A warpgroup whose 64 rows lie past the end of its expert does not multiply, so the matrix unit
+// does an expert's choices rounded up to 64.
 //
-// A third warpgroup copies stages of 64 of depth (24 KB of choices, 32 KB of weights, four in flight): weights, and the
-// choices of the second product, by TMA; rows of x are gathered by cp.async, twelve a thread, into the layout that TMA
-// would have made. Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring columns
-// of a row of the output: it stores them as they are.
-//
-// Clusters are persistent, one to two multiprocessors, and take every 66th tile. Tiles of an expert are neighbours:
-// clusters at work at one time share rows in L2. Every block finds the expert of a tile in a table of tiles before each
-// expert, which it makes at its start. The multiplying warpgroups drift apart by up to the ring, so that one stores
-// while the other multiplies.
+// Blocks are persistent, one a multiprocessor, and take every gridDim.x-th tile. Tiles of an expert are neighbours, its
+// rows before its columns: blocks at work at one time share weights and rows in L2. Every block finds the expert of a
+// tile in a table of tiles before each expert, which it makes at its start. The two multiplying warpgroups drift apart
+// by up to the ring, so that one stores while the other multiplies.
 //
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
 // written for them, and the sum leaves them out.
 //
-// budget: product_kernel registers<=168 shared<=0 hot sass=HGMMA
+// Each product is launched in one of two forms: here blocks work each alone; in moe_experts_prefill_cluster.cu two share
+// weights. in_clusters() says which. docs/kernels/moe_prefill.md has what was measured, tried and lost.
+//
+// budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
+// budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: sum_kernel registers<=64 shared<=0 hot
 #include <bf16x8.h>
 #include <launch.h>
@@ -39,182 +37,164 @@
 #include <ptx_wgmma.h>
 
 #include "kernels.h"
-#include "moe_experts_prefill.h"
+#include "moe_experts_prefill_tiles.h"
 
 namespace tokenspeed {
 namespace {
 
 using namespace expert_prefill;
 
-constexpr int kWgmmaRegisters = 224, kCopyRegisters = 56;
-constexpr int kGroups = 3;
-constexpr int kDepth = kRowBytes / 2;              // of a stage
-constexpr int kUnitRows = kTileRows / kOwnGroups;  // of weights: a warpgroup's share in the cluster's group
-constexpr int kRun = 32;  // weight rows among which a thread finds eight neighbouring columns of the output
-static_assert(sizeof(Storage<kGroups>) <= 227 * 1024);
+constexpr int kDepth = kRowBytes / 2;  // of a stage
+constexpr int kWgmmaRegisters = 216, kCopyRegisters = 72;
 
-struct Arguments {
-    MoeExperts p;
-    __nv_bfloat16* activations;  // [choices, width], in the order of `order`
-    __nv_bfloat16* rows;         // [choices, hidden], by token and rank
-};
-
-// The product with gate and up, or with down.
-template <bool kGateUp>
-struct Product {
-    static constexpr int kKinds = kGateUp ? 2 : 1;  // of weight rows: gate and up lie in turns of kRun rows
-    static constexpr int kUnitColumns = kUnitRows / kKinds, kTileColumns = kTileRows / kKinds;  // of the output
-    static __device__ int depth(const MoeExperts& p) { return kGateUp ? p.hidden : p.width; }
-    static __device__ int columns(const MoeExperts& p) { return kGateUp ? p.width : p.hidden; }
-};
-
-// By one thread: a block's half of a stage of weights.
-template <bool kGateUp>
-struct LoadHalf {
-    const CUtensorMap& map;
-    int columns;
-
-    __device__ void operator()(void* to, uint64_t* full, const Tile<kGroups>& tile, int stage, uint16_t mask) const {
-        using P = Product<kGateUp>;
-        const int half = tile.column_tile * kBlocks + static_cast<int>(ptx::cluster_rank());
-        const int run = (tile.expert * P::kKinds * columns + half * (P::kTileColumns / kBlocks)) / kRun;
-        ptx::tma_load_multicast<5>(to, &map, full, {stage * kDepth, 0, 0, 0, run}, mask);
-    }
-};
-
-// The 16-byte pieces of kUnitRows weight rows in a thread's sums, at `columns` of the output's row of `place` (the
-// thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is the
-// order of weight rows in shared memory.
-template <bool kGateUp>
-__device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* output, const int (&place)[2], int columns,
-                                           int unit_column) {
-    constexpr int kRunSums = kRun / 2;
-    const auto value = [&](int i) {
-        if constexpr (kGateUp) {
-            return silu(sum[i]) * sum[i + kRunSums];
-        } else {
-            return sum[i];
-        }
-    };
-#pragma unroll
-    for (int run = 0; run < Product<kGateUp>::kUnitColumns / kRun; ++run) {
-        const int column = unit_column + run * kRun;
-        if (column >= columns) continue;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            uint32_t words[4];
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const int at = run * kRunSums + w % 2 * 8 + w / 2 + 2 * i;
-                words[w] = pack<__nv_bfloat16>(value(at), value(at + 4));
-            }
-            if (place[i] < 0) continue;
-            __nv_bfloat16* to = output + int64_t{place[i]} * columns + column + threadIdx.x % 4 * 8;
-            store_16(to, make_uint4(words[0], words[1], words[2], words[3]));
-        }
-    }
-}
-
-// By a warpgroup: its group of every tile's choices times all of the tile's weights, the cluster's group times a unit,
-// and the stores.
-template <bool kGateUp>
-__device__ void multiply_tiles(Storage<kGroups>& storage, const Arguments& a, const Tiles<kGroups>& tiles) {
-    using P = Product<kGateUp>;
-    const MoeExperts& p = a.p;
-    const int group = threadIdx.x / kGroupThreads - 1, lane = threadIdx.x % 32;
-    const int unit = static_cast<int>(ptx::cluster_rank()) * (kOwnGroups / kBlocks) + group;
-    const int stages = P::depth(p) / kDepth, columns = P::columns(p);
-    Cursor at;
-    Tile<kGroups> next = tiles.holds(tiles.first()) ? tiles.find(tiles.first()) : Tile<kGroups>{};
-    for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
-        const Tile<kGroups> tile = next;
-        const Span spans[2] = {tile.own(), tile.shared()};
-        const int begins[2] = {spans[0].begin + group * kGroupChoices, spans[1].begin};
-        const bool has_own = begins[0] < spans[0].end, has_shared = begins[1] < spans[1].end;
-        int place[2][2];  // of the thread's rows in the output; negative past the end
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int choice = begins[i / 2] + threadIdx.x % kGroupThreads / 32 * 16 + lane / 4 + i % 2 * 8;
-            place[i / 2][i % 2] = choice >= spans[i / 2].end ? -1 : kGateUp ? choice : p.order[choice];
-        }
-        float own[kTileRows / 2], shared[kUnitRows / 2];
-        int before = -1;  // the slot whose products may still run
-        for (int s = 0; s < stages; ++s) {
-            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-            // The choices that threads copied: the matrix unit must be let see them.
-            if (kGateUp) ptx::fence_async_shared();
-            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]);
+// sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. kGathered: the choices were written by
+// threads (cp.async), and the matrix unit must be let see it.
+template <bool kGathered>
+__device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Storage& storage, Cursor& at, int stages,
+                                              bool has_rows) {
+    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    int before = -1;  // the slot whose products may still run
+    for (int s = 0; s < stages; ++s) {
+        ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+        if (has_rows) {
+            if (kGathered) ptx::fence_async_shared();
+            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]) + group * kGroupChoices * kRowBytes;
             const uint32_t weights = ptx::shared_address(storage.weights[at.slot]);
-            const auto operand = [](uint32_t address, int k) {
-                return ptx::matrix_descriptor(address + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
-            };
-            // The own group's products come last: one group of them may run on below.
-            if (has_shared) {
-                ptx::wgmma_fence(shared);
+            ptx::wgmma_fence(sum);
 #pragma unroll
-                for (int k = 0; k < kDepth / 16; ++k) {
-                    ptx::wgmma<__nv_bfloat16, kUnitRows>(shared, operand(choices + (kGroups - 1) * kGroupBytes, k),
-                                                         operand(weights + unit * kUnitRows * kRowBytes, k),
-                                                         s > 0 || k > 0);
-                }
-                ptx::wgmma_commit();
+            for (int k = 0; k < kDepth / 16; ++k) {
+                const uint64_t a = ptx::matrix_descriptor(choices + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
+                const uint64_t b = ptx::matrix_descriptor(weights + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
+                ptx::wgmma<__nv_bfloat16, kTileRows>(sum, a, b, s > 0 || k > 0);
             }
-            if (has_own) {
-                ptx::wgmma_fence(own);
-#pragma unroll
-                for (int k = 0; k < kDepth / 16; ++k) {
-                    ptx::wgmma<__nv_bfloat16, kTileRows>(own, operand(choices + group * kGroupBytes, k),
-                                                         operand(weights, k), s > 0 || k > 0);
-                }
-                ptx::wgmma_commit();
-            }
-            if (s == 0 && tiles.holds(tiles.next(index))) next = tiles.find(tiles.next(index));
+            ptx::wgmma_commit();
             ptx::wgmma_wait<1>();
-            if (before >= 0) release(storage, before);
-            before = at.slot;
-            at.next();
         }
-        ptx::wgmma_wait<0>(own, shared);
-        release(storage, before);
-        __nv_bfloat16* output = kGateUp ? a.activations : a.rows;
-        const int column = tile.column_tile * P::kTileColumns;
-        if (has_own) {
-#pragma unroll
-            for (int i = 0; i < kOwnGroups; ++i) {
-                store_unit<kGateUp>(own + i * (kUnitRows / 2), output, place[0], columns, column + i * P::kUnitColumns);
-            }
-        }
-        if (has_shared) store_unit<kGateUp>(shared, output, place[1], columns, column + unit * P::kUnitColumns);
+        if (lane == 0 && before >= 0) ptx::mbarrier_arrive(&storage.empty[before]);
+        before = at.slot;
+        at.next();
     }
+    ptx::wgmma_wait<0>(sum);
+    if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
 }
 
-template <bool kGateUp>
 __global__ void __launch_bounds__(kThreads, 1)
-    product_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
-                   const __grid_constant__ Arguments a) {
-    using P = Product<kGateUp>;
+    gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Bf16Prefill a) {
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage<kGroups>*>(raw);
+    auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
-    if (kGateUp) ptx::grid_dependency_wait();  // for down the routing is older than the kernel that is waited for
-    prepare(storage, p.offsets, p.experts, kGateUp ? kGroupThreads + 1 : 1);
-    if (!kGateUp) ptx::grid_dependency_wait();
+    ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Tiles<kGroups> tiles(storage, p.offsets, P::columns(p), P::kTileColumns);
-    if (threadIdx.x < kGroupThreads) {
+    prepare(storage, p.offsets, p.experts, kCopyThreads + 1);
+    const Tiles tiles(storage, p.offsets, p.width, kPairs);
+    const int stages = p.hidden / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
+    Cursor at;
+    if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
-        const LoadHalf<kGateUp> load_half{weights, P::columns(p)};
-        const int stages = P::depth(p) / kDepth;
-        if constexpr (kGateUp) {
-            copy_gathered(storage, p, tiles, p.x, static_cast<uint32_t>(p.x_stride / 8), stages, load_half);
-        } else if (threadIdx.x < 32) {
-            copy_activations(storage, tiles, activations, kDepth, stages, load_half);
+        if (static_cast<int>(blockIdx.x) >= count) return;
+        Tile tile = tiles.find(blockIdx.x);
+        Gather gather(p, tile);
+        for (int index = blockIdx.x; index < count; index += step) {
+            const uint8_t* source[Gather::kRows];
+#pragma unroll
+            for (int i = 0; i < Gather::kRows; ++i) {
+                const __nv_bfloat16* row = p.x + gather.choice[i] / p.top_k * p.x_stride;
+                source[i] =
+                    gather.choice[i] >= 0 ? reinterpret_cast<const uint8_t*>(row) + threadIdx.x % 8 * 16 : nullptr;
+            }
+            const Tile current = tile;
+            if (index + step < count) {  // the next tile's choices arrive while this one is copied
+                tile = tiles.find(index + step);
+                gather = Gather(p, tile);
+            }
+            for (int s = 0; s < stages; ++s) {
+                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+                if (threadIdx.x == 0) {
+                    ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
+                    ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
+                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
+                }
+                copy_choices(storage.choices[at.slot], source, s * kRowBytes);
+                ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
+                at.next();
+            }
         }
     } else {
         ptx::register_increase<kWgmmaRegisters>();
-        multiply_tiles<kGateUp>(storage, a, tiles);
+        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
+        uint8_t* output = storage.output[threadIdx.x / 32 - 4];
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
+            float sum[kTileRows / 2];
+            multiply_tile<true>(sum, storage, at, stages, has_rows);
+            if (!has_rows) continue;
+            const auto activation = [&](int j, int i) {
+                const int gate = 4 * j + 2 * i, up = gate + kTileRows / 4;
+                return pack<__nv_bfloat16>(silu(sum[gate]) * sum[up], silu(sum[gate + 1]) * sum[up + 1]);
+            };
+            const int column = tile.column_tile * kPairs;
+            store_rows(output, activation, p.width - column, [&](int row) -> __nv_bfloat16* {
+                const int choice = row_of_warp + row;
+                if (choice >= tile.choices) return nullptr;
+                return a.activations + int64_t{tile.first + choice} * p.width + column;
+            });
+        }
     }
-    ptx::cluster_sync();  // the other block's last copies and arrivals need this one's shared memory
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    down_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap down,
+                const __grid_constant__ Bf16Prefill a) {
+    DYNAMIC_SHARED(raw);
+    auto& storage = *reinterpret_cast<Storage*>(raw);
+    const MoeExperts& p = a.p;
+    prepare(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const Tiles tiles(storage, p.offsets, p.hidden, kTileRows);
+    const int stages = p.width / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
+    Cursor at;
+    if (threadIdx.x < kCopyThreads) {
+        ptx::register_decrease<kCopyRegisters>();
+        if (threadIdx.x >= 32) return;
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
+                uint64_t* full = &storage.full[at.slot];
+                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
+                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
+                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
+                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
+                at.next();
+            }
+        }
+    } else {
+        ptx::register_increase<kWgmmaRegisters>();
+        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
+        uint8_t* output = storage.output[threadIdx.x / 32 - 4];
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
+            float sum[kTileRows / 2];
+            multiply_tile<false>(sum, storage, at, stages, has_rows);
+            if (!has_rows) continue;
+#pragma unroll
+            for (int part = 0; part < kTileRows / kOutputColumns; ++part) {
+                const int column = tile.column_tile * kTileRows + part * kOutputColumns;
+                const auto packed = [&](int j, int i) {
+                    const int at_register = part * kOutputColumns / 2 + 4 * j + 2 * i;
+                    return pack<__nv_bfloat16>(sum[at_register], sum[at_register + 1]);
+                };
+                store_rows(output, packed, p.hidden - column, [&](int row) -> __nv_bfloat16* {
+                    const int choice = row_of_warp + row;
+                    if (choice >= tile.choices) return nullptr;
+                    return a.rows + int64_t{p.order[tile.first + choice]} * p.hidden + column;
+                });
+            }
+        }
+    }
 }
 
 constexpr int kSumThreads = 256;
@@ -244,6 +224,56 @@ __global__ void __launch_bounds__(kSumThreads)
     store_16(p.out + token * p.hidden + column, pack(sum));
 }
 
+cudaError_t launch_gate_up(const Bf16Prefill& a, const LaunchConfig& config) {
+    const MoeExperts& p = a.p;
+    const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
+    CUtensorMap gate_up;
+    const cudaError_t status =
+        encode_tensor_map<4>(&gate_up, TensorElement::kBf16,
+                             {.base = p.gate_up,
+                              .sizes = {hidden, width, 2, static_cast<uint64_t>(p.experts)},
+                              .strides = {2, hidden * 2, width * hidden * 2, 2 * width * hidden * 2},
+                              .box = {kDepth, kPairs, 2, 1}},
+                             Swizzle::k128);
+    return status != cudaSuccess ? status : launch(gate_up_kernel, config, gate_up, a);
+}
+
+cudaError_t launch_down(const Bf16Prefill& a, const LaunchConfig& config) {
+    const MoeExperts& p = a.p;
+    const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
+    CUtensorMap activations, down;
+    const cudaError_t encoded[] = {encode_tensor_map<2>(&activations, TensorElement::kBf16,
+                                                        {.base = a.activations,
+                                                         .sizes = {width, static_cast<uint64_t>(p.tokens) * p.top_k},
+                                                         .strides = {2, width * 2},
+                                                         .box = {kDepth, kTileChoices}},
+                                                        Swizzle::k128),
+                                   encode_tensor_map<3>(&down, TensorElement::kBf16,
+                                                        {.base = p.down,
+                                                         .sizes = {width, hidden, static_cast<uint64_t>(p.experts)},
+                                                         .strides = {2, width * 2, hidden * width * 2},
+                                                         .box = {kDepth, kTileRows, 1}},
+                                                        Swizzle::k128)};
+    for (const cudaError_t status : encoded) {
+        if (status != cudaSuccess) return status;
+    }
+    return launch(down_kernel, config, activations, down, a);
+}
+
+// Whether blocks share weights, two in a cluster. That saves bytes from L2 where an expert has more choices than a tile of
+// a block alone, so that its weights are read again. It loses where tiles are shallow: a slot of the ring then waits for
+// both blocks, and an only group is spread over two (held to be why, not shown). On an H200, in us, alone -> in clusters,
+// by tokens (choices an expert):
+//   256 experts, hidden 2048, width 512:    1024 (32) 437 -> 503, 8192 (256) 1025 -> 1066
+//   512 experts, hidden 4096, width 1024:   8192 (160) 7513 -> 5129, 16384 (320) 10777 -> 9883
+//   128 experts of those:                   8192 (640) 4853 -> 4434
+// Nothing between was measured. Of a model split over ranks by experts, choices that are elsewhere count too: the host
+// does not know `offsets`.
+bool in_clusters(const MoeExperts& p) {
+    constexpr int kLeastWidth = 1024;  // the depth of down, of which a tile has the fewest stages
+    return p.width >= kLeastWidth && int64_t{p.tokens} * p.top_k > int64_t{p.experts} * kTileChoices;
+}
+
 }  // namespace
 
 cudaError_t expert_prefill::sum_ranks(const MoeExperts& p, const __nv_bfloat16* rows, cudaStream_t stream) {
@@ -269,40 +299,19 @@ size_t moe_experts_prefill_workspace(const MoeExperts& p) {
 
 cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     if (!moe_experts_prefill_supported(p)) return cudaErrorInvalidValue;
-    const int64_t choices = int64_t{p.tokens} * p.top_k;
     auto* rows = reinterpret_cast<__nv_bfloat16*>(p.workspace);
-    const Arguments arguments{p, rows + choices * p.hidden, rows};
-    const auto hidden = static_cast<uint64_t>(p.hidden), width = static_cast<uint64_t>(p.width);
-    const auto experts = static_cast<uint64_t>(p.experts);
-    // Of each kRun rows, eight of every fourth: column i of a lane t's pair in the j-th eight columns of a product is
-    // column 8 t + 4 i + j of the run. Then from gate to up, and to the next run.
-    const auto weight_map = [](CUtensorMap* map, const void* base, uint64_t depth, uint64_t rows, uint32_t kinds,
-                               uint64_t kind_rows) {
-        return encode_tensor_map<5>(map, TensorElement::kBf16,
-                                    {.base = base,
-                                     .sizes = {depth, 8, 4, kinds, rows / kRun},
-                                     .strides = {2, 4 * depth * 2, depth * 2, kind_rows * depth * 2, kRun * depth * 2},
-                                     .box = {kDepth, 8, 4, kinds, kTileRows / kBlocks / kRun / kinds}},
-                                    Swizzle::k128);
-    };
-    CUtensorMap gate_up, activations, down;
-    const cudaError_t encoded[] = {weight_map(&gate_up, p.gate_up, hidden, (2 * experts - 1) * width, 2, width),
-                                   weight_map(&down, p.down, width, experts * hidden, 1, hidden),
-                                   encode_tensor_map<2>(&activations, TensorElement::kBf16,
-                                                        {.base = arguments.activations,
-                                                         .sizes = {width, static_cast<uint64_t>(choices)},
-                                                         .strides = {2, width * 2},
-                                                         .box = {kDepth, kBoxChoices}},
-                                                        Swizzle::k128)};
-    for (const cudaError_t status : encoded) {
-        if (status != cudaSuccess) return status;
-    }
-    const LaunchConfig config = product_config(sizeof(Storage<kGroups>), stream);
-    cudaError_t status = launch(product_kernel<true>, config, gate_up, activations, arguments);
+    const Bf16Prefill a{p, rows + int64_t{p.tokens} * p.top_k * p.hidden, rows};
+    const LaunchConfig alone = {.grid = dim3(multiprocessor_count()),
+                                .block = dim3(kThreads),
+                                .shared_bytes = sizeof(Storage),
+                                .stream = stream,
+                                .programmatic = true};
+    const bool clusters = in_clusters(p);
+    cudaError_t status = clusters ? gate_up_in_clusters(a, stream) : launch_gate_up(a, alone);
     if (status != cudaSuccess) return status;
-    status = launch(product_kernel<false>, config, down, activations, arguments);
+    status = clusters ? down_in_clusters(a, stream) : launch_down(a, alone);
     if (status != cudaSuccess) return status;
-    return expert_prefill::sum_ranks(p, arguments.rows, stream);
+    return sum_ranks(p, rows, stream);
 }
 
 }  // namespace tokenspeed

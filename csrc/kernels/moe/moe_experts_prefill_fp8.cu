@@ -5,12 +5,10 @@
 // token's rows. Half the bytes and, by the datasheet, half the time of the matrix unit: 8192 tokens of 35B are 412
 // Gflop, 0.27 ms at twice 780 TFLOP/s, and 0.8 GB of weights, 0.19 ms at 4.3 TB/s.
 //
-// A stage has the rows and bytes of bf16, with twice the columns, and a cluster's tile up to four groups of 64 choices:
-// no registers are left for one that both blocks multiply, so of an odd number the first block has one more. A tile of
-// gate and up is 128 columns of the activations: a whole group of each row, whose four lanes find its largest magnitude
-// and store it as e4m3.
+// A tile and a stage have the shapes and bytes of bf16, with twice the columns. A tile of gate and up is 128 columns of
+// the activations: a whole group of each row, whose four lanes find its largest magnitude and store it as e4m3.
 //
-// Measured on an H200 before blocks shared weights: 8192 tokens of 35B 717 us (575 TFLOP/s) against 1042 of bf16 in the same run, of half the
+// Measured on an H200: 8192 tokens of 35B 717 us (575 TFLOP/s) against 1042 of bf16 in the same run, of half the
 // experts of 397B 3.03 ms (681 TFLOP/s) against 4.67.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=QGMMA
@@ -26,51 +24,18 @@
 #include "dense/scaled_product.h"
 #include "fp8.h"
 #include "kernels.h"
-#include "moe_experts_prefill.h"
+#include "moe_experts_prefill_tiles.h"
 
 namespace tokenspeed {
 namespace {
 
 using namespace expert_prefill;
 
-constexpr int kGroups = 2;
-constexpr int kPairs = kTileRows / 2;  // gate rows of a tile, each with its up row
-constexpr int kOutputColumns = 128;    // that a warp stages at once
-constexpr int kOutputBytes = kOutputColumns * 2;
 constexpr int kDepth = kRowBytes;  // of a stage: one block of scales
 constexpr int kParts = kTileRows / kScaleBlock;
-constexpr int kWgmmaRegisters = 232, kCopyRegisters = 40;
+// Registers of a thread that multiplies and of one that copies; the second product's copies need few.
+constexpr int kGateUpRegisters = 232, kGatherRegisters = 40, kDownRegisters = 240, kCopyRegisters = 24;
 static_assert(kDepth == kScaleBlock && kPairs == kScaleBlock && kParts == 2);
-
-struct Shared : Storage<kGroups> {
-    alignas(16) uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
-};
-static_assert(sizeof(Shared) <= 227 * 1024);
-
-// Stores a warp's 16 rows x 128 columns. values[j][i]: the packed pairs of fragment register pair i (rows + 8 i) of
-// columns 8 j. `row_pointer(row)` gives where a row's columns go, null to leave it out; `columns` of them exist.
-template <typename Values, typename RowPointer>
-__device__ __forceinline__ void store_rows(uint8_t* output, Values values, int columns, RowPointer row_pointer) {
-    const int lane = threadIdx.x % 32;
-    __syncwarp();  // what the warp stored before has been read
-    // Lane l names row l % 8 of the four 8 x 8 blocks: upper and lower rows of columns 8 j, then of 8 (j + 1).
-    const int row = lane % 16, step = lane / 16;
-#pragma unroll
-    for (int j = 0; j < kOutputColumns / 8; j += 2) {
-        const uint32_t block[4] = {values(j, 0), values(j, 1), values(j + 1, 0), values(j + 1, 1)};
-        ptx::stmatrix_x4(ptx::shared_address(output + row * kOutputBytes + ((j + step) ^ row % 8) * 16), block);
-    }
-    __syncwarp();
-    const int piece = lane % 16;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int from = i * 2 + lane / 16;
-        __nv_bfloat16* to = row_pointer(from);
-        if (to == nullptr || piece * 8 >= columns) continue;
-        store_16(to + piece * 8,
-                 *reinterpret_cast<const uint4*>(output + from * kOutputBytes + (piece ^ from % 8) * 16));
-    }
-}
 
 struct Arguments {
     MoeExperts p;
@@ -84,10 +49,10 @@ struct Arguments {
 // sum = this warpgroup's 64 choices x 256 weight rows of a tile, all its depth. row_scales: of this thread's two rows;
 // scales: of the two parts; each of `stages` blocks.
 template <bool kGathered>
-__device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock / 2], Shared& storage, Cursor& at,
+__device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock / 2], Storage& storage, Cursor& at,
                                               int stages, bool has_rows, const float* const (&row_scales)[2],
                                               int64_t row_scale_stride, const float* const (&scales)[kParts]) {
-    const int group = threadIdx.x / kGroupThreads - 1;
+    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -105,10 +70,12 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock /
         const float of_rows[2] = {row_scale[0], row_scale[1]}, of_weights[kParts] = {scale[0], scale[1]};
         ask(min(s + 1, stages - 1));
         ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-        const auto read = [&] { release(storage, at.slot); };
+        const auto read = [&] {
+            if (lane == 0) ptx::mbarrier_arrive(&storage.empty[at.slot]);
+        };
         if (has_rows) {
             if (kGathered) ptx::fence_async_shared();
-            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]) + group * kGroupBytes;
+            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]) + group * kGroupChoices * kRowBytes;
             multiply_scaled(sum, choices, ptx::shared_address(storage.weights[at.slot]), of_rows, of_weights, read);
         } else {
             read();
@@ -123,7 +90,7 @@ template <typename Choice>
 __device__ __forceinline__ void store_activations(uint8_t* staging, const float (&sum)[kParts][kScaleBlock / 2],
                                                   const Arguments& a, int column, Choice choice) {
     constexpr float kLargest = 448.0f, kSmallestPeak = 0x1p-100f;
-    const int lane = threadIdx.x % 32, groups = static_cast<int>(static_cast<uint32_t>(a.p.width) / kScaleBlock);
+    const int lane = threadIdx.x % 32, groups = a.p.width / kScaleBlock;
     __syncwarp();  // what the warp stored before has been read
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -138,8 +105,7 @@ __device__ __forceinline__ void store_activations(uint8_t* staging, const float 
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
         const float factor = kLargest / peak;
         const int row = lane / 4 + half * 8, to = choice(row);
-        if (lane % 4 == 0 && to >= 0)
-            a.activation_scale[int64_t{to} * groups + static_cast<uint32_t>(column) / kScaleBlock] = peak / kLargest;
+        if (lane % 4 == 0 && to >= 0) a.activation_scale[int64_t{to} * groups + column / kScaleBlock] = peak / kLargest;
 #pragma unroll
         for (int i = 0; i < kScaleBlock / 4; i += 2) {
             const float2 pair = make_float2(value[i] * factor, value[i + 1] * factor);
@@ -161,38 +127,55 @@ __device__ __forceinline__ void store_activations(uint8_t* staging, const float 
 __global__ void __launch_bounds__(kThreads, 1)
     gate_up_kernel(const __grid_constant__ CUtensorMap gate_up, const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Shared*>(raw);
+    auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    prepare<kGroups>(storage, p.offsets, p.experts, kGroupThreads + 1);
-    const Tiles<kGroups> tiles(storage, p.offsets, p.width, kPairs);
-    const int stages = static_cast<int>(static_cast<uint32_t>(p.hidden) / kDepth);
-    if (threadIdx.x < kGroupThreads) {
-        ptx::register_decrease<kCopyRegisters>();
-        const auto load_half = [&](void* to, uint64_t* full, const Tile<kGroups>& tile, int stage, uint16_t mask) {
-            const int rank = static_cast<int>(ptx::cluster_rank());  // gate, or up
-            ptx::tma_load_multicast<4>(to, &gate_up, full,
-                                       {stage * kDepth, tile.column_tile * kPairs, rank, tile.expert}, mask);
-        };
-        copy_gathered<kGroups>(storage, p, tiles, a.x, static_cast<uint32_t>(p.hidden / 16), stages, load_half);
+    prepare(storage, p.offsets, p.experts, kCopyThreads + 1);
+    const Tiles tiles(storage, p.offsets, p.width, kPairs);
+    const int stages = p.hidden / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
+    Cursor at;
+    if (threadIdx.x < kCopyThreads) {
+        ptx::register_decrease<kGatherRegisters>();
+        if (static_cast<int>(blockIdx.x) >= count) return;
+        Tile tile = tiles.find(blockIdx.x);
+        Gather gather(p, tile);
+        for (int index = blockIdx.x; index < count; index += step) {
+            const uint8_t* source[Gather::kRows];
+#pragma unroll
+            for (int i = 0; i < Gather::kRows; ++i) {
+                const uint8_t* row = a.x + int64_t{gather.choice[i] / p.top_k} * p.hidden;
+                source[i] = gather.choice[i] >= 0 ? row + threadIdx.x % 8 * 16 : nullptr;
+            }
+            const Tile current = tile;
+            if (index + step < count) {  // the next tile's choices arrive while this one is copied
+                tile = tiles.find(index + step);
+                gather = Gather(p, tile);
+            }
+            for (int s = 0; s < stages; ++s) {
+                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+                if (threadIdx.x == 0) {
+                    ptx::mbarrier_arrive_expect_tx(&storage.full[at.slot], kWeightBytes);
+                    ptx::tma_load<4>(storage.weights[at.slot], &gate_up, &storage.full[at.slot],
+                                     {s * kDepth, current.column_tile * kPairs, 0, current.expert});
+                }
+                copy_choices(storage.choices[at.slot], source, s * kRowBytes);
+                ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
+                at.next();
+            }
+        }
     } else {
-        ptx::register_increase<kWgmmaRegisters>();
-        const int lane = threadIdx.x % 32;
+        ptx::register_increase<kGateUpRegisters>();
+        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2, lane = threadIdx.x % 32;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        Cursor at;
-        for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
-            const Tile<kGroups> tile = tiles.find(index);
-            const Span own = tile.own();
-            const int first =
-                own.begin + static_cast<int>(threadIdx.x) / 32 * 16 - kGroupChoices;  // of the warp's choices
-            const bool has_rows =
-                own.begin + (static_cast<int>(threadIdx.x) / kGroupThreads - 1) * kGroupChoices < own.end;
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
             const float *row_scales[2], *scales[kParts];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int choice = min(first + lane / 4 + 8 * i, own.end - 1);
-                row_scales[i] = a.x_scale + p.order[choice] / p.top_k;
+                const int choice = min(row_of_warp + lane / 4 + 8 * i, tile.choices - 1);
+                row_scales[i] = a.x_scale + p.order[tile.first + choice] / p.top_k;
             }
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -203,49 +186,53 @@ __global__ void __launch_bounds__(kThreads, 1)
             float sum[kParts][kScaleBlock / 2];
             multiply_tile<true>(sum, storage, at, stages, has_rows, row_scales, p.tokens, scales);
             if (!has_rows) continue;
-            store_activations(output, sum, a, tile.column_tile * kPairs,
-                              [&](int row) { return first + row < own.end ? first + row : -1; });
+            store_activations(output, sum, a, tile.column_tile * kPairs, [&](int row) {
+                const int choice = row_of_warp + row;
+                return choice < tile.choices ? tile.first + choice : -1;
+            });
         }
     }
-    ptx::cluster_sync();  // the other block's last copies and arrivals need this one's shared memory
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap down,
                 const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Shared*>(raw);
+    auto& storage = *reinterpret_cast<Storage*>(raw);
     const MoeExperts& p = a.p;
-    prepare<kGroups>(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
+    prepare(storage, p.offsets, p.experts, 1);  // the routing is older than the kernel that is waited for
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const Tiles<kGroups> tiles(storage, p.offsets, p.hidden, kTileRows);
-    const int stages = static_cast<int>(static_cast<uint32_t>(p.width) / kDepth);
-    if (threadIdx.x < kGroupThreads) {
+    const Tiles tiles(storage, p.offsets, p.hidden, kTileRows);
+    const int stages = p.width / kDepth, count = tiles.count(), step = static_cast<int>(gridDim.x);
+    Cursor at;
+    if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
-        const auto load_half = [&](void* to, uint64_t* full, const Tile<kGroups>& tile, int stage, uint16_t mask) {
-            const int half = tile.column_tile * kBlocks + static_cast<int>(ptx::cluster_rank());
-            ptx::tma_load_multicast<3>(to, &down, full, {stage * kDepth, half * (kTileRows / kBlocks), tile.expert},
-                                       mask);
-        };
-        if (threadIdx.x < 32) copy_activations<kGroups>(storage, tiles, activations, kDepth, stages, load_half);
+        if (threadIdx.x >= 32) return;
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
+                uint64_t* full = &storage.full[at.slot];
+                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
+                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
+                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
+                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
+                at.next();
+            }
+        }
     } else {
-        ptx::register_increase<kWgmmaRegisters>();
-        const int lane = threadIdx.x % 32;
+        ptx::register_increase<kDownRegisters>();
+        const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2, lane = threadIdx.x % 32;
         uint8_t* output = storage.output[threadIdx.x / 32 - 4];
-        Cursor at;
-        for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
-            const Tile<kGroups> tile = tiles.find(index);
-            const Span own = tile.own();
-            const int first =
-                own.begin + static_cast<int>(threadIdx.x) / 32 * 16 - kGroupChoices;  // of the warp's choices
-            const bool has_rows =
-                own.begin + (static_cast<int>(threadIdx.x) / kGroupThreads - 1) * kGroupChoices < own.end;
+        for (int index = blockIdx.x; index < count; index += step) {
+            const Tile tile = tiles.find(index);
+            const bool has_rows = row_of_warp / kGroupChoices * kGroupChoices < tile.choices;
             const float *row_scales[2], *scales[kParts];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int choice = min(first + lane / 4 + 8 * i, own.end - 1);
-                row_scales[i] = a.activation_scale + int64_t{choice} * stages;
+                const int choice = min(row_of_warp + lane / 4 + 8 * i, tile.choices - 1);
+                row_scales[i] = a.activation_scale + int64_t{tile.first + choice} * stages;
             }
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -262,13 +249,13 @@ __global__ void __launch_bounds__(kThreads, 1)
                     return pack<__nv_bfloat16>(sum[part][4 * j + 2 * i], sum[part][4 * j + 2 * i + 1]);
                 };
                 store_rows(output, packed, p.hidden - column, [&](int row) -> __nv_bfloat16* {
-                    if (first + row >= own.end) return nullptr;
-                    return a.rows + int64_t{p.order[first + row]} * p.hidden + column;
+                    const int choice = row_of_warp + row;
+                    if (choice >= tile.choices) return nullptr;
+                    return a.rows + int64_t{p.order[tile.first + choice]} * p.hidden + column;
                 });
             }
         }
     }
-    ptx::cluster_sync();
 }
 
 }  // namespace
@@ -307,25 +294,29 @@ cudaError_t moe_experts_prefill_fp8(const MoeExperts& p, cudaStream_t stream) {
                                                         {.base = p.gate_up,
                                                          .sizes = {hidden, width, 2, experts},
                                                          .strides = {1, hidden, width * hidden, 2 * width * hidden},
-                                                         .box = {kDepth, kPairs, 1, 1}},
+                                                         .box = {kDepth, kPairs, 2, 1}},
                                                         Swizzle::k128),
                                    encode_tensor_map<2>(&activations, TensorElement::kU8,
                                                         {.base = a.activations,
                                                          .sizes = {width, static_cast<uint64_t>(choices)},
                                                          .strides = {1, width},
-                                                         .box = {kDepth, kBoxChoices}},
+                                                         .box = {kDepth, kTileChoices}},
                                                         Swizzle::k128),
                                    encode_tensor_map<3>(&down, TensorElement::kU8,
                                                         {.base = p.down,
                                                          .sizes = {width, hidden, experts},
                                                          .strides = {1, width, hidden * width},
-                                                         .box = {kDepth, kTileRows / kBlocks, 1}},
+                                                         .box = {kDepth, kTileRows, 1}},
                                                         Swizzle::k128),
                                    quantise_groups(p.x, false, p.x_stride, a.x, a.x_scale, p.tokens, p.hidden, stream)};
     for (const cudaError_t status : started) {
         if (status != cudaSuccess) return status;
     }
-    const LaunchConfig config = product_config(sizeof(Shared), stream);
+    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                                 .block = dim3(kThreads),
+                                 .shared_bytes = sizeof(Storage),
+                                 .stream = stream,
+                                 .programmatic = true};
     cudaError_t status = launch(gate_up_kernel, config, gate_up, a);
     if (status != cudaSuccess) return status;
     status = launch(down_kernel, config, activations, down, a);
