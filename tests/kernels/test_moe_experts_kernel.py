@@ -294,7 +294,7 @@ def mixture_by_expert(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tens
     return out
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 65, 4096])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 65, 4096, 8192])
 @pytest.mark.parametrize(("experts", "top_k", "hidden", "width"), PUBLISHED)
 def test_the_published_models_on_a_card(card, experts, top_k, hidden, width, tokens):
     x, weights, chosen, *rest = inputs_on_card(experts, top_k, hidden, width, tokens)
@@ -306,9 +306,12 @@ def test_the_published_models_on_a_card(card, experts, top_k, hidden, width, tok
     assert relative_error(results[0][rows], expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 64, 300])
-def test_a_thousand_runs_on_a_card_give_the_same_bits(card, tokens):
-    args = inputs_on_card(256, 8, 512, 128, tokens)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width"),
+    [(1, 256, 128), (9, 256, 128), (64, 256, 128), (300, 256, 128), (600, 16, CLUSTER_WIDTH)],
+)
+def test_a_thousand_runs_on_a_card_give_the_same_bits(card, tokens, experts, width):
+    args = inputs_on_card(experts, 8, 512, width, tokens)
     expected = torch.ops.tokenspeed.moe_experts(*args)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
