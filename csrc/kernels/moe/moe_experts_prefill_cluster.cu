@@ -246,8 +246,8 @@ template <bool kGateUp>
 struct Product {
     static constexpr int kKinds = kGateUp ? 2 : 1;  // of weight rows: gate and up lie in turns of kRun rows
     static constexpr int kUnitColumns = kUnitRows / kKinds, kTileColumns = kTileRows / kKinds;  // of the output
-    static __device__ int depth(const MoeExperts& p) { return kGateUp ? p.hidden : p.width; }
-    static __device__ int columns(const MoeExperts& p) { return kGateUp ? p.width : p.hidden; }
+    static __host__ __device__ int depth(const MoeExperts& p) { return kGateUp ? p.hidden : p.width; }
+    static __host__ __device__ int columns(const MoeExperts& p) { return kGateUp ? p.width : p.hidden; }
 };
 
 // By one thread: a block's half of a stage of weights.

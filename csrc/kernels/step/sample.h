@@ -80,7 +80,7 @@ __device__ __forceinline__ Key warp_largest(Key key) {
 }
 
 // The largest of the block, for every thread. Ends behind a barrier.
-__device__ Key block_largest(Exchange& exchange, Key key) {
+inline __device__ Key block_largest(Exchange& exchange, Key key) {
     key = warp_largest(key);
     if (threadIdx.x % 32 == 0) exchange.warp_values[threadIdx.x / 32] = key;
     __syncthreads();
@@ -90,7 +90,7 @@ __device__ Key block_largest(Exchange& exchange, Key key) {
 }
 
 // The inclusive sum over the threads of the block up to this one, and that of all. Ends behind a barrier.
-__device__ Key block_running_sum(Exchange& exchange, Key x, Key& total) {
+inline __device__ Key block_running_sum(Exchange& exchange, Key x, Key& total) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {

@@ -6,7 +6,7 @@
 namespace tokenspeed::sampling {
 
 // The k-th largest of the groups' largest logits: no fewer than k ids reach it. For every thread.
-__device__ float bound_of_top_k(Exchange& exchange, const RowState& state, int groups, int k) {
+inline __device__ float bound_of_top_k(Exchange& exchange, const RowState& state, int groups, int k) {
     const bool halves = k <= kHalvesTopK;
     const int count = halves ? groups / 2 : groups;
     const int fours = (count + 3) / 4;
@@ -110,7 +110,7 @@ __device__ uint32_t search(Exchange& exchange, const Ids<T>& ids, uint32_t last,
 
 // The smallest distance at which top-k and then top-p cut ids that surely hold what they keep, by comparing each with
 // each. Masses are those of the list. For every thread.
-__device__ float limit_by_comparing(Exchange& exchange, int count, const Request& request) {
+inline __device__ float limit_by_comparing(Exchange& exchange, int count, const Request& request) {
     const float* distances = exchange.distances;
     if (threadIdx.x == 0) exchange.bound = kInfinity;
     __syncthreads();
