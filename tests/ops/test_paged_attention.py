@@ -1,10 +1,13 @@
 """Claims about `paged_attention_prefill` and `paged_attention_decode`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenspeed import ops
 from tokenspeed.ops.fp8 import FP8
 
 from . import reference
@@ -175,3 +178,19 @@ def test_large_scores_do_not_overflow(backend):
     wanted = expected(pages, q, gate, k * 64, v)
     backend.assert_close(decode(pages, q, gate, [row], [68]), wanted)
     backend.assert_close(prefill(pages, q, gate, [row], [68], [2]), wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_length_costs_the_torch_implementation_memory_of_the_process():
+    """cuDNN's attention would keep 2 MB for each."""
+    q, kv = torch.randn(1, 4, 64, device="cuda"), torch.randn(70, 2, 2, 16, 64, device="cuda")
+    q, kv, table = q.bfloat16(), kv.bfloat16(), torch.arange(70, dtype=torch.int32, device="cuda")[None]
+
+    def resident_mib(pages: int) -> float:
+        context = torch.tensor([pages * 16 - 1], dtype=torch.int32, device="cuda")
+        gate = torch.zeros_like(q)
+        ops.paged_attention_decode.__wrapped__(q, gate, kv, table[:, :pages].contiguous(), context, 0.125)
+        return int(Path("/proc/self/statm").read_text().split()[1]) / 256
+
+    before = max(resident_mib(pages) for pages in range(1, 10))
+    assert resident_mib(10) - before < 30 and max(resident_mib(pages) for pages in range(11, 70)) - before < 30

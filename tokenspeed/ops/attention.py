@@ -1,8 +1,11 @@
 """Gated attention over paged KV: the prologue that fills the pages, and prefill and decode that read them."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .fp8 import FP8, from_fp8, to_fp8
 from .library import operator
@@ -82,7 +85,9 @@ def _attend(
     row = (existing % kv.shape[3])[:, None]
     k, v = (kv[page, part, head, row] for part in range(2))  # [B, kv_heads, keys, D]
     k, v = ((from_fp8(x) if x.dtype == FP8 else x).to(q.dtype) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+    # cuDNN keeps a plan for every length that it has seen, 2 MB of the process's memory each, for ever.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
 
 
 def _gated(out: Tensor, gate: Tensor) -> Tensor:
