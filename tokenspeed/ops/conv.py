@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import operator
-from .sequences import check_slots, sequence_of_token, snapshot_rows
+from .sequences import check_slots, snapshot_rows
 
 
 def conv_history(window: Tensor, slots: Tensor, context_lens: Tensor, taps: int) -> Tensor:
@@ -45,21 +45,24 @@ def causal_conv1d(
     """
     check_slots(write_slot, snapshots)
     tokens, taps = x.shape[0], weight.shape[1]
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    sequence = sequence_of_token(cu_seqlens, tokens)
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    rows = lengths.tolist() or [0]
+    rows[-1] += tokens - sum(rows)  # of padding, behind the last sequence
     # Each sequence is preceded by its history, so that one shifted sum serves all of them.
-    rows = torch.arange(tokens, device=x.device) + (taps - 1) * (sequence + 1)
-    history_rows = starts[:, None] + (taps - 1) * torch.arange(len(starts), device=x.device)[:, None]
-    padded = x.new_empty(tokens + (taps - 1) * len(starts), x.shape[1])
-    padded[rows] = x
-    padded[history_rows + torch.arange(taps - 1, device=x.device)] = conv_history(window, read_slot, context_lens, taps)
-    summed = sum(padded[i : len(padded) - taps + 1 + i].float() * weight[:, i].float() for i in range(taps))
-    out = F.silu(summed[rows - taps + 1]).to(x.dtype)  # pyright: ignore[reportIndexIssue]
+    history = conv_history(window, read_slot, context_lens, taps)
+    history = history if len(history) else x.new_zeros(1, taps - 1, x.shape[1])
+    padded = torch.cat([part for pair in zip(history, x.split(rows), strict=True) for part in pair]).float()
+    by_tap, count = weight.float().t().contiguous(), len(padded) - taps + 1
+    summed = padded[:count] * by_tap[0]
+    for tap in range(1, taps):
+        summed.addcmul_(padded[tap : tap + count], by_tap[tap])
+    wanted = summed.split([part for length in rows for part in (length, taps - 1)][:-1])[::2]
+    out = F.silu(torch.cat(wanted)).to(x.dtype)
 
     snapshot_sequence, snapshot_count, snapshot_slot = snapshot_rows(snapshots)
     kept = (write_slot >= 0).nonzero().squeeze(1)
     owner = torch.cat([kept, snapshot_sequence])
-    end = torch.cat([(context_lens.long() + lengths)[kept], snapshot_count])[:, None]
+    end = torch.cat([(context_lens + lengths).long()[kept], snapshot_count])[:, None]
     entry = torch.arange(window.shape[1], device=x.device)
     token = end - 1 - (end - 1 - entry).remainder(window.shape[1])  # the latest token before `end` at this entry
     new = token - context_lens.long()[owner, None]

@@ -129,10 +129,12 @@ def gated_delta_rule_prefill(
     if not cu_seqlens.is_cuda:  # where reading a tensor costs nothing, the bound is exact
         chunks = int((phase + cu_seqlens.diff() + CHUNK - 1).max()) // CHUNK if tokens else 1
     rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
+    full = not cu_seqlens.is_cuda and bool(valid.all())
     padding = ~valid[:, None, :, None]
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, heads, D] -> [B, heads, chunks, CHUNK, D], zero in padding
-        return x.transpose(1, 2).masked_fill(padding, 0).unflatten(2, (chunks, CHUNK))
+        x = x.transpose(1, 2)
+        return (x.contiguous() if full else x.masked_fill(padding, 0)).unflatten(2, (chunks, CHUNK))
 
     qk, v = _split_heads(qkv[rows], state)
     q, k, v = (chunked(x) for x in (qk[:, :, 0] * state.shape[3] ** -0.5, qk[:, :, 1], v))

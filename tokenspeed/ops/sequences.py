@@ -22,15 +22,10 @@ def grid_of_tokens(cu_seqlens: Tensor, first: Tensor, width: int) -> tuple[Tenso
     return rows.clamp(min=0).clamp(max=(cu_seqlens[-1].long() - 1).clamp(min=0)), valid
 
 
-def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The sequence each of `tokens` packed rows belongs to: [N] int64. Rows past the last sequence get the last one."""
-    rows = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:-1], rows, right=True)
-
-
 def snapshot_rows(snapshots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Split [M, 3] rows of (sequence, token count, slot) and drop the padding rows, whose slot is negative."""
-    sequence, count, slot = snapshots[snapshots[:, 2] >= 0].long().unbind(1)
+    kept = snapshots[snapshots[:, 2] >= 0] if len(snapshots) else snapshots
+    sequence, count, slot = kept.long().unbind(1)
     return sequence, count, slot
 
 
