@@ -37,15 +37,15 @@ struct AllReduce {
     __nv_bfloat16* total;
     uint64_t*
         memory[kAllReduceRanks];  // of each rank all_reduce_memory bytes that every rank can write, zeros at first
-    uint32_t* control;            // [kAllReduceTags + most_rows] of this rank, zeros at first
+    uint32_t* control;            // [kAllReduceTags + max_rows] of this rank, zeros at first
     uint32_t* status;             // host memory, [2]: set [0] and waits end; [1] is set where one has ended so
     uint64_t patience_ns;         // a wait ends after this long, too
     float eps;
     int rank, ranks, rows, width;
-    int most_rows, most_width;  // of any call with this memory; most_width a multiple of 256
+    int max_rows, max_width;  // of any call with this memory; max_width a multiple of 256
 };
 bool all_reduce_supported(const AllReduce& arguments);
-int64_t all_reduce_memory(int ranks, int most_rows, int most_width);  // bytes
+int64_t all_reduce_memory(int ranks, int max_rows, int max_width);  // bytes
 cudaError_t all_reduce(const AllReduce& arguments, cudaStream_t stream);
 
 // ---- gated_rms_norm.cu: x, gate [tokens, heads, 128] by token and head strides, weight [128], out contiguous.
@@ -301,21 +301,21 @@ struct SampleRanks {
     int64_t* ids;
     uint64_t*
         memory[kSampleRanksMost];  // of each rank sample_ranks_memory bytes that every rank can write, zeros at first
-    uint32_t* control;             // [kSampleRanksTags + most_clusters] of this rank, zeros at first
+    uint32_t* control;             // [kSampleRanksTags + max_clusters] of this rank, zeros at first
     uint32_t* status;              // host memory, [2]: set [0] and waits end; [1] is set where one has ended so
     uint64_t patience_ns;          // a wait ends after this long, too
     int64_t logits_stride;
     int logits_are_float;
     int rows, width, rank, ranks;
-    int clusters[3];    // of 8, 4 and 2 blocks: how many every rank can hold at once
-    int most_clusters;  // of them
+    int clusters[3];   // of 8, 4 and 2 blocks: how many every rank can hold at once
+    int max_clusters;  // of them
     // The launcher sets them.
     int chunk;    // ids of one block
     int vectors;  // whether rows may be read 16 bytes at a time
 };
 bool sample_ranks_supported(const SampleRanks& arguments);
-int64_t sample_ranks_memory(int ranks, int most_clusters);  // bytes
-int sample_ranks_clusters(int blocks);                      // that this device can hold at once
+int64_t sample_ranks_memory(int ranks, int max_clusters);  // bytes
+int sample_ranks_clusters(int blocks);                     // that this device can hold at once
 cudaError_t sample_ranks(SampleRanks arguments, cudaStream_t stream);
 
 // ---- gated_delta_rule_prefill.cu: see the operator of that name; dk = dv = 128. Any alignment for ring, a, b, a_log,

@@ -129,14 +129,14 @@ def test_drive_bounds_what_runs_and_stops_at_what_a_sink_raises(llm):
 
             yield request, take, None
 
-    drive(llm.engine, requests(9), most=3)
+    drive(llm.engine, requests(9), max_running=3)
     assert len(most) == 9 and max(most) == 3 and not running
 
     def broken(update):
         raise ZeroDivisionError("a sink's own fault")
 
     with pytest.raises(ZeroDivisionError):
-        drive(llm.engine, ((request, broken, None) for request, *_ in requests(9)), most=3)
+        drive(llm.engine, ((request, broken, None) for request, *_ in requests(9)), max_running=3)
     assert not llm.engine.has_work and llm.engine.cache.stats()["running"] == 0
 
 
@@ -146,5 +146,5 @@ def test_a_failing_engine_ends_the_run(llm):
     request = broken.frontend.request("a", [1], SamplingParams())
     news = []
     with pytest.raises(EngineError, match="ZeroDivisionError"):
-        drive(broken.engine, iter([(request, news.append, None)]), most=1)
+        drive(broken.engine, iter([(request, news.append, None)]), max_running=1)
     assert news[-1].finish_reason == "error"

@@ -160,15 +160,15 @@ BUGS = (
     Bug(
         "scores after penalties",
         Sampler.choose,
-        "self._vocabulary.scores(logits, ids, most)",
-        "self._vocabulary.scores(x, ids, most)",
+        "self._vocabulary.scores(logits, ids, logprobs)",
+        "self._vocabulary.scores(x, ids, logprobs)",
         sampling.test_log_probabilities_are_those_of_the_models_own_logits,
     ),
     Bug(
         "scores of another row",
         Sampler.choose,
-        "self._vocabulary.scores(logits, ids, most)",
-        "self._vocabulary.scores(logits.roll(1, 0), ids, most)",
+        "self._vocabulary.scores(logits, ids, logprobs)",
+        "self._vocabulary.scores(logits.roll(1, 0), ids, logprobs)",
         sampling.test_log_probabilities_come_for_every_row_of_drafts,
     ),
     Bug(

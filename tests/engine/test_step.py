@@ -27,19 +27,19 @@ def checker(*steps: Step, counts=(1, 1)) -> StepChecker:
 
 def test_what_keeps_the_rules_passes():
     made = checker(NEXT)
-    assert made.most == made.least == {0: 61, 1: 71}
+    assert made.upper == made.lower == {0: 61, 1: 71}
 
 
 def test_bounds_follow_what_is_launched_and_tighten_with_what_is_read():
     made = StepChecker(pages=6, slots=4)
     made.check(FIRST)
     made.check(NEXT)
-    assert (made.least[1], made.most[1]) == (70, 74)
+    assert (made.lower[1], made.upper[1]) == (70, 74)
     made.check(with_page(3))
-    assert (made.least[1], made.most[1]) == (70, 78)
+    assert (made.lower[1], made.upper[1]) == (70, 78)
     made.read(FIRST, (1, 1))
     made.read(NEXT, (2, 4))
-    assert (made.least[1], made.most[1], made.least[0], made.most[0]) == (74, 78, 62, 66)
+    assert (made.lower[1], made.upper[1], made.lower[0], made.upper[0]) == (74, 78, 62, 66)
 
 
 def with_page(page: int) -> Step:

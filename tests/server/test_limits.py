@@ -193,7 +193,7 @@ def test_of_half_open_connections_the_longest_makes_room():
 
 
 def test_connections_have_a_number():
-    with small_server(most=16) as server:
+    with small_server(max_connections=16) as server:
         held = [connect(server) for _ in range(16)]
         time.sleep(0.2)
         with connect(server) as more:

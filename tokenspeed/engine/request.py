@@ -91,12 +91,12 @@ def _as_tuple(name: str, values: Any) -> tuple:
         raise RequestError(f"{name} is {values!r}; it must be a list.") from None
 
 
-def _integer(value: Any, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def _integer(value: Any, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+def _number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def _pair(value: Any) -> bool:

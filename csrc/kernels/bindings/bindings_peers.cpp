@@ -30,8 +30,8 @@ EXPORTED const char* tokenspeed_all_reduce(const AllReduce* arguments, size_t si
     return status == cudaSuccess ? nullptr : tokenspeed::describe(status);
 }
 
-EXPORTED int64_t tokenspeed_all_reduce_memory(int ranks, int most_rows, int most_width) {
-    return tokenspeed::all_reduce_memory(ranks, most_rows, most_width);
+EXPORTED int64_t tokenspeed_all_reduce_memory(int ranks, int max_rows, int max_width) {
+    return tokenspeed::all_reduce_memory(ranks, max_rows, max_width);
 }
 
 // size: as above.
@@ -43,8 +43,8 @@ EXPORTED const char* tokenspeed_sample_ranks(const SampleRanks* arguments, size_
     return status == cudaSuccess ? nullptr : tokenspeed::describe(status);
 }
 
-EXPORTED int64_t tokenspeed_sample_ranks_memory(int ranks, int most_clusters) {
-    return tokenspeed::sample_ranks_memory(ranks, most_clusters);
+EXPORTED int64_t tokenspeed_sample_ranks_memory(int ranks, int max_clusters) {
+    return tokenspeed::sample_ranks_memory(ranks, max_clusters);
 }
 
 EXPORTED int tokenspeed_sample_ranks_clusters(int device, int blocks) {

@@ -86,7 +86,7 @@ struct Format {
     }
 };
 static_assert(Format<E4m3>::kColumns == kScaleBlock && kScaleBlock % kTileRows == 0, "one scale a piece");
-constexpr int kMostScales = 32;  // slabs of e4m3 a block: a warp's scales of a tile are one a lane
+constexpr int kMaxScales = 32;  // slabs of e4m3 a block: a warp's scales of a tile are one a lane
 
 // How x becomes the operand, which is made in shared memory before the first tile: copied, by silu_mul, or by the
 // residual sum and its norm.
@@ -115,7 +115,7 @@ constexpr int kFirstCopies = 5;               // before the wait, of a share tha
 // The longest share, in pieces, of one row that asks for x early: the ring; behind a norm more of e4m3, which takes
 // twice the arithmetic a piece, all of it once x is there.
 template <typename Weight, Operand kOperand, int kStages>
-constexpr int kMostEarly = Format<Weight>::kScaled && kOperand == Operand::kAddNorm ? kStages * 3 / 2 : kStages;
+constexpr int kMaxEarly = Format<Weight>::kScaled && kOperand == Operand::kAddNorm ? kStages * 3 / 2 : kStages;
 
 // A walk over a block's pieces: for every tile, for every slab. source: what this lane copies of the piece first.
 template <typename Weight>
@@ -430,7 +430,7 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
         next_scales[0] = load_scale(p, cluster, first_slab, last_slab);
         next_scales[1] = load_scale(p, cluster + stride, first_slab, last_slab);
     }
-    const bool is_early = kRows == 1 && (tiles + stride - 1) / stride * share <= kMostEarly<Weight, kOperand, kStages>;
+    const bool is_early = kRows == 1 && (tiles + stride - 1) / stride * share <= kMaxEarly<Weight, kOperand, kStages>;
     const int first_copies = is_early ? kFirstCopies : kStages - 1;
     for (int stage = 0; stage < first_copies; ++stage) copy_next(stage);
     ptx::grid_dependency_wait();
@@ -642,7 +642,7 @@ Plan plan(const Linear& p) {
         Share tail{};
         if (tail_clusters > 0) tail = share_of<__nv_bfloat16>(p.tail_outputs, p.inputs, tail_clusters, ranks);
         if (ranks > 1 && std::max(share.turns, tail.turns) > kMaxClusterTiles / ranks * ranks) continue;
-        if (F::kScaled && share.slabs > kMostScales) continue;
+        if (F::kScaled && share.slabs > kMaxScales) continue;
         const int64_t pieces = std::max(share.pieces(), tail.pieces());
         const auto bytes_of = [&]<bool kDeep>(int rows) {
             const size_t bytes = shared_bytes_of<Weight, kRows, kDeep, kOperand>(rows, share.slabs, share.pieces());

@@ -104,7 +104,7 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
     uint32_t* taken = &counters_of(p.scratch, control.launch).taken;
     const int gate_up_units = control.entries * work.gate_up_tiles;
     const int units = gate_up_units + control.entries * work.down_tiles;
-    const bool equal_shares = p.tokens <= kMostTokensOfEqualShares;
+    const bool equal_shares = p.tokens <= kMaxTokensOfEqualShares;
     Cursor at_units;
     bool shared_left = true;
     for (int unit = block, item = 0;; ++item) {
@@ -439,7 +439,7 @@ cudaError_t launch_block(const MoeBlock& p, cudaStream_t stream) {
     arguments.activations = reinterpret_cast<__nv_bfloat16*>(p.workspace);
     // Rows of tokens that are not there leave room for the words.
     const int64_t unused = int64_t{kTokens - p.tokens} * p.top_k * p.hidden;
-    if (p.tokens <= kMostTokensOfWords && int64_t{p.tokens} * p.top_k * words_pitch(p.width) <= unused) {
+    if (p.tokens <= kMaxTokensOfWords && int64_t{p.tokens} * p.top_k * words_pitch(p.width) <= unused) {
         arguments.words = arguments.rows + int64_t{p.tokens} * p.top_k * p.hidden;
     }
     arguments.projected = arguments.activations + int64_t{p.tokens} * p.top_k * p.width;

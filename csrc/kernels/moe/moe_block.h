@@ -34,9 +34,9 @@ constexpr int kMaxEntries = kTokens * kMaxTopK;
 constexpr int kRowSlots = 2;
 constexpr int kUnitSlots = 4;
 // With few units a block, equal shares are more even than whatever the blocks take one by one.
-constexpr int kMostTokensOfEqualShares = 2;
+constexpr int kMaxTokensOfEqualShares = 2;
 // Activations of one token are words with a flag, two in a word; of more, every block would read too many of them.
-constexpr int kMostTokensOfWords = 1;
+constexpr int kMaxTokensOfWords = 1;
 constexpr int kWordPieces = 64;    // of eight columns, in words of which a lane reads those of its two together
 constexpr uint8_t kNobody = 0xff;  // the rank of a token that has not chosen the expert
 // Four stages lose nothing to twelve and gain up to a tenth: with more under way, memory is slower.
@@ -61,10 +61,10 @@ struct Down {
 };
 
 template <typename... Products>
-constexpr int most_sums() {
+constexpr int max_sums() {
     return std::max({Shape<Products>::kDepthWarps * Shape<Products>::kPitch...});
 }
-constexpr int kTokenSums = most_sums<Dense, GateUp, Down>();  // floats that one token's sums of a unit take
+constexpr int kTokenSums = max_sums<Dense, GateUp, Down>();  // floats that one token's sums of a unit take
 
 // The caller's memory: how many launches have used it; two sets of counters, used in turn, of which a launch clears the
 // one it does not use; and words that carry the number of their launch, the router's logits [tokens, experts], the rows

@@ -44,8 +44,8 @@ constexpr int kThreads = kAllReduceMaxWidth / kVectorElements;
 // others. The lanes of a warp lie next to one another in each half.
 constexpr int kSecondHalf = 2 * kWarp;
 __device__ __forceinline__ int64_t place_of(const AllReduce& p, uint32_t tag, int row, int source, int vector) {
-    const int64_t slot = (int64_t{tag & 1} * p.most_rows + row) * p.ranks + source;
-    return slot * (p.most_width / kVectorElements) * kVectorWords + vector / kWarp * (kWarp * kVectorWords) +
+    const int64_t slot = (int64_t{tag & 1} * p.max_rows + row) * p.ranks + source;
+    return slot * (p.max_width / kVectorElements) * kVectorWords + vector / kWarp * (kWarp * kVectorWords) +
            vector % kWarp * 2;
 }
 
@@ -154,13 +154,13 @@ auto kernel_of(int ranks) {
 
 bool all_reduce_supported(const AllReduce& p) {
     const bool ranks = p.ranks == 2 || p.ranks == 4 || p.ranks == 8;
-    return ranks && p.rank >= 0 && p.rank < p.ranks && p.rows >= 1 && p.rows <= p.most_rows && p.width >= 1 &&
-           p.width <= p.most_width && p.width % kVectorElements == 0 && p.most_width <= kAllReduceMaxWidth &&
-           p.most_width % (kVectorElements * kWarp) == 0;
+    return ranks && p.rank >= 0 && p.rank < p.ranks && p.rows >= 1 && p.rows <= p.max_rows && p.width >= 1 &&
+           p.width <= p.max_width && p.width % kVectorElements == 0 && p.max_width <= kAllReduceMaxWidth &&
+           p.max_width % (kVectorElements * kWarp) == 0;
 }
 
-int64_t all_reduce_memory(int ranks, int most_rows, int most_width) {
-    return int64_t{2} * most_rows * ranks * (most_width / kVectorElements) * kVectorWords * sizeof(uint64_t);
+int64_t all_reduce_memory(int ranks, int max_rows, int max_width) {
+    return int64_t{2} * max_rows * ranks * (max_width / kVectorElements) * kVectorWords * sizeof(uint64_t);
 }
 
 cudaError_t all_reduce(const AllReduce& p, cudaStream_t stream) {

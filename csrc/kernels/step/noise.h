@@ -46,7 +46,7 @@ __device__ __forceinline__ float score_of(float uniform, float distance) {
 
 // What `uniform exp(distance)` must not exceed for the score to reach `needed`, with room for the approximate unit.
 // Spares most ids two logarithms.
-__device__ __forceinline__ float most_for(float needed) {
+__device__ __forceinline__ float race_limit_for(float needed) {
     return ptx::exp2_approximate(-needed * kLog2E) * 1.001f;
 }
 __device__ __forceinline__ float race_of(float uniform, float distance) {

@@ -123,10 +123,10 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(const __grid_constant
 }
 
 // The scores of a thread's octet where nothing is cut but by min-p. A whole warp.
-// most: see most_for; of the warp's best score so far.
+// race_limit: see race_limit_for; of the warp's best score so far.
 template <typename T>
 __device__ __forceinline__ void score_octet(const Octet<T>& x, const Words (&words)[2], int first, const Scale& scale,
-                                            float farthest, float& most, Key& best) {
+                                            float farthest, float& race_limit, Key& best) {
     float races[kOctet];
     float least = INFINITY, least_uniform = 1, least_distance = INFINITY;
     int least_id = first;
@@ -137,12 +137,13 @@ __device__ __forceinline__ void score_octet(const Octet<T>& x, const Words (&wor
         if (races[j] < least) least = races[j], least_uniform = u, least_distance = distance, least_id = first + j;
     }
     // The likeliest winner first; then seldom another can reach it.
-    if (least <= most && least < INFINITY) best = max(best, key_of(score_of(least_uniform, least_distance), least_id));
+    if (least <= race_limit && least < INFINITY)
+        best = max(best, key_of(score_of(least_uniform, least_distance), least_id));
     const uint32_t reached = __reduce_max_sync(kAllLanes, static_cast<uint32_t>(best >> 32));
-    if (reached > 0) most = most_for(from_ordered(reached));  // 0: the warp has met nobody that min-p keeps
+    if (reached > 0) race_limit = race_limit_for(from_ordered(reached));  // 0: the warp has met nobody that min-p keeps
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
-        if (!(races[j] <= most) || races[j] == INFINITY || first + j == least_id) continue;
+        if (!(races[j] <= race_limit) || races[j] == INFINITY || first + j == least_id) continue;
         best = max(best, key_of(score_of(uniform(words[j / 4].x[j % 4]), scale.distance(x[j])), first + j));
     }
 }
@@ -170,7 +171,8 @@ __device__ __forceinline__ void bin_octet(Exchange& exchange, const Octet<T>& x,
         }
         const Key best = exchange.bests[bin];
         const float u = uniform(words[j / 4].x[j % 4]);
-        if (!(distance <= request.farthest) || (best > 0 && race_of(u, distance) > most_for(value_of(best)))) continue;
+        if (!(distance <= request.farthest) || (best > 0 && race_of(u, distance) > race_limit_for(value_of(best))))
+            continue;
         const Key key = key_of(score_of(u, distance), first + j);
         if (key > best) atomicMax(&exchange.bests[bin], key);
     }
@@ -221,9 +223,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kerne
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
-    Best parts[kMostBlocks / 32];  // on their way together, and the groups' behind them
+    Best parts[kMaxBlocks / 32];  // on their way together, and the groups' behind them
 #pragma unroll
-    for (int i = 0; i < kMostBlocks / 32; ++i) {
+    for (int i = 0; i < kMaxBlocks / 32; ++i) {
         parts[i] = lane + i * 32 < blocks ? state.largest[lane + i * 32] : Best{-INFINITY, INT32_MAX};
     }
     const float bound_logit =
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kerne
     }
 
     const Scale scale = {logit, scaled, request.temperature};
-    float bound = INFINITY, least_logit = -INFINITY, most = INFINITY;
+    float bound = INFINITY, least_logit = -INFINITY, race_limit = INFINITY;
     if (request.lists) {
         bound = scale.distance(bound_logit);
         least_logit = scale.least_logit(bound);
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kerne
         } else if (request.bins) {
             bin_octet(exchange, x, words, first, scale, request);
         } else {
-            score_octet(x, words, first, scale, request.farthest, most, best);
+            score_octet(x, words, first, scale, request.farthest, race_limit, best);
         }
         segment += step;
         if (segment < segments) fetch();
@@ -301,7 +303,7 @@ cudaError_t sample(Sample p, cudaStream_t stream) {
     for (int first = 0; first < all; first += kRowsAtOnce) {
         p.rows = std::min(all - first, kRowsAtOnce);
         const int share = multiprocessor_count() * kBlocksPerMultiprocessor / p.rows;
-        const int blocks = std::max(1, std::min({share, segments, kMostBlocks}));
+        const int blocks = std::max(1, std::min({share, segments, kMaxBlocks}));
         for (p.groups = 1; blocks * p.groups < kFewestGroups;) p.groups *= 2;
         const LaunchConfig config = {.grid = dim3(blocks, p.rows),
                                      .block = dim3(kThreads),

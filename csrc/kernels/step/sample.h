@@ -10,7 +10,7 @@
 namespace tokenspeed::sampling {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kMostBlocks = 128;  // of a row
+constexpr int kMaxBlocks = 128;  // of a row
 constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kRowsAtOnce = 1024;      // of a launch, which bounds the workspace
 constexpr int kOctet = 8;              // consecutive ids of a thread: 16 bytes of bf16, two calls of Philox
@@ -34,7 +34,7 @@ struct alignas(16) RowState {
     Key bests[kBins];
     uint32_t done, listed;
     uint32_t unused[2];
-    Best largest[kMostBlocks];
+    Best largest[kMaxBlocks];
     float group_largest[2 * kFewestGroups];
     float list_distance[kList];
     int list_id[kList];

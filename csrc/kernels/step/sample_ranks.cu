@@ -105,7 +105,7 @@ struct Peers {
     int* patient;  // in shared memory: whether this block has lost nobody yet
 
     __device__ __forceinline__ uint32_t place(const SampleRanks& p, int source, int granule) const {
-        const uint32_t slot = ((tag & 1) * p.most_clusters + blockIdx.y) * p.ranks + source;
+        const uint32_t slot = ((tag & 1) * p.max_clusters + blockIdx.y) * p.ranks + source;
         return (slot * kGranules + granule) * 2;
     }
 
@@ -262,7 +262,7 @@ __device__ __forceinline__ uint32_t search(const SampleRanks& p, Exchange& excha
 template <typename T>
 __device__ Best best_score(const Part<T>& part, const Noise& noise, float limit) {
     Best best = {-INFINITY, INT32_MAX};
-    float most = INFINITY;  // of what an id's race may be, to beat the warp's best
+    float race_limit = INFINITY;  // of what an id's race may be, to beat the warp's best
     for (int base = 0; base < part.count; base += kThreads * 4) {
         const int i = base + threadIdx.x * 4;
         float distances[4];
@@ -277,11 +277,11 @@ __device__ Best best_score(const Part<T>& part, const Noise& noise, float limit)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float uniform = sampling::uniform(words.x[j]);
-                if (!(distances[j] <= limit) || sampling::race_of(uniform, distances[j]) > most) continue;
+                if (!(distances[j] <= limit) || sampling::race_of(uniform, distances[j]) > race_limit) continue;
                 best = better(best, {sampling::score_of(uniform, distances[j]), part.first + i + j});
             }
         }
-        most = sampling::most_for(largest_of_warp(best.value));
+        race_limit = sampling::race_limit_for(largest_of_warp(best.value));
     }
     return best;
 }
@@ -652,13 +652,13 @@ int chunk_of(const SampleRanks& p, int blocks) {  // whole vectors; a Philox cal
 bool sample_ranks_supported(const SampleRanks& p) {
     const bool ranks = p.ranks == 2 || p.ranks == 4 || p.ranks == 8;
     bool clusters = true;
-    for (const int count : p.clusters) clusters = clusters && count >= 1 && count <= p.most_clusters;
+    for (const int count : p.clusters) clusters = clusters && count >= 1 && count <= p.max_clusters;
     return ranks && p.rank >= 0 && p.rank < p.ranks && p.rows >= 1 && p.width >= 4 && p.width % 4 == 0 &&
            p.width <= kSampleMaxVocabulary / p.ranks && clusters && shared_bytes_of(p, chunk_of(p, 8)) <= kSharedLimit;
 }
 
-int64_t sample_ranks_memory(int ranks, int most_clusters) {
-    return int64_t{2} * most_clusters * ranks * kGranules * 2 * sizeof(uint64_t);
+int64_t sample_ranks_memory(int ranks, int max_clusters) {
+    return int64_t{2} * max_clusters * ranks * kGranules * 2 * sizeof(uint64_t);
 }
 
 int sample_ranks_clusters(int blocks) {

@@ -11,11 +11,11 @@ from ..text.grammar import GrammarSpec
 def drive(
     engine: Engine,
     work: Iterator[tuple[Request, Sink, GrammarSpec | None]],
-    most: int,
+    max_running: int,
     refused: Callable[[Request, TokenSpeedError], None] | None = None,
 ) -> None:
-    """Submit requests, each with its sink and its grammar, in order, up to `most` at once, until all have ended.
-    However it ends, nothing runs after it.
+    """Submit requests, each with its sink and its grammar, in order, up to `max_running` at once, until all have
+    ended. However it ends, nothing runs after it.
 
     refused: told of a request that the engine does not take; without it the error is raised. Raises EngineError where
     the engine fails, and what a sink raises.
@@ -40,7 +40,7 @@ def drive(
     try:
         more = True
         while more or running:
-            while more and len(running) < most:
+            while more and len(running) < max_running:
                 request, sink, grammar = next(work, (None, None, None))
                 more = request is not None
                 if more:

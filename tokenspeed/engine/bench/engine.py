@@ -125,9 +125,9 @@ def _check(cases: list[Case], llm: LLM) -> None:
             f"--input-len and --output-len come to {longest} tokens; the longest sequence has "
             f"{llm.engine.limits.max_tokens}."
         )
-    most = max(case.concurrency for case in cases)
-    if most > llm.engine.limits.max_seqs:
-        raise RequestError(f"--concurrency is {most}; --max-num-seqs {llm.engine.limits.max_seqs} run at once.")
+    concurrency = max(case.concurrency for case in cases)
+    if concurrency > llm.engine.limits.max_seqs:
+        raise RequestError(f"--concurrency is {concurrency}; --max-num-seqs {llm.engine.limits.max_seqs} run at once.")
 
 
 def _replay(options: argparse.Namespace) -> int:

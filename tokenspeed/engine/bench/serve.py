@@ -100,8 +100,8 @@ def run(options: argparse.Namespace) -> int:
     preset = PRESETS[options.preset].scaled(options.scale)
     _check(options)
     levels = [Level(rate=r) for r in options.rate] if options.rate else [Level(n) for n in options.concurrency]
-    most = options.max_connections if options.rate else max(options.concurrency)
-    endpoint = Endpoint(options.url, _key(options), most, options.request_timeout)
+    max_connections = options.max_connections if options.rate else max(options.concurrency)
+    endpoint = Endpoint(options.url, _key(options), max_connections, options.request_timeout)
     seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
     measured: list[Figures] = []
     settings: dict[str, Any] = {"url": endpoint.url, "seed": seed}

@@ -218,7 +218,7 @@ def _drafts(engine: EngineConfig, depths: tuple[tuple[int, int], ...], mtp: bool
     if engine.draft_tokens != "auto":
         return f"{engine.draft_tokens} behind each token, {by}"
     (few, deepest), *rest = depths
-    more = "".join(f", {drafts} up to {most}" for most, drafts in rest)
+    more = "".join(f", {drafts} up to {sequences}" for sequences, drafts in rest)
     return f"{deepest} behind each token where up to {few} sequences decode{more}, else none, {by}"
 
 

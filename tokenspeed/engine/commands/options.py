@@ -160,7 +160,7 @@ def _drafts(text: str) -> int | str:
 
 
 def _depths(by_load: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"{drafts} up to {most}" for most, drafts in by_load)
+    return ", ".join(f"{drafts} up to {sequences}" for sequences, drafts in by_load)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -199,5 +199,5 @@ def fit_memory(
         usable = free - total // 10 if on_gpu else free // 2
     longest = config.max_model_len or model.max_context
     # A CPU's memory has other users: no more than twice what the sequences running at once can hold.
-    most = None if on_gpu else 2 * config.max_num_seqs * longest
-    return plan_memory(layout, config, usable, most)
+    max_tokens = None if on_gpu else 2 * config.max_num_seqs * longest
+    return plan_memory(layout, config, usable, max_tokens)

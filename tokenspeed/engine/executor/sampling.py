@@ -204,8 +204,8 @@ class Sampler:
         changed."""
         x = self._adjust(samples, choices, logits, edits)
         ids = self.draw(x, choices.index, choices.output)
-        most = max((sample.logprobs for sample in samples), default=-1)
-        return ids, self._vocabulary.scores(logits, ids, most) if most >= 0 else None
+        logprobs = max((sample.logprobs for sample in samples), default=-1)
+        return ids, self._vocabulary.scores(logits, ids, logprobs) if logprobs >= 0 else None
 
     def count(self, samples: Sequence[Sample], choices: Choices, ids: Tensor, accepted: Tensor) -> None:
         """Take note of the ids that count, where penalties do. ids: [L] int64; accepted: [S], how many of each

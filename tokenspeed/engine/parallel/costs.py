@@ -69,11 +69,16 @@ def never_in_parts(mesh: Mesh) -> Costs:
 
 
 def measure(
-    communicator: "Communicator", hidden: int, dtype: torch.dtype, device: torch.device, most: int, progress: bool
+    communicator: "Communicator",
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_tokens: int,
+    progress: bool,
 ) -> Costs:
-    """The costs of up to `most` tokens between these ranks, which all call it alike. A few milliseconds on a GPU."""
+    """The costs of up to `max_tokens` between these ranks, which all call it alike. A few milliseconds on a GPU."""
     group = communicator.mesh.canonical("world")
-    sizes = tuple(dict.fromkeys(max(most >> shift, communicator.mesh.world) for shift in _SHIFTS))
+    sizes = tuple(dict.fromkeys(max(max_tokens >> shift, communicator.mesh.world) for shift in _SHIFTS))
     weight = torch.zeros(hidden, dtype=dtype, device=device)
     found: dict[str, list[float]] = {ALL_REDUCE: [], IN_PARTS: []}
     for tokens in tqdm(sizes, desc="measuring sums", unit="size", disable=not progress, file=sys.stderr):

@@ -22,8 +22,8 @@ _CLUSTER_BLOCKS = (8, 4, 2)  # of a row's draw
 _WIDTH_UNIT = 256
 _PATIENCE_SECONDS = 60.0
 # Rows of one sum at most, by the number of ranks: every rank sends its rows to every other one.
-MOST_ROWS = {2: 256, 4: 128, 8: 64}
-MOST_VOCABULARY = 400_000
+MAX_ROWS = {2: 256, 4: 128, 8: 64}
+MAX_VOCABULARY = 400_000
 
 
 class _Arguments(ctypes.Structure):
@@ -44,8 +44,8 @@ class _Arguments(ctypes.Structure):
         ("ranks", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("width", ctypes.c_int),
-        ("most_rows", ctypes.c_int),
-        ("most_width", ctypes.c_int),
+        ("max_rows", ctypes.c_int),
+        ("max_width", ctypes.c_int),
     ]
 
 
@@ -72,7 +72,7 @@ class _DrawArguments(ctypes.Structure):
         ("rank", ctypes.c_int),
         ("ranks", ctypes.c_int),
         ("clusters", ctypes.c_int * len(_CLUSTER_BLOCKS)),
-        ("most_clusters", ctypes.c_int),
+        ("max_clusters", ctypes.c_int),
         ("chunk", ctypes.c_int),
         ("vectors", ctypes.c_int),
     ]
@@ -143,7 +143,7 @@ class PeerSums(PeerKernel):
         """memory, device: as of `PeerKernel`."""
         super().__init__(library, limits.rank, limits.ranks, memory, limits.rows, device)
         self._limits = limits
-        self._always |= {"most_rows": limits.rows, "most_width": limits.whole_width}
+        self._always |= {"max_rows": limits.rows, "max_width": limits.whole_width}
 
     def serves(self, x: Tensor) -> bool:
         """Whether the kernel sums this: a few contiguous rows [N, H] in bf16."""
@@ -189,7 +189,7 @@ class PeerDraws(PeerKernel):
         """clusters: of 8, 4 and 2 blocks, how many every rank can hold at once; memory, device: as of `PeerKernel`."""
         super().__init__(library, rank, ranks, memory, max(clusters), device)
         self._ranks = ranks
-        self._always |= {"clusters": (ctypes.c_int * len(clusters))(*clusters), "most_clusters": max(clusters)}
+        self._always |= {"clusters": (ctypes.c_int * len(clusters))(*clusters), "max_clusters": max(clusters)}
 
     def serves(self, logits: Tensor) -> bool:
         """Whether the kernel draws from these: this rank's slice of at least one row [B, V / ranks], bf16 or fp32."""
@@ -198,7 +198,7 @@ class PeerDraws(PeerKernel):
             and logits.dim() == 2
             and logits.shape[0] > 0
             and logits.shape[1] % 4 == 0
-            and 0 < logits.shape[1] * self._ranks <= MOST_VOCABULARY
+            and 0 < logits.shape[1] * self._ranks <= MAX_VOCABULARY
             and logits.stride(1) == 1
         )
 
@@ -279,8 +279,7 @@ def connect(
     """
     library = compiled_library()
     sizes = {
-        group: Limits(mesh.index(group), mesh.size(group), MOST_ROWS.get(mesh.size(group), 0), width)
-        for group in groups
+        group: Limits(mesh.index(group), mesh.size(group), MAX_ROWS.get(mesh.size(group), 0), width) for group in groups
     }
     offers = exchange(_offer(library, sizes, mesh.size("tp"), device))
     _agree([offer if isinstance(offer, str) else "" for offer in offers])
@@ -331,7 +330,7 @@ def _offer(library: ctypes.CDLL | None, sizes: dict[str, Limits], tp: int, devic
     wanted = {}
     for group, limits in sizes.items():
         if not limits.rows:
-            return f"sums are over {' or '.join(map(str, MOST_ROWS))} ranks, and group {group!r} has {limits.ranks}"
+            return f"sums are over {' or '.join(map(str, MAX_ROWS))} ranks, and group {group!r} has {limits.ranks}"
         wanted[group] = library.tokenspeed_all_reduce_memory(limits.ranks, limits.rows, limits.whole_width)
     count = library.tokenspeed_sample_ranks_clusters
     clusters = tuple(count(device.index, blocks) for blocks in _CLUSTER_BLOCKS)

@@ -141,7 +141,7 @@ class Limits:
 
 def drafts_for(depths: tuple[tuple[int, int], ...], sequences: int) -> int:
     """As `Limits.drafts` says; none where more decode than it names."""
-    return next((drafts for most, drafts in depths if sequences <= most), 0)
+    return next((drafts for limit, drafts in depths if sequences <= limit), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,21 +167,21 @@ class StepChecker:
     """Follows the Steps of one engine and checks what each must keep: nothing that a row or a copy writes is touched by
     another, indices and pages are in range, positions follow each other. For tests and `--validate`.
 
-    coming: pages and slot that each move back under way writes, by its number. least, most: between which counts an
+    coming: pages and slot that each move back under way writes, by its number. lower, upper: between which counts an
     index's consumed tokens lie once all that was launched is done.
     """
 
     pages: int
     slots: int
     tables: dict[int, list[int]] = field(default_factory=dict)
-    least: dict[int, int] = field(default_factory=dict)
-    most: dict[int, int] = field(default_factory=dict)
+    lower: dict[int, int] = field(default_factory=dict)
+    upper: dict[int, int] = field(default_factory=dict)
     coming: dict[int, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def check(self, step: Step) -> None:
         """A Step is launched. Raises AssertionError with the broken rule."""
         for begin in step.begins:
-            self.tables[begin.index], self.most[begin.index] = [], -1
+            self.tables[begin.index], self.upper[begin.index] = [], -1
         for index, first, pages in step.pages:
             table = self.tables.setdefault(index, [])
             assert first <= len(table), f"index {index}: pages {len(table)} to {first} are missing"
@@ -228,28 +228,28 @@ class StepChecker:
         sampled = [sample.index for sample in step.samples]
         assert len(set(sampled)) == len(sampled), "two samples for one index"
         for sample in step.samples[decoding:]:
-            self.least[sample.index] = self.most[sample.index] = rows[sample.row].end
+            self.lower[sample.index] = self.upper[sample.index] = rows[sample.row].end
 
     def read(self, step: Step, counts: Sequence[int]) -> None:
         """It is known how many ids each of the samples got, of the oldest Step that was not read yet. Raises
         AssertionError where there are too many."""
         for sample, count in zip(step.samples, counts, strict=True):
-            most = 1 if sample.edited or sample.row >= len(step.decode) else step.width
-            assert count <= most, f"index {sample.index} got {count} ids of at most {most}"
+            limit = 1 if sample.edited or sample.row >= len(step.decode) else step.width
+            assert count <= limit, f"index {sample.index} got {count} ids of at most {limit}"
             if sample.row < len(step.decode):
-                self.least[sample.index] += count
-                self.most[sample.index] -= step.width - count
+                self.lower[sample.index] += count
+                self.upper[sample.index] -= step.width - count
 
     def _advance(self, row: DecodeRow | PrefillRow, width: int) -> tuple[int, int]:
         """What the row may store into: from its first token on, to its end."""
-        before = self.most.get(row.index, -1)
+        before = self.upper.get(row.index, -1)
         if isinstance(row, DecodeRow):
             assert before >= 0, f"index {row.index} goes on from nowhere"
-            self.most[row.index] = before + width
-            return self.least[row.index], before + width
+            self.upper[row.index] = before + width
+            return self.lower[row.index], before + width
         assert row.tokens, f"a prefill row without tokens: {row}"
         assert before in (-1, row.start), f"index {row.index} goes on at {row.start}, not {before}"
         assert all(row.start < count <= row.end for count, _ in row.snapshots), f"snapshots outside the row: {row}"
         assert 1 <= row.logits <= len(row.tokens) and len(row.scored) <= row.logits
-        self.least[row.index] = self.most[row.index] = row.end
+        self.lower[row.index] = self.upper[row.index] = row.end
         return max(row.start, row.kv_tokens), row.end

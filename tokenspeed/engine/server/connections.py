@@ -14,20 +14,20 @@ _SPARE_DESCRIPTORS = 256  # files and sockets beside the connections
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """head_bytes, headers: of a request's line and headers, which must have come in head_seconds. most: connections at
-    a time; max_idle of them may have sent no whole head yet, beyond it the one that has taken longest goes.
+    """head_bytes, headers: of a request's line and headers, which must have come in head_seconds. max_connections: at a
+    time; max_idle of them may have sent no whole head yet, beyond it the one that has taken longest goes.
     unread_seconds: in which a client must read something of what waits for it."""
 
     head_bytes: int = 65536
     headers: int = 128
     head_seconds: float = 10.0
-    most: int = 4096
+    max_connections: int = 4096
     max_idle: int = 1024
     unread_seconds: float = 30.0
 
     def within(self, descriptors: int) -> int:
         """The connections that a process with so many descriptors takes."""
-        return max(min(self.most, descriptors - _SPARE_DESCRIPTORS), 16)
+        return max(min(self.max_connections, descriptors - _SPARE_DESCRIPTORS), 16)
 
 
 class Connections:
@@ -35,7 +35,7 @@ class Connections:
 
     def __init__(self, limits: ConnectionLimits):
         self.limits = limits
-        self.most = limits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self.max_connections = limits.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.waiting: dict[BoundedProtocol, None] = {}  # the longest first
 
     def __call__(self, **settings: Any) -> "BoundedProtocol":
@@ -56,8 +56,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        if len(self.connections) > self._shared.most:
-            self._refuse("503 Service Unavailable", f"{self._shared.most} connections are open, the most there may be")
+        if len(self.connections) > self._shared.max_connections:
+            limit = self._shared.max_connections
+            self._refuse("503 Service Unavailable", f"{limit} connections are open, the most there may be")
             return
         self._expect_head()
         if len(self._shared.waiting) > self._limits.max_idle:

@@ -95,8 +95,8 @@ class FormatWorker:
         signal.set_wakeup_fd(-1)
         with job.makefile("rb") as incoming:
             data = incoming.read()
-        most = _pages(0) + MAX_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = _pages(0) + MAX_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)

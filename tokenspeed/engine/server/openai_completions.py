@@ -43,8 +43,8 @@ class Completion:
                 ids = ids[-body.truncate_prompt_tokens :]
             wants = body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs
             # None are asked for: the token that the engine gives all the same is dropped.
-            most = 1 if self._scores_only else body.max_tokens
-            sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=wants, max_tokens=most)
+            max_tokens = 1 if self._scores_only else body.max_tokens
+            sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=wants, max_tokens=max_tokens)
             request = service.frontend.request(
                 self.id,
                 ids,

@@ -11,9 +11,9 @@ Value = TypeVar("Value")
 class SizedCache(Generic[Value]):
     """Values by key, the least recently used forgotten first. Any thread may call."""
 
-    def __init__(self, most: int):
-        """most: the sizes of what is kept add up to this much at most."""
-        self._most, self._size = most, 0
+    def __init__(self, max_size: int):
+        """max_size: the sizes of what is kept add up to this much at most."""
+        self._max_size, self._size = max_size, 0
         self._kept: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -26,13 +26,13 @@ class SizedCache(Generic[Value]):
             return found[0]
 
     def put(self, key: Hashable, value: Value, size: int) -> None:
-        """size: in the unit of `most`; a value larger than all of it is not kept."""
+        """size: in the unit of `max_size`; a value larger than all of it is not kept."""
         with self._lock:
             self._size -= self._kept.pop(key, (None, 0))[1]
-            if size <= self._most:
+            if size <= self._max_size:
                 self._kept[key] = value, size
                 self._size += size
-            while self._size > self._most:
+            while self._size > self._max_size:
                 self._size -= self._kept.popitem(last=False)[1][1]
 
     def drop(self, key: Hashable) -> None:
