@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from array import array
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import load_weights
 from tokenspeed.engine.request import Request, SamplingParams
 from tokenspeed.engine.schedule.cache import CacheConfig, PrefixCache
-from tokenspeed.engine.schedule.scheduler import Leaving, Limits, Planned, Scheduler, Sequence, State
+from tokenspeed.engine.schedule.scheduler import Continuation, Leaving, Limits, Planned, Scheduler, State
 from tokenspeed.engine.schedule.step import Begin, Move
 from tokenspeed.engine.sizes import PUBLISHED
 
@@ -70,19 +70,19 @@ class Bench:
 
     # ---- what the scheduler asks
 
-    def begin(self, sequence: Sequence) -> Begin:
+    def begin(self, sequence: Continuation) -> Begin:
         return Begin(sequence.index, 0.0, 0, 1.0, 0.0, 0, prompt_tokens=sequence.prompt_tokens, left=sequence.limit)
 
-    def edits(self, sequence: Sequence, output: int) -> bool:
+    def edits(self, sequence: Continuation, output: int) -> bool:
         return False
 
-    def judge(self, sequence: Sequence, ids: list[int]) -> tuple[int, bool]:
+    def judge(self, sequence: Continuation, ids: list[int]) -> tuple[int, bool]:
         room = sequence.limit - sequence.outputs
         return min(len(ids), room), len(ids) >= room
 
     # ---- use
 
-    def submit(self, prompt: Ids[int], outputs: int) -> Sequence:
+    def submit(self, prompt: Sequence[int], outputs: int) -> Continuation:
         boundaries = (len(prompt) - 1,)
         request = Request(str(time.perf_counter()), tuple(prompt), SamplingParams(max_tokens=outputs), boundaries)
         return self.scheduler.submit(request, [0])[0]
@@ -104,7 +104,7 @@ class Bench:
         if planned:
             self._in_flight.append((planned, launched))
 
-    def run(self, sequence: Sequence) -> float:
+    def run(self, sequence: Continuation) -> float:
         """Seconds until its first id is known; then all of it is run to its end."""
         start, first = time.perf_counter(), 0.0
         while sequence.state is not State.ENDED or self._in_flight:

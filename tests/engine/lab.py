@@ -27,7 +27,7 @@ from tokenspeed.engine.model.inputs import Batch, Rows
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.request import Request, SamplingParams
 from tokenspeed.engine.schedule.cache import Admission, CacheConfig, Fork, PrefixCache
-from tokenspeed.engine.schedule.scheduler import Limits, Sequence
+from tokenspeed.engine.schedule.scheduler import Continuation, Limits
 from tokenspeed.engine.schedule.step import NewPages, PrefillRow, Step
 from tokenspeed.engine.text.tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ class Talk:
     """A request's outcome. outputs: ids by continuation."""
 
     request: Request
-    sequences: list[Sequence]
+    sequences: list[Continuation]
     outputs: list[list[int]]
     reasons: dict[int, str] = field(default_factory=dict)
     reuse: object = None
@@ -167,7 +167,7 @@ class Lab:
         self._draft_logits: dict[int, dict[int, Tensor]] = {}  # by sequence id and row of the head's keys
         self.compared_drafts = 0
         self._planned: dict[int, tuple] = {}  # by the Step's identity: it, its rows' sequences, its samples'
-        self._verified: dict[int, tuple[Step, tuple[Sequence, ...], list[int], Tensor]] = {}
+        self._verified: dict[int, tuple[Step, tuple[Continuation, ...], list[int], Tensor]] = {}
         self._watch()
 
     # ---- use

@@ -8,7 +8,7 @@ from planting import Bug, must_be_noticed, must_pass_without, seeds
 
 from tokenspeed.engine.core import Engine
 from tokenspeed.engine.request import Acceptance
-from tokenspeed.engine.schedule.scheduler import Scheduler, Sequence, _Draft
+from tokenspeed.engine.schedule.scheduler import Continuation, Scheduler, _Draft
 from tokenspeed.engine.text.constraints import BadWords, ThinkingBudget
 from tokenspeed.engine.text.stops import StopStrings
 
@@ -247,14 +247,14 @@ BUGS = (
     ),
     Bug(
         "outputs beyond the limit",
-        Sequence.waits_for_more,
+        Continuation.waits_for_more,
         "<",
         "<=",
         loop.test_one_whose_outputs_are_enough_is_not_gone_on_with,
     ),
     Bug(
         "launched outputs are forgotten",
-        Sequence.waits_for_more,
+        Continuation.waits_for_more,
         " + self.unread",
         "",
         loop.test_one_whose_outputs_are_enough_is_not_gone_on_with,

@@ -16,8 +16,7 @@ from functools import cached_property
 from .errors import CorruptedError, EngineError, RequestError, TokenSpeedError
 from .executor.runner import NONE_ALLOWED, Launched, Runner
 from .request import Acceptance, Failure, Request, RequestMetrics, TokenScores, Update
-from .schedule.scheduler import Leaving, Limits, Planned, Scheduler
-from .schedule.scheduler import Sequence as Continuation
+from .schedule.scheduler import Continuation, Leaving, Limits, Planned, Scheduler
 from .schedule.step import Begin, Edit, Step, StepChecker
 from .text.constraints import BadWords, Constraint, Format, ThinkingBudget, combine
 from .text.detokenizer import Detokenizer

@@ -22,7 +22,7 @@ Who owns what, by the state of a sequence:
 from array import array
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice
@@ -57,7 +57,7 @@ class Leaving(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class Continuation:
     """One continuation of a request, from submission to its end.
 
     id: the cache's name for it; child: which of the request's n; limit: outputs at most; tokens: prompt and the outputs
@@ -150,20 +150,20 @@ class Planned:
 
     number: int
     step: Step
-    rows: tuple[Sequence, ...]
-    samples: tuple[Sequence, ...]
+    rows: tuple[Continuation, ...]
+    samples: tuple[Continuation, ...]
 
 
 class Host(Protocol):
     """What the scheduler asks of whoever knows the requests' texts and rules."""
 
-    def begin(self, sequence: Sequence) -> Begin:
+    def begin(self, sequence: Continuation) -> Begin:
         """How the ids of a sequence are chosen; asked at each (re)admission."""
 
-    def edits(self, sequence: Sequence, output: int) -> bool:
+    def edits(self, sequence: Continuation, output: int) -> bool:
         """Whether the host has a say in one of the next outputs, up to number `output`."""
 
-    def judge(self, sequence: Sequence, ids: list[int]) -> tuple[int, bool]:
+    def judge(self, sequence: Continuation, ids: list[int]) -> tuple[int, bool]:
         """The next ids of a sequence are known: how many of them count, and whether the last of these ends it. Where
         the last is negative none could be chosen: the sequence was ended (ABORTED) meanwhile."""
 
@@ -173,21 +173,21 @@ class Scheduler:
 
     def __init__(self, cache: PrefixCache, limits: Limits, host: Host):
         self.cache, self.limits, self._host = cache, limits, host
-        self.waiting: list[Sequence] = []  # in the order in which they are to be admitted
-        self.running: list[Sequence] = []  # whoever has an index
+        self.waiting: list[Continuation] = []  # in the order in which they are to be admitted
+        self.running: list[Continuation] = []  # whoever has an index
         self.steps = 0  # planned so far
         self.preemptions = 0
         self.reasons: Counter[str] = Counter()  # why prompts resumed where they did, by admissions
         self._reconciled = -1
         self._free = list(range(limits.max_seqs - 1, -1, -1))
-        self._children: dict[int, list[Sequence]] = {}  # of a parent that has not forked yet, by its id
-        self._arriving: dict[int, Sequence] = {}  # by the number of the move they wait for
+        self._children: dict[int, list[Continuation]] = {}  # of a parent that has not forked yet, by its id
+        self._arriving: dict[int, Continuation] = {}  # by the number of the move they wait for
         self._moved: list[int] = []  # done, and no Step has said so yet
         self._next_id = self._passed = self._admissions = 0
 
     # ---- requests
 
-    def submit(self, request: Request, seeds: Ids[int]) -> list[Sequence]:
+    def submit(self, request: Request, seeds: Sequence[int]) -> list[Continuation]:
         """Queue a request: one sequence for each seed. Raises RequestError or CapacityError for what never fits."""
         prompt = array("i", request.prompt)
         room = self.limits.max_tokens
@@ -197,7 +197,7 @@ class Scheduler:
         sequences = []
         for child, seed in enumerate(seeds):
             tokens = array("i", prompt)
-            sequences.append(Sequence(self._next_id, request, child, seed, limit, tokens, len(prompt)))
+            sequences.append(Continuation(self._next_id, request, child, seed, limit, tokens, len(prompt)))
             self._next_id += 1
         parent, *children = sequences
         if children:
@@ -205,7 +205,7 @@ class Scheduler:
         self._enqueue(parent)
         return sequences
 
-    def end(self, sequence: Sequence, how: Leaving) -> None:
+    def end(self, sequence: Continuation, how: Leaving) -> None:
         """The sequence needs no more tokens (FINISHED) or is unwanted (ABORTED): it leaves the device as soon as no
         launched Step holds it. Harmless for one that is leaving already."""
         for child in self._children.pop(sequence.id, []) if how is Leaving.ABORTED else ():
@@ -259,7 +259,7 @@ class Scheduler:
         self.steps += 1
         return planned
 
-    def _width(self, decoding: list[Sequence], drafts: int) -> int:
+    def _width(self, decoding: list[Continuation], drafts: int) -> int:
         """How many tokens each sequence is to consume: its last id and all its drafts, or the id alone where drafts
         would be more than the context or a Step may hold, or than there are pages for. What a sequence says beyond its
         limit is dropped, as what it says behind its end."""
@@ -273,7 +273,7 @@ class Scheduler:
         enough = [self._extend(s, tokens) for s, tokens in zip(decoding, needed, strict=True)]
         return width if all(enough) else 1
 
-    def _plan_decode(self, sequence: Sequence, draft: "_Draft") -> None:
+    def _plan_decode(self, sequence: Continuation, draft: "_Draft") -> None:
         if not self._grow(sequence, sequence.launched + draft.width):
             return
         if sequence.row is None:
@@ -283,7 +283,7 @@ class Scheduler:
         draft.sample(sequence, sequence.constrained and self._edited(sequence))
         self._settle_slots(sequence)
 
-    def _grow(self, sequence: Sequence, needed: int) -> bool:
+    def _grow(self, sequence: Continuation, needed: int) -> bool:
         """Pages for more tokens; where there are none the youngest sequence gives way, if need be this one. False: no
         page in this Step."""
         while not self._extend(sequence, needed):
@@ -295,7 +295,7 @@ class Scheduler:
                 return False
         return True
 
-    def _extend(self, sequence: Sequence, needed: int) -> bool:
+    def _extend(self, sequence: Continuation, needed: int) -> bool:
         """Pages for as many tokens, where there are some."""
         if needed <= sequence.held_pages * PAGE_TOKENS:
             return True
@@ -306,25 +306,25 @@ class Scheduler:
         sequence.held_pages += len(pages)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Continuation) -> None:
         sequence.preemptions += 1
         self.preemptions += 1
         self._leave(sequence, Leaving.PREEMPTED)
 
-    def _leave(self, sequence: Sequence, how: Leaving) -> None:
+    def _leave(self, sequence: Continuation, how: Leaving) -> None:
         if sequence.leaving in (None, Leaving.PREEMPTED):
             sequence.leaving = how
         sequence.state = State.RETIRING
         if sequence.last_step <= self._reconciled and not sequence.move:
             self._retire(sequence)
 
-    def _chunk_end(self, sequence: Sequence, budget: int) -> int:
+    def _chunk_end(self, sequence: Continuation, budget: int) -> int:
         """Where a chunk of the prompt ends: at a whole page or with the prompt; at its start where no page fits."""
         start, scored = sequence.launched, sequence.scored
         end = min(start + min(budget, _SCORED_TOKENS if scored else budget), sequence.target)
         return end if end == sequence.target else max(end // PAGE_TOKENS * PAGE_TOKENS, start)
 
-    def _plan_prefill(self, sequence: Sequence, budget: int, draft: "_Draft") -> int:
+    def _plan_prefill(self, sequence: Continuation, budget: int, draft: "_Draft") -> int:
         """A chunk of the prompt; returns how many tokens."""
         params, start, scored = sequence.request.params, sequence.launched, sequence.scored
         end = self._chunk_end(sequence, budget)
@@ -370,11 +370,11 @@ class Scheduler:
                     draft.sample(child, child.constrained and self._edited(child))
         return end - start
 
-    def _edited(self, sequence: Sequence) -> bool:
+    def _edited(self, sequence: Continuation) -> bool:
         """Whether the host has a say in the outputs up to the one behind the last token of what is launched."""
         return self._host.edits(sequence, sequence.launched - sequence.prompt_tokens)
 
-    def _settle_slots(self, sequence: Sequence) -> None:
+    def _settle_slots(self, sequence: Continuation) -> None:
         """Its next row goes on where this Step's writes."""
         if sequence.read_slot != sequence.write_slot:
             sequence.read_slot, sequence.row = sequence.write_slot, None
@@ -395,7 +395,7 @@ class Scheduler:
                 child.state = State.DECODING
                 parent.write_slot, parent.row = fork.parent_write, None  # it reads where its own last step wrote
 
-    def _take(self, sequence: Sequence, admission: Admission) -> None:
+    def _take(self, sequence: Continuation, admission: Admission) -> None:
         """What the cache allotted."""
         sequence.new_pages, sequence.copies = tuple(admission.pages.tolist()), tuple(admission.copies)
         sequence.held_pages, sequence.row = len(sequence.new_pages), None
@@ -450,13 +450,13 @@ class Scheduler:
                 budget -= self._plan_prefill(sequence, budget, draft)
         return before - budget
 
-    def _take_in(self, sequence: Sequence) -> Admission | NoRoom:
+    def _take_in(self, sequence: Continuation) -> Admission | NoRoom:
         request = sequence.request
         return self.cache.admit(
             sequence.id, request.name_space, sequence.tokens, request.boundaries, prompt_logprobs=sequence.scored
         )
 
-    def _unpin(self, sequence: Sequence) -> None:
+    def _unpin(self, sequence: Continuation) -> None:
         if sequence.pin is not None:
             self.cache.release(sequence.pin)
             sequence.pin = None
@@ -466,7 +466,7 @@ class Scheduler:
         promised = sum(len(self._children.get(s.id, ())) for s in self.running)
         return len(self._free) - promised
 
-    def _should_wait(self, sequence: Sequence) -> bool:
+    def _should_wait(self, sequence: Continuation) -> bool:
         """Whether another request is about to write a state that this one would resume from. Bounded."""
         if sequence.waited >= self.limits.wait_steps or not self.running:
             return False
@@ -495,7 +495,7 @@ class Scheduler:
 
     # ---- reconciling
 
-    def reconcile(self, planned: Planned, ids: Ids[list[int]]) -> None:
+    def reconcile(self, planned: Planned, ids: Sequence[list[int]]) -> None:
         """The ids that a Step chose are known, some for each of its samples. Publishes what was verified, and retires
         what was waiting for this Step. Mutates the cache."""
         self._reconciled, step = planned.number, planned.step
@@ -521,7 +521,7 @@ class Scheduler:
             if not sequence.move:
                 self._retire(sequence)
 
-    def _publish(self, sequence: Sequence, row: DecodeRow | PrefillRow, start: int) -> None:
+    def _publish(self, sequence: Continuation, row: DecodeRow | PrefillRow, start: int) -> None:
         """Others shall see what a row wrote. At each token that would cost as much as planning does: at the ends of
         pages and of prefilled chunks, and where a state has left the slot that it was read from."""
         if sequence.leaving is Leaving.ABORTED or not sequence.holds_memory:
@@ -530,7 +530,7 @@ class Scheduler:
         if moved or sequence.consumed // PAGE_TOKENS > start // PAGE_TOKENS:
             self.cache.commit(sequence.id, sequence.tokens, min(sequence.consumed, len(sequence.tokens)))
 
-    def _retire(self, sequence: Sequence) -> None:
+    def _retire(self, sequence: Continuation) -> None:
         """No launched Step holds it any more."""
         self.running.remove(sequence)
         self._free.append(sequence.index)
@@ -551,12 +551,12 @@ class Scheduler:
         else:
             sequence.state = State.ENDED
 
-    def _comes_back(self, sequence: Sequence) -> bool:
+    def _comes_back(self, sequence: Continuation) -> bool:
         """Whether a later prompt may begin with this one and its output."""
         opening = sequence.request.snapshot_token_id
         return opening is None or opening in sequence.tokens[sequence.prompt_tokens :]
 
-    def _enqueue(self, sequence: Sequence) -> None:
+    def _enqueue(self, sequence: Continuation) -> None:
         """Into the queue: lower priority first, then in order of submission, so that what gave way comes first. Each
         step of priority is worth _AGE admissions: whoever waits is overtaken for so long and no longer."""
         if sequence.order is None:
@@ -577,14 +577,14 @@ class _Draft:
         self.samples: list[Sample] = []
         self.moves: tuple[Move, ...] = ()
         self.moved: tuple[int, ...] = ()
-        self._rows_of: list[Sequence] = []
-        self._samples_of: list[Sequence] = []
+        self._rows_of: list[Continuation] = []
+        self._samples_of: list[Continuation] = []
 
     @property
     def empty(self) -> bool:
         return not self.decode and not self.prefill and not self.moves
 
-    def add(self, row: DecodeRow | PrefillRow, sequence: Sequence) -> None:
+    def add(self, row: DecodeRow | PrefillRow, sequence: Continuation) -> None:
         (self.decode if isinstance(row, DecodeRow) else self.prefill).append(row)
         self._rows_of.append(sequence)
         if sequence.new_pages:
@@ -593,7 +593,7 @@ class _Draft:
             self.copies += sequence.copies
             sequence.new_pages = sequence.copies = ()
 
-    def sample(self, sequence: Sequence, edited: bool) -> None:
+    def sample(self, sequence: Continuation, edited: bool) -> None:
         """Ids for the sequence, behind the row that was just added."""
         row, sample = len(self._rows_of) - 1, sequence.sample
         if sample is None or sample.row != row or sample.edited != edited:

@@ -14,8 +14,7 @@ from ..core import Engine, Sink
 from ..errors import CapacityError, RequestError, TransferError
 from ..request import PrefixReuse, Request, RequestMetrics, SamplingParams, Update
 from ..schedule.cache import NoRoom
-from ..schedule.scheduler import Leaving, State
-from ..schedule.scheduler import Sequence as Continuation
+from ..schedule.scheduler import Continuation, Leaving, State
 from ..text.grammar import Grammar, GrammarSpec
 from .endpoint import address_of
 from .identity import digest
