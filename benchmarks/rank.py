@@ -28,7 +28,7 @@ from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import fill_with_noise
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
-from tokenspeed.engine.parallel.plan import traffic
+from tokenspeed.engine.parallel.program import traffic
 from tokenspeed.engine.schedule.step import DecodeRow, NewPages, Step
 from tokenspeed.engine.sizes import PUBLISHED
 
@@ -97,7 +97,7 @@ def measure(
     check_fits(config, dtype, communicator, max(batches), context, device)
     model = random_model(config, dtype, device, communicator)
     weights = sum(p.nbytes for p in model.parameters())
-    sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
+    sent = traffic(model.compiled, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
     print(f"{size}, {str(dtype)[6:]} on {device}: {communicator.describe()}")
     local = isinstance(communicator, LocalSums)
     part = "the way between devices of " if local else ""

@@ -1,4 +1,4 @@
-// Admission: match, pin, make room, allot, plan snapshots.
+// Admission: match, pin, make room, allot, promise snapshots.
 #include <algorithm>
 #include <cassert>
 #include <utility>
@@ -96,13 +96,13 @@ Result<Admission> Cache::admit(RequestId id, std::string_view name_space, Tokens
         keep(kept_node(request));
         grow_path(request, prompt, static_cast<int32_t>(prompt.size() / page));
         if (found.host != kNoNode) bring_back(request, admission, found);
-        plan_snapshots(request, prompt, boundaries, found);
+        promise_snapshots(request, prompt, boundaries, found);
     }
 
     trim_ghosts();
     admission.pages = request.pages;
-    for (const Planned& planned : request.plan)
-        if (planned.tokens > resume) admission.plan.push_back({planned.tokens, planned.slot.id()});
+    for (const Promised& promised : request.promised)
+        if (promised.tokens > resume) admission.snapshots.push_back({promised.tokens, promised.slot.id()});
     ++counters_.admissions;
     const auto length = static_cast<int32_t>(prompt.size());
     counters_.prompt_tokens += length;
@@ -163,7 +163,7 @@ void Cache::bring_back(Request& request, Admission& admission, const Walk& found
     if (tree_[found.host].promises == 0)
         if (auto slot = optional_slot(found.match.moved_tokens, kind)) {
             request.source_slot = slot->share();
-            add_plan(request, resume, found.host, kind, std::move(*slot));
+            add_promise(request, resume, found.host, kind, std::move(*slot));
         }
     admission.read_slot = request.source_slot ? request.source_slot.id() : request.working.id();
     Move move{++last_move_, false, {}, request.host_slot.id(), admission.read_slot};
@@ -182,7 +182,7 @@ void Cache::bring_back(Request& request, Admission& admission, const Walk& found
     moves_.push_back(std::move(move));
 }
 
-void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found) {
+void Cache::promise_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found) {
     const auto length = static_cast<int32_t>(prompt.size());
     struct Candidate {
         int32_t tokens;
@@ -201,7 +201,7 @@ void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int3
     int32_t previous = request.resume;
     for (auto [tokens, kind] : candidates) {
         if (tokens <= previous || tokens > length) continue;
-        // A branch point a few tokens beyond a planned boundary (two texts that begin alike) is not worth a slot.
+        // A branch point a few tokens beyond a promised boundary (two texts that begin alike) is not worth a slot.
         if (kind == Kind::kBranch && tokens - previous < config_.page_tokens / 4) continue;
         if (NodeId existing = find_snapshot_node(request, prompt, tokens);
             existing != kNoNode && (tree_[existing].state || tree_[existing].promises > 0)) {
@@ -219,16 +219,16 @@ void Cache::plan_snapshots(Request& request, Tokens prompt, std::span<const int3
             continue;
         }
         NodeId node = snapshot_node(request, prompt, tokens);
-        add_plan(request, tokens, node, kind, std::move(*slot));
+        add_promise(request, tokens, node, kind, std::move(*slot));
         previous = tokens;
     }
 }
 
 // A slot for a snapshot that would be nice to have: free, or taken from one that ranks lower. Half of all slots stay
-// out of reach of plans, because a planned slot cannot be evicted; the grid takes only free ones, and leaves half of
+// out of reach of promises, because a promised slot cannot be evicted; the grid takes only free ones, and leaves half of
 // them.
 std::optional<SlotRef> Cache::optional_slot(int32_t gain, Kind kind) {
-    if (planned_ + 1 > slots_.size() / 2) return std::nullopt;
+    if (promised_ + 1 > slots_.size() / 2) return std::nullopt;
     const double mine = snapshots_.score(gain, kind);
     if (kind == Kind::kGrid && slots_.free() <= slots_.size() / 2) return std::nullopt;
     if (slots_.free() == 0) {

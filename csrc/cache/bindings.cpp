@@ -81,14 +81,14 @@ py::dict as_dict(const Stats& s) {
 #define FIELD(name) d[#name] = s.name
     FIELD(admissions), FIELD(no_room), FIELD(forks), FIELD(finished), FIELD(aborted);
     FIELD(prompt_tokens), FIELD(cached_tokens), FIELD(known_tokens), FIELD(kv_matched_tokens);
-    FIELD(recomputed_matched_tokens), FIELD(snapshots_planned), FIELD(snapshots_declined);
+    FIELD(recomputed_matched_tokens), FIELD(snapshots_promised), FIELD(snapshots_declined);
     FIELD(snapshots_published), FIELD(snapshots_donated), FIELD(snapshots_redundant), FIELD(snapshots_evicted);
     FIELD(snapshots_consumed), FIELD(snapshot_hits), FIELD(received), FIELD(received_tokens), FIELD(lent);
     FIELD(moved_out), FIELD(moved_out_pages), FIELD(moves_void), FIELD(moved_in), FIELD(moved_in_pages);
     FIELD(moved_in_tokens), FIELD(host_evicted), FIELD(snapshots_left_to_host), FIELD(host_pages_free);
     FIELD(host_slots_free), FIELD(moves_under_way), FIELD(pinned), FIELD(pages_evicted), FIELD(ghosts_dropped);
     FIELD(page_copies), FIELD(pages_appended_in_place), FIELD(pages_free), FIELD(pages_held);
-    FIELD(pages_evictable), FIELD(slots_free), FIELD(slots_working), FIELD(slots_planned);
+    FIELD(pages_evictable), FIELD(slots_free), FIELD(slots_working), FIELD(slots_promised);
     FIELD(slots_snapshot), FIELD(slots_draining), FIELD(running), FIELD(nodes), FIELD(ghosts);
     FIELD(namespaces), FIELD(usual_reuse_time), FIELD(superseded_weight), FIELD(bookkeeping_bytes), FIELD(token_bytes);
 #undef FIELD
@@ -144,7 +144,7 @@ PYBIND11_MODULE(_cache, m) {
                    ", pending_tokens=" + std::to_string(a.pending_tokens) +
                    ", reason=" + py::str(py::cast(a.reason)).cast<std::string>() + ")";
         });
-    py::class_<Admission>(m, "Admission", "Pages, slots, copies and snapshot plan of an admitted sequence.")
+    py::class_<Admission>(m, "Admission", "Pages, slots, copies and promised snapshots of an admitted sequence.")
         .def_readonly("match", &Admission::match)
         .def_property_readonly(
             "pages", [](const Admission& a) { return py::array_t<PageId>(a.pages.size(), a.pages.data()); },
@@ -159,9 +159,10 @@ PYBIND11_MODULE(_cache, m) {
             },
             "((source page, target page, rows), ...)")
         .def_property_readonly(
-            "plan",
+            "snapshots",
             [](const Admission& a) {
-                return tuple_of(a.plan, [](const PlannedSnapshot& s) { return py::make_tuple(s.tokens, s.slot); });
+                return tuple_of(a.snapshots,
+                                [](const PromisedSnapshot& s) { return py::make_tuple(s.tokens, s.slot); });
             },
             "((tokens, slot), ...), ascending");
     auto pages_of = [](const auto& a) { return py::array_t<PageId>(a.pages.size(), a.pages.data()); };

@@ -13,9 +13,9 @@
 //
 // A SEQUENCE'S LIFE
 //   probe     pure: how much of a prompt is known, and why not more.
-//   admit     all or nothing. Pins what it matched, evicts, returns pages, slots, copies and the snapshot plan.
+//   admit     all or nothing. Pins what it matched, evicts, returns pages, slots, copies and the promised snapshots.
 //   extend    pages so that `count` tokens fit.
-//   commit    publishes verified tokens [0, count): whole pages become nodes, planned snapshots at or below `count`
+//   commit    publishes verified tokens [0, count): whole pages become nodes, promised snapshots at or below `count`
 //             become matchable. Called at reconcile. `tokens` is the whole sequence so far; only the part that is not
 //             yet published is read. Calling it again with the same count changes nothing.
 //   fork      a second sequence continues at `count`.
@@ -31,7 +31,7 @@
 //   release   the pin goes. Of a prefix that was not received everything returns: nobody may write there any more.
 //
 //   clear     forgets a namespace, clear_all every one: a later prompt finds nothing of it. Sequences that run keep
-//             their pages, slots and plan, and may be forked; what they commit or donate from then on is found by
+//             their pages, slots and promises, and may be forked; what they commit or donate from then on is found by
 //             nobody, and returns with the last of them.
 //
 // WHO MAY TOUCH WHAT, AND WHEN (the engine plans one step ahead of the device)
@@ -45,7 +45,7 @@
 //   - write_slot and every page the sequence stores into belong to it alone. A partly filled page has at most one
 //     writer: rows below its fill are never stored again; anyone else copies rows [0, r) into a page of its own.
 //   - Stores of tokens below Admission::kv_tokens must be skipped: those pages are shared.
-//   - Planned snapshot slots belong to the sequence from admit to the commit that passes them.
+//   - Promised snapshot slots belong to the sequence from admit to the commit that passes them.
 //
 // THE HOST TIER (`host_pages` and `host_slots` above 0)
 //   A *unit* is a snapshot with the pages under it. What is about to go from the device is copied to host memory ahead
@@ -124,19 +124,19 @@ struct Copy {
     int32_t rows;  // rows [0, rows) of every layer
 };
 
-struct PlannedSnapshot {
+struct PromisedSnapshot {
     int32_t tokens;
     SlotId slot;
 };
 
 struct Admission {
     Match match;
-    std::vector<PageId> pages;          // in token order; cover at least prompt + 1 tokens
-    SlotId read_slot = -1;              // first step only; -1 when it starts from nothing (match.state_tokens == 0)
-    SlotId write_slot = -1;             // the working slot, read and written in place from the second step on
-    std::vector<Copy> copies;           // before anything is stored
-    std::vector<PlannedSnapshot> plan;  // ascending, in (state_tokens, prompt]
-    int64_t move = 0;                   // that must be done before the first step; 0: none
+    std::vector<PageId> pages;  // in token order; cover at least prompt + 1 tokens
+    SlotId read_slot = -1;      // first step only; -1 when it starts from nothing (match.state_tokens == 0)
+    SlotId write_slot = -1;     // the working slot, read and written in place from the second step on
+    std::vector<Copy> copies;   // before anything is stored
+    std::vector<PromisedSnapshot> snapshots;  // ascending, in (state_tokens, prompt]
+    int64_t move = 0;                         // that must be done before the first step; 0: none
 };
 
 // Bytes to copy between the device and host memory: whole pages, as (source, target), and one slot.
@@ -214,7 +214,7 @@ struct Stats {
     int64_t known_tokens = 0;                      // ideal: would have resumed with a snapshot everywhere
     int64_t kv_matched_tokens = 0;                 // of the known tokens, those with resident keys and values
     int64_t recomputed_matched_tokens = 0;         // resident but computed again, for want of a state
-    int64_t snapshots_planned = 0, snapshots_declined = 0, snapshots_published = 0, snapshots_donated = 0;
+    int64_t snapshots_promised = 0, snapshots_declined = 0, snapshots_published = 0, snapshots_donated = 0;
     int64_t snapshots_redundant = 0, snapshots_evicted = 0, snapshots_consumed = 0, snapshot_hits = 0;
     int64_t received = 0, received_tokens = 0, lent = 0;         // tokens: those that were not there
     int64_t moved_out = 0, moved_out_pages = 0, moves_void = 0;  // units copied to host memory; those of no use
@@ -223,7 +223,7 @@ struct Stats {
     int64_t pages_evicted = 0, ghosts_dropped = 0, page_copies = 0, pages_appended_in_place = 0;
     // Now.
     int64_t pages_free = 0, pages_held = 0, pages_evictable = 0;  // sum to Config::pages
-    int64_t slots_free = 0, slots_working = 0, slots_planned = 0, slots_snapshot = 0, slots_draining = 0;
+    int64_t slots_free = 0, slots_working = 0, slots_promised = 0, slots_snapshot = 0, slots_draining = 0;
     int64_t host_pages_free = 0, host_slots_free = 0, moves_under_way = 0;
     int64_t running = 0, pinned = 0, nodes = 0, ghosts = 0, namespaces = 0;
     double usual_reuse_time = 0;    // admissions between uses of a snapshot, weighted by tokens saved
@@ -276,7 +276,7 @@ class Cache {
     std::string check() const;
 
   private:
-    struct Planned {
+    struct Promised {
         int32_t tokens;
         NodeId node;  // kNoNode when the cache is off
         Kind kind;
@@ -291,15 +291,15 @@ class Cache {
         int32_t duplicates = 0;    // of these, nodes whose page was another's when this sequence came
         int32_t committed = 0;
         int32_t resume = 0;
-        uint32_t admission = 0;     // its number
-        std::vector<PageId> pages;  // one reference and one hold each
-        int32_t writes_from = 0;    // index of the first page it may store into
-        SlotRef working;            // of a sequence
-        std::vector<Planned> plan;  // ascending
-        NodeId source = kNoNode;    // snapshot node it resumes from: locked until the first commit
-        SlotRef source_slot;        // pinned for as long
-        PageId source_page = -1;    // page a fork copies from, held for as long
-        int64_t move = 0;           // brings back what it resumes from; 0: none, or it is done
+        uint32_t admission = 0;          // its number
+        std::vector<PageId> pages;       // one reference and one hold each
+        int32_t writes_from = 0;         // index of the first page it may store into
+        SlotRef working;                 // of a sequence
+        std::vector<Promised> promised;  // ascending
+        NodeId source = kNoNode;         // snapshot node it resumes from: locked until the first commit
+        SlotRef source_slot;             // pinned for as long
+        PageId source_page = -1;         // page a fork copies from, held for as long
+        int64_t move = 0;                // brings back what it resumes from; 0: none, or it is done
         double move_seconds = 0;
         NodeId host_source = kNoNode;  // what it brings back, for as long
         SlotRef host_slot;
@@ -337,7 +337,7 @@ class Cache {
     // admit.cpp
     Room reserve(Request& request, const Walk& found, int32_t total);
     void bring_back(Request& request, Admission& admission, const Walk& found);
-    void plan_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found);
+    void promise_snapshots(Request& request, Tokens prompt, std::span<const int32_t> boundaries, const Walk& found);
     std::optional<SlotRef> optional_slot(int32_t gain, Kind kind);
 
     // tiers.cpp
@@ -378,8 +378,8 @@ class Cache {
     NodeId node_before(const Request& request, int32_t count) const;
     NodeId find_snapshot_node(const Request& request, Tokens tokens, int32_t count) const;
     NodeId snapshot_node(Request& request, Tokens tokens, int32_t count);
-    void add_plan(Request& request, int32_t tokens, NodeId node, Kind kind, SlotRef slot);
-    void leave_plan(const Planned& planned);
+    void add_promise(Request& request, int32_t tokens, NodeId node, Kind kind, SlotRef slot);
+    void drop_promise(const Promised& promised);
     std::optional<Error> validate(RequestId id, Tokens tokens, int32_t count) const;
     void publish(Request& request, Tokens tokens, int32_t count);
     NodeId locked_node(const Request& request) const;
@@ -435,7 +435,7 @@ class Cache {
     std::vector<Outgoing> outgoing_;  // in the order in which they were taken
     std::vector<Move> moves_;         // to be taken
     int64_t last_move_ = 0;
-    int32_t planned_ = 0;  // slots promised to snapshots that are not written yet
+    int32_t promised_ = 0;  // slots promised to snapshots that are not written yet
     Stats counters_;
     int32_t max_events_ = 0;  // 0: no log is kept
     bool events_lost_ = false;

@@ -20,11 +20,11 @@ Stats Cache::stats() const {
     stats.running =
         std::ranges::count_if(requests_, [](const auto& entry) { return entry.second.role == Role::kSequence; });
     stats.pinned = static_cast<int64_t>(requests_.size()) - stats.running;
-    stats.slots_planned = planned_;
+    stats.slots_promised = promised_;
     stats.slots_snapshot =
         std::ranges::count_if(snapshots_.records(), [](const auto& record) { return bool(record.slot); });
     stats.slots_draining =
-        slots_.size() - stats.slots_free - stats.slots_working - stats.slots_planned - stats.slots_snapshot;
+        slots_.size() - stats.slots_free - stats.slots_working - stats.slots_promised - stats.slots_snapshot;
     stats.host_pages_free = host_pages_.free();
     stats.host_slots_free = host_slots_.free();
     stats.moves_under_way = static_cast<int64_t>(outgoing_.size()) +
@@ -67,7 +67,7 @@ std::string Cache::check() const {
             return "a move out of what is not on the device";
     }
 
-    int32_t planned = 0;
+    int32_t all_promised = 0;
     for (const auto& [id, request] : requests_) {
         const std::string who = "request " + std::to_string(id) + ": ";
         if (config_.enabled) {
@@ -103,16 +103,16 @@ std::string Cache::check() const {
             ++expected[request.host_source].host_uses;
             ++expected[request.host_source].keeps;
         }
-        for (const Planned& plan : request.plan) {
-            ++planned;
-            count_slot(plan.slot);
-            if (plan.tokens <= request.committed) return who + "a passed snapshot is still planned";
-            if (plan.node == kNoNode) continue;
-            ++expected[plan.node].keeps;
-            ++expected[plan.node].promises;
+        for (const Promised& promised : request.promised) {
+            ++all_promised;
+            count_slot(promised.slot);
+            if (promised.tokens <= request.committed) return who + "a passed snapshot is still promised";
+            if (promised.node == kNoNode) continue;
+            ++expected[promised.node].keeps;
+            ++expected[promised.node].promises;
         }
     }
-    if (planned != planned_) return "the count of planned slots is wrong";
+    if (all_promised != promised_) return "the count of promised slots is wrong";
 
     std::vector<NodeId> nodes(roots.begin(), roots.end());
     std::vector<bool> forgotten;  // beside `nodes`: below the root of a namespace that was cleared

@@ -68,8 +68,8 @@ Cache::Walk Cache::walk(NodeId root, Tokens prompt, Search search, std::vector<N
     if (pending != kNoNode &&
         std::ranges::any_of(requests_,
                             [&](const auto& entry) {
-                                return entry.second.move != 0 && entry.second.plan.size() > 0 &&
-                                       entry.second.plan[0].node == pending;
+                                return entry.second.move != 0 && entry.second.promised.size() > 0 &&
+                                       entry.second.promised[0].node == pending;
                             }) &&
         slower_than_computing(seconds_under_way(), end_of(pending))) {
         pending = kNoNode;

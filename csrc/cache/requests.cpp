@@ -60,21 +60,21 @@ NodeId Cache::snapshot_node(Request& request, Tokens tokens, int32_t count) {
     return rows == 0 ? before : tree_.insert(before, tokens.data() + count - rows, rows);
 }
 
-void Cache::add_plan(Request& request, int32_t tokens, NodeId node, Kind kind, SlotRef slot) {
+void Cache::add_promise(Request& request, int32_t tokens, NodeId node, Kind kind, SlotRef slot) {
     if (node != kNoNode) {
         keep(node);
         ++tree_[node].promises;
     }
-    request.plan.push_back({tokens, node, kind, std::move(slot)});
-    ++planned_;
-    ++counters_.snapshots_planned;
+    request.promised.push_back({tokens, node, kind, std::move(slot)});
+    ++promised_;
+    ++counters_.snapshots_promised;
 }
 
-void Cache::leave_plan(const Planned& planned) {
-    --planned_;
-    if (planned.node == kNoNode) return;
-    --tree_[planned.node].promises;
-    unkeep(planned.node);
+void Cache::drop_promise(const Promised& promised) {
+    --promised_;
+    if (promised.node == kNoNode) return;
+    --tree_[promised.node].promises;
+    unkeep(promised.node);
 }
 
 Result<std::span<const PageId>> Cache::extend(RequestId id, int32_t count) {
@@ -132,14 +132,14 @@ void Cache::publish(Request& request, Tokens tokens, int32_t count) {
         unlock(locked);
     }
     size_t passed = 0;
-    for (; passed < request.plan.size() && request.plan[passed].tokens <= count; ++passed) {
-        Planned& planned = request.plan[passed];
-        if (planned.node != kNoNode)
-            publish_snapshot(request, planned.node, std::move(planned.slot), planned.kind,
+    for (; passed < request.promised.size() && request.promised[passed].tokens <= count; ++passed) {
+        Promised& promised = request.promised[passed];
+        if (promised.node != kNoNode)
+            publish_snapshot(request, promised.node, std::move(promised.slot), promised.kind,
                              counters_.snapshots_published);
-        leave_plan(planned);
+        drop_promise(promised);
     }
-    request.plan.erase(request.plan.begin(), request.plan.begin() + passed);
+    request.promised.erase(request.promised.begin(), request.promised.begin() + passed);
 }
 
 void Cache::publish_snapshot(Request& request, NodeId id, SlotRef slot, Kind kind, int64_t& counter) {
@@ -168,9 +168,9 @@ Result<Fork> Cache::fork(RequestId parent_id, RequestId child_id, Tokens tokens,
     Request& parent = requests_.find(parent_id)->second;
     const int32_t page = config_.page_tokens, full = count / page, rows = count % page;
 
-    // The state at `count`: a planned snapshot there, or the working slot itself, which then becomes one.
-    auto planned = std::ranges::find(parent.plan, count, &Planned::tokens);
-    const bool convert = planned == parent.plan.end();
+    // The state at `count`: a promised snapshot there, or the working slot itself, which then becomes one.
+    auto promised = std::ranges::find(parent.promised, count, &Promised::tokens);
+    const bool convert = promised == parent.promised.end();
     if (auto missing = make_room(1, convert ? 2 : 1)) {
         ++counters_.no_room;
         return *missing;
@@ -187,10 +187,10 @@ Result<Fork> Cache::fork(RequestId parent_id, RequestId child_id, Tokens tokens,
         child.source_slot = parent.working.share();
         SlotRef state = std::move(parent.working);
         parent.working = slots_.take();
-        add_plan(parent, count, node, Kind::kBoundary, std::move(state));
-        std::ranges::sort(parent.plan, {}, &Planned::tokens);
+        add_promise(parent, count, node, Kind::kBoundary, std::move(state));
+        std::ranges::sort(parent.promised, {}, &Promised::tokens);
     } else {
-        child.source_slot = planned->slot.share();
+        child.source_slot = promised->slot.share();
         result.parent_read = parent.working.id();
     }
     result.parent_write = parent.working.id();
@@ -275,8 +275,8 @@ void Cache::release(std::map<RequestId, Request>::iterator it) {
     Request request = std::move(it->second);
     requests_.erase(it);
     release_source(request);
-    for (const Planned& planned : request.plan) leave_plan(planned);
-    request.plan.clear();
+    for (const Promised& promised : request.promised) drop_promise(promised);
+    request.promised.clear();
     for (size_t i = 0; i < request.pages.size(); ++i) {
         if (static_cast<int32_t>(i) >= request.writes_from) pages_.set_writer(request.pages[i], false);
         pages_.remove(request.pages[i], true);

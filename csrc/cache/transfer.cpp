@@ -12,7 +12,7 @@ std::optional<Error> Cache::validate_transfer(RequestId id, Tokens tokens) const
     return std::nullopt;
 }
 
-// A reception is a sequence that computes nothing: its one planned snapshot is the state that comes.
+// A reception is a sequence that computes nothing: its one promised snapshot is the state that comes.
 Result<Reception> Cache::receive(RequestId id, std::string_view name_space, Tokens tokens) {
     if (auto error = validate_transfer(id, tokens)) return *error;
     const int32_t page = config_.page_tokens, count = static_cast<int32_t>(tokens.size()), total = pages_for(count);
@@ -38,10 +38,10 @@ Result<Reception> Cache::receive(RequestId id, std::string_view name_space, Toke
     while (static_cast<int32_t>(request.pages.size()) < total) take_page(request);
     keep(kept_node(request));
     grow_path(request, tokens, count / page);
-    add_plan(request, count, snapshot_node(request, tokens, count), Kind::kBoundary, slots_.take());
+    add_promise(request, count, snapshot_node(request, tokens, count), Kind::kBoundary, slots_.take());
 
     trim_ghosts();
-    Reception reception{found.shared * page, request.pages, request.plan[0].slot.id()};
+    Reception reception{found.shared * page, request.pages, request.promised[0].slot.id()};
     counters_.received_tokens += count - found.shared * page;
     requests_.emplace(id, std::move(request));
     return reception;
@@ -51,8 +51,8 @@ Result<Done> Cache::received(RequestId id) {
     auto it = requests_.find(id);
     if (it == requests_.end() || it->second.role != Role::kReception) return Error::kUnknownRequest;
     Request& request = it->second;
-    const int32_t count = request.plan[0].tokens;
-    const NodeId node = request.plan[0].node;
+    const int32_t count = request.promised[0].tokens;
+    const NodeId node = request.promised[0].node;
     Request pinned{.role = Role::kPin, .root = request.root};
     publish(request, {}, count);  // its nodes are there since it was reserved
     lock(pinned.root);

@@ -57,7 +57,7 @@ struct Node {
     uint32_t tails = 0;               // children shorter than a page
     uint32_t snapshot = kNoSnapshot;  // index into Snapshots
     uint32_t host_uses = 0;           // host snapshots and moves that need the host page + children with any
-    uint32_t promises = 0;            // running sequences that plan a snapshot here
+    uint32_t promises = 0;            // running sequences with a snapshot promised here
     uint32_t last_used = 0;           // admission number, where a snapshot was let go
     uint8_t length = 0;               // tokens in this node
     ListName list = ListName::kNone;

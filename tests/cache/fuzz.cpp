@@ -58,7 +58,7 @@ struct Sequence {
     bool cleared = false;  // its namespace was: it leaves nothing
     std::vector<PageId> pages;
     SlotId read = -1, write = -1;
-    std::vector<PlannedSnapshot> plan;
+    std::vector<PromisedSnapshot> promised;
 
     void push(Token token) {
         if (identity.empty()) identity.push_back(extend_identity(77, name_space));
@@ -85,12 +85,12 @@ bool same(const Admission& a, const Admission& b) {
     auto copies = [](const Copy& x, const Copy& y) {
         return x.source == y.source && x.target == y.target && x.rows == y.rows;
     };
-    auto plans = [](const PlannedSnapshot& x, const PlannedSnapshot& y) {
+    auto snapshots = [](const PromisedSnapshot& x, const PromisedSnapshot& y) {
         return x.tokens == y.tokens && x.slot == y.slot;
     };
     return same(a.match, b.match) && a.pages == b.pages && a.read_slot == b.read_slot && a.write_slot == b.write_slot &&
            a.move == b.move && std::ranges::equal(a.copies, b.copies, copies) &&
-           std::ranges::equal(a.plan, b.plan, plans);
+           std::ranges::equal(a.snapshots, b.snapshots, snapshots);
 }
 
 class Episode {
@@ -140,7 +140,7 @@ class Episode {
         check();
         Stats stats = cache_->stats();
         REQUIRE(
-            stats.pages_held == 0 && stats.slots_working == 0 && stats.slots_planned == 0 && stats.slots_draining == 0,
+            stats.pages_held == 0 && stats.slots_working == 0 && stats.slots_promised == 0 && stats.slots_draining == 0,
             "leak: %lld pages, %lld draining slots", static_cast<long long>(stats.pages_held),
             static_cast<long long>(stats.slots_draining));
         take_moves();
@@ -291,7 +291,7 @@ class Episode {
 
     void accept(Sequence& sequence, const Admission& admission) {
         sequence.pages = admission.pages;
-        sequence.plan = admission.plan;
+        sequence.promised = admission.snapshots;
         sequence.read = admission.read_slot;
         sequence.write = admission.write_slot;
         sequence.resume = sequence.launched = sequence.committed = admission.match.state_tokens;
@@ -307,10 +307,11 @@ class Episode {
             REQUIRE(slots_[sequence.read] == sequence.identity[sequence.resume], "the state is another prefix's");
         own(sequence.write, sequence);
         int32_t previous = sequence.resume;
-        for (const auto& planned : sequence.plan) {
-            REQUIRE(planned.tokens > previous && planned.tokens <= sequence.prompt, "planned at %d", planned.tokens);
-            previous = planned.tokens;
-            own(planned.slot, sequence);
+        for (const auto& promised : sequence.promised) {
+            REQUIRE(promised.tokens > previous && promised.tokens <= sequence.prompt, "promised at %d",
+                    promised.tokens);
+            previous = promised.tokens;
+            own(promised.slot, sequence);
         }
     }
 
@@ -376,8 +377,9 @@ class Episode {
         for (const Sequence& other : running_) {
             if (other.id == owner.id) continue;
             bool reads = other.read == slot && other.launched == other.resume && other.read != other.write;
-            bool plans = std::ranges::any_of(other.plan, [&](const auto& planned) { return planned.slot == slot; });
-            REQUIRE(other.write != slot && !plans && !reads, "slot %d has two owners", slot);
+            bool promises =
+                std::ranges::any_of(other.promised, [&](const auto& promised) { return promised.slot == slot; });
+            REQUIRE(other.write != slot && !promises && !reads, "slot %d has two owners", slot);
         }
         for (const Transfer& other : transfers_)
             REQUIRE(other.id == owner.id || other.slot != slot, "slot %d is a transfer's", slot);
@@ -501,9 +503,9 @@ class Episode {
                     static_cast<long long>(sequence.id));
         for (int32_t i = sequence.launched; i < sequence.launched + count; ++i)
             if (i >= sequence.kv) row(sequence, i) = sequence.identity[i + 1];
-        for (const auto& planned : sequence.plan)
-            if (planned.tokens > sequence.launched && planned.tokens <= sequence.launched + count)
-                slots_[planned.slot] = sequence.identity[planned.tokens];
+        for (const auto& promised : sequence.promised)
+            if (promised.tokens > sequence.launched && promised.tokens <= sequence.launched + count)
+                slots_[promised.slot] = sequence.identity[promised.tokens];
         sequence.launched += count;
         slots_[sequence.write] = sequence.identity[sequence.launched];
     }
@@ -515,10 +517,10 @@ class Episode {
             if (twin_) twin_->commit(sequence.id, sequence.tokens, sequence.committed);
         }
         int32_t snapshot = 0;
-        for (const auto& planned : sequence.plan)
-            if (planned.tokens <= sequence.committed) snapshot = planned.tokens;
+        for (const auto& promised : sequence.promised)
+            if (promised.tokens <= sequence.committed) snapshot = promised.tokens;
         found(sequence, sequence.committed, snapshot);
-        std::erase_if(sequence.plan, [&](const auto& planned) { return planned.tokens <= sequence.committed; });
+        std::erase_if(sequence.promised, [&](const auto& promised) { return promised.tokens <= sequence.committed; });
     }
 
     void end(int32_t which, bool finish) {
@@ -554,11 +556,11 @@ class Episode {
         Sequence child = parent;
         child.id = next_id_++;
         child.prompt = parent.launched;
-        child.plan.clear();
+        child.promised.clear();
         // The parent leaves its state where both read it, unless a snapshot is written there anyway.
         REQUIRE(slots_[made.parent_read] == parent.identity[parent.launched], "the parent's state is lost");
         if (made.parent_read != made.parent_write && parent.launched > parent.committed)
-            parent.plan.push_back({parent.launched, made.parent_read});
+            parent.promised.push_back({parent.launched, made.parent_read});
         parent.write = made.parent_write;
         slots_[parent.write] = slots_[made.parent_read];
         child.read = child.write = -1;

@@ -37,7 +37,7 @@ class Sequence:
     working: Slot | None  # None: a prefix that comes from elsewhere or is lent
     source: Slot | None = None  # read in the first step
     coming: Snapshot | None = None  # what it resumes from is on its way back from host memory
-    plan: dict[int, Slot] = field(default_factory=dict)
+    promised: dict[int, Slot] = field(default_factory=dict)
     pages: list[int] = field(default_factory=list)
     leaves_nothing: bool = False  # its namespace was cleared
 
@@ -58,7 +58,7 @@ class Naive:
     def holders(self) -> list[Slot]:
         held = [snapshot.slot for snapshot in self.snapshots.values()]
         for sequence in self.running.values():
-            held += [sequence.working, *sequence.plan.values(), sequence.source]
+            held += [sequence.working, *sequence.promised.values(), sequence.source]
         return [slot for slot in held if slot]
 
     def free(self) -> int:
@@ -116,14 +116,14 @@ class Naive:
         sequence.coming = None
         self.commit(request, sequence.resume)
 
-    def planned(self) -> int:
-        return sum(len(sequence.plan) for sequence in self.running.values())
+    def promises(self) -> int:
+        return sum(len(sequence.promised) for sequence in self.running.values())
 
-    def promised(self, name: str, prefix: Prefix) -> bool:
+    def is_promised(self, name: str, prefix: Prefix) -> bool:
         return any(
             sequence.name == name and tuple(sequence.tokens[:count]) == prefix
             for sequence in self.running.values()
-            for count in sequence.plan
+            for count in sequence.promised
         )
 
     # --- matching
@@ -139,7 +139,7 @@ class Naive:
         device = max((n for n in kept if kept[n].slot), default=0)
         state = max(kept, default=0)
         least = max(device + 1, state)
-        pending = max((n for n in range(least, length) if self.promised(name, prompt[:n])), default=0)
+        pending = max((n for n in range(least, length) if self.is_promised(name, prompt[:n])), default=0)
         lost = any((name, prompt[:n]) in self.lost for n in range(state + 1, length))
         whole = (name, prompt) in self.snapshots
         if prompt_logprobs:
@@ -191,16 +191,16 @@ class Naive:
         elif resume:
             self.clock += 1
             self.snapshots[key].used = self.clock
-        if sequence.coming and not self.promised(*key) and self.may_plan() and (self.free() or self.evict()):
-            sequence.source = sequence.plan[resume] = Slot()
+        if sequence.coming and not self.is_promised(*key) and self.may_promise() and (self.free() or self.evict()):
+            sequence.source = sequence.promised[resume] = Slot()
         self.known.add((name, prompt[: len(prompt) // self.page * self.page]))
-        self.make_plan(sequence, boundaries, match["known_tokens"])
+        self.promise_snapshots(sequence, boundaries, match["known_tokens"])
         return match
 
-    def may_plan(self) -> bool:
-        return self.planned() + 1 <= self.slots // 2
+    def may_promise(self) -> bool:
+        return self.promises() + 1 <= self.slots // 2
 
-    def make_plan(self, sequence: Sequence, boundaries: list[int], known: int) -> None:
+    def promise_snapshots(self, sequence: Sequence, boundaries: list[int], known: int) -> None:
         length = sequence.prompt
         candidates = [(known, "branch")] if known < length else []
         candidates += [(count, "boundary") for count in boundaries]
@@ -211,10 +211,10 @@ class Naive:
             if not previous < count <= length or (kind == "branch" and count - previous < self.page // 4):
                 continue
             key = (sequence.name, tuple(sequence.tokens[:count]))
-            if (key in self.snapshots and self.snapshots[key].slot) or self.promised(*key):
+            if (key in self.snapshots and self.snapshots[key].slot) or self.is_promised(*key):
                 previous = count
                 continue
-            room = self.may_plan()
+            room = self.may_promise()
             if kind == "grid":
                 if not room or self.free() == 0 or self.free() <= self.slots // 2:
                     continue
@@ -223,7 +223,7 @@ class Naive:
                     self.lost.add(key)
                 self.known.add(key)
                 continue
-            sequence.plan[count] = Slot()
+            sequence.promised[count] = Slot()
             self.known.add(key)
             previous = count
 
@@ -237,9 +237,9 @@ class Naive:
             key = (sequence.name, tuple(sequence.tokens[: page * self.page]))
             self.kv.setdefault(key, sequence.pages[page - 1])
             self.known.add(key)
-        for at in sorted(sequence.plan):
+        for at in sorted(sequence.promised):
             if at <= count:
-                self.publish(sequence, at, sequence.plan.pop(at))
+                self.publish(sequence, at, sequence.promised.pop(at))
 
     def publish(self, sequence: Sequence, count: int, slot: Slot) -> None:
         key = (sequence.name, tuple(sequence.tokens[:count]))
@@ -262,7 +262,7 @@ class Naive:
     def fork(self, parent_id: int, child_id: int) -> bool:
         parent = self.running[parent_id]
         count = parent.launched
-        convert = count not in parent.plan
+        convert = count not in parent.promised
         while self.free() < 1 + convert:
             held = self.holders()
             idle = sum(held.count(snapshot.slot) == 1 for snapshot in self.snapshots.values())
@@ -270,9 +270,9 @@ class Naive:
                 return False
             self.evict()
         if convert:
-            parent.plan[count], parent.working = parent.working, Slot()
+            parent.promised[count], parent.working = parent.working, Slot()
             self.known.add((parent.name, tuple(parent.tokens[:count])))
-        child = Sequence(parent.name, parent.tokens[:count], count, count, count, count, Slot(), parent.plan[count])
+        child = Sequence(parent.name, parent.tokens[:count], count, count, count, count, Slot(), parent.promised[count])
         child.leaves_nothing = parent.leaves_nothing
         self.running[child_id] = child
         self.commit(parent_id, parent.committed)
@@ -284,7 +284,7 @@ class Naive:
         if self.free() < 1 and not self.evict():
             return False
         count = len(prefix)
-        self.running[request] = Sequence(name, list(prefix), count, 0, count, 0, None, plan={count: Slot()})
+        self.running[request] = Sequence(name, list(prefix), count, 0, count, 0, None, promised={count: Slot()})
         self.known.add((name, prefix))
         return True
 

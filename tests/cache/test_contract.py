@@ -189,7 +189,7 @@ def test_a_snapshot_may_be_read_while_its_writer_appends_to_the_same_page():
     cache.commit(1, text(0, 11), 11)
     reader = cache.admit(2, "", join(text(0, 9), text(50, 4)))
     assert reader.match.state_tokens == 9 and reader.copies == ((writer.pages[2], reader.pages[2], 1),)
-    assert reader.read_slot == writer.plan[0][1] and reader.write_slot not in (reader.read_slot, writer.write_slot)
+    assert reader.read_slot == writer.snapshots[0][1] and reader.write_slot not in (reader.read_slot, writer.write_slot)
 
 
 def test_known_pages_are_shared_even_where_their_state_is_gone():
@@ -248,23 +248,23 @@ def test_a_fork_pins_no_page_twice_once_those_it_came_from_have_ended():
     assert not isinstance(cache.extend(3, 24), NoRoom), "all six pages are its own"
 
 
-# --- slots and the plan ----------------------------------------------------------------------------------------------
+# --- slots and promised snapshots ------------------------------------------------------------------------------------
 
 
-def test_boundaries_are_planned_once_in_order_and_inside_the_prompt():
+def test_boundaries_are_promised_once_in_order_and_inside_the_prompt():
     cache = make()
     admission = cache.admit(1, "", text(0, 10), [9, -3, 4, 0, 4, 10, 11])
-    assert [count for count, _ in admission.plan] == [4, 9, 10]
-    slots = {slot for _, slot in admission.plan} | {admission.write_slot}
+    assert [count for count, _ in admission.snapshots] == [4, 9, 10]
+    slots = {slot for _, slot in admission.snapshots} | {admission.write_slot}
     assert len(slots) == 4 and admission.read_slot == -1
 
 
-def test_a_prompt_that_leaves_what_is_known_plans_its_branch_point():
+def test_a_prompt_that_leaves_what_is_known_gets_a_snapshot_at_its_branch_point():
     cache = make()
     run(cache, 1, text(0, 14))
-    assert [count for count, _ in run(cache, 2, join(text(0, 7), text(60, 8))).plan] == [7]
+    assert [count for count, _ in run(cache, 2, join(text(0, 7), text(60, 8))).snapshots] == [7]
     assert cache.probe("", join(text(0, 7), text(80, 8))).state_tokens == 7
-    assert make(branch_points=False).admit(1, "", text(0, 14)).plan == ()
+    assert make(branch_points=False).admit(1, "", text(0, 14)).snapshots == ()
 
 
 def test_a_branch_point_is_recognised_after_its_pages_are_gone():
@@ -273,7 +273,7 @@ def test_a_branch_point_is_recognised_after_its_pages_are_gone():
     run(cache, 2, text(500, 19))
     assert cache.stats()["pages_evicted"] > 0 and cache.probe("", text(0, 12)).kv_tokens == 0
     admission = cache.admit(3, "", join(text(0, 8), text(60, 8)))
-    assert [count for count, _ in admission.plan] == [8]
+    assert [count for count, _ in admission.snapshots] == [8]
 
 
 def test_without_ghosts_nothing_is_remembered_of_evicted_pages():
@@ -284,9 +284,9 @@ def test_without_ghosts_nothing_is_remembered_of_evicted_pages():
 
 
 def test_the_grid_uses_spare_slots_only():
-    assert [count for count, _ in make(grid_tokens=5).admit(1, "", text(0, 22)).plan] == [5, 10, 15, 20]
+    assert [count for count, _ in make(grid_tokens=5).admit(1, "", text(0, 22)).snapshots] == [5, 10, 15, 20]
     crowded = make(grid_tokens=5, slots=4).admit(1, "", text(0, 22))
-    assert [count for count, _ in crowded.plan] == [5], "half of the slots stay free"
+    assert [count for count, _ in crowded.snapshots] == [5], "half of the slots stay free"
 
 
 def test_scarce_slots_go_to_what_saves_most():
@@ -346,7 +346,7 @@ def test_an_aborted_writer_withdraws_its_announcement():
     match = cache.probe("", join(text(0, 10), text(60, 5)))
     assert match.pending_tokens == 0 and match.reason == Reason.NO_SNAPSHOT
     stats = cache.stats()
-    assert stats["pages_held"] == stats["slots_planned"] == stats["slots_working"] == 0
+    assert stats["pages_held"] == stats["slots_promised"] == stats["slots_working"] == 0
 
 
 def test_a_fork_reads_the_parents_state_and_copies_its_last_rows():
@@ -367,12 +367,12 @@ def test_a_fork_reads_the_parents_state_and_copies_its_last_rows():
     assert cache.probe("", text(0, 14)).state_tokens == 10, "the state they share is a snapshot"
 
 
-def test_a_fork_at_a_planned_snapshot_needs_one_slot_only():
+def test_a_fork_at_a_promised_snapshot_needs_one_slot_only():
     cache = make()
     parent = cache.admit(1, "", text(0, 10), [10])
     before = cache.stats()["slots_free"]
     made = cache.fork(1, 2, text(0, 10), 10)
-    assert made.child.read_slot == parent.plan[0][1] and made.parent_read == made.parent_write == parent.write_slot
+    assert made.child.read_slot == parent.snapshots[0][1] and made.parent_read == made.parent_write == parent.write_slot
     assert cache.stats()["slots_free"] == before - 1
 
 
@@ -453,7 +453,7 @@ def test_switched_off_nothing_is_shared_and_everything_returns():
     cache = make(enabled=False)
     first = cache.admit(1, "", text(0, 10), [8])
     second = cache.admit(2, "", text(0, 10), [8])
-    assert first.plan == () and not set(first.pages.tolist()) & set(second.pages.tolist())
+    assert first.snapshots == () and not set(first.pages.tolist()) & set(second.pages.tolist())
     forked = cache.fork(1, 3, text(0, 10), 10)
     assert list(forked.child.pages[:2]) == list(first.pages[:2])
     for request in (1, 2, 3):
@@ -557,7 +557,7 @@ def test_a_reception_that_is_released_early_leaves_nothing():
     assert len(reception.pages) == 4
     assert cache.release(7) and not cache.release(7)
     after = cache.stats()
-    assert all(after[gauge] == before[gauge] for gauge in ("pages_free", "slots_free", "pinned", "slots_planned"))
+    assert all(after[gauge] == before[gauge] for gauge in ("pages_free", "slots_free", "pinned", "slots_promised"))
     assert cache.probe("", text(0, 20)).kv_tokens == 0
 
 

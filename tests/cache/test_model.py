@@ -96,8 +96,8 @@ class CacheLife(RuleBasedStateMachine):
         sequence = self.model.running[request]
         sequence.pages = admission.pages.tolist()
         sequence.working.id = admission.write_slot
-        for count, slot in admission.plan:
-            sequence.plan[count].id = slot
+        for count, slot in admission.snapshots:
+            sequence.promised[count].id = slot
         assert (admission.move > 0) == (sequence.coming is not None)
         if sequence.coming:
             self.waits[admission.move] = request
@@ -107,7 +107,9 @@ class CacheLife(RuleBasedStateMachine):
             with pytest.raises(RequestError, match="waits for what it resumes from"):
                 self.cache.abort(request)
         resume = expected["state_tokens"]
-        assert [count for count, _ in admission.plan] == [count for count in sorted(sequence.plan) if count > resume]
+        assert [count for count, _ in admission.snapshots] == [
+            count for count in sorted(sequence.promised) if count > resume
+        ]
         if sequence.coming:
             return
         shared = expected["kv_tokens"] // PAGE
@@ -175,7 +177,7 @@ class CacheLife(RuleBasedStateMachine):
             self.transfers[request] = True
             assert reception.kv_tokens == shared and len(reception.pages) == -(-len(prefix) // PAGE)
             self.model.running[request].pages = reception.pages.tolist()
-            self.model.running[request].plan[len(prefix)].id = reception.slot
+            self.model.running[request].promised[len(prefix)].id = reception.slot
 
     @precondition(lambda self: True in self.transfers.values())
     @rule(index=st.integers(0, 99))
@@ -242,7 +244,7 @@ class CacheLife(RuleBasedStateMachine):
         assert stats["slots_snapshot"] == sum(snapshot.slot is not None for snapshot in self.model.snapshots.values())
         assert stats["host_slots_free"] == self.model.host_free()
         assert stats["moves_under_way"] == len(self.moves) + len(self.waits)
-        assert stats["slots_planned"] == self.model.planned()
+        assert stats["slots_promised"] == self.model.promises()
         waiting = sum(sequence.coming is not None for sequence in self.model.running.values())
         assert stats["running"] == len(self.sequences()) + waiting and stats["pinned"] == len(self.transfers)
         for kind, *what in self.cache.drain_events():

@@ -104,9 +104,9 @@ BUGS = (
         f"{ADDRESS.format('record.node')} > {ADDRESS.format('found->node')}",
     ),
     Bug("gains are not updated", "snapshots.cpp", "stand(tree, records_.back());", ""),
-    Bug("a snapshot is promised but not counted", "requests.cpp", "++planned_;", ""),
-    Bug("a planned slot stays counted", "requests.cpp", "--planned_;", ""),
-    Bug("a promise outlives its sequence", "requests.cpp", "--tree_[planned.node].promises;", ""),
+    Bug("a snapshot is promised but not counted", "requests.cpp", "++promised_;", ""),
+    Bug("a promised slot stays counted", "requests.cpp", "--promised_;", ""),
+    Bug("a promise outlives its sequence", "requests.cpp", "--tree_[promised.node].promises;", ""),
     # How much room there is.
     Bug(
         "a page too many is promised",
@@ -165,12 +165,12 @@ BUGS = (
         "(count - 1) / config_.page_tokens",
         "int32_t full = config_.enabled ? count / config_.page_tokens : 0",
     ),
-    Bug("a snapshot is planned twice", "admit.cpp", "tokens <= previous", "tokens <= 0"),
+    Bug("a snapshot is promised twice", "admit.cpp", "tokens <= previous", "tokens <= 0"),
     Bug(
         "a passed snapshot is published a token early",
         "requests.cpp",
-        "request.plan[passed].tokens <= count",
-        "request.plan[passed].tokens <= count + 1",
+        "request.promised[passed].tokens <= count",
+        "request.promised[passed].tokens <= count + 1",
     ),
     Bug("a state that was never written is donated", "requests.cpp", "donate && count > request.resume", "donate"),
     # Host memory.
@@ -215,7 +215,7 @@ BUGS = (
         "false",
         "if (it->second.move != 0) return Error::kMoving;\n    ++counters_",
     ),
-    Bug("a state that comes back is to be written by the prefill", "admit.cpp", "planned.tokens > resume", "true"),
+    Bug("a state that comes back is to be written by the prefill", "admit.cpp", "promised.tokens > resume", "true"),
     Bug(
         "what comes back is matched before it is there",
         "match.cpp",

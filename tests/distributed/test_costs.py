@@ -111,8 +111,8 @@ def test_without_costs_nothing_changes(checkpoints):
 def test_the_program_in_parts_joins_the_stream_before_rows_are_picked():
     config = ModelConfig.from_dict(models.config(moe=True, kv_heads=2))
     model = Qwen3_5.empty(config, torch.float32, torch.device("meta"), Communicator(Mesh(4, 2)))
-    assert group_of_parts(model.plan) == "tp"
-    calls = link(model.plan, Communicator(Mesh(4, 2)), in_parts=True)
+    assert group_of_parts(model.compiled) == "tp"
+    calls = link(model.compiled, Communicator(Mesh(4, 2)), in_parts=True)
     kinds = [type(call) for call in calls if isinstance(call, ReduceInParts | ReduceInto | JoinParts)]
     assert kinds == [ReduceInParts] * 8 + [JoinParts, ReduceInto]
 
@@ -123,7 +123,7 @@ def test_where_sums_are_over_different_ranks_they_stay_whole(mesh):
     communicator = Communicator(mesh)
     communicator.costs = always_in_parts(mesh)
     model = Qwen3_5.empty(config, torch.float32, torch.device("meta"), communicator)
-    assert group_of_parts(model.plan) is None and not model._calls_in_parts
+    assert group_of_parts(model.compiled) is None and not model._calls_in_parts
 
 
 def test_every_rank_has_the_costs_of_the_slowest(monkeypatch):

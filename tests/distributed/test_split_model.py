@@ -12,7 +12,7 @@ from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
-from tokenspeed.engine.parallel.plan import traffic
+from tokenspeed.engine.parallel.program import traffic
 
 from ..driving import forward
 from . import models
@@ -70,8 +70,8 @@ def test_ranks_give_the_logits_of_one_process_and_one_id(checkpoints, name, mesh
 def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     directory, _ = checkpoints("moe-shared-kv")
     config = ModelConfig.from_directory(directory)
-    planned = Qwen3_5.empty(config, torch.float32, torch.device("meta"), Communicator(mesh))
-    layout = MemoryLayout(planned.share, torch.float32)
+    empty = Qwen3_5.empty(config, torch.float32, torch.device("meta"), Communicator(mesh))
+    layout = MemoryLayout(empty.share, torch.float32)
 
     def work(communicator):
         model = models.load(directory, communicator)
@@ -81,10 +81,10 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
         return sum(storages.values()), memory.kv.nbytes, memory.slots.nbytes, communicator.payload
 
     tokens, logit_rows = 18, 18
-    sent = traffic(planned.plan, mesh, config.hidden * 4, planned.share.vocab * 4)
+    sent = traffic(empty.compiled, mesh, config.hidden * 4, empty.share.vocab * 4)
     payload = tokens * sent.token + logit_rows * sent.logit_row
     for measured in run_ranks(mesh, work):
-        assert measured == (weight_bytes(planned), 5 * layout.page_bytes, 4 * layout.slot_bytes, payload)
+        assert measured == (weight_bytes(empty), 5 * layout.page_bytes, 4 * layout.slot_bytes, payload)
     # The same from the architecture: 4 layers with 2 sums each, and that of the embedding.
     assert payload == 64 * 4 * 18 * (4 * 2 + 1)
     assert layout.page_bytes == 1 * 2 * max(1, 2 // mesh.tp) * 64 * 32 * 4
@@ -98,7 +98,7 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     joined = -(-(2 * 48 // mesh.world + 8 + 1) // 8) * 8  # shared gate and up, router, shared expert's gate
     moe = 64 * joined + routed + 64 * 48 // mesh.world
     whole = attention + 3 * gdn + 4 * moe + 9 * 64 + 2 * 64 * models.VOCAB // mesh.tp
-    assert weight_bytes(planned) == 4 * whole
+    assert weight_bytes(empty) == 4 * whole
 
 
 def test_a_draft_vocabulary_is_refused_where_the_head_is_split(checkpoints):

@@ -285,7 +285,7 @@ class Lab:
                     self.compared += len(positions)
         assert self.compared > 0 or not self._logits, "every position lies behind a near-tie"
         stats = self.stats()
-        held = {k: stats[k] for k in ("pages_held", "slots_working", "slots_planned", "slots_draining", "running")}
+        held = {k: stats[k] for k in ("pages_held", "slots_working", "slots_promised", "slots_draining", "running")}
         assert not any(held.values()), f"held by nobody: {held}"
         assert self.page_copies <= stats["page_copies"], "pages were copied that the cache knows nothing of"
         assert self.cache.check() == ""

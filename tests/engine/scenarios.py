@@ -107,12 +107,12 @@ def fork(model: Qwen3_5, **settings) -> Lab:
 
 
 def fork_at_a_snapshot(model: Qwen3_5, **settings) -> Lab:
-    """A prompt that ends at a planned snapshot and a page border: the children read that."""
+    """A prompt that ends at a promised snapshot and a page border: the children read that."""
     lab = Lab(model, **settings)
     prompt = text(1, 128)
     talk = lab.ask(prompt, [128], n=3, temperature=1.0)
-    planned = dict(lab.admission(talk).plan)[128]
-    assert [made.child.read_slot for made in lab.forks.values()] == [planned] * 2
+    slot = dict(lab.admission(talk).snapshots)[128]
+    assert [made.child.read_slot for made in lab.forks.values()] == [slot] * 2
     assert lab.stats()["page_copies"] == 0
     following = lab.ask(prompt + text(2, 5), [])
     assert lab.admission(following).match.state_tokens == 128

@@ -181,7 +181,7 @@ class Bench:
                 self._check_continuation(request, child, seed)
                 self._check_cached(request, child)
         stats, planner = self.cache.stats(), self.engine.scheduler
-        held = ("pages_held", "slots_working", "slots_planned", "slots_draining", "running")
+        held = ("pages_held", "slots_working", "slots_promised", "slots_draining", "running")
         assert {name: stats[name] for name in held} == dict.fromkeys(held, 0), "memory is missing"
         assert stats["pages_free"] + stats["pages_evictable"] == self.setting.pages
         assert sorted(planner._free) == list(range(self.setting.seqs)), "an index is missing"

@@ -174,7 +174,7 @@ def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(SHIPPED / "model.safetensors")
     save_file({k: v for k, v in weights.items() if not k.startswith("mtp.")}, tmp_path / "model.safetensors")
-    lines = info(capsys, "--model", str(tmp_path), "--plan")
+    lines = info(capsys, "--model", str(tmp_path), "--program")
     assert "MTP head none: the checkpoint has no mtp.* tensors, though its config.json names a head" in lines
     assert "drafts none: auto drafts with an MTP head" in lines and "join_tokens" not in "".join(lines)
     lines = info(capsys, "--model", str(tmp_path), "--draft-tokens", "2")
@@ -182,11 +182,11 @@ def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):
 
 
 def test_the_plan_has_the_heads_program(capsys):
-    lines = info(capsys, "--plan")
+    lines = info(capsys, "--program")
     program = lines[next(i for i, line in enumerate(lines) if line.startswith("MTP head, once a draft")) :]
     stages = [line.split(" Replicate")[0] for line in program if line.endswith("Replicate -> Replicate")]
     assert stages[:3] == ["embed_tokens", "join_tokens", "input_layernorm"] and stages[-2:] == ["norm", "lm_head"]
-    assert not any("join_tokens" in line for line in info(capsys, "--plan", "--draft-tokens", "0"))
+    assert not any("join_tokens" in line for line in info(capsys, "--program", "--draft-tokens", "0"))
 
 
 def test_info_says_when_the_weights_do_not_fit(capsys):

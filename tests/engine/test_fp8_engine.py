@@ -96,7 +96,7 @@ def test_info_plans_weights_and_pages_in_fp8(capsys):
         assert main(["info", "--size", "Qwen3.6-27B", "--dtype", "bfloat16", "--memory-gib", "80", *options]) == 0
         return capsys.readouterr().out
 
-    plain, eight = report(), report("--quantization", "fp8", "--kv-cache-dtype", "fp8", "--plan")
+    plain, eight = report(), report("--quantization", "fp8", "--kv-cache-dtype", "fp8", "--program")
     # 24.33 G of 26.90 G parameters at one byte and 4 / 16384 of scale, the others at two.
     assert "26.896 G parameters, 50.10 GiB in bfloat16" in plain and "KV per token       64.00 KiB\n" in plain
     assert "27.45 GiB (24.327 G in FP8 blocks, the rest in bfloat16)" in eight

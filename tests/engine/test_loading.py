@@ -49,17 +49,17 @@ def test_utilization_is_what_one_engine_takes_weights_included():
     model = PUBLISHED["0.8B"]
     layout = MemoryLayout(model, torch.bfloat16)
 
-    def planned(device_type, **settings):
+    def used(device_type, **settings):
         sizes = 30 << 30, 40 << 30, 100 << 30
         return loading.fit_memory(model, layout, EngineConfig(**settings), *sizes, device_type).bytes / 2**30
 
-    assert planned("cuda") == pytest.approx(20, abs=0.1), "all but a tenth of the card"
-    assert planned("cuda", gpu_memory_utilization=0.65) == pytest.approx(25, abs=0.1)
-    assert planned("cuda", gpu_memory_utilization=0.5) == pytest.approx(10, abs=0.1)
-    assert planned("cpu", max_num_seqs=512) == pytest.approx(15, abs=0.1), "half of what is free"
+    assert used("cuda") == pytest.approx(20, abs=0.1), "all but a tenth of the card"
+    assert used("cuda", gpu_memory_utilization=0.65) == pytest.approx(25, abs=0.1)
+    assert used("cuda", gpu_memory_utilization=0.5) == pytest.approx(10, abs=0.1)
+    assert used("cpu", max_num_seqs=512) == pytest.approx(15, abs=0.1), "half of what is free"
     with pytest.raises(CapacityError, match="raise gpu_memory_utilization"):
-        planned("cuda", gpu_memory_utilization=0.4)
+        used("cuda", gpu_memory_utilization=0.4)
     with pytest.raises(
         CapacityError, match=r"80.00 GiB of this device, of which others leave 70.00 GiB.* at most 0.70"
     ):
-        planned("cuda", gpu_memory_utilization=0.8)
+        used("cuda", gpu_memory_utilization=0.8)

@@ -207,7 +207,7 @@ async def _idle(server: Server, processes: dict[str, int], patience: float = 30)
     while True:
         gauges = await asyncio.to_thread(server.gauges)
         busy = ("waiting_requests", "running_sequences", "requests_in_flight", "server_tasks")
-        used = ("pages_held", "slots_working", "slots_planned", "slots_draining")
+        used = ("pages_held", "slots_working", "slots_promised", "slots_draining")
         held = {name: int(gauges[name]) for name in (*busy, *used)}
         held |= {f"descriptors of the {name}": len(os.listdir(f"/proc/{pid}/fd")) for name, pid in processes.items()}
         quiet = not any(held[name] for name in (*busy[:3], *used))

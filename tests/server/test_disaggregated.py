@@ -75,7 +75,7 @@ def ids(answer: dict) -> list[list[int]]:
 
 
 def nothing_is_held(*servers: Server) -> None:
-    names = ("pages_held", "slots_working", "slots_planned", "transfer_rooms", "transfer_pulls")
+    names = ("pages_held", "slots_working", "slots_promised", "transfer_rooms", "transfer_pulls")
     limit = time.monotonic() + LEASE + 10
     for server in servers:
         while any((gauges := server.gauges())[name] for name in names):

@@ -114,5 +114,5 @@ class Pair:
 def held(lab: Lab) -> dict[str, int]:
     """What is not free, and not merely kept for later prompts."""
     stats = lab.stats()
-    names = ("pages_held", "slots_working", "slots_planned", "slots_draining", "running", "pinned")
+    names = ("pages_held", "slots_working", "slots_promised", "slots_draining", "running", "pinned")
     return {name: stats[name] for name in names if stats[name]}

@@ -38,26 +38,26 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True,
     the other ranks do beside their Steps. Raises ConfigError or CapacityError for what cannot be used."""
     if config.tensor_parallel_size == config.expert_parallel_size == 1:
         device = pick_device(config.device)
-        runner, plan = load_runner(frontend.directory, config, device, ONE_RANK, list, progress)
+        runner, sizes = load_runner(frontend.directory, config, device, ONE_RANK, list, progress)
     else:
         ranks = start_ranks(frontend.directory, config, beside)
         atexit.register(ranks.close)
         communicator, channel = ranks.communicator, ranks.channel
-        runner, plan = load_runner(frontend.directory, config, ranks.device, communicator, channel.smallest, progress)
+        runner, sizes = load_runner(frontend.directory, config, ranks.device, communicator, channel.smallest, progress)
         ranks.runner, runner.announce, runner.check = runner, ranks.announce, ranks.check
     cache = PrefixCache(
         CacheConfig(
-            pages=plan.pages,
-            slots=plan.slots,
-            host_pages=plan.host_pages,
-            host_slots=plan.host_slots,
-            ghost_nodes=_GHOST_NODES_PER_PAGE * plan.pages,
+            pages=sizes.pages,
+            slots=sizes.slots,
+            host_pages=sizes.host_pages,
+            host_slots=sizes.host_slots,
+            ghost_nodes=_GHOST_NODES_PER_PAGE * sizes.pages,
             grid_tokens=config.snapshot_grid,
             policy=Policy.VALUE if config.cache_policy == "value" else Policy.LRU,
             enabled=config.enable_prefix_caching,
         )
     )
-    longest = longest_sequence(frontend.config, config, plan)
+    longest = longest_sequence(frontend.config, config, sizes)
     drafts = config.draft_depths(runner.model.mtp is not None, runner.device.type == "cuda")
     limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, longest, drafts=drafts)
     eos_ids = frontend.defaults.eos_ids

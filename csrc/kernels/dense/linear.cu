@@ -574,7 +574,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const Linear p) {
 }
 
 // The grid and the shared memory of a call. clusters: of the grid, `tail_clusters` of them for the tail.
-struct Plan {
+struct Grid {
     int ranks, clusters, tail_clusters;
     bool deep;
     size_t shared_bytes;
@@ -625,13 +625,13 @@ int tail_clusters_of(const Linear& p, int clusters, int ranks) {
 // what the exchange in a cluster takes (0.7 us on an H200); by the class of rows, so that a row's sums have the same
 // order in every batch of the class, unless x fits in one of them and not in another.
 template <typename Weight, int kRows, Operand kOperand>
-Plan plan(const Linear& p) {
+Grid pick_grid(const Linear& p) {
     using F = Format<Weight>;
     const int tiles = tiles_of(p.outputs), slabs = (p.inputs + F::kSlab - 1) / F::kSlab;
     const int tail_tiles = p.tail == nullptr ? 0 : tiles_of(p.tail_outputs),
               fewest_clusters = p.tail == nullptr ? 1 : 2;
     const int multiprocessors = multiprocessor_count();
-    Plan best{};
+    Grid best{};
     int64_t best_cost = INT64_MAX;
     for (int ranks = 1; ranks <= std::min(8, slabs); ranks *= 2) {
         // How many clusters of more than two fit at once depends on how the multiprocessors of a card are grouped.
@@ -670,25 +670,25 @@ Plan plan(const Linear& p) {
 // Whether the kernel of so many rows takes the call; starts it if `stream` is given.
 template <typename Weight, int kRows, Operand kOperand>
 std::optional<cudaError_t> try_rows(const Linear& p, const cudaStream_t* stream) {
-    const Plan shares = plan<Weight, kRows, kOperand>(p);
-    if (shares.clusters == 0) return std::nullopt;
+    const Grid grid = pick_grid<Weight, kRows, kOperand>(p);
+    if (grid.clusters == 0) return std::nullopt;
     if (stream == nullptr) return cudaSuccess;
     Linear arguments = p;
-    arguments.tail_clusters = shares.tail_clusters;
-    const LaunchConfig config = {.grid = dim3(shares.ranks, shares.clusters),
+    arguments.tail_clusters = grid.tail_clusters;
+    const LaunchConfig config = {.grid = dim3(grid.ranks, grid.clusters),
                                  .block = dim3(kThreads),
-                                 .shared_bytes = shares.shared_bytes,
+                                 .shared_bytes = grid.shared_bytes,
                                  .stream = *stream,
-                                 .cluster = dim3(shares.ranks),
+                                 .cluster = dim3(grid.ranks),
                                  .programmatic = true};
     constexpr bool kDeepOnly = kRows == 1;
-    if (shares.deep) {
-        return launch(shares.ranks > 1 ? linear_kernel<Weight, kRows, true, true, kOperand>
-                                       : linear_kernel<Weight, kRows, true, false, kOperand>,
+    if (grid.deep) {
+        return launch(grid.ranks > 1 ? linear_kernel<Weight, kRows, true, true, kOperand>
+                                     : linear_kernel<Weight, kRows, true, false, kOperand>,
                       config, arguments);
     }
-    return launch(shares.ranks > 1 ? linear_kernel<Weight, kRows, kDeepOnly, true, kOperand>
-                                   : linear_kernel<Weight, kRows, kDeepOnly, false, kOperand>,
+    return launch(grid.ranks > 1 ? linear_kernel<Weight, kRows, kDeepOnly, true, kOperand>
+                                 : linear_kernel<Weight, kRows, kDeepOnly, false, kOperand>,
                   config, arguments);
 }
 

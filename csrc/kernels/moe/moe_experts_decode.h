@@ -1,4 +1,4 @@
-// What the two kernels of moe_experts_decode.cu share: entries, units and their order, the plan of shared memory.
+// What the two kernels of moe_experts_decode.cu share: entries, units and their order, the layout of shared memory.
 #pragma once
 #include <launch.h>
 #include <ptx.h>

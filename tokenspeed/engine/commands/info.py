@@ -14,14 +14,14 @@ from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..errors import CapacityError
 from ..executor.device import pick_device, pick_dtype, pick_kv_dtype
 from ..executor.loading import decodes_by_kernel, fit_memory, read_model_config, slot_sizes
-from ..executor.memory import MemoryLayout, free_memory, plan_host_memory, total_memory
+from ..executor.memory import MemoryLayout, divide_host_memory, free_memory, total_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import holds_mtp
 from ..parallel.comm import Communicator
 from ..parallel.compile import group_of_parts
 from ..parallel.costs import ALL_REDUCE, IN_PARTS
 from ..parallel.mesh import Mesh
-from ..parallel.plan import describe_plan, traffic
+from ..parallel.program import describe_program, traffic
 from ..quantization import PRODUCTS
 from ..sizes import PUBLISHED, RELEASES, published
 from .options import add_engine_options, engine_settings
@@ -45,10 +45,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--memory-gib",
         type=float,
         metavar="GIB",
-        help="plan for a GPU with this much free, of the memory a GPU's kernels use (default: this device, as is)",
+        help="what fits a GPU with this much free, of the memory a GPU's kernels use (default: this device, as is)",
     )
     parser.add_argument(
-        "--plan",
+        "--program",
         action="store_true",
         help="print a rank's program and that of its MTP head: stages, weights, collectives (default off)",
     )
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         config = replace(config, fp8=PRODUCTS if options.quantization == "fp8" else frozenset())
     if not config.mtp_layers:
         absent = absent or "its config.json names none"
-    # A plan for a GPU is of what one would use: its dtype, and slots with a ring of updates.
+    # For a GPU, what one would use: its dtype, and slots with a ring of updates.
     dtype = pick_dtype(options.dtype, torch.device("cuda") if options.memory_gib else device)
     mesh = Mesh(options.tensor_parallel_size, options.expert_parallel_size)
 
@@ -94,20 +94,20 @@ def run(options: argparse.Namespace) -> int:
     parts = Parts(empty(False), None if absent else empty(True), absent)
     for line in describe(name, parts, dtype, device, options.memory_gib, engine):
         print(line)
-    if options.plan:
+    if options.program:
         for line in program(parts.loaded(engine, bool(options.memory_gib) or device.type == "cuda")):
             print(line)
     return 0
 
 
 def program(model: Qwen3_5) -> Iterator[str]:
-    """The lines of --plan."""
+    """The lines of --program."""
     yield ""
-    yield from describe_plan(model.plan, model.mesh)
+    yield from describe_program(model.compiled, model.mesh)
     if model.mtp:
         yield ""
         yield "MTP head, once a draft; embed_tokens and lm_head are the ones above"
-        yield from describe_plan(model.mtp.plan, model.mesh)
+        yield from describe_program(model.mtp.compiled, model.mesh)
 
 
 def describe(
@@ -153,7 +153,7 @@ def describe(
             yield f"sequences          {left // each:6d} of {context:7d} tokens ({_bytes(each)} each)"
         kind = device.type if memory_gib is None else "cuda"
         yield f"prefix cache       {_turns(model.config, layout, engine, left, weights, total, kind)}"
-        pages, slots = plan_host_memory(layout, engine, model.mesh.world)
+        pages, slots = divide_host_memory(layout, engine, model.mesh.world)
         if slots:
             yield f"                   in host memory {pages * PAGE_TOKENS} tokens and {slots} states more"
     yield f"kernels            {_kernels(device)}"
@@ -175,13 +175,13 @@ def needs(name: str, model: Qwen3_5, layout: MemoryLayout) -> Iterator[str]:
     yield f"                   hidden {config.hidden}, {width}, context {config.max_context} tokens"
     yield f"weights            {parameters / 1e9:.3f} G parameters, {_bytes(weight_bytes(whole))} {held}"
     if mesh.world > 1:
-        sent = traffic(model.plan, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
+        sent = traffic(model.compiled, mesh, config.hidden * dtype.itemsize, model.share.vocab * dtype.itemsize)
         yield f"a rank             one of {mesh.world} (tp {mesh.tp}, ep {mesh.ep}); what follows is its own"
         yield f"weights            {_bytes(weight_bytes(model))}"
         terms = f"{_bytes(sent.token)} of terms a token and {_bytes(sent.logit_row)} a logit row"
         yield f"traffic            {sent.collectives} collectives a step, {terms}"
         yield f"                   a ring sends {_bytes(round(sent.sent))} for each decoded token"
-        group = group_of_parts(model.plan)
+        group = group_of_parts(model.compiled)
         forms = f"{ALL_REDUCE}, or {IN_PARTS} where GPUs find it faster at start" if group else ALL_REDUCE
         yield f"                   sums of a prefill by {forms}"
     yield f"KV per token       {_bytes(layout.kv_token_bytes)}{' in FP8' if layout.kv_dtype else ''}"
@@ -206,7 +206,7 @@ def head_needs(parts: Parts, plain: MemoryLayout, loaded: bool = True) -> Iterat
     yield f"                   adds {_bytes(kv)} to the KV of a token and {_bytes(state)} to the state of a sequence"
     if whole.mesh.world > 1:
         row = whole.config.hidden * dtype.itemsize
-        sent = traffic(whole.mtp.plan, whole.mesh, row, whole.share.vocab * dtype.itemsize)
+        sent = traffic(whole.mtp.compiled, whole.mesh, row, whole.share.vocab * dtype.itemsize)
         yield f"                   {sent.collectives} collectives a draft, {_bytes(sent.token)} of terms a token"
 
 
@@ -231,13 +231,13 @@ def _turns(
 ) -> str:
     """How many agent turns of which length stay known: each is its tokens' KV and the state at its end."""
     try:
-        plan = fit_memory(config, layout, engine, free, held, total, device_type)
+        sizes = fit_memory(config, layout, engine, free, held, total, device_type)
     except CapacityError as error:
         return f"none: {error}"
-    spare = max(plan.slots - engine.max_num_seqs, 0) if engine.enable_prefix_caching else 0
+    spare = max(sizes.slots - engine.max_num_seqs, 0) if engine.enable_prefix_caching else 0
     lengths = [tokens for tokens in _TURNS if tokens <= config.max_context]
-    fit = [f"{min(spare, plan.pages * PAGE_TOKENS // tokens)} of {tokens} tokens" for tokens in lengths]
-    return f"agent turns kept: {', '.join(fit)} ({plan.pages} pages, {spare} of {plan.slots} slots)"
+    fit = [f"{min(spare, sizes.pages * PAGE_TOKENS // tokens)} of {tokens} tokens" for tokens in lengths]
+    return f"agent turns kept: {', '.join(fit)} ({sizes.pages} pages, {spare} of {sizes.slots} slots)"
 
 
 def _kernels(device: torch.device) -> str:

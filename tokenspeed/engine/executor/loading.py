@@ -24,10 +24,10 @@ from .memory import (
     HostMemory,
     Memory,
     MemoryLayout,
-    MemoryPlan,
+    MemorySizes,
+    divide_host_memory,
+    divide_memory,
     free_memory,
-    plan_host_memory,
-    plan_memory,
     total_memory,
 )
 from .mover import Mover
@@ -44,7 +44,7 @@ def load_runner(
     communicator: Communicator,
     smallest: Callable[[list[int]], list[int]],
     progress: bool,
-) -> tuple[Runner, MemoryPlan]:
+) -> tuple[Runner, MemorySizes]:
     """A rank's weights and memory. smallest: of each number the smallest that any rank has, so that all get the same
     pages and slots. Raises ConfigError or CapacityError for what cannot be used."""
     dtype = pick_dtype(config.dtype, device)
@@ -66,7 +66,7 @@ def load_runner(
     check_utilization(config, free, total)
     check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
-    if config.prefill_sums == "in-parts" and model.mesh.world > 1 and group_of_parts(model.plan) is None:
+    if config.prefill_sums == "in-parts" and model.mesh.world > 1 and group_of_parts(model.compiled) is None:
         raise ConfigError(
             "prefill_sums is 'in-parts', but not all sums of this model are over the same ranks: it must be 'auto' or "
             "'all-reduce', or tensor_parallel_size a multiple of expert_parallel_size."
@@ -84,24 +84,24 @@ def load_runner(
         use_threads(threads)
     depths = config.draft_depths(mtp, on_gpu)
     drafts = max((drafts for _, drafts in depths), default=0)
-    sizes, kv_dtype = slot_sizes(model_config, drafts, decodes_by_kernel(device)), pick_kv_dtype(config.kv_cache_dtype)
-    layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
+    entries = slot_sizes(model_config, drafts, decodes_by_kernel(device))
+    layout = MemoryLayout(model.share, dtype, *entries, kv_dtype=pick_kv_dtype(config.kv_cache_dtype))
     left = free_memory(device) // sharers
-    plan = fit_memory(model_config, layout, config, left, free - left, total, device.type)
-    host = plan_host_memory(layout, config, communicator.mesh.world)
-    plan = MemoryPlan(layout, *smallest([plan.pages, plan.slots, *host]))
+    sizes = fit_memory(model_config, layout, config, left, free - left, total, device.type)
+    host = divide_host_memory(layout, config, communicator.mesh.world)
+    sizes = MemorySizes(layout, *smallest([sizes.pages, sizes.slots, *host]))
     if progress:
-        tqdm.write(f"memory: {plan}", file=sys.stderr)  # standard output is the caller's
-    memory = Memory(layout, plan.pages, plan.slots, device)
+        tqdm.write(f"memory: {sizes}", file=sys.stderr)  # standard output is the caller's
+    memory = Memory(layout, sizes.pages, sizes.slots, device)
     mover = None
-    if plan.host_slots:
-        host_memory = HostMemory(layout, plan.host_pages, plan.host_slots, device)
+    if sizes.host_slots:
+        host_memory = HostMemory(layout, sizes.host_pages, sizes.host_slots, device)
         mover = Mover(memory, host_memory, leads=communicator.mesh.rank == 0)
-    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, plan), drafts, mover)
+    runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, sizes), drafts, mover)
     captured = runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
     if smallest([int(captured)]) == [0]:  # ranks replay their collectives together or not at all
         runner.forget_graphs()
-    return runner, plan
+    return runner, sizes
 
 
 def read_model_config(directory: Path, config: EngineConfig) -> ModelConfig:
@@ -168,9 +168,9 @@ def slot_sizes(config: ModelConfig, drafts: int, kernel: bool) -> tuple[int, int
     return (RING_ROWS if kernel else drafts), max(config.conv_taps, drafts + config.conv_taps - 1)
 
 
-def longest_sequence(model: ModelConfig, config: EngineConfig, plan: MemoryPlan) -> int:
+def longest_sequence(model: ModelConfig, config: EngineConfig, sizes: MemorySizes) -> int:
     """Tokens of one sequence at most: what is asked for, or the model's context, as far as the pages go."""
-    return min(config.max_model_len or model.max_context, plan.tokens)
+    return min(config.max_model_len or model.max_context, sizes.tokens)
 
 
 def check_utilization(config: EngineConfig, unused: int, total: int) -> int | None:
@@ -189,7 +189,7 @@ def check_utilization(config: EngineConfig, unused: int, total: int) -> int | No
 
 def fit_memory(
     model: ModelConfig, layout: MemoryLayout, config: EngineConfig, free: int, held: int, total: int, device_type: str
-) -> MemoryPlan:
+) -> MemorySizes:
     """Pages and slots for an engine on a device of `total` bytes, of which it holds `held`, its weights, and `free` are
     left. Raises CapacityError where nothing fits, or where others hold what gpu_memory_utilization asks for."""
     on_gpu = device_type == "cuda"
@@ -200,4 +200,4 @@ def fit_memory(
     longest = config.max_model_len or model.max_context
     # A CPU's memory has other users: no more than twice what the sequences running at once can hold.
     max_tokens = None if on_gpu else 2 * config.max_num_seqs * longest
-    return plan_memory(layout, config, usable, max_tokens)
+    return divide_memory(layout, config, usable, max_tokens)

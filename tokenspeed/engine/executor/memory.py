@@ -84,7 +84,7 @@ def _aligned(size: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class MemorySizes:
     """How many pages and slots an engine gets, on the device and in host memory."""
 
     layout: MemoryLayout
@@ -109,7 +109,7 @@ class MemoryPlan:
         return text
 
 
-def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, max_tokens: int | None) -> MemoryPlan:
+def divide_memory(layout: MemoryLayout, config: EngineConfig, free: int, max_tokens: int | None) -> MemorySizes:
     """Divide `free` bytes between pages and slots: a slot for each running sequence first, and of the rest as many
     slots as leave SNAPSHOT_TOKENS of KV to each, for prompts to come back to.
 
@@ -129,14 +129,14 @@ def plan_memory(layout: MemoryLayout, config: EngineConfig, free: int, max_token
         pages = (free - slots * layout.slot_bytes) // layout.page_bytes
         if max_tokens is not None:
             pages = min(pages, -(-max_tokens // PAGE_TOKENS))
-    plan = MemoryPlan(layout, max(pages, 1), max(slots, 1))
-    if plan.bytes > free:
+    sizes = MemorySizes(layout, max(pages, 1), max(slots, 1))
+    if sizes.bytes > free:
         raise CapacityError(
-            f"{max(free, 0) / 2**30:.2f} GiB are there for KV pages and state slots, and {plan.pages} pages and "
-            f"{plan.slots} slots need {plan.bytes / 2**30:.2f} GiB: raise gpu_memory_utilization, lower max_num_seqs, "
-            "or use a smaller model."
+            f"{max(free, 0) / 2**30:.2f} GiB are there for KV pages and state slots, and {sizes.pages} pages and "
+            f"{sizes.slots} slots need {sizes.bytes / 2**30:.2f} GiB: raise gpu_memory_utilization, lower "
+            "max_num_seqs, or use a smaller model."
         )
-    return plan
+    return sizes
 
 
 class Memory:
@@ -184,7 +184,7 @@ class Memory:
         return StateViews(**views)
 
 
-def plan_host_memory(layout: MemoryLayout, config: EngineConfig, ranks: int = 1) -> tuple[int, int]:
+def divide_host_memory(layout: MemoryLayout, config: EngineConfig, ranks: int = 1) -> tuple[int, int]:
     """Pages and slots of one rank's part of the host tier, SNAPSHOT_TOKENS of KV to each slot. Raises ConfigError where
     not one fits."""
     if not config.host_memory:

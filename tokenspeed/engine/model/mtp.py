@@ -19,7 +19,7 @@ from ... import ops
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..parallel.comm import Communicator
-from ..parallel.compile import link, plan_program
+from ..parallel.compile import compile_program, link
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Replicate
 from .inputs import Batch
@@ -119,10 +119,10 @@ class MtpHead(nn.Module):
         self.communicator = communicator or self.communicator
         names = ("embed_tokens", *(name.removesuffix(".") or "join_tokens" for name in self.names), "lm_head")
         named, mesh = list(zip(names, self.program, strict=True)), self.communicator.mesh
-        self.plan = plan_program(named, mesh, self.program[-1].output)
-        self._calls = link(self.plan, self.communicator)
+        self.compiled = compile_program(named, mesh, self.program[-1].output)
+        self._calls = link(self.compiled, self.communicator)
         keys = [*named[:3], ("keys", StoreKeys(named[3][1]))]
-        self._stores = link(plan_program(keys, mesh, Replicate()), self.communicator)
+        self._stores = link(compile_program(keys, mesh, Replicate()), self.communicator)
 
     def sources(self) -> Iterator[Source]:
         """Every checkpoint tensor of the head's own, with what this rank takes."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import FULL, ModelConfig
 from ..parallel.comm import ONE_RANK, Communicator
-from ..parallel.compile import Call, group_of_parts, link, plan_program
+from ..parallel.compile import Call, compile_program, group_of_parts, link
 from ..parallel.costs import IN_PARTS
 from ..parallel.sharding import rank_share
 from .inputs import Batch
@@ -60,7 +60,7 @@ class Qwen3_5(nn.Module):
         feed_forwards = [stage for stage in self.program if isinstance(stage, DenseFFN | MoE)]
         for stage in feed_forwards:
             stage.scratch = feed_forwards[0].scratch
-        self.plan = plan_program(program, mesh, head.output)
+        self.compiled = compile_program(program, mesh, head.output)
         self.communicator = communicator
         self.mtp = MtpHead(config, communicator, embedding, head) if drafts else None
         self.link()
@@ -69,10 +69,10 @@ class Qwen3_5(nn.Module):
         """Make the program's callables; again where a stage's `forward` was replaced, or with other collectives of the
         same mesh."""
         self.communicator = communicator or self.communicator
-        self._calls = link(self.plan, self.communicator)
+        self._calls = link(self.compiled, self.communicator)
         self._calls_in_parts: list[Call] = []
-        if self.communicator.costs and self.communicator.costs.group == group_of_parts(self.plan):
-            self._calls_in_parts = link(self.plan, self.communicator, in_parts=True)
+        if self.communicator.costs and self.communicator.costs.group == group_of_parts(self.compiled):
+            self._calls_in_parts = link(self.compiled, self.communicator, in_parts=True)
         if self.mtp:
             self.mtp.link(communicator)
 

@@ -54,7 +54,7 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stage of the plan (None: the end of the program), the collective it needs first, and whether the two are one
+    """One stage of a compiled program (None: its end), the collective it needs first, and whether the two are one
     callable; before, input, output: placement of x as it arrives, as the stage takes it and as it gives it."""
 
     name: str
@@ -66,7 +66,7 @@ class Entry:
     output: Placement
 
 
-def plan_program(program: Sequence[tuple[str, Stage]], mesh: Mesh, output: Placement) -> list[Entry]:
+def compile_program(program: Sequence[tuple[str, Stage]], mesh: Mesh, output: Placement) -> list[Entry]:
     """The program with its collectives; `output`: the placement in which its last x is wanted.
 
     With one rank it is the stages and nothing else. Raises PlacementError, naming both stages, where one stage gives
@@ -88,24 +88,24 @@ def plan_program(program: Sequence[tuple[str, Stage]], mesh: Mesh, output: Place
     return entries
 
 
-def group_of_parts(plan: Sequence[Entry]) -> str | None:
+def group_of_parts(compiled: Sequence[Entry]) -> str | None:
     """The group over which the program's sums can be made in parts; None where it has none: every norm of tokens must
     end a sum, and all of them sums over the same ranks, or the residual stream would have to be cut anew."""
     groups = {
         entry.collective.group if entry.fused else None
-        for entry in plan
+        for entry in compiled
         if entry.stage and entry.stage.absorbs_reduce and not (entry.fused and entry.collective.rows != "token")
     }
     return groups.pop() if len(groups) == 1 else None
 
 
-def link(plan: Sequence[Entry], communicator: Communicator, in_parts: bool = False) -> list[Call]:
-    """The plan as callables, to be run one after the other. in_parts: sums of tokens in their second form, for a plan
-    that has a `group_of_parts`."""
+def link(compiled: Sequence[Entry], communicator: Communicator, in_parts: bool = False) -> list[Call]:
+    """A compiled program as callables, to be run one after the other. in_parts: sums of tokens in their second form,
+    for one that has a `group_of_parts`."""
     calls: list[Call] = []
-    for entry in plan:
+    for entry in compiled:
         if in_parts and entry.stage and entry.stage.picks_rows and isinstance(entry.stage.input, Keep):
-            calls.append(JoinParts(communicator, group_of_parts(plan)))
+            calls.append(JoinParts(communicator, group_of_parts(compiled)))
         if entry.fused:
             made = ReduceInParts if in_parts and entry.collective.rows == "token" else ReduceInto
             calls.append(made(entry.stage, communicator, entry.collective.group))

@@ -76,7 +76,7 @@ class PrefixCache:
         *,
         prompt_logprobs: bool = False,
     ) -> Admission | NoRoom:
-        """All or nothing: pages for `prompt` ([tokens] int32) and one token, a working slot, the snapshot plan.
+        """All or nothing: pages for `prompt` ([tokens] int32) and one token, a working slot, promised snapshots.
 
         `boundaries` are token counts at which a later prompt is likely to leave this one. Raises RequestError for an
         empty prompt or an id that is running, CapacityError for a prompt that can never fit.

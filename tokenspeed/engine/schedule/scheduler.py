@@ -401,7 +401,7 @@ class Scheduler:
         sequence.held_pages, sequence.row = len(sequence.new_pages), None
         sequence.read_slot, sequence.write_slot = admission.read_slot, admission.write_slot
         sequence.kv_tokens = admission.match.kv_tokens
-        sequence.snapshots = deque(admission.plan)
+        sequence.snapshots = deque(admission.snapshots)
         sequence.holds_memory = True
 
     def _admit(self, budget: int, draft: "_Draft") -> int:

@@ -25,7 +25,7 @@ _GAUGES = {
     "host_slots_free": "state slots of the host tier that hold nothing",
     "moves_under_way": "copies between the device and host memory that are not done",
     "slots_free": "state slots that hold nothing",
-    "slots_planned": "state slots promised to snapshots that are not written yet",
+    "slots_promised": "state slots promised to snapshots that are not written yet",
     "slots_draining": "state slots still read by sequences whose snapshot is gone",
     "slots_working": "state slots of running sequences",
     "slots_snapshot": "state slots kept for later prompts",

@@ -21,10 +21,10 @@ class Traffic:
     sent: float
 
 
-def traffic(plan: Sequence[Entry], mesh: Mesh, row_bytes: int, last_row_bytes: int) -> Traffic:
+def traffic(compiled: Sequence[Entry], mesh: Mesh, row_bytes: int, last_row_bytes: int) -> Traffic:
     """row_bytes: of one row of x between stages; last_row_bytes: of what the last stage gives."""
     count, payload, sent = 0, {"token": 0, "logit row": 0}, 0.0
-    for entry in plan:
+    for entry in compiled:
         if entry.collective is None:
             continue
         size = last_row_bytes if entry.stage is None else row_bytes
@@ -36,13 +36,12 @@ def traffic(plan: Sequence[Entry], mesh: Mesh, row_bytes: int, last_row_bytes: i
     return Traffic(count, payload["token"], payload["logit row"], sent)
 
 
-def describe_plan(plan: Sequence[Entry], mesh: Mesh) -> Iterator[str]:
-    """The lines of the plan: what runs in which order, with what each weight of a rank is. Equal layers are written
-    once."""
+def describe_program(compiled: Sequence[Entry], mesh: Mesh) -> Iterator[str]:
+    """Its lines: what runs in which order, with what each weight of a rank is. Equal layers are written once."""
     yield f"groups   {'; '.join(_groups(mesh))}"
     blocks: dict[tuple[str, ...], list[int]] = {}
     pending: list[Entry] = []
-    for entry in (*plan, None):
+    for entry in (*compiled, None):
         layer, _, _ = _place(entry)
         if pending and _place(pending[0])[0] != layer:
             lines = tuple(line for e in pending for line in _entry_lines(e, mesh))

@@ -8,32 +8,32 @@ import torch
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.commands.info import weight_bytes
 from tokenspeed.engine.executor.memory import MemoryLayout
-from tokenspeed.engine.parallel.plan import traffic
+from tokenspeed.engine.parallel.program import traffic
 from tokenspeed.engine.sizes import PUBLISHED
 
-from .plans import DIRECTORY, RANKS, plan_lines, planned_model, stored
+from .programs import DIRECTORY, RANKS, empty_model, program_lines, stored
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_the_plan_is_the_stored_one(size, ranks):
-    """A change of the program shows as a diff of these files; `python -m tests.distributed.plans` writes them."""
-    assert "\n".join(plan_lines(size, ranks)) + "\n" == stored(size, ranks).read_text(encoding="utf-8")
+def test_the_program_is_the_stored_one(size, ranks):
+    """A change of the program shows as a diff of these files; `python -m tests.distributed.programs` writes them."""
+    assert "\n".join(program_lines(size, ranks)) + "\n" == stored(size, ranks).read_text(encoding="utf-8")
 
 
-def test_every_stored_plan_is_tested():
+def test_every_stored_program_is_tested():
     assert sorted(DIRECTORY.iterdir()) == sorted(stored(size, ranks) for size in PUBLISHED for ranks in RANKS)
 
 
-def test_info_prints_the_plan(capsys, monkeypatch):
+def test_info_prints_the_program(capsys, monkeypatch):
     monkeypatch.setattr("tokenspeed.engine.commands.info.free_memory", lambda device: 139 << 30)
     arguments = ["info", "--size", "397B-A17B", "--tp", "8", "--ep", "8", "--dtype", "bfloat16", "--device", "cpu"]
-    assert main([*arguments, "--plan"]) == 0
-    planned = capsys.readouterr().out.splitlines()
-    assert set(plan_lines("397B-A17B", 8)) <= set(planned)
+    assert main([*arguments, "--program"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert set(program_lines("397B-A17B", 8)) <= set(printed)
     assert main(arguments) == 0
     without = capsys.readouterr().out.splitlines()
-    assert _fixed(without) == _fixed(planned[: planned.index("")])
+    assert _fixed(without) == _fixed(printed[: printed.index("")])
 
 
 def _fixed(lines):
@@ -73,9 +73,9 @@ def test_the_table_of_the_documentation_is_what_the_code_gives():
 def table_row(size: str) -> str:
     cells = []
     for ranks in RANKS:
-        model = planned_model(size, ranks)
+        model = empty_model(size, ranks)
         layout = MemoryLayout(model.share, torch.bfloat16)
         figures = layout.kv_token_bytes / 2**10, layout.recurrent_bytes / 2**20
         cells.append(f"{weight_bytes(model) / 2**30:.2f} / {figures[0]:g} / {figures[1]:g}")
-    sent = traffic(model.plan, model.mesh, 2 * model.config.hidden, 2 * model.share.vocab)
+    sent = traffic(model.compiled, model.mesh, 2 * model.config.hidden, 2 * model.share.vocab)
     return f"| {size} | {' | '.join(cells)} | {sent.collectives} | {(sent.token + sent.logit_row) / 2**10:g} |"
