@@ -100,10 +100,10 @@ def plot(rows: Iterable[dict], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_xlabel("% of the ceiling measured in the same run")
-    for index, row in enumerate(rows):
+    for number, row in enumerate(rows):
         ratio = row["ratio"]
         note = ratio if isinstance(ratio, str) else f"{ratio:.2f}x {row['best_peer']}"
-        axes.text(row["percent_of_ceiling"] + 1, index, f"{row['us']:.1f} us, {note}", va="center", fontsize=6)
+        axes.text(row["percent_of_ceiling"] + 1, number, f"{row['us']:.1f} us, {note}", va="center", fontsize=6)
     axes.set_xlim(0, max(140, *(row["percent_of_ceiling"] + 45 for row in rows)) if rows else 140)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -109,9 +109,9 @@ def time_interleaved(
             ready[name] = _Contender(function, sets, device)
         except Exception as error:  # a peer may fail in any way; the row then says how
             results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-    for index in range(rounds if device == "cuda" else LEAST_ROUNDS):
+    for number in range(rounds if device == "cuda" else LEAST_ROUNDS):
         for contender in ready.values():
-            if index < LEAST_ROUNDS or contender.spent < ROUNDS_US:
+            if number < LEAST_ROUNDS or contender.spent < ROUNDS_US:
                 contender.round()
     return results | {name: contender.timing() for name, contender in ready.items()}
 

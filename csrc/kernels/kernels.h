@@ -273,7 +273,7 @@ struct Sample {
     const float* top_p;
     const float* min_p;
     const int64_t* seed;
-    const int64_t* index;
+    const int64_t* output;
     int64_t* ids;
     void* workspace;  // of sample_workspace bytes, aligned to 16, any content
     int rows, vocabulary;
@@ -288,7 +288,7 @@ cudaError_t sample(Sample arguments, cudaStream_t stream);
 // ---- sample_ranks.cu: ids as of `sample`, from logits whose vocabulary is split over ranks; rank r holds ids r width ..
 // (r + 1) width - 1. Every rank makes the same calls in the same order, with the same values but for the logits; width
 // a multiple of 4, logits bf16 or fp32 by row stride, of any alignment.
-constexpr int kSampleRanksMost = 8;   // 2, 4 or 8 of them
+constexpr int kSampleRanksMax = 8;    // 2, 4 or 8 of them
 constexpr int kSampleRanksTags = 32;  // words of `control` before its tags
 struct SampleRanks {
     const void* logits;        // [rows, width]
@@ -297,13 +297,13 @@ struct SampleRanks {
     const float* top_p;
     const float* min_p;
     const int64_t* seed;
-    const int64_t* index;
+    const int64_t* output;
     int64_t* ids;
     uint64_t*
-        memory[kSampleRanksMost];  // of each rank sample_ranks_memory bytes that every rank can write, zeros at first
-    uint32_t* control;             // [kSampleRanksTags + max_clusters] of this rank, zeros at first
-    uint32_t* status;              // host memory, [2]: set [0] and waits end; [1] is set where one has ended so
-    uint64_t patience_ns;          // a wait ends after this long, too
+        memory[kSampleRanksMax];  // of each rank sample_ranks_memory bytes that every rank can write, zeros at first
+    uint32_t* control;            // [kSampleRanksTags + max_clusters] of this rank, zeros at first
+    uint32_t* status;             // host memory, [2]: set [0] and waits end; [1] is set where one has ended so
+    uint64_t patience_ns;         // a wait ends after this long, too
     int64_t logits_stride;
     int logits_are_float;
     int rows, width, rank, ranks;

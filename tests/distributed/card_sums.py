@@ -68,15 +68,15 @@ def draws(communicator, nccl, device: torch.device) -> None:
         temperature = torch.where(row % 5 == 4, 0.0, 0.5 + 0.1 * (row % 7))
         top_k = torch.tensor([0, 20, 0, 500], device=device)[row % 4].int()
         top_p = torch.tensor([1.0, 0.95, 0.9, 0.99], device=device)[row % 4]
-        min_p, seed, index = 0.02 * (row % 3), 7919 * row, row.clone()
-        values = (temperature, top_k, top_p, min_p, seed, index)
+        min_p, seed, output = 0.02 * (row % 3), 7919 * row, row.clone()
+        values = (temperature, top_k, top_p, min_p, seed, output)
         sampling.sample(logits, *values, communicator)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             ids = sampling.sample(logits, *values, communicator)
             likeliest = sampling.greedy(logits, communicator)
         for _ in range(20):
-            index += 1
+            output += 1
             if late.random() < 0.3:
                 time.sleep(0.01 * late.random())
             graph.replay()

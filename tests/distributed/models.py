@@ -131,7 +131,7 @@ class Outcome:
 
 
 def sampling_values(rows: int) -> tuple[Tensor, ...]:
-    """Temperature, top-k, top-p, min-p, seed and index of each row; every fifth row is greedy."""
+    """Temperature, top-k, top-p, min-p, seed and output of each row; every fifth row is greedy."""
     row = torch.arange(rows)
     temperature = torch.where(row % 5 == 0, 0.0, 0.6 + 0.1 * (row % 7))
     top_p = torch.where(row % 2 == 0, 0.9, 1.0)

@@ -26,7 +26,7 @@ def test_groups_of_a_name_part_the_ranks_and_know_their_places(mesh):
         groups = mesh.members(name)
         assert sorted(rank for group in groups for rank in group) == list(range(mesh.world))
         own = next(group for group in groups if mesh.rank in group)
-        assert len(own) == mesh.size(name) and own[mesh.index(name)] == mesh.rank
+        assert len(own) == mesh.size(name) and own[mesh.place(name)] == mesh.rank
         assert mesh.members(mesh.canonical(name)) == groups
 
 
@@ -34,7 +34,7 @@ def test_groups_of_a_name_part_the_ranks_and_know_their_places(mesh):
 def test_expert_slices_meet_in_pairs_of_expert_group_and_slice(mesh):
     """Experts over ep and their columns over expert_tp: every rank has a different pair."""
     places = {
-        (m.index("ep"), m.index("expert_tp")) for m in (Mesh(mesh.tp, mesh.ep, rank) for rank in range(mesh.world))
+        (m.place("ep"), m.place("expert_tp")) for m in (Mesh(mesh.tp, mesh.ep, rank) for rank in range(mesh.world))
     }
     assert len(places) == mesh.world == mesh.size("ep") * mesh.size("expert_tp")
 

@@ -116,7 +116,7 @@ def test_a_rank_holds_the_blocks_of_its_part(fp8, mesh):
     """Values and scales, and where it quantises them itself they are those that one process makes of the whole."""
     whole, part = (models.load(fp8, Communicator(m)) for m in (Mesh(), mesh))
     tensors = load_file(fp8 / "model.safetensors")
-    index, share = mesh.rank % mesh.tp, 512 // mesh.tp
+    place, share = mesh.rank % mesh.tp, 512 // mesh.tp
     names = ("layers.3.self_attn", "layers.0.linear_attn", "layers.1.mlp")
     attention, gdn, moe = (part.program[part.names.index(name)] for name in names)
 
@@ -128,8 +128,8 @@ def test_a_rank_holds_the_blocks_of_its_part(fp8, mesh):
         bits = weight.data.view(torch.uint8), values.contiguous().view(torch.uint8)
         return torch.equal(*bits) and torch.equal(weight.scale, scale)
 
-    assert same(attention.out, *columns("model.layers.3.self_attn.o_proj.weight", 2 * index * share, 2 * share))
-    assert same(gdn.out, *columns("model.layers.0.linear_attn.out_proj.weight", index * share, share))
+    assert same(attention.out, *columns("model.layers.3.self_attn.o_proj.weight", 2 * place * share, 2 * share))
+    assert same(gdn.out, *columns("model.layers.0.linear_attn.out_proj.weight", place * share, share))
     key, count = "model.layers.1.mlp.shared_expert.down_proj.weight", 512 // mesh.world
     assert same(moe.shared_down, *columns(key, mesh.rank * count, count))
     slices, held = mesh.world // mesh.ep, 8 // mesh.ep

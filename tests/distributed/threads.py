@@ -23,8 +23,8 @@ class Meeting:
     def __init__(self, ranks: int):
         self.barrier, self.values = Barrier(ranks), [None] * ranks
 
-    def exchange(self, index: int, value: Tensor) -> list[Tensor]:
-        self.values[index] = value.clone()
+    def exchange(self, place: int, value: Tensor) -> list[Tensor]:
+        self.values[place] = value.clone()
         self.barrier.wait(_SECONDS)
         values = list(self.values)
         self.barrier.wait(_SECONDS)
@@ -41,7 +41,7 @@ class ThreadCommunicator(Communicator):
 
     def _exchange(self, x: Tensor, group: str) -> list[Tensor]:
         self.payload += x.nbytes
-        return self._meetings[group].exchange(self.mesh.index(group), x)
+        return self._meetings[group].exchange(self.mesh.place(group), x)
 
     def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor:
         terms = torch.stack(self._exchange(x, group))
@@ -57,7 +57,7 @@ class ThreadCommunicator(Communicator):
 
     def reduce_scatter(self, x: Tensor, dim: int, group: str) -> Tensor:
         total = torch.stack(self._exchange(x, group)).sum(0)
-        return total.chunk(self.mesh.size(group), dim)[self.mesh.index(group)]
+        return total.chunk(self.mesh.size(group), dim)[self.mesh.place(group)]
 
 
 def run_ranks(mesh: Mesh, work: Callable[[ThreadCommunicator], Result]) -> list[Result]:

@@ -8,10 +8,10 @@ import torch
 import tokenspeed.ops.sampling  # declares torch.ops.tokenspeed.sample
 from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.ops.backends import make_backend
-from tokenspeed.ops.sampling import NONE_ALLOWED, NOT_FINITE, _philox, noise_words
+from tokenspeed.ops.sampling import NONE_ALLOWED, NOT_FINITE, _philox, noise_bits
 
 
-def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, index=0):
+def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, output=0):
     """The operator's arguments, scalars spread over the rows."""
 
     def spread(value, dtype):
@@ -24,7 +24,7 @@ def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, in
         spread(top_p, torch.float32),
         spread(min_p, torch.float32),
         spread(seed, torch.int64),
-        spread(index, torch.int64),
+        spread(output, torch.int64),
     )
 
 
@@ -67,11 +67,11 @@ def test_the_generator_gives_the_published_known_answers(counter, key, expected)
 
 
 def test_noise_depends_on_every_part_of_its_counter_and_on_nothing_else():
-    seed, index = torch.tensor([5, 5, 6, 5 + (1 << 40), -3]), torch.tensor([9, 10, 9, 9, 9 + (1 << 40)])
-    words = noise_words(seed, index, 1001)
+    seed, output = torch.tensor([5, 5, 6, 5 + (1 << 40), -3]), torch.tensor([9, 10, 9, 9, 9 + (1 << 40)])
+    words = noise_bits(seed, output, 1001)
     assert words.min() >= 0 and words.max() < 1 << 32
     for i in range(5):
-        assert torch.equal(noise_words(seed[i : i + 1], index[i : i + 1], 17), words[i : i + 1, :17])
+        assert torch.equal(noise_bits(seed[i : i + 1], output[i : i + 1], 17), words[i : i + 1, :17])
         for j in range(i):
             assert (words[i] != words[j]).float().mean() > 0.99
     assert words.unique().numel() > 0.999 * words.numel()
@@ -93,7 +93,7 @@ def test_frequencies_follow_the_exact_distribution(cut):
     draws, vocabulary = 40000, 13
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(7)) * 1.5
     expected = exact_distribution(logits, **cut)
-    ids = sample(logits.expand(draws, -1), **cut, seed=11, index=torch.arange(draws))
+    ids = sample(logits.expand(draws, -1), **cut, seed=11, output=torch.arange(draws))
     counts = ids.bincount(minlength=vocabulary).double()
     assert not counts[expected == 0].any()
     live = expected > 0
@@ -107,7 +107,7 @@ def test_the_rare_tail_of_a_large_vocabulary_is_drawn_as_often_as_it_should():
     vocabulary, draws = 20001, 2000
     logits = torch.zeros(vocabulary)
     logits[0] = math.log(vocabulary - 1)
-    ids = sample(logits.expand(draws, -1), seed=3, index=torch.arange(draws))
+    ids = sample(logits.expand(draws, -1), seed=3, output=torch.arange(draws))
     first = int((ids == 0).sum())
     assert abs(first - draws / 2) < 5 * math.sqrt(draws) / 2
     rest = ids[ids > 0]
@@ -144,30 +144,30 @@ def test_temperature_zero_takes_the_lowest_id_of_the_largest():
 def test_ties_at_a_cut_are_all_kept():
     logits = torch.tensor([3.0, 1, 1, 1, 0]).expand(3000, -1)
     for cut in ({"top_k": 2}, {"top_p": 0.75}):
-        assert set(sample(logits, **cut, index=torch.arange(3000)).tolist()) == {0, 1, 2, 3}
+        assert set(sample(logits, **cut, output=torch.arange(3000)).tolist()) == {0, 1, 2, 3}
 
 
 def test_a_cut_to_one_is_greedy_whatever_the_noise():
     logits = torch.randn(500, 40)
     for cut in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}):
-        assert torch.equal(sample(logits, **cut, index=torch.arange(500)), logits.argmax(-1))
+        assert torch.equal(sample(logits, **cut, output=torch.arange(500)), logits.argmax(-1))
 
 
 def test_what_is_forbidden_is_never_drawn():
     logits = torch.full((2000, 30), -math.inf)
     logits[:, 7], logits[:, 21] = -80.0, 0.0
-    assert set(sample(logits, temperature=40.0, top_k=20, top_p=0.999, index=torch.arange(2000)).tolist()) == {7, 21}
+    assert set(sample(logits, temperature=40.0, top_k=20, top_p=0.999, output=torch.arange(2000)).tolist()) == {7, 21}
 
 
 def test_a_row_draws_the_same_id_alone_and_in_any_batch():
     logits = torch.randn(9, 300)
-    options = {"temperature": torch.rand(9), "top_k": torch.arange(9), "seed": torch.arange(9), "index": 5}
+    options = {"temperature": torch.rand(9), "top_k": torch.arange(9), "seed": torch.arange(9), "output": 5}
     together = sample(logits, **options)
     order = torch.randperm(9)
     options = {name: value if isinstance(value, int) else value[order] for name, value in options.items()}
     assert torch.equal(sample(logits[order], **options), together[order])
     fourth = options["temperature"][order.argsort()[4]]
-    assert torch.equal(sample(logits[4:5], temperature=fourth, top_k=4, seed=4, index=5), together[4:5])
+    assert torch.equal(sample(logits[4:5], temperature=fourth, top_k=4, seed=4, output=5), together[4:5])
 
 
 # ---- the kernel against the torch implementation
@@ -194,14 +194,14 @@ def test_the_kernel_draws_what_torch_draws(backend, dtype, spread):
         "top_p": top_p,
         "min_p": torch.rand(rows) * 0.1,
         "seed": torch.randint(-(2**62), 2**62, (rows,)),
-        "index": torch.randint(0, 2**40, (rows,)),
+        "output": torch.randint(0, 2**40, (rows,)),
     }
     assert_same_draws(backend, arguments(logits, **options))
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 33, 257])
 def test_vocabularies_smaller_than_a_block(backend, vocabulary):
-    options = {"temperature": torch.tensor([1.0, 0.0]), "top_k": 3, "seed": 1, "index": torch.arange(2)}
+    options = {"temperature": torch.tensor([1.0, 0.0]), "top_k": 3, "seed": 1, "output": torch.arange(2)}
     assert_same_draws(backend, arguments(torch.randn(2, vocabulary).bfloat16(), **options))
 
 
@@ -210,14 +210,14 @@ def test_the_published_vocabulary(backend):
     assert_same_draws(backend, arguments(logits, temperature=0.0))
     if backend.name == "cuda":
         for cut in CUTS:
-            assert_same_draws(backend, arguments(logits.expand(7, -1).contiguous(), **cut, index=torch.arange(7)))
+            assert_same_draws(backend, arguments(logits.expand(7, -1).contiguous(), **cut, output=torch.arange(7)))
 
 
 def test_equal_logits_and_forbidden_rows(backend):
     logits = torch.zeros(2, 50)
     logits[1] = -math.inf
     assert_same_draws(backend, arguments(logits[:1], temperature=torch.tensor([0.0])))
-    assert_same_draws(backend, arguments(logits[:1], temperature=0.7, top_k=3, top_p=0.5, index=4))
+    assert_same_draws(backend, arguments(logits[:1], temperature=0.7, top_k=3, top_p=0.5, output=4))
     assert backend.op("sample")(*(x.to(backend.device) for x in arguments(logits[1:]))).tolist() == [NONE_ALLOWED]
 
 
@@ -243,7 +243,7 @@ def test_each_way_to_an_id_is_that_of_torch(scheduled, way):
     rows = 6 if scheduled.emulated is not None else 256
     for dtype in (torch.bfloat16, torch.float32):
         logits = (torch.randn(rows, 3001) * 4).to(dtype)
-        assert_same_draws(scheduled, arguments(logits, **WAYS[way], seed=torch.arange(rows), index=5))
+        assert_same_draws(scheduled, arguments(logits, **WAYS[way], seed=torch.arange(rows), output=5))
 
 
 def test_what_min_p_keeps_may_lie_behind_what_a_warp_looks_at_first(backend):
@@ -251,7 +251,7 @@ def test_what_min_p_keeps_may_lie_behind_what_a_warp_looks_at_first(backend):
     rows = 24 if backend.name == "emulated" else 512
     logits = torch.randn(rows, 6000)
     logits[:, 4100:] += 40
-    assert_same_draws(backend, arguments(logits, min_p=0.05, seed=torch.arange(rows), index=5))
+    assert_same_draws(backend, arguments(logits, min_p=0.05, seed=torch.arange(rows), output=5))
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 7}, {"top_k": 200}, {"top_p": 0.5}, {"top_k": 40, "top_p": 0.9}])
@@ -259,8 +259,8 @@ def test_what_min_p_keeps_may_lie_behind_what_a_warp_looks_at_first(backend):
 def test_ties_without_number(backend, levels, cut):
     """More ids at the distance of a cut than any list holds."""
     logits = torch.randint(levels, (3, 4999)).float() / 64
-    assert_same_draws(backend, arguments(logits, **cut, index=torch.arange(3)))
-    assert_same_draws(backend, arguments(logits.bfloat16(), **cut, temperature=0.3, index=torch.arange(3)))
+    assert_same_draws(backend, arguments(logits, **cut, output=torch.arange(3)))
+    assert_same_draws(backend, arguments(logits.bfloat16(), **cut, temperature=0.3, output=torch.arange(3)))
 
 
 @pytest.mark.parametrize("allowed", [1, 5, 600])
@@ -269,14 +269,14 @@ def test_most_ids_are_forbidden(backend, allowed):
     logits = torch.full((4, 5000), -math.inf)
     logits[:, 1000 : 1000 + allowed] = torch.randn(4, allowed)
     for cut in ({}, {"top_k": 20}, {"top_k": 500}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.5}, {"min_p": 0.3}):
-        assert_same_draws(backend, arguments(logits.bfloat16(), **cut, seed=3, index=torch.arange(4)))
+        assert_same_draws(backend, arguments(logits.bfloat16(), **cut, seed=3, output=torch.arange(4)))
 
 
 def test_rows_that_do_not_lie_at_whole_vectors(backend):
     memory = torch.randn(3, 1030).bfloat16() * 3
     for logits in (memory[:, 1:1021], memory[:, 8:1019], memory[:, :999]):
         for cut in ({"temperature": 0.0}, {}, {"top_k": 9}, {"top_p": 0.9}):
-            assert_same_draws(backend, arguments(logits, **cut, index=torch.arange(3)))
+            assert_same_draws(backend, arguments(logits, **cut, output=torch.arange(3)))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
@@ -298,7 +298,7 @@ def test_more_rows_than_a_launch_takes(backend):
     rows = 1024 + 3
     options = {"top_k": torch.arange(rows) % 3, "top_p": torch.where(torch.arange(rows) % 2 > 0, 0.5, 1.0)}
     options |= {"temperature": torch.rand(rows), "min_p": torch.rand(rows) * 0.1}
-    assert_same_draws(backend, arguments(torch.randn(rows, 19), **options, seed=torch.arange(rows), index=9))
+    assert_same_draws(backend, arguments(torch.randn(rows, 19), **options, seed=torch.arange(rows), output=9))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -309,13 +309,13 @@ def test_logits_that_the_kernel_ahead_writes(cut, seed):
     logits = (torch.randn(2, 2000) * 3).bfloat16()
     late, arena = behind_a_copy(logits)
     from_slot, to_slot = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    given = arguments(late, **cut, index=4)
+    given = arguments(late, **cut, output=4)
 
     def run():
         torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
         return torch.ops.tokenspeed_emulated.sample(*given)
 
-    assert torch.equal(queued(emulator(), seed, run), sample(logits, **cut, index=4))
+    assert torch.equal(queued(emulator(), seed, run), sample(logits, **cut, output=4))
 
 
 def test_the_kernel_serves_its_calls_itself():

@@ -98,7 +98,7 @@ BEYOND_LISTS = {  # whose histograms take the emulated device a while
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ids_are_those_of_one_rank(made, ranks, cut, seed):
     logits = rows_of(1, ranks * 4096, seed)
-    check(made(ranks, seed=seed), arguments(logits, **CUTS[cut], seed=seed, index=3))
+    check(made(ranks, seed=seed), arguments(logits, **CUTS[cut], seed=seed, output=3))
 
 
 @pytest.mark.parametrize("cut", ["none", "top-k", "top-p"])
@@ -109,7 +109,7 @@ def test_rows_in_clusters_of_four_and_eight_blocks(made, width, cut):
 
 @pytest.mark.parametrize("cut", BEYOND_LISTS)
 def test_cuts_that_keep_more_ids_than_are_listed(made, cut):
-    check(made(2, seed=1), arguments(rows_of(1, 2 * 2048, 1), **BEYOND_LISTS[cut], seed=4, index=3))
+    check(made(2, seed=1), arguments(rows_of(1, 2 * 2048, 1), **BEYOND_LISTS[cut], seed=4, output=3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -135,7 +135,7 @@ def test_ties_at_a_cut_are_all_kept_however_many(made):
     flat = torch.zeros(2, 4096, dtype=torch.bfloat16)
     flat[1, ::3] = 1.0
     options = {"top_k": torch.tensor([2, 4]), "top_p": torch.tensor([1.0, 0.5]), "seed": torch.tensor([5, 6])}
-    check(made(2), arguments(flat, **options, index=3))
+    check(made(2), arguments(flat, **options, output=3))
 
 
 def test_where_there_is_no_id_every_rank_gives_the_reason(made):

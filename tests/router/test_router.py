@@ -9,7 +9,7 @@ from fakes import PAGE, Fake, routed, until
 
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.router.backends import _reachable
-from tokenspeed.engine.router.index import PrefixIndex
+from tokenspeed.engine.router.cached_blocks import CachedBlocks
 from tokenspeed.engine.router.policy import split
 from tokenspeed.engine.server.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
@@ -22,7 +22,7 @@ def ask(caller: httpx.Client, content: str = TEXT, **body) -> httpx.Response:
 
 
 def known(caller: httpx.Client, fake: Fake) -> int:
-    return len(caller.backends[fake.url].index)
+    return len(caller.backends[fake.url].cached)
 
 
 def tell(caller: httpx.Client, fake: Fake, text: str) -> None:
@@ -231,19 +231,19 @@ def test_what_concerns_all_goes_to_all_and_metrics_tell_of_each():
 
 
 def test_an_index_follows_what_comes_and_goes_in_any_name_space():
-    index = PrefixIndex()
-    index.apply(BlockStored([11, 12], None, [1, 2, 3, 4], 2))
-    index.apply(BlockStored([21], None, [1, 2], 2))  # the same tokens, of somebody else
-    index.apply(BlockStored([22], 21, [3, 5], 2))
-    assert index.match([1, 2, 3, 4, 9]) == 4 and index.match([1, 2, 3, 5]) == 4 and index.match([1, 2, 9, 9]) == 2
-    assert index.match([1]) == index.match([2, 1]) == 0
-    index.apply(BlockRemoved([12, 99]))
-    assert index.match([1, 2, 3, 4]) == 2
-    index.apply(BlockRemoved([11]))
-    assert index.match([1, 2, 3, 5]) == 4
-    index.apply(BlockStored([1, 2], None, [1, 2, 3], 2))  # malformed
-    index.apply(AllBlocksCleared())
-    assert index.match([1, 2]) == 0 and len(index) == 0
+    cached = CachedBlocks()
+    cached.apply(BlockStored([11, 12], None, [1, 2, 3, 4], 2))
+    cached.apply(BlockStored([21], None, [1, 2], 2))  # the same tokens, of somebody else
+    cached.apply(BlockStored([22], 21, [3, 5], 2))
+    assert cached.match([1, 2, 3, 4, 9]) == 4 and cached.match([1, 2, 3, 5]) == 4 and cached.match([1, 2, 9, 9]) == 2
+    assert cached.match([1]) == cached.match([2, 1]) == 0
+    cached.apply(BlockRemoved([12, 99]))
+    assert cached.match([1, 2, 3, 4]) == 2
+    cached.apply(BlockRemoved([11]))
+    assert cached.match([1, 2, 3, 5]) == 4
+    cached.apply(BlockStored([1, 2], None, [1, 2, 3], 2))  # malformed
+    cached.apply(AllBlocksCleared())
+    assert cached.match([1, 2]) == 0 and len(cached) == 0
 
 
 def test_after_a_gap_in_the_events_only_what_is_heard_anew_counts():

@@ -28,7 +28,7 @@ class SamplingParams:
     [0, 1]. presence_penalty, frequency_penalty in [-2, 2]: taken from the logits of generated ids, once and per
     occurrence. repetition_penalty > 0: logits of ids in prompt or output are divided by it where positive, multiplied
     where negative. logit_bias: added, by id. allowed_token_ids: no other id is chosen. bad_words: texts that are never
-    completed. seed: noise is a function of it, the output index and the id alone; None draws one.
+    completed. seed: noise is a function of it, the output's number and the id alone; None draws one.
 
     max_tokens: at most this many, None for as many as fit. min_tokens: no end id is chosen, and no stop counts that
     ends, in so many first tokens; a stop that only begins in them counts. stop: texts that end generation, also across

@@ -27,21 +27,21 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def noise_words(seed: Tensor, index: Tensor, vocabulary: int, first: int = 0) -> Tensor:
-    """The 32 random bits of every vocabulary id: word id % 4 of Philox at counter (id // 4, index), under key seed.
+def noise_bits(seed: Tensor, output: Tensor, vocabulary: int, first: int = 0) -> Tensor:
+    """The 32 random bits of every vocabulary id: word id % 4 of Philox at counter (id // 4, output), under key seed.
 
-    seed, index: [B] int64. Returns [B, vocabulary] int64, values 0 .. 2^32 - 1, of the ids from `first` on.
+    seed, output: [B] int64. Returns [B, vocabulary] int64, values 0 .. 2^32 - 1, of the ids from `first` on.
     """
     quads = torch.arange(first // 4, -(-(first + vocabulary) // 4), device=seed.device)
-    counter = [quads[None], (index & _WORD)[:, None], (index >> 32 & _WORD)[:, None], torch.zeros_like(quads)[None]]
+    counter = [quads[None], (output & _WORD)[:, None], (output >> 32 & _WORD)[:, None], torch.zeros_like(quads)[None]]
     words = _philox(counter, [(seed & _WORD)[:, None], (seed >> 32 & _WORD)[:, None]])
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, first % 4 : first % 4 + vocabulary]
 
 
-def gumbel_scores(distance: Tensor, seed: Tensor, index: Tensor, first: int = 0) -> Tensor:
+def gumbel_scores(distance: Tensor, seed: Tensor, output: Tensor, first: int = 0) -> Tensor:
     """What the drawn id has the most of: Gumbel noise - distance, [B, V] fp32, for the ids from `first` on."""
     # -log1p(-u) of a small u keeps all its bits, and small is what wins.
-    words = noise_words(seed, index, distance.shape[1], first)
+    words = noise_bits(seed, output, distance.shape[1], first)
     uniform = (words.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
     return -distance - torch.log(-torch.log1p(-uniform))
 
@@ -71,21 +71,21 @@ def id_or_reason(ids: Tensor, largest: Tensor) -> Tensor:
 
 
 @operator(
-    fake=lambda logits, temperature, top_k, top_p, min_p, seed, index: logits.new_empty(
+    fake=lambda logits, temperature, top_k, top_p, min_p, seed, output: logits.new_empty(
         logits.shape[0], dtype=torch.int64
     )
 )
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, index: Tensor
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, output: Tensor
 ) -> Tensor:
     """Draw one id a row from `softmax(logits / temperature)` cut to its top-k, then to its top-p, and by min-p.
 
     logits: [B, V], any float type, -inf for what is forbidden; temperature, top_p, min_p: [B] fp32; top_k: [B] int32;
-    seed, index: [B] int64. Temperature 0 takes the largest logit, the lowest id of equals. top_k 0, top_p 1 and min_p
-    0 cut nothing. With d = max(x) - x of the scaled logits x in fp32, top-k keeps the k smallest d and what ties with
+    seed, output (its number): [B] int64. Temperature 0 takes the largest logit, the lowest id of equals. top_k 0, top_p
+    1 and min_p 0 cut nothing. With d = max(x) - x of the scaled logits x in fp32, top-k keeps the k smallest d and what ties with
     the k-th, top-p those with `mass(smaller d) < top_p mass(all kept)` and always the first, min-p those with
     `d <= -log(min_p)`. Returns ids, [B] int64: the argmax of Gumbel noise - d (Gumbel 1954) over what is left. The
-    noise is a function of (seed, index, id) alone, so a row draws the same id in every batch and at every place.
+    noise is a function of (seed, output, id) alone, so a row draws the same id in every batch and at every place.
     In place of an id: NOT_FINITE for a row that holds NaN or +inf, as it is or scaled; NONE_ALLOWED for one of -inf.
     """
     greedy = temperature <= 0
@@ -99,5 +99,5 @@ def sample(
     limit = -torch.log(min_p)
     if bool(((top_k > 0) | (top_p < 1)).any()):
         limit = torch.minimum(limit, _limit(distance, top_k, top_p))
-    drawn = gumbel_scores(distance, seed, index).masked_fill_(distance > limit[:, None], -torch.inf).argmax(-1)
+    drawn = gumbel_scores(distance, seed, output).masked_fill_(distance > limit[:, None], -torch.inf).argmax(-1)
     return id_or_reason(torch.where(greedy, best, drawn), largest)

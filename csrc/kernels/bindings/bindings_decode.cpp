@@ -231,12 +231,12 @@ bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& w
 }
 
 std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
-                             const Tensor& min_p, const Tensor& seed, const Tensor& index) {
+                             const Tensor& min_p, const Tensor& seed, const Tensor& output) {
     bool fits = has_kernels(logits) && logits.dim() == 2 && (is_bf16(logits) || is_float(logits)) &&
                 logits.stride(1) == 1 && logits.size(0) <= kMaxIndex && logits.size(1) <= kMaxIndex &&
                 is_float(temperature) && is_int32(top_k) && is_float(top_p) && is_float(min_p) && is_int64(seed) &&
-                is_int64(index);
-    for (const Tensor* values : {&temperature, &top_k, &top_p, &min_p, &seed, &index}) {
+                is_int64(output);
+    for (const Tensor* values : {&temperature, &top_k, &top_p, &min_p, &seed, &output}) {
         fits = fits && values->is_contiguous();
     }
     if (!fits) return std::nullopt;
@@ -248,7 +248,7 @@ std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, co
                      .top_p = data<float>(top_p),
                      .min_p = data<float>(min_p),
                      .seed = data<int64_t>(seed),
-                     .index = data<int64_t>(index),
+                     .output = data<int64_t>(output),
                      .ids = nullptr,
                      .workspace = nullptr,
                      .rows = static_cast<int>(logits.size(0)),

@@ -54,10 +54,10 @@ __device__ __forceinline__ float race_of(float uniform, float distance) {
 }
 
 struct Noise {
-    uint64_t seed, index;
+    uint64_t seed, output;
 
     __device__ __forceinline__ Words words(int quad) const {  // of ids 4 quad .. 4 quad + 3
-        return philox(quad, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), 0,
+        return philox(quad, static_cast<uint32_t>(output), static_cast<uint32_t>(output >> 32), 0,
                       static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     }
     __device__ __forceinline__ float score(int id, float distance) const {

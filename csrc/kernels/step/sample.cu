@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kerne
 
     // Before the wait: the row and what it asks for are older than the kernel ahead.
     const Request request(p, row);
-    const Noise noise = {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.index[row])};
+    const Noise noise = {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.output[row])};
     Octet<T> x = {};
     Words words[2];
     const auto fetch = [&] {
@@ -324,7 +324,7 @@ cudaError_t sample(Sample p, cudaStream_t stream) {
         p.top_p += kRowsAtOnce;
         p.min_p += kRowsAtOnce;
         p.seed += kRowsAtOnce;
-        p.index += kRowsAtOnce;
+        p.output += kRowsAtOnce;
         p.ids += kRowsAtOnce;
     }
     return cudaSuccess;

@@ -1,5 +1,5 @@
 // The ids that `sample` draws, from logits whose vocabulary is split over the ranks of one host, in one launch over
-// peer memory. The noise is a function of (seed, index, id), cuts are by distances from the largest logit of all ranks,
+// peer memory. The noise is a function of (seed, output, id), cuts are by distances from the largest logit of all ranks,
 // masses are integers: every rank decides alike, and as one rank with the whole row would.
 //
 // A cluster of two to eight blocks holds a rank's part of a row in shared memory. Cluster c of every rank takes rows c,
@@ -53,7 +53,7 @@ constexpr int kSums = 2 * kBounds + 1;
 constexpr int kGranules = kMerged + 32;  // of an exchange: a head before a list
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr size_t kSharedLimit = 227 * 1024;
-static_assert(kBins <= kGranules && kSampleRanksMost * kSums <= kThreads && 2 * kSampleRanksMost <= 32);
+static_assert(kBins <= kGranules && kSampleRanksMax * kSums <= kThreads && 2 * kSampleRanksMax <= 32);
 
 struct alignas(16) Exchange {  // of dynamic shared memory, before the row
     uint32_t bins[kPieces][kBins];
@@ -70,7 +70,7 @@ struct alignas(16) Exchange {  // of dynamic shared memory, before the row
     int list_id[kList];
     int listed;
     // Of the leader: what came, and what all ranks agree on.
-    uint2 pulled[kSampleRanksMost * kSums];
+    uint2 pulled[kSampleRanksMax * kSums];
     Best all_best;
     float all_bound;
     int all_listed;
@@ -463,7 +463,7 @@ __device__ __forceinline__ int send_list(const SampleRanks& p, Exchange& exchang
 }
 
 __device__ __forceinline__ Noise noise_of(const SampleRanks& p, int row) {
-    return {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.index[row])};
+    return {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.output[row])};
 }
 
 // The largest distance that min-p keeps.

@@ -140,7 +140,7 @@ def divide_memory(layout: MemoryLayout, config: EngineConfig, free: int, max_tok
 
 
 class Memory:
-    """Allocates both arenas and holds a view of them for each layer of the model, by layer index; that of the MTP head
+    """Allocates both arenas and holds a view of them for each layer of the model, by its number; that of the MTP head
     comes after the last. hidden: [slots + 1, hidden], each slot's last state of the trunk, and a row for whatever
     belongs to nobody; None without a head. pages [pages, page bytes] and slots [slots, slot bytes] uint8: the arenas as
     they are moved."""

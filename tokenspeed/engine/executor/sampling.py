@@ -46,7 +46,7 @@ class Vocabulary:
     """
 
     def __init__(self, width: int, communicator: Communicator = ONE_RANK):
-        self.width, self.first = width, width * communicator.mesh.index("tp")
+        self.width, self.first = width, width * communicator.mesh.place("tp")
         self._ranks, self._communicator = communicator.mesh.size("tp"), communicator
         self.size = width * self._ranks
 

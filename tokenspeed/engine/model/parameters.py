@@ -31,8 +31,8 @@ class Part(NamedTuple):
         pairs = zip(self.data.split(widths, -2), self.scale.split([blocks(w) for w in widths], -2), strict=True)
         return [Part(data, scale) for data, scale in pairs]
 
-    def expert(self, index: int) -> "Part":
-        return Part(self.data[index], None if self.scale is None else self.scale[index])
+    def expert(self, number: int) -> "Part":
+        return Part(self.data[number], None if self.scale is None else self.scale[number])
 
 
 class Weight(nn.Module):

@@ -31,7 +31,7 @@ def rotary_frequencies(rope: RopeConfig, device: torch.device) -> tuple[Tensor, 
 
 
 def _pair_of_turns(turns: float, rope: RopeConfig) -> float:
-    """The pair index that makes `turns` full turns within the original context."""
+    """The number of the pair that makes `turns` full turns within the original context."""
     context = rope.yarn.original_max_position
     return rope.dims * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 

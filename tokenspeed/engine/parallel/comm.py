@@ -96,7 +96,7 @@ class Communicator:
 
     def reduce_scatter(self, x: Tensor, dim: int, group: str) -> Tensor:
         """This rank's slice, along `dim`, of the sum of every rank's x."""
-        return x.chunk(self.mesh.size(group), dim)[self.mesh.index(group)].contiguous()
+        return x.chunk(self.mesh.size(group), dim)[self.mesh.place(group)].contiguous()
 
 
 ONE_RANK = Communicator(Mesh())

@@ -42,7 +42,7 @@ class Mesh:
         """How many ranks a group has."""
         return {"tp": self.tp, "ep": self.ep, "expert_tp": self.world // self.ep, "world": self.world}[group]
 
-    def index(self, group: str) -> int:
+    def place(self, group: str) -> int:
         """This rank's place in its group of that name."""
         if group == "ep":
             return self.rank // self.size("expert_tp")

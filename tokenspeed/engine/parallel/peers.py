@@ -59,7 +59,7 @@ class _DrawArguments(ctypes.Structure):
         ("top_p", ctypes.c_void_p),
         ("min_p", ctypes.c_void_p),
         ("seed", ctypes.c_void_p),
-        ("index", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
         ("ids", ctypes.c_void_p),
         ("memory", ctypes.c_void_p * _RANKS),
         ("control", ctypes.c_void_p),
@@ -214,11 +214,11 @@ class PeerDraws(PeerKernel):
         top_p: Tensor,
         min_p: Tensor,
         seed: Tensor,
-        index: Tensor,
+        output: Tensor,
     ) -> Tensor:
         """`ops.sample` of the whole rows, [B] int64; the tensors as there, alike on every rank."""
         named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        named |= {"seed": seed, "index": index}
+        named |= {"seed": seed, "output": output}
         held = {name: tensor.contiguous() for name, tensor in named.items()}
         return self._call(logits, **{name: tensor.data_ptr() for name, tensor in held.items()})
 
@@ -279,7 +279,7 @@ def connect(
     """
     library = compiled_library()
     sizes = {
-        group: Limits(mesh.index(group), mesh.size(group), MAX_ROWS.get(mesh.size(group), 0), width) for group in groups
+        group: Limits(mesh.place(group), mesh.size(group), MAX_ROWS.get(mesh.size(group), 0), width) for group in groups
     }
     offers = exchange(_offer(library, sizes, mesh.size("tp"), device))
     _agree([offer if isinstance(offer, str) else "" for offer in offers])
@@ -301,7 +301,7 @@ def connect(
         if mesh.tp > 1:
             clusters = [min(counts) for counts in zip(*(offer.clusters for offer in offers), strict=True)]
             memory = addresses("tp", _DRAWS)
-            draws = PeerDraws(library, mesh.index("tp"), mesh.tp, clusters, memory, device)
+            draws = PeerDraws(library, mesh.place("tp"), mesh.tp, clusters, memory, device)
     except PeerError as error:
         failed = str(error)
     _agree(exchange(failed))

@@ -35,7 +35,7 @@ def sample(
     top_p: Tensor,
     min_p: Tensor,
     seed: Tensor,
-    index: Tensor,
+    output: Tensor,
     communicator: Communicator,
 ) -> Tensor:
     """`ops.sample` of rows whose vocabulary is split over the tp group, id for id. One launch, or eight
@@ -45,7 +45,7 @@ def sample(
     `ops.sample`, alike on every rank. Returns ids of the whole vocabulary, [B] int64, the same on every rank.
     """
     if draws := communicator.draws(logits):
-        return draws.sample(logits, temperature, top_k, top_p, min_p, seed, index)
+        return draws.sample(logits, temperature, top_k, top_p, min_p, seed, output)
     mesh, width = communicator.mesh, logits.shape[1]
     logits = logits.float()
     greedy_rows = temperature <= 0
@@ -53,7 +53,7 @@ def sample(
     largest = _largest(scaled, communicator)
     distance = largest[:, None] - scaled
     limit = torch.minimum(-torch.log(min_p), _limit(distance, top_k, top_p, communicator))
-    score = gumbel_scores(distance, seed, index, mesh.index("tp") * width)
+    score = gumbel_scores(distance, seed, output, mesh.place("tp") * width)
     score.masked_fill_(distance > limit[:, None], -torch.inf)
     ids, _ = _winner(torch.where(greedy_rows[:, None], logits, score), communicator)
     return id_or_reason(ids, largest)
@@ -69,7 +69,7 @@ def _winner(values: Tensor, communicator: Communicator) -> tuple[Tensor, Tensor]
     (value, -id) as an integer."""
     best, id = values.max(-1)
     best.nan_to_num_(torch.inf, torch.inf, -torch.inf)
-    first = communicator.mesh.index("tp") * values.shape[1]
+    first = communicator.mesh.place("tp") * values.shape[1]
     # Floats order as integers once the bits below the sign of a negative are flipped; adding 0.0 makes -0.0 equal 0.0.
     bits = (best + 0.0).view(torch.int32)
     ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()

@@ -50,7 +50,7 @@ class Split:
     def slice(self, mesh: Mesh) -> slice:
         """Which elements the mesh's rank holds."""
         pieces = self.pieces(mesh)
-        first = mesh.index(self.group) * self.count // mesh.size(self.group)
+        first = mesh.place(self.group) * self.count // mesh.size(self.group)
         return slice(first * self.width, (first + pieces) * self.width)
 
 

@@ -148,7 +148,7 @@ class Router:
             for b in self._backends.all:
                 value = {"up": int(b.alive), "requests_in_flight": b.in_flight, "work_tokens": b.work}
                 label = f'{{backend="{b.url}",kind="{b.kind}"}}'
-                lines.append(f"tokenspeed_router_{name}{label} {value.get(name, len(b.index))}")
+                lines.append(f"tokenspeed_router_{name}{label} {value.get(name, len(b.cached))}")
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # ---- one request

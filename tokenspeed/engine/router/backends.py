@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from ..server.kv_events import KvEventBatch
-from .index import PrefixIndex
+from .cached_blocks import CachedBlocks
 
 REPLICA, PREFILL, DECODE = "replica", "prefill", "decode"
 _DECODING_TOKENS = 256  # of prefill that a sequence which decodes is taken to cost others
@@ -32,7 +32,7 @@ class Backend:
     kind: str
     alive: bool = False
     peer: dict[str, Any] | None = None
-    index: PrefixIndex = field(default_factory=PrefixIndex)
+    cached: CachedBlocks = field(default_factory=CachedBlocks)
     work: int = 0
     in_flight: int = 0
     last_used: int = 0
@@ -126,7 +126,7 @@ class Backends:
         if backend.listener is not None:
             backend.listener.cancel()
             backend.listener = None
-        backend.index.clear()
+        backend.cached.clear()
 
     async def _listen(self, backend: Backend, endpoint: str) -> None:
         decoder, expected = msgspec.msgpack.Decoder(KvEventBatch), None
@@ -144,10 +144,10 @@ class Backends:
                     continue
                 sequence = int.from_bytes(number, "big")
                 if expected is not None and sequence != expected:
-                    backend.index.clear()  # something was missed: what it said before may be gone
+                    backend.cached.clear()  # something was missed: what it said before may be gone
                 expected = sequence + 1
                 for event in events:
-                    backend.index.apply(event)
+                    backend.cached.apply(event)
 
 
 def _reachable(endpoint: str, url: str) -> str:

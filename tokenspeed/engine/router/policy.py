@@ -76,7 +76,7 @@ class Policy:
     def _known(self, backend: Backend, prompt: Prompt) -> int:
         """Tokens of the prompt in its cache: as its events say, and without them all that a conversation had there."""
         if prompt.tokens is not None and backend.listener is not None:
-            return backend.index.match(prompt.tokens)
+            return backend.cached.match(prompt.tokens)
         home, size = self._homes.get(prompt.conversation, (None, None))
         return 0 if home is not backend else prompt.size if size is None else min(size, prompt.size)
 

@@ -9,7 +9,7 @@ from ..server.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvEv
 _MAX_BLOCKS = 1 << 22
 
 
-class PrefixIndex:
+class CachedBlocks:
     """Blocks by what they hold and what comes before them, as engines name them: how a name is made does not matter."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class PrefixIndex:
         return len(self._places)
 
     def apply(self, event: KvEvent) -> None:
-        """Mutates the index. What an engine says twice, or of blocks that are not known, changes nothing."""
+        """Mutates it. What an engine says twice, or of blocks that are not known, changes nothing."""
         match event:
             case BlockStored(hashes, parent, tokens, size):
                 if size < 1 or len(tokens) != size * len(hashes) or len(self._places) > _MAX_BLOCKS:
