@@ -148,7 +148,7 @@ def compile_file(nvcc: Path, source: Path, key: str) -> Report:
 
 
 def check(report: Report, budgets: dict[str, Budget], sass: str | None) -> list[str]:
-    """What is wrong with a compiled file, in words."""
+    """What is wrong with a compiled file, as a sentence."""
     faults = [f"{report.file}: does not compile"] if report.failed else []
     faults += [f"{report.file}: {line}" for line in report.warnings if re.search(r"C75\d\d", line)]
     for kernel in report.kernels:

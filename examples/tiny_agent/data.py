@@ -23,7 +23,7 @@ class Exchange:
 
 
 @dataclass(slots=True)
-class Conversation:
+class Transcript:
     """Tools, an optional system prompt and exchanges; without `thinking` no turn may reason."""
 
     tools: list[dict]
@@ -84,7 +84,7 @@ class Generator:
         self.total = (r.choice(words.TOTAL_NAMES), r.choice(words.TOTAL_PARAMETERS))
         self.offered = offered
         thinking = r.random() < 0.7
-        self.conversation = Conversation(self._tools(), self._system(), thinking)
+        self.conversation = Transcript(self._tools(), self._system(), thinking)
 
     def next_exchange(self) -> Exchange:
         """Draws the next request among those that fit the tools and facts at hand."""
@@ -280,7 +280,7 @@ class Generator:
         return Exchange(messages, ("tool call", "tool call", "tool answer"))
 
 
-def generate(seed: int, exchanges: int) -> Conversation:
+def generate(seed: int, exchanges: int) -> Transcript:
     """The conversation of `seed`, with this many exchanges."""
     generator = Generator(seed)
     conversation = generator.conversation

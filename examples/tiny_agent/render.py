@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 
-from examples.tiny_agent.data import Conversation, Exchange
+from examples.tiny_agent.data import Exchange, Transcript
 
 
 class Part(Enum):
@@ -25,7 +25,7 @@ class Piece:
     kind: str = ""  # of an ANSWER: the kind of turn
 
 
-def render_head(conversation: Conversation) -> list[Piece]:
+def render_head(conversation: Transcript) -> list[Piece]:
     """The system turn: tools as JSON lines, then the system prompt; nothing when there is neither."""
     blocks = []
     if conversation.tools:
@@ -61,7 +61,7 @@ def render_exchange(exchange: Exchange, thinking: bool, last: bool) -> list[Piec
     return pieces
 
 
-def render(conversation: Conversation) -> list[Piece]:
+def render(conversation: Transcript) -> list[Piece]:
     """The whole conversation, as its template renders it after the last answer."""
     pieces = render_head(conversation)
     for i, exchange in enumerate(conversation.exchanges):

@@ -40,7 +40,7 @@ def test_expert_slices_meet_in_pairs_of_expert_group_and_slice(mesh):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         ((0, 1), ["tp", "0"]),
         ((1, -2), ["ep", "-2"]),
@@ -49,10 +49,10 @@ def test_expert_slices_meet_in_pairs_of_expert_group_and_slice(mesh):
         ((2, 1, -1), ["rank -1"]),
     ],
 )
-def test_meshes_that_cannot_be_are_refused_with_the_numbers(arguments, words):
+def test_meshes_that_cannot_be_are_refused_with_the_numbers(arguments, expected):
     with pytest.raises(ConfigError) as error:
         Mesh(*arguments)
-    for word in words:
+    for word in expected:
         assert word in str(error.value)
 
 
@@ -67,7 +67,7 @@ def test_a_split_deals_every_piece_out_evenly_and_in_order(ranks, each, width, c
 
 
 @pytest.mark.parametrize(
-    ("raw", "mesh", "words"),
+    ("raw", "mesh", "expected"),
     [
         (models.config(False, 2, linear_num_key_heads=2), Mesh(4), ["linear_num_key_heads", "2", "4 ranks", "'tp'"]),
         (
@@ -84,10 +84,10 @@ def test_a_split_deals_every_piece_out_evenly_and_in_order(ranks, each, width, c
         (models.config(False, 2), Mesh(1, 2), ["ep is 2", "dense"]),
     ],
 )
-def test_models_that_do_not_split_are_refused_with_the_dimension_and_the_group(raw, mesh, words):
+def test_models_that_do_not_split_are_refused_with_the_dimension_and_the_group(raw, mesh, expected):
     with pytest.raises(ConfigError) as error:
         rank_share(ModelConfig.from_dict(raw), mesh)
-    for word in words:
+    for word in expected:
         assert word in str(error.value)
 
 

@@ -47,7 +47,7 @@ def test_mistakes_are_named(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         (["--size", "397B-A17B"], ["the weights take", "GiB", "are free"]),
         (
@@ -56,9 +56,9 @@ def test_mistakes_are_named(capsys):
         ),
     ],
 )
-def test_what_is_larger_than_memory_is_refused_before_anything_is_allocated(arguments, words, capsys, monkeypatch):
+def test_what_is_larger_than_memory_is_refused_before_anything_is_allocated(arguments, expected, capsys, monkeypatch):
     made = []
     monkeypatch.setattr(rank, "random_model", lambda *_: made.append(1))
     assert rank.main([*arguments, "--device", "cpu"]) == 1 and not made
     error = capsys.readouterr().err
-    assert all(word in error for word in words), error
+    assert all(word in error for word in expected), error

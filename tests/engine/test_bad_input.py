@@ -46,7 +46,7 @@ def runs_on(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "expected"),
     [
         (Request("a", (), SamplingParams()), ["empty"]),
         (Request("a", (1, VOCAB), SamplingParams()), [str(VOCAB), "position 1"]),
@@ -58,11 +58,11 @@ def runs_on(bench: Bench) -> None:
         (Request("a", prompt_of(128), SamplingParams(max_tokens=None)), ["128"]),
     ],
 )
-def test_a_request_that_can_never_run_is_refused_and_leaves_nothing(wrong, words):
+def test_a_request_that_can_never_run_is_refused_and_leaves_nothing(wrong, expected):
     bench = Bench(Setting(pages=2, slots=1))
     with pytest.raises(RequestError) as error:
         bench.submit(wrong)
-    for word in words:
+    for word in expected:
         assert word in str(error.value)
     assert not bench.engine.has_work and not bench.engine.abort("a")
     runs_on(bench)

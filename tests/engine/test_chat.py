@@ -102,7 +102,7 @@ def test_an_option_that_is_none_is_named(llm):
 
 
 @pytest.mark.parametrize(
-    ("formats", "words"),
+    ("formats", "expected"),
     [
         ({"response_format": FORM, "structured_outputs": {"regex": "a"}}, "one is needed"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, "grammar"),
@@ -113,8 +113,8 @@ def test_an_option_that_is_none_is_named(llm):
         ({"response_format": {"type": "xml"}}, "xml"),
     ],
 )
-def test_formats_that_cannot_be_kept_are_named(formats, words):
-    with pytest.raises(RequestError, match=words):
+def test_formats_that_cannot_be_kept_are_named(formats, expected):
+    with pytest.raises(RequestError, match=expected):
         Format(**formats).spec(ToolGrammars())
 
 

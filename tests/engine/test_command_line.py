@@ -74,7 +74,7 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         (["generate", "x", "--model", "./nowhere"], ["nowhere"]),
         (["generate", "x", "--file", "also.txt"], ["--file"]),
@@ -109,11 +109,11 @@ def test_generate_offers_tools_to_the_model(capsys, tmp_path):
         (["info", "--size", "5B"], ["5B", "35B-A3B"]),
     ],
 )
-def test_mistakes_end_with_one_line_that_names_them(capsys, arguments, words):
+def test_mistakes_end_with_one_line_that_names_them(capsys, arguments, expected):
     assert main(arguments) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("error: ")
-    for word in words:
+    for word in expected:
         assert word in err
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.commands.chat import _COMMANDS, Chat, read_message
-from tokenspeed.engine.commands.conversation import Dialogue
+from tokenspeed.engine.commands.dialogue import Dialogue
 from tokenspeed.engine.errors import RequestError
 from tokenspeed.engine.llm import LLM
 
@@ -187,7 +187,7 @@ def test_commands_do_what_help_says(conversation, capsys, tmp_path):
     chat = Chat(conversation)
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     saved = tmp_path / "saved.json"
-    for line, words in (
+    for line, expected in (
         ("/help", list(_COMMANDS)),
         ("/system Be brief.", ["Be brief."]),
         (f"/tools {tmp_path / 'tools.json'}", ["calc"]),
@@ -206,10 +206,15 @@ def test_commands_do_what_help_says(conversation, capsys, tmp_path):
     ):
         assert chat.take(line), line
         out = capsys.readouterr().out
-        assert not [word for word in words if word not in out], (line, out)
-    for line, words in (("/nonsense", "/help"), ("/set x 1", "'x'"), ("/load nowhere", "nowhere"), ("/result", "call")):
+        assert not [word for word in expected if word not in out], (line, out)
+    for line, expected in (
+        ("/nonsense", "/help"),
+        ("/set x 1", "'x'"),
+        ("/load nowhere", "nowhere"),
+        ("/result", "call"),
+    ):
         assert not chat.take(line)
-        assert words in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     assert not chat.ended
     chat.take("/quit")
     assert chat.ended

@@ -67,8 +67,8 @@ def test_every_line_has_its_result_in_order_and_broken_ones_fail_alone(tmp_path)
     assert last["outputs"][0]["message"]["content"] == "Hello! How can I help?"
     assert last["usage"] == {"prompt_tokens": 14, "cached_tokens": 9, "completion_tokens": 16}
     assert [error["line"] for error in errors] == list(range(5, 5 + len(broken)))
-    for error, (_, words) in zip(errors, broken, strict=True):
-        assert words in error["error"]["message"], error
+    for error, (_, expected) in zip(errors, broken, strict=True):
+        assert expected in error["error"]["message"], error
         assert error["error"]["type"] in ("RequestError", "CapacityError")
 
 

@@ -57,7 +57,7 @@ def test_rope_is_read_as_transformers_reads_it(fields):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected"),
     [
         ({"model_type": "llama"}, ["model_type", "'llama'", "qwen3_5"]),
         ({"model_type": None}, ["model_type"]),
@@ -80,10 +80,10 @@ def test_rope_is_read_as_transformers_reads_it(fields):
         ({"text_config": [1]}, ["text configuration", "list"]),
     ],
 )
-def test_unusable_values_are_named(change, words):
+def test_unusable_values_are_named(change, expected):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_dict(GOOD | change)
-    for word in words:
+    for word in expected:
         assert word in str(error.value)
 
 

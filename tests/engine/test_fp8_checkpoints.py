@@ -49,11 +49,11 @@ def same(a: Qwen3_5, b: Qwen3_5) -> bool:
     return all(p.dtype == q.dtype and torch.equal(bits(p), bits(q)) for p, q in pairs)
 
 
-def refused(made: Official, directory, *words: str, quantization: str = "auto") -> None:
+def refused(made: Official, directory, *expected: str, quantization: str = "auto") -> None:
     made.write(directory)
     with pytest.raises(ConfigError) as error:
         load(directory, quantization)
-    for word in words:
+    for word in expected:
         assert word in str(error.value), f"{word!r} is not in: {error.value}"
 
 
@@ -263,7 +263,7 @@ def test_both_layouts_of_experts_at_once_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected"),
     [
         ({"fmt": "e5m2"}, ["fmt 'e5m2'", "e4m3"]),
         ({"activation_scheme": "static"}, ["activation_scheme 'static'", "dynamic"]),
@@ -272,9 +272,9 @@ def test_both_layouts_of_experts_at_once_are_refused(tmp_path):
         ({"modules_to_not_convert": "lm_head"}, ["modules_to_not_convert", "lm_head", "list"]),
     ],
 )
-def test_other_kinds_of_fp8_are_named(official, change, words):
+def test_other_kinds_of_fp8_are_named(official, change, expected):
     made, directory = official
-    refused(replace(made, quantization=change), directory, *words)
+    refused(replace(made, quantization=change), directory, *expected)
 
 
 def test_every_product_of_the_family_can_be_held_in_fp8(released):

@@ -117,13 +117,13 @@ def test_later_releases_are_known_by_name():
 def test_a_rank_whose_part_would_cut_a_block_names_the_dimension(capsys):
     assert main(["info", "--size", "0.8B", "--quantization", "fp8", "--tp", "4"]) == 0
     capsys.readouterr()
-    for size, options, words in (
+    for size, options, expected in (
         ("0.8B", ("--tp", "8"), ("intermediate_size 3584", "448", "'tp'", "128")),
         ("35B-A3B", ("--tp", "8"), ("shared_expert_intermediate_size 512", "64", "'world'")),
         ("35B-A3B", ("--tp", "8", "--ep", "8"), ("shared_expert_intermediate_size 512", "64")),
     ):
         assert main(["info", "--size", size, "--quantization", "fp8", *options]) == 1
         error = capsys.readouterr().err
-        assert all(word in error for word in (*words, "--quantization none")), error
+        assert all(word in error for word in (*expected, "--quantization none")), error
         assert main(["info", "--size", size, *options]) == 0
         capsys.readouterr()

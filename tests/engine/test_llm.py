@@ -72,7 +72,7 @@ def test_generation_ends_with_its_reason(llm):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
+    ("prompt", "expected"),
     [
         ([], ["empty"]),
         ([1, 2, 10**6], ["1000000", "position 2"]),
@@ -80,10 +80,10 @@ def test_generation_ends_with_its_reason(llm):
         ([1] * 8190, ["8190", "8192", "YaRN"]),
     ],
 )
-def test_prompts_that_cannot_be_taken_are_refused_with_the_numbers(llm, prompt, words):
+def test_prompts_that_cannot_be_taken_are_refused_with_the_numbers(llm, prompt, expected):
     with pytest.raises(RequestError) as error:
         llm.generate([prompt], SamplingParams(max_tokens=8))
-    for word in words:
+    for word in expected:
         assert word in str(error.value)
 
 

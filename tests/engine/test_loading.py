@@ -15,12 +15,12 @@ from tokenspeed.engine.sizes import PUBLISHED
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "words"),
+    ("size", "dtype", "expected"),
     [("27B", torch.bfloat16, "50.10 GiB as bfloat16"), ("397B-A17B", torch.float32, "1476.51 GiB as float32")],
 )
-def test_a_model_larger_than_memory_is_refused_with_the_numbers(size, dtype, words):
+def test_a_model_larger_than_memory_is_refused_with_the_numbers(size, dtype, expected):
     empty = Qwen3_5.empty(PUBLISHED[size], dtype, torch.device("meta"))
-    with pytest.raises(CapacityError, match=f"take {words}, and 10.00 GiB of cpu memory are free"):
+    with pytest.raises(CapacityError, match=f"take {expected}, and 10.00 GiB of cpu memory are free"):
         loading.check_weights(empty, 10 << 30, "cpu")
     loading.check_weights(empty, 2000 << 30, "cpu")
 

@@ -105,7 +105,7 @@ PLACED = '{"pages": [%s], "prefill": [[[9], 0, 0, %d, 5]]}'  # one row of index 
 
 
 @pytest.mark.parametrize(
-    ("number", "line", "words"),
+    ("number", "line", "expected"),
     [
         (1, "", ["line 1"]),
         (1, "{}", ["line 1", "model"]),
@@ -130,25 +130,25 @@ PLACED = '{"pages": [%s], "prefill": [[[9], 0, 0, %d, 5]]}'  # one row of index 
         (3, f'{{"step": {PLACED % ("[5, 0, [0]]", 9)}, "edits": [], "logits": ""}}', ["line 3", "out of range"]),
     ],
 )
-def test_what_is_no_log_is_refused_with_the_line(log, tmp_path, number, line, words):
+def test_what_is_no_log_is_refused_with_the_line(log, tmp_path, number, line, expected):
     lines = log.read_text().splitlines()
     path = tmp_path / "log"
     path.write_text("\n".join([*lines[: number - 1], line, *lines[number:]]) + "\n", encoding="latin-1")
     with pytest.raises(LogError) as error:
         replay(path, SHIPPED)
-    for word in words:
+    for word in expected:
         assert word in str(error.value)
 
 
 def test_files_that_are_empty_or_missing_or_of_another_model_are_refused(log, tmp_path):
     path = tmp_path / "log"
-    for prepare, words in (
+    for prepare, expected in (
         (lambda: None, "cannot be read"),
         (lambda: path.write_text(""), "empty"),
         (lambda: rewritten(log, path, 1, lambda header: header.update(vocabulary=5)), "5 ids"),
     ):
         prepare()
-        with pytest.raises(LogError, match=words):
+        with pytest.raises(LogError, match=expected):
             replay(path, SHIPPED)
     with pytest.raises(LogError, match="cannot be written"):
         StepLog(tmp_path, LLM(progress=False, max_num_seqs=1).engine, "x")

@@ -41,9 +41,9 @@ class Typist:
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
 
-    def until(self, words: str, seconds: float = 20) -> None:
+    def until(self, expected: str, seconds: float = 20) -> None:
         end = time.monotonic() + seconds
-        while words not in self.shown:
+        while expected not in self.shown:
             assert time.monotonic() < end, self.shown
             if select.select([self._terminal], [], [], 0.1)[0]:
                 self.shown += os.read(self._terminal, 4096).decode(errors="replace")

@@ -140,10 +140,10 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def refused(directory, *words: str) -> None:
+def refused(directory, *expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(directory)
-    for word in words:
+    for word in expected:
         assert word in str(error.value), f"{word!r} is not in: {error.value}"
 
 

@@ -261,7 +261,7 @@ def test_an_endpoint_that_listens_everywhere_is_reached_at_its_server():
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, expected",
     [
         ([], "--replica URL or --decode URL is needed"),
         (["--replica", "localhost:1"], "'localhost:1' is no server's URL"),
@@ -274,9 +274,9 @@ def test_an_endpoint_that_listens_everywhere_is_reached_at_its_server():
         (["--replica", "http://a:1", "--port", "70000"], "--port is 70000"),
     ],
 )
-def test_what_cannot_be_routed_is_refused_by_name(options, words, capsys):
+def test_what_cannot_be_routed_is_refused_by_name(options, expected, capsys):
     assert main(["route", *options]) == 1
-    assert words in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_a_prefill_is_asked_for_no_more_than_its_prompt():

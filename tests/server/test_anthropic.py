@@ -79,7 +79,7 @@ def test_what_cannot_be_done_is_a_400_that_names_it(client, changes, word):
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "expected"),
     [
         ({"thinking": {"type": []}}, "thinking: Value error, its type is []"),
         ({"thinking": {"type": "enabled", "budget_tokens": 2**64}}, "budget_tokens is 18446744073709551616"),
@@ -88,10 +88,10 @@ def test_what_cannot_be_done_is_a_400_that_names_it(client, changes, word):
         ({"tool_choice": {}}, "its type is None"),
     ],
 )
-def test_a_type_that_is_no_string_and_a_budget_without_end_are_refused(server, more, words):
+def test_a_type_that_is_no_string_and_a_budget_without_end_are_refused(server, more, expected):
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1} | more
     answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=30)
-    assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+    assert answer.status_code == 400 and expected in answer.json()["error"]["message"], answer.text
 
 
 def test_a_system_message_among_the_others_is_folded_into_the_system_text(client):

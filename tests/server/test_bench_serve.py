@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.bench.endpoint import Answer, Endpoint, Events
 from tokenspeed.engine.bench.load import Client, Figures, Level, Run
-from tokenspeed.engine.bench.workload import PRESETS, WORDS, Calibration, Conversation, make_conversations, text
+from tokenspeed.engine.bench.workload import PRESETS, WORDS, Calibration, UserTurns, make_conversations, text
 from tokenspeed.engine.server.metrics import Metrics
 
 
@@ -74,7 +74,7 @@ def test_every_figure_follows_from_the_times_of_the_events():
         yield from (0.125, chunk(finish_reason="length", usage=usage(100, 6)))
         yield from (0.5, data({"choices": [], "usage": usage(100, 6, 40 * (number - 1))}), DONE)
 
-    run, _, found = talk(script, [Conversation("", ("a", "b"))])
+    run, _, found = talk(script, [UserTurns("", ("a", "b"))])
     assert [answer.error for answer in run.answers] == [None, None]
     assert found.ttft_ms == (500, 1000, 1000)
     assert found.itl_ms == (125, 250, 250)
@@ -89,7 +89,7 @@ def test_every_figure_follows_from_the_times_of_the_events():
 
 
 def test_without_usage_events_are_tokens_and_what_is_unknown_is_none():
-    _, _, found = talk(lambda number: (0.5, chunk("a"), 0.25, chunk("b"), DONE), [Conversation("", ("a",))])
+    _, _, found = talk(lambda number: (0.5, chunk("a"), 0.25, chunk("b"), DONE), [UserTurns("", ("a",))])
     assert (found.prompt_tokens, found.output_tokens, found.hit_rate) == (None, 2, None)
     assert found.tpot_ms.p50 == 250 and found.total_tok_s == found.output_tok_s == 2 / 0.75
 
@@ -115,7 +115,7 @@ def test_a_turn_has_the_answers_before_it_in_its_history():
     def script(number):
         return (chunk(reasoning_content=f"so {number}"), chunk(f"answer {number}"), DONE)
 
-    _, transport, _ = talk(script, [Conversation("be brief", ("first", "second", "third"))])
+    _, transport, _ = talk(script, [UserTurns("be brief", ("first", "second", "third"))])
     head = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "first"}]
     one = {"role": "assistant", "content": "answer 1", "reasoning_content": "so 1"}
     assert transport.bodies[0]["messages"] == head
@@ -125,7 +125,7 @@ def test_a_turn_has_the_answers_before_it_in_its_history():
 
 
 def test_a_failed_turn_ends_its_conversation_and_the_rest_is_not_sent():
-    conversations = [Conversation("", ("a", "b", "c")), Conversation("", ("d",))]
+    conversations = [UserTurns("", ("a", "b", "c")), UserTurns("", ("d",))]
     run, transport, found = talk(lambda n: (chunk("x"), *([] if n == 1 else [DONE])), conversations)
     assert len(transport.bodies) == 2
     assert (found.requests, found.failed, found.unsent) == (1, 1, 2)
@@ -138,7 +138,7 @@ async def ask_once(url: str, timeout: float = 20.0) -> Answer:
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "script"),
+    ("kind", "expected", "script"),
     [
         ("HTTP 429", "slow down", [respond("429 Too Many Requests", "slow down")]),
         ("HTTP 307", "", [respond("307 Temporary Redirect", head="location: http://127.0.0.1:9/\r\n")]),
@@ -153,10 +153,10 @@ async def ask_once(url: str, timeout: float = 20.0) -> Answer:
         ("timeout", "within 0.2 s", [STREAM, chunk("one"), 5.0, DONE]),
     ],
 )
-def test_each_failure_has_a_kind_and_words(kind, words, script):
+def test_each_failure_has_a_kind_and_a_message(kind, expected, script):
     with FakeEndpoint(lambda body: script) as fake:
         answer = asyncio.run(ask_once(fake.url, 0.2 if kind == "timeout" else 20.0))
-    assert answer.error == kind and words in answer.detail
+    assert answer.error == kind and expected in answer.detail
     assert answer.ended > answer.asked
 
 
@@ -208,7 +208,7 @@ def test_a_closed_loop_has_as_many_requests_at_once_as_users(users, capsys):
 
 
 def test_an_open_loop_asks_at_poisson_times_and_counts_from_when_a_request_was_due():
-    conversations = [Conversation("", ("a", "b")) for _ in range(6)]
+    conversations = [UserTurns("", ("a", "b")) for _ in range(6)]
 
     async def work(url: str) -> Run:
         async with Endpoint(url, connections=1) as endpoint:
@@ -343,7 +343,7 @@ def test_failures_are_in_the_table_with_their_words(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "expected"),
     [
         (["--url", "ftp://x"], "http://HOST:PORT"),
         (["--url", "localhost:8000"], "http://HOST:PORT"),
@@ -359,12 +359,12 @@ def test_failures_are_in_the_table_with_their_words(capsys):
         (["--json", "/not/there.json"], "/not/there.json"),
     ],
 )
-def test_bad_options_are_explained(options, words, capsys):
+def test_bad_options_are_explained(options, expected, capsys):
     with FakeEndpoint() as fake:
         given = ["--url", fake.url, "--preset", "chat", "--conversations", "1", "--quiet"]
         assert main(["bench", "serve", *given, *options]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and words in error
+    assert error.startswith("error: ") and expected in error
 
 
 def test_an_endpoint_that_refuses_or_is_not_there_is_an_error(capsys):

@@ -195,7 +195,7 @@ def test_engines_of_two_ranks_exchange_state_rank_by_rank(server):
 
 
 @pytest.mark.parametrize(
-    "who, given, words",
+    "who, given, expected",
     [
         ("prefill", {}, "do_remote_decode alone"),
         ("prefill", {"do_remote_prefill": True}, "role is 'prefill'"),
@@ -207,11 +207,11 @@ def test_engines_of_two_ranks_exchange_state_rank_by_rank(server):
         ("neither", {"do_remote_decode": True}, "--role"),
     ],
 )
-def test_what_a_server_is_not_there_for_is_refused_by_name(parts, server, who, given, words):
+def test_what_a_server_is_not_there_for_is_refused_by_name(parts, server, who, given, expected):
     url = {"prefill": parts[0], "decode": parts[1], "neither": server}[who].url
     body = {"prompt": "a", "max_tokens": 1, "kv_transfer_params": given}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-    assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and expected in answer.json()["error"]["message"]
 
 
 def test_a_name_that_was_used_is_refused(parts):

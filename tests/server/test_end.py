@@ -203,9 +203,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("options", "words"), WRONG, ids=[" ".join(options) for options, _ in WRONG])
-def test_options_that_mean_nothing_are_refused(options, words, capsys):
+@pytest.mark.parametrize(("options", "expected"), WRONG, ids=[" ".join(options) for options, _ in WRONG])
+def test_options_that_mean_nothing_are_refused(options, expected, capsys):
     from tokenspeed.engine.__main__ import main
 
     assert main(["serve", *options]) == 1
-    assert words in capsys.readouterr().err
+    assert expected in capsys.readouterr().err

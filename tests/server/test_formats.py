@@ -66,7 +66,7 @@ def ask(server, key="one", path="/v1/chat/completions", **more):
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_with_the_limit_and_nobody_waits(running, name):
-    asked, words = BOMBS[name]
+    asked, expected = BOMBS[name]
     ask(running, "two", response_format=schema_format(SMALL))
     slowest, stop, numbers = [0.0, 0.0], threading.Event(), itertools.count()
 
@@ -92,7 +92,7 @@ def test_a_bomb_is_refused_with_the_limit_and_nobody_waits(running, name):
     watcher.join()
     assert answer.status_code == 400, answer.text
     message = answer.json()["error"]["message"]
-    assert words in message, message
+    assert expected in message, message
     # For ever, where it waits; and a machine that is slow without a bomb is slow with one.
     assert slowest[0] < max(2, 20 * alone[0]) and slowest[1] < max(8, 20 * alone[1]), (slowest, alone)
 

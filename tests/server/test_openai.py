@@ -221,7 +221,7 @@ def test_thinking_can_be_turned_off(client):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "expected"),
     [
         ({"messages": []}, ["messages"]),
         ({"messages": [{"role": "wizard", "content": "x"}]}, ["wizard"]),
@@ -243,11 +243,11 @@ def test_thinking_can_be_turned_off(client):
         ({"tool_choice": "required"}, ["required"]),
     ],
 )
-def test_what_cannot_be_done_is_a_400_that_names_it(client, changes, words):
+def test_what_cannot_be_done_is_a_400_that_names_it(client, changes, expected):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**{"messages": KELP, **GREEDY, **changes})
-    for word in words:
-        assert word in str(error.value)
+    for text in expected:
+        assert text in str(error.value)
 
 
 def test_a_prompt_that_does_not_fit_is_told_in_openais_words(client):

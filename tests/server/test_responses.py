@@ -165,7 +165,7 @@ def test_the_memory_of_responses_is_bounded():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "expected"),
     [
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
@@ -177,6 +177,6 @@ def test_the_memory_of_responses_is_bounded():
         ({"max_output_tokens": 100000}, "maximum context length is 8192"),
     ],
 )
-def test_what_cannot_be_done_is_a_400_that_names_it(server, changes, words):
+def test_what_cannot_be_done_is_a_400_that_names_it(server, changes, expected):
     answer = httpx.post(f"{server.url}/v1/responses", json={"input": "Hello!", "model": "tiny"} | changes)
-    assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and expected in answer.json()["error"]["message"]

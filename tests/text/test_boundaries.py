@@ -236,7 +236,7 @@ def test_a_mark_gives_the_end_of_its_message(tokenizer, template, index):
 
 @pytest.mark.parametrize("marks", [[-1], [2], [0, 0, 0, 0, 0]])
 def test_marks_that_name_no_message_or_are_too_many_are_a_request_error(template, marks):
-    with pytest.raises(RequestError, match=r"marks are \[.*\]; give at most 4 indices of the 2 messages"):
+    with pytest.raises(RequestError, match=r"marks are \[.*\]; give at most 4 numbers of the 2 messages"):
         template.encode([SYSTEM, QUERY], marks=marks)
 
 

@@ -137,14 +137,14 @@ def test_reasoning_is_free_text_that_ends_with_the_closing_token_and_not_before(
 
 
 def test_a_mask_has_a_bit_for_each_logit_and_is_written_where_asked(compiler, tokenizer):
-    words = -(-(tokenizer.vocab_size + PADDING) // 32)
+    size = -(-(tokenizer.vocab_size + PADDING) // 32)
     matcher = compiler.compile(json_object()).matcher()
     mask = matcher.mask()
-    assert mask.dtype == np.int32 and mask.shape == (words,)
-    rows = np.full((3, words), 7, np.int32)
+    assert mask.dtype == np.int32 and mask.shape == (size,)
+    rows = np.full((3, size), 7, np.int32)
     assert np.shares_memory(matcher.mask(rows[1]), rows)
     assert (rows[1] == mask).all() and (rows[[0, 2]] == 7).all()
-    for wrong in (np.zeros(words + 1, np.int32), np.zeros(words, np.int64), np.zeros((words, 2), np.int32)[:, 0]):
+    for wrong in (np.zeros(size + 1, np.int32), np.zeros(size, np.int64), np.zeros((size, 2), np.int32)[:, 0]):
         with pytest.raises(ValueError, match="must be contiguous int32"):
             matcher.mask(wrong)
 
@@ -207,9 +207,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("make", "words"), BAD, ids=range(len(BAD)))
-def test_what_cannot_be_enforced_is_a_request_error_with_the_reason(compiler, make, words):
-    with pytest.raises(RequestError, match=words) as caught:
+@pytest.mark.parametrize(("make", "expected"), BAD, ids=range(len(BAD)))
+def test_what_cannot_be_enforced_is_a_request_error_with_the_reason(compiler, make, expected):
+    with pytest.raises(RequestError, match=expected) as caught:
         compiler.compile(make())
     assert len(str(caught.value)) < 500
 

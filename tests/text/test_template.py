@@ -182,9 +182,9 @@ BAD_MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("messages, words", BAD_MESSAGES, ids=[words[:40] for _, words in BAD_MESSAGES])
-def test_a_bad_message_is_a_request_error_that_names_the_place_and_the_value(template, messages, words):
-    with pytest.raises(RequestError, match=words):
+@pytest.mark.parametrize("messages, expected", BAD_MESSAGES, ids=[expected[:40] for _, expected in BAD_MESSAGES])
+def test_a_bad_message_is_a_request_error_that_names_the_place_and_the_value(template, messages, expected):
+    with pytest.raises(RequestError, match=expected):
         template.render(messages)
 
 

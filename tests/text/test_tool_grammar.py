@@ -268,10 +268,10 @@ CANNOT = [
 ]
 
 
-@pytest.mark.parametrize(("tools", "words"), CANNOT, ids=range(len(CANNOT)))
-def test_a_strict_tool_that_cannot_be_enforced_is_a_request_error_with_the_reason(tools, words):
+@pytest.mark.parametrize(("tools", "expected"), CANNOT, ids=range(len(CANNOT)))
+def test_a_strict_tool_that_cannot_be_enforced_is_a_request_error_with_the_reason(tools, expected):
     for choice in ("auto", "required", {"name": "f"}):
-        with pytest.raises(RequestError, match=words):
+        with pytest.raises(RequestError, match=expected):
             specs(tools, choice)
 
 

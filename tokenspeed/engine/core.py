@@ -455,8 +455,8 @@ class Engine:
                 raise RequestError(
                     "thinking_token_budget needs a model that marks reasoning with <think> and </think>."
                 )
-            words = -(-self.vocabulary // 32)
-            constraints.append(ThinkingBudget(params.thinking_token_budget, request.prompt, start, end, words))
+            size = -(-self.vocabulary // 32)
+            constraints.append(ThinkingBudget(params.thinking_token_budget, request.prompt, start, end, size))
         return constraints
 
 

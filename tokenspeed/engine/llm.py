@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .chat.collector import Collector
 from .chat.conversation import Conversation
 from .chat.formats import Format
-from .chat.turn import Conversations, PreparedTurn, TurnReader
+from .chat.turn import PreparedTurn, TurnReader, Turns
 from .checkpoint import resolve
 from .config import EngineConfig
 from .core import Engine
@@ -77,7 +77,7 @@ class LLM:
         except TypeError as error:
             raise ConfigError(f"unknown engine setting: {error}") from None
         self.frontend = Frontend.from_directory(resolve(model, config.load_format))
-        self.conversations = Conversations(self.frontend)
+        self.turns = Turns(self.frontend)
         self.engine = load_engine(self.frontend, config, progress)
         self._ids = itertools.count()
 
@@ -98,7 +98,7 @@ class LLM:
         """
         prompts = [prompts] if _is_prompt(prompts) else list(prompts)
         params = self._params(sampling_params, len(prompts))
-        grammar = self.conversations.grammar(Format.of_text(response_format, structured_outputs))
+        grammar = self.turns.grammar(Format.of_text(response_format, structured_outputs))
         requests = [self.frontend.request(self._id(), *pair) for pair in zip(prompts, params, strict=True)]
         tokenizer = self.frontend.tokenizer
         collectors = [
@@ -125,22 +125,22 @@ class LLM:
             for messages, own in zip(conversations, params, strict=True)
         ]
         requests = [turn.request for turn in turns]
-        readers = [TurnReader(self.conversations, turn) for turn in turns]
+        readers = [TurnReader(self.turns, turn) for turn in turns]
         collectors = [
             Collector(self.frontend.tokenizer, request, None, reader)
             for request, reader in zip(requests, readers, strict=True)
         ]
-        grammars = [self.conversations.grammar(turn.format) for turn in turns]
+        grammars = [self.turns.grammar(turn.format) for turn in turns]
         return self._run(requests, grammars, collectors, progress)
 
     def prepare(self, chat: Conversation, params: SamplingParams | None = None) -> PreparedTurn:
         """A conversation ready for `follow_turn`. Raises RequestError for what cannot be asked."""
-        return self.conversations.prepare(self._id(), chat, params or self.frontend.sampling_params())
+        return self.turns.prepare(self._id(), chat, params or self.frontend.sampling_params())
 
     def follow_turn(self, turn: PreparedTurn) -> Iterator[tuple[Update, list[TurnEvent]]]:
         """Answer a conversation and yield the news as they come, each with what it adds to the turn. As `stream`."""
-        reader = TurnReader(self.conversations, turn)
-        with contextlib.closing(self.follow([turn.request], [self.conversations.grammar(turn.format)])) as news:
+        reader = TurnReader(self.turns, turn)
+        with contextlib.closing(self.follow([turn.request], [self.turns.grammar(turn.format)])) as news:
             for _, update in news:
                 yield update, reader.take(update)
 
@@ -173,7 +173,7 @@ class LLM:
 
     def encode_chat(self, messages: list[dict], tools: list[dict] | None = None, **options) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks; options as in `chat`."""
-        return self.conversations.encode(_conversation(messages, tools, options)).ids
+        return self.turns.encode(_conversation(messages, tools, options)).ids
 
     def _params(self, given, count: int) -> list[SamplingParams]:
         given = given or self.frontend.sampling_params()
@@ -272,11 +272,11 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """The growing answer to a conversation; as `LLM.chat` and `generate`."""
         params = sampling_params or self.frontend.sampling_params()
-        conversations = self._llm.conversations
-        turn = conversations.prepare(request_id or self._id(), _conversation(messages, tools, options), params)
-        reader = TurnReader(conversations, turn)
+        turns = self._llm.turns
+        turn = turns.prepare(request_id or self._id(), _conversation(messages, tools, options), params)
+        reader = TurnReader(turns, turn)
         collector = Collector(self.frontend.tokenizer, turn.request, None, reader)
-        grammar = conversations.grammar(turn.format)
+        grammar = turns.grammar(turn.format)
         async for output in self._follow(turn.request, grammar, collector):
             yield output
 

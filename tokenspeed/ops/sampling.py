@@ -34,15 +34,15 @@ def noise_bits(seed: Tensor, output: Tensor, vocabulary: int, first: int = 0) ->
     """
     quads = torch.arange(first // 4, -(-(first + vocabulary) // 4), device=seed.device)
     counter = [quads[None], (output & _WORD)[:, None], (output >> 32 & _WORD)[:, None], torch.zeros_like(quads)[None]]
-    words = _philox(counter, [(seed & _WORD)[:, None], (seed >> 32 & _WORD)[:, None]])
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, first % 4 : first % 4 + vocabulary]
+    bits = _philox(counter, [(seed & _WORD)[:, None], (seed >> 32 & _WORD)[:, None]])
+    return torch.stack(torch.broadcast_tensors(*bits), dim=-1).flatten(1)[:, first % 4 : first % 4 + vocabulary]
 
 
 def gumbel_scores(distance: Tensor, seed: Tensor, output: Tensor, first: int = 0) -> Tensor:
     """What the drawn id has the most of: Gumbel noise - distance, [B, V] fp32, for the ids from `first` on."""
     # -log1p(-u) of a small u keeps all its bits, and small is what wins.
-    words = noise_bits(seed, output, distance.shape[1], first)
-    uniform = (words.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
+    bits = noise_bits(seed, output, distance.shape[1], first)
+    uniform = (bits.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
     return -distance - torch.log(-torch.log1p(-uniform))
 
 
@@ -82,8 +82,8 @@ def sample(
 
     logits: [B, V], any float type, -inf for what is forbidden; temperature, top_p, min_p: [B] fp32; top_k: [B] int32;
     seed, output (its number): [B] int64. Temperature 0 takes the largest logit, the lowest id of equals. top_k 0, top_p
-    1 and min_p 0 cut nothing. With d = max(x) - x of the scaled logits x in fp32, top-k keeps the k smallest d and what ties with
-    the k-th, top-p those with `mass(smaller d) < top_p mass(all kept)` and always the first, min-p those with
+    1 and min_p 0 cut nothing. With d = max(x) - x of the scaled logits x in fp32, top-k keeps the k smallest d and what
+    ties with the k-th, top-p those with `mass(smaller d) < top_p mass(all kept)` and always the first, min-p those with
     `d <= -log(min_p)`. Returns ids, [B] int64: the argmax of Gumbel noise - d (Gumbel 1954) over what is left. The
     noise is a function of (seed, output, id) alone, so a row draws the same id in every batch and at every place.
     In place of an id: NOT_FINITE for a row that holds NaN or +inf, as it is or scaled; NONE_ALLOWED for one of -inf.

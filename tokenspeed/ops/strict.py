@@ -1,7 +1,7 @@
 """Who serves a call: `why_not` names the precondition of a kernel that a call does not meet, and under `strict` a call
 raises instead of going to the torch implementation.
 
-The preconditions below are those of csrc/kernels/bindings/*.cpp in words; tests hold the two together. A call that
+The preconditions below are those of csrc/kernels/bindings/*.cpp as sentences; tests hold the two together. A call that
 meets them and is still not served (an extreme stride or size) raises under `strict` all the same.
 """
 

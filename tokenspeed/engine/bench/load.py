@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..request import Acceptance
 from .endpoint import Answer, Endpoint
 from .spread import Spread
-from .workload import GUESS, WORDS, Calibration, Conversation, text
+from .workload import GUESS, WORDS, Calibration, UserTurns, text
 
 
 class Level(NamedTuple):
@@ -147,7 +147,7 @@ class Client:
         return (Calibration(per_word, small - few * per_word, True) if per_word > 0 else GUESS), answer
 
     async def closed(
-        self, run: Run, conversations: list[Conversation], tokens: int, done: Callable[[int], object]
+        self, run: Run, conversations: list[UserTurns], tokens: int, done: Callable[[int], object]
     ) -> None:
         """As many users as the level says, each with the next conversation until none is left."""
         waiting = iter(conversations)
@@ -161,7 +161,7 @@ class Client:
     async def open(
         self,
         run: Run,
-        conversations: list[Conversation],
+        conversations: list[UserTurns],
         tokens: int,
         done: Callable[[int], object],
         vary: random.Random,
@@ -169,7 +169,7 @@ class Client:
         """Conversations begin as a Poisson process, so often that their turns make up the level's rate."""
         turns = sum(len(conversation.turns) for conversation in conversations) / len(conversations)
 
-        async def later(conversation: Conversation, due: float) -> None:
+        async def later(conversation: UserTurns, due: float) -> None:
             await asyncio.sleep(due - self.endpoint.clock())
             await self._talk(run, conversation, tokens, due, done)
 
@@ -182,7 +182,7 @@ class Client:
     async def _talk(
         self,
         run: Run,
-        conversation: Conversation,
+        conversation: UserTurns,
         tokens: int,
         due: float | None,
         done: Callable[[int], object],

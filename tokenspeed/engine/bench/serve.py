@@ -202,7 +202,7 @@ def _heading(options: argparse.Namespace, preset: Preset, settings: dict[str, An
 
 
 def _tell_failures(run: Run) -> None:
-    """The words of the first failure of each kind."""
+    """The message of the first failure of each kind."""
     told: dict[str, str] = {}
     for answer in run.answers:
         if answer.error is not None:

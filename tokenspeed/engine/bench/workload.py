@@ -64,7 +64,7 @@ GUESS = Calibration(1.3, 10.0, False)  # common English words, most tokenizers
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class UserTurns:
     """The user's side: a text for each turn. system: what it shares with others, or empty."""
 
     system: str
@@ -73,7 +73,7 @@ class Conversation:
 
 def make_conversations(
     preset: Preset, count: int, shared: int, calibration: Calibration, vary: random.Random
-) -> list[Conversation]:
+) -> list[UserTurns]:
     """Conversations that share nothing but a system prompt of `shared` tokens, which is part of the first prompt.
     Raises RequestError where that leaves no token of its own."""
     if not 0 <= shared < min(preset.first):
@@ -86,7 +86,7 @@ def make_conversations(
         target = preset.first[number % len(preset.first)]
         first = text(calibration.words(target - shared - calibration.overhead), vary)
         later = (text(calibration.words(preset.more), vary) for _ in range(vary.randint(*preset.turns) - 1))
-        made.append(Conversation(system, (first, *later)))
+        made.append(UserTurns(system, (first, *later)))
     return made
 
 

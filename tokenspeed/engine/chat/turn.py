@@ -26,7 +26,7 @@ _NOT_STRICT = ("strict", False)
 class PreparedTurn:
     """A conversation ready for the engine.
 
-    format: what the turn was asked to look like, None for any text (`Conversations.grammar`); reasoning: whether the
+    format: what the turn was asked to look like, None for any text (`Turns.grammar`); reasoning: whether the
     turn begins inside reasoning; resumed: whether it goes on with content that the prompt ends
     in; restored: turns of the history that were put back as generated; tools: those whose calls are looked for, None
     for none; close_id: of `</think>`, None where the tokenizer has none.
@@ -41,7 +41,7 @@ class PreparedTurn:
     close_id: int | None
 
 
-class Conversations:
+class Turns:
     """The way of every conversation: from messages to a request with its boundaries and its grammar, and from generated
     text to the parts of a turn. Any thread may call."""
 
@@ -176,8 +176,8 @@ class TurnReader:
     parsers: one each; cached: tokens of the prompt that were resumed; drafts: how those for its answer fared.
     """
 
-    def __init__(self, conversations: Conversations, turn: PreparedTurn):
-        self._conversations, self.turn = conversations, turn
+    def __init__(self, turns: Turns, turn: PreparedTurn):
+        self._turns, self.turn = turns, turn
         self.parsers = [TurnParser(turn) for _ in range(turn.request.params.n)]
         self.cached, self.drafts = 0, Acceptance()
 
@@ -189,7 +189,7 @@ class TurnReader:
         parser = self.parsers[update.index]
         events = parser.push(update)
         if update.finish_reason == "stop":
-            self._conversations.remember(self.turn, parser.ids)
+            self._turns.remember(self.turn, parser.ids)
         return events
 
     @property

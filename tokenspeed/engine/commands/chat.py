@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..errors import EngineError, RequestError, TokenSpeedError
 from . import terminal
-from .conversation import Dialogue, Turn
+from .dialogue import Dialogue, Turn
 from .generate import read_tools
 from .options import add_engine_options, add_run_options, add_sampling_options, chosen_sampling, note, open_model
 from .shown import TurnPrinter

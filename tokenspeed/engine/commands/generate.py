@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         raise RequestError("log-probabilities are shown in JSON only: add --json.")
     prompt, tools, formats = _read_prompt(options), read_tools(options.tools), _read_formats(options.response_format)
     with open_model(options) as llm:
-        params, conversations = llm.frontend.sampling_params(**chosen), llm.conversations
+        params, turns = llm.frontend.sampling_params(**chosen), llm.turns
         if options.raw:
             form = Format.of_text(formats.get("response_format"), formats.get("structured_outputs"))
             request, reader = llm.frontend.request("0", prompt, params), None
@@ -85,9 +85,9 @@ def run(options: argparse.Namespace) -> int:
             system = [{"role": "system", "content": options.system}] if options.system else []
             messages = [*system, {"role": "user", "content": prompt}]
             chat = Conversation(messages, tools, enable_thinking=False if options.no_thinking else None, **formats)
-            turn = conversations.prepare("0", chat, params)
-            request, form, reader = turn.request, turn.format, TurnReader(conversations, turn)
-        _continue(llm, request, conversations.grammar(form), reader, options)
+            turn = turns.prepare("0", chat, params)
+            request, form, reader = turn.request, turn.format, TurnReader(turns, turn)
+        _continue(llm, request, turns.grammar(form), reader, options)
     return 0
 
 

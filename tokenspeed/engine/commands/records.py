@@ -132,14 +132,14 @@ class _Batch:
             if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(id) is int for id in prompt)):
                 raise RequestError(f"prompt is {prompt!r}; it must be text or a list of token ids.")
             request = self._llm.frontend.request(id, prompt, params)
-            return request, self._llm.conversations.grammar(Format.of_text(**formats)), Collector(tokenizer, request)
+            return request, self._llm.turns.grammar(Format.of_text(**formats)), Collector(tokenizer, request)
         messages = fields.get("messages", [{"role": "user", "content": prompt}])
         chosen = {name: fields[name] for name in _CHAT_FIELDS if fields.get(name) is not None}
         options = {"enable_thinking": self._thinking} | chosen
-        conversations = self._llm.conversations
-        turn = conversations.prepare(id, Conversation(messages, **options, **formats), params)
-        collector = Collector(tokenizer, turn.request, None, TurnReader(conversations, turn))
-        return turn.request, conversations.grammar(turn.format), collector
+        turns = self._llm.turns
+        turn = turns.prepare(id, Conversation(messages, **options, **formats), params)
+        collector = Collector(tokenizer, turn.request, None, TurnReader(turns, turn))
+        return turn.request, turns.grammar(turn.format), collector
 
     def _sink(self, line: _Line, collector: Collector) -> Sink:
         def take(update: Update) -> None:

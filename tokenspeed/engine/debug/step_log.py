@@ -236,7 +236,7 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
 
 
 def _fault(record: Record, header: Header) -> str | None:
-    """What a device could not be asked to do, in words: places outside its tables, where no kernel looks."""
+    """What a device could not be asked to do, as a sentence: places outside its tables, where no kernel looks."""
     step = record.step
     indices = [entry.index for entry in (*step.begins, *step.rows, *step.pages, *step.samples)]
     if bad := [index for index in indices if not 0 <= index < header.max_num_seqs]:

@@ -273,8 +273,8 @@ class Sampler:
         return x
 
     def _mask(self, x: Tensor, choices: Choices, edits: Sequence[Edit]) -> Tensor:
-        words = np.stack([np.frombuffer(edit.allowed, dtype=np.int32) for edit in edits])
-        bits = to_device(words, self._device)[..., None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
+        masks = np.stack([np.frombuffer(edit.allowed, dtype=np.int32) for edit in edits])
+        bits = to_device(masks, self._device)[..., None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
         rows = self._integers([choices.rows(edit.sample)[0] for edit in edits])
         first, width = self._vocabulary.first, self._vocabulary.width
         allowed = bits.bool().flatten(1)[:, first : first + width]

@@ -17,7 +17,7 @@ from ..errors import EngineError
 from .mesh import Mesh
 
 _RANKS = 8
-_TAGS = 32  # words of a kernel's `control` before its tags
+_TAGS = 32  # numbers of a kernel's `control` before its tags
 _CLUSTER_BLOCKS = (8, 4, 2)  # of a row's draw
 _WIDTH_UNIT = 256
 _PATIENCE_SECONDS = 60.0
@@ -105,7 +105,7 @@ class PeerKernel:
         """memory: address of each rank's memory, all zeros, in order of rank; tags: how many the kernel counts;
         device: of this rank's tensors."""
         self._library, self._rank, self._device = library, rank, device
-        # What waits look at: set [0] and they end; [1] is set where one has ended without its words.
+        # What waits look at: set [0] and they end; [1] is set where one has ended without what it waited for.
         self._status = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._control = torch.zeros(_TAGS + tags, dtype=torch.int32, device=device)
         self._always: dict = {

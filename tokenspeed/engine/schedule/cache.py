@@ -189,7 +189,7 @@ class PrefixCache:
         return self._cache.stats()
 
     def check(self) -> str:
-        """The first broken invariant in words, "" when all hold. Visits everything: for tests and debugging."""
+        """The first broken invariant as a sentence, "" when all hold. Visits everything: for tests and debugging."""
         return self._cache.check()
 
     def _error(self, error: Error, request: int, count: int) -> Exception:

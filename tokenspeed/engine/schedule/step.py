@@ -110,7 +110,7 @@ class Sample(NamedTuple):
 class Edit(NamedTuple):
     """What the host decides about a Sample after the forward pass was launched: the ids it may take.
 
-    sample: its place in Step.samples; allowed: 32 ids a word, little-endian int32, b"" for all; banned: ids.
+    sample: its place in Step.samples; allowed: 32 ids an int32, little-endian, b"" for all; banned: ids.
     """
 
     sample: int

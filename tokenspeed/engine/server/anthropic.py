@@ -12,7 +12,7 @@ from ..request import Update
 from ..text.template import MAX_MARKS
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
-from .protocol import AnthropicConversation, AnthropicRequest, refuse
+from .protocol import AnthropicPrompt, AnthropicRequest, refuse
 from .service import Service, Unsupported, new_id
 from .sse import event
 
@@ -21,7 +21,7 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "end_turn"
 _BILLING = "x-anthropic-billing-header:"
 
 
-def conversation(body: AnthropicConversation) -> Conversation:
+def conversation(body: AnthropicPrompt) -> Conversation:
     """The request in the form that every chat endpoint shares. Raises RequestError for what is not text or tools."""
     _check(body)
     messages: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def conversation(body: AnthropicConversation) -> Conversation:
     )
 
 
-def _check(body: AnthropicConversation) -> None:
+def _check(body: AnthropicPrompt) -> None:
     """Raises RequestError for what would change the answer and is not done here."""
     if body.thread is not None:
         details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
@@ -153,7 +153,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _tool_choice(body: AnthropicConversation) -> str | dict[str, Any]:
+def _tool_choice(body: AnthropicPrompt) -> str | dict[str, Any]:
     choice = body.tool_choice or {"type": "auto" if body.tools else "none"}
     kind = choice.get("type")
     if kind == "tool" and isinstance(choice.get("name"), str):
@@ -165,9 +165,9 @@ def _tool_choice(body: AnthropicConversation) -> str | dict[str, Any]:
     return kinds[kind]
 
 
-def count_tokens(service: Service, body: AnthropicConversation, key: str | None) -> dict[str, int]:
+def count_tokens(service: Service, body: AnthropicPrompt, key: str | None) -> dict[str, int]:
     """The tokens of a conversation as a prompt. Raises RequestError for what cannot be asked."""
-    prompt = service.conversations.encode(conversation(body), service.name_space(key, None))
+    prompt = service.turns.encode(conversation(body), service.name_space(key, None))
     return {"input_tokens": len(prompt.ids)}
 
 

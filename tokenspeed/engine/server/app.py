@@ -28,7 +28,7 @@ from .openai_responses import Response as ModelResponse
 from .page import page
 from .protocol import (
     AbortRequest,
-    AnthropicConversation,
+    AnthropicPrompt,
     AnthropicRequest,
     ChatRequest,
     CompletionRequest,
@@ -114,7 +114,7 @@ def create_app(
         return await answer(request, lambda: Message(service, body, key), body.stream)
 
     @app.post("/v1/messages/count_tokens")
-    async def message_tokens(body: AnthropicConversation, request: Request, key: str | None = Depends(key)):
+    async def message_tokens(body: AnthropicPrompt, request: Request, key: str | None = Depends(key)):
         return await _while_connected(request, off_event_loop(request, lambda: count_tokens(service, body, key)))
 
     @app.post("/v1/responses")
@@ -147,7 +147,7 @@ def create_app(
                 ids = tokenizer.encode(body.prompt)
             else:
                 options = {"add_generation_prompt": body.add_generation_prompt}
-                ids = service.conversations.encode(Conversation(body.messages, body.tools, **options)).ids
+                ids = service.turns.encode(Conversation(body.messages, body.tools, **options)).ids
             found = {"tokens": ids, "count": len(ids), "max_model_len": service.room}
             if body.return_token_strs:
                 found["token_strs"] = [tokenizer.decode([id], skip_special_tokens=False) for id in ids]
@@ -176,7 +176,7 @@ def create_app(
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache():
         await service.engine.clear_cache()
-        service.conversations.clear()
+        service.turns.clear()
         return {"reset": True}
 
     front = page()
@@ -258,7 +258,7 @@ def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
 
 
 def _known_to_clients(error: Exception) -> dict[str, Any]:
-    """What clients tell an error by, beside its words."""
+    """What clients tell an error by, beside its message."""
     match error:
         case ContextOverflow():
             return {"code": "context_length_exceeded", "param": "messages"}

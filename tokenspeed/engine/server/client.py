@@ -205,7 +205,7 @@ class EngineClient:
 
     async def _watch(self) -> None:
         code = await self._process.wait()
-        await asyncio.sleep(0.1)  # its last words may still be on their way
+        await asyncio.sleep(0.1)  # its last messages may still be on their way
         self._fail(f"the engine process ended with status {code}")
 
     def _fail(self, reason: str) -> None:

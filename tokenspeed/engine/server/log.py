@@ -39,8 +39,8 @@ class _Dropping(QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
             if self.dropped:
-                words = f"{self.dropped} lines were dropped: nobody took them"
-                self.queue.put_nowait(logging.LogRecord("tokenspeed", logging.WARNING, "", 0, words, (), None))
+                text = f"{self.dropped} lines were dropped: nobody took them"
+                self.queue.put_nowait(logging.LogRecord("tokenspeed", logging.WARNING, "", 0, text, (), None))
                 self.dropped = 0
             self.queue.put_nowait(record)
         except queue.Full:

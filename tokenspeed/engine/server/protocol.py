@@ -264,7 +264,7 @@ def _kind(value: Any) -> Any:
 Kind = Annotated[dict[str, Any], AfterValidator(_kind)]
 
 
-class AnthropicConversation(Body):
+class AnthropicPrompt(Body):
     """What is counted at POST /v1/messages/count_tokens: text and tools."""
 
     model: str | None = None
@@ -282,7 +282,7 @@ class AnthropicConversation(Body):
     container: Any = None
 
 
-class AnthropicRequest(AnthropicConversation):
+class AnthropicRequest(AnthropicPrompt):
     """POST /v1/messages."""
 
     max_tokens: CountFromZero

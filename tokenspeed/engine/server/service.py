@@ -12,7 +12,7 @@ from typing import Any
 
 from ..chat.conversation import Conversation
 from ..chat.formats import Format
-from ..chat.turn import Conversations, PreparedTurn, TurnReader
+from ..chat.turn import PreparedTurn, TurnReader, Turns
 from ..errors import CorruptedError, EngineError, RequestError, TokenSpeedError
 from ..request import Request, SamplingParams, Update
 from ..text.frontend import Frontend
@@ -86,7 +86,7 @@ class Service:
     def __init__(self, frontend: Frontend, engine: EngineClient, config: ServiceConfig):
         self.frontend, self.engine, self.config = frontend, engine, config
         self.metrics = Metrics()
-        self.conversations = Conversations(frontend, config.exact_history)
+        self.turns = Turns(frontend, config.exact_history)
         self.responses = ResponseStore()
         self.formats, self.names, self.background = Formats(frontend.directory), Names(), Background()
         self.started = int(time.time())
@@ -223,9 +223,9 @@ class Service:
         """A conversation ready for `converse`. sampling: fields of SamplingParams that were given; key, salt: as
         `name_space`. Raises RequestError for what cannot be asked."""
         params = self.params(sampling)
-        turn = self.conversations.prepare(id, chat, params, self.name_space(key, salt), priority)
+        turn = self.turns.prepare(id, chat, params, self.name_space(key, salt), priority)
         self.check_room(turn.request)
-        return TurnReader(self.conversations, turn)
+        return TurnReader(self.turns, turn)
 
     def params(self, sampling: dict[str, Any]) -> SamplingParams:
         """The checkpoint's values, and over them those that were given; without max_tokens, as many as fit."""

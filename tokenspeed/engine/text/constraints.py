@@ -11,7 +11,7 @@ from .tokenizer import Tokenizer
 
 
 class Verdict(NamedTuple):
-    """allowed: one bit an id, int32 words, None for all; banned: ids."""
+    """allowed: one bit an id, int32, None for all; banned: ids."""
 
     allowed: np.ndarray | None = None
     banned: tuple[int, ...] = ()
@@ -55,9 +55,9 @@ class BadWords:
 class ThinkingBudget:
     """After so many tokens of reasoning the end of it is the only choice."""
 
-    def __init__(self, budget: int, prompt: Sequence[int], start_id: int, end_id: int, words: int):
-        """words: of a bit mask over the vocabulary."""
-        self._budget, self._start, self._end, self._words = budget, start_id, end_id, words
+    def __init__(self, budget: int, prompt: Sequence[int], start_id: int, end_id: int, mask_size: int):
+        """mask_size: int32 numbers of a bit mask over the vocabulary."""
+        self._budget, self._start, self._end, self._mask_size = budget, start_id, end_id, mask_size
         self._thinking, self._spent = False, 0
         for id in prompt:
             if id in (start_id, end_id):
@@ -71,7 +71,7 @@ class ThinkingBudget:
     def verdict(self, outputs: Sequence[int]) -> Verdict:
         if not self._thinking or self._spent < self._budget:
             return Verdict()
-        mask = np.zeros(self._words, dtype=np.uint32)
+        mask = np.zeros(self._mask_size, dtype=np.uint32)
         mask[self._end // 32] = 1 << (self._end % 32)
         return Verdict(mask.view(np.int32))
 

@@ -66,7 +66,7 @@ class Frontend:
 
 
 def _kind(prompt: object) -> str:
-    """What a prompt is made of, in words."""
+    """What a prompt is made of, for an error."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview)) and prompt:
         other = next((item for item in prompt if not isinstance(item, int)), prompt[0])
         return f"a {type(prompt).__name__} with {other!r} in it"

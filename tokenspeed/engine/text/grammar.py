@@ -131,7 +131,7 @@ class GrammarCompiler:
         if not eos_ids or not all(0 <= id < vocab_size for id in eos_ids):
             raise ConfigError(f"eos_ids are {list(eos_ids)}; at least one id in [0, {vocab_size}) must end an answer")
         self._eos_ids = frozenset(eos_ids)
-        self._words = -(-vocab_size // 32)
+        self._mask_size = -(-vocab_size // 32)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_ids[0])),
             eos_token=list(eos_ids),
@@ -161,7 +161,7 @@ class GrammarCompiler:
         matcher = llguidance.LLMatcher(self._tokenizer, start + spec.rules, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise RequestError(f"the requested output format cannot be enforced: {reason(matcher.get_error())}")
-        return Grammar(matcher, self._words, self._eos_ids)
+        return Grammar(matcher, self._mask_size, self._eos_ids)
 
 
 def reason(error: str) -> str:
@@ -173,9 +173,9 @@ def reason(error: str) -> str:
 class Grammar:
     """A compiled grammar; each sequence has its own Matcher."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, words: int, eos_ids: frozenset[int]):
+    def __init__(self, matcher: llguidance.LLMatcher, mask_size: int, eos_ids: frozenset[int]):
         self._matcher = matcher
-        self._words = words
+        self._mask_size = mask_size
         self._eos_ids = eos_ids
 
     def matcher(self, output: Sequence[int] = ()) -> "Matcher":
@@ -183,7 +183,7 @@ class Grammar:
 
         Raises RequestError where the grammar does not admit them.
         """
-        matcher = Matcher(self._matcher.deep_copy(), self._words, self._eos_ids)
+        matcher = Matcher(self._matcher.deep_copy(), self._mask_size, self._eos_ids)
         for position, id in enumerate(output):
             if not matcher.accept(id):
                 raise RequestError(f"token {id} at output position {position} does not fit the grammar")
@@ -193,9 +193,9 @@ class Grammar:
 class Matcher:
     """Where one sequence stands in its grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, words: int, eos_ids: frozenset[int], ended: bool = False):
+    def __init__(self, matcher: llguidance.LLMatcher, mask_size: int, eos_ids: frozenset[int], ended: bool = False):
         self._matcher = matcher
-        self._words = words
+        self._mask_size = mask_size
         self._eos_ids = eos_ids
         self._ended = ended
 
@@ -205,20 +205,20 @@ class Matcher:
         return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     def mask(self, out: np.ndarray | None = None) -> np.ndarray:
-        """int32 [ceil(vocab_size / 32)], bit i of word j set where token 32 j + i may come next; never empty.
+        """int32 [ceil(vocab_size / 32)], bit i of number j set where token 32 j + i may come next; never empty.
 
         out: written and given back where it is passed. An end token may come where the answer is complete.
         Raises RequestError where the grammar takes too much work, or no token of the vocabulary can go on.
         """
         if out is None:
-            out = np.empty(self._words, np.int32)
+            out = np.empty(self._mask_size, np.int32)
         if self.finished:
             out[:] = 0
             for id in self._eos_ids:
                 out.view(np.uint32)[id // 32] |= np.uint32(1 << id % 32)
             return out
-        if out.shape != (self._words,) or out.dtype != np.int32 or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}; it must be contiguous int32 of {self._words} words")
+        if out.shape != (self._mask_size,) or out.dtype != np.int32 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}; it must be {self._mask_size} contiguous int32")
         self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
         self._check()
         if not out.any():
@@ -240,7 +240,7 @@ class Matcher:
 
     def copy(self) -> "Matcher":
         """An independent matcher at the same place, for a fork."""
-        return Matcher(self._matcher.deep_copy(), self._words, self._eos_ids, self._ended)
+        return Matcher(self._matcher.deep_copy(), self._mask_size, self._eos_ids, self._ended)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -108,10 +108,10 @@ class ChatTemplate:
 
         Without a control-token literal in any string the text is `transformers`' own; with one it is the same text,
         except that a template does not react to markup that a user or a tool wrote (`messages.hide_literals`).
-        Raises RequestError for a bad message, tool or kwarg, and with the template's words when it refuses or fails.
+        Raises RequestError for a bad message, tool or kwarg, and with the template's message when it refuses or fails.
         """
-        conversation, _ = self._accepted(messages, tools, enable_thinking, template_kwargs)
-        return conversation.hidden.reveal(conversation.text(conversation.messages, add_generation_prompt))
+        rendering, _ = self._accepted(messages, tools, enable_thinking, template_kwargs)
+        return rendering.hidden.reveal(rendering.text(rendering.messages, add_generation_prompt))
 
     def encode(
         self,
@@ -128,22 +128,22 @@ class ChatTemplate:
         """The conversation as ids with its stable boundaries. Arguments and errors as in `render`.
 
         continue_final_message: leave the last message open, for the model to go on with its content.
-        marks: indices of at most MAX_MARKS messages whose ends the caller wants boundaries at.
+        marks: numbers of at most MAX_MARKS messages whose ends the caller wants boundaries at.
         name_space: as in `Tokenizer.encode_with_counts`.
         """
-        conversation, places = self._accepted(messages, tools, enable_thinking, template_kwargs)
+        rendering, places = self._accepted(messages, tools, enable_thinking, template_kwargs)
         count = len(places)
         if len(marks) > MAX_MARKS or not all(0 <= mark < count for mark in marks):
-            raise RequestError(f"marks are {list(marks)}; give at most {MAX_MARKS} indices of the {count} messages")
+            raise RequestError(f"marks are {list(marks)}; give at most {MAX_MARKS} numbers of the {count} messages")
         marks = sorted({places[mark] for mark in marks})
-        text = conversation.text(conversation.messages, add_generation_prompt)
-        bare = conversation.without_generation_prompt(text) if add_generation_prompt else text
+        text = rendering.text(rendering.messages, add_generation_prompt)
+        bare = rendering.without_generation_prompt(text) if add_generation_prompt else text
         if continue_final_message:
-            text = _opened(text, conversation.messages[-1])
+            text = _opened(text, rendering.messages[-1])
         control = self._tokenizer.guard.pattern
-        cuts, comes_back = stable_cuts(text, bare, conversation.messages, conversation.text_or_none, control, marks)
-        rendered = conversation.hidden.reveal(text)
-        revealed = [len(conversation.hidden.reveal(text[:cut]).text) for cut in cuts]
+        cuts, comes_back = stable_cuts(text, bare, rendering.messages, rendering.text_or_none, control, marks)
+        rendered = rendering.hidden.reveal(text)
+        revealed = [len(rendering.hidden.reveal(text[:cut]).text) for cut in cuts]
         ids, counts = self._tokenizer.encode_with_counts(rendered, revealed, name_space)
         boundaries = tuple(count for count in counts if count)
         snapshot_token_id = None if comes_back else self._tokenizer.token_to_id(TOOL_CALL)
@@ -151,15 +151,15 @@ class ChatTemplate:
 
     def _accepted(
         self, messages: Any, tools: Any, enable_thinking: bool | None, kwargs: Mapping[str, bool | str] | None
-    ) -> tuple["_Conversation", list[int]]:
-        """The conversation as the template takes it, and for each of the messages its index there."""
+    ) -> tuple["_Rendering", list[int]]:
+        """The conversation as the template takes it, and for each of the messages its place there."""
         checked, places = check_messages(messages), list(range(len(messages)))
-        conversation = _Conversation(self, checked, tools, enable_thinking, kwargs)
+        rendering = _Rendering(self, checked, tools, enable_thinking, kwargs)
         if any(message["role"] == "system" for message in checked[1:]):
             merged, moved = merge_systems(checked)
-            if conversation.text_or_none(conversation.messages) is None:
-                return _Conversation(self, merged, tools, enable_thinking, kwargs), moved
-        return conversation, places
+            if rendering.text_or_none(rendering.messages) is None:
+                return _Rendering(self, merged, tools, enable_thinking, kwargs), moved
+        return rendering, places
 
 
 def _opened(text: str, message: Mapping[str, Any]) -> str:
@@ -173,7 +173,7 @@ def _opened(text: str, message: Mapping[str, Any]) -> str:
     return text[: place + len(said)] + given[len(given.rstrip()) :]
 
 
-class _Conversation:
+class _Rendering:
     """One request's checked messages and tools with their literals hidden, for rendering them and variations of them.
 
     hidden: the marks in the texts. messages: for `text`, which may also be given others that hold no literals.
@@ -206,7 +206,7 @@ class _Conversation:
         self._variables["documents"] = None
 
     def text(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """Raises RequestError with the template's words when it refuses or fails."""
+        """Raises RequestError with the template's message when it refuses or fails."""
         check_interrupt()
         variables = {**self._variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
@@ -226,7 +226,7 @@ class _Conversation:
     def without_generation_prompt(self, text: str) -> str | None:
         """What `text` is without its generation prompt; None where the template refuses that.
 
-        Most templates put the same words there whatever was said, which spares a render: then they are known from a
+        Most templates put the same text there whatever was said, which spares a render: then they are known from a
         conversation of a word.
         """
         known = self._generation_prompts

@@ -31,9 +31,9 @@ class Turn:
         self.tool_calls: tuple[ToolCall, ...] = ()
         turn, longest = d.prepare(d.history, d.tools), d.llm.engine.limits.max_tokens
         turn.request.check(d.llm.engine.vocabulary, longest)
-        self._reader = TurnReader(d.llm.conversations, turn)
+        self._reader = TurnReader(d.llm.turns, turn)
         self.meter = Meter(len(turn.request.prompt))
-        self._updates = d.llm.follow([turn.request], [d.llm.conversations.grammar(turn.format)])
+        self._updates = d.llm.follow([turn.request], [d.llm.turns.grammar(turn.format)])
 
     def __iter__(self) -> Iterator[list[TurnEvent]]:
         try:
@@ -171,7 +171,7 @@ class Dialogue:
     def prepare(self, messages: list[Message], tools: list[dict] | None) -> PreparedTurn:
         """A turn with as much room as is left, where the sampling asks for more. Raises RequestError."""
         chat = Conversation(messages, tools, enable_thinking=self._thinking)
-        turn = self.llm.conversations.prepare(self.next_id(), chat, self.llm.frontend.sampling_params(**self.sampling))
+        turn = self.llm.turns.prepare(self.next_id(), chat, self.llm.frontend.sampling_params(**self.sampling))
         params, left = turn.request.params, self.llm.engine.limits.max_tokens - len(turn.request.prompt)
         if left > 0 and (params.max_tokens or left) > left:
             turn = replace(turn, request=replace(turn.request, params=replace(params, max_tokens=left)))
