@@ -37,7 +37,7 @@
 // Pages in e4m3: TMA brings boxes of 16 KB to a ring of their own, and the producer's three idle neighbours turn them
 // into boxes of fp16 (22 pieces of 16 numbers a thread and page, while the page takes 2,900 cycles to multiply), of
 // which there are four: the consumers' code is the same. Shared memory then carries 96 KB more a page and the copies 32
-// less: predicted 10 to 20% slower than bf16 where the matrix unit is the limit. Not measured yet.
+// less: predicted 10 to 20% slower than bf16 where the matrix unit is the limit. Not timed.
 //
 // Measured on an H100 (product 782 to 790 TFLOP/s in that run), 16:2 heads where not said otherwise. Behind 30720 keys:
 // 8 tokens 48 us (58 in the decode kernel), 128 tokens 115 us (371 there) = 561 TFLOP/s, 512 tokens 404 us = 644, 768
@@ -46,7 +46,7 @@
 // heads .98, 24:4 1.00, 8:2 1.20. Since then the merge's grid is bounded, as before it cost a fresh prompt, uncut, by
 // estimate 12 us at 2048 tokens. Before cuts and gates that are under way ahead of the store: 654 TFLOP/s for 2048
 // tokens behind 30720, 617 for 1 x 16384. 16 x 1024: 439 us = 313, .62 of cuDNN, in the order of the sequences. At 1.67
-// us a page and 6 us a tile that order takes 430 us by arithmetic, the sorted one 323: predicted, not measured.
+// us a page and 6 us a tile that order takes 430 us by arithmetic and the sorted one 323; sorted, an H200 took 424.
 //
 // budget: prefill_kernel registers<=168 hot sass=HGMMA
 // budget: prefill_merge_kernel registers<=48 hot
