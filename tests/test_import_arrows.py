@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import tokenspeed
+
 PACKAGE = Path(__file__).parent.parent / "tokenspeed"
 # The rooms and loose modules of the engine, lowest first; what stands on one line may know each other.
 LAYERS = [
@@ -25,7 +27,8 @@ LAYERS = [
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 NO_TORCH = {"errors", "files", "quantization", "config", "checkpoint", "sizes", "request", "text", "schedule", "chat"}
-ENGINE, OPERATORS = "tokenspeed.engine", "tokenspeed.ops"
+ENGINE, OPERATORS, INTEGRATIONS = "tokenspeed.engine", "tokenspeed.ops", "tokenspeed.integrations"
+AROUND = {"benchmarks", "examples", "tests", "tools"}  # what a wheel does not have
 
 
 def modules() -> list[Path]:
@@ -48,6 +51,8 @@ def imports(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{origin}.{alias.name}" for alias in node.names} | {origin}
+    # The package's own names are the engine's, imported when first used.
+    found |= {f"{ENGINE}.{part}" for name, part in tokenspeed._ENGINE.items() if f"tokenspeed.{name}" in found}
     return found
 
 
@@ -59,14 +64,20 @@ def part_of(name: str) -> str:
 def fault(name: str, used: set[str]) -> str:
     """What a module must not import of what it imports; nothing where all is well."""
     engine = {part_of(u) for u in used if u.startswith(f"{ENGINE}.")}
-    if name.startswith((OPERATORS, "tokenspeed.integrations")):
+    if around := sorted(AROUND & {u.split(".")[0] for u in used}):
+        return f"{around} is no part of the package"
+    if "tokenspeed.__main__" in used:
+        return "the command line stands above everything"
+    if name.startswith((OPERATORS, INTEGRATIONS)):
+        if name.startswith(OPERATORS) and any(u.startswith(INTEGRATIONS) for u in used):
+            return "the operators know who uses them"
         return "knows the engine" if any(u.startswith(ENGINE) for u in used) else ""
     if not name.startswith(f"{ENGINE}."):
         return ""
     part = part_of(name)
     if part not in RANK:
         return f"{part} has no place in LAYERS"
-    if any(u.startswith("tokenspeed.integrations") for u in used):
+    if any(u.startswith(INTEGRATIONS) for u in used):
         return "the engine calls the operators itself"
     if part in NO_TORCH and any(u.split(".")[0] == "torch" or u.startswith(OPERATORS) for u in used):
         return f"{part} must not import torch or the operators"
@@ -82,14 +93,33 @@ def test_imports_follow_the_arrows(path):
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_an_upward_import_planted_anywhere_is_found(path):
     name, used = name_of(path), imports(path)
-    if name.startswith(OPERATORS):
-        planted = {f"{ENGINE}.{part}" for part in RANK}
-    elif name.startswith(f"{ENGINE}.") and part_of(name) != "__main__":
-        planted = {f"{ENGINE}.{part}" for part in RANK if RANK[part] > RANK[part_of(name)]}
-    else:
-        return  # stands above everything
+    planted = {"tokenspeed.__main__", *(f"{around}.timing" for around in AROUND)}
+    if name.startswith((OPERATORS, INTEGRATIONS)):
+        planted |= {f"{ENGINE}.{part}" for part in RANK} | ({INTEGRATIONS} if name.startswith(OPERATORS) else set())
+    elif name.startswith(f"{ENGINE}."):
+        planted |= {f"{ENGINE}.{part}" for part in RANK if RANK[part] > RANK[part_of(name)]} | {INTEGRATIONS}
     for each in planted:
-        assert fault(name, used | {each})
+        assert fault(name, used | {each}), each
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ..core import Engine",
+        "from .. import core",
+        "import tokenspeed.engine.core",
+        "from tokenspeed.engine.core import Engine",
+        "from tokenspeed import LLM",
+        "from ... import LLM",
+        "def late():\n    from ..core import Engine",
+    ],
+)
+def test_however_an_import_is_written_it_is_seen(line, tmp_path, monkeypatch):
+    path = tmp_path / "tokenspeed/engine/model/planted.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "tokenspeed")
+    assert fault(name_of(path), imports(path))
 
 
 def test_nothing_unpickles_or_evaluates():
