@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import tokenspeed
 from tokenspeed.__main__ import main
+from tokenspeed.engine.executor import batch
+from tokenspeed.engine.schedule.cache import PrefixCache
+from tokenspeed.engine.text.tokenizer import Tokenizer
 from tools import make_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,6 +184,37 @@ def test_links_lead_somewhere(path):
         page = (path.parent / name).resolve() if name else path
         assert page.exists(), f"{target} is not there"
         assert not anchor or anchor in anchors(text_of(page)), f"{target}: no such heading"
+
+
+def test_twelve_files_lead_from_a_prompt_to_logits(monkeypatch):
+    """Those that the architecture page lists: whose code calls, all the way down, where a prompt is encoded and
+    admitted, a Step becomes tensors, and a product of the forward pass is made; and what a Step is."""
+    page = text_of(ROOT / "docs/architecture.md")
+    paragraph = re.search(r"^\*\*From a prompt to logits.*?\n\n", page, flags=re.MULTILINE | re.DOTALL)[0]
+    listed, met = re.findall(r"`([\w/]+\.py)`", paragraph), {"schedule/step.py"}
+    package = Path(tokenspeed.__file__).parent
+
+    def watch(owner, name):
+        function = getattr(owner, name)
+
+        def call(*args, **options):
+            frame = sys._getframe(1)
+            while frame:
+                path = Path(frame.f_code.co_filename)
+                if path.is_relative_to(package):
+                    met.add(str(path.relative_to(package)).removeprefix("engine/"))
+                frame = frame.f_back
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    llm = tokenspeed.LLM(progress=False, draft_tokens=0, kv_pages=4, state_slots=2)
+    watch(Tokenizer, "_encode")
+    watch(PrefixCache, "admit")
+    watch(batch, "to_device")
+    watch(sys.modules["tokenspeed.ops.linear"], "product")
+    llm.generate(["Hello!"], tokenspeed.SamplingParams(temperature=0, max_tokens=1), progress=False)
+    assert len(listed) <= 12 and met - {"ops/library.py"} == set(listed)  # library: of every operator
 
 
 def test_every_setting_is_documented():
