@@ -67,6 +67,12 @@ def test_every_pinned_package_is_in_the_range_that_users_get():
             assert requirement.specifier.contains(pinned[name]), f"{requirement} and {name}=={pinned[name]}"
 
 
+def test_the_image_is_built_with_what_is_tested():
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), flags=re.M))
+    image = dict(re.findall(r"([\w.-]+)==(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8")))
+    assert "torch" in image and image.items() <= pinned.items()
+
+
 def test_names_are_imported_when_they_are_used():
     assert tokenspeed.LLM.__module__ == "tokenspeed.engine.llm"
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
