@@ -8,6 +8,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,39 +35,45 @@ def compile_flags() -> list[str]:
     ]
 
 
-def build(sources: list[Path], output: Path, extra_flags: list[str] | None = None) -> Path:
-    """Compiles what changed among `sources` (.cu or .cpp) and csrc/emulator/*.cpp, links `output`, and returns it."""
-    compiler = os.environ.get("CXX", "g++")
-    flags = [*compile_flags(), *(extra_flags or [])]
-    objects = output.parent / f"{output.stem}.objects"
-    objects.mkdir(parents=True, exist_ok=True)
-    stamp = " ".join([compiler, *flags])
-    stamp_file = objects / "flags"
-    if not stamp_file.exists() or stamp_file.read_text() != stamp:
-        for old in objects.glob("*.o"):
-            old.unlink()
-        stamp_file.write_text(stamp)
-    targets = {objects / f"{source.name}.o": source for source in [*sources, *sorted(EMULATOR.glob("*.cpp"))]}
-    stale = [target for target in targets if not _is_fresh(target)]
+def build(sources: list[Path], output: Path, own_flags: Sequence[str] = (), common_flags: Sequence[str] = ()) -> Path:
+    """Compiles what changed among `sources` (.cu or .cpp) and csrc/emulator/*.cpp, links `output`, and returns it.
 
-    def compile_one(target: Path) -> None:
-        command = [compiler, *flags, "-MMD", "-MF", f"{target}.d", "-x", "c++", "-c", str(targets[target])]
+    own_flags: not for the emulator's objects, which every library in this folder shares.
+    """
+    compiler, flags = [os.environ.get("CXX", "g++")], [*compile_flags(), *common_flags]
+    own = _objects(output.parent / f"{output.stem}.objects", sources, [*compiler, *flags, *own_flags])
+    common = _objects(output.parent / "emulator.objects", sorted(EMULATOR.glob("*.cpp")), [*compiler, *flags])
+
+    def compile_one(stale: tuple[Path, list[str]]) -> None:
+        target, command = stale
         subprocess.run([*command, "-o", str(target)], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, stale))  # raises where one of them failed
-    built = list(targets)
+        list(pool.map(compile_one, [(t, c) for t, c in (own | common).items() if not _is_fresh(t)]))  # raises a failure
+    built = [*own, *common]
     newest = max(target.stat().st_mtime for target in built)
     if not output.exists() or output.stat().st_mtime < newest:
-        link = [compiler, "-shared", *(extra_flags or []), *map(str, built), "-ldl", "-o", str(output)]
+        link = [*compiler, "-shared", *common_flags, *own_flags, *map(str, built), "-ldl", "-o", str(output)]
         subprocess.run(link, check=True)
     return output
+
+
+def _objects(folder: Path, sources: list[Path], command: list[str]) -> dict[Path, list[str]]:
+    """How each object of a folder is made; those that were made otherwise are gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp, made = folder / "flags", " ".join(command)
+    if not stamp.exists() or stamp.read_text() != made:
+        for old in folder.glob("*.o"):
+            old.unlink()
+        stamp.write_text(made)
+    targets = {folder / f"{source.name}.o": source for source in sources}
+    return {t: [*command, "-MMD", "-MF", f"{t}.d", "-x", "c++", "-c", str(source)] for t, source in targets.items()}
 
 
 def build_self_tests(asan: bool = False) -> Path:
     """The library of tests/kernels/cuda, in build/emulator or build/emulator-asan."""
     folder = ROOT / "build" / ("emulator-asan" if asan else "emulator")
-    return build(sorted(SELF_TESTS.rglob("*.cu")), folder / "libselftest.so", ASAN if asan else [])
+    return build(sorted(SELF_TESTS.rglob("*.cu")), folder / "libselftest.so", common_flags=ASAN if asan else ())
 
 
 def _is_fresh(target: Path) -> bool:

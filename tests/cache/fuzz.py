@@ -20,7 +20,8 @@ def build() -> Path:
         target.parent.mkdir(exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}")
         compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-g", *SANITIZERS, f"-I{ROOT / 'csrc/cache'}"]
-        subprocess.run([*compiler, *map(str, sources), "-o", str(partial)], check=True)
+        whole = "".join(f'#include "{path}"\n' for path in sources)  # headers are read once
+        subprocess.run([*compiler, "-x", "c++", "-", "-o", str(partial)], input=whole, text=True, check=True)
         partial.replace(target)
     return target
 

@@ -1,5 +1,6 @@
 """The engine over several ranks: what one process gives, and an orderly end when a rank is lost."""
 
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from tokenspeed.engine.checkpoint import SHIPPED
 
 from . import models
+from .serving import run
 
 ROOT = Path(__file__).parents[2]
 TIGHT = {"kv_pages": 14, "state_slots": 9, "max_num_seqs": 6, "max_num_batched_tokens": 96}
@@ -49,10 +51,14 @@ def outcome(process: subprocess.Popen) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def by_one_process(checkpoints):
+    return functools.cache(lambda name: run(checkpoints[name], TIGHT))
+
+
 def test_ranks_bring_units_back_from_their_parts_of_host_memory():
     tight = {"host_memory": 0.3, "kv_pages": 12, "state_slots": 4, "max_num_seqs": 4}
-    alone, split = (start(None, **tight, **settings) for settings in ({}, {"tensor_parallel_size": 2}))
-    alone, split = outcome(alone), outcome(split)
+    split, alone = outcome(start(None, **tight, tensor_parallel_size=2)), run(None, TIGHT | tight)
     assert alone["events"]["moved_in"] > 0 and split["events"]["moved_in"] > 0
     assert split["memory"] == alone["memory"] == ""
     assert [ours["ids"] for ours in split["results"]] == [theirs["ids"] for theirs in alone["results"]]
@@ -68,12 +74,9 @@ def test_ranks_bring_units_back_from_their_parts_of_host_memory():
         ("moe", 2, 2, "in-parts"),
     ],
 )
-def test_ranks_give_what_one_process_gives(checkpoints, name, tp, ep, sums):
-    alone, split = (
-        start(checkpoints[name], **settings)
-        for settings in ({}, {"tensor_parallel_size": tp, "expert_parallel_size": ep, "prefill_sums": sums})
-    )
-    alone, split = outcome(alone), outcome(split)
+def test_ranks_give_what_one_process_gives(checkpoints, by_one_process, name, tp, ep, sums):
+    ranks = {"tensor_parallel_size": tp, "expert_parallel_size": ep, "prefill_sums": sums}
+    split, alone = outcome(start(checkpoints[name], **ranks)), by_one_process(name)
     for event in ("preemptions", "forks", "cached_tokens", "aborted"):
         assert alone["events"][event] > 0, f"{event} did not happen: the test shows less than it claims"
     assert split["events"] == alone["events"] and split["memory"] == alone["memory"] == ""

@@ -1,6 +1,7 @@
 """Several tokens a step change no text: whatever is drafted, ids, logits and what the cache keeps are those of one
 token a step. Drafts are those of an MTP head or looked up; random models draft wrongly, the shipped one well."""
 
+import functools
 from random import Random
 
 import mtp_oracle
@@ -86,26 +87,35 @@ def answers(model: Qwen3_5, name: str, **settings) -> tuple[list, Lab]:
     ], lab
 
 
+@pytest.fixture(scope="module")
+def plain(checkpoints):
+    """By a model's name, what it says without drafts."""
+    return functools.cache(lambda name: answers(load(checkpoints[name], mtp=False), name)[0])
+
+
+@pytest.mark.thinned(2, "name", "drafts")
 @pytest.mark.parametrize("name", ["dense", "moe", "shipped"])
-def test_what_is_said_is_what_is_said_without_drafts(models, checkpoints, name):
-    plain, _ = answers(load(checkpoints[name], mtp=False), name)
-    for drafts in (1, 3, 7):
-        found, lab = answers(models[name], name, drafts=drafts)
-        for asked, ours, theirs in zip(ASKED, found, plain, strict=True):
-            assert ours == theirs, f"{asked}, {drafts} drafts"
-        fared = lab.engine.acceptance
-        assert fared.steps > 0 and len(fared.drafted) == drafts
-        assert name != "shipped" or fared.ids_a_step > 1.3, "the shipped model's drafts are worth something"
+@pytest.mark.parametrize("drafts", [1, 3, 7])
+def test_what_is_said_is_what_is_said_without_drafts(models, plain, name, drafts):
+    found, lab = answers(models[name], name, drafts=drafts)
+    for asked, ours, theirs in zip(ASKED, found, plain(name), strict=True):
+        assert ours == theirs, asked
+    fared = lab.engine.acceptance
+    assert fared.steps > 0 and len(fared.drafted) == drafts
+    assert name != "shipped" or fared.ids_a_step > 1.3, "the shipped model's drafts are worth something"
+
+
+@pytest.mark.parametrize("name", ["dense", "shipped"])
+def test_what_is_said_is_what_is_said_without_looking_up(checkpoints, plain, name):
     looked_up, lab = answers(load(checkpoints[name], mtp=False), name, drafts=3)
-    assert looked_up == plain and lab.engine.acceptance.steps > 0
+    assert looked_up == plain(name) and lab.engine.acceptance.steps > 0
 
 
-def test_what_is_said_does_not_depend_on_the_draft_vocabulary(models):
-    whole, _ = answers(models["shipped"], "shipped", drafts=3)
+def test_what_is_said_does_not_depend_on_the_draft_vocabulary(plain):
     model = load(SHIPPED)
     model.mtp.reduce_vocabulary(torch.arange(300))
     reduced, lab = answers(model, "shipped", drafts=3)
-    assert reduced == whole and lab.engine.acceptance.steps > 0
+    assert reduced == plain("shipped") and lab.engine.acceptance.steps > 0
 
 
 def test_drafts_are_looked_up_where_the_same_was_said_before(checkpoints):
@@ -116,6 +126,7 @@ def test_drafts_are_looked_up_where_the_same_was_said_before(checkpoints):
     assert lab.scheduler.steps < 25
 
 
+@pytest.mark.thinned(2, "drafts", "scenario")
 @pytest.mark.parametrize("drafts", [1, 3])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_cached_logits_are_the_uncached_ones_drafts_included(models, scenario, drafts):
@@ -123,23 +134,25 @@ def test_cached_logits_are_the_uncached_ones_drafts_included(models, scenario, d
     assert lab.difference() <= TOLERANCE and lab.compared_drafts > 0
 
 
-def test_random_lives_with_drafts(models):
-    for seed in range(8):
-        random = Random(seed)
-        settings = {
-            "pages": random.choice([8, 10, 14, 64]),
-            "slots": random.choice([1, 2, 3, 6, 24]),
-            "max_seqs": random.choice([3, 4, 6]),
-            "max_num_batched_tokens": random.choice([33, 64, 256]),
-            "drafts": random.choice([1, 3, 7]),
-            "grid_tokens": random.choice([0, 50]),
-        }
-        lab = Lab(models["dense" if seed % 4 else "shipped"], **settings)
-        live(lab, seed, turns=8)
-        assert lab.difference() <= TOLERANCE, f"seed {seed}: {settings}"
-        assert lab.compared_drafts > 0
+@pytest.mark.thinned(2, "seed")
+@pytest.mark.parametrize("seed", range(8))
+def test_random_lives_with_drafts(models, seed):
+    random = Random(seed)
+    settings = {
+        "pages": random.choice([8, 10, 14, 64]),
+        "slots": random.choice([1, 2, 3, 6, 24]),
+        "max_seqs": random.choice([3, 4, 6]),
+        "max_num_batched_tokens": random.choice([33, 64, 256]),
+        "drafts": random.choice([1, 3, 7]),
+        "grid_tokens": random.choice([0, 50]),
+    }
+    lab = Lab(models["dense" if seed % 4 else "shipped"], **settings)
+    live(lab, seed, turns=8)
+    assert lab.difference() <= TOLERANCE, settings
+    assert lab.compared_drafts > 0
 
 
+@pytest.mark.thinned(2, "offset")
 @pytest.mark.parametrize("offset", range(0, 64, 3))
 def test_a_resume_at_any_offset_drafts_what_a_cold_start_drafts(models, offset):
     """The head's row of the first token after the prefix is its own, not that of whoever was there before."""

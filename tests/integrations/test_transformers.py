@@ -120,7 +120,7 @@ def test_restore_gives_the_model_back(models):
 def test_strict_raises_where_no_kernel_serves_the_model():
     model = oracle(DENSE)
     use_operators(model, strict=True)
-    with pytest.raises(ops.NoKernel, match=r"(rms_norm|linear): the compiled extension"):
+    with pytest.raises(ops.NoKernel, match=r"(rms_norm|linear): the (compiled extension|tensors are on cpu)"):
         model(ids(1, 3))
 
 

@@ -131,6 +131,7 @@ def test_a_tail_of_any_size_below_a_weight_of_any_size(backend, name, rows):
         assert tail_error(backend, name, rows, outputs, tail, inputs) < 1e-2
 
 
+@pytest.mark.thinned(2, "multiprocessors")
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 8, 16])
 def test_a_tail_beside_every_number_of_clusters(backend, multiprocessors):
     if backend.emulated is None:

@@ -49,6 +49,7 @@ def test_logits_may_lie_a_stride_apart(backend, tokens):
     check(backend, wide[:, 8:-16], 8)
 
 
+@pytest.mark.thinned(2, "scheduled")
 def test_two_launches_under_every_schedule(scheduled):
     check(scheduled, grid_logits(scheduled, 130, 256), 8)
 

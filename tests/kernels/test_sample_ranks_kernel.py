@@ -112,6 +112,7 @@ def test_cuts_that_keep_more_ids_than_are_listed(made, cut):
     check(made(2, seed=1), arguments(rows_of(1, 2 * 2048, 1), **BEYOND_LISTS[cut], seed=4, output=3))
 
 
+@pytest.mark.thinned(2, "dtype", "seed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("seed", range(2))
 def test_rows_of_all_kinds_in_one_launch(made, dtype, seed):

@@ -246,6 +246,7 @@ HOSTILE += ["<tool_call>\n<function=calc>\n</function>\n", "</think>", "<tool_ca
 STARTS = ["", "</think>x", "</think><tool_call><function=write><parameter=text>"]
 
 
+@pytest.mark.thinned(3, "start", "unit")
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("unit", HOSTILE, ids=lambda unit: repr(unit[:24]))
 def test_a_turn_takes_time_linear_in_its_length(unit, start):
