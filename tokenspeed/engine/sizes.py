@@ -1,4 +1,4 @@
-"""The published sizes, by name: enough to plan memory or build an empty model without a checkpoint."""
+"""The published sizes, by name: enough to size memory or build an empty model without a checkpoint."""
 
 from .config import FULL, LINEAR, DenseConfig, ModelConfig, MoeConfig, RopeConfig
 from .errors import ConfigError

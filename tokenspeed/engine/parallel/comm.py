@@ -112,7 +112,7 @@ class ProcessCommunicator(Communicator):
     def __init__(self, mesh: Mesh):
         super().__init__(mesh)
         if not dist.is_initialized():
-            raise ConfigError(f"{mesh.world} ranks are planned, but this process has not joined any.")
+            raise ConfigError(f"{mesh.world} ranks are asked for, but this process has not joined any.")
         if (dist.get_world_size(), dist.get_rank()) != (mesh.world, mesh.rank):
             raise ConfigError(
                 f"this process is rank {dist.get_rank()} of {dist.get_world_size()}; "
