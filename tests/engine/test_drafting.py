@@ -53,4 +53,4 @@ def test_drafting_reads_the_pages_that_its_sequences_hold(monkeypatch):
     monkeypatch.setattr(MtpDrafter, "_draft", seen)
     llm = LLM(progress=False, device="cpu")
     llm.generate([[5] * 70, [6] * 10], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
-    assert widths and set(widths) == {2}
+    assert 2 in widths and set(widths) <= {1, 2}, "the long one, and where it has ended the short one alone"

@@ -63,7 +63,7 @@ BUGS = (
         seeds(2),
     ),
     Bug("copies are forgotten", _Draft.add, "self.copies += sequence.copies", "pass", seeds(0)),
-    Bug("shared keys are ignored", Scheduler._take, "= admission.match.kv_tokens", "= 0", seeds(5)),
+    Bug("shared keys are ignored", Scheduler._take, "= admission.match.kv_tokens", "= 0", seeds(10)),
     Bug("shared keys reach too far", Scheduler._take, "match.kv_tokens", "match.known_tokens", seeds(0)),
     Bug(
         "resume not where the state is",
@@ -84,7 +84,7 @@ BUGS = (
         Scheduler._settle_slots,
         "sequence.read_slot, sequence.row = sequence.write_slot, None",
         "sequence.read_slot = sequence.write_slot",
-        seeds(0),
+        seeds(2),
     ),
     Bug("a snapshot is published early", Scheduler._plan_prefill, "[0][0] <= end", "[0][0] <= end + 8", seeds(2)),
     Bug("a snapshot is never written", Scheduler._plan_prefill, "tuple(snapshots)", "()", seeds(0)),
@@ -154,7 +154,7 @@ BUGS = (
         Engine._reconcile,
         "planned.samples[i].id: scores",
         "planned.samples[i - 1].id: scores",
-        seeds(5),
+        seeds(7),
     ),
     Bug(
         "a state beyond the text is donated",
@@ -195,7 +195,7 @@ BUGS = (
     Bug("retired a step early", Scheduler.reconcile, "s.last_step <= planned.number", "True", seeds(2)),
     Bug("an index leaks", Scheduler._retire, "self._free.append(sequence.index)", "pass", seeds(0)),
     Bug("given way for good", Scheduler._retire, "self._enqueue(sequence)", "pass", seeds(0)),
-    Bug("who gave way decodes", Scheduler.plan, "if sequence.state is State.DECODING:  #", "if True:  #", seeds(43)),
+    Bug("who gave way decodes", Scheduler.plan, "if sequence.state is State.DECODING:  #", "if True:  #", seeds(291)),
     Bug(
         "who ended is judged again",
         Scheduler.reconcile,
@@ -350,14 +350,14 @@ BUGS = (
         Scheduler._plan_forks,
         "parent.write_slot, parent.row = fork.parent_write, None",
         "pass",
-        seeds(0),
+        seeds(2),
     ),
     Bug(
         "a parent reads what nobody wrote",
         Scheduler._plan_forks,
         "parent.write_slot, parent.row = fork.parent_write, None",
         "parent.read_slot, parent.write_slot, parent.row = fork.parent_read, fork.parent_write, None",
-        seeds(0),
+        seeds(2),
     ),
     Bug(
         "a child starts one token late",
@@ -397,7 +397,7 @@ BUGS = (
         Engine._accept,
         "if reason is None and outputs >= sequence.limit:",
         "if outputs >= sequence.limit:",
-        seeds(21),
+        seeds(41),
     ),
     Bug(
         "prompt scores are shifted",
@@ -457,7 +457,7 @@ BUGS = (
         ThinkingBudget.may_act,
         " and (self._thinking or output > self._outputs)",
         " and self._thinking",
-        seeds(0),
+        seeds(6),
     ),
 )
 
