@@ -315,8 +315,11 @@ def test_fields_and_keys_are_sent_as_given(monkeypatch):
 
 
 def test_ctrl_c_prints_what_was_measured(capsys):
+    pressed = []
+
     def answer(body):
-        if len(fake.bodies) == 7:
+        if len(fake.bodies) >= 7 and not pressed:  # the other user's eighth may have come meanwhile
+            pressed.append(True)
             os.kill(os.getpid(), signal.SIGINT)
         return [STREAM, 3.0, *PLAIN[1:]] if len(fake.bodies) >= 7 else PLAIN
 
