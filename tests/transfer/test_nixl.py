@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from agents import FakeAgent, Network
+from fake_nixl import FakeAgent, Network
 from lab import TOLERANCE, random_model
 from lives import live
 from pair import LEASE as PAIR_LEASE

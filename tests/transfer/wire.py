@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from agents import Network
+from fake_nixl import Network
 
 from tokenspeed.engine.config import PAGE_TOKENS
 from tokenspeed.engine.transfer.arenas import Arenas
