@@ -47,6 +47,13 @@ def test_nobody_gives_way_for_the_sake_of_drafts():
     assert bench.engine.scheduler.preemptions == 0
 
 
+def test_drafts_behind_an_answer_take_no_page_that_another_needs():
+    """The first ends with its page; what it would say beyond its limit has no page of its own."""
+    bench = Bench(Setting(pages=3, slots=2, seqs=2, drafts=((2, 3),), right=100, cache={"enabled": False}))
+    finish(bench, request("a", prompt_of(40), max_tokens=24), request("b", prompt_of(41, 1), max_tokens=70))
+    assert bench.engine.scheduler.preemptions == 0 and max(step.width for step in bench.device.steps) == 4
+
+
 @pytest.mark.parametrize("length", range(38, 50))
 def test_where_text_ends_among_accepted_ids_nothing_behind_it_is_kept(length):
     """Around the end of a page: ids that the device has consumed behind a stop that the host alone finds."""

@@ -202,6 +202,11 @@ def test_engines_of_two_ranks_exchange_state_rank_by_rank(server):
         ("decode", {"do_remote_decode": True}, "role is 'decode'"),
         ("decode", {"do_remote_prefill": True, "do_remote_decode": True}, "both true"),
         ("decode", {"do_remote_prefill": True, "transfer_id": "x", "remote_host": "h"}, "remote_port; it is None"),
+        (
+            "decode",
+            {"do_remote_prefill": True, "transfer_id": "x", "remote_host": "h", "remote_port": True},
+            "remote_port; it is True",
+        ),
         ("decode", {"do_remote_prefill": True, "transfer_id": "x" * 200}, "up to 128 characters"),
         ("decode", {"do_remote_prefill": "yes"}, "must be true or false"),
         ("neither", {"do_remote_decode": True}, "--role"),

@@ -322,6 +322,8 @@ def test_handles_that_are_none_end_what_is_pulled_from_there(handles):
         ((Part(1, 0, PAGE_BYTES),), None),
         ((), Part(1, 0, 2 * SLOT_BYTES)),
         ((), Part(0, 0, SLOT_BYTES)),
+        ((), Part(1, (1 << 64) - 1, SLOT_BYTES)),  # whose end no message could name
+        ((Part(0, -PAGE_BYTES, PAGE_BYTES),), None),
     ],
 )
 def test_what_is_no_page_and_no_state_is_not_read(parts, state):

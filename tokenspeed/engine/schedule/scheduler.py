@@ -110,6 +110,11 @@ class Continuation:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def ends_soon(self) -> bool:
+        """Whether it holds a page beyond its limit, as drafts just before it need."""
+        return (self.held_pages - 1) * PAGE_TOKENS >= self.prompt_tokens + self.limit
+
+    @property
     def scored(self) -> bool:
         """Log-probabilities of its prompt are still wanted, so every token's logits are."""
         return self.request.params.prompt_logprobs is not None and not self.outputs
@@ -287,8 +292,8 @@ class Scheduler:
         """Pages for more tokens; where there are none the youngest sequence gives way, if need be this one. False: no
         page in this Step."""
         while not self._extend(sequence, needed):
-            if any(s.state is State.RETIRING for s in self.running):
-                return False  # somebody's pages come back when a Step is reconciled
+            if any(s.state is State.RETIRING or (s.ends_soon and s is not sequence) for s in self.running):
+                return False  # somebody's pages come back when a Step is reconciled, or a few
             victim = max((s for s in self.running if s.state is not State.RETIRING), key=lambda s: s.id)
             self._preempt(victim)
             if victim is sequence:

@@ -74,8 +74,8 @@ def parse(given: Mapping[str, Any] | None, own: Address | None) -> Transfer | No
     for name, valid, value in (
         ("transfer_id or remote_request_id", bool(room), room),
         ("remote_host", isinstance(host, str) and 0 < len(host) < 256, host),
-        ("remote_port", isinstance(port, int) and 0 < port < 1 << 16, port),
-        ("remote_engine_id", engine is None or isinstance(engine, str), engine),
+        ("remote_port", type(port) is int and 0 < port < 1 << 16, port),
+        ("remote_engine_id", engine is None or (isinstance(engine, str) and len(engine) < 256), engine),
     ):
         if not valid:
             raise RequestError(f"do_remote_prefill needs {name}; it is {value!r:.100}.")

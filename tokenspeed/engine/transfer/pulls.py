@@ -41,6 +41,7 @@ from .rooms import Ended
 log = logging.getLogger("tokenspeed.transfer")
 
 _READS = 4  # of one pull on their way
+_MAX_OFFSET = 1 << 62  # with which one can reckon in 64 bits
 _MAPPED_BYTES = 64 << 20  # that are copied at a time from a peer's arena that is mapped here
 
 
@@ -367,6 +368,8 @@ class Pulls:
             return f"{pages} pages, more than there are here"
         if state is not None and (state.arena, state.length) != (SLOTS, slot):
             return f"{state} as a state of {slot} bytes"
+        if wrong := [part for part in (*parts, state) if part and not 0 <= part.offset < _MAX_OFFSET]:
+            return f"{wrong[0]}, where no arena can be"
         return ""
 
     def _go_on(self, pull: _Pull, peer: _Peer) -> None:
