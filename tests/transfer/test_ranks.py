@@ -152,6 +152,20 @@ def test_after_a_cancel_nothing_is_written_at_any_rank(engines):
     assert all(map(torch.equal, before, [flat for own in here.arenas for flat in own.flat]))
 
 
+def test_what_was_heard_of_a_cancelled_pull_is_no_news_of_the_next_of_its_name(engines):
+    there, other, here = engines(1, True, lease=20.0), engines(3, True, lease=20.0), engines(2, False, lease=20.0)
+    last = here.others[1]
+    pull, last._endpoint.pulls.pull = last._endpoint.pulls.pull, lambda *_: last._send(ranks._Over("room", "planted"))
+    there.calls.offer("room", b"prompt", PAGES[:2], None, 0)
+    here.calls.pull(source(there), lambda: TARGETS)
+    until(here, condition=lambda: here.others[0]._endpoint.pulls.open)
+    here.calls.cancel("room")
+    last._endpoint.pulls.pull = pull
+    other.calls.offer("room", b"prompt", PAGES, SLOT, 0)
+    here.calls.pull(source(other), lambda: TARGETS)
+    assert ended(here) == (("room", None),) and arrived(other, here) == [True] * RANKS
+
+
 def test_a_cancel_waits_for_the_others(engines):
     there, here = engines(1, True), engines(2, False)
     there.calls.offer("room", b"prompt", PAGES[:2], None, 0)

@@ -127,7 +127,7 @@ def gated_delta_rule_prefill(
     phase = context_lens.long() % CHUNK
     chunks = (max_seqlen + 2 * (CHUNK - 1)) // CHUNK
     if not cu_seqlens.is_cuda:  # where reading a tensor costs nothing, the bound is exact
-        chunks = int((phase + cu_seqlens.diff() + CHUNK - 1).max()) // CHUNK if tokens else 1
+        chunks = max([1, *((phase + cu_seqlens.diff() + CHUNK - 1) // CHUNK).tolist()])
     rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
     full = not cu_seqlens.is_cuda and bool(valid.all())
     padding = ~valid[:, None, :, None]

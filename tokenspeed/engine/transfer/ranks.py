@@ -167,6 +167,7 @@ class Shares:
                 done.add(rank)
 
         self._listen(_CANCEL_SECONDS, take, lambda: len(done) + len(self._others) - len(left))
+        self._heard = [(rank, over) for rank, over in self._heard if over.room != room]
 
     def close(self) -> None:
         """As `Endpoint.close`; the other ranks close with their process."""
@@ -256,8 +257,7 @@ class Share:
                 self._take(_call(self._socket.recv()))
             while self._waiting and self._waiting[0].steps <= self._ran:
                 self._make(self._waiting.pop(0))
-            for room, error in self._endpoint.poll():
-                self._send(_Over(room, error and str(error)))
+            self._tell_ended()
 
     def _take(self, call: _Offer | _Pull | _Cancel) -> None:
         if not isinstance(call, _Cancel):
@@ -265,7 +265,12 @@ class Share:
             return
         self._waiting = [other for other in self._waiting if other.room != call.room]
         self._endpoint.cancel(call.room, call.reason)
+        self._tell_ended()  # what has ended before is no news of another room of this name
         self._send(_Cancelled(call.room))
+
+    def _tell_ended(self) -> None:
+        for room, error in self._endpoint.poll():
+            self._send(_Over(room, error and str(error)))
 
     def _make(self, call: _Offer | _Pull) -> None:
         if self._device.type == "cuda":
