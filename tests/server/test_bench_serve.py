@@ -314,6 +314,15 @@ def test_fields_and_keys_are_sent_as_given(monkeypatch):
     assert (body["top_p"], body["model"], body["stream_options"]) == (0.5, "other", {"include_usage": True})
 
 
+@pytest.fixture
+def heard_signals():
+    """SIGINT as in a terminal: whoever is started in the background by a shell inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_signals")
 def test_ctrl_c_prints_what_was_measured(capsys):
     pressed = []
 
