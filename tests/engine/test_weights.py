@@ -15,6 +15,7 @@ from tokenspeed.engine.checkpoint import SHIPPED, resolve
 from tokenspeed.engine.config import EngineConfig, ModelConfig
 from tokenspeed.engine.errors import ConfigError
 from tokenspeed.engine.executor.loading import load_runner, read_model_config
+from tokenspeed.engine.model import weights
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import fill_with_noise, load_weights
 from tokenspeed.engine.parallel.comm import ONE_RANK, Communicator
@@ -58,6 +59,17 @@ def test_both_prefixes_both_expert_layouts_and_shards_give_the_same_parameters(c
         weight_map |= dict.fromkeys(half, f"part-{i}.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert same_parameters(load(directory), load(saved))
+
+
+def test_files_that_are_opened_anew_give_the_same_parameters(checkpoint, saved, monkeypatch):
+    """As those of a checkpoint are once much of them was read."""
+    directory, tensors = checkpoint
+    opened, real = [], weights._open
+    monkeypatch.setattr(weights, "_open", lambda path: (opened.append(path), real(path))[1])
+    expected, before = load(saved), len(opened)
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 0)
+    assert same_parameters(load(directory), expected)
+    assert len(opened) - before >= len(tensors) > before
 
 
 def test_a_composite_config_loads_like_its_text_config(checkpoint, saved):

@@ -87,8 +87,7 @@ def split(path: str, body: dict[str, Any], helper: Backend) -> tuple[dict[str, A
     asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": name}
     beside = ("stream_options", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs", "prompt_logprobs")
     prefill = {key: value for key, value in body.items() if key not in beside}  # of what is said, nobody hears its id
-    prefill |= {"stream": False, "kv_transfer_params": asked}
-    prefill |= _LEAST_ANSWER[path]
+    prefill |= {"stream": False, "kv_transfer_params": asked, **_LEAST_ANSWER[path]}
     given = {
         "do_remote_prefill": True,
         "do_remote_decode": False,

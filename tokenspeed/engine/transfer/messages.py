@@ -24,9 +24,9 @@ class Identity(msgspec.Struct, frozen=True):
     """What two engines must have in common before bytes of one mean anything to the other.
 
     model: of the checkpoint's files; ranks: that split the dense weights, and the experts; dtype: of weights and
-    activations; page: shape of one, (layers, keys and values,
-    heads, tokens, dimensions); slot: the parts of one for each layer, (name, dtype, shape); slot_layers, slot_bytes:
-    how often they come, and what all take; hidden_bytes: of a slot, for the MTP head.
+    activations; page: shape of one, (layers, keys and values, heads, tokens, dimensions); slot: the parts of one for
+    each layer, (name, dtype, shape); slot_layers, slot_bytes: how often they come, and what all take; hidden_bytes: of
+    a slot, for the MTP head.
     """
 
     model: str
