@@ -77,8 +77,9 @@ def load_runner(
         load_weights(model, directory, progress)
     if config.draft_vocabulary is not None:
         model.mtp.reduce_vocabulary(torch.arange(config.draft_vocabulary))
+    weights = sum(p.nbytes for p in model.parameters())
     threads = config.threads
-    if threads is None and sum(p.nbytes for p in model.parameters()) < _SHARED_BYTES:
+    if threads is None and weights < _SHARED_BYTES:
         threads = 1
     if threads is not None:
         use_threads(threads)
@@ -87,7 +88,8 @@ def load_runner(
     entries = slot_sizes(model_config, drafts, decodes_by_kernel(device))
     layout = MemoryLayout(model.share, dtype, *entries, kv_dtype=pick_kv_dtype(config.kv_cache_dtype))
     left = free_memory(device) // sharers
-    sizes = fit_memory(model_config, layout, config, left, free - left, total, device.type)
+    held = max(free - left, weights)  # others may have given memory back meanwhile
+    sizes = fit_memory(model_config, layout, config, left, held, total, device.type)
     host = divide_host_memory(layout, config, communicator.mesh.world)
     sizes = MemorySizes(layout, *smallest([sizes.pages, sizes.slots, *host]))
     if progress:
