@@ -74,7 +74,8 @@ def run(sequences: Sequences, steps: list[Step]) -> None:
     for step in steps:
         sequences.run(step)
     while sequences.runner.queue:  # on a CPU, what waits until somebody asks for its results
-        sequences.runner.queue.popleft()()
+        sequences.runner.advance()
+    sequences.runner.finish()
 
 
 def product_flops(model: Qwen3_5, tokens: int) -> float:

@@ -230,6 +230,9 @@ class HashDevice:
         self.queue.append(launched)
         return launched
 
+    def finish(self) -> None:
+        """Everything is done when it is sampled."""
+
     def forward(self, step: Step) -> tuple[list[list[bytes]], dict[int, list[TokenScores]]]:
         """The histories under the logits of each row, and the scores of prompt tokens."""
         for begin in step.begins:

@@ -346,8 +346,20 @@ class Lab:
 
         def watched_choose(step, forwarded, edits):
             _, samples = self._planned.pop(id(step))
-            drafts.clear()
             news, scores = choose(step, forwarded, edits)
+            if follow := runner._following:
+                runner._following = lambda: watched_follow(step, samples, follow)
+            if step.decode:
+                _, sequences, starts, logits = self._verified.pop(id(step))
+                for i, (sequence, start, count) in enumerate(zip(sequences, starts, news[:, 0].tolist(), strict=False)):
+                    self.computed.setdefault(sequence.id, []).append((start, start + count))
+                    for place in range(count):  # the rest came of drafts that were wrong
+                        self._logits.setdefault(sequence.id, {})[start + place] = logits[i * step.width + place]
+            return news, scores
+
+        def watched_follow(step, samples, follow):
+            drafts.clear()
+            follow()
             if drafts:
                 decoding = len(step.decode)
                 own = [i for i, s in enumerate(step.samples) if i < decoding or step.rows[s.row].index == s.index]
@@ -356,13 +368,6 @@ class Lab:
                     # Without a page for it, its row is nowhere, and the draft is worth nothing.
                     if 0 <= row < runner.tables.capacity[step.samples[i].index]:
                         self._draft_logits.setdefault(samples[i].id, {})[row] = found
-            if step.decode:
-                _, sequences, starts, logits = self._verified.pop(id(step))
-                for i, (sequence, start, count) in enumerate(zip(sequences, starts, news[:, 0].tolist(), strict=False)):
-                    self.computed.setdefault(sequence.id, []).append((start, start + count))
-                    for place in range(count):  # the rest came of drafts that were wrong
-                        self._logits.setdefault(sequence.id, {})[start + place] = logits[i * step.width + place]
-            return news, scores
 
         drafts: list[tuple[Batch, Tensor]] = []
         if isinstance(runner._drafter, MtpDrafter):

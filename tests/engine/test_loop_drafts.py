@@ -29,6 +29,13 @@ def test_each_number_of_decoding_sequences_has_its_drafts():
     assert shown >= {(1, 8), (2, 3), (3, 3), (4, 1), (5, 1)}
 
 
+def test_nothing_is_drafted_behind_last_ids():
+    for others, drafts in (((), 0), ((request("b", prompt_of(20, 1), max_tokens=9),), 3)):
+        bench = Bench(Setting(drafts=((4, 3),), right=100))
+        finish(bench, request("a", prompt_of(20), max_tokens=1), *others)
+        assert bench.device.steps[0].drafts == drafts and len(bench.outcome("a").ids) == 1
+
+
 def test_no_draft_goes_beyond_the_room():
     bench = Bench(Setting(pages=2, slots=1, seqs=1, drafts=((1, 7),), right=100))
     finish(bench, request("a", prompt_of(50), max_tokens=78))

@@ -220,16 +220,28 @@ class Engine:
         """Plan and launch a Step, and pass on what the one before it brought. Raises EngineError where the device
         failed: every request has then been told."""
         self._check_alive()
+        self._or_fail(self._step)
+        self._deliver()
+        if not self.has_work:
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the Steps whose news was passed on: the next step does so, but others may look at the arenas before.
+        Raises as `step` does."""
+        if self.failed is None:
+            self._or_fail(self.runner.finish)
+
+    def _or_fail(self, work: Callable[[], None]) -> None:
         try:
-            self._step()
+            work()
         except BaseException as error:
             self._fail(error)  # also for an interrupt: what was half done cannot be gone on with
             if not isinstance(error, Exception):
                 raise
             raise EngineError(f"the engine stopped: {type(error).__name__}: {error}") from error
-        self._deliver()
 
     def _step(self) -> None:
+        self.runner.finish()
         for number in self.runner.mover.finished() if self.runner.mover else ():
             self.scheduler.moved(number)
         planned, launched, waits = self.scheduler.plan(), None, False

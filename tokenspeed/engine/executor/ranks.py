@@ -156,6 +156,7 @@ def _run(runner: Runner, step: Step, inbox: Inbox, before: Launched | None) -> L
     edits = inbox.get() if any(sample.edited for sample in step.samples) else ()
     launched.sample(edits or ())
     (launched if runner.device.type == "cpu" else before or launched).read()  # a GPU runs one Step ahead
+    runner.finish()
     return launched
 
 

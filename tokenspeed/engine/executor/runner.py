@@ -88,7 +88,7 @@ class Launched:
     def read(self) -> Result:
         """Waits for the Step, and all before it."""
         while self._runner.queue and not self._done:
-            self._runner.queue.popleft()()
+            self._runner.advance()
         if self._event is not None:
             self._event.synchronize()
         self._runner.check()
@@ -152,7 +152,8 @@ class Runner:
     """A model, its memory, and what the device keeps per sequence.
 
     On a GPU a launch starts work and returns. On a CPU it is only queued, and done when somebody reads a result: so the
-    host plans one Step ahead there too, and an id is still known as soon as it was computed.
+    host plans one Step ahead there too, and an id is still known as soon as it was computed. What follows on the ids, the
+    MTP head's keys and values and the drafts, waits there until `finish`, so that the ids can be told before.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class Runner:
             self._drafter = LookupDrafter(self.tables, longest)
         self._graphs: DecodeGraphs | None = None
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
+        self._following: Callable[[], None] | None = None  # on a CPU: behind ids that were read
 
     @property
     def no_logits(self) -> Tensor:
@@ -197,6 +199,7 @@ class Runner:
 
     def launch(self, step: Step) -> Launched:
         """Start a Step behind those launched before it."""
+        self.finish()
         self.announce(step)
         if step.moves or step.moved:
             self.mover.settle(step.moved)
@@ -278,9 +281,9 @@ class Runner:
         index = rows.index[:, None].expand(-1, width).flatten()
         ids = self.sampler.draw(forwarded.logits, index, rows.outputs.flatten(), greedy).view(batch, width)
         counts = self._accept(ids, rows.tokens, rows.outputs, rows.context_lens, rows.index)
-        if self._drafter:
+        if drafter := self._drafter:
             chosen = Chosen(forwarded.batch, forwarded.hidden, ids.clamp(min=0), counts, None, greedy)
-            self._drafter.follow(chosen, drafts)
+            self._follow_by(lambda: drafter.follow(chosen, drafts))
         return torch.cat([counts[:, None], ids], 1)
 
     def _accept(self, ids: Tensor, tokens: Tensor, outputs: Tensor, context_lens: Tensor, index: Tensor) -> Tensor:
@@ -301,7 +304,7 @@ class Runner:
 
     def _follow(self, step: Step, forwarded: Forwarded, ids, counts, first) -> None:
         """The drafter takes note. Who begins behind another's row has no memory yet, and is not drafted for."""
-        if not self._drafter:
+        if not (drafter := self._drafter):
             return
         own = [
             (i, step.rows[s.row].write_slot)
@@ -312,7 +315,8 @@ class Runner:
         if own:
             places, slots = to_device(np.array(own, dtype=np.int32).T.copy(), self.device)
             behind = first[2][places.long()], slots
-        self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, behind), step.drafts)
+        chosen = Chosen(forwarded.batch, forwarded.hidden, ids, counts, behind)
+        self._follow_by(lambda: drafter.follow(chosen, step.drafts))
 
     @torch.inference_mode()
     def capture(self, depths: Callable[[int], int] = lambda sequences: 0, progress: bool = True) -> bool:
@@ -345,3 +349,21 @@ class Runner:
             work()
         else:
             self.queue.append(work)
+
+    def advance(self) -> None:
+        """The next of what was launched and is not done, on a CPU."""
+        self.finish()
+        self.queue.popleft()()
+
+    def _follow_by(self, work: Callable[[], None]) -> None:
+        if self.device.type == "cuda":
+            work()
+        else:
+            self._following = work
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Complete the Steps that were read: before somebody else looks at the arenas, and where no Step comes next."""
+        if work := self._following:
+            self._following = None
+            work()

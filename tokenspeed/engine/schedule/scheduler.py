@@ -259,6 +259,8 @@ class Scheduler:
         draft.moves = self.cache.take_moves()
         if draft.empty:
             return None
+        if not draft.goes_on:
+            draft.drafts = 0
         draft.moved, self._moved = tuple(self._moved), []
         planned = draft.finish(self.steps)
         self.steps += 1
@@ -588,6 +590,11 @@ class _Draft:
     @property
     def empty(self) -> bool:
         return not self.decode and not self.prefill and not self.moves
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether somebody needs more ids than this Step chooses at least."""
+        return any(sequence.waits_for_more for sequence in self._samples_of)
 
     def add(self, row: DecodeRow | PrefillRow, sequence: Continuation) -> None:
         (self.decode if isinstance(row, DecodeRow) else self.prefill).append(row)

@@ -92,6 +92,7 @@ class EngineProcess:
                     engine.step()
                 finally:
                     self._tell()
+                engine.finish()
                 self._publish()
                 self._blocked = engine.blocked
 
