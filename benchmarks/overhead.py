@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from tokenspeed.engine.executor.batch import pack_rows, to_device
-from tokenspeed.engine.executor.runner import Forwarded
+from tokenspeed.engine.executor.batch import Forwarded, pack_rows, to_device
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.model.mtp import Output
 from tokenspeed.engine.request import SamplingParams

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenspeed.engine.executor.runner import Forwarded, Runner
+from tokenspeed.engine.executor.batch import Forwarded
+from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.schedule.step import DecodeRow, NewPages, PrefillRow, Step
 
 

@@ -35,7 +35,7 @@ def test_weights_are_not_loaded_where_they_do_not_fit(monkeypatch):
 def test_weights_count_as_held_where_others_free_more_than_they_take(monkeypatch):
     free = iter([1 << 30, 100 << 30, 100 << 30, 100 << 30])
     monkeypatch.setattr(loading, "free_memory", lambda device: next(free))
-    with pytest.raises(CapacityError, match="0.00 GiB are there for KV pages and state slots"):
+    with pytest.raises(CapacityError, match=r"0\.00 GiB are there for KV pages and state slots"):
         LLM(progress=False, device="cpu", gpu_memory_utilization=1e-9)
 
 

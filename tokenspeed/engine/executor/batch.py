@@ -1,7 +1,8 @@
-"""From a Step to the tensors one forward pass reads."""
+"""From a Step to the tensors one forward pass reads, and what it gives."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -186,3 +187,22 @@ def build_batch(step: Step, memory: Memory, tables: Tables, rotary: Rotary) -> B
         kv_slots = torch.cat([decode.kv_slots, kv_slots])
     rows = decode.decode if decode else None
     return Batch(memory.layers, tokens, cos_sin, kv_slots, logit_rows.long(), rows, before, prefill)
+
+
+class Forwarded(NamedTuple):
+    """A forward pass: its batch, logits [L, V] of the decode rows' tokens and of the prefill rows that want some, and
+    with an MTP head the state of every token, [N, hidden]."""
+
+    batch: Batch
+    logits: Tensor
+    hidden: Tensor | None
+
+    def first(self, rows: int) -> "Forwarded":
+        """Without the decode rows behind the first `rows`, which are padding."""
+        decode = self.batch.decode
+        if decode is None or len(decode.index) == rows:
+            return self
+        cut = rows * decode.tokens.shape[1]
+        decode = DecodeRows(*(getattr(decode, field.name)[:rows] for field in fields(decode)))
+        batch = replace(self.batch, decode=decode, decode_tokens=cut)
+        return Forwarded(batch, self.logits[:cut], self.hidden if self.hidden is None else self.hidden[:cut])

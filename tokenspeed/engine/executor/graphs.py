@@ -4,8 +4,8 @@ Ranks capture the same sizes in the same order, and their collectives with them:
 collective at its size once, so that nothing is connected or allocated inside.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,17 @@ from tqdm import tqdm
 
 from ... import ops
 from ..schedule.step import DecodeRow, Step
-from .batch import pack_rows, to_device
-
-if TYPE_CHECKING:
-    from .runner import Forwarded, Runner
+from .batch import Forwarded, pack_rows, to_device
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+class Decoding(Protocol):
+    """What is captured, of a `Runner`."""
+
+    def decode_forward(self, packed: Tensor, width: int) -> Forwarded: ...
+
+    def choose_plainly(self, forwarded: Forwarded, drafts: int, greedy: bool = False) -> Tensor: ...
 
 
 class _Captured(NamedTuple):
@@ -27,18 +32,28 @@ class _Captured(NamedTuple):
 
     packed: Tensor
     forward: torch.cuda.CUDAGraph
-    forwarded: "Forwarded"
+    forwarded: Forwarded
     choose: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]]
 
 
 class DecodeGraphs:
     """Decode rows of one token, and of as many as there are drafts at that size, captured once per batch size."""
 
-    def __init__(self, runner: "Runner", depths: Callable[[int], int], progress: bool):
+    def __init__(
+        self,
+        runner: Decoding,
+        device: torch.device,
+        nobody: int,
+        greedy: Sequence[bool],
+        depths: Callable[[int], int],
+        progress: bool,
+    ):
         """Captures every size, the largest first, so that all share its memory. Padding rows alone run meanwhile: no
-        page and no slot changes. Raises `ops.NoKernel` where no kernel serves an operator, before anything is captured
-        (torch's allocator does not recover from a capture that fails), RuntimeError where a capture fails."""
-        self._device, self._nobody = runner.device, runner.tables.nobody
+        page and no slot changes. nobody: the index of padding rows, behind those of all sequences; greedy: for which
+        values of `choose_plainly`'s a graph is needed; depths: drafts by the number of sequences. Raises `ops.NoKernel`
+        where no kernel serves an operator, before anything is captured (torch's allocator does not recover from a
+        capture that fails), RuntimeError where a capture fails."""
+        self._device, self._nobody = device, nobody
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._packed: dict[tuple[int, int], tuple[DecodeRow, ...]] = {}  # what stands in each input
         self._pool = None
@@ -51,14 +66,14 @@ class DecodeGraphs:
             forward, forwarded = self._capture(lambda packed=packed, width=width: runner.decode_forward(packed, width))
             drafts = depths(size)
             choose = {
-                (drafts, greedy): self._capture(
-                    lambda f=forwarded, drafts=drafts, greedy=greedy: runner.choose_plainly(f, drafts, greedy)
+                (drafts, kind): self._capture(
+                    lambda f=forwarded, drafts=drafts, kind=kind: runner.choose_plainly(f, drafts, kind)
                 )
-                for greedy in ((False, True) if runner.vocabulary.tells_greedy else (False,))
+                for kind in greedy
             }
             self._captured[size, width] = _Captured(packed, forward, forwarded, choose)
 
-    def forward(self, step: Step) -> "Forwarded | None":
+    def forward(self, step: Step) -> Forwarded | None:
         """Of the decode rows, and padding behind them, until the next call; None for a step that was not captured."""
         key, captured = self._find(step)
         if captured is None:

@@ -3,7 +3,6 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +12,11 @@ from tqdm import tqdm
 
 from ... import ops
 from ..errors import CapacityError
-from ..model.inputs import Batch, DecodeRows
+from ..model.inputs import Batch
 from ..model.qwen3_5 import Qwen3_5
 from ..request import TokenScores
 from ..schedule.step import Edit, Step
-from .batch import Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
+from .batch import Forwarded, Rotary, Tables, build_batch, decode_batch, pack_rows, to_device
 from .drafting import Chosen, Drafter, LookupDrafter, MtpDrafter
 from .graphs import DecodeGraphs
 from .memory import Memory
@@ -33,25 +32,6 @@ _DECODE_OPERATORS = {
     "moe_route",
     "paged_attention_decode",
 }
-
-
-class Forwarded(NamedTuple):
-    """A forward pass: its batch, logits [L, V] of the decode rows' tokens and of the prefill rows that want some, and
-    with an MTP head the state of every token, [N, hidden]."""
-
-    batch: Batch
-    logits: Tensor
-    hidden: Tensor | None
-
-    def first(self, rows: int) -> "Forwarded":
-        """Without the decode rows behind the first `rows`, which are padding."""
-        decode = self.batch.decode
-        if decode is None or len(decode.index) == rows:
-            return self
-        cut = rows * decode.tokens.shape[1]
-        decode = DecodeRows(*(getattr(decode, field.name)[:rows] for field in fields(decode)))
-        batch = replace(self.batch, decode=decode, decode_tokens=cut)
-        return Forwarded(batch, self.logits[:cut], self.hidden if self.hidden is None else self.hidden[:cut])
 
 
 class Result(NamedTuple):
@@ -152,8 +132,8 @@ class Runner:
     """A model, its memory, and what the device keeps per sequence.
 
     On a GPU a launch starts work and returns. On a CPU it is only queued, and done when somebody reads a result: so the
-    host plans one Step ahead there too, and an id is still known as soon as it was computed. What follows on the ids, the
-    MTP head's keys and values and the drafts, waits there until `finish`, so that the ids can be told before.
+    host plans one Step ahead there too, and an id is still known as soon as it was computed. What follows on the ids,
+    the MTP head's keys and values and the drafts, waits there until `finish`, so that the ids can be told before.
     """
 
     def __init__(
@@ -326,7 +306,8 @@ class Runner:
         if self.device.type != "cuda" or not set(ops.compiled_operators()) >= _DECODE_OPERATORS:
             return False
         try:
-            self._graphs = DecodeGraphs(self, depths, progress)
+            greedy = (False, True) if self.vocabulary.tells_greedy else (False,)
+            self._graphs = DecodeGraphs(self, self.device, self.tables.nobody, greedy, depths, progress)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and self.model.mesh.world > 1:
                 raise CapacityError(

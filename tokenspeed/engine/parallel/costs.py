@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from tqdm import tqdm
 
 from ... import ops
 from .mesh import Mesh
-
-if TYPE_CHECKING:
-    from .comm import Communicator
 
 ALL_REDUCE, IN_PARTS = "all-reduce", "reduce-scatter + all-gather"
 _SHIFTS = (6, 4, 2, 0)  # of the largest number of tokens: the sizes that are measured
@@ -68,8 +65,24 @@ def never_in_parts(mesh: Mesh) -> Costs:
     return Costs(mesh.canonical("world"), (1,), (1.0,), (2.0,))
 
 
+class Sums(Protocol):
+    """What is measured: the collectives of a `Communicator`."""
+
+    mesh: Mesh
+
+    def all_reduce(self, x: Tensor, group: str, largest: bool = False) -> Tensor: ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor] | None: ...
+
+    def add_rms_norm_in_parts(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 def measure(
-    communicator: "Communicator",
+    communicator: Sums,
     hidden: int,
     dtype: torch.dtype,
     device: torch.device,
