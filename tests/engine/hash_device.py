@@ -160,12 +160,17 @@ class Launched:
         self._corrupted = [row for row in sorted(quiet) if not finite(self._histories[row][-1])]
         self._scores: dict[int, list[TokenScores]] = {}
 
+    def drafts(self) -> list[list[int]]:
+        return [self._device.next_ids[row.index][1 : self._step.width] for row in self._step.decode]
+
     def sample(self, edits=()) -> None:
         assert self.ids is None, "a Step is sampled twice"
         self._device.queue.remove(self)
-        by_sample = {edit.sample: edit for edit in edits}
-        for i in by_sample:
-            assert self._step.samples[i].edited, "an edit of a sample that is not marked"
+        by_sample: dict[int, list[Edit]] = {i: [] for i, s in enumerate(self._step.samples) if s.edited}
+        for edit in edits:
+            assert self._step.samples[edit.sample].edited, "an edit of a sample that is not marked"
+            assert edit.place == len(by_sample[edit.sample]), "edits of a sample are not place by place"
+            by_sample[edit.sample].append(edit)
         self.ids = []
         for i, s in enumerate(self._step.samples):
             decoding = s.row < len(self._step.decode)
@@ -321,19 +326,22 @@ class HashDevice:
                     assert index == row.index or first >= rows, "a row stores over what another sequence reads"
 
     def choose(
-        self, sample: Sample, histories: list[bytes], edit: Edit | None, end: int | None, drafts: int
+        self, sample: Sample, histories: list[bytes], edits: list[Edit] | None, end: int | None, drafts: int
     ) -> list[int]:
-        """The ids that count behind a decode row, or behind a prompt that ends at `end`. Drafts the next ones."""
+        """The ids that count behind a decode row, or behind a prompt that ends at `end`. Drafts the next ones. edits:
+        place by place, None where the host has no say."""
         index = sample.index
         begin, counts = self.begins[index], self.counts[index]
         if end is None and not histories:
             return []
         context = self.lengths[index] if end is None else end - 1
-        guesses = self.next_ids[index][1:] if end is None and not sample.edited else []
+        guesses = self.next_ids[index][1:] if end is None else []
+        if edits is not None:
+            guesses = guesses[: max(len(edits) - 1, 0)]
         ids = []
         for history, guess in zip(histories[-1:] if end else histories, [*guesses, None, *histories], strict=False):
             output = context + 1 + len(ids) - begin.prompt_tokens
-            id = choose(history, begin, output, counts, edit)
+            id = choose(history, begin, output, counts, edits[len(ids)] if edits else None)
             ids.append(id)
             counts[id] += 1
             self.left[index] -= 1

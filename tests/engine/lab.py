@@ -172,13 +172,13 @@ class Lab:
 
     # ---- use
 
-    def submit(self, prompt: list[int], boundaries=None, name_space: str = "", **params) -> Talk:
+    def submit(self, prompt: list[int], boundaries=None, name_space: str = "", grammar=None, **params) -> Talk:
         """boundaries: before the last token where None."""
         params = {"max_tokens": 8, "seed": len(self.talks)} | params
         at = (len(prompt) - 1,) if boundaries is None else tuple(boundaries)
         request = Request(str(len(self.talks)), tuple(prompt), SamplingParams(**params), at, name_space)
         talk = Talk(request, [], [[] for _ in range(request.params.n)])
-        self.engine.submit(request, talk.take)
+        self.engine.submit(request, talk.take, grammar)
         talk.sequences = [g.sequence for g in self.engine._requests[request.id]]
         self.talks.append(talk)
         return talk

@@ -11,7 +11,7 @@ import scenarios
 import test_drafting as drafting
 import torch
 from checkpoints import Shape
-from lab import TOLERANCE, Lab, shipped_model
+from lab import TOLERANCE, Lab, shipped_model, shipped_tokenizer
 from planting import Bug, must_be_noticed, noticed
 from test_speculation import load, prompt_of
 
@@ -21,6 +21,8 @@ from tokenspeed.engine.executor.batch import Tables
 from tokenspeed.engine.executor.drafting import LookupDrafter, MtpDrafter
 from tokenspeed.engine.executor.runner import Launched, Runner
 from tokenspeed.engine.executor.sampling import Sampler
+from tokenspeed.engine.text.constraints import Format
+from tokenspeed.engine.text.grammar import json_object
 
 DRAFTS = 3
 SAMPLED = {"temperature": 2.5, "seed": 3}
@@ -160,11 +162,31 @@ def test_without_them_nothing_is_found(model, right, by):
 
 
 def test_lines_of_the_runner_that_tell_rows_apart_are_needed(right):
-    edited = "tokens[single, 1:] = -1"
-    must_be_noticed(Bug("an edited row takes drafts", Runner.choose, edited, "pass", partial(same, right, "words")))
+    edited = "tokens[i, places:] = -1"
+    must_be_noticed(Bug("an edited row takes any draft", Runner.choose, edited, "pass", not_looking_ahead))
     place = "at += width"
     wrong = "at += len(ids[i])"
     must_be_noticed(Bug("scores of another row", Launched.read, place, wrong, partial(same, right, "scored")))
+
+
+def not_looking_ahead() -> None:
+    """A rule may look ahead less far than drafts go: what it has not seen does not count."""
+    said = {}
+    for ahead in (0, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            verdicts = Format.verdicts
+            patch.setattr(Format, "verdicts", lambda rule, *args, v=verdicts, n=ahead: v(rule, *args)[: 1 + n])
+            lab = Lab(shipped_model(), drafts=3)
+            lab.engine.eos_ids = frozenset([shipped_tokenizer().token_to_id("<|im_end|>")])
+            talk = lab.submit(prompt_of("shipped"), [], grammar=json_object(), temperature=0.0, max_tokens=40)
+            lab.run()
+        said[ahead], steps = talk.outputs[0], lab.scheduler.steps
+        assert (steps < 35) == bool(ahead)
+    assert said[0] == said[3]
+
+
+def test_a_rule_may_look_ahead_less_far_than_drafts_go():
+    not_looking_ahead()
 
 
 def looked_up() -> None:

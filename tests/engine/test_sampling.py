@@ -151,6 +151,17 @@ def test_what_the_host_decides_is_kept(edit):
     agree(draw(begin, edit=edit), distribution(begin, edit=edit))
 
 
+def test_what_the_host_decides_behind_drafts_is_kept_at_each_place():
+    sampler, places = new_sampler(2), 3
+    sampler.begin([Begin(i, **PLAIN | {"temperature": 0.0}) for i in range(2)])
+    edits = [Edit(1, BITS, place=1), Edit(0, banned=(9,), place=2), Edit(1, banned=(9,))]
+    likes = torch.zeros(2 * places, VOCAB)
+    likes[:, 9], likes[:, 8], likes[:, 5] = 3.0, 2.0, 1.0
+    drafts = torch.zeros(2, places - 1, dtype=torch.int64)
+    ids, _ = choose(sampler, [0, 1], [0, 1, 2, 0, 1, 2], likes, edits, drafts=drafts)
+    assert ids.view(2, places).tolist() == [[9, 9, 8], [8, 5, 9]]
+
+
 @pytest.mark.parametrize("output", [0, 1, 2, 7])
 def test_end_ids_are_forbidden_for_as_many_outputs_as_asked_and_then_no_more(output):
     begin = Begin(0, **PLAIN, min_tokens=2, banned=(FIRST, SECOND))

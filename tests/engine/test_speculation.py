@@ -16,6 +16,7 @@ from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import load_weights
+from tokenspeed.engine.text.grammar import json_object, json_schema, regex
 
 
 def load(directory, mtp: bool = True) -> Qwen3_5:
@@ -103,6 +104,39 @@ def test_what_is_said_is_what_is_said_without_drafts(models, plain, name, drafts
     fared = lab.engine.acceptance
     assert fared.steps > 0 and len(fared.drafted) == drafts
     assert name != "shipped" or fared.ids_a_step > 1.3, "the shipped model's drafts are worth something"
+
+
+PLACE = {"city": {"type": "string", "maxLength": 9}, "n": {"type": "integer"}}
+FORMATS = (
+    (json_schema({"type": "object", "properties": PLACE, "required": ["city", "n"]}), {"temperature": 0.0}),
+    (regex("(yes|no|maybe), because [a-z ]{5,30}"), {"temperature": 1.0, "seed": 3, "n": 2}),
+    (json_object(), {"temperature": 0.7, "seed": 4, "bad_words": ["the", "1"], "logprobs": 1}),
+    (regex("[0-9 ]{20,}"), {"temperature": 0.0, "frequency_penalty": 0.5}),
+    (json_object(), {"temperature": 0.0}),
+    (None, {"temperature": 1.0, "thinking_token_budget": 4, "seed": 6}),
+)
+
+
+def in_formats(model: Qwen3_5, **settings) -> tuple[list, Lab]:
+    lab, said = Lab(model, max_seqs=8, pages=96, slots=24, **settings), []
+    lab.engine.eos_ids = frozenset([shipped_tokenizer().token_to_id("<|im_end|>")])
+    for spec, params in FORMATS:
+        talk = lab.submit([*prompt_of("shipped"), *opening(params)], [], grammar=spec, max_tokens=40, **params)
+        said.append(talk)
+    lab.run()
+    return [(talk.outputs, talk.reasons) for talk in said], lab
+
+
+def opening(params: dict) -> list[int]:
+    return [shipped_tokenizer().token_to_id("<think>")] if "thinking_token_budget" in params else []
+
+
+@pytest.mark.parametrize(("mtp", "drafts"), [(True, 1), (True, 3), (False, 3)], ids=["one", "three", "looked up"])
+def test_formats_are_spoken_as_without_drafts(models, mtp, drafts):
+    plain, _ = in_formats(load(SHIPPED, mtp=False))
+    found, lab = in_formats(models["shipped"] if mtp else load(SHIPPED, mtp=False), drafts=drafts)
+    assert found == plain
+    assert lab.engine.acceptance.ids_a_step > 1.03, "drafts within a format count"
 
 
 @pytest.mark.parametrize("name", ["dense", "shipped"])

@@ -26,10 +26,10 @@ def test_a_bad_word_is_not_completed_in_either_spelling(tokenizer):
     for text in ("kelpish", " kelpish"):
         ids = tokenizer.encode(text)
         assert len(ids) > 1
-        assert ids[-1] in rule.verdict([1, 2, *ids[:-1]]).banned
-        assert ids[-1] in rule.verdict(ids[:-1]).banned, "also as the first words of an output"
-        assert ids[-1] not in rule.verdict([*ids[:-2], 1]).banned
-        assert ids[-1] not in rule.verdict(ids[1:-1]).banned, "half a word in the prompt is none"
+        assert ids[-1] in rule.verdicts([1, 2, *ids[:-1]])[0].banned
+        assert ids[-1] in rule.verdicts(ids[:-1])[0].banned, "also as the first words of an output"
+        assert ids[-1] not in rule.verdicts([*ids[:-2], 1])[0].banned
+        assert ids[-1] not in rule.verdicts(ids[1:-1])[0].banned, "half a word in the prompt is none"
 
 
 def test_what_ends_in_a_forbidden_id_needs_no_look_at_the_outputs(tokenizer):
@@ -54,12 +54,13 @@ def test_a_bad_word_of_one_id_is_always_forbidden_and_costs_no_waiting(tokenizer
 )
 def test_after_the_budget_the_end_of_reasoning_is_the_only_choice(budget, prompt, outputs):
     rule = ThinkingBudget(budget, prompt, START, END, WORDS)
-    thinking, spent = False, 0
+    thinking, spent, foreseen = False, 0, []
     for id in prompt:
         thinking = id == START or (thinking and id != END)
     for i in range(len(outputs) + 1):
-        verdict = rule.verdict(outputs[:i])
-        assert allowed_ids(verdict.allowed) == ([END] if thinking and spent >= budget else None)
+        now, *ahead = rule.verdicts(outputs[:i], outputs[i:])
+        assert allowed_ids(now.allowed) == ([END] if thinking and spent >= budget else None)
+        foreseen.append([allowed_ids(verdict.allowed) for verdict in (now, *ahead)])
         # Said one output ahead too, as planning must, when the id before is not known yet.
         if i < len(outputs):
             id = outputs[i]
@@ -70,6 +71,8 @@ def test_after_the_budget_the_end_of_reasoning_is_the_only_choice(budget, prompt
             if thinking and spent >= budget:
                 assert acts_next, "the step was planned as if nothing could be forbidden"
                 assert rule.may_act(i + 1)
+    said = foreseen[0]
+    assert foreseen == [said[i:] for i in range(len(said))], "what is foreseen is what is said then"
 
 
 def test_a_budget_that_is_far_away_costs_no_waiting():

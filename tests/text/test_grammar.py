@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from tokenspeed.engine.errors import ConfigError, RequestError
+from tokenspeed.engine.text.constraints import Format
 from tokenspeed.engine.text.grammar import (
     GrammarCompiler,
     GrammarSpec,
+    Matcher,
     choice,
     json_object,
     json_schema,
@@ -223,6 +225,38 @@ def test_a_grammar_that_becomes_too_much_work_fails_its_own_request(compiler, to
     assert not matcher.finished
     with pytest.raises(RequestError, match=r"became too much work"):
         matcher.mask()
+
+
+def test_looking_ahead_over_drafts_gives_the_masks_that_come_and_stops_where_a_draft_may_not(compiler, tokenizer):
+    grammar = compiler.compile(json_schema({"type": "object", "properties": {"city": {"type": "string"}}}))
+    ids = tokenizer.encode('{"city": "Oslo"}')
+    rule, masks = Format(grammar.matcher()), []
+    for place, id in enumerate(ids):
+        masks.append(rule.verdicts(ids[:place])[0].allowed)
+        wrong = int(np.flatnonzero(np.unpackbits(masks[-1].view(np.uint8), bitorder="little") == 0)[0])
+        assert len(rule.verdicts(ids[:place], [wrong, *ids])) == 1, "nothing follows on an id that is not admitted"
+        assert len(rule.verdicts(ids[:place], [id, wrong])) <= 3
+        rule.accept(id)
+    fresh = Format(grammar.matcher()).verdicts((), ids)
+    assert len(fresh) == 1 + len(ids)
+    assert all(np.array_equal(a.allowed, b) for a, b in zip(fresh, masks, strict=False))
+    assert np.array_equal(fresh[-1].allowed, rule.verdicts(ids)[0].allowed)
+
+
+def test_looking_ahead_into_too_much_work_harms_nobody(compiler, tokenizer, monkeypatch):
+    rule = Format(compiler.compile(json_object()).matcher())
+    ids = tokenizer.encode('{"a": 1}')
+    mask, calls = Matcher.mask, []
+
+    def failing(matcher, *rest):
+        calls.append(matcher)
+        if len(calls) == 3:
+            raise RequestError("too much work")
+        return mask(matcher, *rest)
+
+    monkeypatch.setattr(Matcher, "mask", failing)
+    assert len(rule.verdicts((), ids)) == 2
+    assert len(rule.verdicts((), ids)) == 1 + len(ids)
 
 
 def test_response_format_means_what_it_says():

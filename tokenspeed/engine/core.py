@@ -257,7 +257,7 @@ class Engine:
             self._reconcile(*self._in_flight.popleft())
         if planned:
             if waits:
-                launched.sample(self._edits(planned))
+                launched.sample(self._edits(planned, launched))
             self._in_flight.append((planned, launched, begin))
         elif not self._in_flight and self.scheduler.awaits_moves:
             self.runner.mover.wait()
@@ -286,9 +286,9 @@ class Engine:
 
     def _count_drafts(self, planned: Planned, ids: Sequence[list[int]]) -> None:
         step = planned.step
-        for sequence, sample, new in zip(planned.samples[: len(step.decode)], step.samples, ids, strict=False):
+        for sequence, new in zip(planned.samples[: len(step.decode)], ids, strict=False):
             generation = self._generations.get(sequence.id)
-            if new and new[-1] >= 0 and generation and not sample.edited:
+            if new and new[-1] >= 0 and generation:
                 self.acceptance.count(step.width - 1, len(new))
                 generation.acceptance.count(step.width - 1, len(new))
 
@@ -440,19 +440,21 @@ class Engine:
         """Whether the host has a say in one of a continuation's next outputs, up to number `output`."""
         return any(constraint.may_act(output) for constraint in self._generations[sequence.id].constraints)
 
-    def _edits(self, planned: Planned) -> list[Edit]:
-        edits = []
+    def _edits(self, planned: Planned, launched: Launched) -> list[Edit]:
+        edits, drafts = [], launched.drafts()
         for i, (sample, sequence) in enumerate(zip(planned.step.samples, planned.samples, strict=True)):
             generation = self._generations.get(sequence.id)  # None: it ended meanwhile
             if sample.edited and generation:
-                outputs = sequence.tokens[sequence.prompt_tokens :]
+                outputs, behind = sequence.tokens[sequence.prompt_tokens :], drafts[i] if i < len(drafts) else []
                 try:
-                    verdict = combine([constraint.verdict(outputs) for constraint in generation.constraints])
+                    rules = [constraint.verdicts(outputs, behind) for constraint in generation.constraints]
                 except RequestError as error:  # it cannot go on; its id does not matter any more
                     self._abandon(self._requests[sequence.request.id], "error", error)
                     continue
-                allowed = b"" if verdict.allowed is None else verdict.allowed.tobytes()
-                edits.append(Edit(i, allowed, verdict.banned))
+                for place, verdicts in enumerate(zip(*rules, strict=False)):  # as far as all of them look ahead
+                    verdict = combine(verdicts)
+                    allowed = b"" if verdict.allowed is None else verdict.allowed.tobytes()
+                    edits.append(Edit(i, allowed, verdict.banned, place))
         return edits
 
     def _constraints(self, request: Request, grammar: Grammar | None, words: BadWords | None) -> list[Constraint]:

@@ -57,7 +57,23 @@ class Launched:
         self._unsampled: tuple[list[int], Tensor] | None = None  # rows, and whether the logits behind each are finite
         self._event: torch.cuda.Event | None = None
         self._done = False
+        self._drafts: Tensor | None = None
+        self._drafts_event: torch.cuda.Event | None = None
+        if step.edited and runner.device.type == "cuda":  # before the forward pass, which takes longer than the host
+            self._drafts = runner.drafts(step).to("cpu", non_blocking=True)
+            self._drafts_event = torch.cuda.Event()
+            self._drafts_event.record()
         runner.do(self._forward)
+
+    def drafts(self) -> list[list[int]]:
+        """Of a Step that the host has a say in, what each decode row verifies behind its last id. The Step before must
+        have been read."""
+        if self._drafts is None:
+            self._runner.finish()
+            self._drafts = self._runner.drafts(self._step)
+        if self._drafts_event is not None:
+            self._drafts_event.synchronize()
+        return self._drafts.tolist()
 
     def sample(self, edits: Sequence[Edit] = ()) -> None:
         """Choose the ids, once the forward pass is done; the edits concern samples that are marked `edited`."""
@@ -121,6 +137,15 @@ class Launched:
             self._event.record()
         runner.observe(step, edits, logits)
         self._forwarded, self._done = None, True
+
+
+def decided(step: Step, edits: Sequence[Edit]) -> dict[int, int]:
+    """At how many places of each decode row that the host has a say in an id may be chosen."""
+    places = {i: 1 for i, sample in enumerate(step.samples[: len(step.decode)]) if sample.edited}
+    for edit in edits:
+        if edit.sample in places:
+            places[edit.sample] = max(places[edit.sample], edit.place + 1)
+    return places
 
 
 def last_logits(step: Step) -> np.ndarray:
@@ -209,6 +234,11 @@ class Runner:
     def _run(self, batch: Batch) -> Forwarded:
         return Forwarded(batch, *self.model(batch))
 
+    def drafts(self, step: Step) -> Tensor:
+        """Behind the last ids of a Step's decode rows, before it is done, [B, width - 1] int64."""
+        index = to_device(np.array([row.index for row in step.decode], dtype=np.int64), self.device)
+        return self.tables.ids[index, 1 : step.width]
+
     def choose(self, step: Step, forwarded: Forwarded, edits: Sequence[Edit]) -> tuple[Tensor | None, Scores | None]:
         """Choose ids behind a forward pass, verify its drafts, and draft anew. Of each sample how many of its ids
         count, and the ids, [S, 1 + width] int64; log-probabilities of every row of the samples. Mutates the tables."""
@@ -227,8 +257,8 @@ class Runner:
         rows = rows[: decoding * width] if len(step.samples) == decoding else rows
         if decode:
             tokens = decode.tokens.clone()
-            if single := [i for i, sample in enumerate(step.samples[:decoding]) if sample.edited]:
-                tokens[single, 1:] = -1  # its drafts are no choice of the host's
+            for i, places in decided(step, edits).items():
+                tokens[i, places:] = -1  # what the host has not decided about is no choice
             index.append(decode.index[:, None].expand(-1, width).flatten())
             output.append(decode.outputs.flatten())
         first = self._first(step)

@@ -245,8 +245,8 @@ class Sampler:
                     allowed.append((row, begin.allowed))
             if begin.penalised:
                 penalised.append(i)
-        for edit in edits:  # of samples that get one id
-            places += [(choices.rows(edit.sample)[0], id) for id in edit.banned]
+        for edit in edits:
+            places += [(choices.rows(edit.sample)[edit.place], id) for id in edit.banned]
             values += [-torch.inf] * len(edit.banned)
         masked = [edit for edit in edits if edit.allowed]
         if not (places or early or allowed or penalised or masked):
@@ -275,7 +275,7 @@ class Sampler:
     def _mask(self, x: Tensor, choices: Choices, edits: Sequence[Edit]) -> Tensor:
         masks = np.stack([np.frombuffer(edit.allowed, dtype=np.int32) for edit in edits])
         bits = to_device(masks, self._device)[..., None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
-        rows = self._integers([choices.rows(edit.sample)[0] for edit in edits])
+        rows = self._integers([choices.rows(edit.sample)[edit.place] for edit in edits])
         first, width = self._vocabulary.first, self._vocabulary.width
         allowed = bits.bool().flatten(1)[:, first : first + width]
         x[rows] = x[rows].masked_fill(~allowed, -torch.inf)

@@ -110,12 +110,14 @@ class Sample(NamedTuple):
 class Edit(NamedTuple):
     """What the host decides about a Sample after the forward pass was launched: the ids it may take.
 
-    sample: its place in Step.samples; allowed: 32 ids an int32, little-endian, b"" for all; banned: ids.
+    sample: its place in Step.samples; allowed: 32 ids an int32, little-endian, b"" for all; banned: ids; place: behind
+    how many of the row's drafts, from 0. Drafts behind the last place that has an Edit do not count.
     """
 
     sample: int
     allowed: bytes = b""
     banned: tuple[int, ...] = ()
+    place: int = 0
 
 
 class Move(NamedTuple):
@@ -234,7 +236,7 @@ class StepChecker:
         """It is known how many ids each of the samples got, of the oldest Step that was not read yet. Raises
         AssertionError where there are too many."""
         for sample, count in zip(step.samples, counts, strict=True):
-            limit = 1 if sample.edited or sample.row >= len(step.decode) else step.width
+            limit = 1 if sample.row >= len(step.decode) else step.width
             assert count <= limit, f"index {sample.index} got {count} ids of at most {limit}"
             if sample.row < len(step.decode):
                 self.lower[sample.index] += count

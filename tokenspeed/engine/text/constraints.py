@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ..errors import RequestError
 from .grammar import Matcher
 from .tokenizer import Tokenizer
 
@@ -23,8 +24,9 @@ class Constraint(Protocol):
     def may_act(self, output: int) -> bool:
         """Whether output number `output` may be restricted, as far as the accepted ids say."""
 
-    def verdict(self, outputs: Sequence[int]) -> Verdict:
-        """What the next output may be, after these."""
+    def verdicts(self, outputs: Sequence[int], drafts: Sequence[int] = ()) -> list[Verdict]:
+        """What the next output may be, after these, and what may follow on each of `drafts`, should they be the next
+        outputs themselves: as far as the rule allows them."""
 
     def accept(self, id: int) -> None:
         """An output is known."""
@@ -44,7 +46,11 @@ class BadWords:
     def may_act(self, output: int) -> bool:
         return bool(self.longer) and output > 0
 
-    def verdict(self, outputs: Sequence[int]) -> Verdict:
+    def verdicts(self, outputs: Sequence[int], drafts: Sequence[int] = ()) -> list[Verdict]:
+        said = [*outputs[-max(map(len, self.longer), default=1) :], *drafts]
+        return [self._verdict(said[: len(said) - ahead]) for ahead in range(len(drafts), -1, -1)]
+
+    def _verdict(self, outputs: Sequence[int]) -> Verdict:
         ends = [ids[-1] for ids in self.longer if tuple(outputs[-len(ids) + 1 :]) == ids[:-1]]
         return Verdict(banned=tuple(ends))
 
@@ -68,8 +74,16 @@ class ThinkingBudget:
         # Ids on their way may be reasoning too, or open it.
         return self._spent + output - self._outputs >= self._budget and (self._thinking or output > self._outputs)
 
-    def verdict(self, outputs: Sequence[int]) -> Verdict:
-        if not self._thinking or self._spent < self._budget:
+    def verdicts(self, outputs: Sequence[int], drafts: Sequence[int] = ()) -> list[Verdict]:
+        thinking, spent = self._thinking, self._spent
+        found = [self._verdict(thinking, spent)]
+        for id in drafts:
+            thinking, spent = self._after(id, thinking, spent)
+            found.append(self._verdict(thinking, spent))
+        return found
+
+    def _verdict(self, thinking: bool, spent: int) -> Verdict:
+        if not thinking or spent < self._budget:
             return Verdict()
         mask = np.zeros(self._mask_size, dtype=np.uint32)
         mask[self._end // 32] = 1 << (self._end % 32)
@@ -77,12 +91,13 @@ class ThinkingBudget:
 
     def accept(self, id: int) -> None:
         self._outputs += 1
+        self._thinking, self._spent = self._after(id, self._thinking, self._spent)
+
+    def _after(self, id: int, thinking: bool, spent: int) -> tuple[bool, int]:
+        """Whether an output belongs to reasoning that goes on, and how many tokens of it are spent."""
         if id == self._end:
-            self._thinking, self._spent = False, 0
-        elif self._thinking:
-            self._spent += 1
-        elif id == self._start:
-            self._thinking = True
+            return False, 0
+        return thinking or id == self._start, spent + thinking
 
 
 class Format:
@@ -94,9 +109,18 @@ class Format:
     def may_act(self, output: int) -> bool:
         return True
 
-    def verdict(self, outputs: Sequence[int]) -> Verdict:
+    def verdicts(self, outputs: Sequence[int], drafts: Sequence[int] = ()) -> list[Verdict]:
         """Raises RequestError where the grammar cannot go on."""
-        return Verdict(self._matcher.mask())
+        found, ahead = [Verdict(self._matcher.mask())], self._matcher.copy()
+        for id in drafts:
+            try:
+                # A mask may admit less than the grammar.
+                if not found[-1].allowed[id // 32] >> id % 32 & 1 or not ahead.accept(id):
+                    break
+                found.append(Verdict(ahead.mask()))
+            except RequestError:  # it matters if this is what will be said
+                break
+        return found
 
     def accept(self, id: int) -> None:
         self._matcher.accept(id)
