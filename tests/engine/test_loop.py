@@ -74,6 +74,20 @@ def test_an_end_that_will_not_come_back_is_kept_only_with_what_makes_it_come_bac
     assert reuse_of(bench, "c").cached_tokens == (len(prompt) + 8 if held else 66)
 
 
+def test_a_turn_that_comes_with_the_last_news_of_the_one_before_resumes_from_its_end():
+    prompt = prompt_of(70)
+    ids = finish(Bench(Setting()), request("a", prompt, max_tokens=9)).outcome("a").ids
+    bench = Bench(Setting())
+    bench.submit(request("a", prompt, max_tokens=9, stop_token_ids=[ids[6]]))
+    while not bench.outcome("a").reason:
+        bench.step()
+    said = bench.outcome("a").ids
+    assert len(said) < 9
+    assert any(s.state is State.RETIRING for s in bench.engine.scheduler.running), "a launched Step holds it"
+    finish(bench, request("b", (*prompt, *said, 1, 2), max_tokens=2))
+    assert reuse_of(bench, "b").cached_tokens == len(prompt) + len(said) - 1
+
+
 def test_who_gives_way_keeps_its_state_whatever_will_come_back():
     bench, donated = Bench(Setting(pages=4, seqs=2)), []
     finish_in_cache = bench.cache.finish

@@ -474,12 +474,27 @@ class Scheduler:
         return len(self._free) - promised
 
     def _should_wait(self, sequence: Continuation) -> bool:
-        """Whether another request is about to write a state that this one would resume from. Bounded."""
+        """Whether another request is about to write a state that this one would resume from, or has written it and is
+        held by a launched Step. Bounded."""
         if sequence.waited >= self.limits.wait_steps or not self.running:
             return False
+        if any(self._goes_on(sequence, other) for other in self.running):
+            sequence.waited += 1
+            return True
         match = self.cache.probe(sequence.request.name_space, sequence.tokens, prompt_logprobs=sequence.scored)
         sequence.waited += match.pending_tokens > 0
         return match.pending_tokens > 0
+
+    def _goes_on(self, sequence: Continuation, other: Continuation) -> bool:
+        """Whether a request goes on from the end of one that was told and whose state is not known yet: an agent's next
+        turn may come at once."""
+        count = min(other.consumed, len(other.tokens))
+        return (
+            other.leaving is Leaving.FINISHED
+            and other.request.name_space == sequence.request.name_space
+            and len(sequence.tokens) > count
+            and sequence.tokens[:count] == other.tokens[:count]
+        )
 
     # ---- moves
 
