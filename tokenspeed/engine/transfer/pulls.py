@@ -15,6 +15,7 @@ from ..errors import HandshakeError, TransferError
 from .arenas import Arenas, Move
 from .messages import (
     KV,
+    MAX_LEASE_SECONDS,
     MAX_READ_BYTES,
     SLOTS,
     Ask,
@@ -145,9 +146,10 @@ class Pulls:
             self._starting.append(pull)
 
     def cancel(self, room: str) -> None:
-        """When this returns nothing is written any more. Harmless for one that has ended."""
+        """When this returns nothing is written any more, and nothing is told of it. Harmless for one that has ended."""
         with self._lock:
             pull = self._pulls.pop(room, None)
+            self._ended = [ended for ended in self._ended if ended.room != room]
         if pull is not None:
             self._stop(pull)
             self._parting.append(pull.source)
@@ -225,21 +227,23 @@ class Pulls:
         now = self._clock()
         self._take_read(now)
         for room, pull in list(self._pulls.items()):
-            if now - pull.heard > self._lease:
-                peer = self._peers.get(pull.source.address)
+            peer = self._peers.get(pull.source.address)
+            lease = peer.welcome.lease if peer and peer.welcome else self._lease
+            if now - pull.heard > lease:
+                silence = self._silence(pull, lease)
                 if peer is not None and peer.welcome is None:
-                    self._lose(peer, self._silence(pull))
+                    self._lose(peer, silence)
                 else:
-                    self._end(room, self._silence(pull))
+                    self._end(room, silence)
                     self._parting.append(pull.source)
-            elif peer := self._peers.get(pull.source.address):
-                lost = now - max(pull.heard, pull.asked) > self._lease / 2  # something, on its way
+            elif peer is not None:
+                lost = now - max(pull.heard, pull.asked) > lease / 2  # something, on its way
                 if lost and peer.welcome is None:
                     pull.asked = now
                     self._send(peer.address, self._hello)
                 elif lost:
                     self._begin(peer, pull)
-                elif peer.remote is not None and pull.reads and now - pull.asked > self._lease / 4:
+                elif peer.remote is not None and pull.reads and now - pull.asked > lease / 4:
                     self._ask(pull)  # the peer sees nothing of what is read
                 self._go_on(pull, peer)
 
@@ -249,14 +253,13 @@ class Pulls:
             source = self._parting.popleft()
             self._send(source.address, Leave(source.room))
 
-    def drop_idle(self) -> list[str]:
-        """Forgets the peers that nothing is pulled from, and says which they were."""
+    def drop_idle(self) -> set[str]:
+        """Forgets the peers that nothing is pulled from, and says which are left."""
         with self._lock:
             used = {pull.source.address for pull in self._pulls.values()}
-        idle = [address for address in self._peers if address not in used]
-        for address in idle:
+        for address in self._peers.keys() - used:
             self._disconnect(self._peers.pop(address))
-        return idle
+        return used
 
     def forget(self, error: TransferError) -> None:
         """Nobody can be heard of any more; `part` still tells peers."""
@@ -271,11 +274,14 @@ class Pulls:
         if peer := self._peers.get(address):
             self._lose(peer, error)
 
-    def _silence(self, pull: _Pull) -> TransferError:
-        what = f"nothing was heard of room {pull.source.room!r} at {pull.source.address} for {self._lease:g} s"
+    def _silence(self, pull: _Pull, lease: float) -> TransferError:
+        what = f"nothing was heard of room {pull.source.room!r} at {pull.source.address} for {lease:g} s"
         return TransferError(what + ("" if pull.ready else ": it was not offered there") + ".")
 
     def _welcomed(self, peer: _Peer, welcome: Welcome) -> None:
+        if not 0 < welcome.lease <= MAX_LEASE_SECONDS:
+            self._lose(peer, TransferError(f"{peer.address} has a lease of {welcome.lease:g} s"))
+            return
         peer.welcome, peer.arenas = welcome, None
         self._disconnect(peer)
         if welcome.handles and self._map is not None:
