@@ -19,7 +19,7 @@ from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
 from tokenspeed.engine.transfer.exchange import Exchange
 from tokenspeed.engine.transfer.messages import MAX_MESSAGE_BYTES, VERSION, Ask, encode
 from tokenspeed.engine.transfer.params import RemoteDecode, RemotePrefill
-from tokenspeed.engine.transfer.pulls import Source, Targets
+from tokenspeed.engine.transfer.pull import Source, Targets
 
 LEASE = 1.0
 

@@ -28,7 +28,7 @@ from tokenspeed.engine.transfer.messages import (
     decode_from_decoder,
     encode,
 )
-from tokenspeed.engine.transfer.pulls import Targets
+from tokenspeed.engine.transfer.pull import Targets
 
 PAGES, SLOT = (3, 4, 5, 9, 1), 2
 TARGETS = Targets({1: 7, 2: 2, 3: 3, 4: 11}, 1)  # page 0 is there already

@@ -14,7 +14,7 @@ from tokenspeed.engine.errors import EngineError, HandshakeError, TransferError
 from tokenspeed.engine.schedule.step import Step
 from tokenspeed.engine.transfer import ranks
 from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
-from tokenspeed.engine.transfer.pulls import Source, Targets
+from tokenspeed.engine.transfer.pull import Source, Targets
 from tokenspeed.engine.transfer.ranks import Share, Shares, ShareSettings
 
 RANKS, LEASE = 3, 2.0

@@ -26,7 +26,8 @@ from .messages import (
     encode,
 )
 from .messages import VERSION as _VERSION
-from .pulls import Pulls, Source, Targets
+from .pull import Source, Targets
+from .pulls import Pulls
 from .rooms import Ended, Reply, Rooms
 
 _TICK_MS = 50

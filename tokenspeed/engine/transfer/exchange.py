@@ -19,7 +19,7 @@ from ..text.grammar import Grammar, GrammarSpec
 from .endpoint import address_of
 from .identity import digest
 from .params import RemoteDecode, RemotePrefill, Transfer
-from .pulls import Source, Targets
+from .pull import Source, Targets
 from .rooms import Ended
 
 log = logging.getLogger("tokenspeed.transfer")

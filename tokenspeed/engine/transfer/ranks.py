@@ -27,7 +27,7 @@ from .arenas import Arenas
 from .endpoint import Endpoint
 from .identity import fingerprint, identity
 from .messages import Identity
-from .pulls import Source, Targets
+from .pull import Source, Targets
 from .rooms import Ended
 
 _WAIT_SECONDS = 120.0  # for the other ranks to load
