@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from tokenspeed.engine.router.app import Router
 from tokenspeed.engine.router.backends import Backends
+from tokenspeed.engine.router.main import configuration
 from tokenspeed.engine.router.policy import Policy
 from tokenspeed.engine.server.gate import BodyLimits
 from tokenspeed.engine.server.kv_events import KvEventBatch
@@ -33,12 +34,18 @@ class Served:
         self.socket.bind(("127.0.0.1", port))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=0, loop="asyncio")
+        config = configuration(app, 0)
+        config.timeout_keep_alive = 600  # what is not given back stays open
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=asyncio.run, args=(self._server.serve([self.socket]),), daemon=True)
         self._thread.start()
         while not self._server.started:
             time.sleep(0.005)
+
+    @property
+    def connections(self) -> int:
+        """That are open."""
+        return len(self._server.server_state.connections)
 
     def stop(self) -> None:
         self._server.should_exit = self._server.force_exit = True
@@ -48,21 +55,24 @@ class Served:
 
 class Fake:
     """A server. asked: the bodies it got; status: of what it says; gate: until it is set an answer's second half does
-    not come; events: tells of blocks."""
+    not come; events: tells of blocks; silent: says nothing any more, not even that it is there; about: what it says of
+    itself."""
 
     def __init__(self, name: str, port: int = 0, peer: dict | None = None):
-        self.name, self.peer, self.status = name, peer, 200
+        self.name, self.status = name, 200
         self.asked: list[dict] = []
         self.left = 0  # requests whose clients went away
-        self.breaks = False
+        self.breaks = self.silent = False
         self.gate = threading.Event()
         self.gate.set()
         self._publisher = zmq.Context.instance().socket(zmq.PUB)
         self._publisher.linger = 0
         self.events = f"tcp://127.0.0.1:{self._publisher.bind_to_random_port('tcp://127.0.0.1')}"
+        self.about = {"role": "both", "transfer": peer, "kv_events": self.events}
+        self.tokens: list | dict | None = None  # what it says a prompt has, instead of its characters
         self._sequence = 0
         routes = [
-            Route("/health", lambda request: JSONResponse({"status": "ok"})),
+            Route("/health", self._health),
             Route("/kv_transfer", self._about),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/v1/models", lambda request: JSONResponse({"data": [name]})),
@@ -72,24 +82,38 @@ class Fake:
         self.served = Served(self._app, port)
         self.url = self.served.url
 
+    async def _health(self, request: Request):
+        while self.silent and not await request.is_disconnected():
+            await asyncio.sleep(0.01)
+        return JSONResponse({"status": "ok"})
+
     async def _about(self, request: Request):
-        return JSONResponse({"role": "both", "transfer": self.peer, "kv_events": self.events})
+        return JSONResponse(self.about)
 
     async def _tokenize(self, request: Request):
         body = await request.json()
+        if self.tokens is not None:
+            return JSONResponse(self.tokens)
         text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
         return JSONResponse({"tokens": [ord(c) for c in text]})
 
     async def _generate(self, request: Request):
         body = await request.json()
-        self.asked.append(body | {"path": request.url.path, "key": request.headers.get("authorization")})
+        headers = request.headers
+        about = {
+            "path": request.scope["raw_path"].decode(),
+            "key": headers.get("authorization"),
+            "title": headers.get("x-title"),
+        }
+        self.asked.append(body | about)
         if self.status != 200:
             return JSONResponse({"error": self.name}, self.status, {"x-who": self.name})
         if not body.get("stream"):
             while not self.gate.is_set() and not await request.is_disconnected():
                 await asyncio.sleep(0.01)
             self.left += not self.gate.is_set()
-            return JSONResponse({"who": self.name, "id": f"resp_{self.name}"}, headers={"x-who": self.name})
+            headers = {"x-who": self.name, "x-title": self.asked[-1]["title"] or ""}
+            return JSONResponse({"who": self.name, "id": f"resp_{self.name}"}, headers=headers)
 
         async def pieces():
             try:

@@ -1,14 +1,15 @@
 """Where requests go, and what becomes of them when servers come and go."""
 
+import socket
 import threading
-from types import SimpleNamespace
 
 import httpx
 import pytest
 from fakes import PAGE, Fake, routed, until
 
 from tokenspeed.engine.__main__ import main
-from tokenspeed.engine.router.backends import _reachable
+from tokenspeed.engine.router import backends
+from tokenspeed.engine.router.backends import Peer, _reachable
 from tokenspeed.engine.router.cached_blocks import CachedBlocks
 from tokenspeed.engine.router.policy import split
 from tokenspeed.engine.server.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -87,6 +88,18 @@ def test_a_response_that_is_gone_on_with_finds_who_stores_it():
             assert next_one["who"] == found["who"]
 
 
+def test_a_response_is_gone_on_with_where_it_is_stored_however_much_there_is_to_do():
+    fakes = [Fake("a"), Fake("b")]
+    with routed(replica=fakes) as caller:
+        found = caller.post("/v1/responses", json={"input": "hello"}).json()
+        home, other = sorted(fakes, key=lambda fake: fake.name != found["who"])
+        caller.backends[home.url].work += 100_000
+        more = {"input": "and", "previous_response_id": found["id"]}
+        assert caller.post("/v1/responses", json=more).json()["who"] == home.name
+        home.status = 429
+        assert caller.post("/v1/responses", json=more).status_code == 429 and not other.asked
+
+
 def test_pieces_come_as_they_are_sent_and_a_client_that_leaves_ends_its_request():
     fake = Fake("a")
     with routed(replica=[fake]) as caller:
@@ -128,12 +141,76 @@ def test_a_server_with_too_much_to_do_is_not_the_last_word():
     fakes = [Fake("a"), Fake("b")]
     with routed(replica=fakes) as caller:
         fakes[0].status = 429
-        assert [ask(caller, f"{i}" + TEXT).json().get("who") for i in range(3)] == ["b"] * 3
+        assert [ask(caller, f"{i}" + TEXT).json().get("who") for i in range(12)] == ["b"] * 12
         fakes[1].status = 429
-        assert ask(caller).status_code == 429
+        assert ask(caller).status_code == 429 and ask(caller).headers["x-who"] in "ab"
+        assert all(fake.served.connections <= 3 for fake in fakes), "an answer that nobody got holds its connection"
         fakes[0].status = fakes[1].status = 400
         before = len(fakes[0].asked) + len(fakes[1].asked)
         assert ask(caller).status_code == 400 and len(fakes[0].asked) + len(fakes[1].asked) == before + 1
+
+
+def test_a_request_without_an_answer_goes_elsewhere_when_its_server_falls_silent(monkeypatch):
+    monkeypatch.setattr(backends, "_CHECK_TIMEOUT", 1.0)
+    fakes = [Fake("a"), Fake("b")]
+    with routed(replica=fakes) as caller:
+        fakes[0].gate.clear()
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(ask(caller)))
+        thread.start()
+        until(lambda: fakes[0].asked)
+        fakes[0].silent = True
+        thread.join(10)
+        assert answers and answers[0].json()["who"] == "b"
+        fakes[0].silent = False
+        until(lambda: caller.backends[fakes[0].url].alive)
+        fakes[0].gate.set()
+        assert {ask(caller, f"{i}" + TEXT).json()["who"] for i in range(2)} == {"a", "b"}
+
+
+def test_a_server_that_has_started_anew_is_known_by_what_it_says_of_itself():
+    prefill, decode = Fake("p", peer=PEER), Fake("d", peer=PEER)
+    with routed(least_prefill=500, prefill=[prefill], decode=[decode]) as caller:
+        prefill.about = prefill.about | {"transfer": PEER | {"engine_id": "e2"}}
+        until(lambda: caller.backends[prefill.url].about.transfer.engine_id == "e2")
+        ask(caller)
+        assert decode.asked[0]["kv_transfer_params"]["remote_engine_id"] == "e2"
+
+
+ABOUT = [[], {"transfer": "x"}, {"transfer": {"port": 3}}, {"kv_events": 3}, {"kv_events": "nonsense"}]
+
+
+@pytest.mark.parametrize("about", ABOUT)
+@pytest.mark.parametrize("tokens", [[], {"tokens": 5}, {"tokens": ["a"]}, {"tokens": [2**40]}])
+def test_a_server_that_says_something_else_is_asked_all_the_same(about, tokens):
+    fakes = [Fake("a", peer=PEER), Fake("b", peer=PEER)]
+    for fake in fakes:
+        fake.about, fake.tokens = about, tokens
+    with routed(prefill=fakes[:1], decode=fakes[1:]) as caller:
+        assert ask(caller).json()["who"] == "b"
+
+
+@pytest.mark.parametrize("title", [b"with a space behind \t", "caf\u00e9".encode("latin-1"), b""])
+def test_what_is_odd_in_a_request_costs_no_server(title):
+    fake = Fake("a")
+    with routed(replica=[fake]) as caller, socket.create_connection(("127.0.0.1", caller.base_url.port)) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 2\r\n"
+        connection.sendall(head + b"x-title: " + title + b"\r\n\r\n{}")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 200") and b"x-title: " + title.strip() + b"\r\n" in answer
+        assert caller.backends[fake.url].alive
+
+
+def test_a_path_is_passed_on_as_it_came():
+    fake = Fake("a")
+    with routed(replica=[fake]) as caller:
+        assert caller.post("/v1/a%2Fb%3Fc", json={}).json()["who"] == "a"
+        assert fake.asked[0]["path"] == "/v1/a%2Fb%3Fc"
+
+
+def test_a_connection_has_the_limits_of_a_servers():
+    with routed(replica=[Fake("a")]) as caller:
+        assert caller.get("/health", headers={"x-long": "x" * 70_000}).status_code == 431
 
 
 def test_a_server_that_breaks_off_in_the_middle_is_an_event():
@@ -241,7 +318,10 @@ def test_an_index_follows_what_comes_and_goes_in_any_name_space():
     assert cached.match([1, 2, 3, 4]) == 2
     cached.apply(BlockRemoved([11]))
     assert cached.match([1, 2, 3, 5]) == 4
-    cached.apply(BlockStored([1, 2], None, [1, 2, 3], 2))  # malformed
+    for wrong in (BlockStored([1, 2], None, [1, 2, 3], 2), BlockStored([1], None, [2**31, -1], 2)):
+        cached.apply(wrong)
+    cached.apply(BlockStored([21], None, [8, 9], 2))  # which was said to be another
+    assert cached.match([1, 2]) == 0 and cached.match([8, 9]) == 2
     cached.apply(AllBlocksCleared())
     assert cached.match([1, 2]) == 0 and len(cached) == 0
 
@@ -280,7 +360,7 @@ def test_what_cannot_be_routed_is_refused_by_name(options, expected, capsys):
 
 
 def test_a_prefill_is_asked_for_no_more_than_its_prompt():
-    helper = SimpleNamespace(peer={"engine_id": "e", "host": "h", "port": 1})
+    helper = Peer("e", "h", 1)
     body = {"prompt": "a", "max_tokens": 9, "min_tokens": 5, "logprobs": 3, "stream": True, "seed": 4}
     prefill, decode = split("/v1/completions", body, helper)
     assert prefill["max_tokens"] == 1 and not prefill["stream"] and prefill["seed"] == 4

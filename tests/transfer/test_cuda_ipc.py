@@ -22,7 +22,7 @@ sys.path[:0] = sys.argv[1:3]
 import torch
 from test_cuda_ipc import IDENTITY, PAGES, arenas
 from tokenspeed.engine.transfer.endpoint import Endpoint
-from tokenspeed.engine.transfer.pulls import Source, Targets
+from tokenspeed.engine.transfer.pull import Source, Targets
 
 here = arenas(2, sys.argv[4])
 end = Endpoint("127.0.0.1", None, 20.0)

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,12 +13,13 @@ from texts import text
 from wire import IDENTITY, arenas
 
 from tokenspeed.engine.errors import ConfigError, HandshakeError, TransferError
+from tokenspeed.engine.transfer import endpoint
 from tokenspeed.engine.transfer.arenas import Arenas
 from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
 from tokenspeed.engine.transfer.exchange import Exchange
 from tokenspeed.engine.transfer.messages import MAX_MESSAGE_BYTES, VERSION, Ask, encode
 from tokenspeed.engine.transfer.params import RemoteDecode, RemotePrefill
-from tokenspeed.engine.transfer.pulls import Source, Targets
+from tokenspeed.engine.transfer.pull import Source, Targets
 
 LEASE = 1.0
 
@@ -171,6 +173,41 @@ def test_an_address_where_nobody_is_ends_with_the_lease(ends):
     while len(found) < 3:
         found += ended(here)
     assert all("nothing was heard" in str(error) for _, error in found)
+
+
+def test_connections_to_who_does_not_answer_are_few(ends, monkeypatch):
+    monkeypatch.setattr(endpoint, "_MAX_IDLE_PEERS", 2)
+    monkeypatch.setattr(endpoint, "_MAX_PEERS", 4)
+    there, here = ends(1), ends(2, lease=0.2)
+    for turn in range(2):
+        for port in range(1, 7):
+            nobody = Source(address_of("127.0.0.1", 10 * turn + port), f"room {turn} {port}", b"prompt")
+            here.pull(nobody, lambda: None)
+        left = 6
+        while left:
+            left -= len(ended(here))
+        assert len(here._dealers) <= 4
+    there.offer("room", b"prompt", (4,), 1, 0)
+    here.pull(source(there), lambda: Targets({0: 5}, 3))
+    assert ended(here) == (("room", None),)
+
+
+def test_who_sends_without_end_has_its_turn_and_no_more(ends):
+    end, came = ends(1), []
+
+    def message(flags):
+        came.append(1)
+        assert len(came) < 10_000, "nobody else has a turn"
+        return [b"peer", encode(Ask("room", b"prompt"))]
+
+    def answer(flags):
+        return message(flags)[1:]
+
+    die(end)
+    end._router, end._reply = SimpleNamespace(recv_multipart=message), lambda reply: None
+    end._take_asked()
+    end._take_answered("tcp://127.0.0.1:1", SimpleNamespace(recv_multipart=answer))
+    assert came
 
 
 def test_another_layout_is_refused_with_both_values(ends):

@@ -9,6 +9,7 @@ from pair import LEASE, Pair, held
 from texts import text
 
 from tokenspeed.engine.errors import TransferError
+from tokenspeed.engine.schedule.scheduler import Leaving, State
 from tokenspeed.engine.transfer.messages import Read, Ready
 from tokenspeed.engine.transfer.params import RemoteDecode
 
@@ -205,6 +206,39 @@ def test_a_sequence_that_gives_way_while_it_is_read_is_read_again(model):
     pair.settle()
     assert pair.prefill.scheduler.preemptions and len(epochs) > 1 and pair.taker.pulled == 2
     assert pair.decode.difference() <= TOLERANCE
+
+
+def test_a_prefill_whose_cache_was_cleared_is_not_waited_for(model):
+    """What it has computed is forgotten, and what its room would name may be another's."""
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64})
+    talk = pair.decode.submit(text(1, 640))
+    while not any(isinstance(message, Ready) and message.parts for message in pair.wire.sent):
+        pair.step()
+    pair.prefill.engine.clear_cache()
+    while pair.lender.stats()["transfer_rooms"]:
+        pair.step()
+    assert pair.prefill.engine.has_work, "the decoder waited for the whole prefill"
+    pair.settle()
+    assert talk.finished and pair.decode.difference() <= TOLERANCE and pair.taker.failed == 1
+
+
+def test_what_gives_way_is_not_offered_anew_before_it_goes_on(model):
+    """A move to it may be under way: it retires when that is done, and then others may take its pages."""
+    pair = Pair(model, prefill={"max_num_batched_tokens": 64})
+    offers, offer = [], pair.lender._calls.offer
+    pair.lender._calls.offer = lambda *given: offers.append(given) or offer(*given)
+    pair.decode.submit(text(1, 640))
+    while not (offers and offers[-1][2]):
+        pair.prefill.engine.step()
+        pair.lender.step()
+    (sequence,) = pair.prefill.scheduler.running
+    before, sequence.state, sequence.leaving = len(offers), State.RETIRING, Leaving.PREEMPTED
+    sequence.preemptions += 1
+    pair.lender.step()
+    assert len(offers) == before
+    sequence.state, sequence.leaving = State.WAITING, None
+    pair.lender.step()
+    assert offers[-1][2:] == ((), None, 1)
 
 
 def test_a_name_can_be_used_once(model):

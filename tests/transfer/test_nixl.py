@@ -21,7 +21,7 @@ from tokenspeed.engine.transfer import nixl, pulls
 from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
 from tokenspeed.engine.transfer.messages import Agent, Closed, Data, Read, Welcome
 from tokenspeed.engine.transfer.nixl import STAGE_BYTES, Nixl
-from tokenspeed.engine.transfer.pulls import Targets
+from tokenspeed.engine.transfer.pull import Targets
 
 PAGES, SLOT = (3, 4, 5, 9, 1), 2
 TARGETS = Targets({1: 7, 2: 2, 3: 3, 4: 11}, 1)
@@ -286,7 +286,7 @@ import sys, time
 sys.path[:0] = sys.argv[1:3]
 from wire import IDENTITY, arenas
 from tokenspeed.engine.transfer.endpoint import Endpoint
-from tokenspeed.engine.transfer.pulls import Source, Targets
+from tokenspeed.engine.transfer.pull import Source, Targets
 
 here = arenas(16, 4, 2)
 end = Endpoint("127.0.0.1", None, 20.0, "nixl")

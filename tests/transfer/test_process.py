@@ -16,7 +16,7 @@ from tokenspeed.engine.server.messages import Stop, encode
 from tokenspeed.engine.server.process import EngineProcess, taking_part
 from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
 from tokenspeed.engine.transfer.params import RemotePrefill, TransferSettings
-from tokenspeed.engine.transfer.pulls import Source
+from tokenspeed.engine.transfer.pull import Source
 
 CONFIG = SimpleNamespace(quantization="none", tensor_parallel_size=1, expert_parallel_size=1)
 

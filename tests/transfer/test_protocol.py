@@ -28,7 +28,7 @@ from tokenspeed.engine.transfer.messages import (
     decode_from_decoder,
     encode,
 )
-from tokenspeed.engine.transfer.pulls import Targets
+from tokenspeed.engine.transfer.pull import Targets
 
 PAGES, SLOT = (3, 4, 5, 9, 1), 2
 TARGETS = Targets({1: 7, 2: 2, 3: 3, 4: 11}, 1)  # page 0 is there already
@@ -152,6 +152,53 @@ def test_a_cancelled_pull_is_not_written_for_and_the_prefiller_hears_of_it():
     wire.run()
     assert all(torch.equal(*pair) for pair in zip(wire.here.flat, before, strict=True))
     assert wire.pulls.take_ended() == [] and "left" in str(wire.rooms.take_ended()[0].error)
+
+
+def test_what_had_ended_when_it_was_cancelled_is_no_news_of_the_next_of_its_name():
+    wire = Wire()
+    wire.rooms.offer("room", b"prompt", PAGES, SLOT, 0)
+    started(wire).run()
+    wire.pulls.cancel("room")
+    wire.rooms.close("room", "not wanted")
+    started(wire)
+    assert wire.pulls.take_ended() == wire.rooms.take_ended() == []
+
+
+@pytest.mark.parametrize("own", [LEASE / 8, 8 * LEASE])
+@pytest.mark.parametrize("slow", ["prefill", "decoder"])
+def test_the_lease_of_who_prefills_counts_for_both(own, slow):
+    """Whoever waits says so often enough for the other, and nothing is read again for it."""
+    wire, free = Wire(), [TARGETS] if slow == "prefill" else []
+    wire.pulls._lease = own
+    wire.pulls.pull(wire.source("room"), lambda: free.pop() if free else None)
+    if slow == "prefill":
+        wire.rooms.offer("room", b"prompt", PAGES[:2], None, 0)
+    else:
+        wire.rooms.offer("room", b"prompt", PAGES, SLOT, 0)
+    for _ in range(60):
+        wire.run(1.0)
+        assert wire.rooms.take_ended() == wire.pulls.take_ended() == []
+    free.append(TARGETS)
+    wire.rooms.offer("room", b"prompt", PAGES, SLOT, 0)
+    wire.run(1.0)
+    assert wire.pulls.take_ended() == [("room", None)] and wire.arrived(TARGETS, PAGES, SLOT)
+    assert wire.pulls.bytes == 4 * wire.there.row_bytes[0] + wire.there.row_bytes[1]
+
+
+@pytest.mark.parametrize("lease", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_lease_that_is_none_is_refused(lease):
+    wire = started(Wire())
+    wire.pulls.tick()
+    wire.pulls.handle(ADDRESS, Welcome("prefill-engine", lease))
+    assert "has a lease of" in str(wire.pulls.take_ended()[0].error)
+
+
+def test_an_engine_that_stands_still_is_not_waited_for():
+    """Though its wire goes on."""
+    wire = started(Wire())
+    wire.rooms.offer("room", b"prompt", PAGES[:2], None, 0)
+    wire.run(3 * LEASE)
+    assert "nothing was heard" in str(wire.pulls.take_ended()[0].error)
 
 
 def test_a_cancel_waits_for_what_is_being_written():
@@ -359,9 +406,9 @@ def test_pulls_are_gone_through_under_their_lock():
             return super().values()
 
     wire.pulls._pulls = Watched(wire.pulls._pulls)
-    assert wire.pulls.drop_idle() == []
+    assert wire.pulls.drop_idle() == {ADDRESS}
     wire.pulls.cancel("room")
-    assert wire.pulls.drop_idle() == [ADDRESS]
+    assert wire.pulls.drop_idle() == set()
 
 
 def test_after_the_end_nothing_is_begun():

@@ -14,7 +14,7 @@ from tokenspeed.engine.errors import EngineError, HandshakeError, TransferError
 from tokenspeed.engine.schedule.step import Step
 from tokenspeed.engine.transfer import ranks
 from tokenspeed.engine.transfer.endpoint import Endpoint, address_of
-from tokenspeed.engine.transfer.pulls import Source, Targets
+from tokenspeed.engine.transfer.pull import Source, Targets
 from tokenspeed.engine.transfer.ranks import Share, Shares, ShareSettings
 
 RANKS, LEASE = 3, 2.0
@@ -155,7 +155,9 @@ def test_after_a_cancel_nothing_is_written_at_any_rank(engines):
 def test_what_was_heard_of_a_cancelled_pull_is_no_news_of_the_next_of_its_name(engines):
     there, other, here = engines(1, True, lease=20.0), engines(3, True, lease=20.0), engines(2, False, lease=20.0)
     last = here.others[1]
-    pull, last._endpoint.pulls.pull = last._endpoint.pulls.pull, lambda *_: last._send(ranks._Over("room", "planted"))
+    pull, last._endpoint.pulls.pull = last._endpoint.pulls.pull, lambda *_: None
+    cancel = last._endpoint.cancel
+    last._endpoint.cancel = lambda *given: last._send(ranks._Over("room", "planted")) or cancel(*given)
     there.calls.offer("room", b"prompt", PAGES[:2], None, 0)
     here.calls.pull(source(there), lambda: TARGETS)
     until(here, condition=lambda: here.others[0]._endpoint.pulls.open)

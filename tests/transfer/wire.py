@@ -19,7 +19,8 @@ from tokenspeed.engine.transfer.messages import (
     encode,
 )
 from tokenspeed.engine.transfer.nixl import Nixl
-from tokenspeed.engine.transfer.pulls import Pulls, Source, Targets
+from tokenspeed.engine.transfer.pull import Source, Targets
+from tokenspeed.engine.transfer.pulls import Pulls
 from tokenspeed.engine.transfer.rooms import Rooms
 
 LEASE = 8.0

@@ -20,14 +20,17 @@ from ..server.gate import BodyLimits, Gate
 from ..server.sse import disconnected, event
 from .backends import DECODE, PREFILL, REPLICA, Backend, Backends
 from .policy import Choice, Policy, split
-from .prompts import GENERATING, MESSAGES, RESPONSES, of, tokenize_body, tokens_given
+from .prompts import GENERATING, MESSAGES, RESPONSES, ids, of, tokenize_body, tokens_given
 
-_KEPT_FROM_BACKENDS = {"host", "content-length", "connection", "keep-alive", "te", "transfer-encoding", "upgrade"}
-_KEPT_FROM_BACKENDS |= {"origin", "expect", "proxy-authorization", "trailer"}
-_KEPT_FROM_CLIENTS = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
+_KEPT_FROM_BACKENDS = {b"host", b"content-length", b"connection", b"keep-alive", b"te", b"transfer-encoding"}
+_KEPT_FROM_BACKENDS |= {b"upgrade", b"origin", b"expect", b"proxy-authorization", b"trailer"}
+_KEPT_FROM_CLIENTS = {b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"date", b"server"}
 _LEAST_TOKENIZED = 1024  # bytes of a body from which it pays to know its tokens
 _TOKENIZE_SECONDS = 10.0
 _RESPONSE_ID = re.compile(rb'"id":\s*"(resp_[0-9a-zA-Z]+)"')
+
+_NOBODY = "no backend is there that could answer; they are asked for again all the time."
+Headers = list[tuple[bytes, bytes]]
 
 log = logging.getLogger("tokenspeed.router")
 
@@ -93,41 +96,40 @@ class Router:
         refusal: Response | None = None
         while choice := self._policy.choose(prompt, transferable, frozenset(tried)):
             tried.add(choice.backend)
-            answer = await self._answer(request, path, headers, body, data, choice)
-            if answer is None:
-                continue
-            if answer.status_code not in (429, 503):
+            answer = await self._answer(request, headers, body, data, choice)
+            if answer is not None and answer.status_code not in (429, 503):
                 return answer
-            refusal = answer  # it has too much to do, or is about to end: somebody else may not
-        if refusal is not None:
-            return refusal
-        raise Unroutable("no backend is there that could answer; they are asked for again all the time.")
+            if answer is not None:  # it has too much to do, or is about to end: somebody else may not
+                refusal = await answer.whole()
+        if refusal is None:
+            raise Unroutable(_NOBODY)
+        return refusal
 
     async def pass_on(self, request: Request) -> Response:
         """Anything else: to whoever is there, or who has the response in question."""
-        data, path = await request.body(), request.url.path
-        home = self._policy.home_of(path.removeprefix(RESPONSES + "/"))
+        data, headers = await request.body(), _for_backend(request)
+        home = self._policy.home_of(request.url.path.removeprefix(RESPONSES + "/"))
         alive = self._backends.alive(REPLICA, DECODE) or self._backends.alive(PREFILL)
         for backend in [home] if home in alive else alive:
-            choice = Choice(backend, 0)
-            if (answer := await self._answer(request, path, _for_backend(request), None, data, choice)) is not None:
+            if (answer := await self._answer(request, headers, None, data, Choice(backend, 0))) is not None:
                 return answer
-        raise Unroutable("no backend is there that could answer; they are asked for again all the time.")
+        raise Unroutable(_NOBODY)
 
     async def tell_all(self, request: Request) -> Response:
         """What concerns whoever it concerns. The answers by backend."""
         data, headers, path = await request.body(), _for_backend(request), request.url.path
         alive = self._backends.alive(REPLICA, PREFILL, DECODE)
         calls = [self._client.post(backend.url + path, content=data, headers=headers, timeout=30) for backend in alive]
-        found: dict[str, Any] = {"backends": {}}
+        found: dict[str, Any] = {}
+        backends: dict[str, Any] = {}
         for backend, answer in zip(alive, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(answer, httpx.Response) and answer.status_code == 200:
-                told = found["backends"][backend.url] = answer.json()
+                told = backends[backend.url] = _object(answer)
                 for name, value in told.items():
                     found[name] = bool(found.get(name)) or bool(value)
             else:
-                found["backends"][backend.url] = {"error": str(answer)}
-        return JSONResponse(found)
+                backends[backend.url] = {"error": str(answer)}
+        return JSONResponse(found | {"backends": backends})
 
     async def health(self, request: Request) -> Response:
         """200 where somebody can answer."""
@@ -153,7 +155,7 @@ class Router:
 
     # ---- one request
 
-    async def _tokens(self, path: str, body: dict, length: int, headers: dict[str, str]) -> list[int] | None:
+    async def _tokens(self, path: str, body: dict, length: int, headers: Headers) -> list[int] | None:
         """Of its prompt, where it is worth asking and somebody says."""
         if (given := tokens_given(path, body)) is not None:
             return given
@@ -164,68 +166,86 @@ class Router:
         try:
             url = f"{backend.url}/tokenize"
             answer = await self._client.post(url, json=asked, headers=headers, timeout=_TOKENIZE_SECONDS)
-            return answer.json()["tokens"] if answer.status_code == 200 else None
-        except (httpx.HTTPError, ValueError, KeyError):
+            return ids(_object(answer).get("tokens"))
+        except httpx.HTTPError:
             return None
 
     async def _answer(
-        self, request: Request, path: str, headers: dict, body: dict | None, data: bytes, choice: Choice
-    ) -> Response | None:
+        self, request: Request, headers: Headers, body: dict | None, data: bytes, choice: Choice
+    ) -> "_Passing | None":
         """From the backend chosen; None where it is lost before it said anything. Who prefills for it works meanwhile,
         and where that fails the backend does all of it."""
         stack = AsyncExitStack()
         answered = stack.enter_context(choice.backend.doing(choice.tokens))
+        response = None
         try:
-            prefill = None
-            if choice.prefill is not None:
-                first, second = split(path, body, choice.prefill)
-                prefill = asyncio.create_task(self._prefill(path, headers, first, choice))
-                stack.callback(prefill.cancel)
-            target = choice.backend.url + path + (f"?{request.url.query}" if request.url.query else "")
-
-            def send(content: bytes) -> asyncio.Task[httpx.Response]:
-                asked = self._client.build_request(request.method, target, content=content, headers=headers)
-                return asyncio.create_task(self._client.send(asked, stream=True))
-
-            sending = send(data if prefill is None else msgspec.json.encode(second))
-            leaving = asyncio.create_task(disconnected(request.receive))
-            stack.callback(leaving.cancel)
-            try:
-                await asyncio.wait({sending, leaving} | ({prefill} if prefill else set()), return_when=_FIRST)
-                if not sending.done() and prefill is not None and prefill.done() and not prefill.result():
-                    await _end(sending)
-                    sending = send(data)
-                await asyncio.wait({sending, leaving}, return_when=_FIRST)
-            finally:
-                if not sending.done():
-                    await _end(sending)
-            if leaving.done():
-                raise Unroutable("the client closed the connection", 499)
-            response = sending.result()
+            response = await self._ask(request, headers, body, data, choice, stack)
+        except httpx.LocalProtocolError as error:  # which nobody could be sent
+            raise Unroutable(f"the request cannot be passed on: {error}", 400, "invalid_request_error") from None
         except httpx.TransportError as error:
-            await stack.aclose()
-            self._backends.lost(choice.backend, str(error) or type(error).__name__)
+            await self._failed(choice.backend, error)
+        finally:
+            if response is None:
+                await stack.aclose()
+        if response is None:
             return None
-        except BaseException:
-            await stack.aclose()
-            raise
         stack.push_async_callback(response.aclose)
-        kept = {name: value for name, value in response.headers.items() if name not in _KEPT_FROM_CLIENTS}
-        pieces = self._pieces(response, choice.backend, path, answered, stack)
+        kept = [(name, value) for name, value in response.headers.raw if name.lower() not in _KEPT_FROM_CLIENTS]
+        pieces = self._pieces(response, choice.backend, request.url.path, answered, stack)
         return _Passing(pieces, response.status_code, kept, stack)
 
-    async def _prefill(self, path: str, headers: dict, body: dict, choice: Choice) -> bool:
+    async def _ask(
+        self, request: Request, headers: Headers, body: dict | None, data: bytes, choice: Choice, stack: AsyncExitStack
+    ) -> httpx.Response | None:
+        """The head of its answer; None where the backend gives no sign of life any more. stack: ends what goes on
+        beside the answer."""
+        prefill = None
+        if choice.prefill is not None:
+            first, second = split(request.url.path, body, choice.prefill.about.transfer)
+            prefill = asyncio.create_task(self._prefill(request.url.path, headers, first, choice))
+            stack.callback(prefill.cancel)
+        query = request.scope["query_string"]
+        target = choice.backend.url.encode() + request.scope["raw_path"] + (b"?" + query if query else b"")
+
+        def send(content: bytes) -> asyncio.Task[httpx.Response]:
+            url = target.decode("latin-1")
+            asked = self._client.build_request(request.method, url, content=content, headers=headers)
+            return asyncio.create_task(self._client.send(asked, stream=True))
+
+        sending = send(data if prefill is None else msgspec.json.encode(second))
+        leaving = asyncio.create_task(disconnected(request.receive))
+        losing = asyncio.create_task(choice.backend.gone.wait())
+        stack.callback(leaving.cancel)
+        try:
+            await asyncio.wait({sending, leaving, losing} | ({prefill} if prefill else set()), return_when=_FIRST)
+            if not sending.done() and prefill is not None and prefill.done() and not prefill.result():
+                await _end(sending)
+                sending = send(data)
+            await asyncio.wait({sending, leaving, losing}, return_when=_FIRST)
+        finally:
+            losing.cancel()
+            if leaving.done() or not sending.done():
+                await _end(sending)
+        if leaving.done():
+            raise Unroutable("the client closed the connection", 499)
+        return None if sending.cancelled() else sending.result()
+
+    async def _prefill(self, path: str, headers: Headers, body: dict, choice: Choice) -> bool:
         """Whether it was done."""
         helper = choice.prefill
         with helper.doing(choice.prefill_tokens):
             try:
                 answer = await self._client.post(helper.url + path, content=msgspec.json.encode(body), headers=headers)
             except httpx.TransportError as error:
-                self._backends.lost(helper, str(error) or type(error).__name__)
+                await self._failed(helper, error)
                 return False
         if answer.status_code != 200:
             log.warning("%s did not prefill: %d %.300s", helper.url, answer.status_code, answer.text)
         return answer.status_code == 200
+
+    async def _failed(self, backend: Backend, error: httpx.TransportError) -> None:
+        log.warning("%s does not answer: %s", backend.url, str(error) or type(error).__name__)
+        await self._backends.check(backend)
 
     async def _pieces(self, response, backend: Backend, path: str, answered, stack) -> AsyncIterator[bytes]:
         """The answer as it comes. What breaks off is said so, where the client is told by events."""
@@ -239,7 +259,7 @@ class Router:
                     first = False
                 yield piece
         except httpx.TransportError as error:
-            self._backends.lost(backend, str(error) or type(error).__name__)
+            log.warning("%s has broken off: %s", backend.url, str(error) or type(error).__name__)
             if not response.headers.get("content-type", "").startswith("text/event-stream"):
                 raise
             broken = Unroutable("the backend was lost in the middle of its answer", 502, "backend_lost_error")
@@ -254,9 +274,19 @@ _FIRST = asyncio.FIRST_COMPLETED
 class _Passing(StreamingResponse):
     """An answer on its way. What it holds is given back however it ends, also where nothing of it was ever sent."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], status: int, headers: dict[str, str], stack: AsyncExitStack):
-        super().__init__(pieces, status, headers)
-        self._stack = stack
+    def __init__(self, pieces: AsyncIterator[bytes], status: int, headers: Headers, stack: AsyncExitStack):
+        super().__init__(pieces, status)
+        self.raw_headers, self._stack = headers, stack
+
+    async def whole(self) -> Response:
+        """All of it, or as much as there is to be had, while nobody has been sent anything. Nothing is held then."""
+        content = b""
+        with contextlib.suppress(httpx.TransportError):
+            async for piece in self.body_iterator:
+                content += piece
+        found = Response(content, self.status_code)
+        found.raw_headers += self.raw_headers
+        return found
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -272,9 +302,19 @@ async def _end(task: asyncio.Task) -> None:
         await response.aclose()
 
 
-def _for_backend(request: Request) -> dict[str, str]:
-    headers = {name: value for name, value in request.headers.items() if name not in _KEPT_FROM_BACKENDS}
-    return {"accept-encoding": "identity"} | headers  # and not what this program could decode
+def _for_backend(request: Request) -> Headers:
+    kept = [(name, value.strip()) for name, value in request.headers.raw if name not in _KEPT_FROM_BACKENDS]
+    if "accept-encoding" in request.headers:
+        return kept
+    return [*kept, (b"accept-encoding", b"identity")]  # and not what this program could decode
+
+
+def _object(answer: httpx.Response) -> dict[str, Any]:
+    """The body of an answer with status 200; nothing where it is no object."""
+    try:
+        return msgspec.json.decode(answer.content, type=dict[str, Any]) if answer.status_code == 200 else {}
+    except (msgspec.DecodeError, RecursionError):
+        return {}
 
 
 async def _refused(request: Request, error: Unroutable) -> Response:

@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,25 +17,47 @@ from .cached_blocks import CachedBlocks
 
 REPLICA, PREFILL, DECODE = "replica", "prefill", "decode"
 _DECODING_TOKENS = 256  # of prefill that a sequence which decodes is taken to cost others
-_CHECK_TIMEOUT = 5.0
+_CHECK_TIMEOUT = httpx.Timeout(15.0, connect=5.0)  # longer than a server waits for its engine before it says 503
 
 log = logging.getLogger("tokenspeed.router")
 
 
+class Peer(msgspec.Struct, frozen=True):
+    """Where a server's transfers are. engine_id: another one after each start; port: None where it lends nothing."""
+
+    engine_id: str
+    host: str
+    port: int | None = None
+
+
+class About(msgspec.Struct, frozen=True):
+    """What a server says of itself (`GET /kv_transfer`). transfer: None where it takes no part in transfers; kv_events:
+    where it publishes what its cache holds, None where it does not."""
+
+    transfer: Peer | None = None
+    kv_events: str | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Backend:
-    """One server. kind: what it was given as; peer: where its transfers are (`GET /kv_transfer`), None where it has
-    none; work: tokens of prompts that it prefills now, and as many as its answers stand for."""
+    """One server. kind: what it was given as; gone: set when it gives no sign of life, until it does again; work:
+    tokens of prompts that it prefills now, and as many as its answers stand for."""
 
     url: str
     kind: str
     alive: bool = False
-    peer: dict[str, Any] | None = None
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    about: About = field(default_factory=About)
     cached: CachedBlocks = field(default_factory=CachedBlocks)
     work: int = 0
     in_flight: int = 0
     last_used: int = 0
     listener: asyncio.Task | None = None
+
+    @property
+    def lends(self) -> bool:
+        """Whether prompts can be brought from it."""
+        return self.about.transfer is not None and bool(self.about.transfer.port)
 
     def cost(self, tokens: int, known: int) -> int:
         """Of a prompt of so many tokens, `known` of which are here: what is computed before it is answered."""
@@ -87,40 +108,46 @@ class Backends:
                 self._forget(backend)
             self._zmq.destroy(linger=0)
 
-    def lost(self, backend: Backend, why: str) -> None:
-        """It does not answer. It comes back by itself when it does again."""
-        if backend.alive:
-            log.warning("%s is out: %s", backend.url, why)
-        backend.alive = False
-        self._forget(backend)
-
     async def _watch(self, backend: Backend) -> None:
         while True:
             await asyncio.sleep(self._check_seconds)
             await self.check(backend)
 
     async def check(self, backend: Backend) -> None:
-        """Whether it is there, and when it has just come, what it is."""
+        """Whether it is there, and when it has just come, or has started anew, what it is. Asked also when a request
+        to it has failed, which may have been that request's or that connection's fault alone."""
         try:
             answer = await self._client.get(f"{backend.url}/health", timeout=_CHECK_TIMEOUT)
             if answer.status_code != 200:
-                self.lost(backend, f"/health says {answer.status_code}")
+                self._leave_out(backend, f"/health says {answer.status_code}")
                 return
-            if not backend.alive:
-                await self._greet(backend)
-        except (httpx.HTTPError, ValueError, AttributeError) as error:  # the latter: it answers something else
-            self.lost(backend, str(error) or type(error).__name__)
+            answer = await self._client.get(f"{backend.url}/kv_transfer", timeout=_CHECK_TIMEOUT)
+        except httpx.HTTPError as error:
+            self._leave_out(backend, str(error) or type(error).__name__)
+            backend.gone.set()
+            return
+        about = _about(answer)
+        if not backend.alive or about != backend.about:
+            self._greet(backend, about)
 
-    async def _greet(self, backend: Backend) -> None:
-        answer = await self._client.get(f"{backend.url}/kv_transfer", timeout=_CHECK_TIMEOUT)
-        found = answer.json() if answer.status_code == 200 else {}  # 404: a server of another make
-        backend.peer, events = found.get("transfer"), found.get("kv_events")
-        if backend.kind == PREFILL and not (backend.peer and backend.peer.get("port")):
+    def _leave_out(self, backend: Backend, why: str) -> None:
+        """Until it answers again."""
+        if backend.alive:
+            log.warning("%s is out: %s", backend.url, why)
+        backend.alive = False
+        self._forget(backend)
+
+    def _greet(self, backend: Backend, about: About) -> None:
+        self._forget(backend)
+        backend.about = about
+        if backend.kind == PREFILL and not backend.lends:
             log.warning("%s was given to prefill, but lends nothing: start it with --role prefill", backend.url)
-        if events:
-            backend.listener = asyncio.create_task(self._listen(backend, _reachable(events, backend.url)))
+        if about.kv_events:
+            self._subscribe(backend, _reachable(about.kv_events, backend.url))
         backend.alive = True
-        log.info("%s is in, as %s%s", backend.url, backend.kind, "" if events else ", without cache events")
+        backend.gone.clear()
+        events = "" if backend.listener else ", without cache events"
+        log.info("%s is in, as %s%s", backend.url, backend.kind, events)
 
     def _forget(self, backend: Backend) -> None:
         if backend.listener is not None:
@@ -128,12 +155,21 @@ class Backends:
             backend.listener = None
         backend.cached.clear()
 
-    async def _listen(self, backend: Backend, endpoint: str) -> None:
-        decoder, expected = msgspec.msgpack.Decoder(KvEventBatch), None
-        with self._zmq.socket(zmq.SUB) as socket:
-            socket.linger, socket.maxmsgsize = 0, 1 << 28
-            socket.subscribe(b"")
+    def _subscribe(self, backend: Backend, endpoint: str) -> None:
+        socket = self._zmq.socket(zmq.SUB)
+        socket.linger, socket.maxmsgsize = 0, 1 << 28
+        socket.subscribe(b"")
+        try:
             socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            log.warning("%s: nothing can be heard of its cache at %s: %s", backend.url, endpoint, error.strerror)
+            socket.close()
+            return
+        backend.listener = asyncio.create_task(self._listen(backend, endpoint, socket))
+
+    async def _listen(self, backend: Backend, endpoint: str, socket: zmq.asyncio.Socket) -> None:
+        decoder, expected = msgspec.msgpack.Decoder(KvEventBatch), None
+        with socket:
             while True:
                 frames = await socket.recv_multipart()
                 try:
@@ -148,6 +184,14 @@ class Backends:
                 expected = sequence + 1
                 for event in events:
                     backend.cached.apply(event)
+
+
+def _about(answer: httpx.Response) -> About:
+    """Nothing of a server of another make, which has no such path or says something else there."""
+    try:
+        return msgspec.json.decode(answer.content, type=About) if answer.status_code == 200 else About()
+    except (msgspec.DecodeError, RecursionError):
+        return About()
 
 
 def _reachable(endpoint: str, url: str) -> str:

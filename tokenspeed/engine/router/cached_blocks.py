@@ -9,6 +9,9 @@ from ..server.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvEv
 _MAX_BLOCKS = 1 << 22
 
 
+_MAX_ID = (1 << 31) - 1
+
+
 class CachedBlocks:
     """Blocks by what they hold and what comes before them, as engines name them: how a name is made does not matter."""
 
@@ -21,25 +24,32 @@ class CachedBlocks:
         return len(self._places)
 
     def apply(self, event: KvEvent) -> None:
-        """Mutates it. What an engine says twice, or of blocks that are not known, changes nothing."""
+        """Mutates it. What an engine says twice, or of blocks that are not known, changes nothing; nor does what makes
+        no sense."""
         match event:
             case BlockStored(hashes, parent, tokens, size):
                 if size < 1 or len(tokens) != size * len(hashes) or len(self._places) > _MAX_BLOCKS:
                     return
+                if not hashes or min(tokens) < 0 or max(tokens) > _MAX_ID:
+                    return
                 self._block_size = size
                 for number, name in enumerate(hashes):
+                    self._remove(name)
                     place = parent, array("i", tokens[number * size : (number + 1) * size]).tobytes()
                     self._places[name] = place
                     self._names[place].add(name)
                     parent = name
             case BlockRemoved(hashes):
                 for name in hashes:
-                    if place := self._places.pop(name, None):
-                        self._names[place].discard(name)
-                        if not self._names[place]:
-                            del self._names[place]
+                    self._remove(name)
             case AllBlocksCleared():
                 self.clear()
+
+    def _remove(self, name: int) -> None:
+        if place := self._places.pop(name, None):
+            self._names[place].discard(name)
+            if not self._names[place]:
+                del self._names[place]
 
     def clear(self) -> None:
         self._places.clear()

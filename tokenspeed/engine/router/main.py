@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
+from ..server.connections import ConnectionLimits, Connections
 from ..server.gate import BodyLimits
 from ..server.main import Server, listen
 from .app import Router
@@ -44,25 +46,31 @@ def route(options: RouterOptions) -> int:
 async def _route(options: RouterOptions, listener) -> None:
     # Generating takes as long as it takes; a backend that is gone is found out by connecting and by /health.
     timeout = httpx.Timeout(None, connect=5.0)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    # Servers close a connection that has been idle for 5 s: none is used that may be about to be closed.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2.5)
     client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
     backends = Backends(options.backends, client, options.check_seconds)
     policy = Policy(backends, options.least_prefill)
     app = Router(backends, policy, client).app(BodyLimits(options.max_body_bytes), options.api_keys, (options.host,))
-    config = uvicorn.Config(
+    host, port = listener.getsockname()[:2]
+    log.info("routing to %d backends at http://%s:%d/v1", len(backends.all), host, port)
+    server = Server(configuration(app, options.drain_seconds))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _end, server)
+    await server.serve(sockets=[listener])
+
+
+def configuration(app: ASGIApp, drain_seconds: float) -> uvicorn.Config:
+    """How it is served: connections within the limits that servers have."""
+    return uvicorn.Config(
         app,
+        http=Connections(ConnectionLimits()),
         log_config=None,
         access_log=False,
         proxy_headers=False,
         ws="none",
-        timeout_graceful_shutdown=options.drain_seconds,
+        timeout_graceful_shutdown=drain_seconds,
     )
-    host, port = listener.getsockname()[:2]
-    log.info("routing to %d backends at http://%s:%d/v1", len(backends.all), host, port)
-    server = Server(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _end, server)
-    await server.serve(sockets=[listener])
 
 
 def _end(server: Server) -> None:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from .backends import DECODE, PREFILL, REPLICA, Backend, Backends
+from .backends import DECODE, PREFILL, REPLICA, Backend, Backends, Peer
 from .prompts import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Prompt
 
 _REMEMBERED = 1 << 16  # conversations
@@ -42,14 +42,17 @@ class Policy:
         """None where nobody is left. transferable: whether its request can name a prefill; without: who has been tried
         in vain."""
         candidates = [b for b in self.backends.alive(REPLICA, DECODE) if b not in without]
+        if prompt.resumes and (home := self.home_of(prompt.conversation)) and home.alive:
+            candidates = [b for b in candidates if b is home]  # nobody else has what it goes on with
         if not candidates:
             return None
         backend = min(candidates, key=lambda b: self._rank(b, prompt))
         new = prompt.size - self._known(backend, prompt)
         self.backends.used(backend)
         self._settle(prompt, backend)
-        helpers = [b for b in self.backends.alive(PREFILL) if b not in without and b.peer and b.peer.get("port")]
-        if not transferable or backend.kind != DECODE or not backend.peer or not helpers or new < self.least_prefill:
+        helpers = [b for b in self.backends.alive(PREFILL) if b.lends]
+        takes = transferable and backend.kind == DECODE and backend.about.transfer is not None
+        if not takes or not helpers or new < self.least_prefill:
             return Choice(backend, new)
         helper = min(helpers, key=lambda b: self._rank(b, prompt))
         self.backends.used(helper)
@@ -81,9 +84,9 @@ class Policy:
         return 0 if home is not backend else prompt.size if size is None else min(size, prompt.size)
 
 
-def split(path: str, body: dict[str, Any], helper: Backend) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The bodies for who prefills and for who decodes, under a name that both know."""
-    name, peer = secrets.token_hex(16), helper.peer
+def split(path: str, body: dict[str, Any], peer: Peer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The bodies for who prefills, which is `peer`, and for who decodes, under a name that both know."""
+    name = secrets.token_hex(16)
     asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": name}
     beside = ("stream_options", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs", "prompt_logprobs")
     prefill = {key: value for key, value in body.items() if key not in beside}  # of what is said, nobody hears its id
@@ -91,9 +94,9 @@ def split(path: str, body: dict[str, Any], helper: Backend) -> tuple[dict[str, A
     given = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
-        "remote_engine_id": peer["engine_id"],
-        "remote_host": peer["host"],
-        "remote_port": peer["port"],
+        "remote_engine_id": peer.engine_id,
+        "remote_host": peer.host,
+        "remote_port": peer.port,
         "remote_block_ids": None,
         "transfer_id": name,
     }

@@ -36,9 +36,13 @@ def tokenize_body(path: str, body: dict[str, Any]) -> dict[str, Any] | None:
 
 def tokens_given(path: str, body: dict[str, Any]) -> list[int] | None:
     """Where the request itself has token ids."""
-    prompt = body.get("prompt") if path == COMPLETIONS else None
-    whole = isinstance(prompt, list) and bool(prompt) and all(type(id) is int and 0 <= id < 2**31 for id in prompt)
-    return prompt if whole else None
+    return ids(body.get("prompt")) if path == COMPLETIONS else None
+
+
+def ids(value: Any) -> list[int] | None:
+    """A list of token ids; None for anything else."""
+    whole = isinstance(value, list) and bool(value) and all(type(id) is int and 0 <= id < 2**31 for id in value)
+    return value if whole else None
 
 
 def of(path: str, body: dict[str, Any], length: int, tokens: list[int] | None) -> Prompt:

@@ -26,14 +26,17 @@ from .messages import (
     encode,
 )
 from .messages import VERSION as _VERSION
-from .pulls import Pulls, Source, Targets
+from .pull import Source, Targets
+from .pulls import Pulls
 from .rooms import Ended, Reply, Rooms
 
 _TICK_MS = 50
 _READING_TICK_MS = 1
 _CLOSE_SECONDS = 5.0
 _LINGER_MS = 500  # for the last messages to go out
-_MAX_PEERS = 64  # that this engine has connected to; beyond it those go that nothing is pulled from
+_MESSAGES = 64  # that are taken from a socket before something else has its turn
+_MAX_IDLE_PEERS = 64  # connections from which those go that nothing is pulled from
+_MAX_PEERS = 256  # connections at a time
 
 log = logging.getLogger("tokenspeed.transfer")
 
@@ -182,7 +185,7 @@ class Endpoint:
         self.pulls.part()
 
     def _take_asked(self) -> None:
-        while True:
+        for _ in range(_MESSAGES):
             try:
                 peer, *frames = self._router.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
@@ -209,28 +212,36 @@ class Endpoint:
             self._router.send_multipart(frames, zmq.DONTWAIT, copy=reply.data is None)
 
     def _send(self, address: str, message: FromDecoder) -> None:
-        dealer = self._dealers.get(address)
-        if dealer is None:
+        dealer = self._dealers.get(address) or self._connect(address)
+        if dealer is not None:
+            with contextlib.suppress(zmq.ZMQError):
+                dealer.send(encode(message), zmq.DONTWAIT)
+
+    def _connect(self, address: str) -> zmq.Socket | None:
+        """None where there are too many connections: nothing is heard from there, and the lease ends."""
+        if len(self._dealers) >= _MAX_IDLE_PEERS:
             self._drop_idle()
-            dealer = self._dealers[address] = self._context.socket(zmq.DEALER)
-            dealer.linger, dealer.ipv6 = 0, True
-            dealer.identity = uuid.uuid4().bytes
-            dealer.maxmsgsize = MAX_READ_BYTES + MAX_MESSAGE_BYTES
-            with contextlib.suppress(zmq.ZMQError):  # no address: nothing is heard from there, and the lease ends
-                dealer.connect(address)
-            self._poller.register(dealer, zmq.POLLIN)
-        with contextlib.suppress(zmq.ZMQError):
-            dealer.send(encode(message), zmq.DONTWAIT)
+        if len(self._dealers) >= _MAX_PEERS:
+            return None
+        dealer = self._dealers[address] = self._context.socket(zmq.DEALER)
+        dealer.linger, dealer.ipv6 = 0, True
+        dealer.identity = uuid.uuid4().bytes
+        dealer.maxmsgsize = MAX_READ_BYTES + MAX_MESSAGE_BYTES
+        with contextlib.suppress(zmq.ZMQError):  # no address: the same
+            dealer.connect(address)
+        self._poller.register(dealer, zmq.POLLIN)
+        return dealer
 
     def _drop_idle(self) -> None:
-        for address in [] if len(self._dealers) < _MAX_PEERS else self.pulls.drop_idle():
-            dealer = self._dealers.pop(address, None)
-            if dealer is not None:
-                self._poller.unregister(dealer)
-                dealer.close()
+        """Also those to peers that were lost."""
+        used = self.pulls.drop_idle()
+        for address in [address for address in self._dealers if address not in used]:
+            dealer = self._dealers.pop(address)
+            self._poller.unregister(dealer)
+            dealer.close()
 
     def _take_answered(self, address: str, dealer: zmq.Socket) -> None:
-        while True:
+        for _ in range(_MESSAGES):
             try:
                 head, *data = dealer.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:

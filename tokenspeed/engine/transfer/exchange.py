@@ -19,7 +19,7 @@ from ..text.grammar import Grammar, GrammarSpec
 from .endpoint import address_of
 from .identity import digest
 from .params import RemoteDecode, RemotePrefill, Transfer
-from .pulls import Source, Targets
+from .pull import Source, Targets
 from .rooms import Ended
 
 log = logging.getLogger("tokenspeed.transfer")
@@ -184,6 +184,8 @@ class Exchange:
                 self._calls.cancel(offered.room, "its state was not kept" if finished else "the prefill was aborted")
                 del self._rooms[offered.room]
             return
+        if sequence.state is State.RETIRING:
+            return  # it keeps what was told of until then
         # While it waits again others may take its pages, and what comes back from host memory is not there yet.
         waiting = sequence.state in (State.WAITING, State.ARRIVING)
         pages = 0 if waiting else sequence.consumed // PAGE_TOKENS
@@ -196,6 +198,8 @@ class Exchange:
             loan = self._cache.lend(id, offered.name_space, offered.prefix[: pages * PAGE_TOKENS])
             found = loan.pages[: loan.kv_tokens // PAGE_TOKENS].tolist()
             self._cache.release(id)
+            if len(found) < pages:
+                raise TransferError("the cache was cleared")  # and what it finds later is not this prefill's
         self._calls.offer(offered.room, offered.digest, found, None, sequence.preemptions)
 
     def _lend(self, offered: _Offered) -> bool:

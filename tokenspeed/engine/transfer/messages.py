@@ -9,6 +9,7 @@ VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 18  # of anything but data
 MAX_READ_BYTES = 1 << 20  # that one Read asks for
 MAX_ROOM_CHARACTERS = 128
+MAX_LEASE_SECONDS = 3600.0  # as of --transfer-lease
 KV, SLOTS = 0, 1  # the arenas
 
 
@@ -62,8 +63,9 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
-    """lease: seconds of silence after which a room is given up. handles: of the arenas, where the asker can map them
-    (`cuda_ipc`); agent: where it can read them through NIXL; ports: of the engine's other ranks, in their order."""
+    """lease: seconds of silence after which either side gives a room up. handles: of the arenas, where the asker can
+    map them (`cuda_ipc`); agent: where it can read them through NIXL; ports: of the engine's other ranks, in their
+    order."""
 
     engine: str
     lease: float

@@ -7,16 +7,14 @@ was cancelled is never written for again, so what was set aside can be given awa
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..errors import HandshakeError, TransferError
 from .arenas import Arenas, Move
 from .messages import (
-    KV,
+    MAX_LEASE_SECONDS,
     MAX_READ_BYTES,
-    SLOTS,
     Ask,
     Closed,
     Data,
@@ -27,7 +25,6 @@ from .messages import (
     Hello,
     Identity,
     Leave,
-    Part,
     Read,
     Ready,
     Refused,
@@ -36,30 +33,13 @@ from .messages import (
     Welcome,
 )
 from .nixl import STAGE_BYTES, Nixl, Remote
+from .pull import Pull, Source, Targets
 from .rooms import Ended
 
 log = logging.getLogger("tokenspeed.transfer")
 
 _READS = 4  # of one pull on their way
-_MAX_OFFSET = 1 << 62  # with which one can reckon in 64 bits
 _MAPPED_BYTES = 64 << 20  # that are copied at a time from a peer's arena that is mapped here
-
-
-class Targets(NamedTuple):
-    """Where a unit goes. pages: of the prompt's page numbers those that are lacking, each with the page it goes to;
-    slot: where the state goes."""
-
-    pages: Mapping[int, int]
-    slot: int
-
-
-class Source(NamedTuple):
-    """Where a unit is. address: as ZeroMQ takes it; engine: whose it is to be, None for whoever answers there."""
-
-    address: str
-    room: str
-    digest: bytes
-    engine: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -71,34 +51,6 @@ class _Peer:
     welcome: Welcome | None = None
     arenas: list | None = None
     remote: Remote | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Pull:
-    """offset: where each of the prompt's pages lies at the peer, as far as they are ready. queued: pages of which the
-    moves were made out; state: where the state lies, once it is ready; reads: on their way, by number."""
-
-    source: Source
-    reserve: Callable[[], Targets | None]
-    started: float
-    heard: float
-    targets: Targets | None = None
-    epoch: int = -1
-    offsets: list[int] = field(default_factory=list)
-    queued: int = 0
-    state: Part | None = None
-    state_queued: bool = False
-    moves: deque[Move] = field(default_factory=deque)
-    reads: dict[int, list[Move]] = field(default_factory=dict)
-    asked: float = 0.0
-    done: bool = False
-    bytes: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    alive: bool = True
-
-    @property
-    def ready(self) -> bool:
-        return bool(self.offsets) or self.state is not None
 
 
 class Pulls:
@@ -120,14 +72,14 @@ class Pulls:
         self._arenas, self._hello, self._lease = arenas, Hello(engine, identity, cards, nixl is not None), lease
         self._clock, self._send, self._map, self._nixl = clock, send, map_arenas, nixl
         self._lock = threading.Lock()  # of the two below; a pull's own guards what is written for it
-        self._pulls: dict[str, _Pull] = {}
+        self._pulls: dict[str, Pull] = {}
         self._ended: list[Ended] = []
-        self._starting: deque[_Pull] = deque()
+        self._starting: deque[Pull] = deque()
         self._parting: deque[Source] = deque()
         self._peers: dict[str, _Peer] = {}
         self._forgotten: TransferError | None = None
         self._number = 0
-        self._reading: dict[int, tuple[_Pull, float]] = {}  # reads through NIXL, and since when
+        self._reading: dict[int, tuple[Pull, float]] = {}  # reads through NIXL, and since when
         self.bytes = 0  # that were brought so far
 
     # ---- the engine's thread
@@ -140,14 +92,14 @@ class Pulls:
                 raise TransferError(str(self._forgotten))
             if source.room in self._pulls:
                 raise TransferError(f"room {source.room!r} is being pulled: names can be used once.")
-            now = self._clock()
-            pull = self._pulls[source.room] = _Pull(source, reserve, now, now)
+            pull = self._pulls[source.room] = Pull(source, reserve, self._clock())
             self._starting.append(pull)
 
     def cancel(self, room: str) -> None:
-        """When this returns nothing is written any more. Harmless for one that has ended."""
+        """When this returns nothing is written any more, and nothing is told of it. Harmless for one that has ended."""
         with self._lock:
             pull = self._pulls.pop(room, None)
+            self._ended = [ended for ended in self._ended if ended.room != room]
         if pull is not None:
             self._stop(pull)
             self._parting.append(pull.source)
@@ -225,21 +177,23 @@ class Pulls:
         now = self._clock()
         self._take_read(now)
         for room, pull in list(self._pulls.items()):
-            if now - pull.heard > self._lease:
-                peer = self._peers.get(pull.source.address)
+            peer = self._peers.get(pull.source.address)
+            lease = peer.welcome.lease if peer and peer.welcome else self._lease
+            if now - pull.heard > lease:
+                silence = self._silence(pull, lease)
                 if peer is not None and peer.welcome is None:
-                    self._lose(peer, self._silence(pull))
+                    self._lose(peer, silence)
                 else:
-                    self._end(room, self._silence(pull))
+                    self._end(room, silence)
                     self._parting.append(pull.source)
-            elif peer := self._peers.get(pull.source.address):
-                lost = now - max(pull.heard, pull.asked) > self._lease / 2  # something, on its way
+            elif peer is not None:
+                lost = now - max(pull.heard, pull.asked) > lease / 2  # something, on its way
                 if lost and peer.welcome is None:
                     pull.asked = now
                     self._send(peer.address, self._hello)
                 elif lost:
                     self._begin(peer, pull)
-                elif peer.remote is not None and pull.reads and now - pull.asked > self._lease / 4:
+                elif peer.remote is not None and pull.reads and now - pull.asked > lease / 4:
                     self._ask(pull)  # the peer sees nothing of what is read
                 self._go_on(pull, peer)
 
@@ -249,14 +203,13 @@ class Pulls:
             source = self._parting.popleft()
             self._send(source.address, Leave(source.room))
 
-    def drop_idle(self) -> list[str]:
-        """Forgets the peers that nothing is pulled from, and says which they were."""
+    def drop_idle(self) -> set[str]:
+        """Forgets the peers that nothing is pulled from, and says which are left."""
         with self._lock:
             used = {pull.source.address for pull in self._pulls.values()}
-        idle = [address for address in self._peers if address not in used]
-        for address in idle:
+        for address in self._peers.keys() - used:
             self._disconnect(self._peers.pop(address))
-        return idle
+        return used
 
     def forget(self, error: TransferError) -> None:
         """Nobody can be heard of any more; `part` still tells peers."""
@@ -271,11 +224,14 @@ class Pulls:
         if peer := self._peers.get(address):
             self._lose(peer, error)
 
-    def _silence(self, pull: _Pull) -> TransferError:
-        what = f"nothing was heard of room {pull.source.room!r} at {pull.source.address} for {self._lease:g} s"
+    def _silence(self, pull: Pull, lease: float) -> TransferError:
+        what = f"nothing was heard of room {pull.source.room!r} at {pull.source.address} for {lease:g} s"
         return TransferError(what + ("" if pull.ready else ": it was not offered there") + ".")
 
     def _welcomed(self, peer: _Peer, welcome: Welcome) -> None:
+        if not 0 < welcome.lease <= MAX_LEASE_SECONDS:
+            self._lose(peer, TransferError(f"{peer.address} has a lease of {welcome.lease:g} s"))
+            return
         peer.welcome, peer.arenas = welcome, None
         self._disconnect(peer)
         if welcome.handles and self._map is not None:
@@ -290,14 +246,14 @@ class Pulls:
             if pull.source.address == peer.address:
                 self._begin(peer, pull)
 
-    def _begin(self, peer: _Peer, pull: _Pull) -> None:
+    def _begin(self, peer: _Peer, pull: Pull) -> None:
         """Ask for everything."""
         wanted = pull.source.engine
         if wanted is not None and peer.welcome.engine != wanted:
             message = f"engine {wanted!r} is gone; {peer.welcome.engine!r} answers at {peer.address}."
             self._end(pull.source.room, TransferError(message))
             return
-        self._restart(pull, -1)
+        pull.restart(-1)
         self._ask(pull)
 
     def _lose(self, peer: _Peer, error: TransferError) -> None:
@@ -312,34 +268,25 @@ class Pulls:
             self._nixl.disconnect(peer.remote)
             peer.remote = None
 
-    def _restart(self, pull: _Pull, epoch: int) -> None:
-        """Whatever was read counts no more."""
-        pull.epoch, pull.queued, pull.state, pull.state_queued, pull.done = epoch, 0, None, False, False
-        pull.offsets.clear()
-        pull.moves.clear()
-        pull.reads.clear()
-
-    def _ask(self, pull: _Pull) -> None:
+    def _ask(self, pull: Pull) -> None:
         pull.asked = self._clock()
         ask = Ask(pull.source.room, pull.source.digest, pull.epoch, len(pull.offsets))
         self._send(pull.source.address, ask)
 
-    def _take(self, pull: _Pull, peer: _Peer, message: FromPrefiller, data: bytes | None) -> None:
+    def _take(self, pull: Pull, peer: _Peer, message: FromPrefiller, data: bytes | None) -> None:
         room = pull.source.room
         match message:
             case Waiting():
                 self._ask(pull)
             case Ready(_, epoch, first, parts, state):
                 if epoch != pull.epoch:
-                    self._restart(pull, epoch)
+                    pull.restart(epoch)
                 if first == len(pull.offsets):
-                    if wrong := self._misfit(pull, parts, state):
-                        self._end(room, TransferError(f"{peer.address} offers {wrong}"))
+                    try:
+                        pull.found(parts, state, self._arenas)
+                    except TransferError as error:
+                        self._end(room, TransferError(f"{peer.address} offers {error}"))
                         return
-                    size = self._arenas.row_bytes[KV]
-                    for part in parts:
-                        pull.offsets += range(part.offset, part.offset + part.length, size)
-                    pull.state = state
                 if state is None:
                     self._ask(pull)
                 self._go_on(pull, peer)
@@ -357,38 +304,14 @@ class Pulls:
             case Gone(_, reason):
                 self._end(room, TransferError(f"room {room!r} at {peer.address}: {reason}"))
 
-    def _misfit(self, pull: _Pull, parts: Sequence[Part], state: Part | None) -> str:
-        """What cannot be a unit's pages or state, "" where all can."""
-        (page, slot), pages = self._arenas.row_bytes, len(pull.offsets)
-        for part in parts:
-            if part.arena != KV or part.length < 1 or part.length % page:
-                return f"{part} as pages of {page} bytes"
-            pages += part.length // page
-        if pages * page > self._arenas.flat[KV].numel():
-            return f"{pages} pages, more than there are here"
-        if state is not None and (state.arena, state.length) != (SLOTS, slot):
-            return f"{state} as a state of {slot} bytes"
-        if wrong := [part for part in (*parts, state) if part and not 0 <= part.offset < _MAX_OFFSET]:
-            return f"{wrong[0]}, where no arena can be"
-        return ""
-
-    def _go_on(self, pull: _Pull, peer: _Peer) -> None:
+    def _go_on(self, pull: Pull, peer: _Peer) -> None:
         """Read what is ready and has a place, and say when that was all."""
-        targets = pull.targets
-        if targets is None or pull.done or peer.welcome is None:
+        if pull.targets is None or pull.done or peer.welcome is None:
             return
-        page_bytes = self._arenas.row_bytes[KV]
-        for page in range(pull.queued, len(pull.offsets)):
-            if page in targets.pages:
-                target = self._arenas.page(targets.pages[page])
-                pull.moves += _pieces(Part(KV, pull.offsets[page], page_bytes), target)
-        pull.queued = len(pull.offsets)
-        if pull.state is not None and not pull.state_queued:
-            pull.moves += _pieces(pull.state, self._arenas.slot(targets.slot))
-            pull.state_queued = True
+        pull.queue(self._arenas)
         while pull.moves and pull.alive and len(pull.reads) < _READS:
             if peer.arenas is not None:
-                moves = _take(pull.moves, _MAPPED_BYTES)
+                moves = pull.take(_MAPPED_BYTES)
                 self._write(pull, moves, lambda moves=moves: self._arenas.copy(moves, peer.arenas))
             elif peer.remote is None:
                 moves = self._begin_read(pull, MAX_READ_BYTES)
@@ -405,13 +328,13 @@ class Pulls:
                 return  # their end makes room
             else:
                 self._to_sockets(peer, "reads that have begun do not end")
-        if pull.alive and pull.state_queued and not pull.moves and not pull.reads:
+        if pull.alive and pull.complete:
             pull.done = True
             self._send(pull.source.address, Done(pull.source.room, pull.epoch))
 
-    def _begin_read(self, pull: _Pull, most: int) -> list[Move]:
+    def _begin_read(self, pull: Pull, most: int) -> list[Move]:
         self._number += 1
-        moves = pull.reads[self._number] = _take(pull.moves, most)
+        moves = pull.reads[self._number] = pull.take(most)
         return moves
 
     def _take_read(self, now: float) -> None:
@@ -439,22 +362,14 @@ class Pulls:
             log.warning("%s is not read through NIXL any more, but over its socket: %s", peer.address, reason)
         self._disconnect(peer)
 
-    def _write(self, pull: _Pull, moves: list[Move], write: Callable[[], None]) -> None:
-        with pull.lock:
-            if not pull.alive:
-                return
-            try:
-                write()
-            except RuntimeError as error:  # the device's, or nothing lies there in a peer's arena
-                failed = TransferError(f"what {pull.source.address} offers cannot be copied: {error}")
-            else:
-                pull.bytes += sum(part.length for part, _ in moves)
-                return
-        self._end(pull.source.room, failed)
+    def _write(self, pull: Pull, moves: list[Move], write: Callable[[], None]) -> None:
+        try:
+            pull.write(moves, write)
+        except TransferError as error:
+            self._end(pull.source.room, error)
 
-    def _stop(self, pull: _Pull) -> None:
-        with pull.lock:
-            pull.alive = False
+    def _stop(self, pull: Pull) -> None:
+        pull.stop()
         self.bytes += pull.bytes
 
     def _end(self, room: str, error: TransferError | None) -> None:
@@ -464,18 +379,3 @@ class Pulls:
             self._stop(pull)
             with self._lock:
                 self._ended.append(Ended(room, error))
-
-
-def _take(moves: deque[Move], most: int) -> list[Move]:
-    """The first of them, of so many bytes at most; they are in there no more."""
-    taken, size = [], 0
-    while moves and size + moves[0].part.length <= most:
-        taken.append(moves.popleft())
-        size += taken[-1].part.length
-    return taken
-
-
-def _pieces(part: Part, target: int) -> list[Move]:
-    """A part in pieces that one Read may ask for."""
-    ends = range(0, part.length, MAX_READ_BYTES)
-    return [Move(Part(part.arena, part.offset + at, min(MAX_READ_BYTES, part.length - at)), target + at) for at in ends]

@@ -27,7 +27,7 @@ from .arenas import Arenas
 from .endpoint import Endpoint
 from .identity import fingerprint, identity
 from .messages import Identity
-from .pulls import Source, Targets
+from .pull import Source, Targets
 from .rooms import Ended
 
 _WAIT_SECONDS = 120.0  # for the other ranks to load
@@ -257,7 +257,8 @@ class Share:
                 self._take(_call(self._socket.recv()))
             while self._waiting and self._waiting[0].steps <= self._ran:
                 self._make(self._waiting.pop(0))
-            self._tell_ended()
+            for room, error in self._endpoint.poll():
+                self._send(_Over(room, error and str(error)))
 
     def _take(self, call: _Offer | _Pull | _Cancel) -> None:
         if not isinstance(call, _Cancel):
@@ -265,12 +266,7 @@ class Share:
             return
         self._waiting = [other for other in self._waiting if other.room != call.room]
         self._endpoint.cancel(call.room, call.reason)
-        self._tell_ended()  # what has ended before is no news of another room of this name
         self._send(_Cancelled(call.room))
-
-    def _tell_ended(self) -> None:
-        for room, error in self._endpoint.poll():
-            self._send(_Over(room, error and str(error)))
 
     def _make(self, call: _Offer | _Pull) -> None:
         if self._device.type == "cuda":

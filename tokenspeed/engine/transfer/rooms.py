@@ -96,6 +96,7 @@ class Rooms:
         self._ended: list[Ended] = []
         self._parting: list[Reply] = []  # to decoders, of rooms that are over
         self._forgotten: TransferError | None = None
+        self._called = clock()  # when the engine last made a call
 
     # ---- the engine's thread
 
@@ -106,6 +107,7 @@ class Rooms:
         if not 0 < len(name) <= MAX_ROOM_CHARACTERS:
             raise TransferError(f"the room's name has {len(name)} characters; 1 to {MAX_ROOM_CHARACTERS} are needed.")
         with self._lock:
+            self._called = self._clock()
             if any(ended.room == name for ended in self._ended):
                 return  # of which the engine is about to be told
             if self._forgotten:
@@ -123,8 +125,9 @@ class Rooms:
             room.pages, room.slot, room.epoch = tuple(pages), slot, epoch
 
     def close(self, name: str, reason: str) -> None:
-        """The engine needs what it offered. Harmless for a room that is over."""
+        """The engine needs what it offered, and hears no more of it. Harmless for a room that is over."""
         with self._lock:
+            self._ended = [ended for ended in self._ended if ended.room != name]
             if name in self._rooms:
                 self._end(name, reason)
 
@@ -132,6 +135,7 @@ class Rooms:
         """Of the rooms that were offered, those that decoders have ended or let lapse since the last call. From when it
         is here nothing of it is read."""
         with self._lock:
+            self._called = self._clock()
             ended, self._ended = self._ended, []
         return ended
 
@@ -227,9 +231,12 @@ class Rooms:
         return Welcome(self._engine, self._lease, self._handles(hello.cards), agent, self._ports)
 
     def _answer(self, name: str, room: _Room) -> Reply | None:
-        """What there is to say to what was asked; None as long as there is nothing new and it need not be said yet."""
+        """What there is to say to what was asked; None as long as there is nothing new and it need not be said yet, and
+        where the engine that prefills has stood still for a lease: then nobody shall wait for it."""
         asked, peer = room.asked, room.asker
         if room.digest is not None:
+            if room.slot is None and self._clock() - self._called > self._lease:
+                return None
             if asked.digest != room.digest:
                 self._end(name, "it has another prompt", tell=True, part=False)
                 return Reply(peer, Gone(name, self._over[name]))
