@@ -6,21 +6,15 @@ _EXPOSED = ("retry-after", "x-request-id")
 
 
 class HeadRequests:
-    """Answers HEAD as GET without the body. Clients ask with it whether a server is there."""
+    """Answers HEAD as GET; uvicorn leaves the body out. Clients ask with it whether a server is there."""
 
     def __init__(self, app):
         self._app = app
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "http" or scope["method"] != "HEAD":
-            return await self._app(scope, receive, send)
-
-        async def without_body(message):
-            if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
-        await self._app({**scope, "method": "GET"}, receive, without_body)
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 def allow_origins(app, origins: tuple[str, ...]) -> None:
