@@ -165,16 +165,16 @@ def _tool_choice(body: AnthropicPrompt) -> str | dict[str, Any]:
     return kinds[kind]
 
 
-def count_tokens(service: Service, body: AnthropicPrompt, key: str | None) -> dict[str, int]:
+def count_tokens(service: Service, body: AnthropicPrompt) -> dict[str, int]:
     """The tokens of a conversation as a prompt. Raises RequestError for what cannot be asked."""
-    prompt = service.turns.encode(conversation(body), service.name_space(key, None))
+    prompt = service.turns.encode(conversation(body), service.name_space())
     return {"input_tokens": len(prompt.ids)}
 
 
 class Message:
     """One answer in Anthropic's form."""
 
-    def __init__(self, service: Service, body: AnthropicRequest, key: str | None):
+    def __init__(self, service: Service, body: AnthropicRequest):
         """Raises RequestError for what cannot be asked."""
         self._service, self._body = service, body
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
@@ -186,7 +186,7 @@ class Message:
         thinking = body.thinking or {}
         if thinking.get("type") == "enabled" and isinstance(thinking.get("budget_tokens"), int):
             sampling["thinking_token_budget"] = thinking["budget_tokens"]
-        self._reader = service.prepare(self.id, conversation(body), sampling, key)
+        self._reader = service.prepare(self.id, conversation(body), sampling)
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
         async with aclosing(self._service.converse(self._reader, transfer=self._transfer)) as updates:

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -67,10 +67,6 @@ def create_app(
     allow_origins(app, origins)
     _errors(app)
 
-    async def key() -> str | None:  # async: FastAPI sends plain functions to a thread
-        """The caller's key, which the gate has accepted."""
-        return caller.get()
-
     async def answer(
         request: Request, make: Callable[[], Any], stream: bool, count: int = 1, long: bool = False
     ) -> Response:
@@ -100,34 +96,34 @@ def create_app(
         return work() if short else await service.background.run(caller.get(), work)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: Chat(service, body, key), body.stream)
+    async def chat_completions(body: ChatRequest, request: Request):
+        return await answer(request, lambda: Chat(service, body), body.stream)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request, key: str | None = Depends(key)):
+    async def completions(body: CompletionRequest, request: Request):
         several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
         count = len(body.prompt) if several else 1
-        return await answer(request, lambda: Completion(service, body, key), body.stream, count)
+        return await answer(request, lambda: Completion(service, body), body.stream, count)
 
     @app.post("/v1/messages")
-    async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: Message(service, body, key), body.stream)
+    async def messages(body: AnthropicRequest, request: Request):
+        return await answer(request, lambda: Message(service, body), body.stream)
 
     @app.post("/v1/messages/count_tokens")
-    async def message_tokens(body: AnthropicPrompt, request: Request, key: str | None = Depends(key)):
-        return await _while_connected(request, off_event_loop(request, lambda: count_tokens(service, body, key)))
+    async def message_tokens(body: AnthropicPrompt, request: Request):
+        return await _while_connected(request, off_event_loop(request, lambda: count_tokens(service, body)))
 
     @app.post("/v1/responses")
-    async def responses(body: ResponsesRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: ModelResponse(service, body, key), body.stream, long=body.resumes)
+    async def responses(body: ResponsesRequest, request: Request):
+        return await answer(request, lambda: ModelResponse(service, body), body.stream, long=body.resumes)
 
     @app.get("/v1/responses/{id}")
-    async def response(id: str, key: str | None = Depends(key)):
-        return json_response(service.responses.get(service.name_space(key, None), id).frame)
+    async def response(id: str):
+        return json_response(service.responses.get(service.name_space(), id).frame)
 
     @app.delete("/v1/responses/{id}")
-    async def forget_response(id: str, key: str | None = Depends(key)):
-        service.responses.forget(service.name_space(key, None), id)
+    async def forget_response(id: str):
+        service.responses.forget(service.name_space(), id)
         return {"id": id, "object": "response", "deleted": True}
 
     @app.get("/v1/models")

@@ -2,8 +2,6 @@
 
 from starlette.middleware.cors import CORSMiddleware
 
-_EXPOSED = ("retry-after", "x-request-id")
-
 
 class HeadRequests:
     """Answers HEAD as GET; uvicorn leaves the body out. Clients ask with it whether a server is there."""
@@ -25,5 +23,5 @@ def allow_origins(app, origins: tuple[str, ...]) -> None:
             allow_origins=list(origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=list(_EXPOSED),
+            expose_headers=["retry-after"],
         )

@@ -50,7 +50,7 @@ def usage(
 class Chat:
     """One chat completion."""
 
-    def __init__(self, service: Service, body: ChatRequest, key: str | None):
+    def __init__(self, service: Service, body: ChatRequest):
         """Raises RequestError for what cannot be asked."""
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         if isinstance(self._transfer, RemoteDecode):
@@ -80,7 +80,7 @@ class Chat:
             truncate_prompt_tokens=body.truncate_prompt_tokens,
         )
         sampling = body.sampling(logprobs=logprobs, max_tokens=body.max_completion_tokens or body.max_tokens)
-        self._reader = service.prepare(self.id, chat, sampling, key, body.cache_salt, body.priority)
+        self._reader = service.prepare(self.id, chat, sampling, body.cache_salt, body.priority)
 
     @property
     def _request(self) -> Request:

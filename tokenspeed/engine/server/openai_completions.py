@@ -20,7 +20,7 @@ from .sse import DONE, event
 class Completion:
     """One text completion: of one prompt or of several."""
 
-    def __init__(self, service: Service, body: CompletionRequest, key: str | None):
+    def __init__(self, service: Service, body: CompletionRequest):
         """Raises RequestError for what cannot be asked."""
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         if isinstance(self._transfer, RemoteDecode):
@@ -49,7 +49,7 @@ class Completion:
                 self.id,
                 ids,
                 service.params(sampling),
-                name_space=service.name_space(key, body.cache_salt),
+                name_space=service.name_space(body.cache_salt),
                 priority=body.priority,
             )
             service.check_room(request)

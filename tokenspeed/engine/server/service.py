@@ -115,8 +115,9 @@ class Service:
         """What the response of a prefill has for the decoder's request; nothing for another one's."""
         return {"kv_transfer_params": answer(transfer, self.peer)} if isinstance(transfer, RemoteDecode) else {}
 
-    def name_space(self, key: str | None, salt: str | None) -> str:
-        """Prompts of different keys or salts never share memory."""
+    def name_space(self, salt: str | None = None) -> str:
+        """The caller's. Prompts of different keys or salts never share memory."""
+        key = caller.get()
         if not key and not salt:
             return ""
         return hashlib.blake2b(f"{key or ''}\0{salt or ''}".encode(), digest_size=12).hexdigest()
@@ -212,18 +213,12 @@ class Service:
             raise ContextOverflow(prompt, answer, self.room)
 
     def prepare(
-        self,
-        id: str,
-        chat: Conversation,
-        sampling: dict[str, Any],
-        key: str | None,
-        salt: str | None = None,
-        priority: int = 0,
+        self, id: str, chat: Conversation, sampling: dict[str, Any], salt: str | None = None, priority: int = 0
     ) -> TurnReader:
-        """A conversation ready for `converse`. sampling: fields of SamplingParams that were given; key, salt: as
+        """A conversation ready for `converse`. sampling: fields of SamplingParams that were given; salt: as
         `name_space`. Raises RequestError for what cannot be asked."""
         params = self.params(sampling)
-        turn = self.turns.prepare(id, chat, params, self.name_space(key, salt), priority)
+        turn = self.turns.prepare(id, chat, params, self.name_space(salt), priority)
         self.check_room(turn.request)
         return TurnReader(self.turns, turn)
 
