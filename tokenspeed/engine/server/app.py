@@ -101,9 +101,7 @@ def create_app(
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request):
-        several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
-        count = len(body.prompt) if several else 1
-        return await answer(request, lambda: Completion(service, body), body.stream, count)
+        return await answer(request, lambda: Completion(service, body), body.stream, len(body.prompts))
 
     @app.post("/v1/messages")
     async def messages(body: AnthropicRequest, request: Request):

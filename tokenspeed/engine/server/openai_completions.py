@@ -28,16 +28,13 @@ class Completion:
         self._service, self._body = service, body
         self.id = body.request_id or new_id("cmpl")
         self._created = int(time.time())
-        prompts = [body.prompt] if _is_one(body.prompt) else body.prompt
-        if not prompts:
-            raise RequestError("prompt is an empty list; at least one prompt is needed.")
-        if self._transfer is not None and len(prompts) > 1:
-            raise RequestError(f"kv_transfer_params are those of one prompt; {len(prompts)} were given.")
+        if self._transfer is not None and len(body.prompts) > 1:
+            raise RequestError(f"kv_transfer_params are those of one prompt; {len(body.prompts)} were given.")
         refuse(body, {"suffix": ""})
         asked = body.response_format.asked() if body.response_format else None
         self._format = Format.of_text(asked, body.structure())
         self.requests: list[Request] = []
-        for prompt in prompts:
+        for prompt in body.prompts:
             ids = service.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             if body.truncate_prompt_tokens is not None:
                 ids = ids[-body.truncate_prompt_tokens :]
@@ -200,7 +197,3 @@ class Completion:
             "model": model,
             "choices": choices,
         }
-
-
-def _is_one(prompt) -> bool:
-    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))

@@ -186,6 +186,12 @@ class CompletionRequest(Sampling):
     response_format: ResponseFormat | None = None
     suffix: Any = None  # refused where it asks for something
 
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompt, or the prompts where several were given."""
+        one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
+
 
 class ResponsesRequest(Body):
     """POST /v1/responses."""
