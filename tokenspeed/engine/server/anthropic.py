@@ -12,7 +12,7 @@ from ..request import Update
 from ..text.template import MAX_MARKS
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
-from .protocol import AnthropicPrompt, AnthropicRequest, refuse
+from .protocol import AnthropicPrompt, AnthropicRequest
 from .service import Service, Unsupported, new_id
 from .sse import event
 
@@ -23,7 +23,9 @@ _BILLING = "x-anthropic-billing-header:"
 
 def conversation(body: AnthropicPrompt) -> Conversation:
     """The request in the form that every chat endpoint shares. Raises RequestError for what is not text or tools."""
-    _check(body)
+    if body.thread is not None:
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise Unsupported("thread is not supported: send the whole conversation without it.", details)
     messages: list[dict[str, Any]] = []
     marks: list[int] = []
 
@@ -59,14 +61,6 @@ def conversation(body: AnthropicPrompt) -> Conversation:
         marks=tuple(sorted(set(marks))[-MAX_MARKS:]),
         enable_thinking={"enabled": True, "disabled": False}.get(thinking),
     )
-
-
-def _check(body: AnthropicPrompt) -> None:
-    """Raises RequestError for what would change the answer and is not done here."""
-    if body.thread is not None:
-        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-        raise Unsupported("thread is not supported: send the whole conversation without it.", details)
-    refuse(body, {"mcp_servers": None, "container": None})
 
 
 def _format(form: Any) -> dict[str, Any]:
@@ -179,7 +173,6 @@ class Message:
         self._service, self._body = service, body
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         self.id = new_id("msg")
-        refuse(body, {"compaction": None})
         sampling = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
         # None are asked for to fill the prefix cache: the token that the engine gives all the same is dropped.
         sampling |= {"max_tokens": max(body.max_tokens, 1), "stop": body.stop_sequences}

@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..request import Acceptance, CompletionOutput, Request, TokenScores, Update
 from ..transfer.params import RemoteDecode
 from .openai_chat import usage
-from .protocol import CompletionRequest, refuse
+from .protocol import CompletionRequest
 from .scores import completion_logprobs, prompt_logprobs, token_text
 from .service import Service, new_id
 from .sse import DONE, event
@@ -30,7 +30,6 @@ class Completion:
         self._created = int(time.time())
         if self._transfer is not None and len(body.prompts) > 1:
             raise RequestError(f"kv_transfer_params are those of one prompt; {len(body.prompts)} were given.")
-        refuse(body, {"suffix": ""})
         asked = body.response_format.asked() if body.response_format else None
         self._format = Format.of_text(asked, body.structure())
         self.requests: list[Request] = []

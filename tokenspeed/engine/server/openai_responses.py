@@ -10,14 +10,12 @@ from ..request import Update
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
 from ..transfer.params import RemoteDecode
-from .protocol import ResponsesRequest, refuse
+from .protocol import ResponsesRequest
 from .response_items import Tools, as_messages, output_message, sealed
 from .response_store import StoredResponse
 from .service import Service, new_id
 from .sse import event
 
-# What would change the answer and is not done here, with its harmless value.
-_REFUSED = {"background": False, "conversation": None, "prompt": None, "top_logprobs": 0, "max_tool_calls": None}
 _ENCRYPTED = "reasoning.encrypted_content"
 
 
@@ -30,7 +28,6 @@ class Response:
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         self.id = new_id("resp", "_")
         self._created = int(time.time())
-        refuse(body, _REFUSED)
         self._name_space = service.name_space()
         self._tools = Tools(body.tools or [])
         known = service.responses.get(self._name_space, body.previous_response_id).messages
