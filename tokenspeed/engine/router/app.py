@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from ..errors import TokenSpeedError
 from ..server.gate import BodyLimits, Gate
+from ..server.http import error_form
 from ..server.sse import disconnected, event
 from .backends import DECODE, PREFILL, REPLICA, Backend, Backends
 from .policy import Choice, Policy, split
@@ -40,8 +41,7 @@ class Unroutable(TokenSpeedError):
         self.status, self.kind = status, kind
 
     def body(self) -> dict[str, Any]:
-        error = {"message": str(self), "type": self.kind, "code": self.status, "param": None}
-        return {"type": "error", "error": error}
+        return error_form(self.status, self.kind, str(self))
 
 
 class Router:

@@ -13,19 +13,23 @@ from ..text.template import MAX_MARKS
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
 from .protocol import AnthropicPrompt, AnthropicRequest
-from .service import Service, Unsupported, new_id
+from .service import Service, new_id
 from .sse import event
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "end_turn"}
 # Of Claude Code, for whom it bills: other with every request, so that no prompt would begin like the one before it.
 _BILLING = "x-anthropic-billing-header:"
+THREAD_UNSUPPORTED = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}  # an error's details
+
+
+class ThreadUnsupported(RequestError):
+    """Its client goes on without a thread."""
 
 
 def conversation(body: AnthropicPrompt) -> Conversation:
     """The request in the form that every chat endpoint shares. Raises RequestError for what is not text or tools."""
     if body.thread is not None:
-        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-        raise Unsupported("thread is not supported: send the whole conversation without it.", details)
+        raise ThreadUnsupported("thread is not supported: send the whole conversation without it.")
     messages: list[dict[str, Any]] = []
     marks: list[int] = []
 

@@ -15,12 +15,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from ... import __version__
 from ..chat.conversation import Conversation
 from ..config import PAGE_TOKENS
-from ..errors import CapacityError, CorruptedError, EngineError, RequestError, TokenSpeedError, TransferError
-from .anthropic import Message, count_tokens
+from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError, TransferError
+from .anthropic import THREAD_UNSUPPORTED, Message, ThreadUnsupported, count_tokens
 from .bodies import JsonRoute
 from .client import DeadlineExceeded
 from .gate import BodyLimits, Gate
-from .http import HeadRequests, allow_origins
+from .http import HeadRequests, allow_origins, error_form
 from .models import UnknownModel, model_card, model_list
 from .openai_chat import Chat
 from .openai_completions import Completion
@@ -37,7 +37,7 @@ from .protocol import (
     TokenizeRequest,
 )
 from .response_store import UnknownResponse
-from .service import ContextOverflow, Overloaded, Service, Unsupported, caller
+from .service import ContextOverflow, Overloaded, Service, caller
 from .shares import Shares
 from .sse import EventStream, disconnected, event, json_response
 
@@ -201,10 +201,10 @@ def create_app(
 
 
 def _last_event(error: Exception) -> bytes:
-    """How a stream that fails on its way ends. `type` at the top and the event's name are for Anthropic's clients."""
+    """How a stream that fails on its way ends. The event's name is for Anthropic's clients."""
     if not isinstance(error, TokenSpeedError):
         log.error("unexpected error", exc_info=error)
-    return event({"type": "error", "error": _error_body(error)}, "error")
+    return event(_told(error)[1], "error")
 
 
 async def _while_connected(request: Request, work) -> Any:
@@ -230,76 +230,68 @@ def _brief(value: Any) -> str:
     return reprlib.repr(value[:100] if isinstance(value, bytes) else value)
 
 
-_STATUS = {
-    RequestError: (400, "invalid_request_error"),
-    TransferError: (409, "invalid_request_error"),
-    CapacityError: (400, "invalid_request_error"),
-    ContextOverflow: (400, "invalid_request_error"),
-    Unsupported: (400, "invalid_request_error"),
-    UnknownResponse: (400, "invalid_request_error"),
-    UnknownModel: (404, "not_found_error"),
-    Overloaded: (429, "rate_limit_error"),
-    DeadlineExceeded: (504, "timeout_error"),
-    CorruptedError: (500, "internal_error"),
-    EngineError: (503, "service_unavailable_error"),
+# Status, type, and what else clients tell an error by; as the nearest class that is here.
+_FORMS: dict[type[TokenSpeedError], tuple[int, str, dict[str, Any]]] = {
+    TokenSpeedError: (500, "internal_error", {}),
+    RequestError: (400, "invalid_request_error", {}),
+    ContextOverflow: (400, "invalid_request_error", {"code": "context_length_exceeded", "param": "messages"}),
+    UnknownResponse: (
+        400,
+        "invalid_request_error",
+        {"code": "previous_response_not_found", "param": "previous_response_id"},
+    ),
+    ThreadUnsupported: (400, "invalid_request_error", {"details": THREAD_UNSUPPORTED}),
+    UnknownModel: (404, "not_found_error", {"code": "model_not_found", "param": "model"}),
+    CapacityError: (400, "invalid_request_error", {}),
+    TransferError: (409, "invalid_request_error", {}),
+    Overloaded: (429, "rate_limit_error", {}),
+    DeadlineExceeded: (504, "timeout_error", {}),
+    EngineError: (503, "service_unavailable_error", {}),
 }
 
 
-def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
-    found, kind = _STATUS.get(type(error), (500, "internal_error"))
-    message = str(error) if isinstance(error, TokenSpeedError) else "internal error"
-    return {"message": message, "type": kind, "code": status or found, "param": None} | _known_to_clients(error)
-
-
-def _known_to_clients(error: Exception) -> dict[str, Any]:
-    """What clients tell an error by, beside its message."""
-    match error:
-        case ContextOverflow():
-            return {"code": "context_length_exceeded", "param": "messages"}
-        case UnknownResponse():
-            return {"code": "previous_response_not_found", "param": "previous_response_id"}
-        case UnknownModel():
-            return {"code": "model_not_found", "param": "model"}
-        case Unsupported():
-            return {"details": error.details}
-    return {}
+def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error."""
+    if not isinstance(error, TokenSpeedError):
+        return 500, error_form(500, "internal_error", "internal error")
+    status, kind, more = next(_FORMS[found] for found in type(error).__mro__ if found in _FORMS)
+    return status, error_form(status, kind, str(error), **more)
 
 
 def _errors(app: FastAPI) -> None:
-    """Every error in OpenAI's form, with `type` at the top as Anthropic's clients read it."""
+    """Every error in one form."""
 
-    def respond(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
-        return JSONResponse({"type": "error", "error": body}, status, headers)
+    def refused(message: str, param: str | None = None) -> JSONResponse:
+        return JSONResponse(error_form(400, "invalid_request_error", message, param=param), 400)
 
     @app.exception_handler(TokenSpeedError)
     async def ours(request: Request, error: TokenSpeedError):
-        body = _error_body(error)
+        status, body = _told(error)
         if isinstance(error, ContextOverflow) and request.url.path.startswith("/v1/messages"):
-            body["message"] = error.as_anthropic()
+            body["error"]["message"] = error.as_anthropic()
         headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else None
-        return respond(_STATUS.get(type(error), (500, ""))[0], body, headers)
+        return JSONResponse(body, status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
         if found["type"] == "json_invalid":
-            return respond(400, _error_body(RequestError(f"the body is not JSON: {found['ctx']['error']}")))
+            return refused(f"the body is not JSON: {found['ctx']['error']}")
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
         given = _brief(found.get("input"))
-        message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"
-        return respond(400, _error_body(RequestError(message)) | {"param": where})
+        return refused(f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})", where)
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException):
-        kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
-        body = {"message": str(error.detail), "type": kind, "code": error.status_code, "param": None}
-        return respond(error.status_code, body, dict(error.headers or {}))
+        body = error_form(error.status_code, "invalid_request_error", str(error.detail))
+        return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(RecursionError)
     async def nested(request: Request, error: RecursionError):  # nothing but a body is nested
-        return respond(400, _error_body(RequestError("the body is nested too deeply")))
+        return refused("the body is nested too deeply")
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception):
         log.error("unexpected error", exc_info=error)
-        return respond(500, _error_body(error))
+        status, body = _told(error)
+        return JSONResponse(body, status)

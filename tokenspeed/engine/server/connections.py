@@ -9,6 +9,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .http import error_form
+
 _SPARE_DESCRIPTORS = 256  # files and sockets beside the connections
 
 
@@ -160,8 +162,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:  # in whose middle nothing can be said
             self.transport.abort()
             return
-        error = {"message": message, "type": "invalid_request_error", "code": int(status[:3]), "param": None}
-        text = json.dumps({"type": "error", "error": error})
+        text = json.dumps(error_form(int(status[:3]), "invalid_request_error", message))
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n"
         self.transport.write(f"{head}connection: close\r\n\r\n{text}".encode())
         self.transport.close()

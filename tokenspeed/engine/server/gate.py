@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .http import error_form
 from .service import caller
 
 _DRAIN_SECONDS, _DRAIN_PAUSE = 5.0, 0.5  # of a refused body: in all, and until the next piece
@@ -61,9 +62,7 @@ class Gate:
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            status, kind, message = refusal
-            body = {"message": message, "type": kind, "code": status, "param": None}
-            response = JSONResponse({"type": "error", "error": body}, status, {"connection": "close"})
+            response = JSONResponse(error_form(*refusal), refusal[0], {"connection": "close"})
             if "expect" not in headers:
                 await _drain(receive)
             await response(scope, receive, send)

@@ -1,4 +1,6 @@
-"""HTTP around the application: HEAD, and pages of other origins."""
+"""HTTP around the application: HEAD, pages of other origins, and the form of an error."""
+
+from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 
@@ -25,3 +27,8 @@ def allow_origins(app, origins: tuple[str, ...]) -> None:
             allow_headers=["*"],
             expose_headers=["retry-after"],
         )
+
+
+def error_form(status: int, kind: str, message: str, **more: Any) -> dict[str, Any]:
+    """An error as OpenAI's clients read it; `type` at the top is for Anthropic's."""
+    return {"type": "error", "error": {"message": message, "type": kind, "code": status, "param": None} | more}

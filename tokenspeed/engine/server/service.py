@@ -59,14 +59,6 @@ class ContextOverflow(RequestError):
         return f"prompt is too long: {self.prompt} tokens > {self.room - 1} maximum"
 
 
-class Unsupported(RequestError):
-    """Something a client can go on without. details: as the API's clients read them."""
-
-    def __init__(self, message: str, details: dict[str, Any]):
-        super().__init__(message)
-        self.details = details
-
-
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
     """model_name: as clients see it; max_requests: in flight at once, beyond them 429; timeout: seconds a request may
