@@ -18,7 +18,6 @@ from ..config import PAGE_TOKENS
 from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError, TransferError
 from .anthropic import THREAD_UNSUPPORTED, Message, ThreadUnsupported, count_tokens
 from .bodies import JsonRoute
-from .client import DeadlineExceeded
 from .gate import BodyLimits, Gate
 from .http import HeadRequests, allow_origins, error_form
 from .models import UnknownModel, model_card, model_list
@@ -37,7 +36,7 @@ from .protocol import (
     TokenizeRequest,
 )
 from .response_store import UnknownResponse
-from .service import ContextOverflow, Overloaded, Service, caller
+from .service import ContextOverflow, DeadlineExceeded, Overloaded, Service, caller
 from .shares import Shares
 from .sse import EventStream, disconnected, event, json_response
 

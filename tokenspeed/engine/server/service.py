@@ -19,8 +19,9 @@ from ..text.frontend import Frontend
 from ..text.turn import TurnEvent
 from ..transfer.params import Address, RemoteDecode, Transfer, answer, parse
 from .background import Background
-from .client import DeadlineExceeded, EngineClient
+from .client import EngineClient
 from .formats import Compiled, Formats
+from .messages import Submit
 from .metrics import Metrics
 from .names import Names
 from .response_store import ResponseStore
@@ -36,6 +37,10 @@ class Overloaded(TokenSpeedError):
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeadlineExceeded(TokenSpeedError):
+    """A request took longer than its deadline."""
 
 
 class ContextOverflow(RequestError):
@@ -152,16 +157,18 @@ class Service:
             format = None  # nothing is generated here
         elif self.peer is not None and self.peer.role == "prefill":
             raise RequestError("this server's role is 'prefill': it takes requests with do_remote_decode alone.")
-        limits = [limit for limit in (timeout, self.config.timeout) if limit is not None]
-        limit = min(limits, default=None)
+        limit = min(filter(None, (timeout, self.config.timeout)), default=None)
         start = last = time.monotonic()
         outcome, first, key = "aborted", True, caller.get()
         try:
             with self.names.used(key, request.id, part) as id:
-                compiled = await self._compiled(key, request, format, limit)
-                own = replace(request, id=id)
+                compiled = Compiled(None, 0)
+                if format is not None:
+                    async with asyncio.timeout(limit):
+                        compiled = await self.formats.compile(key, request.name_space, format)
+                submit = Submit(replace(request, id=id), compiled.spec, compiled.size, transfer)
                 left = None if limit is None else max(limit - (time.monotonic() - start), 0.001)
-                async with aclosing(self.engine.generate(own, compiled.spec, left, compiled.size, transfer)) as updates:
+                async with aclosing(self.engine.generate(submit, left)) as updates:
                     async for update in updates:
                         now = time.monotonic()
                         if update.ids:
@@ -171,7 +178,7 @@ class Service:
                         outcome = update.finish_reason or outcome
                         yield update
             self.metrics.request.observe(time.monotonic() - start)
-        except DeadlineExceeded:  # of what was left, when the engine was asked
+        except TimeoutError:
             outcome = "timeout"
             raise DeadlineExceeded(f"the request took longer than its deadline of {limit:g} s.") from None
         except (CorruptedError, EngineError):
@@ -182,16 +189,6 @@ class Service:
             raise
         finally:
             self.metrics.requests.labels(outcome).inc()
-
-    async def _compiled(
-        self, key: str | None, request: Request, format: Format | None, limit: float | None
-    ) -> Compiled:
-        if format is None:
-            return Compiled(None, 0)
-        try:
-            return await asyncio.wait_for(self.formats.compile(key, request.name_space, format), limit)
-        except TimeoutError:
-            raise DeadlineExceeded("the grammar took longer than the request may") from None
 
     async def abort(self, name: str) -> bool:
         """Ends the caller's requests of that name. False where none runs."""
