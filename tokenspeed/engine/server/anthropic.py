@@ -10,7 +10,7 @@ from ..chat.conversation import Conversation
 from ..errors import RequestError
 from ..request import Update
 from ..text.template import MAX_MARKS
-from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
+from ..text.tools import Arguments, CallCut, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
 from .protocol import AnthropicPrompt, AnthropicRequest
 from .service import Service, new_id
@@ -223,90 +223,78 @@ class Message:
 
     async def whole(self) -> dict[str, Any]:
         """The message object. Raises as `Service.run` does."""
-        blocks: list[dict[str, Any]] = []  # their texts in pieces
-        pieces: dict[int, tuple[dict, list[str]]] = {}  # of calls: their block and their arguments
+        blocks: list[tuple[dict[str, Any], list[str]]] = []  # with their text or input in pieces
         stopped: dict[str, Any] = {}
         async for update, events in self._updates():
             for found in events:
-                match found:
-                    case Reasoning(text):
-                        _append(blocks, "thinking", text)
-                    case Content(text):
-                        _append(blocks, "text", text)
-                    case CallStarted(index, name):
-                        block = {"type": "tool_use", "id": new_id("toolu"), "name": name, "input": {}}
-                        blocks.append(block)
-                        pieces[index] = block, []
-                    case Arguments(index, piece):
-                        pieces[index][1].append(piece)
-                    case CallFinished(index):
-                        pieces[index][0]["input"] = json.loads("".join(pieces[index][1]))
-                    case CallCut(index, text):
-                        blocks.remove(pieces.pop(index)[0])
-                        _append(blocks, "text", text)
+                if isinstance(found, CallCut):
+                    blocks.pop()  # it is no call
+                kind, text = _part(found)
+                if not blocks or blocks[-1][0]["type"] != kind or isinstance(found, CallStarted):
+                    blocks.append((_empty(kind, found), []))
+                blocks[-1][1].append(text)
             if update.finish_reason:
                 stopped = self._stopped(update)
-        for block in blocks:
-            if block["type"] != "tool_use":
-                block[block["type"]] = "".join(block[block["type"]])
+        for block, pieces in blocks:
+            text = "".join(pieces)
+            block |= {"input": json.loads(text)} if block["type"] == "tool_use" else {block["type"]: text}
         ended = stopped | {"usage": self._usage()} | self._service.transferred(self._transfer)
-        return self._frame(blocks) | ended
+        return self._frame([block for block, _ in blocks]) | ended
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events: message_start, content blocks, message_delta, message_stop."""
         index, kind = -1, None  # of the open block
         yielded = False
 
-        def close() -> bytes:
-            return event({"type": "content_block_stop", "index": index}, "content_block_stop")
-
-        def delta(content: dict[str, Any]) -> bytes:
-            return event({"type": "content_block_delta", "index": index, "delta": content}, "content_block_delta")
+        def told(name: str, **more: Any) -> bytes:
+            return event({"type": name, **more}, name)
 
         async with aclosing(self._updates()) as updates:
             async for update, events in updates:
                 pieces: list[bytes] = []
                 if not yielded:
                     yielded = True
-                    pieces.append(event({"type": "message_start", "message": self._frame([])}, "message_start"))
+                    pieces.append(told("message_start", message=self._frame([])))
                 for found in events:
-                    wanted, start = _block(found)
-                    if wanted is not None and (wanted != kind or wanted == "tool_use"):
+                    wanted, text = _part(found)
+                    if wanted != kind or isinstance(found, CallStarted):
                         if kind is not None:
-                            pieces.append(close())
+                            pieces.append(told("content_block_stop", index=index))
                         index, kind = index + 1, wanted
-                        started = {"type": "content_block_start", "index": index, "content_block": start}
-                        pieces.append(event(started, "content_block_start"))
-                    match found:
-                        case Reasoning(text):
-                            pieces.append(delta({"type": "thinking_delta", "thinking": text}))
-                        case Content(text) | CallCut(_, text):
-                            pieces.append(delta({"type": "text_delta", "text": text}))
-                        case Arguments(_, piece):
-                            pieces.append(delta({"type": "input_json_delta", "partial_json": piece}))
+                        pieces.append(told("content_block_start", index=index, content_block=_empty(kind, found)))
+                    if text:
+                        name, field = _DELTAS[kind]
+                        pieces.append(told("content_block_delta", index=index, delta={"type": name, field: text}))
                 if update.finish_reason:
                     if kind is not None:
-                        pieces.append(close())
-                    end = {"type": "message_delta", "delta": self._stopped(update), "usage": self._usage()}
-                    pieces.append(event(end, "message_delta"))
+                        pieces.append(told("content_block_stop", index=index))
+                    pieces.append(told("message_delta", delta=self._stopped(update), usage=self._usage()))
                 if pieces:
                     yield b"".join(pieces)
-        yield event({"type": "message_stop"}, "message_stop")
+        yield told("message_stop")
 
 
-def _block(found: TurnEvent) -> tuple[str | None, dict[str, Any]]:
-    """The kind of block an event belongs to and how such a block starts; None where it goes on with the open one."""
+_DELTAS = {
+    "thinking": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+
+
+def _part(found: TurnEvent) -> tuple[str, str]:
+    """The type of the block that an event belongs to, and the text that it adds there."""
     match found:
-        case Reasoning():
-            return "thinking", {"type": "thinking", "thinking": "", "signature": ""}
-        case Content() | CallCut():
-            return "text", {"type": "text", "text": ""}
-        case CallStarted(_, name):
-            return "tool_use", {"type": "tool_use", "id": new_id("toolu"), "name": name, "input": {}}
-    return None, {}
+        case Reasoning(text):
+            return "thinking", text
+        case Content(text) | CallCut(_, text):
+            return "text", text
+        case Arguments(_, text):
+            return "tool_use", text
+    return "tool_use", ""
 
 
-def _append(blocks: list[dict[str, Any]], kind: str, text: str) -> None:
-    if not blocks or blocks[-1]["type"] != kind:
-        blocks.append({"type": kind, kind: [], **({"signature": ""} if kind == "thinking" else {})})
-    blocks[-1][kind].append(text)
+def _empty(kind: str, found: TurnEvent) -> dict[str, Any]:
+    """The block that begins with an event."""
+    if kind == "tool_use":
+        return {"type": kind, "id": new_id("toolu"), "name": found.name, "input": {}}
+    return {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
