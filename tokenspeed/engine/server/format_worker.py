@@ -104,7 +104,7 @@ class FormatWorker:
             spec = msgspec.msgpack.decode(data, type=Format).spec(ToolGrammars())
             before = _pages(1)
             if spec is not None:
-                self._compiler.compile(spec).matcher().mask()  # the first mask is part of what it costs
+                self._compiler.compile(spec).mask()  # the first mask is part of what it costs
             reply = Compiled(spec, max(_pages(1) - before, _LEAST_BYTES))
         except MemoryError:
             os.kill(os.getpid(), signal.SIGABRT)
