@@ -54,13 +54,13 @@ def conversation(body: AnthropicPrompt) -> Conversation:
             mark(block)
     if body.cache_control and messages:
         marks.append(len(messages) - 1)
-    thinking = (body.thinking or {}).get("type")
+    thinking = body.thinking.type if body.thinking else None
     form = (body.output_config or {}).get("format") or body.output_format
     return Conversation(
         messages=messages,
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)] if body.tools else None,
         tool_choice=_tool_choice(body),
-        parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use", False),
+        parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         response_format=_format(form) if form else None,
         marks=tuple(sorted(set(marks))[-MAX_MARKS:]),
         enable_thinking={"enabled": True, "disabled": False}.get(thinking),
@@ -152,15 +152,12 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tool_choice(body: AnthropicPrompt) -> str | dict[str, Any]:
-    choice = body.tool_choice or {"type": "auto" if body.tools else "none"}
-    kind = choice.get("type")
-    if kind == "tool" and isinstance(choice.get("name"), str):
-        return {"type": "function", "function": {"name": choice["name"]}}
-    kinds = {"auto": "auto", "any": "required", "none": "none"}
-    if kind not in kinds:
-        given = reprlib.repr(choice)
-        raise RequestError(f"tool_choice is {given}; its type must be auto, any, tool (with a name) or none")
-    return kinds[kind]
+    choice = body.tool_choice
+    if choice is None:
+        return "auto" if body.tools else "none"
+    if choice.type == "tool":
+        return {"type": "function", "function": {"name": choice.name}}
+    return "required" if choice.type == "any" else choice.type
 
 
 def count_tokens(service: Service, body: AnthropicPrompt) -> dict[str, int]:
@@ -180,9 +177,8 @@ class Message:
         sampling = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
         # None are asked for to fill the prefix cache: the token that the engine gives all the same is dropped.
         sampling |= {"max_tokens": max(body.max_tokens, 1), "stop": body.stop_sequences}
-        thinking = body.thinking or {}
-        if thinking.get("type") == "enabled" and isinstance(thinking.get("budget_tokens"), int):
-            sampling["thinking_token_budget"] = thinking["budget_tokens"]
+        if body.thinking and body.thinking.type == "enabled":
+            sampling["thinking_token_budget"] = body.thinking.budget_tokens
         self._reader = service.prepare(self.id, conversation(body), sampling)
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:

@@ -261,17 +261,19 @@ class AbortRequest(Body):
     request_id: str
 
 
-def _kind(value: Any) -> Any:
-    """A dictionary whose `type` is a string, and whose budget fits 32 bits."""
-    if not isinstance(value.get("type"), str):
-        raise ValueError(f"its type is {reprlib.repr(value.get('type'))}; it must be a string")
-    budget = value.get("budget_tokens")
-    if isinstance(budget, int) and not 0 <= budget < 2**31:
-        raise ValueError(f"budget_tokens is {budget!r}; it must be in [0, 2^31)")
-    return value
+class ToolChoice(Body):
+    """Anthropic's tool_choice. name: of a tool."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
 
 
-Kind = Annotated[dict[str, Any], AfterValidator(_kind)]
+class Thinking(Body):
+    """Anthropic's thinking; a type other than enabled and disabled leaves it to the template."""
+
+    type: str
+    budget_tokens: CountFromZero | None = None
 
 
 class AnthropicPrompt(Body):
@@ -281,8 +283,8 @@ class AnthropicPrompt(Body):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: Text | Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES), _FIRST_ERROR] | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Kind | None = None
-    thinking: Kind | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
