@@ -1,13 +1,11 @@
 """The HTTP surface: routes, keys, limits, errors. What a route does stands in the modules it calls."""
 
-import asyncio
-import contextlib
 import logging
 import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -38,7 +36,7 @@ from .protocol import (
 from .response_store import UnknownResponse
 from .service import ContextOverflow, DeadlineExceeded, Overloaded, Service, caller
 from .shares import Shares
-from .sse import EventStream, disconnected, event, json_response
+from .sse import EventStream, event, json_response, while_connected
 
 _LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
 _PING_SECONDS = 10.0
@@ -74,12 +72,12 @@ def create_app(
         service.admit(count)
         streaming = False
         try:
-            job = await _while_connected(request, off_event_loop(request, make, long))
+            job = await while_connected(request.receive, off_event_loop(request, make, long))
             if not stream:
-                return json_response(await _while_connected(request, job.whole()))
+                return json_response(await while_connected(request.receive, job.whole()))
             pieces = job.stream()
             # Until the first piece is there, a refusal is still a status of its own.
-            first = await _while_connected(request, anext(pieces))
+            first = await while_connected(request.receive, anext(pieces))
             streaming = True
             limit = service.config.timeout
             seconds = None if limit is None else limit + _LAST_WORDS_SECONDS
@@ -108,7 +106,7 @@ def create_app(
 
     @app.post("/v1/messages/count_tokens")
     async def message_tokens(body: AnthropicPrompt, request: Request):
-        return await _while_connected(request, off_event_loop(request, lambda: count_tokens(service, body)))
+        return await while_connected(request.receive, off_event_loop(request, lambda: count_tokens(service, body)))
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: Request):
@@ -148,7 +146,7 @@ def create_app(
 
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages.")
-        return await _while_connected(request, off_event_loop(request, work))
+        return await while_connected(request.receive, off_event_loop(request, work))
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request):
@@ -160,7 +158,7 @@ def create_app(
                     raise RequestError(f"token id {id} at position {position} is outside the vocabulary of {vocab}.")
             return json_response({"prompt": service.frontend.tokenizer.decode_long(body.tokens)})
 
-        return await _while_connected(request, off_event_loop(request, work))
+        return await while_connected(request.receive, off_event_loop(request, work))
 
     @app.post("/v1/abort")
     async def abort(body: AbortRequest):
@@ -204,24 +202,6 @@ def _last_event(error: Exception) -> bytes:
     if not isinstance(error, TokenSpeedError):
         log.error("unexpected error", exc_info=error)
     return event(_told(error)[1], "error")
-
-
-async def _while_connected(request: Request, work) -> Any:
-    """The result of `work`, which is cancelled when the client goes away."""
-    task = asyncio.ensure_future(work)
-
-    watch = asyncio.ensure_future(disconnected(request.receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HTTPException(499, "the client closed the connection")
-        return task.result()
-    finally:
-        watch.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, TokenSpeedError, StopAsyncIteration):
-                await task
 
 
 def _brief(value: Any) -> str:
