@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import httpx
 import uvicorn
 
-from ..server.gate import BodyLimits
 from ..server.main import Server, listen
 from .app import Router
 from .backends import Backends
@@ -48,7 +47,7 @@ async def _route(options: RouterOptions, listener) -> None:
     client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
     backends = Backends(options.backends, client, options.check_seconds)
     policy = Policy(backends, options.least_prefill)
-    app = Router(backends, policy, client).app(BodyLimits(options.max_body_bytes), options.api_keys, (options.host,))
+    app = Router(backends, policy, client).app(options.api_keys, (options.host,), options.max_body_bytes)
     config = uvicorn.Config(
         app,
         log_config=None,

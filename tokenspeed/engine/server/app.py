@@ -16,7 +16,7 @@ from ..config import PAGE_TOKENS
 from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError, TransferError
 from .anthropic import THREAD_UNSUPPORTED, Message, ThreadUnsupported, count_tokens
 from .bodies import JsonRoute
-from .gate import BodyLimits, Gate
+from .gate import Gate
 from .http import HeadRequests, allow_origins, error_form
 from .models import UnknownModel, model_card, model_list
 from .openai_chat import Chat
@@ -47,19 +47,19 @@ log = logging.getLogger("tokenspeed.server")
 
 def create_app(
     service: Service,
-    limits: BodyLimits,
+    max_body_bytes: int,
     api_keys: tuple[str, ...] = (),
     names: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
 ) -> FastAPI:
-    """The application over a running service. limits: of bodies; names: of this machine, where no key is needed;
+    """The application over a running service. names: of this machine, where no key is needed;
     origins: of pages that may use it from a browser."""
     # No /docs: those pages would load scripts from elsewhere. The schema is at /openapi.json.
     about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
     app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.decoding = Shares(1)
-    app.add_middleware(Gate, keys=api_keys, limits=limits, names=names, origins=origins)
+    app.add_middleware(Gate, keys=api_keys, max_bytes=max_body_bytes, names=names, origins=origins)
     app.add_middleware(HeadRequests)
     allow_origins(app, origins)
     _errors(app)

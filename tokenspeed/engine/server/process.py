@@ -210,7 +210,7 @@ def main() -> int:
     try:
         frontend = Frontend.from_directory(Path(settings.directory))
         beside, link = _sharing(settings)
-        engine = load_engine(frontend, settings.config, settings.progress, beside)
+        engine = load_engine(frontend, settings.config, beside=beside)
         publisher = KvEventPublisher(engine.cache, settings.kv_events) if settings.kv_events else None
         with taking_part(engine, settings, link) as (exchange, address):
             EngineProcess(engine, socket, publisher, exchange, address).run()
