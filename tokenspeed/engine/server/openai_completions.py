@@ -115,27 +115,24 @@ class Completion:
                 async for update in updates:
                     yield 0, update
             return
-        news: asyncio.Queue[tuple[int, Update | Exception | None]] = asyncio.Queue()
+        news: asyncio.Queue[tuple[int, Update] | asyncio.Task] = asyncio.Queue()
 
         async def pump(number: int) -> None:
-            try:
-                async for update in self._run(number):
-                    news.put_nowait((number, update))
-                news.put_nowait((number, None))
-            except Exception as error:  # raised below, where the others are ended too
-                news.put_nowait((number, error))
+            async for update in self._run(number):
+                news.put_nowait((number, update))
 
-        tasks = [asyncio.ensure_future(pump(number)) for number in range(len(self.requests))]
+        tasks = [asyncio.create_task(pump(number)) for number in range(len(self.requests))]
+        for task in tasks:
+            task.add_done_callback(news.put_nowait)
         try:
             running = len(tasks)
             while running:
-                number, what = await news.get()
-                if isinstance(what, Exception):
-                    raise what
-                if what is None:
+                what = await news.get()
+                if isinstance(what, asyncio.Task):
+                    what.result()  # raises what ended it; the others are ended below
                     running -= 1
                 else:
-                    yield number, what
+                    yield what
         finally:
             for task in tasks:
                 task.cancel()
