@@ -30,7 +30,8 @@ class Response:
         self._created = int(time.time())
         self._name_space = service.name_space()
         self._tools = Tools(body.tools or [])
-        known = service.responses.get(self._name_space, body.previous_response_id).messages
+        earlier = body.previous_response_id
+        known = [] if earlier is None else service.responses.get(self._name_space, earlier).messages
         self._messages = [*known, *as_messages(body.input, lambda id: service.responses.item(self._name_space, id))]
         system = [{"role": "system", "content": body.instructions}] if body.instructions else []
         effort = (body.reasoning or {}).get("effort")
