@@ -50,7 +50,7 @@ class EngineClient:
         self._pongs: dict[int, asyncio.Future[Pong]] = {}
         self._pings = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
-        self._started = asyncio.Event()
+        self._started = asyncio.Event()  # or it failed
         self._watcher: asyncio.Task | None = None
 
     async def start(self) -> None:
@@ -65,10 +65,7 @@ class EngineClient:
         self._watcher = asyncio.create_task(self._watch())
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
         self._receive()
-        waits = [asyncio.create_task(event.wait()) for event in (self._started, self.done)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in waits:
-            task.cancel()
+        await self._started.wait()
         if self.failed is not None:
             raise EngineError(self.failed)
 
@@ -201,4 +198,5 @@ class EngineClient:
             for future in self._pongs.values():
                 if not future.done():
                     future.set_exception(EngineError(reason))
+            self._started.set()
             self.done.set()
