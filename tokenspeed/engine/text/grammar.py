@@ -174,16 +174,15 @@ def reason(error: str) -> str:
 class Matcher:
     """Where one sequence stands in its grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, mask_size: int, eos_ids: frozenset[int], ended: bool = False):
+    def __init__(self, matcher: llguidance.LLMatcher, mask_size: int, eos_ids: frozenset[int]):
         self._matcher = matcher
         self._mask_size = mask_size
         self._eos_ids = eos_ids
-        self._ended = ended
 
     @property
     def finished(self) -> bool:
         """Whether nothing but an end token can follow, or one was accepted: the answer is complete."""
-        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def mask(self) -> np.ndarray:
         """int32 [ceil(vocab_size / 32)], bit i of number j set where token 32 j + i may come next; never empty.
@@ -192,10 +191,6 @@ class Matcher:
         or no token of the vocabulary can go on.
         """
         out = np.zeros(self._mask_size, np.int32)
-        if self.finished:
-            for id in self._eos_ids:
-                out.view(np.uint32)[id // 32] |= np.uint32(1 << id % 32)
-            return out
         self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
         self._check()
         if not out.any():
@@ -207,17 +202,15 @@ class Matcher:
 
         A mask may admit less: of the spellings of a text without alternative, the tokenizer's own.
         """
-        if id in self._eos_ids:
-            ends = self.finished or self._matcher.is_accepting()
-            self._ended = self._ended or ends
-            return ends
-        accepted = not self.finished and self._matcher.try_consume_tokens([id]) == 1
+        if self.finished:
+            return id in self._eos_ids
+        accepted = self._matcher.try_consume_tokens([id]) == 1
         self._check()
         return accepted
 
     def copy(self) -> "Matcher":
         """An independent matcher at the same place."""
-        return Matcher(self._matcher.deep_copy(), self._mask_size, self._eos_ids, self._ended)
+        return Matcher(self._matcher.deep_copy(), self._mask_size, self._eos_ids)
 
     def _check(self) -> None:
         if self._matcher.is_error():
