@@ -19,7 +19,6 @@ from tokenspeed.engine.router.app import Router
 from tokenspeed.engine.router.backends import Backends
 from tokenspeed.engine.router.main import configuration
 from tokenspeed.engine.router.policy import Policy
-from tokenspeed.engine.server.gate import BodyLimits
 from tokenspeed.engine.server.kv_events import KvEventBatch
 
 PAGE = 4
@@ -151,7 +150,7 @@ def routed(keys: tuple[str, ...] = (), least_prefill: int = 1024, **fakes: list[
     client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), trust_env=False)
     backends = Backends({kind: [fake.url for fake in found] for kind, found in fakes.items()}, client, 0.05)
     router = Router(backends, Policy(backends, least_prefill), client)
-    served = Served(router.app(BodyLimits(), keys, ()))
+    served = Served(router.app(keys, ()))
     try:
         with httpx.Client(base_url=served.url, timeout=20) as caller:
             caller.backends = {backend.url: backend for backend in backends.all}

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from launch import Server
 
-from tokenspeed.engine.server.connections import ConnectionLimits, Connections
+from tokenspeed.engine.server.connections import Connections
 
 KEY = {"x-api-key": "one"}
 
@@ -167,7 +167,7 @@ def small_server(**limits):
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    settings = {"http": Connections(ConnectionLimits(**limits)), "log_config": None, "lifespan": "off", "ws": "none"}
+    settings = {"http": Connections(**limits), "log_config": None, "lifespan": "off", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(app, **settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -113,10 +113,10 @@ class Recorder:
         self.ids: list[str] = []
         self.ready = SimpleNamespace(transfer=None)
 
-    async def generate(self, request, grammar=None, timeout=None, grammar_bytes=0, transfer=None):
-        self.ids.append(request.id)
+    async def generate(self, submit, timeout=None):
+        self.ids.append(submit.request.id)
         await asyncio.sleep(0)
-        yield Update(request.id, 0, [1], "a", finish_reason="length")
+        yield Update(submit.request.id, 0, [1], "a", finish_reason="length")
 
 
 def test_the_engine_s_ids_are_never_the_same_and_never_the_client_s():

@@ -404,6 +404,23 @@ def test_text_offsets_and_echoed_logprobs_of_a_stream_are_those_of_the_whole(cli
         assert offsets[0] == 0 and offsets == sorted(offsets)
 
 
+def test_a_completion_s_first_chunk_brings_what_is_asked_of_its_prompt(client):
+    asked = {"prompt": ["One", "The price of"], "max_tokens": 3, "seed": 1, "model": "tiny"}
+    more = {"prompt_logprobs": 1, "return_token_ids": True}
+    whole = client.completions.create(**asked, extra_body=more)
+    told: dict[int, list] = {0: [], 1: []}
+    for chunk in client.completions.create(**asked, extra_body=more, stream=True):
+        for choice in chunk.choices:
+            told[choice.index].append(choice)
+    for choice in whole.choices:
+        first, *others = told[choice.index]
+        assert first.prompt_token_ids == choice.prompt_token_ids
+        assert [one and one.keys() for one in first.prompt_logprobs] == [
+            one and one.keys() for one in choice.prompt_logprobs
+        ]
+        assert others and not any(hasattr(other, "prompt_token_ids") for other in others)
+
+
 def test_no_tokens_give_the_scores_of_the_prompt(client):
     answer = client.completions.create(prompt="The price", echo=True, logprobs=0, max_tokens=0, **GREEDY)
     assert answer.choices[0].text == "The price" and answer.usage.completion_tokens == 0
@@ -417,10 +434,11 @@ def test_models_have_cards_and_head_is_answered(client, server):
     assert card.id == "tiny" and card.created > 0 and client.models.retrieve("tiny") == card
     with pytest.raises(openai.NotFoundError, match="nothing/here"):
         client.models.retrieve("nothing/here")
-    for path in ("/", "/v1/models", "/health"):
-        answer = httpx.head(server.url + path)
-        assert answer.status_code == 200 and not answer.content
-    assert httpx.head(f"{server.url}/nowhere").status_code == 404
+    with httpx.Client(base_url=server.url) as one:  # one connection: a body would be taken for the next answer
+        for path in ("/", "/v1/models", "/health"):
+            answer = one.head(path)
+            assert answer.status_code == 200 and not answer.content
+        assert one.head("/nowhere").status_code == 404
 
 
 def test_pages_of_other_origins_are_let_in_only_when_named(server):

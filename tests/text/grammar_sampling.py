@@ -13,6 +13,13 @@ def admitted(mask):
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
 
 
+def after(matcher, ids):
+    """A copy of the matcher that has gone on by the ids."""
+    copy = matcher.copy()
+    assert all(map(copy.accept, ids))
+    return copy
+
+
 class Sampler:
     """Random choices that tend to an end. Every step checks the mask: never empty, no padding, kept by `accept`."""
 

@@ -11,7 +11,7 @@ from tokenspeed.engine.text.argument_types import domain
 from tokenspeed.engine.text.tool_grammar import ToolGrammars
 from tokenspeed.engine.text.turn import parse_answer
 
-from .grammar_sampling import violation
+from .grammar_sampling import after, violation
 
 
 def specs(tools, choice="auto", **kwargs):
@@ -58,7 +58,7 @@ SCHEMAS = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
 
 def answers(compiler, sampler, spec, tools, seeds=8):
     grammar = compiler.compile(spec)
-    drawn = [sampler.draw(grammar.matcher(), seed) for seed in range(seeds)]
+    drawn = [sampler.draw(grammar.copy(), seed) for seed in range(seeds)]
     texts = [sampler.tokenizer.decode(ids, skip_special_tokens=False) for ids in drawn if ids is not None]
     assert texts, "no sample came to an end"
     return [parse_answer(text, tools, spec.reasoning, exact=True) for text in texts]
@@ -108,7 +108,7 @@ def accepts(compiler, tokenizer):
     """Whether a grammar lets all of a text through and may end there."""
 
     def check(spec, text):
-        matcher = compiler.compile(spec).matcher()
+        matcher = compiler.compile(spec).copy()
         return all(map(matcher.accept, tokenizer.encode(text))) and matcher.accept(tokenizer.eos_id)
 
     return check
@@ -182,7 +182,7 @@ def test_missing_arguments_and_unknown_functions_cannot_be_written(accepts):
 
 
 def test_a_call_cannot_pass_for_text_by_another_spelling_of_its_tag(compiler, tokenizer):
-    matcher = compiler.compile(specs(TOOLS)).matcher(tokenizer.encode_text("Use <tool_call"))
+    matcher = after(compiler.compile(specs(TOOLS)), tokenizer.encode_text("Use <tool_call"))
     closing = [id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id).startswith(b">")]
     assert closing and not any(matcher.copy().accept(id) for id in closing)
 
@@ -202,9 +202,8 @@ def test_a_text_cannot_hold_what_would_end_it(compiler, tokenizer, accepts):
         assert accepts(spec, written("note", text=text))
         [call] = parse_answer(written("note", text=text), [note], reasoning=False, exact=True).tool_calls
         assert call.arguments == {"text": text}
-    matcher = compiler.compile(spec).matcher(
-        tokenizer.encode("<tool_call>\n<function=note>\n<parameter=text>\nx</parameter>")
-    )
+    cut = "<tool_call>\n<function=note>\n<parameter=text>\nx</parameter>"
+    matcher = after(compiler.compile(spec), tokenizer.encode(cut))
     assert not all(map(matcher.accept, tokenizer.encode("<parameter=more>")))
     either = tool("either", ["n"], n={"type": ["string", "array"]})
     for text in ("[x", " \n{", "\x1c["):

@@ -20,7 +20,7 @@ from .schedule.scheduler import Continuation, Leaving, Limits, Planned, Schedule
 from .schedule.step import Begin, Edit, Step, StepChecker
 from .text.constraints import BadWords, Constraint, Format, ThinkingBudget, combine
 from .text.detokenizer import Detokenizer
-from .text.grammar import Grammar, GrammarCompiler, GrammarSpec
+from .text.grammar import GrammarCompiler, GrammarSpec, Matcher
 from .text.stops import StopStrings
 from .text.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ class Engine:
     # ---- requests
 
     def submit(
-        self, request: Request, sink: Sink, grammar: GrammarSpec | Grammar | None = None
+        self, request: Request, sink: Sink, grammar: GrammarSpec | Matcher | None = None
     ) -> tuple[Continuation, ...]:
         """Queue a request, and return its continuations. Its news goes to `sink`; a sink that raises ends its own
         request alone.
@@ -457,10 +457,10 @@ class Engine:
                     edits.append(Edit(i, allowed, verdict.banned, place))
         return edits
 
-    def _constraints(self, request: Request, grammar: Grammar | None, words: BadWords | None) -> list[Constraint]:
+    def _constraints(self, request: Request, grammar: Matcher | None, words: BadWords | None) -> list[Constraint]:
         params, constraints = request.params, []
         if grammar is not None:
-            constraints.append(Format(grammar.matcher()))
+            constraints.append(Format(grammar.copy()))
         if words and words.longer:
             constraints.append(words)
         if params.thinking_token_budget is not None:

@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ..errors import TokenSpeedError
-from ..server.gate import BodyLimits, Gate
+from ..server.gate import MAX_BYTES, Gate
+from ..server.http import error_form
 from ..server.sse import disconnected, event
 from .backends import DECODE, PREFILL, REPLICA, Backend, Backends
 from .policy import Choice, Policy, split
@@ -43,8 +44,7 @@ class Unroutable(TokenSpeedError):
         self.status, self.kind = status, kind
 
     def body(self) -> dict[str, Any]:
-        error = {"message": str(self), "type": self.kind, "code": self.status, "param": None}
-        return {"type": "error", "error": error}
+        return error_form(self.status, self.kind, str(self))
 
 
 class Router:
@@ -53,7 +53,7 @@ class Router:
     def __init__(self, backends: Backends, policy: Policy, client: httpx.AsyncClient):
         self._backends, self._policy, self._client = backends, policy, client
 
-    def app(self, limits: BodyLimits, keys: tuple[str, ...], names: tuple[str, ...]) -> Starlette:
+    def app(self, keys: tuple[str, ...], names: tuple[str, ...], max_body_bytes: int = MAX_BYTES) -> Starlette:
         """The application. keys: of clients; names: of this machine, where no key is needed."""
 
         @contextlib.asynccontextmanager
@@ -74,7 +74,7 @@ class Router:
             Route("/{path:path}", self.pass_on, methods=["GET", "POST", "DELETE"]),
         ]
         app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={Unroutable: _refused})
-        app.add_middleware(Gate, keys=keys, limits=limits, names=names)
+        app.add_middleware(Gate, keys=keys, max_bytes=max_body_bytes, names=names)
         return app
 
     # ---- routes

@@ -10,8 +10,7 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
-from ..server.connections import ConnectionLimits, Connections
-from ..server.gate import BodyLimits
+from ..server.connections import Connections
 from ..server.main import Server, listen
 from .app import Router
 from .backends import Backends
@@ -51,7 +50,7 @@ async def _route(options: RouterOptions, listener) -> None:
     client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
     backends = Backends(options.backends, client, options.check_seconds)
     policy = Policy(backends, options.least_prefill)
-    app = Router(backends, policy, client).app(BodyLimits(options.max_body_bytes), options.api_keys, (options.host,))
+    app = Router(backends, policy, client).app(options.api_keys, (options.host,), options.max_body_bytes)
     host, port = listener.getsockname()[:2]
     log.info("routing to %d backends at http://%s:%d/v1", len(backends.all), host, port)
     server = Server(configuration(app, options.drain_seconds))
@@ -64,7 +63,7 @@ def configuration(app: ASGIApp, drain_seconds: float) -> uvicorn.Config:
     """How it is served: connections within the limits that servers have."""
     return uvicorn.Config(
         app,
-        http=Connections(ConnectionLimits()),
+        http=Connections(),
         log_config=None,
         access_log=False,
         proxy_headers=False,

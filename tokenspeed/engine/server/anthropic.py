@@ -10,20 +10,26 @@ from ..chat.conversation import Conversation
 from ..errors import RequestError
 from ..request import Update
 from ..text.template import MAX_MARKS
-from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
+from ..text.tools import Arguments, CallCut, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
-from .protocol import AnthropicPrompt, AnthropicRequest, refuse
-from .service import Service, Unsupported, new_id
+from .protocol import AnthropicPrompt, AnthropicRequest
+from .service import Service, new_id
 from .sse import event
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "end_turn"}
 # Of Claude Code, for whom it bills: other with every request, so that no prompt would begin like the one before it.
 _BILLING = "x-anthropic-billing-header:"
+THREAD_UNSUPPORTED = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}  # an error's details
+
+
+class ThreadUnsupported(RequestError):
+    """Its client goes on without a thread."""
 
 
 def conversation(body: AnthropicPrompt) -> Conversation:
     """The request in the form that every chat endpoint shares. Raises RequestError for what is not text or tools."""
-    _check(body)
+    if body.thread is not None:
+        raise ThreadUnsupported("thread is not supported: send the whole conversation without it.")
     messages: list[dict[str, Any]] = []
     marks: list[int] = []
 
@@ -48,25 +54,17 @@ def conversation(body: AnthropicPrompt) -> Conversation:
             mark(block)
     if body.cache_control and messages:
         marks.append(len(messages) - 1)
-    thinking = (body.thinking or {}).get("type")
+    thinking = body.thinking.type if body.thinking else None
     form = (body.output_config or {}).get("format") or body.output_format
     return Conversation(
         messages=messages,
         tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)] if body.tools else None,
         tool_choice=_tool_choice(body),
-        parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use", False),
+        parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         response_format=_format(form) if form else None,
         marks=tuple(sorted(set(marks))[-MAX_MARKS:]),
         enable_thinking={"enabled": True, "disabled": False}.get(thinking),
     )
-
-
-def _check(body: AnthropicPrompt) -> None:
-    """Raises RequestError for what would change the answer and is not done here."""
-    if body.thread is not None:
-        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-        raise Unsupported("thread is not supported: send the whole conversation without it.", details)
-    refuse(body, {"mcp_servers": None, "container": None})
 
 
 def _format(form: Any) -> dict[str, Any]:
@@ -154,39 +152,34 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tool_choice(body: AnthropicPrompt) -> str | dict[str, Any]:
-    choice = body.tool_choice or {"type": "auto" if body.tools else "none"}
-    kind = choice.get("type")
-    if kind == "tool" and isinstance(choice.get("name"), str):
-        return {"type": "function", "function": {"name": choice["name"]}}
-    kinds = {"auto": "auto", "any": "required", "none": "none"}
-    if kind not in kinds:
-        given = reprlib.repr(choice)
-        raise RequestError(f"tool_choice is {given}; its type must be auto, any, tool (with a name) or none")
-    return kinds[kind]
+    choice = body.tool_choice
+    if choice is None:
+        return "auto" if body.tools else "none"
+    if choice.type == "tool":
+        return {"type": "function", "function": {"name": choice.name}}
+    return "required" if choice.type == "any" else choice.type
 
 
-def count_tokens(service: Service, body: AnthropicPrompt, key: str | None) -> dict[str, int]:
+def count_tokens(service: Service, body: AnthropicPrompt) -> dict[str, int]:
     """The tokens of a conversation as a prompt. Raises RequestError for what cannot be asked."""
-    prompt = service.turns.encode(conversation(body), service.name_space(key, None))
+    prompt = service.turns.encode(conversation(body), service.name_space())
     return {"input_tokens": len(prompt.ids)}
 
 
 class Message:
     """One answer in Anthropic's form."""
 
-    def __init__(self, service: Service, body: AnthropicRequest, key: str | None):
+    def __init__(self, service: Service, body: AnthropicRequest):
         """Raises RequestError for what cannot be asked."""
         self._service, self._body = service, body
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         self.id = new_id("msg")
-        refuse(body, {"compaction": None})
         sampling = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
         # None are asked for to fill the prefix cache: the token that the engine gives all the same is dropped.
         sampling |= {"max_tokens": max(body.max_tokens, 1), "stop": body.stop_sequences}
-        thinking = body.thinking or {}
-        if thinking.get("type") == "enabled" and isinstance(thinking.get("budget_tokens"), int):
-            sampling["thinking_token_budget"] = thinking["budget_tokens"]
-        self._reader = service.prepare(self.id, conversation(body), sampling, key)
+        if body.thinking and body.thinking.type == "enabled":
+            sampling["thinking_token_budget"] = body.thinking.budget_tokens
+        self._reader = service.prepare(self.id, conversation(body), sampling)
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
         async with aclosing(self._service.converse(self._reader, transfer=self._transfer)) as updates:
@@ -226,90 +219,78 @@ class Message:
 
     async def whole(self) -> dict[str, Any]:
         """The message object. Raises as `Service.run` does."""
-        blocks: list[dict[str, Any]] = []  # their texts in pieces
-        pieces: dict[int, tuple[dict, list[str]]] = {}  # of calls: their block and their arguments
+        blocks: list[tuple[dict[str, Any], list[str]]] = []  # with their text or input in pieces
         stopped: dict[str, Any] = {}
         async for update, events in self._updates():
             for found in events:
-                match found:
-                    case Reasoning(text):
-                        _append(blocks, "thinking", text)
-                    case Content(text):
-                        _append(blocks, "text", text)
-                    case CallStarted(index, name):
-                        block = {"type": "tool_use", "id": new_id("toolu"), "name": name, "input": {}}
-                        blocks.append(block)
-                        pieces[index] = block, []
-                    case Arguments(index, piece):
-                        pieces[index][1].append(piece)
-                    case CallFinished(index):
-                        pieces[index][0]["input"] = json.loads("".join(pieces[index][1]))
-                    case CallCut(index, text):
-                        blocks.remove(pieces.pop(index)[0])
-                        _append(blocks, "text", text)
+                if isinstance(found, CallCut):
+                    blocks.pop()  # it is no call
+                kind, text = _part(found)
+                if not blocks or blocks[-1][0]["type"] != kind or isinstance(found, CallStarted):
+                    blocks.append((_empty(kind, found), []))
+                blocks[-1][1].append(text)
             if update.finish_reason:
                 stopped = self._stopped(update)
-        for block in blocks:
-            if block["type"] != "tool_use":
-                block[block["type"]] = "".join(block[block["type"]])
+        for block, pieces in blocks:
+            text = "".join(pieces)
+            block |= {"input": json.loads(text)} if block["type"] == "tool_use" else {block["type"]: text}
         ended = stopped | {"usage": self._usage()} | self._service.transferred(self._transfer)
-        return self._frame(blocks) | ended
+        return self._frame([block for block, _ in blocks]) | ended
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events: message_start, content blocks, message_delta, message_stop."""
         index, kind = -1, None  # of the open block
         yielded = False
 
-        def close() -> bytes:
-            return event({"type": "content_block_stop", "index": index}, "content_block_stop")
-
-        def delta(content: dict[str, Any]) -> bytes:
-            return event({"type": "content_block_delta", "index": index, "delta": content}, "content_block_delta")
+        def told(name: str, **more: Any) -> bytes:
+            return event({"type": name, **more}, name)
 
         async with aclosing(self._updates()) as updates:
             async for update, events in updates:
                 pieces: list[bytes] = []
                 if not yielded:
                     yielded = True
-                    pieces.append(event({"type": "message_start", "message": self._frame([])}, "message_start"))
+                    pieces.append(told("message_start", message=self._frame([])))
                 for found in events:
-                    wanted, start = _block(found)
-                    if wanted is not None and (wanted != kind or wanted == "tool_use"):
+                    wanted, text = _part(found)
+                    if wanted != kind or isinstance(found, CallStarted):
                         if kind is not None:
-                            pieces.append(close())
+                            pieces.append(told("content_block_stop", index=index))
                         index, kind = index + 1, wanted
-                        started = {"type": "content_block_start", "index": index, "content_block": start}
-                        pieces.append(event(started, "content_block_start"))
-                    match found:
-                        case Reasoning(text):
-                            pieces.append(delta({"type": "thinking_delta", "thinking": text}))
-                        case Content(text) | CallCut(_, text):
-                            pieces.append(delta({"type": "text_delta", "text": text}))
-                        case Arguments(_, piece):
-                            pieces.append(delta({"type": "input_json_delta", "partial_json": piece}))
+                        pieces.append(told("content_block_start", index=index, content_block=_empty(kind, found)))
+                    if text:
+                        name, field = _DELTAS[kind]
+                        pieces.append(told("content_block_delta", index=index, delta={"type": name, field: text}))
                 if update.finish_reason:
                     if kind is not None:
-                        pieces.append(close())
-                    end = {"type": "message_delta", "delta": self._stopped(update), "usage": self._usage()}
-                    pieces.append(event(end, "message_delta"))
+                        pieces.append(told("content_block_stop", index=index))
+                    pieces.append(told("message_delta", delta=self._stopped(update), usage=self._usage()))
                 if pieces:
                     yield b"".join(pieces)
-        yield event({"type": "message_stop"}, "message_stop")
+        yield told("message_stop")
 
 
-def _block(found: TurnEvent) -> tuple[str | None, dict[str, Any]]:
-    """The kind of block an event belongs to and how such a block starts; None where it goes on with the open one."""
+_DELTAS = {
+    "thinking": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+
+
+def _part(found: TurnEvent) -> tuple[str, str]:
+    """The type of the block that an event belongs to, and the text that it adds there."""
     match found:
-        case Reasoning():
-            return "thinking", {"type": "thinking", "thinking": "", "signature": ""}
-        case Content() | CallCut():
-            return "text", {"type": "text", "text": ""}
-        case CallStarted(_, name):
-            return "tool_use", {"type": "tool_use", "id": new_id("toolu"), "name": name, "input": {}}
-    return None, {}
+        case Reasoning(text):
+            return "thinking", text
+        case Content(text) | CallCut(_, text):
+            return "text", text
+        case Arguments(_, text):
+            return "tool_use", text
+    return "tool_use", ""
 
 
-def _append(blocks: list[dict[str, Any]], kind: str, text: str) -> None:
-    if not blocks or blocks[-1]["type"] != kind:
-        blocks.append({"type": kind, kind: [], **({"signature": ""} if kind == "thinking" else {})})
-    blocks[-1][kind].append(text)
+def _empty(kind: str, found: TurnEvent) -> dict[str, Any]:
+    """The block that begins with an event."""
+    if kind == "tool_use":
+        return {"type": kind, "id": new_id("toolu"), "name": found.name, "input": {}}
+    return {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})

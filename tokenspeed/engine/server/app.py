@@ -1,13 +1,11 @@
 """The HTTP surface: routes, keys, limits, errors. What a route does stands in the modules it calls."""
 
-import asyncio
-import contextlib
 import logging
 import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -15,12 +13,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from ... import __version__
 from ..chat.conversation import Conversation
 from ..config import PAGE_TOKENS
-from ..errors import CapacityError, CorruptedError, EngineError, RequestError, TokenSpeedError, TransferError
-from .anthropic import Message, count_tokens
+from ..errors import CapacityError, EngineError, RequestError, TokenSpeedError, TransferError
+from .anthropic import THREAD_UNSUPPORTED, Message, ThreadUnsupported, count_tokens
 from .bodies import JsonRoute
-from .client import DeadlineExceeded
-from .gate import BodyLimits, Gate
-from .http import HeadRequests, allow_origins
+from .gate import Gate
+from .http import HeadRequests, allow_origins, error_form
 from .models import UnknownModel, model_card, model_list
 from .openai_chat import Chat
 from .openai_completions import Completion
@@ -37,9 +34,9 @@ from .protocol import (
     TokenizeRequest,
 )
 from .response_store import UnknownResponse
-from .service import ContextOverflow, Overloaded, Service, Unsupported, caller
+from .service import ContextOverflow, DeadlineExceeded, Overloaded, Service, caller
 from .shares import Shares
-from .sse import EventStream, disconnected, event, json_response
+from .sse import EventStream, event, json_response, while_connected
 
 _LONG_TEXT = 20_000  # characters from which rendering and tokenising leave the event loop to others
 _PING_SECONDS = 10.0
@@ -50,26 +47,22 @@ log = logging.getLogger("tokenspeed.server")
 
 def create_app(
     service: Service,
-    limits: BodyLimits,
+    max_body_bytes: int,
     api_keys: tuple[str, ...] = (),
     names: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
 ) -> FastAPI:
-    """The application over a running service. limits: of bodies; names: of this machine, where no key is needed;
+    """The application over a running service. names: of this machine, where no key is needed;
     origins: of pages that may use it from a browser."""
     # No /docs: those pages would load scripts from elsewhere. The schema is at /openapi.json.
     about = {"title": "TokenSpeed", "description": "OpenAI-compatible inference for the Qwen3.5 family."}
     app = FastAPI(**about, version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.decoding = Shares(1)
-    app.add_middleware(Gate, keys=api_keys, limits=limits, names=names, origins=origins)
+    app.add_middleware(Gate, keys=api_keys, max_bytes=max_body_bytes, names=names, origins=origins)
     app.add_middleware(HeadRequests)
     allow_origins(app, origins)
     _errors(app)
-
-    async def key() -> str | None:  # async: FastAPI sends plain functions to a thread
-        """The caller's key, which the gate has accepted."""
-        return caller.get()
 
     async def answer(
         request: Request, make: Callable[[], Any], stream: bool, count: int = 1, long: bool = False
@@ -79,12 +72,12 @@ def create_app(
         service.admit(count)
         streaming = False
         try:
-            job = await _while_connected(request, off_event_loop(request, make, long))
+            job = await while_connected(request.receive, off_event_loop(request, make, long))
             if not stream:
-                return json_response(await _while_connected(request, job.whole()))
+                return json_response(await while_connected(request.receive, job.whole()))
             pieces = job.stream()
             # Until the first piece is there, a refusal is still a status of its own.
-            first = await _while_connected(request, anext(pieces))
+            first = await while_connected(request.receive, anext(pieces))
             streaming = True
             limit = service.config.timeout
             seconds = None if limit is None else limit + _LAST_WORDS_SECONDS
@@ -100,34 +93,32 @@ def create_app(
         return work() if short else await service.background.run(caller.get(), work)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: Chat(service, body, key), body.stream)
+    async def chat_completions(body: ChatRequest, request: Request):
+        return await answer(request, lambda: Chat(service, body), body.stream)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request, key: str | None = Depends(key)):
-        several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
-        count = len(body.prompt) if several else 1
-        return await answer(request, lambda: Completion(service, body, key), body.stream, count)
+    async def completions(body: CompletionRequest, request: Request):
+        return await answer(request, lambda: Completion(service, body), body.stream, len(body.prompts))
 
     @app.post("/v1/messages")
-    async def messages(body: AnthropicRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: Message(service, body, key), body.stream)
+    async def messages(body: AnthropicRequest, request: Request):
+        return await answer(request, lambda: Message(service, body), body.stream)
 
     @app.post("/v1/messages/count_tokens")
-    async def message_tokens(body: AnthropicPrompt, request: Request, key: str | None = Depends(key)):
-        return await _while_connected(request, off_event_loop(request, lambda: count_tokens(service, body, key)))
+    async def message_tokens(body: AnthropicPrompt, request: Request):
+        return await while_connected(request.receive, off_event_loop(request, lambda: count_tokens(service, body)))
 
     @app.post("/v1/responses")
-    async def responses(body: ResponsesRequest, request: Request, key: str | None = Depends(key)):
-        return await answer(request, lambda: ModelResponse(service, body, key), body.stream, long=body.resumes)
+    async def responses(body: ResponsesRequest, request: Request):
+        return await answer(request, lambda: ModelResponse(service, body), body.stream, long=body.resumes)
 
     @app.get("/v1/responses/{id}")
-    async def response(id: str, key: str | None = Depends(key)):
-        return json_response(service.responses.get(service.name_space(key, None), id).frame)
+    async def response(id: str):
+        return json_response(service.responses.get(service.name_space(), id).frame)
 
     @app.delete("/v1/responses/{id}")
-    async def forget_response(id: str, key: str | None = Depends(key)):
-        service.responses.forget(service.name_space(key, None), id)
+    async def forget_response(id: str):
+        service.responses.forget(service.name_space(), id)
         return {"id": id, "object": "response", "deleted": True}
 
     @app.get("/v1/models")
@@ -155,7 +146,7 @@ def create_app(
 
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages.")
-        return await _while_connected(request, off_event_loop(request, work))
+        return await while_connected(request.receive, off_event_loop(request, work))
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request):
@@ -167,7 +158,7 @@ def create_app(
                     raise RequestError(f"token id {id} at position {position} is outside the vocabulary of {vocab}.")
             return json_response({"prompt": service.frontend.tokenizer.decode_long(body.tokens)})
 
-        return await _while_connected(request, off_event_loop(request, work))
+        return await while_connected(request.receive, off_event_loop(request, work))
 
     @app.post("/v1/abort")
     async def abort(body: AbortRequest):
@@ -207,28 +198,10 @@ def create_app(
 
 
 def _last_event(error: Exception) -> bytes:
-    """How a stream that fails on its way ends. `type` at the top and the event's name are for Anthropic's clients."""
+    """How a stream that fails on its way ends. The event's name is for Anthropic's clients."""
     if not isinstance(error, TokenSpeedError):
         log.error("unexpected error", exc_info=error)
-    return event({"type": "error", "error": _error_body(error)}, "error")
-
-
-async def _while_connected(request: Request, work) -> Any:
-    """The result of `work`, which is cancelled when the client goes away."""
-    task = asyncio.ensure_future(work)
-
-    watch = asyncio.ensure_future(disconnected(request.receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HTTPException(499, "the client closed the connection")
-        return task.result()
-    finally:
-        watch.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, TokenSpeedError, StopAsyncIteration):
-                await task
+    return event(_told(error)[1], "error")
 
 
 def _brief(value: Any) -> str:
@@ -236,76 +209,68 @@ def _brief(value: Any) -> str:
     return reprlib.repr(value[:100] if isinstance(value, bytes) else value)
 
 
-_STATUS = {
-    RequestError: (400, "invalid_request_error"),
-    TransferError: (409, "invalid_request_error"),
-    CapacityError: (400, "invalid_request_error"),
-    ContextOverflow: (400, "invalid_request_error"),
-    Unsupported: (400, "invalid_request_error"),
-    UnknownResponse: (400, "invalid_request_error"),
-    UnknownModel: (404, "not_found_error"),
-    Overloaded: (429, "rate_limit_error"),
-    DeadlineExceeded: (504, "timeout_error"),
-    CorruptedError: (500, "internal_error"),
-    EngineError: (503, "service_unavailable_error"),
+# Status, type, and what else clients tell an error by; as the nearest class that is here.
+_FORMS: dict[type[TokenSpeedError], tuple[int, str, dict[str, Any]]] = {
+    TokenSpeedError: (500, "internal_error", {}),
+    RequestError: (400, "invalid_request_error", {}),
+    ContextOverflow: (400, "invalid_request_error", {"code": "context_length_exceeded", "param": "messages"}),
+    UnknownResponse: (
+        400,
+        "invalid_request_error",
+        {"code": "previous_response_not_found", "param": "previous_response_id"},
+    ),
+    ThreadUnsupported: (400, "invalid_request_error", {"details": THREAD_UNSUPPORTED}),
+    UnknownModel: (404, "not_found_error", {"code": "model_not_found", "param": "model"}),
+    CapacityError: (400, "invalid_request_error", {}),
+    TransferError: (409, "invalid_request_error", {}),
+    Overloaded: (429, "rate_limit_error", {}),
+    DeadlineExceeded: (504, "timeout_error", {}),
+    EngineError: (503, "service_unavailable_error", {}),
 }
 
 
-def _error_body(error: Exception, status: int | None = None) -> dict[str, Any]:
-    found, kind = _STATUS.get(type(error), (500, "internal_error"))
-    message = str(error) if isinstance(error, TokenSpeedError) else "internal error"
-    return {"message": message, "type": kind, "code": status or found, "param": None} | _known_to_clients(error)
-
-
-def _known_to_clients(error: Exception) -> dict[str, Any]:
-    """What clients tell an error by, beside its message."""
-    match error:
-        case ContextOverflow():
-            return {"code": "context_length_exceeded", "param": "messages"}
-        case UnknownResponse():
-            return {"code": "previous_response_not_found", "param": "previous_response_id"}
-        case UnknownModel():
-            return {"code": "model_not_found", "param": "model"}
-        case Unsupported():
-            return {"details": error.details}
-    return {}
+def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error."""
+    if not isinstance(error, TokenSpeedError):
+        return 500, error_form(500, "internal_error", "internal error")
+    status, kind, more = next(_FORMS[found] for found in type(error).__mro__ if found in _FORMS)
+    return status, error_form(status, kind, str(error), **more)
 
 
 def _errors(app: FastAPI) -> None:
-    """Every error in OpenAI's form, with `type` at the top as Anthropic's clients read it."""
+    """Every error in one form."""
 
-    def respond(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
-        return JSONResponse({"type": "error", "error": body}, status, headers)
+    def refused(message: str, param: str | None = None) -> JSONResponse:
+        return JSONResponse(error_form(400, "invalid_request_error", message, param=param), 400)
 
     @app.exception_handler(TokenSpeedError)
     async def ours(request: Request, error: TokenSpeedError):
-        body = _error_body(error)
+        status, body = _told(error)
         if isinstance(error, ContextOverflow) and request.url.path.startswith("/v1/messages"):
-            body["message"] = error.as_anthropic()
+            body["error"]["message"] = error.as_anthropic()
         headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else None
-        return respond(_STATUS.get(type(error), (500, ""))[0], body, headers)
+        return JSONResponse(body, status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
         if found["type"] == "json_invalid":
-            return respond(400, _error_body(RequestError(f"the body is not JSON: {found['ctx']['error']}")))
+            return refused(f"the body is not JSON: {found['ctx']['error']}")
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
         given = _brief(found.get("input"))
-        message = f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})"
-        return respond(400, _error_body(RequestError(message)) | {"param": where})
+        return refused(f"{where}: {found['msg']} (given: {given[:100]}{'...' if len(given) > 100 else ''})", where)
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException):
-        kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
-        body = {"message": str(error.detail), "type": kind, "code": error.status_code, "param": None}
-        return respond(error.status_code, body, dict(error.headers or {}))
+        body = error_form(error.status_code, "invalid_request_error", str(error.detail))
+        return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(RecursionError)
     async def nested(request: Request, error: RecursionError):  # nothing but a body is nested
-        return respond(400, _error_body(RequestError("the body is nested too deeply")))
+        return refused("the body is nested too deeply")
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception):
         log.error("unexpected error", exc_info=error)
-        return respond(500, _error_body(error))
+        status, body = _told(error)
+        return JSONResponse(body, status)

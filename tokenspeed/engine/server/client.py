@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator
 import msgspec
 import zmq
 
-from ..errors import EngineError, RequestError, TokenSpeedError
-from ..request import Request, Update
-from ..text.grammar import GrammarSpec
-from ..transfer.params import RemoteDecode, Transfer
+from ..errors import EngineError
+from ..request import Update
+from ..transfer.params import RemoteDecode
 from .folders import OwnFolder
 from .messages import (
     Abort,
@@ -30,10 +29,6 @@ from .messages import (
     decode_from_engine,
     encode,
 )
-
-
-class DeadlineExceeded(TokenSpeedError):
-    """A request took longer than its deadline."""
 
 
 class EngineClient:
@@ -55,7 +50,7 @@ class EngineClient:
         self._pongs: dict[int, asyncio.Future[Pong]] = {}
         self._pings = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
-        self._started = asyncio.Event()
+        self._started = asyncio.Event()  # or it failed
         self._watcher: asyncio.Task | None = None
 
     async def start(self) -> None:
@@ -70,41 +65,29 @@ class EngineClient:
         self._watcher = asyncio.create_task(self._watch())
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
         self._receive()
-        waits = [asyncio.create_task(event.wait()) for event in (self._started, self.done)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in waits:
-            task.cancel()
+        await self._started.wait()
         if self.failed is not None:
             raise EngineError(self.failed)
 
-    async def generate(
-        self,
-        request: Request,
-        grammar: GrammarSpec | None = None,
-        timeout: float | None = None,
-        grammar_bytes: int = 0,
-        transfer: Transfer | None = None,
-    ) -> AsyncIterator[Update]:
+    async def generate(self, submit: Submit, timeout: float | None = None) -> AsyncIterator[Update]:
         """The news of a request; leaving early aborts it. No two requests may ever have the same id: what one was told
         last may still be on its way when the other begins.
 
-        Raises what the engine refuses it with, RequestError for an id that is in use, DeadlineExceeded after `timeout`
-        seconds, EngineError where the engine fails.
+        Raises what the engine refuses it with, TimeoutError after `timeout` seconds, EngineError where the engine
+        fails.
         """
-        if request.id in self._queues:
-            raise RequestError(f"request id {request.id!r} is in use; ids must be unique among running requests.")
+        request = submit.request
         news = self._queues[request.id] = asyncio.Queue()
         timer = None
         if timeout is not None:
-            late = DeadlineExceeded(f"the request took longer than its deadline of {timeout:g} s.")
-            timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, late)
-        left = 1 if isinstance(transfer, RemoteDecode) else request.params.n
+            timer = asyncio.get_running_loop().call_later(timeout, news.put_nowait, TimeoutError())
+        left = 1 if isinstance(submit.transfer, RemoteDecode) else request.params.n
         try:
-            self._send(Submit(request, grammar, grammar_bytes, transfer))
+            self._send(submit)
             while left:
                 what = await news.get()
                 if isinstance(what, Exception):
-                    if not isinstance(what, DeadlineExceeded):
+                    if not isinstance(what, TimeoutError):
                         left = 0  # it does not run any more
                     raise what
                 if what.error:
@@ -215,4 +198,5 @@ class EngineClient:
             for future in self._pongs.values():
                 if not future.done():
                     future.set_exception(EngineError(reason))
+            self._started.set()
             self.done.set()

@@ -10,11 +10,10 @@ forks in milliseconds; what a job breaks or fills is gone with its process.
 import gc
 import os
 import resource
-import selectors
+import select
 import signal
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -36,26 +35,20 @@ class FormatWorker:
     def __init__(self, compiler: GrammarCompiler, control: socket.socket):
         self._compiler, self._control = compiler, control
         self._jobs: dict[int, int] = {}  # by process id
-        self._selector = selectors.DefaultSelector()
 
     def run(self) -> None:
         """Until the parent has closed its end."""
         woken, wakes = os.pipe()
-        for end in (woken, wakes):
-            os.set_blocking(end, False)
+        os.set_blocking(wakes, False)
         signal.set_wakeup_fd(wakes)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._selector.register(woken, selectors.EVENT_READ)
-        self._selector.register(self._control, selectors.EVENT_READ)
         while True:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._control:
-                    if not self._take():
-                        return
-                else:
-                    with suppress(BlockingIOError):
-                        os.read(woken, 4096)
-            self._reap()
+            ready, _, _ = select.select([woken, self._control], [], [])
+            if woken in ready:
+                os.read(woken, 4096)
+                self._reap()
+            if self._control in ready and not self._take():
+                return
 
     def _take(self) -> bool:
         data, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
@@ -104,7 +97,7 @@ class FormatWorker:
             spec = msgspec.msgpack.decode(data, type=Format).spec(ToolGrammars())
             before = _pages(1)
             if spec is not None:
-                self._compiler.compile(spec).matcher().mask()  # the first mask is part of what it costs
+                self._compiler.compile(spec).mask()  # the first mask is part of what it costs
             reply = Compiled(spec, max(_pages(1) - before, _LEAST_BYTES))
         except MemoryError:
             os.kill(os.getpid(), signal.SIGABRT)

@@ -128,7 +128,7 @@ class Formats:
             raise EngineError(f"output formats cannot be compiled just now: {error}") from None
         finally:
             del self._ends[number]
-            if not (ended.done() and not ended.cancelled()) and self._control is not None:
+            if not ended.done() and self._control is not None:
                 with contextlib.suppress(OSError):
                     self._control.send(STATUS.pack(number, 0))
         return _decode(reply) if status == 0 else NotCompiled(_why(status))
@@ -142,7 +142,7 @@ class Formats:
             with theirs:
                 socket.send_fds(self._control, [STATUS.pack(number, 0)], [theirs.fileno()])
             pieces = []
-            with contextlib.suppress(ConnectionError, BrokenPipeError):  # its status says why
+            with contextlib.suppress(ConnectionError):  # its status says why
                 await loop.sock_sendall(ours, data)
                 ours.shutdown(socket.SHUT_WR)
                 while piece := await loop.sock_recv(ours, 1 << 16):

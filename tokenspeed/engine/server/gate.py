@@ -5,7 +5,6 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -13,21 +12,14 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .http import error_form
 from .service import caller
 
+MAX_BYTES = 32 << 20  # of one body, unless told otherwise
+_MAX_TOTAL_BYTES = 1 << 30  # of all bodies that are held at a time
+_SECONDS, _PAUSE = 300.0, 20.0  # of a body: in all, and until the next piece
 _DRAIN_SECONDS, _DRAIN_PAUSE = 5.0, 0.5  # of a refused body: in all, and until the next piece
 OPEN_PATHS = frozenset({"/", "/health", "/kv_transfer", "/metrics", "/openapi.json"})
-
-
-@dataclass(frozen=True, slots=True)
-class BodyLimits:
-    """max_bytes: of one body; max_total_bytes: of all bodies that are held at a time; pause: seconds in which some of
-    it must come; seconds: in which all of it must."""
-
-    max_bytes: int = 32 << 20
-    max_total_bytes: int = 1 << 30
-    pause: float = 20.0
-    seconds: float = 300.0
 
 
 class Gate:
@@ -42,17 +34,17 @@ class Gate:
         self,
         app: ASGIApp,
         keys: Sequence[str],
-        limits: BodyLimits,
+        max_bytes: int = MAX_BYTES,
         names: Collection[str] = (),
         origins: Collection[str] = (),
     ):
-        """names: of this machine, beside localhost and its loopback addresses; origins: of pages that may ask, beside
-        this server's own, "*" for all."""
-        self._app, self._limits = app, limits
+        """max_bytes: of one body; names: of this machine, beside localhost and its loopback addresses; origins: of
+        pages that may ask, beside this server's own, "*" for all."""
+        self._app, self.max_bytes = app, max_bytes
         self._keys = [key.encode() for key in keys]
         self._names = {"localhost", *(name.lower() for name in names)}
         self._origins = frozenset(origin.lower() for origin in origins)
-        self._held = 0
+        self.held = 0  # bytes of bodies that are being worked on
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,9 +53,7 @@ class Gate:
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            status, kind, message = refusal
-            body = {"message": message, "type": kind, "code": status, "param": None}
-            response = JSONResponse({"type": "error", "error": body}, status, {"connection": "close"})
+            response = JSONResponse(error_form(*refusal), refusal[0], {"connection": "close"})
             if "expect" not in headers:
                 await _drain(receive)
             await response(scope, receive, send)
@@ -72,7 +62,7 @@ class Gate:
         try:
             await self._app(scope, body.receive, send)
         finally:
-            self._held -= body.bytes
+            self.held -= body.bytes
 
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str, str] | None:
         """Status, type and message; None for a request that may pass. Sets `caller`."""
@@ -84,10 +74,10 @@ class Gate:
         elif refusal := self._foreign(headers):
             return 403, "permission_error", refusal
         announced = headers.get("content-length", "0")
-        if not announced.isdecimal() or int(announced) > self._limits.max_bytes:
-            return 413, "invalid_request_error", too_large(self._limits)
-        if self._held + int(announced) > self._limits.max_total_bytes:
-            return 429, "rate_limit_error", f"bodies of {self._held} bytes are being worked on; try again later."
+        if not announced.isdecimal() or int(announced) > self.max_bytes:
+            return 413, "invalid_request_error", _too_large(self.max_bytes)
+        if self.held + int(announced) > _MAX_TOTAL_BYTES:
+            return 429, "rate_limit_error", f"bodies of {self.held} bytes are being worked on; try again later."
         return None
 
     def _known(self, headers: Headers) -> bool:
@@ -132,28 +122,28 @@ class _Body:
     """One request's body as it comes."""
 
     def __init__(self, gate: Gate, receive: Receive):
-        self._gate, self._limits, self._receive = gate, gate._limits, receive
+        self._gate, self._receive = gate, receive
         self._more = True
-        self._end = time.monotonic() + self._limits.seconds
+        self._end = time.monotonic() + _SECONDS
         self.bytes = 0
 
     async def receive(self):
         if not self._more:
             return await self._receive()
-        left = min(self._limits.pause, self._end - time.monotonic())
+        left = min(_PAUSE, self._end - time.monotonic())
         try:
             message = await asyncio.wait_for(self._receive(), max(left, 0))
         except TimeoutError:
             raise HTTPException(408, "the body came too slowly", {"connection": "close"}) from None
         got = len(message.get("body", b""))
         self.bytes += got
-        self._gate._held += got
+        self._gate.held += got
         self._more = message.get("more_body", False)
-        if self.bytes > self._limits.max_bytes:
+        if self.bytes > self._gate.max_bytes:
             if self._more:
                 await _drain(self._receive)
-            raise HTTPException(413, too_large(self._limits), {"connection": "close"})
-        if self._gate._held > self._limits.max_total_bytes:
+            raise HTTPException(413, _too_large(self._gate.max_bytes), {"connection": "close"})
+        if self._gate.held > _MAX_TOTAL_BYTES:
             raise HTTPException(429, "too many bodies are being worked on; try again later.", {"retry-after": "1"})
         return message
 
@@ -170,5 +160,5 @@ async def _drain(receive: Receive) -> None:
         more = message.get("more_body", False)
 
 
-def too_large(limits: BodyLimits) -> str:
-    return f"the body is larger than {limits.max_bytes} bytes, the most this server takes"
+def _too_large(max_bytes: int) -> str:
+    return f"the body is larger than {max_bytes} bytes, the most this server takes"

@@ -1,26 +1,20 @@
-"""HTTP around the application: HEAD, and pages of other origins."""
+"""HTTP around the application: HEAD, pages of other origins, and the form of an error."""
+
+from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 
-_EXPOSED = ("retry-after", "x-request-id")
-
 
 class HeadRequests:
-    """Answers HEAD as GET without the body. Clients ask with it whether a server is there."""
+    """Answers HEAD as GET; uvicorn leaves the body out. Clients ask with it whether a server is there."""
 
     def __init__(self, app):
         self._app = app
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "http" or scope["method"] != "HEAD":
-            return await self._app(scope, receive, send)
-
-        async def without_body(message):
-            if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
-        await self._app({**scope, "method": "GET"}, receive, without_body)
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 def allow_origins(app, origins: tuple[str, ...]) -> None:
@@ -31,5 +25,10 @@ def allow_origins(app, origins: tuple[str, ...]) -> None:
             allow_origins=list(origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=list(_EXPOSED),
+            expose_headers=["retry-after"],
         )
+
+
+def error_form(status: int, kind: str, message: str, **more: Any) -> dict[str, Any]:
+    """An error as OpenAI's clients read it; `type` at the top is for Anthropic's."""
+    return {"type": "error", "error": {"message": message, "type": kind, "code": status, "param": None} | more}

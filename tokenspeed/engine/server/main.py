@@ -22,8 +22,7 @@ from ..text.frontend import Frontend
 from ..transfer.params import TransferSettings
 from .app import create_app
 from .client import EngineClient
-from .connections import ConnectionLimits, Connections
-from .gate import BodyLimits
+from .connections import Connections
 from .log import Log
 from .messages import Settings
 from .service import Service, ServiceConfig
@@ -82,10 +81,9 @@ async def _serve(options: ServerOptions, settings: Settings, frontend: Frontend,
         service = Service(frontend, engine, service_config)
         formats = service.formats
         await formats.start()
-        limits, connections = BodyLimits(options.max_body_bytes), Connections(ConnectionLimits())
-        app = AccessLog(create_app(service, limits, options.api_keys, (options.host,), options.origins))
+        app = AccessLog(create_app(service, options.max_body_bytes, options.api_keys, (options.host,), options.origins))
         settings = {"log_config": None, "access_log": False, "lifespan": "off", "proxy_headers": False, "ws": "none"}
-        server = Server(uvicorn.Config(app, http=connections, **settings))
+        server = Server(uvicorn.Config(app, http=Connections(), **settings))
         signals = _Signals()
         gc.freeze()  # what is there stays: no collection looks through it while somebody waits
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -16,7 +16,6 @@ class Settings(msgspec.Struct, frozen=True):
     config: EngineConfig
     kv_events: str | None = None
     transfer: TransferSettings | None = None
-    progress: bool = True
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..config import MAX_DRAFTS
 
@@ -66,44 +66,42 @@ class Metrics:
         def histogram(name: str, help: str) -> Histogram:
             return Histogram(f"tokenspeed_{name}", help, buckets=_SECONDS, registry=self.registry)
 
-        def labelled(name: str, help: str, label: str) -> Counter:
-            return Counter(f"tokenspeed_{name}", help, [label], registry=self.registry)
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(f"tokenspeed_{name}", help, labels, registry=self.registry)
 
         self.first_token = histogram("time_to_first_token_seconds", "from the request to its first token")
         self.inter_token = histogram("inter_token_latency_seconds", "between two tokens of a request")
         self.request = histogram("request_seconds", "from the request to its last token")
-        self.requests = labelled("requests", "requests by how they ended", "outcome")
-        self.generated = Counter("tokenspeed_generation_tokens", "tokens generated", registry=self.registry)
-        self.restored = Counter("tokenspeed_restored_turns", "turns of a history put back", registry=self.registry)
-        self._gauges = {
-            name: Gauge(f"tokenspeed_{name}", help, registry=self.registry) for name, help in _GAUGES.items()
-        }
+        self.requests = counter("requests", "requests by how they ended", "outcome")
+        self.generated = counter("generation_tokens", "tokens generated")
+        self.restored = counter("restored_turns", "turns of a history put back")
         self._stats: Mapping[str, float] = {}
         self.registry.register(self)
-        self._hit_rate = Gauge("tokenspeed_prefix_hit_rate", "cached tokens / prompt tokens", registry=self.registry)
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """The engine's counters, for the registry."""
+    def collect(self) -> Iterator[Metric]:
+        """What `render` was given, for the registry."""
+        stats = self._stats
+        for name, help in _GAUGES.items():
+            yield GaugeMetricFamily(f"tokenspeed_{name}", help, value=stats.get(name, 0))
         for name, help in _COUNTERS.items():
-            yield CounterMetricFamily(f"tokenspeed_{name}", help, value=self._stats.get(name, 0))
+            yield CounterMetricFamily(f"tokenspeed_{name}", help, value=stats.get(name, 0))
+        rate = stats.get("cached_tokens", 0) / max(stats.get("prompt_tokens", 0), 1)
+        yield GaugeMetricFamily("tokenspeed_prefix_hit_rate", "cached tokens / prompt tokens", value=rate)
         reuse = CounterMetricFamily(
             "tokenspeed_prefix_reuse", "admissions by why no more was reused", labels=["reason"]
         )
-        for name, value in self._stats.items():
+        for name, value in stats.items():
             if name.startswith(_REASON):
                 reuse.add_metric([name.removeprefix(_REASON)], value)
         yield reuse
         for name, help in _DRAFTS.items():
             family = CounterMetricFamily(f"tokenspeed_{name}_tokens", f"{help}, by position", labels=["position"])
             for place in range(1, MAX_DRAFTS + 1):
-                if f"{name}_{place}" in self._stats:
-                    family.add_metric([str(place)], self._stats[f"{name}_{place}"])
+                if f"{name}_{place}" in stats:
+                    family.add_metric([str(place)], stats[f"{name}_{place}"])
             yield family
 
     def render(self, stats: Mapping[str, float]) -> bytes:
         """The exposition text. stats: the engine's and the server's numbers as of now."""
         self._stats = stats
-        for name, gauge in self._gauges.items():
-            gauge.set(stats.get(name, 0))
-        self._hit_rate.set(stats.get("cached_tokens", 0) / max(stats.get("prompt_tokens", 0), 1))
         return generate_latest(self.registry)

@@ -11,22 +11,10 @@ from ..request import Acceptance, Request, Update
 from ..text.tools import Arguments, CallCut, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent, TurnText
 from ..transfer.params import RemoteDecode
-from .protocol import ChatRequest, refuse
+from .protocol import ChatRequest
 from .scores import chat_logprob, prompt_logprobs
 from .service import Service, new_id
 from .sse import DONE, event
-
-# What would change the answer and is not done here, with its harmless value.
-_REFUSED = {
-    "functions": None,
-    "function_call": None,
-    "modalities": ["text"],
-    "audio": None,
-    "web_search_options": None,
-    "chat_template": None,
-    "documents": None,
-    "echo": False,
-}
 
 
 def usage(
@@ -50,7 +38,7 @@ def usage(
 class Chat:
     """One chat completion."""
 
-    def __init__(self, service: Service, body: ChatRequest, key: str | None):
+    def __init__(self, service: Service, body: ChatRequest):
         """Raises RequestError for what cannot be asked."""
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         if isinstance(self._transfer, RemoteDecode):
@@ -58,7 +46,6 @@ class Chat:
         self._service, self._body = service, body
         self.id = body.request_id or new_id("chatcmpl")
         self._created = int(time.time())
-        refuse(body, _REFUSED)
         kwargs = service.frontend.template.effort_kwargs(body.reasoning_effort) | (body.chat_template_kwargs or {})
         enable_thinking = kwargs.pop("enable_thinking", body.enable_thinking)
         if body.reasoning_effort == "none" and enable_thinking is None:
@@ -80,7 +67,7 @@ class Chat:
             truncate_prompt_tokens=body.truncate_prompt_tokens,
         )
         sampling = body.sampling(logprobs=logprobs, max_tokens=body.max_completion_tokens or body.max_tokens)
-        self._reader = service.prepare(self.id, chat, sampling, key, body.cache_salt, body.priority)
+        self._reader = service.prepare(self.id, chat, sampling, body.cache_salt, body.priority)
 
     @property
     def _request(self) -> Request:

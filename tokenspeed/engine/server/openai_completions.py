@@ -8,11 +8,11 @@ from typing import Any
 
 from ..chat.formats import Format
 from ..errors import RequestError
-from ..request import Acceptance, CompletionOutput, Request, TokenScores, Update
+from ..request import Acceptance, Request, TokenScores, Update
 from ..transfer.params import RemoteDecode
 from .openai_chat import usage
-from .protocol import CompletionRequest, refuse
-from .scores import completion_logprobs, prompt_logprobs, token_text
+from .protocol import CompletionRequest
+from .scores import completion_logprobs, prompt_logprobs
 from .service import Service, new_id
 from .sse import DONE, event
 
@@ -20,7 +20,7 @@ from .sse import DONE, event
 class Completion:
     """One text completion: of one prompt or of several."""
 
-    def __init__(self, service: Service, body: CompletionRequest, key: str | None):
+    def __init__(self, service: Service, body: CompletionRequest):
         """Raises RequestError for what cannot be asked."""
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         if isinstance(self._transfer, RemoteDecode):
@@ -28,16 +28,12 @@ class Completion:
         self._service, self._body = service, body
         self.id = body.request_id or new_id("cmpl")
         self._created = int(time.time())
-        prompts = [body.prompt] if _is_one(body.prompt) else body.prompt
-        if not prompts:
-            raise RequestError("prompt is an empty list; at least one prompt is needed.")
-        if self._transfer is not None and len(prompts) > 1:
-            raise RequestError(f"kv_transfer_params are those of one prompt; {len(prompts)} were given.")
-        refuse(body, {"suffix": ""})
+        if self._transfer is not None and len(body.prompts) > 1:
+            raise RequestError(f"kv_transfer_params are those of one prompt; {len(body.prompts)} were given.")
         asked = body.response_format.asked() if body.response_format else None
         self._format = Format.of_text(asked, body.structure())
         self.requests: list[Request] = []
-        for prompt in prompts:
+        for prompt in body.prompts:
             ids = service.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             if body.truncate_prompt_tokens is not None:
                 ids = ids[-body.truncate_prompt_tokens :]
@@ -49,12 +45,14 @@ class Completion:
                 self.id,
                 ids,
                 service.params(sampling),
-                name_space=service.name_space(key, body.cache_salt),
+                name_space=service.name_space(body.cache_salt),
                 priority=body.priority,
             )
             service.check_room(request)
             self.requests.append(request)
         self._cached, self._generated, self._drafts = 0, 0, Acceptance()
+        self._prompt_scores: dict[int, list[TokenScores]] = {}  # by the prompt's number
+        self._told: dict[int, int] = {}  # characters of a choice's tokens, of the choices that have begun
 
     @property
     def _scores_only(self) -> bool:
@@ -62,87 +60,53 @@ class Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The response object. Raises as `Service.run` does."""
-        outputs = [[CompletionOutput(i) for i in range(self._body.n)] for _ in self.requests]
-        scores: list[list[list[TokenScores]]] = [[[] for _ in own] for own in outputs]
-        prompt_scores: list[list[TokenScores] | None] = [None] * len(self.requests)
+        joined = [[Update(self.id, i) for i in range(self._body.n)] for _ in self.requests]
         async for number, update in self._updates():
-            output = outputs[number][update.index]
-            output.text += update.text
-            output.token_ids += update.ids
-            scores[number][update.index] += update.scores
-            if update.prompt_scores is not None:
-                prompt_scores[number] = update.prompt_scores
-            output.finish_reason = update.finish_reason or output.finish_reason
-            output.stop_reason = update.stop_reason
-        choices = [
-            self._choice(number, request, output, found, prompt_scores[number])
-            for number, request in enumerate(self.requests)
-            for output, found in zip(outputs[number], scores[number], strict=True)
-        ]
+            known = joined[number][update.index]
+            known.ids += update.ids
+            known.text += update.text
+            known.scores += update.scores
+            known.finish_reason, known.stop_reason = update.finish_reason, update.stop_reason
+        choices = [self._choice(number, update) for number, updates in enumerate(joined) for update in updates]
         return self._frame(choices) | {"usage": self._usage()} | self._service.transferred(self._transfer)
-
-    def _choice(
-        self,
-        number: int,
-        request: Request,
-        output: CompletionOutput,
-        scores: list[TokenScores],
-        prompt_scores: list[TokenScores] | None,
-    ) -> dict[str, Any]:
-        text, logprobs = output.text, None
-        ids, entries = list(output.token_ids), list(scores)
-        if self._body.echo:
-            text = self._service.frontend.tokenizer.decode(list(request.prompt)) + text
-            ids = [*request.prompt, *ids]
-            entries = [None, *(prompt_scores or ()), *entries]
-        if self._body.logprobs is not None:
-            logprobs = completion_logprobs(self._service.frontend.tokenizer, ids, entries)
-        choice = {
-            "index": number * self._body.n + output.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        }
-        if self._body.return_token_ids:
-            choice |= {"token_ids": output.token_ids, "prompt_token_ids": list(request.prompt)}
-        if prompt_scores is not None and self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(self._service.frontend.tokenizer, prompt_scores)
-        return choice
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events: chunks of all prompts as they come, the usage where it is asked for, and the end."""
         options = self._body.stream_options
-        tokenizer = self._service.frontend.tokenizer
-        told: dict[int, int] = {}  # characters of a choice's tokens so far
-        prompt_scores: dict[int, list[TokenScores]] = {}  # which come with the first choice of a prompt
         async with contextlib.aclosing(self._updates()) as updates:
             async for number, update in updates:
-                prompt = self.requests[number].prompt
-                text, index = update.text, number * self._body.n + update.index
-                ids, scores = list(update.ids), list(update.scores)
-                if update.prompt_scores is not None:
-                    prompt_scores[number] = update.prompt_scores
-                if self._body.echo and index not in told:
-                    text = tokenizer.decode(list(prompt)) + text
-                    ids, scores = [*prompt, *ids], [None, *prompt_scores.get(number, ()), *scores]
-                at = told.setdefault(index, 0)
-                logprobs = None
-                if self._body.logprobs is not None and scores:
-                    logprobs = completion_logprobs(tokenizer, ids, scores, at)
-                    told[index] = at + sum(len(token_text(tokenizer, id)) for id in ids)
-                choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": update.finish_reason}
-                choice["stop_reason"] = update.stop_reason
-                if self._body.return_token_ids:
-                    choice["token_ids"] = update.ids
+                choice = self._choice(number, update)
                 frame = self._frame([choice])
                 if options and options.continuous_usage_stats:
                     frame["usage"] = self._usage()
-                if text or logprobs or update.finish_reason or self._body.return_token_ids:
+                if any(value for name, value in choice.items() if name != "index"):
                     yield event(frame)
         if options and options.include_usage:
             yield event(self._frame([]) | {"usage": self._usage()})
         yield DONE
+
+    def _choice(self, number: int, update: Update) -> dict[str, Any]:
+        """What an update adds to its choice. With a choice's first one comes what is asked for of its prompt."""
+        body, tokenizer, prompt = self._body, self._service.frontend.tokenizer, self.requests[number].prompt
+        index, prompt_scores = number * body.n + update.index, self._prompt_scores.get(number)
+        first = index not in self._told
+        text, ids, scores = update.text, update.ids, update.scores
+        if body.echo and first:
+            text = tokenizer.decode(list(prompt)) + text
+            ids, scores = [*prompt, *ids], [None, *(prompt_scores or ()), *scores]
+        at, logprobs = self._told.setdefault(index, 0), None
+        if body.logprobs is not None and scores:
+            logprobs = completion_logprobs(tokenizer, ids, scores, at)
+            self._told[index] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": update.finish_reason}
+        choice["stop_reason"] = update.stop_reason
+        if body.return_token_ids:
+            choice["token_ids"] = update.ids
+        if first and body.return_token_ids:
+            choice["prompt_token_ids"] = list(prompt)
+        if first and prompt_scores is not None and body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(tokenizer, prompt_scores)
+        return choice
 
     async def _updates(self) -> AsyncIterator[tuple[int, Update]]:
         """The updates of every prompt, each with the prompt's number. The prompts run side by side."""
@@ -151,27 +115,24 @@ class Completion:
                 async for update in updates:
                     yield 0, update
             return
-        news: asyncio.Queue[tuple[int, Update | Exception | None]] = asyncio.Queue()
+        news: asyncio.Queue[tuple[int, Update] | asyncio.Task] = asyncio.Queue()
 
         async def pump(number: int) -> None:
-            try:
-                async for update in self._run(number):
-                    news.put_nowait((number, update))
-                news.put_nowait((number, None))
-            except Exception as error:  # raised below, where the others are ended too
-                news.put_nowait((number, error))
+            async for update in self._run(number):
+                news.put_nowait((number, update))
 
-        tasks = [asyncio.ensure_future(pump(number)) for number in range(len(self.requests))]
+        tasks = [asyncio.create_task(pump(number)) for number in range(len(self.requests))]
+        for task in tasks:
+            task.add_done_callback(news.put_nowait)
         try:
             running = len(tasks)
             while running:
-                number, what = await news.get()
-                if isinstance(what, Exception):
-                    raise what
-                if what is None:
+                what = await news.get()
+                if isinstance(what, asyncio.Task):
+                    what.result()  # raises what ended it; the others are ended below
                     running -= 1
                 else:
-                    yield number, what
+                    yield what
         finally:
             for task in tasks:
                 task.cancel()
@@ -183,6 +144,8 @@ class Completion:
             async for update in updates:
                 if self._scores_only:
                     update.ids, update.text, update.scores = [], "", []
+                if update.prompt_scores is not None:  # which come with the first choice of a prompt
+                    self._prompt_scores[number] = update.prompt_scores
                 self._generated += len(update.ids)
                 self._cached += update.reuse.cached_tokens if update.reuse else 0
                 self._drafts.add(update.metrics and update.metrics.drafts)
@@ -200,7 +163,3 @@ class Completion:
             "model": model,
             "choices": choices,
         }
-
-
-def _is_one(prompt) -> bool:
-    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))

@@ -10,30 +10,28 @@ from ..request import Update
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
 from ..transfer.params import RemoteDecode
-from .protocol import ResponsesRequest, refuse
+from .protocol import ResponsesRequest
 from .response_items import Tools, as_messages, output_message, sealed
 from .response_store import StoredResponse
 from .service import Service, new_id
 from .sse import event
 
-# What would change the answer and is not done here, with its harmless value.
-_REFUSED = {"background": False, "conversation": None, "prompt": None, "top_logprobs": 0, "max_tool_calls": None}
 _ENCRYPTED = "reasoning.encrypted_content"
 
 
 class Response:
     """One response."""
 
-    def __init__(self, service: Service, body: ResponsesRequest, key: str | None):
+    def __init__(self, service: Service, body: ResponsesRequest):
         """Raises RequestError for what cannot be asked."""
         self._service, self._body = service, body
         self._transfer = service.transfer(body.kv_transfer_params, body.stream)
         self.id = new_id("resp", "_")
         self._created = int(time.time())
-        refuse(body, _REFUSED)
-        self._name_space = service.name_space(key, None)
+        self._name_space = service.name_space()
         self._tools = Tools(body.tools or [])
-        known = service.responses.get(self._name_space, body.previous_response_id).messages
+        earlier = body.previous_response_id
+        known = [] if earlier is None else service.responses.get(self._name_space, earlier).messages
         self._messages = [*known, *as_messages(body.input, lambda id: service.responses.item(self._name_space, id))]
         system = [{"role": "system", "content": body.instructions}] if body.instructions else []
         effort = (body.reasoning or {}).get("effort")
@@ -48,7 +46,7 @@ class Response:
             add_generation_prompt=True,
         )
         sampling = {"temperature": body.temperature, "top_p": body.top_p, "max_tokens": body.max_output_tokens}
-        self._reader = service.prepare(self.id, chat, sampling, key)
+        self._reader = service.prepare(self.id, chat, sampling)
         self._output = _Output(self._tools, _ENCRYPTED in (body.include or ()))
 
     def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:

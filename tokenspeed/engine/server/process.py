@@ -21,7 +21,7 @@ from ..executor.ranks import ALONE, Beside, free_port
 from ..llm import load_engine
 from ..request import Failure, Request, Update
 from ..text.frontend import Frontend
-from ..text.grammar import Grammar
+from ..text.grammar import Matcher
 from ..transfer.arenas import Arenas
 from ..transfer.endpoint import Endpoint
 from ..transfer.exchange import Exchange
@@ -68,7 +68,7 @@ class EngineProcess:
         self._parent = os.getppid()
         # As many side by side as can come: they were compiled before, within limits, each key's few at a time.
         self._workers = ThreadPoolExecutor(_MAX_COMPILING, initializer=give_way)
-        self._compiling: dict[str, tuple[Future[Grammar], Submit]] = {}
+        self._compiling: dict[str, tuple[Future[Matcher], Submit]] = {}
         self._stopped: float | None = None  # when it was told to
         self._blocked = False  # what there is to do waits for something from elsewhere
 
@@ -136,7 +136,7 @@ class EngineProcess:
             case Stop():
                 self._stopped = time.monotonic()
 
-    def _submit(self, request: Request, grammar: Future[Grammar] | None, transfer: Transfer | None) -> None:
+    def _submit(self, request: Request, grammar: Future[Matcher] | None, transfer: Transfer | None) -> None:
         try:
             compiled = None if grammar is None else grammar.result()
             if transfer is not None and self._exchange is not None:
@@ -210,7 +210,7 @@ def main() -> int:
     try:
         frontend = Frontend.from_directory(Path(settings.directory))
         beside, link = _sharing(settings)
-        engine = load_engine(frontend, settings.config, settings.progress, beside)
+        engine = load_engine(frontend, settings.config, beside=beside)
         publisher = KvEventPublisher(engine.cache, settings.kv_events) if settings.kv_events else None
         with taking_part(engine, settings, link) as (exchange, address):
             EngineProcess(engine, socket, publisher, exchange, address).run()

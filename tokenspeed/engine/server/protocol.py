@@ -30,6 +30,20 @@ TokenIds = Annotated[list[TokenId], Field(max_length=MAX_BIASES)]
 _FIRST_ERROR = Field(fail_fast=True)  # a million wrong ids would be a million errors, 15 s of them
 
 
+def _only(harmless: Any) -> AfterValidator:
+    """Refuses a field that would change what an answer means and is not done here, unless it asks for nothing."""
+
+    def check(value: Any) -> Any:
+        if value != harmless and value not in ([], {}, ""):
+            raise ValueError("this server does not support it: leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+Refused = Annotated[Any, _only(None)]
+
+
 def _few(biases: Any) -> Any:
     """Counted before anything in it is looked at."""
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
@@ -48,14 +62,6 @@ class Body(BaseModel):
         return {name: v for name, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
 
-def refuse(body: Body, fields: Mapping[str, Any]) -> None:
-    """Raises RequestError for the first of the fields (name to its harmless value) that asks for something."""
-    for name, harmless in fields.items():
-        value = getattr(body, name)
-        if value is not None and value != harmless and value not in ([], {}, ""):
-            raise RequestError(f"{name} is {reprlib.repr(value)}; this server does not support it: leave it out.")
-
-
 class StreamOptions(Body):
     """include_usage: a last chunk with the usage; continuous_usage_stats: usage in every chunk."""
 
@@ -63,18 +69,24 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class Sampling(Body):
-    """What both endpoints have in common."""
+class Answering(Body):
+    """What every endpoint that answers takes."""
 
     model: str | None = None
+    stream: bool = False
+    temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    kv_transfer_params: dict[str, Any] | None = Field(None, max_length=32)
+
+
+class Sampling(Answering):
+    """What chat completions and text completions have in common."""
+
     max_tokens: Count | None = None
     n: int = Field(1, ge=1, le=MAX_SEQUENCES)
-    stream: bool = False
     stream_options: StreamOptions | None = None
     stop: OneOrMore | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
@@ -101,19 +113,18 @@ class Sampling(Body):
     )
     request_id: str | None = Field(None, min_length=1, max_length=128)
     structured_outputs: dict[str, Any] | None = None
-    kv_transfer_params: dict[str, Any] | None = Field(None, max_length=32)
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], _FIRST_ERROR] | None = None
-    # Refused where they ask for something.
-    guided_grammar: Any = None
-    use_beam_search: Any = None
-    best_of: Any = None
-    length_penalty: Any = None
+    guided_grammar: Refused = None
+    use_beam_search: Annotated[Any, _only(False)] = None
+    length_penalty: Annotated[Any, _only(1)] = None
+    best_of: Any = None  # as n alone
 
     def sampling(self, **more: Any) -> dict[str, Any]:
         """The fields that SamplingParams has, where they were given."""
-        refuse(self, {"guided_grammar": None, "use_beam_search": False, "best_of": self.n, "length_penalty": 1})
+        if self.best_of not in (None, self.n):
+            raise RequestError(f"best_of is {reprlib.repr(self.best_of)}; it must be n, which is {self.n}.")
         names = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields.keys() - {"logprobs", "max_tokens"}
         seed = None if self.seed is None else self.seed % 2**63
         return {name: getattr(self, name) for name in names} | {"seed": seed} | more
@@ -160,15 +171,14 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    # Refused where they ask for something.
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
-    chat_template: Any = None
-    documents: Any = None
-    echo: Any = None
+    functions: Refused = None
+    function_call: Refused = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    audio: Refused = None
+    web_search_options: Refused = None
+    chat_template: Refused = None
+    documents: Refused = None
+    echo: Annotated[Any, _only(False)] = None
 
 
 class CompletionRequest(Sampling):
@@ -184,13 +194,18 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     response_format: ResponseFormat | None = None
-    suffix: Any = None  # refused where it asks for something
+    suffix: Refused = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompt, or the prompts where several were given."""
+        one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(Answering):
     """POST /v1/responses."""
 
-    model: str | None = None
     input: Text | Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS), _FIRST_ERROR]
     instructions: Text | None = None
     previous_response_id: str | None = Field(None, max_length=256)
@@ -198,22 +213,17 @@ class ResponsesRequest(Body):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     max_output_tokens: Count | None = None
-    temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     include: Annotated[list[str], Field(max_length=64), _FIRST_ERROR] | None = None
     truncation: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool = True
-    stream: bool = False
-    kv_transfer_params: dict[str, Any] | None = Field(None, max_length=32)
-    # Refused where they ask for something.
-    background: Any = None
-    conversation: Any = None
-    prompt: Any = None
-    top_logprobs: Any = None
-    max_tool_calls: Any = None
+    background: Annotated[Any, _only(False)] = None
+    conversation: Refused = None
+    prompt: Refused = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    max_tool_calls: Refused = None
 
     @property
     def resumes(self) -> bool:
@@ -251,17 +261,19 @@ class AbortRequest(Body):
     request_id: str
 
 
-def _kind(value: Any) -> Any:
-    """A dictionary whose `type` is a string, and whose budget fits 32 bits."""
-    if not isinstance(value.get("type"), str):
-        raise ValueError(f"its type is {reprlib.repr(value.get('type'))}; it must be a string")
-    budget = value.get("budget_tokens")
-    if isinstance(budget, int) and not 0 <= budget < 2**31:
-        raise ValueError(f"budget_tokens is {budget!r}; it must be in [0, 2^31)")
-    return value
+class ToolChoice(Body):
+    """Anthropic's tool_choice. name: of a tool."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
 
 
-Kind = Annotated[dict[str, Any], AfterValidator(_kind)]
+class Thinking(Body):
+    """Anthropic's thinking; a type other than enabled and disabled leaves it to the template."""
+
+    type: str
+    budget_tokens: CountFromZero | None = None
 
 
 class AnthropicPrompt(Body):
@@ -271,26 +283,21 @@ class AnthropicPrompt(Body):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: Text | Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES), _FIRST_ERROR] | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Kind | None = None
-    thinking: Kind | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
-    # Refused where they ask for something.
-    thread: Any = None
-    mcp_servers: Any = None
-    container: Any = None
+    thread: Any = None  # refused in words of its own
+    mcp_servers: Refused = None
+    container: Refused = None
 
 
-class AnthropicRequest(AnthropicPrompt):
+class AnthropicRequest(AnthropicPrompt, Answering):
     """POST /v1/messages."""
 
     max_tokens: CountFromZero
     stop_sequences: Strings | None = None
-    stream: bool = False
-    temperature: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
-    top_p: float | None = Field(None, gt=0, le=1)
     metadata: dict[str, Any] | None = None
-    kv_transfer_params: dict[str, Any] | None = Field(None, max_length=32)
-    compaction: Any = None  # refused where it asks for something
+    compaction: Refused = None

@@ -31,10 +31,8 @@ class ResponseStore:
         self._kept: SizedCache[StoredResponse] = SizedCache(max_bytes)
         self._items: SizedCache[dict[str, Any]] = SizedCache(max_bytes)
 
-    def get(self, name_space: str, id: str | None) -> StoredResponse:
-        """Empty for None. Raises UnknownResponse."""
-        if id is None:
-            return StoredResponse([], {})
+    def get(self, name_space: str, id: str) -> StoredResponse:
+        """Raises UnknownResponse."""
         found = self._kept.get((name_space, id))
         if found is None:
             raise UnknownResponse(f"Previous response with id {id!r:.80} not found: send the whole conversation.")

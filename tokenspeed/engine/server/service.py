@@ -19,8 +19,9 @@ from ..text.frontend import Frontend
 from ..text.turn import TurnEvent
 from ..transfer.params import Address, RemoteDecode, Transfer, answer, parse
 from .background import Background
-from .client import DeadlineExceeded, EngineClient
+from .client import EngineClient
 from .formats import Compiled, Formats
+from .messages import Submit
 from .metrics import Metrics
 from .names import Names
 from .response_store import ResponseStore
@@ -36,6 +37,10 @@ class Overloaded(TokenSpeedError):
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeadlineExceeded(TokenSpeedError):
+    """A request took longer than its deadline."""
 
 
 class ContextOverflow(RequestError):
@@ -57,14 +62,6 @@ class ContextOverflow(RequestError):
                 "decrease input length or `max_tokens` and try again"
             )
         return f"prompt is too long: {self.prompt} tokens > {self.room - 1} maximum"
-
-
-class Unsupported(RequestError):
-    """Something a client can go on without. details: as the API's clients read them."""
-
-    def __init__(self, message: str, details: dict[str, Any]):
-        super().__init__(message)
-        self.details = details
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +112,9 @@ class Service:
         """What the response of a prefill has for the decoder's request; nothing for another one's."""
         return {"kv_transfer_params": answer(transfer, self.peer)} if isinstance(transfer, RemoteDecode) else {}
 
-    def name_space(self, key: str | None, salt: str | None) -> str:
-        """Prompts of different keys or salts never share memory."""
+    def name_space(self, salt: str | None = None) -> str:
+        """The caller's. Prompts of different keys or salts never share memory."""
+        key = caller.get()
         if not key and not salt:
             return ""
         return hashlib.blake2b(f"{key or ''}\0{salt or ''}".encode(), digest_size=12).hexdigest()
@@ -159,16 +157,18 @@ class Service:
             format = None  # nothing is generated here
         elif self.peer is not None and self.peer.role == "prefill":
             raise RequestError("this server's role is 'prefill': it takes requests with do_remote_decode alone.")
-        limits = [limit for limit in (timeout, self.config.timeout) if limit is not None]
-        limit = min(limits, default=None)
+        limit = min(filter(None, (timeout, self.config.timeout)), default=None)
         start = last = time.monotonic()
         outcome, first, key = "aborted", True, caller.get()
         try:
             with self.names.used(key, request.id, part) as id:
-                compiled = await self._compiled(key, request, format, limit)
-                own = replace(request, id=id)
+                compiled = Compiled(None, 0)
+                if format is not None:
+                    async with asyncio.timeout(limit):
+                        compiled = await self.formats.compile(key, request.name_space, format)
+                submit = Submit(replace(request, id=id), compiled.spec, compiled.size, transfer)
                 left = None if limit is None else max(limit - (time.monotonic() - start), 0.001)
-                async with aclosing(self.engine.generate(own, compiled.spec, left, compiled.size, transfer)) as updates:
+                async with aclosing(self.engine.generate(submit, left)) as updates:
                     async for update in updates:
                         now = time.monotonic()
                         if update.ids:
@@ -178,7 +178,7 @@ class Service:
                         outcome = update.finish_reason or outcome
                         yield update
             self.metrics.request.observe(time.monotonic() - start)
-        except DeadlineExceeded:  # of what was left, when the engine was asked
+        except TimeoutError:
             outcome = "timeout"
             raise DeadlineExceeded(f"the request took longer than its deadline of {limit:g} s.") from None
         except (CorruptedError, EngineError):
@@ -189,16 +189,6 @@ class Service:
             raise
         finally:
             self.metrics.requests.labels(outcome).inc()
-
-    async def _compiled(
-        self, key: str | None, request: Request, format: Format | None, limit: float | None
-    ) -> Compiled:
-        if format is None:
-            return Compiled(None, 0)
-        try:
-            return await asyncio.wait_for(self.formats.compile(key, request.name_space, format), limit)
-        except TimeoutError:
-            raise DeadlineExceeded("the grammar took longer than the request may") from None
 
     async def abort(self, name: str) -> bool:
         """Ends the caller's requests of that name. False where none runs."""
@@ -212,18 +202,12 @@ class Service:
             raise ContextOverflow(prompt, answer, self.room)
 
     def prepare(
-        self,
-        id: str,
-        chat: Conversation,
-        sampling: dict[str, Any],
-        key: str | None,
-        salt: str | None = None,
-        priority: int = 0,
+        self, id: str, chat: Conversation, sampling: dict[str, Any], salt: str | None = None, priority: int = 0
     ) -> TurnReader:
-        """A conversation ready for `converse`. sampling: fields of SamplingParams that were given; key, salt: as
+        """A conversation ready for `converse`. sampling: fields of SamplingParams that were given; salt: as
         `name_space`. Raises RequestError for what cannot be asked."""
         params = self.params(sampling)
-        turn = self.turns.prepare(id, chat, params, self.name_space(key, salt), priority)
+        turn = self.turns.prepare(id, chat, params, self.name_space(salt), priority)
         self.check_room(turn.request)
         return TurnReader(self.turns, turn)
 

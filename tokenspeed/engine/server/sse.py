@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -47,17 +48,10 @@ class EventStream(Response):
         self._first, self._rest, self._failed, self._done = first, rest, failed, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        watching = asyncio.ensure_future(disconnected(receive))
         try:
-            await asyncio.wait((sending, watching), timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            with contextlib.suppress(Disconnected):
+                await while_connected(receive, self._send(send), self._seconds)
         finally:
-            for task in (sending, watching):
-                task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(sending, watching, return_exceptions=True)
             await self._rest.aclose()
             self._done()
 
@@ -70,6 +64,29 @@ class EventStream(Response):
         except Exception as error:  # the status is out: what went wrong is told as the last event
             await send({"type": "http.response.body", "body": self._failed(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Disconnected(HTTPException):
+    """The client went away, or did not take in time what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client closed the connection")
+
+
+async def while_connected(receive: Receive, work: Awaitable[Any], seconds: float | None = None) -> Any:
+    """The result of `work`, which is cancelled where the client goes away first, or so many seconds pass: then this
+    raises Disconnected."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Disconnected
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(task, watch, return_exceptions=True)
 
 
 async def disconnected(receive: Receive) -> None:

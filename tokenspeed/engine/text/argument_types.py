@@ -77,8 +77,8 @@ def read(text: str, admitted: Domain) -> str:
     spelled = _SPELLINGS.get(text.strip(), text.strip())
     if other:
         try:
-            value = json.loads(spelled, parse_constant=_no_json)
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinity, no lone surrogate inside
+            value = json.loads(spelled)
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no NaN, infinity or lone surrogate
         except (ValueError, RecursionError):
             value = _python_value(spelled) if other & {"array", "object"} else None
             if value is None:
@@ -108,10 +108,6 @@ def _python_value(text: str) -> list | dict | None:
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
     return plain if isinstance(plain, list | dict) else None
-
-
-def _no_json(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _fits(value: Any, kind: str, admitted: Domain) -> bool:

@@ -43,22 +43,22 @@ def stable_cuts(
     reasoning, once another user message follows.
     """
     compare = _Comparison(prompt, control)
-    turns = _Turns(messages, leaves_reasoning_open(prompt))
+    user, answer_and_user, call_and_result = _later_turns(messages, leaves_reasoning_open(prompt))
     end = len(prompt) if bare is None else compare.common(bare)
 
     system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    found = {compare.cut(render([*messages[:system], turns.user]), end)}
-    later = render([*messages, *turns.answer_and_query()])
+    found = {compare.cut(render([*messages[:system], user]), end)}
+    later = render([*messages, *answer_and_user])
     after_query = compare.cut(later, end)
     found.add(after_query)
     if after_query < compare.last(end):  # a place further on may be left to find
-        found.add(compare.cut(render([*messages, *turns.call_and_result()]), end))
+        found.add(compare.cut(render([*messages, *call_and_result]), end))
     for mark in marks:
         upto, rest = messages[: mark + 1], messages[mark + 1 :]
         text = render(upto)
         place = compare.cut(text, end, also_at_its_end=True)
         if text is None or place < len(text):  # else the other turn would begin where the prompt goes on
-            place = max(place, compare.cut(render([*upto, turns.user, *rest]), end))
+            place = max(place, compare.cut(render([*upto, user, *rest]), end))
         found.add(place)
     return sorted(found - {0}), later is None or later.startswith(prompt)
 
@@ -111,26 +111,21 @@ def _content(message: Message) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-class _Turns:
-    """Turns that a conversation might go on with, of a word that no message holds."""
+def _later_turns(messages: list[Message], reasoning: bool) -> tuple[Message, list[Message], list[Message]]:
+    """How a conversation might go on, in a word that no message holds: a user's message; the answer and that message;
+    a call and its result. What the conversation ends with already is left out.
 
-    def __init__(self, messages: list[Message], reasoning: bool):
-        """reasoning: the answer brings some, as its prompt opens it."""
-        text = "\n".join(_content(message) for message in messages)
-        found = re.findall("nextx*", text)
-        word = max(found, key=len) + "x" if found else "next"
-        self._answered = messages[-1]["role"] == "assistant"
-        function = {"name": word, "arguments": {}}
-        call = {"id": "000000000", "type": "function", "function": function}  # nine digits: some templates insist
-        self.user: Message = {"role": "user", "content": word}
-        self._answer: Message = {"role": "assistant", "content": word}
-        if reasoning:
-            self._answer["reasoning_content"] = word
-        self._call: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        self._result: Message = {"role": "tool", "content": word, "name": word, "tool_call_id": call["id"]}
-
-    def answer_and_query(self) -> list[Message]:
-        return [self.user] if self._answered else [self._answer, self.user]
-
-    def call_and_result(self) -> list[Message]:
-        return [self._result] if self._answered else [self._call, self._result]
+    reasoning: the answer brings some, as its prompt opens it.
+    """
+    text = "\n".join(_content(message) for message in messages)
+    found = re.findall("nextx*", text)
+    word = max(found, key=len) + "x" if found else "next"
+    function = {"name": word, "arguments": {}}
+    call = {"id": "000000000", "type": "function", "function": function}  # nine digits: some templates insist
+    user = {"role": "user", "content": word}
+    answer = {"role": "assistant", "content": word} | ({"reasoning_content": word} if reasoning else {})
+    calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "content": word, "name": word, "tool_call_id": call["id"]}
+    if messages[-1]["role"] == "assistant":
+        return user, [user], [result]
+    return user, [answer, user], [calls, result]

@@ -1,14 +1,16 @@
 """What a checkpoint says about sampling and stopping."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 
 from ..errors import ConfigError
 from ..files import read_optional_json_object
 from .tokenizer import Tokenizer
+
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +21,12 @@ class GenerationDefaults:
     are off. repetition_penalty: 1 is off. eos_ids: every id that ends a generation, ascending.
     """
 
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    do_sample: StrictBool = False
+    temperature: Annotated[_Number, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(strict=True, ge=0)] = 0
+    top_p: Annotated[_Number, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[_Number, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[_Number, Field(gt=0)] = 1.0
     eos_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -36,14 +38,6 @@ class GenerationDefaults:
         """
         file = Path(path) / "generation_config.json"
         config = read_optional_json_object(file)
-        fields = {}
-        for name, (valid, wanted) in _FIELDS.items():
-            value = config.get(name)
-            if value is None:
-                continue
-            if not valid(value):
-                raise ConfigError(f"{file}: {name} is {value!r}; it must be {wanted}")
-            fields[name] = value
         eos = _eos_ids(config, file)
         if not eos:
             model_file = Path(path) / "config.json"
@@ -52,30 +46,16 @@ class GenerationDefaults:
             eos = _eos_ids(model, model_file) or _eos_ids(text_config or {}, model_file)
         if tokenizer.eos_id is not None:
             eos = eos | {tokenizer.eos_id}
-        return cls(**fields, eos_ids=tuple(sorted(eos)))
-
-
-def _number(low: float, high: float, low_included: bool) -> Callable[[Any], bool]:
-    def valid(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return (low <= value if low_included else low < value) and value <= high and value < math.inf
-
-    return valid
+        fields = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        try:
+            return TypeAdapter(cls).validate_python(fields | {"eos_ids": sorted(eos)})
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise ConfigError(f"{file}: {found['loc'][0]} is {found['input']!r}: {found['msg']}") from None
 
 
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-    "temperature": (_number(0, math.inf, True), "a number >= 0"),
-    "top_k": (_count, "an integer >= 0"),
-    "top_p": (_number(0, 1, False), "a number in (0, 1]"),
-    "min_p": (_number(0, 1, True), "a number in [0, 1]"),
-    "repetition_penalty": (_number(0, math.inf, False), "a number > 0"),
-}
 
 
 def _eos_ids(config: Any, file: Path) -> frozenset[int]:

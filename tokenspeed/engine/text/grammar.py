@@ -136,10 +136,11 @@ class GrammarCompiler:
             llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_ids[0])),
             eos_token=list(eos_ids),
         )
-        self._compiled: SizedCache[Grammar] = SizedCache(_KEPT_BYTES)
+        self._compiled: SizedCache[Matcher] = SizedCache(_KEPT_BYTES)
 
-    def compile(self, spec: GrammarSpec, name_space: str = "", size: int = _GRAMMAR_BYTES) -> "Grammar":
-        """Raises RequestError for a grammar that is wrong, unsupported or too large, with the reason.
+    def compile(self, spec: GrammarSpec, name_space: str = "", size: int = _GRAMMAR_BYTES) -> "Matcher":
+        """A matcher at its start, of which each sequence takes a copy. Raises RequestError for a grammar that is wrong,
+        unsupported or too large, with the reason.
 
         What it costs is not bounded: a grammar of a kilobyte can take gigabytes. Who does not trust it compiles it in a
         process that may be killed first (`server/formats.py`).
@@ -154,14 +155,14 @@ class GrammarCompiler:
             self._compiled.put(key, found, size)
         return found
 
-    def _compile(self, spec: GrammarSpec) -> "Grammar":
+    def _compile(self, spec: GrammarSpec) -> "Matcher":
         if len(spec.rules) > MAX_RULES:
             raise RequestError(f"the grammar has {len(spec.rules)} characters; at most {MAX_RULES} are supported")
         start = _AFTER_REASONING if spec.reasoning else "start: answer\n"
         matcher = llguidance.LLMatcher(self._tokenizer, start + spec.rules, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise RequestError(f"the requested output format cannot be enforced: {reason(matcher.get_error())}")
-        return Grammar(matcher, self._mask_size, self._eos_ids)
+        return Matcher(matcher, self._mask_size, self._eos_ids)
 
 
 def reason(error: str) -> str:
@@ -170,55 +171,26 @@ def reason(error: str) -> str:
     return re.sub(r"\s+", " ", said)[:300]
 
 
-class Grammar:
-    """A compiled grammar; each sequence has its own Matcher."""
+class Matcher:
+    """Where one sequence stands in its grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher, mask_size: int, eos_ids: frozenset[int]):
         self._matcher = matcher
         self._mask_size = mask_size
         self._eos_ids = eos_ids
 
-    def matcher(self, output: Sequence[int] = ()) -> "Matcher":
-        """At the start, or, for a sequence that is taken up again, after the ids it has put out.
-
-        Raises RequestError where the grammar does not admit them.
-        """
-        matcher = Matcher(self._matcher.deep_copy(), self._mask_size, self._eos_ids)
-        for position, id in enumerate(output):
-            if not matcher.accept(id):
-                raise RequestError(f"token {id} at output position {position} does not fit the grammar")
-        return matcher
-
-
-class Matcher:
-    """Where one sequence stands in its grammar."""
-
-    def __init__(self, matcher: llguidance.LLMatcher, mask_size: int, eos_ids: frozenset[int], ended: bool = False):
-        self._matcher = matcher
-        self._mask_size = mask_size
-        self._eos_ids = eos_ids
-        self._ended = ended
-
     @property
     def finished(self) -> bool:
         """Whether nothing but an end token can follow, or one was accepted: the answer is complete."""
-        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def mask(self, out: np.ndarray | None = None) -> np.ndarray:
+    def mask(self) -> np.ndarray:
         """int32 [ceil(vocab_size / 32)], bit i of number j set where token 32 j + i may come next; never empty.
 
-        out: written and given back where it is passed. An end token may come where the answer is complete.
-        Raises RequestError where the grammar takes too much work, or no token of the vocabulary can go on.
+        An end token may come where the answer is complete. Raises RequestError where the grammar takes too much work,
+        or no token of the vocabulary can go on.
         """
-        if out is None:
-            out = np.empty(self._mask_size, np.int32)
-        if self.finished:
-            out[:] = 0
-            for id in self._eos_ids:
-                out.view(np.uint32)[id // 32] |= np.uint32(1 << id % 32)
-            return out
-        if out.shape != (self._mask_size,) or out.dtype != np.int32 or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}; it must be {self._mask_size} contiguous int32")
+        out = np.zeros(self._mask_size, np.int32)
         self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
         self._check()
         if not out.any():
@@ -230,17 +202,15 @@ class Matcher:
 
         A mask may admit less: of the spellings of a text without alternative, the tokenizer's own.
         """
-        if id in self._eos_ids:
-            ends = self.finished or self._matcher.is_accepting()
-            self._ended = self._ended or ends
-            return ends
-        accepted = not self.finished and self._matcher.try_consume_tokens([id]) == 1
+        if self.finished:
+            return id in self._eos_ids
+        accepted = self._matcher.try_consume_tokens([id]) == 1
         self._check()
         return accepted
 
     def copy(self) -> "Matcher":
-        """An independent matcher at the same place, for a fork."""
-        return Matcher(self._matcher.deep_copy(), self._mask_size, self._eos_ids, self._ended)
+        """An independent matcher at the same place."""
+        return Matcher(self._matcher.deep_copy(), self._mask_size, self._eos_ids)
 
     def _check(self) -> None:
         if self._matcher.is_error():

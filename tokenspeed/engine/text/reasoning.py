@@ -27,11 +27,11 @@ class ReasoningSplitter:
 
     def __init__(self, opened: bool):
         """opened: whether the prompt leaves the reasoning open (`leaves_reasoning_open`)."""
-        self._opened = opened
-        self._state = self._start
-        self._space: list[str] = []  # white space that may be at an end
-        self._held = ""  # after it, what may be part of a tag
         self.inside = opened  # the text so far ends in the reasoning
+        self._state = self._start
+        self._space: list[str] = []  # white space that the turn begins with
+        self._held = ""  # after it, what may be part of a tag
+        self._reasoned = Trimmer()
 
     def push(self, text: str) -> Split:
         """What `text` makes certain; at most a tag's length and the white space around it are held back."""
@@ -43,66 +43,56 @@ class ReasoningSplitter:
         return self._state(final=True)
 
     def _start(self, final: bool) -> Split:
-        self._skip_space()
-        if not final and OPEN.startswith(self._held[: len(OPEN)]) and len(self._held) < len(OPEN):
+        body = self._held.lstrip()
+        self._space.append(self._held[: len(self._held) - len(body)])  # so that no later piece looks at it again
+        self._held = body
+        if not final and len(body) < len(OPEN) and OPEN.startswith(body):
             return Split("", "")
-        if self._held.startswith(OPEN):
-            self._held = self._held[len(OPEN) :]
-            self._opened = self.inside = True
-        elif not self._opened:
+        if body.startswith(OPEN):
+            self._held, self.inside = body.removeprefix(OPEN), True
+        elif not self.inside:
+            self._held = "".join((*self._space, body))
             self._state = self._content
             return self._state(final)
-        self._space.clear()
-        self._state = self._reasoning_start
+        self._state = self._reasoning
         return self._state(final)
 
-    def _reasoning_start(self, final: bool) -> Split:
-        self._held = self._held.lstrip()
-        if self._held:
-            self._state = self._reasoning
-            return self._state(final)
-        return Split("", "")
-
     def _reasoning(self, final: bool) -> Split:
-        self._skip_space()
         reasoning, closed, rest = self._held.partition(CLOSE)
         if closed:
-            told = self._told(reasoning)
-            self.inside, self._held = False, rest
-            self._space.clear()
-            self._state = self._content_start
-            return Split(told, self._state(final).content)
+            self.inside, self._held, self._state = False, rest, self._content_start
+            return Split(self._reasoned.push(reasoning), self._state(final).content)
         known = len(self._held) - (0 if final else partial(self._held, CLOSE))
         reasoning, self._held = self._held[:known], self._held[known:]
-        return Split(self._told(reasoning), "")
+        return Split(self._reasoned.push(reasoning), "")
 
     def _content_start(self, final: bool) -> Split:
         self._held = self._held.lstrip()
         if self._held:
             self._state = self._content
-            return self._state(final)
-        return Split("", "")
+        return self._content(final)
 
     def _content(self, final: bool) -> Split:
-        content, self._held = "".join((*self._space, self._held)), ""
-        self._space.clear()
+        content, self._held = self._held, ""
         return Split("", content)
 
-    def _skip_space(self) -> None:
-        """White space that the held text begins with is set aside, so that no later piece looks at it again."""
-        body = self._held.lstrip()
-        if len(body) < len(self._held):
-            self._space.append(self._held[: len(self._held) - len(body)])
-            self._held = body
 
-    def _told(self, text: str) -> str:
-        """The reasoning up to the last of it that is no white space; the white space waits for what follows."""
+class Trimmer:
+    """Text without the white space at its ends, as it comes: white space waits for what follows it."""
+
+    def __init__(self, begun: bool = False):
+        """begun: the text goes on with what stands before it, so its first white space counts."""
+        self._begun = begun
+        self._space: list[str] = []
+
+    def push(self, text: str) -> str:
+        """What `text` makes certain."""
         body = text.rstrip()
         if not body:
             self._space.append(text)
             return ""
-        told = "".join((*self._space, body))
-        self._space = [text[len(body) :]]
+        told = "".join((*self._space, body)) if self._begun else body.lstrip()
+        self._begun, self._space = True, [text[len(body) :]]
         return told
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from .reasoning import partial
+
 
 class StopStrings:
     """Finds the first of some strings, also across pieces. Text that may begin one is held back, and no more."""
@@ -33,7 +35,7 @@ class StopStrings:
             end, length, stop = min(found)
             self._held = ""
             return before + text[: end if self._include else end + length], stop
-        certain = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        certain = len(text) - max(partial(text, stop) for stop in self._stops)
         self._held, self._early = text[certain:], max(early - certain, 0)
         return before + text[:certain], None
 
@@ -52,9 +54,3 @@ class StopStrings:
         """What was held back, once no more text comes."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that begin the stop string, as many as possible."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

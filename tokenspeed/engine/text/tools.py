@@ -27,7 +27,7 @@ from .call_tags import (
     VALUE_END,
     VALUE_MARK,
 )
-from .reasoning import partial
+from .reasoning import Trimmer, partial
 
 _TELLING = 8  # characters of a value that tell whether it can be anything but a string
 
@@ -111,8 +111,7 @@ class ToolCallParser:
         self._at = 0
         self._taken = 0  # characters before `_text`
         self._line = resumed  # whether the content's last line has more than white space
-        self._space: list[str] = []  # white space that follows the content told so far
-        self._has_content = resumed
+        self._told = Trimmer(resumed)
         self._events: list[Event] = []
         self._calls = 0
         self._call = _Call(None, False)
@@ -126,7 +125,7 @@ class ToolCallParser:
         """What is left at the end of the turn."""
         events = self._run("", final=True)
         if self._call.raw:
-            events.append(CallCut(self._calls - 1, self._as_content("".join((*self._call.raw, self._text)))))
+            events.append(CallCut(self._calls - 1, self._told.push("".join((*self._call.raw, self._text)))))
         return events
 
     def _run(self, text: str, final: bool) -> list[Event]:
@@ -281,19 +280,8 @@ class ToolCallParser:
             self.content_at = self._taken + self._at - len(body)
         newline = text.rfind("\n")
         self._line = bool(text[newline + 1 :].strip()) or (self._line and newline < 0)
-        if told := self._as_content(text):
+        if told := self._told.push(text):
             self._events.append(Content(told))
-
-    def _as_content(self, text: str) -> str:
-        """`text` where white space waits for what follows it, so that none is told at the ends."""
-        body = text.rstrip()
-        if not body:
-            self._space.append(text)
-            return ""
-        told = "".join((*self._space, body)) if self._has_content else body.lstrip()
-        self._has_content = True
-        self._space = [text[len(body) :]]
-        return told
 
 
 class _Call:

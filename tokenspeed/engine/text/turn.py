@@ -7,7 +7,7 @@ from typing import Any
 
 from .call_tags import CALL
 from .reasoning import ReasoningSplitter, partial
-from .tools import Arguments, CallCut, CallFinished, CallStarted, Content, Event, ToolCallParser
+from .tools import Arguments, CallCut, CallStarted, Content, Event, ToolCallParser
 
 _CHUNK = 64  # characters a candidate for a call is given at a time, so that one that is none costs no more
 
@@ -198,6 +198,3 @@ def parse_answer(
     turn.add(parser.push(text))
     turn.add(parser.finish())
     return turn.answer()
-
-
-__all__ = ["Answer", "AnswerParser", "CallFinished", "Reasoning", "ToolCall", "TurnEvent", "TurnText", "parse_answer"]

@@ -15,7 +15,7 @@ from ..errors import CapacityError, RequestError, TransferError
 from ..request import PrefixReuse, Request, RequestMetrics, SamplingParams, Update
 from ..schedule.cache import NoRoom
 from ..schedule.scheduler import Continuation, Leaving, State
-from ..text.grammar import Grammar, GrammarSpec
+from ..text.grammar import GrammarSpec, Matcher
 from .endpoint import address_of
 from .identity import digest
 from .params import RemoteDecode, RemotePrefill, Transfer
@@ -72,7 +72,7 @@ class Exchange:
         self.offered = self.pulled = self.failed = 0
 
     def submit(
-        self, request: Request, sink: Sink, transfer: Transfer, grammar: GrammarSpec | Grammar | None = None
+        self, request: Request, sink: Sink, transfer: Transfer, grammar: GrammarSpec | Matcher | None = None
     ) -> None:
         """As `Engine.submit`, for a request that is prefilled elsewhere or decoded elsewhere. Of the latter nothing is
         generated: it ends when all but the last token of its prompt are prefilled. Raises RequestError also for a room
