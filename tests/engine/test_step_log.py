@@ -117,6 +117,7 @@ PLACED = '{"pages": [%s], "prefill": [[[9], 0, 0, %d, 5]]}'  # one row of index 
         (2, '{"step": {"decode": [[[], 0]]}, "edits": [], "logits": ""}', ["line 2", "decode"]),
         (3, '{"step": {"begins": [[0, 1, 0, 1, 0, "seed"]]}, "edits": [], "logits": ""}', ["line 3", "begins"]),
         (3, '{"step": {}, "edits": [], "logits": ""}', ["line 3", "no rows"]),
+        (3, '{"step": {}, "edits": [[0, "", [], 1]], "logits": ""}', ["line 3", "place 1"]),
         (3, '{"step": {"decode": [[6, 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "index 6"]),
         (3, '{"step": {"prefill": [[[999], 0, 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "999", "640"]),
         (3, '{"step": {"prefill": [[[9], 9999, 0, 0]]}, "edits": [], "logits": ""}', ["line 3", "10000"]),

@@ -98,7 +98,7 @@ class Sample(NamedTuple):
     """Choose ids for an index behind a row of the Step: of a decode row its own, one and as many more as its drafts
     agree with; of a prefill row one, behind its last token, for whoever begins there.
 
-    logprobs: alternatives, -1 for none; edited: an Edit for it comes between forward and sampling, and it gets one id.
+    logprobs: alternatives, -1 for none; edited: Edits for it come between forward and sampling.
     """
 
     row: int

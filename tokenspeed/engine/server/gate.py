@@ -18,7 +18,7 @@ from .service import caller
 MAX_BYTES = 32 << 20  # of one body, unless told otherwise
 _MAX_TOTAL_BYTES = 1 << 30  # of all bodies that are held at a time
 _SECONDS, _PAUSE = 300.0, 20.0  # of a body: in all, and until the next piece
-_DRAIN_SECONDS, _DRAIN_PAUSE = 5.0, 0.5  # of a refused body: in all, and until the next piece
+_DRAIN_SECONDS, _DRAIN_PAUSE = 5.0, 2.0  # of a refused body: in all, and until the next piece
 OPEN_PATHS = frozenset({"/", "/health", "/kv_transfer", "/metrics", "/openapi.json"})
 
 
