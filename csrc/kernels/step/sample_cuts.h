@@ -1,5 +1,5 @@
-// How sample.cu cuts a row by top-k and top-p: a bound before ids are listed, and the last block's choice among what all
-// blocks have left.
+// How sample.cu cuts a row by top-k and top-p: a bound before ids are listed, and the last block's choice among what
+// all blocks have left.
 #pragma once
 #include "sample.h"
 
