@@ -48,9 +48,10 @@
 #include <ptx.h>
 #include <ptx_tma.h>
 
-#include "kernels.h"
-#include "moe_block.h"
-#include "moe_block_parts.h"
+#include "moe_block_entries.h"
+#include "moe_block_products.h"
+#include "moe_block_rows.h"
+#include "moe_block_sums.h"
 
 namespace tokenspeed {
 namespace {
@@ -147,65 +148,6 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
                 });
         }
         unit = blocks + static_cast<int>(next);
-    }
-}
-
-// Brings activations into the row slots: those of the shared expert, then those of each unit of down. One warp.
-template <typename Weight>
-__device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots) {
-    const MoeBlock& p = a.p;
-    const Work<Weight> work(p);
-    const int lane = threadIdx.x % 32, slot_bytes = a.layout.tokens * a.layout.slot_pitch;
-    ptx::mbarrier_wait(&control.begun, 0);
-    CounterSet& counters = counters_of(p.scratch, control.launch);
-    Cursor at, at_units;
-    if (static_cast<int>(blockIdx.x) < work.column_tiles) {
-        if (lane == 0) ptx::wait_at_least(&counters.projected, work.projections(p.tokens));
-        __syncwarp();
-        activate_shared<Weight>(a, slots);
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[0]);
-        at.next(kRowSlots);
-    }
-    ptx::mbarrier_wait(&control.listed, 0);
-    const int gate_up_units = control.entries * work.gate_up_tiles, pieces = p.width / 8;
-    for (int unit; (unit = next_unit(control, at_units)) >= 0;) {
-        if (unit < gate_up_units) continue;
-        const int entry = (unit - gate_up_units) / work.down_tiles;
-        const bool chose = lane < p.tokens && control.ranks[entry][lane] != kNobody;
-        unsigned left = __ballot_sync(kAllLanes, chose);
-        if (a.words == nullptr) {
-            if (lane == 0) ptx::wait_at_least(&counters.activated[entry], __popc(left) * work.gate_up_tiles);
-            __syncwarp();
-        }
-        ptx::mbarrier_wait(&control.rows_empty[at.slot], at.phase ^ 1);
-        uint8_t* slot = slots + at.slot * slot_bytes;
-        if (a.words != nullptr && left != 0) {
-            bring_words<Weight>(a.words + int64_t{control.ranks[entry][0]} * words_pitch(p.width), slot, p.width,
-                                control.launch);
-            left = 0;
-        }
-        for (; left != 0; left &= left - 1) {
-            const int token = __ffs(static_cast<int>(left)) - 1;
-            const auto* row = a.activations + int64_t{token * p.top_k + control.ranks[entry][token]} * p.width;
-            for (int base = 0; base < pieces; base += kBatch * 32) {
-                uint4 values[kBatch];
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) {
-                    const int piece = base + i * 32 + lane;
-                    if (piece < pieces) values[i] = ptx::load_16_no_allocate(row + piece * 8);
-                }
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) {
-                    const int piece = base + i * 32 + lane;
-                    if (base + i * 32 >= pieces) break;
-                    store_piece<Weight>(slot + token * a.layout.slot_pitch, piece, p.width, values[i], piece < pieces);
-                }
-            }
-        }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[at.slot]);
-        at.next(kRowSlots);
     }
 }
 

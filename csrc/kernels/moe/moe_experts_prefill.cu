@@ -24,8 +24,8 @@
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
 // written for them, and the sum leaves them out.
 //
-// Each product is launched in one of two forms: here blocks work each alone; in moe_experts_prefill_cluster.cu two share
-// weights. in_clusters() says which. docs/kernels/moe_prefill.md has what was measured, tried and lost.
+// Each product is launched in one of two forms: here blocks work each alone; in moe_experts_prefill_cluster.cu two
+// share weights. in_clusters() says which. docs/kernels/moe_prefill.md has what was measured, tried and lost.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
@@ -260,10 +260,10 @@ cudaError_t launch_down(const Bf16Prefill& a, const LaunchConfig& config) {
     return launch(down_kernel, config, activations, down, a);
 }
 
-// Whether blocks share weights, two in a cluster. That saves bytes from L2 where an expert has more choices than a tile of
-// a block alone, so that its weights are read again. It loses where tiles are shallow: a slot of the ring then waits for
-// both blocks, and an only group is spread over two (held to be why, not shown). On an H200, in us, alone -> in clusters,
-// by tokens (choices an expert):
+// Whether blocks share weights, two in a cluster. That saves bytes from L2 where an expert has more choices than a tile
+// of a block alone, so that its weights are read again. It loses where tiles are shallow: a slot of the ring then waits
+// for both blocks, and an only group is spread over two (held to be why, not shown). On an H200, in us, alone -> in
+// clusters, by tokens (choices an expert):
 //   256 experts, hidden 2048, width 512:    1024 (32) 437 -> 503, 8192 (256) 1025 -> 1066
 //   512 experts, hidden 4096, width 1024:   8192 (160) 7513 -> 5129, 16384 (320) 10777 -> 9883
 //   128 experts of those:                   8192 (640) 4853 -> 4434

@@ -1,5 +1,5 @@
-// What the files moe_experts_prefill*.cu share: the sizes of tiles and stages, the table of tiles, the ring's places, the
-// last launch. A stage is 128 bytes of each row: 64 columns of bf16, 128 of e4m3.
+// What the files moe_experts_prefill*.cu share: the sizes of tiles and stages, the table of tiles, the ring's places,
+// the last launch. A stage is 128 bytes of each row: 64 columns of bf16, 128 of e4m3.
 #pragma once
 #include <launch.h>
 #include <ptx.h>

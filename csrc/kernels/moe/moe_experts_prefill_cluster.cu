@@ -10,8 +10,8 @@
 //
 // A third warpgroup copies stages of 64 of depth (24 KB of choices, 32 KB of weights, four in flight): weights, and the
 // choices of the second product, by TMA; rows of x are gathered by cp.async, twelve a thread, into the layout that TMA
-// would have made. Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring columns
-// of a row of the output: it stores them as they are.
+// would have made. Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring
+// columns of a row of the output: it stores them as they are.
 //
 // Clusters are persistent, one to two multiprocessors, and take every 66th tile. Tiles of an expert are neighbours:
 // clusters at work at one time share rows in L2. The multiplying warpgroups drift apart by up to the ring, so that one
@@ -125,14 +125,15 @@ __device__ void prepare(Storage& storage, const int32_t* offsets, int experts, i
     ptx::cluster_sync();
 }
 
-// By a warp that has read a slot. It has but read what will be overwritten: no fence, here or where a slot is waited for.
+// By a warp that has read a slot. It has but read what will be overwritten: no fence, here or where a slot is waited
+// for.
 __device__ __forceinline__ void release(Storage& storage, int slot) {
     const uint32_t lane = threadIdx.x % 32;
     if (lane < kBlocks) ptx::mbarrier_arrive_cluster_relaxed(&storage.empty[slot], lane);
 }
 
-// By one thread: its block's half of a stage of weights, by load_half(to, full, tile, stage, mask), to both blocks; where
-// they share one group, each needs its own half alone. Announces `other_bytes` more on the barrier.
+// By one thread: its block's half of a stage of weights, by load_half(to, full, tile, stage, mask), to both blocks;
+// where they share one group, each needs its own half alone. Announces `other_bytes` more on the barrier.
 template <typename LoadHalf>
 __device__ __forceinline__ void load_weights(Storage& storage, const Tile& tile, int slot, int stage,
                                              uint32_t other_bytes, LoadHalf load_half) {
@@ -265,8 +266,8 @@ struct LoadHalf {
 };
 
 // The 16-byte pieces of kUnitRows weight rows in a thread's sums, at `columns` of the output's row of `place` (the
-// thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is the
-// order of weight rows in shared memory.
+// thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is
+// the order of weight rows in shared memory.
 template <bool kGateUp>
 __device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* output, const int (&place)[2], int columns,
                                            int unit_column) {
@@ -399,8 +400,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();  // the other block's last copies and arrivals need this one's shared memory
 }
 
-// Of weights [experts, kinds, columns, depth]: of each kRun rows, eight of every fourth. Column i of a lane t's pair in the
-// j-th eight columns of a product is column 8 t + 4 i + j of the run. Then from gate to up, and to the next run.
+// Of weights [experts, kinds, columns, depth]: of each kRun rows, eight of every fourth. Column i of a lane t's pair in
+// the j-th eight columns of a product is column 8 t + 4 i + j of the run. Then from gate to up, and to the next run.
 template <bool kGateUp>
 cudaError_t launch_product(const Bf16Prefill& a, cudaStream_t stream) {
     constexpr uint32_t kKinds = Product<kGateUp>::kKinds;
