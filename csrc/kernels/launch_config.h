@@ -6,10 +6,12 @@
 
 namespace tokenspeed {
 
+constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that a block may have
+
 struct LaunchConfig {
     dim3 grid;
     dim3 block;
-    size_t shared_bytes = 0;  // dynamic shared memory per block, at most 227 KB
+    size_t shared_bytes = 0;  // dynamic shared memory per block, at most kSharedLimit
     cudaStream_t stream = nullptr;
     dim3 cluster = {1, 1, 1};  // blocks per cluster; each divides the grid
     bool programmatic =

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const A
             for (int j = 0; j < kLaneElements; ++j) x.v[j] *= inverse * (1.0f + w.v[j]);
 #pragma unroll
             for (int j = 0; j < kLaneElements; ++j) {
-                const float partner = __shfl_xor_sync(0xffffffffu, x.v[j], half_lanes);
+                const float partner = __shfl_xor_sync(kAllLanes, x.v[j], half_lanes);
                 if (rotates) x.v[j] = x.v[j] * cosine.v[j] + sign * partner * sine.v[j];
             }
             packed[i] = pack(x);

@@ -48,18 +48,18 @@ using namespace attention_decode;
 template <typename Kv, int kTiles>
 __device__ __forceinline__ void produce(Storage<Kv, kTiles>& storage, const CUtensorMap* map,
                                         const PagedAttentionDecode& p, const Line& line) {
-    RingPosition<Storage<Kv, kTiles>::kStages> at;
+    Cursor at;
     each_segment(p, line, [&](const Segment& segment) {
         PageIds ids(p, segment.sequence, segment.first_page, segment.last_page);
         const int head = segment.group / p.row_groups;
         for (int page = segment.first_page; page < segment.last_page; ++page) {
             const int id = ids.id(page);
             for (int part = kKeys; part <= kValues; ++part) {
-                ptx::mbarrier_wait(&storage.empty[at.stage], at.parity ^ 1);
+                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
                 if (ptx::elect_one()) {
-                    load_box<Kv>(storage.ring[at.stage], map, &storage.full[at.stage], part, head, p.kv_heads, id);
+                    load_box<Kv>(storage.ring[at.slot], map, &storage.full[at.slot], part, head, p.kv_heads, id);
                 }
-                at.next();
+                at.next(Storage<Kv, kTiles>::kStages);
             }
         }
     });

@@ -153,12 +153,12 @@ class Consumer {
         release_box();
     }
 
-    __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.stage], at_.parity); }
+    __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.slot], at_.phase); }
 
     __device__ __forceinline__ void release_box() {
         __syncwarp();
-        if (lane_ == 0) ptx::mbarrier_arrive(&storage_.empty[at_.stage]);
-        at_.next();
+        if (lane_ == 0) ptx::mbarrier_arrive(&storage_.empty[at_.slot]);
+        at_.next(Shared::kStages);
     }
 
     // scores = Q K^T for the warp's 16 tokens.
@@ -166,7 +166,7 @@ class Consumer {
         constexpr int kSteps = kDim / (16 * kParts), kUnroll = Shared::kTeams > 1 ? 4 : kSteps;  // or two teams spill
         constexpr int kChains = kTiles == 1 ? 2 : 1;  // independent sums, so that one hides the other's latency
         float sums[kChains][kTiles][2][4] = {};
-        const uint32_t keys = ptx::shared_address(storage_.ring[at_.stage]);
+        const uint32_t keys = ptx::shared_address(storage_.ring[at_.slot]);
         const uint32_t query = ptx::shared_address(storage_.query);
         const int token = warp_ * 16 + lane_ % 8 + lane_ / 16 * 8;
 #pragma unroll kUnroll
@@ -271,7 +271,7 @@ class Consumer {
     __device__ __forceinline__ void multiply_values(int position) {
         constexpr int kWarpChunks = kWarpColumns * sizeof(Kv) / 16;
         const int first_chunk = warp_ * kWarpChunks % 8;
-        const uint32_t values = ptx::shared_address(storage_.ring[at_.stage]) + warp_ * kWarpChunks / 8 * kGroupBytes;
+        const uint32_t values = ptx::shared_address(storage_.ring[at_.slot]) + warp_ * kWarpChunks / 8 * kGroupBytes;
         const uint32_t weights = ptx::shared_address(storage_.weights);
         // Rows outside the sequence may hold NaN, and a weight of zero would not silence it.
         uint32_t low[kPage / 16], high[kPage / 16];
@@ -404,7 +404,7 @@ class Consumer {
     int context_ = 0;
     int first_row_ = 0;
     int segments_ = 0;
-    RingPosition<Shared::kStages> at_;
+    Cursor at_;
     float maximum_[kTiles][2], sum_[kTiles][2];  // sum_: over the lane's own tokens
     float output_[kTiles][8][4];
 };

@@ -1,6 +1,7 @@
 // How keys and values come into the shared memory of the prefill attention: the ring of boxes, the warp that fills it,
 // and the warps that turn boxes of e4m3 into boxes of fp16.
 #pragma once
+#include <launch_config.h>
 #include <ptx.h>
 
 #include "paged_attention_prefill_tiles.h"
@@ -39,7 +40,7 @@ struct Storage<E4m3> {
     uint64_t full[kStages], empty[kStages], raw_full[kRawStages], raw_empty[kRawStages];
     List list;
 };
-static_assert(sizeof(Storage<__nv_bfloat16>) <= 227 * 1024 && sizeof(Storage<E4m3>) <= 227 * 1024);
+static_assert(sizeof(Storage<__nv_bfloat16>) <= kSharedLimit && sizeof(Storage<E4m3>) <= kSharedLimit);
 static_assert(kQueryBytes == Format<__nv_bfloat16>::kBoxBytes && kQueryBytes == 2 * Format<E4m3>::kBoxBytes);
 
 template <typename Kv>
@@ -93,20 +94,15 @@ class Producer {
     template <int kStages, int kBytes>
     __device__ __forceinline__ void load(uint8_t (&ring)[kStages][kBytes], uint64_t* full, uint64_t* empty, int part,
                                          int head, int id) {
-        ptx::mbarrier_wait(&empty[at_.stage], at_.parity ^ 1);
-        if (ptx::elect_one()) load_box<Kv>(ring[at_.stage], map_, &full[at_.stage], part, head, p_.kv_heads, id);
-        at_.next();
-    }
-
-    static constexpr int stages() {
-        if constexpr (kConverted) return Shared::kRawStages;
-        return Shared::kStages;
+        ptx::mbarrier_wait(&empty[at_.slot], at_.phase ^ 1);
+        if (ptx::elect_one()) load_box<Kv>(ring[at_.slot], map_, &full[at_.slot], part, head, p_.kv_heads, id);
+        at_.next(kStages);
     }
 
     Shared& storage_;
     const CUtensorMap* map_;
     const PagedAttentionPrefill& p_;
-    RingPosition<stages()> at_;
+    Cursor at_;
 };
 
 // Boxes of e4m3 become boxes of fp16, in the order in which they arrive.
@@ -119,17 +115,17 @@ class Converter {
     __device__ __forceinline__ void run(const Tile& tile) {
 #pragma unroll 1
         for (int left = 2 * (tile.last_page - tile.first_page); left > 0; --left) {
-            ptx::mbarrier_wait(&storage_.raw_full[from_.stage], from_.parity);
-            ptx::mbarrier_wait(&storage_.empty[to_.stage], to_.parity ^ 1);
-            convert(storage_.raw[from_.stage], storage_.ring[to_.stage]);
+            ptx::mbarrier_wait(&storage_.raw_full[from_.slot], from_.phase);
+            ptx::mbarrier_wait(&storage_.empty[to_.slot], to_.phase ^ 1);
+            convert(storage_.raw[from_.slot], storage_.ring[to_.slot]);
             ptx::fence_async_shared();
             __syncwarp();
             if (threadIdx.x % 32 == 0) {
-                ptx::mbarrier_arrive(&storage_.raw_empty[from_.stage]);
-                ptx::mbarrier_arrive(&storage_.full[to_.stage]);
+                ptx::mbarrier_arrive(&storage_.raw_empty[from_.slot]);
+                ptx::mbarrier_arrive(&storage_.full[to_.slot]);
             }
-            from_.next();
-            to_.next();
+            from_.next(Shared::kRawStages);
+            to_.next(Shared::kStages);
         }
     }
 
@@ -159,8 +155,8 @@ class Converter {
     }
 
     Shared& storage_;
-    RingPosition<Shared::kRawStages> from_;
-    RingPosition<Shared::kStages> to_;
+    Cursor from_;
+    Cursor to_;
 };
 
 }  // namespace tokenspeed::attention_prefill

@@ -3,6 +3,7 @@
 #pragma once
 #include <ptx.h>
 #include <ptx_wgmma.h>
+#include <reduce.h>
 
 #include "paged_attention_prefill_boxes.h"
 
@@ -45,10 +46,10 @@ class Consumer {
         pack_weights(weights, scores);
         for (int page = tile_.first_page + 1; page < tile_.last_page; ++page) {
             wait_for_box();
-            const int keys = at_.stage;
+            const int keys = at_.slot;
             ptx::wgmma_fence(scores, output);
             multiply_keys(scores);
-            at_.next();
+            at_.next(Shared::kStages);
             wait_for_box();
             ptx::wgmma_fence(output);  // without this second one ptxas inserts it, and serialises (C7520)
             multiply_values(output, weights, page > tile_.first_page + 1);
@@ -58,7 +59,7 @@ class Consumer {
             ptx::wgmma_wait<0>(output);
             release_box();
             // From some page on the maxima hardly change.
-            if (__any_sync(0xffffffffu, rescale[0] != 1 || rescale[1] != 1)) {
+            if (__any_sync(kAllLanes, rescale[0] != 1 || rescale[1] != 1)) {
 #pragma unroll
                 for (int i = 0; i < kDim / 2; ++i) output[i] *= rescale[i / 2 % 2];
             }
@@ -125,15 +126,15 @@ class Consumer {
         return p_.log2_scale;
     }
 
-    __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.stage], at_.parity); }
+    __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.slot], at_.phase); }
 
     __device__ __forceinline__ void release(int stage) {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&storage_.empty[stage]);
     }
 
     __device__ __forceinline__ void release_box() {
-        release(at_.stage);
-        at_.next();
+        release(at_.slot);
+        at_.next(Shared::kStages);
     }
 
     // scores = Q K^T, started and committed.
@@ -141,7 +142,7 @@ class Consumer {
         const uint64_t query =
             ptx::matrix_descriptor(ptx::shared_address(storage_.query[group_]), Swizzle::k128, 16, 1024);
         const uint64_t keys =
-            ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.stage]), Swizzle::k128, 16, 1024);
+            ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.slot]), Swizzle::k128, 16, 1024);
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) {  // addresses in a descriptor count 16 bytes
             ptx::wgmma<Operand, kPage>(scores, query + (k / 4 * kGroupBytes + k % 4 * 32) / 16,
@@ -154,7 +155,7 @@ class Consumer {
     __device__ __forceinline__ void multiply_values(float (&output)[kDim / 2], const uint32_t (&weights)[kPage / 16][4],
                                                     bool accumulate) {
         const uint64_t values =
-            ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.stage]), Swizzle::k128, kGroupBytes, 1024);
+            ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.slot]), Swizzle::k128, kGroupBytes, 1024);
 #pragma unroll
         for (int k = 0; k < kPage / 16; ++k) {
             ptx::wgmma<Operand, kDim, true>(output, weights[k], values + k * 16 * kGroupRowBytes / 16,
@@ -217,7 +218,7 @@ class Consumer {
 #pragma unroll 1
         for (int i = threadIdx.x; i < (kPage - first) * (kDim / 8); i += kConsumers) {
             const int row = first + i / (kDim / 8), chunk = i % (kDim / 8);
-            *reinterpret_cast<uint4*>(storage_.ring[at_.stage] + chunk / 8 * kGroupBytes + (row * 8 + chunk % 8) * 16) =
+            *reinterpret_cast<uint4*>(storage_.ring[at_.slot] + chunk / 8 * kGroupBytes + (row * 8 + chunk % 8) * 16) =
                 uint4{};
         }
         ptx::fence_async_shared();
@@ -273,7 +274,7 @@ class Consumer {
         constexpr int kHalf = kDim / 2;
         // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the
         // products.
-        const int lane = __shfl_sync(0xffffffffu, lane_, lane_);
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);
         uint8_t* staging = storage_.query[group_] + warp_ * (kQueryBytes / 4);  // 16 rows of 512 bytes
         // A row's 16-byte chunks are permuted so that neither the writes nor the reads collide in a bank.
         const auto place = [&](int row, int chunk) { return staging + (row * 32 + (chunk ^ (row & 3) * 2)) * 16; };
@@ -330,7 +331,7 @@ class Consumer {
 
     // What a range of the pages adds, as it is, for the merge.
     __device__ __forceinline__ void leave_part(const float (&output)[kDim / 2]) const {
-        const int lane = __shfl_sync(0xffffffffu, lane_, lane_);  // opaque, as above
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);  // opaque, as above
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float sum = warp_sum<4>(sum_[half]);
@@ -355,7 +356,7 @@ class Consumer {
     int first_row_;              // of the group, in the sequence
     int masked_from_;            // tokens that all rows of the group see
     float maximum_[2], sum_[2];  // sum_: over the lane's own columns
-    RingPosition<Shared::kStages> at_;
+    Cursor at_;
 };
 
 }  // namespace tokenspeed::attention_prefill

@@ -4,6 +4,7 @@
 // budget: prefill_merge_kernel registers<=48 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include <algorithm>
 
@@ -29,7 +30,7 @@ __device__ __forceinline__ CutRow find_row(const PagedAttentionPrefill& p, int m
                                            int column) {
     // How many sequences end before the token. There may be tokens behind the last one.
     const int lane = threadIdx.x % 32;
-    const int sequence = __popc(__ballot_sync(0xffffffffu, lane < p.sequences && first_token_of(p, lane + 1) <= token));
+    const int sequence = __popc(__ballot_sync(kAllLanes, lane < p.sequences && first_token_of(p, lane + 1) <= token));
     if (sequence == p.sequences) return {};
     const Extent extent = extent_of(p, sequence);
     if (extent.tiles == 0) return {};

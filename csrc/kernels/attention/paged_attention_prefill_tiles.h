@@ -75,8 +75,8 @@ __device__ __forceinline__ int choose_max_pages(const PagedAttentionPrefill& p, 
         int entries = 0;
 #pragma unroll 1
         for (int sequence = 0; sequence < p.sequences; ++sequence) {
-            const Extent extent{__shfl_sync(0xffffffffu, own.tiles, sequence),
-                                __shfl_sync(0xffffffffu, own.pages, sequence)};
+            const Extent extent{__shfl_sync(kAllLanes, own.tiles, sequence),
+                                __shfl_sync(kAllLanes, own.pages, sequence)};
             entries += entries_of(extent, max_pages);
         }
         entries *= p.kv_heads;
@@ -91,8 +91,8 @@ __device__ __forceinline__ int choose_max_pages(const PagedAttentionPrefill& p, 
         }
     }
     const uint32_t least_of_all = warp_reduce(least, [](uint32_t a, uint32_t b) { return min(a, b); });
-    const int chosen = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, least == least_of_all))) - 1;
-    return __shfl_sync(0xffffffffu, best, chosen);
+    const int chosen = __ffs(static_cast<int>(__ballot_sync(kAllLanes, least == least_of_all))) - 1;
+    return __shfl_sync(kAllLanes, best, chosen);
 }
 
 // 128 rows of one sequence and KV head, and a range of the pages that they see.
@@ -129,13 +129,13 @@ __device__ __forceinline__ Located locate_longest(const PagedAttentionPrefill& p
     }
     for (int level = warp_maximum(end);;) {
         const bool reaches = start < level && level <= end;
-        const uint32_t sequences = __ballot_sync(0xffffffffu, reaches);
+        const uint32_t sequences = __ballot_sync(kAllLanes, reaches);
         const int next = warp_maximum(end < level ? end : start < level ? start : 0);
         const int count = __popc(sequences), tiles = count * (level - next);
         if (index < tiles) {
             const bool chosen = reaches && __popc(sequences & ((1u << lane) - 1)) == index % count;
-            const int sequence = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, chosen))) - 1;
-            return {sequence, level - 1 - index / count - __shfl_sync(0xffffffffu, start, sequence)};
+            const int sequence = __ffs(static_cast<int>(__ballot_sync(kAllLanes, chosen))) - 1;
+            return {sequence, level - 1 - index / count - __shfl_sync(kAllLanes, start, sequence)};
         }
         index -= tiles;
         level = next;

@@ -321,13 +321,9 @@ std::optional<cudaError_t> try_halves(const Linear& p, const cudaStream_t* strea
     return cudaSuccess;
 }
 
-bool aligned(const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 bool well_formed(const Linear& p) {
     return p.rows >= 1 && p.rows <= kLinearMaxRows && p.outputs >= 1 && p.inputs >= 32 && p.inputs % 32 == 0 &&
-           p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.weight) && aligned(p.tail) &&
+           p.x_stride % 8 == 0 && is_aligned(p.x) && is_aligned(p.weight) && is_aligned(p.tail) &&
            (p.tail == nullptr || (p.scale != nullptr && p.tail_outputs >= 1));
 }
 
@@ -338,7 +334,7 @@ bool linear_supported(const Linear& p) {
 }
 
 bool add_rms_norm_linear_supported(const Linear& p) {
-    return well_formed(p) && p.rows <= kLinearMaxStagedRows && aligned(p.residual) && aligned(p.norm_weight) &&
+    return well_formed(p) && p.rows <= kLinearMaxStagedRows && is_aligned(p.residual) && is_aligned(p.norm_weight) &&
            try_launch<Operand::kAddNorm>(p, nullptr);
 }
 

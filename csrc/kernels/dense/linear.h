@@ -10,7 +10,6 @@
 
 namespace tokenspeed::linear_product {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kTileRows = 16;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
@@ -65,7 +64,6 @@ struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1,
     // multiple of 128 bytes on (or each row of a piece would lie in two lines), the ring,
     // [stages][kWarps][kPieceBytes].
 };
-constexpr int kSharedLimit = 227 * 1024;      // bytes a block
 constexpr int kHalfSharedLimit = 113 * 1024;  // where two share a multiprocessor
 constexpr int kShortShare = 10;               // pieces
 constexpr int kFirstCopies = 5;               // before the wait, of a share that asks for x early

@@ -66,9 +66,7 @@ __device__ __forceinline__ void stage_silu_mul(const Target& operand, const Line
         if (column < p.inputs) {
             const Float8 g = unpack(*reinterpret_cast<const uint4*>(gate + column));
             const Float8 u = unpack(*reinterpret_cast<const uint4*>(gate + p.inputs + column));
-            Float8 y;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
+            const Float8 y = gated(g, u);
             packed = pack(y);
         }
         store_operand<Weight>(operand, row, column - first, packed);
@@ -131,9 +129,7 @@ __device__ __forceinline__ void stage_add_norm(const Target& operand, const __nv
             const Float8 s =
                 unpack(*reinterpret_cast<const uint4*>(operand.rows + row * operand.pitch + column - first));
             const Float8 w = unpack(*reinterpret_cast<const uint4*>(weights + column - first));
-            Float8 y;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) y.v[j] = s.v[j] * inverse * (1.0f + w.v[j]);
+            const Float8 y = normalised(s, inverse, w);
             packed = pack(y);
             if (stores) store_16(p.normed + int64_t{row} * p.inputs + column, packed);
         }

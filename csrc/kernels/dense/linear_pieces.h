@@ -2,6 +2,7 @@
 // into its ring, and how it multiplies one with x.
 #pragma once
 #include <ptx.h>
+#include <reduce.h>
 
 #include "linear.h"
 

@@ -25,6 +25,7 @@
 // budget: causal_conv1d_kernel registers<=128 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "bf16x8.h"
 #include "kernels.h"
@@ -32,7 +33,6 @@
 namespace tokenspeed {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 128;
 constexpr int kBlocks = 4;    // per multiprocessor: what registers and shared memory allow
 constexpr int kChannels = 8;  // per thread
@@ -70,12 +70,7 @@ __device__ Tile find_tile(const CausalConv1d& p, int tile, int block) {
             mine.write_slot = p.write_slot[sequence];
             tiles = mine.length > tile ? (mine.length + tile - 1) / tile : 1;
         }
-        int through = tiles;  // tiles of this sequence and of those before it in the warp
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, through, distance);
-            if (lane >= distance) through += other;
-        }
+        int through = warp_running_sum(tiles);  // tiles of this sequence and of those before it in the warp
         const unsigned beyond = __ballot_sync(kAllLanes, before + through > block);
         if (beyond != 0) {
             const int owner = __ffs(static_cast<int>(beyond)) - 1;

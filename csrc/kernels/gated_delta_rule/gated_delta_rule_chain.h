@@ -1,6 +1,7 @@
 // The chain of gated_delta_rule_prefill.cu: the warpgroup that walks the chunks with the state in registers, the stages
 // of shared memory that it reads, and what it leaves there. See there for the algorithm.
 #pragma once
+#include <launch_config.h>
 #include <ptx.h>
 
 #include "bf16x8.h"
@@ -42,7 +43,7 @@ struct Shared {
     Ring chain_ring, output_ring;
     uint64_t state_given, update_given, taken;
 };
-static_assert(sizeof(Shared) <= 227 * 1024);
+static_assert(sizeof(Shared) <= kSharedLimit);
 
 // Turns the state before the chunk, which this thread has stored at `state`, into that after the token at place `last`:
 // e^{G_last} S + sum_{t <= last} e^{G_last - G_t} v'_t k_t^T. `updates` are the chunk's V' transposed.

@@ -38,6 +38,7 @@
 // budget: decode_kernel registers<=160 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "gated_delta_rule_decode.h"
 #include "kernels.h"
@@ -326,8 +327,8 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     const auto squares_of = [&](int item) {
         const float4 o = *reinterpret_cast<const float4*>(shared.value + item / quads * at.rows + item % quads * 4);
         float squares = dot(o, o);
-        squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-        return squares + __shfl_xor_sync(0xffffffffu, squares, 2);
+        squares += __shfl_xor_sync(kAllLanes, squares, 1);
+        return squares + __shfl_xor_sync(kAllLanes, squares, 2);
     };
     if constexpr (kSplit) {
         // The units' sums go to the whole cluster first: a barrier behind the stores would wait for them.
@@ -368,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
         } else {
             squares = squares_of(item);
 #pragma unroll
-            for (int offset = 4; offset < 32; offset *= 2) squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+            for (int offset = 4; offset < 32; offset *= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
         }
         if (first + threadIdx.x >= kTokens * quads) continue;
         const float inverse = rsqrtf(squares / kDim + p.eps);
@@ -419,7 +420,6 @@ int choose_split(const GatedDeltaRuleDecode& p) {
 }  // namespace
 
 bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool shapes = p.key_heads > 0 && p.value_heads % p.key_heads == 0 &&
                         p.value_heads / p.key_heads <= kMaxRatio && p.tokens >= 1 && p.tokens <= kMaxTokens &&
                         p.sequences <= 65535 && p.channels == (2 * p.key_heads + p.value_heads) * kDim &&
@@ -427,8 +427,8 @@ bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& p) {
                         p.window_entries >= kTaps - 1;
     const bool strides =
         p.qkv_stride % 8 == 0 && p.z_stride % 8 == 0 && p.state_stride % 4 == 0 && p.window_stride % 8 == 0;
-    return shapes && strides && aligned(p.qkv) && aligned(p.z) && aligned(p.state) && aligned(p.window) &&
-           aligned(p.conv_weight) && aligned(p.out);
+    return shapes && strides && is_aligned(p.qkv) && is_aligned(p.z) && is_aligned(p.state) && is_aligned(p.window) &&
+           is_aligned(p.conv_weight) && is_aligned(p.out);
 }
 
 cudaError_t gated_delta_rule_decode(GatedDeltaRuleDecode p, cudaStream_t stream) {

@@ -272,11 +272,10 @@ struct Workspace {
 }  // namespace
 
 bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.key_heads > 0 && p.value_heads % p.key_heads == 0 &&
            p.value_heads / p.key_heads <= kMaxValueHeadsPerKeyHead && p.value_heads <= 65535 && p.sequences <= 65535 &&
-           max_slots(p, 0) <= 65535 && p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && aligned(p.qkv) &&
-           aligned(p.state) && aligned(p.out);
+           max_slots(p, 0) <= 65535 && p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && is_aligned(p.qkv) &&
+           is_aligned(p.state) && is_aligned(p.out);
 }
 
 int64_t gated_delta_rule_prefill_workspace(const GatedDeltaRulePrefill& p) {

@@ -36,9 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     const __nv_bfloat16* source = x + index / row_vectors * x_stride + index % row_vectors * 8;
     const uint4 gate = ptx::load_16_no_allocate(source), up = ptx::load_16_no_allocate(source + row_vectors * 8);
     const Float8 g = unpack(gate), u = unpack(up);
-    Float8 y;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
+    const Float8 y = gated(g, u);
     store_16(out + int64_t(index) * 8, pack(y));
 }
 

@@ -412,7 +412,6 @@ int64_t moe_block_scratch(const MoeBlock& p) {
 bool moe_block_supported(const MoeBlock& p) {
     const bool scaled = p.router != nullptr;
     const int unit = scaled ? kChunk<E4m3> : kChunk<__nv_bfloat16>;
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const auto whole = [&](int size) { return size >= unit && size % unit == 0; };
     for (const float* scale : {p.in_scale, p.gate_up_scale, p.down_scale, p.shared_scale}) {
         if ((scale != nullptr) != scaled) return false;
@@ -422,9 +421,9 @@ bool moe_block_supported(const MoeBlock& p) {
            (p.experts == 256 || p.experts == 512) && p.held >= 1 && p.held <= p.experts && whole(p.hidden) &&
            p.hidden <= expert_decode::kMaxDepth && whole(p.width) && whole(p.shared) &&
            p.width <= expert_decode::kMaxDepth && p.shared <= expert_decode::kMaxDepth &&
-           p.projections >= 2 * p.shared + p.experts + 1 && p.x_stride % 8 == 0 && aligned(p.x) &&
-           aligned(p.residual) && aligned(p.norm_weight) && aligned(p.in_proj) && aligned(p.router) &&
-           aligned(p.gate_up) && aligned(p.down) && aligned(p.shared_down) && aligned(p.scratch) &&
+           p.projections >= 2 * p.shared + p.experts + 1 && p.x_stride % 8 == 0 && is_aligned(p.x) &&
+           is_aligned(p.residual) && is_aligned(p.norm_weight) && is_aligned(p.in_proj) && is_aligned(p.router) &&
+           is_aligned(p.gate_up) && is_aligned(p.down) && is_aligned(p.shared_down) && is_aligned(p.scratch) &&
            layout.bytes() <= kSharedLimit;
 }
 

@@ -2,6 +2,7 @@
 // that any token chose, and the units that a block takes of them.
 #pragma once
 #include <ptx.h>
+#include <reduce.h>
 
 #include "dense/add_norm.h"
 #include "moe_block.h"

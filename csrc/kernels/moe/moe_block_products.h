@@ -1,6 +1,7 @@
 // The products of moe_block.cu: a unit's stages times rows in shared memory, and the sums of all warps.
 #pragma once
 #include <ptx.h>
+#include <reduce.h>
 
 #include <type_traits>
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <bf16x8.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "moe_block.h"
 #include "moe_block_entries.h"
@@ -66,9 +67,7 @@ __device__ inline void activate_shared(const Arguments& a, uint8_t* slot) {
             uint4 packed{};
             if (piece < all) {
                 const Float8 g = unpack(gates[i]), u = unpack(ups[i]);
-                Float8 y;
-#pragma unroll
-                for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
+                const Float8 y = gated(g, u);
                 packed = pack(y);
             }
             uint8_t* row = slot + piece / pieces * a.layout.slot_pitch;

@@ -3,6 +3,7 @@
 #pragma once
 #include <bf16x8.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "moe_block_products.h"
 

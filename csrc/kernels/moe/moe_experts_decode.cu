@@ -56,6 +56,7 @@
 #include <launch.h>
 #include <ptx.h>
 #include <ptx_tma.h>
+#include <reduce.h>
 
 #include "fp8.h"
 #include "kernels.h"
@@ -450,13 +451,12 @@ cudaError_t launch_experts(const MoeExperts& p, cudaStream_t stream) {
 }  // namespace
 
 bool moe_experts_decode_supported(const MoeExperts& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool scaled = p.gate_up_scale != nullptr && p.down_scale != nullptr;
     const bool sizes =
         scaled ? sizes_supported<E4m3>(p) : p.gate_up_scale == p.down_scale && sizes_supported<__nv_bfloat16>(p);
     return sizes && p.tokens >= 1 && p.tokens <= kMoeDecodeTokens && p.top_k >= 1 && p.top_k <= kMaxTopK &&
-           p.experts >= 1 && p.experts <= UINT16_MAX && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) &&
-           aligned(p.down);
+           p.experts >= 1 && p.experts <= UINT16_MAX && p.x_stride % 8 == 0 && is_aligned(p.x) &&
+           is_aligned(p.gate_up) && is_aligned(p.down);
 }
 
 size_t moe_experts_decode_workspace(const MoeExperts& p) {

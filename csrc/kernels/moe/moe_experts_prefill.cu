@@ -72,7 +72,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Stora
         }
         if (lane == 0 && before >= 0) ptx::mbarrier_arrive(&storage.empty[before]);
         before = at.slot;
-        at.next();
+        at.next(kStages);
     }
     ptx::wgmma_wait<0>(sum);
     if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 }
                 copy_choices(storage.choices[at.slot], source, s * kRowBytes);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-                at.next();
+                at.next(kStages);
             }
         }
     } else {
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
                 ptx::tma_load<3>(storage.weights[at.slot], &down, full,
                                  {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next();
+                at.next(kStages);
             }
         }
     } else {
@@ -286,11 +286,10 @@ cudaError_t expert_prefill::sum_ranks(const MoeExperts& p, const __nv_bfloat16* 
 }
 
 bool moe_experts_prefill_supported(const MoeExperts& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.gate_up_scale == nullptr && p.down_scale == nullptr && p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 &&
            p.experts <= kMaxExperts && p.hidden >= kDepth && p.hidden % kDepth == 0 && p.width >= kDepth &&
-           p.width % kDepth == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
-           int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
+           p.width % kDepth == 0 && p.x_stride % 8 == 0 && is_aligned(p.x) && is_aligned(p.gate_up) &&
+           is_aligned(p.down) && int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
 }
 
 size_t moe_experts_prefill_workspace(const MoeExperts& p) {

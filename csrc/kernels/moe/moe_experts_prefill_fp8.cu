@@ -18,6 +18,7 @@
 #include <ptx.h>
 #include <ptx_tma.h>
 #include <ptx_wgmma.h>
+#include <reduce.h>
 
 #include <algorithm>
 
@@ -80,7 +81,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock /
         } else {
             read();
         }
-        at.next();
+        at.next(kStages);
     }
 }
 
@@ -89,7 +90,6 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock /
 template <typename Choice>
 __device__ __forceinline__ void store_activations(uint8_t* staging, const float (&sum)[kParts][kScaleBlock / 2],
                                                   const Arguments& a, int column, Choice choice) {
-    constexpr float kLargest = 448.0f, kSmallestPeak = 0x1p-100f;
     const int lane = threadIdx.x % 32, groups = a.p.width / kScaleBlock;
     __syncwarp();  // what the warp stored before has been read
 #pragma unroll
@@ -103,9 +103,10 @@ __device__ __forceinline__ void store_activations(uint8_t* staging, const float 
         }
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 1));
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
-        const float factor = kLargest / peak;
+        const float factor = kLargestE4m3 / peak;
         const int row = lane / 4 + half * 8, to = choice(row);
-        if (lane % 4 == 0 && to >= 0) a.activation_scale[int64_t{to} * groups + column / kScaleBlock] = peak / kLargest;
+        if (lane % 4 == 0 && to >= 0)
+            a.activation_scale[int64_t{to} * groups + column / kScaleBlock] = peak / kLargestE4m3;
 #pragma unroll
         for (int i = 0; i < kScaleBlock / 4; i += 2) {
             const float2 pair = make_float2(value[i] * factor, value[i + 1] * factor);
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 }
                 copy_choices(storage.choices[at.slot], source, s * kRowBytes);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-                at.next();
+                at.next(kStages);
             }
         }
     } else {
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
                 ptx::tma_load<3>(storage.weights[at.slot], &down, full,
                                  {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next();
+                at.next(kStages);
             }
         }
     } else {
@@ -261,11 +262,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 bool moe_experts_prefill_fp8_supported(const MoeExperts& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.gate_up_scale != nullptr && p.down_scale != nullptr && p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 &&
            p.experts <= kMaxExperts && p.hidden >= kDepth && p.hidden % kDepth == 0 && p.width >= kDepth &&
-           p.width % kDepth == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
-           int64_t{p.tokens} * p.hidden / 8 / 256 < INT32_MAX;
+           p.width % kDepth == 0 && p.x_stride % 8 == 0 && is_aligned(p.x) && is_aligned(p.gate_up) &&
+           is_aligned(p.down) && int64_t{p.tokens} * p.hidden / 8 / 256 < INT32_MAX;
 }
 
 size_t moe_experts_prefill_fp8_workspace(const MoeExperts& p) {

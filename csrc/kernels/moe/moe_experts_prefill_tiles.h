@@ -21,7 +21,7 @@ struct Storage {  // of dynamic shared memory
     uint64_t full[kStages], empty[kStages];
     Table table;
 };
-static_assert(sizeof(Storage) <= 227 * 1024);
+static_assert(sizeof(Storage) <= kSharedLimit);
 
 struct Tile {
     int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices

@@ -110,12 +110,7 @@ __global__ void __launch_bounds__(1024)
             count += members;
         }
     }
-    int through = count;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, distance);
-        if (lane >= distance) through += other;
-    }
+    int through = warp_running_sum(count);
     if (lane == 31) warp_total[warp] = through;
     __syncthreads();
     if (expert < kExperts) {

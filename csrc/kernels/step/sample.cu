@@ -35,6 +35,7 @@
 // budget: draw_kernel registers<=80 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include <algorithm>
 
@@ -164,11 +165,7 @@ __device__ __forceinline__ void bin_octet(Exchange& exchange, const Octet<T>& x,
         }
         const Key mass = mass_of(distance);
         if (mass == 0) continue;  // beyond every cut
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-            const auto part = static_cast<uint32_t>(mass >> (piece * kPieceBits)) & ((1u << kPieceBits) - 1);
-            if (part != 0) atomicAdd(&exchange.pieces[piece][bin], part);
-        }
+        add_mass(exchange.pieces, bin, mass);
         const Key best = exchange.bests[bin];
         const float u = uniform(words[j / 4].x[j % 4]);
         if (!(distance <= request.farthest) || (best > 0 && race_of(u, distance) > race_limit_for(value_of(best))))

@@ -2,6 +2,7 @@
 // and what blocks of a cluster find together.
 #pragma once
 #include <ptx.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include "kernels.h"
@@ -9,15 +10,16 @@
 
 namespace tokenspeed::sampling_ranks {
 
+using sampling::add_mass;
 using sampling::Best;
+using sampling::kPieceBits;
+using sampling::kPieces;
 using sampling::mass_of;
 using sampling::Noise;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = kThreads;
-constexpr int kPieces = 3;  // of a mass, in a histogram
-constexpr int kPieceBits = 14;
 constexpr float kLinearBins = 32;  // per unit of distance
 constexpr uint32_t kInfinity = 0x7f800000;
 constexpr int kList = 512;      // ids of a block that are listed
@@ -25,8 +27,6 @@ constexpr int kMerged = kBins;  // of all blocks of all ranks: a thread each
 constexpr int kBounds = 3;      // distances that may bound top-p
 constexpr int kSums = 2 * kBounds + 1;
 constexpr int kGranules = kMerged + 32;  // of an exchange: a head before a list
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr size_t kSharedLimit = 227 * 1024;
 static_assert(kBins <= kGranules && kSampleRanksMax * kSums <= kThreads && 2 * kSampleRanksMax <= 32);
 
 struct alignas(16) Exchange {  // of dynamic shared memory, before the row
@@ -142,11 +142,7 @@ inline __device__ Best cluster_best(Exchange& exchange) {
 // The inclusive sum over the threads of the block up to this one.
 inline __device__ unsigned long long block_running_sum(Exchange& exchange, unsigned long long x) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const unsigned long long below = __shfl_up_sync(kAllLanes, x, offset);
-        if (lane >= offset) x += below;
-    }
+    x = warp_running_sum(x);
     if (lane == 31) exchange.warp_totals[warp] = x;
     __syncthreads();
     for (int i = 0; i < warp; ++i) x += exchange.warp_totals[i];

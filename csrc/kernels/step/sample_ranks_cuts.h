@@ -33,10 +33,7 @@ __device__ __forceinline__ uint32_t search(const SampleRanks& p, Exchange& excha
             if constexpr (kMasses) {
                 const unsigned long long mass = mass_of(distance);
                 if (mass == 0) continue;
-                for (int piece = 0; piece < kPieces; ++piece) {
-                    const auto part = static_cast<uint32_t>(mass >> (piece * kPieceBits)) & ((1u << kPieceBits) - 1);
-                    if (part != 0) atomicAdd(&exchange.bins[piece][bin], part);
-                }
+                add_mass(exchange.bins, bin, mass);
             } else {
                 atomicAdd(&exchange.bins[0][bin], 1u);
             }
