@@ -19,9 +19,6 @@ struct LaunchConfig {
     // It waits for flags that the grid ahead sets, before its own wait: the emulator starts it only once each block
     // there has let it, as a device does.
     bool takes_flags = false;
-    // Blocks that its __launch_bounds__ want on a multiprocessor, if it moves registers between warpgroups: the
-    // emulator cannot see them.
-    int blocks_together = 1;
 };
 
 }  // namespace tokenspeed

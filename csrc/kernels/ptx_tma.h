@@ -104,11 +104,10 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, u
 // The same box to the same place in every block of `mask`; completes on the barrier of each.
 template <int kRank>
 __device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
-                                                   const int32_t (&c)[kRank], uint16_t mask,
-                                                   CachePolicy policy = CachePolicy::kNormal) {
+                                                   const int32_t (&c)[kRank], uint16_t mask) {
     static_assert(kRank >= 1 && kRank <= 5);
     const uint32_t to = shared_address(shared), done = shared_address(barrier);
-    const auto hint = static_cast<uint64_t>(policy);
+    const auto hint = static_cast<uint64_t>(CachePolicy::kNormal);
     if constexpr (kRank == 1) {
         asm volatile(
             "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"

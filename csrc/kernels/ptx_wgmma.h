@@ -82,43 +82,12 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
 // ---- one specialisation per element and shape: text only
 
 #define WGMMA_OPERANDS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define WGMMA_REGISTERS_8 "%0, %1, %2, %3"
-#define WGMMA_OPERANDS_8 WGMMA_OPERANDS_4(0)
-#define WGMMA_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define WGMMA_OPERANDS_16 WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4)
-#define WGMMA_REGISTERS_24 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
-#define WGMMA_OPERANDS_24 WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8)
-#define WGMMA_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA_OPERANDS_32 WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12)
-#define WGMMA_REGISTERS_40 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
-#define WGMMA_OPERANDS_40 \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16)
-#define WGMMA_REGISTERS_48                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23"
-#define WGMMA_OPERANDS_48                                                                                      \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16), \
-        WGMMA_OPERANDS_4(20)
 #define WGMMA_REGISTERS_64                                                                                 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_OPERANDS_64                                                                                      \
     WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16), \
         WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28)
-#define WGMMA_REGISTERS_80                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
-#define WGMMA_OPERANDS_80                                                                                      \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16), \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36)
-#define WGMMA_REGISTERS_96                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47"
-#define WGMMA_OPERANDS_96                                                                                             \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44)
 #define WGMMA_REGISTERS_128                                                                                \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
@@ -129,28 +98,6 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
         WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
         WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
         WGMMA_OPERANDS_4(60)
-#define WGMMA_REGISTERS_160                                                                                \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_OPERANDS_160                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
-        WGMMA_OPERANDS_4(60), WGMMA_OPERANDS_4(64), WGMMA_OPERANDS_4(68), WGMMA_OPERANDS_4(72), WGMMA_OPERANDS_4(76)
-#define WGMMA_REGISTERS_192                                                                                \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
-    "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define WGMMA_OPERANDS_192                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
-        WGMMA_OPERANDS_4(60), WGMMA_OPERANDS_4(64), WGMMA_OPERANDS_4(68), WGMMA_OPERANDS_4(72), WGMMA_OPERANDS_4(76), \
-        WGMMA_OPERANDS_4(80), WGMMA_OPERANDS_4(84), WGMMA_OPERANDS_4(88), WGMMA_OPERANDS_4(92)
 #define WGMMA_REGISTERS_256                                                                                \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
@@ -214,47 +161,16 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
     WGMMA_SHAPE(__half, "f16", N, __VA_ARGS__)
 
 namespace detail {
-WGMMA_SHAPES(8, "%4", "%5", "%6", "%7", "%8", "%9", "%10")
-WGMMA_SHAPES(16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
-WGMMA_SHAPES(24, "%12", "%13", "%14", "%15", "%16", "%17", "%18")
-WGMMA_SHAPES(32, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
-WGMMA_SHAPES(40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
-WGMMA_SHAPES(48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 WGMMA_SHAPES(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-WGMMA_SHAPES(80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
-WGMMA_SHAPES(96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 WGMMA_SHAPES(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-WGMMA_SHAPES(160, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
-WGMMA_SHAPES(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
-WGMMA_SHAPE_E4M3(64, "%32", "%33", "%34")
 WGMMA_SHAPE_E4M3(128, "%64", "%65", "%66")
 }  // namespace detail
 
-#undef WGMMA_REGISTERS_8
-#undef WGMMA_OPERANDS_8
-#undef WGMMA_REGISTERS_16
-#undef WGMMA_OPERANDS_16
-#undef WGMMA_REGISTERS_24
-#undef WGMMA_OPERANDS_24
-#undef WGMMA_REGISTERS_32
-#undef WGMMA_OPERANDS_32
-#undef WGMMA_REGISTERS_40
-#undef WGMMA_OPERANDS_40
-#undef WGMMA_REGISTERS_48
-#undef WGMMA_OPERANDS_48
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_OPERANDS_64
-#undef WGMMA_REGISTERS_80
-#undef WGMMA_OPERANDS_80
-#undef WGMMA_REGISTERS_96
-#undef WGMMA_OPERANDS_96
 #undef WGMMA_REGISTERS_128
 #undef WGMMA_OPERANDS_128
-#undef WGMMA_REGISTERS_160
-#undef WGMMA_OPERANDS_160
-#undef WGMMA_REGISTERS_192
-#undef WGMMA_OPERANDS_192
 #undef WGMMA_REGISTERS_256
 #undef WGMMA_OPERANDS_256
 #undef WGMMA_OPERANDS_4
