@@ -22,7 +22,7 @@ struct Storage {
     static constexpr int kConsumers = kTeams * kTeamThreads, kThreads = kConsumers + 32;
 
     alignas(1024) uint8_t ring[kStages][Format<Kv>::kBoxBytes];
-    alignas(1024) uint8_t query[kRows * kDim * 2];     // rows of 512 bytes, swizzled: see query_address
+    alignas(1024) uint8_t query[kRows * kDim * 2];     // rows of 512 bytes, swizzled: see fragment_address
     alignas(1024) uint8_t weights[kRows * kPage * 2];  // of a page, rows of 128 bytes, swizzled
     float maximum[kWarps][kRows];
     float sum[kWarps][kRows];

@@ -11,10 +11,7 @@
 // both. L2 gives an SM about 25 bytes a cycle; a stage of 1,024 cycles of the matrix unit takes 48 KB alone, 32 KB so.
 // Blocks are persistent; tiles that run at one time are neighbours, kBand tiles of rows at a time, and meet in L2.
 //
-// Measured on an H200: 8192 x 5120 -> 34816 2.88 ms, 1,013 TFLOP/s, with the bits of cuBLAS, which took 2.59 ms in the
-// same run and is called where it takes the sizes (bindings_fp8.cpp). Next, were it to be better: fewer outputs than
-// multiprocessors times 256 leave multiprocessors idle (64 x 17408 -> 5120 111 us against 51), for a tile's inputs are
-// not shared among blocks.
+// Measured, and what was tried: docs/kernels/fp8_prefill.md.
 //
 // budget: linear_fp8_kernel registers<=168 shared<=0 hot sass=QGMMA
 #include <launch.h>

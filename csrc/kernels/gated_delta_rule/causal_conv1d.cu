@@ -16,11 +16,7 @@
 // The block with a sequence's first tile also stores its windows, last of all. That orders an update in place without a
 // barrier: the same thread first reads the old entries of its channels (history and snapshots), then overwrites them.
 //
-// Measured on an H200 with 8 rows a barrier, 8192 tokens of 6144 / 8192 / 12288 channels: 80 / 83 / 86% of copy; 128
-// tokens of 8192 channels 5.2 us with 4. Tried and lost: loads of 8 rows into registers ahead of their use 75 / 79 /
-// 81% and 6.0 us; tiles of 24 rows 77 / 80 / 84%, of 32 rows and three blocks 76 / 79 / 83%; five blocks a
-// multiprocessor at 96 registers 75 / 78 / 82%; streaming stores no difference. Next: persistent blocks that load the
-// next tile while they compute.
+// Measured, and what was tried: docs/kernels/memory_bound.md.
 //
 // budget: causal_conv1d_kernel registers<=128 shared<=0 hot
 #include <launch.h>

@@ -27,13 +27,7 @@
 // dependency wait, weights are read and the slot's record is only prefetched into L2, where it stays coherent: nothing
 // stale can be read, whatever kernel runs before.
 //
-// Tried and lost (H200, batch 64, Hv 32, T = 1: 57 us; Hv 64, T = 4: 183 us; batch 1: 6.6 us): folding the ring into
-// the rows in registers at every step and 32 lanes a row, which issues two to three times the instructions; two blocks
-// a multiprocessor at small batch, where the next kernel's blocks find no room (batch 2 took twice as long as batch 1).
-//
-// Measured on an H200 before new inputs were read ahead of the exchange: batch 1, Hv 32, one token 5.6 us (5.9 with a
-// barrier for the sums), four 8.4; batch 64 53.7;
-// T = 4, Hv 64, batch 64: 117.
+// Measured, and what was tried: docs/kernels/gdn_decode.md.
 //
 // budget: decode_kernel registers<=160 shared<=0 hot
 #include <launch.h>

@@ -35,8 +35,7 @@
 // of 32 heads, 4.3 TB/s; the workspace, written and read, is 290 MB more there. Flops: 164 k a token and head, 56 us.
 // The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190, V' to fp16 110, update 320: 1,150.
 //
-// Measured on an H200 and what it was before, what was tried and lost: docs/kernels/gdn_prefill.md. 16:32 heads, 1 x
-// 8192 tokens 188 us, 1 x 32768 705; 16:64, 1 x 8192 294.
+// Measured, and what was tried: docs/kernels/gdn_prefill.md.
 //
 // budget: prefill_kernel registers<=168 shared<=0 hot sass=HGMMA
 #include <launch.h>
