@@ -158,18 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
         if (threadIdx.x >= 32) return;
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
-                uint64_t* full = &storage.full[at.slot];
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
-                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next(kStages);
-            }
-        }
+        copy_activations<kDepth>(storage, tiles, stages, count, step, at, activations, down);
     } else {
         ptx::register_increase<kWgmmaRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
@@ -262,13 +251,9 @@ cudaError_t launch_down(const Bf16Prefill& a, const LaunchConfig& config) {
 
 // Whether blocks share weights, two in a cluster. That saves bytes from L2 where an expert has more choices than a tile
 // of a block alone, so that its weights are read again. It loses where tiles are shallow: a slot of the ring then waits
-// for both blocks, and an only group is spread over two (held to be why, not shown). On an H200, in us, alone -> in
-// clusters, by tokens (choices an expert):
-//   256 experts, hidden 2048, width 512:    1024 (32) 437 -> 503, 8192 (256) 1025 -> 1066
-//   512 experts, hidden 4096, width 1024:   8192 (160) 7513 -> 5129, 16384 (320) 10777 -> 9883
-//   128 experts of those:                   8192 (640) 4853 -> 4434
-// Nothing between was measured. Of a model split over ranks by experts, choices that are elsewhere count too: the host
-// does not know `offsets`.
+// for both blocks, and an only group is spread over two (held to be why, not shown). The shapes that were measured are
+// in docs/kernels/moe_prefill.md; nothing between them was. Of a model split over ranks by experts, choices that are
+// elsewhere count too: the host does not know `offsets`.
 bool in_clusters(const MoeExperts& p) {
     constexpr int kLeastWidth = 1024;  // the depth of down, of which a tile has the fewest stages
     return p.width >= kLeastWidth && int64_t{p.tokens} * p.top_k > int64_t{p.experts} * kTileChoices;

@@ -8,8 +8,7 @@
 // A tile and a stage have the shapes and bytes of bf16, with twice the columns. A tile of gate and up is 128 columns of
 // the activations: a whole group of each row, whose four lanes find its largest magnitude and store it as e4m3.
 //
-// Measured on an H200: 8192 tokens of 35B 717 us (575 TFLOP/s) against 1042 of bf16 in the same run, of half the
-// experts of 397B 3.03 ms (681 TFLOP/s) against 4.67.
+// Measured, and what was tried: docs/kernels/fp8_prefill.md.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=QGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=QGMMA
@@ -210,18 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
         if (threadIdx.x >= 32) return;
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
-                uint64_t* full = &storage.full[at.slot];
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
-                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next(kStages);
-            }
-        }
+        copy_activations<kDepth>(storage, tiles, stages, count, step, at, activations, down);
     } else {
         ptx::register_increase<kDownRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2, lane = threadIdx.x % 32;

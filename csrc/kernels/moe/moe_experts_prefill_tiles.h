@@ -3,6 +3,7 @@
 #pragma once
 #include <bf16x8.h>
 #include <ptx.h>
+#include <ptx_tma.h>
 
 #include "moe_experts_prefill.h"
 
@@ -81,6 +82,24 @@ __device__ __forceinline__ void copy_choices(uint8_t* choices, const uint8_t* co
 #pragma unroll
     for (int i = 0; i < Gather::kRows; ++i) {
         if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + offset);
+    }
+}
+
+// By one warp: both operands of the product with down, by TMA.
+template <int kDepth>
+__device__ __forceinline__ void copy_activations(Storage& storage, const Tiles& tiles, int stages, int count, int step,
+                                                 Cursor& at, const CUtensorMap& activations, const CUtensorMap& down) {
+    for (int index = blockIdx.x; index < count; index += step) {
+        const Tile tile = tiles.find(index);
+        for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
+            uint64_t* full = &storage.full[at.slot];
+            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+            ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
+            ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
+            ptx::tma_load<3>(storage.weights[at.slot], &down, full,
+                             {s * kDepth, tile.column_tile * kTileRows, tile.expert});
+            at.next(kStages);
+        }
     }
 }
 
