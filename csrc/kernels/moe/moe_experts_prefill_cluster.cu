@@ -176,8 +176,8 @@ struct Gather {
     }
 };
 
-// Copies by warpgroup 0: weights by TMA, rows of tokens, by cp.async into the layout that TMA
-// would have made. Rows past the end keep what they held: they reach no row of the output but their own.
+// Copies by warpgroup 0: weights by TMA, rows of tokens by cp.async into the layout that TMA would have made. Rows past
+// the end keep what they held: they reach no row of the output but their own.
 template <typename LoadHalf>
 __device__ __forceinline__ void copy_gathered(Storage& storage, const MoeExperts& p, const Tiles& tiles, int stages,
                                               LoadHalf load_half) {
@@ -211,8 +211,8 @@ __device__ __forceinline__ void copy_gathered(Storage& storage, const MoeExperts
     }
 }
 
-// Copies by one warp: both operands by TMA, of the cluster's group each block a box to both.
-// Rows past the end of a group are the next expert's, or stay what they were.
+// Copies by one warp: both operands by TMA, of the cluster's group each block a box to both. Rows past the end of a
+// group are the next expert's, or stay what they were.
 template <typename LoadHalf>
 __device__ __forceinline__ void copy_activations(Storage& storage, const Tiles& tiles, const CUtensorMap& activations,
                                                  int stages, LoadHalf load_half) {
