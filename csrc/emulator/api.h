@@ -31,7 +31,6 @@ void set_registers(int count, bool increase);
 
 // ---- mbarrier, by shared address
 void mbarrier_initialise(uint32_t barrier, uint32_t arrivals);
-void mbarrier_remove(uint32_t barrier);
 void mbarrier_fence();  // the block's initialised barriers are now visible to the async proxy and to the cluster
 void mbarrier_update(uint32_t barrier, int arrivals, uint32_t expected_bytes);
 bool mbarrier_test(uint32_t barrier, uint32_t parity);
@@ -48,8 +47,7 @@ void cp_async_mbarrier_arrive(uint32_t barrier);
 void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint16_t mask);
 void bulk_copy_cluster(uint32_t shared, uint32_t source, uint32_t bytes, uint32_t barrier);
 void store_async_cluster(uint32_t shared, uint32_t value, uint32_t barrier);
-enum class Reduction { kNone, kAddF32 };
-void bulk_store(void* global, uint32_t shared, uint32_t bytes, Reduction reduction);
+void bulk_store(void* global, uint32_t shared, uint32_t bytes);
 void bulk_prefetch(const void* global, uint32_t bytes);
 void bulk_commit();
 void bulk_wait(int pending, bool reads_only);

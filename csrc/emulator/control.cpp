@@ -15,7 +15,6 @@ static std::unique_ptr<Grid> make_grid(const LaunchConfig& config) {
     grid->shared_bytes = config.shared_bytes;
     grid->programmatic = config.programmatic;
     grid->takes_flags = config.takes_flags;
-    grid->blocks_together = config.blocks_together;
     grid->stream = config.stream;
     return grid;
 }

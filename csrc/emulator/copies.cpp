@@ -133,7 +133,7 @@ void store_async_cluster(uint32_t shared, uint32_t value, uint32_t barrier) {
     machine().start_copy(std::move(copy));
 }
 
-void bulk_store(void* global, uint32_t shared, uint32_t bytes, Reduction reduction) {
+void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
     check_bulk_size(bytes, "bulk store");
     check_global(global, 16, "bulk store");
     const SharedPlace from = resolve(shared, bytes, 16, "bulk store");
@@ -143,15 +143,7 @@ void bulk_store(void* global, uint32_t shared, uint32_t bytes, Reduction reducti
     copy->from = from.block;
     copy->queue = &current_thread->bulk;
     copy->read = [=] { memcpy(staging->data(), from.shadow(), bytes); };
-    copy->write = [=] {
-        if (reduction == Reduction::kNone) {
-            memcpy(global, staging->data(), bytes);
-            return;
-        }
-        auto* sum = static_cast<float*>(global);
-        const auto* addend = reinterpret_cast<const float*>(staging->data());
-        for (size_t i = 0; i < bytes / sizeof(float); ++i) sum[i] += addend[i];
-    };
+    copy->write = [=] { memcpy(global, staging->data(), bytes); };
     machine().start_copy(std::move(copy));
 }
 

@@ -145,7 +145,6 @@ struct Grid {
     dim3 grid, block, cluster;
     size_t shared_bytes = 0;
     bool programmatic = false, takes_flags = false;
-    int blocks_together = 1;
     const void* stream = nullptr;
     uint64_t priority = 0;  // of its stream's threads, where they have one
     std::function<void()> body;

@@ -8,22 +8,19 @@
 
 namespace tokenspeed::ptx {
 
-enum class CachePolicy : uint64_t { kNormal, kEvictFirst, kEvictLast };
+enum class CachePolicy : uint64_t { kNormal, kEvictFirst };
 
 // ---- threads
 
 inline uint32_t shared_address(const void* shared) {
     return emulator::shared_address_of(shared);
 }
-inline uint32_t lane_id() {
-    return emulator::coordinates.lane;
-}
 inline uint32_t warp_id() {
     return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 }
 inline bool elect_one() {
     __syncwarp();
-    return lane_id() == 0;
+    return emulator::coordinates.lane == 0;
 }
 inline void named_barrier_sync(uint32_t id, uint32_t threads) {
     emulator::block_barrier(id, threads, true);
@@ -57,9 +54,6 @@ inline void fence_mbarrier_init() {
 
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
     emulator::mbarrier_initialise(shared_address(barrier), arrivals);
-}
-inline void mbarrier_invalidate(uint64_t* barrier) {
-    emulator::mbarrier_remove(shared_address(barrier));
 }
 inline void mbarrier_arrive(uint64_t* barrier) {
     emulator::mbarrier_update(shared_address(barrier), 1, 0);
@@ -115,10 +109,6 @@ inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
 inline void mbarrier_arrive_cluster_relaxed(uint64_t* barrier, uint32_t rank) {
     emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, 0);
 }
-inline void mbarrier_arrive_expect_tx_cluster(uint64_t* barrier, uint32_t rank, uint32_t bytes) {
-    emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, bytes);
-}
-
 inline void store_async_cluster(float* shared, float value, uint64_t* barrier, uint32_t rank) {
     emulator::store_async_cluster(cluster_map_address(shared, rank), __float_as_uint(value),
                                   cluster_map_address(barrier, rank));
@@ -144,12 +134,10 @@ inline void cp_async_mbarrier_arrive(uint64_t* barrier) {
 
 // ---- bulk copies
 
-inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
-                      CachePolicy = CachePolicy::kNormal) {
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
     emulator::bulk_load(shared_address(shared), global, bytes, shared_address(barrier), 0);
 }
-inline void bulk_load_multicast(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint16_t mask,
-                                CachePolicy = CachePolicy::kNormal) {
+inline void bulk_load_multicast(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint16_t mask) {
     emulator::bulk_load(shared_address(shared), global, bytes, shared_address(barrier), mask);
 }
 inline void bulk_copy_cluster(void* shared, const void* source_shared, uint32_t bytes, uint64_t* barrier,
@@ -157,11 +145,8 @@ inline void bulk_copy_cluster(void* shared, const void* source_shared, uint32_t 
     emulator::bulk_copy_cluster(cluster_map_address(shared, rank), shared_address(source_shared), bytes,
                                 cluster_map_address(barrier, rank));
 }
-inline void bulk_store(void* global, const void* shared, uint32_t bytes, CachePolicy = CachePolicy::kNormal) {
-    emulator::bulk_store(global, shared_address(shared), bytes, emulator::Reduction::kNone);
-}
-inline void bulk_reduce_add_f32(float* global, const void* shared, uint32_t bytes) {
-    emulator::bulk_store(global, shared_address(shared), bytes, emulator::Reduction::kAddF32);
+inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+    emulator::bulk_store(global, shared_address(shared), bytes);
 }
 inline void bulk_commit() {
     emulator::bulk_commit();
@@ -296,25 +281,12 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t shared) {
     emulator::load_matrices(r, 4, shared, true);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t shared) {
-    emulator::load_matrices(r, 2, shared, false);
-}
-inline void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t shared) {
-    emulator::load_matrices(r, 2, shared, true);
-}
 inline void stmatrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
     emulator::store_matrices(r, 4, shared, false);
 }
 inline void stmatrix_x4_transposed(uint32_t shared, const uint32_t (&r)[4]) {
     emulator::store_matrices(r, 4, shared, true);
 }
-inline void stmatrix_x2(uint32_t shared, const uint32_t (&r)[2]) {
-    emulator::store_matrices(r, 2, shared, false);
-}
-inline void stmatrix_x2_transposed(uint32_t shared, const uint32_t (&r)[2]) {
-    emulator::store_matrices(r, 2, shared, true);
-}
-
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     static_assert(sizeof(T) == 2);
@@ -344,8 +316,4 @@ inline float exp2_approximate(float x) {
 inline float reciprocal_approximate(float x) {
     return 1.0f / x;
 }
-inline float tanh_approximate(float x) {
-    return std::tanh(x);
-}
-
 }  // namespace tokenspeed::ptx

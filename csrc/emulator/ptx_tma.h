@@ -27,7 +27,7 @@ void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, const int
 
 template <int kRank>
 void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, const int32_t (&c)[kRank],
-                        uint16_t mask, CachePolicy = CachePolicy::kNormal) {
+                        uint16_t mask) {
     emulator::tensor_load(shared_address(shared), map, shared_address(barrier), kRank, c, mask);
 }
 

@@ -234,14 +234,6 @@ void mbarrier_initialise(uint32_t barrier, uint32_t arrivals) {
     place.block->unfenced_barriers.push_back(place.offset);
 }
 
-void mbarrier_remove(uint32_t barrier) {
-    const SharedPlace place = local_barrier(barrier);
-    check_initialised(place);
-    std::erase(place.block->mbarriers, place.offset);
-    std::erase(place.block->unfenced_barriers, place.offset);
-    memset(place.data(), 0xFF, sizeof(Mbarrier));
-}
-
 void mbarrier_fence() {
     current_thread->block->unfenced_barriers.clear();
 }
@@ -303,8 +295,7 @@ constexpr int kRegisterFile = 64 * 1024;
 void prepare_registers(Block& block) {
     // A kernel that moves registers is compiled for the most that its block size allows, and gets no more at the start.
     const int warps = static_cast<int>(block.warps.size());
-    const int file = kRegisterFile / block.cluster->grid->blocks_together;
-    const int each = std::min(file / (warps * 32) / 8 * 8, 255);
+    const int each = std::min(kRegisterFile / (warps * 32) / 8 * 8, 255);
     for (Warp& warp : block.warps) warp.registers = each;
     block.free_registers = 0;
 }

@@ -56,4 +56,20 @@ __device__ __forceinline__ float silu(float x) {
     return x * sigmoid(x);
 }
 
+// silu(gate) up.
+__device__ __forceinline__ Float8 gated(const Float8& gate, const Float8& up) {
+    Float8 result;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) result.v[i] = silu(gate.v[i]) * up.v[i];
+    return result;
+}
+
+// A norm's output, of a weight that is centred at zero. inverse: of the root of the mean square.
+__device__ __forceinline__ Float8 normalised(const Float8& x, float inverse, const Float8& weight) {
+    Float8 result;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) result.v[i] = x.v[i] * inverse * (1.0f + weight.v[i]);
+    return result;
+}
+
 }  // namespace tokenspeed

@@ -14,6 +14,9 @@ namespace tokenspeed {
 
 using E4m3 = __nv_fp8_e4m3;  // sign, four bits of exponent (bias 7), three of mantissa
 
+constexpr float kLargestE4m3 = 448.0f;
+constexpr float kSmallestPeak = 0x1p-100f;  // of a group of activations, so that its scale is no subnormal
+
 constexpr int kGroupLanes = kScaleBlock / 8;
 
 // The other operand, which may be of any size, in fp16: eight bf16 a lane, of one row in kLanes neighbouring lanes,

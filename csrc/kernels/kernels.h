@@ -11,6 +11,11 @@
 
 namespace tokenspeed {
 
+// Whether a pointer is, to 16 bytes.
+inline bool is_aligned(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
 constexpr int kScaleBlock = 128;  // rows and columns of an e4m3 weight under one scale; columns of a row of activations
 
 // ---- rms_norm.cu: x [rows, width], weight [width], out [rows, width] contiguous; width a multiple of 8, at most
@@ -285,9 +290,9 @@ bool sample_supported(const Sample& arguments);
 size_t sample_workspace(int rows);
 cudaError_t sample(Sample arguments, cudaStream_t stream);
 
-// ---- sample_ranks.cu: ids as of `sample`, from logits whose vocabulary is split over ranks; rank r holds ids r width ..
-// (r + 1) width - 1. Every rank makes the same calls in the same order, with the same values but for the logits; width
-// a multiple of 4, logits bf16 or fp32 by row stride, of any alignment.
+// ---- sample_ranks.cu: ids as of `sample`, from logits whose vocabulary is split over ranks; rank r holds ids r width
+// .. (r + 1) width - 1. Every rank makes the same calls in the same order, with the same values but for the logits;
+// width a multiple of 4, logits bf16 or fp32 by row stride, of any alignment.
 constexpr int kSampleRanksMax = 8;    // 2, 4 or 8 of them
 constexpr int kSampleRanksTags = 32;  // words of `control` before its tags
 struct SampleRanks {

@@ -22,19 +22,12 @@ namespace tokenspeed::ptx {
 enum class CachePolicy : uint64_t {
     kNormal = 0x1000000000000000ull,
     kEvictFirst = 0x12F0000000000000ull,
-    kEvictLast = 0x14F0000000000000ull,
 };
 
 // ---- threads
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-__device__ __forceinline__ uint32_t lane_id() {
-    uint32_t lane;
-    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return lane;
 }
 
 // Warp index in a one-dimensional block, made uniform across the warp for the compiler.
@@ -99,10 +92,6 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_invalidate(uint64_t* barrier) {
-    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
@@ -221,13 +210,6 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(uint64_t* barrie
         : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive_expect_tx_cluster(uint64_t* barrier, uint32_t rank, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
-                     cluster_map_address(barrier, rank)),
-                 "r"(bytes)
-                 : "memory");
-}
-
 // Stores to the same place in block `rank` and completes the 4 bytes on the barrier at the same place there: no fence,
 // no barrier of the cluster. Who waits for the barrier (mbarrier_wait_cluster) sees the value.
 __device__ __forceinline__ void store_async_cluster(float* shared, float value, uint64_t* barrier, uint32_t rank) {
@@ -275,22 +257,22 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t* barrier) {
 // ---- bulk copies: 16-byte aligned, a multiple of 16 bytes, async proxy
 
 // Global to shared; completes `bytes` on the barrier.
-__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
-                                          CachePolicy policy = CachePolicy::kNormal) {
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
             "r"(shared_address(shared)),
-        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy))
+        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(CachePolicy::kNormal))
         : "memory");
 }
 
 // Global to the same place in every block of `mask`; completes `bytes` on the barrier of each.
 __device__ __forceinline__ void bulk_load_multicast(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
-                                                    uint16_t mask, CachePolicy policy = CachePolicy::kNormal) {
+                                                    uint16_t mask) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
         " [%0], [%1], %2, [%3], %4, %5;" ::"r"(shared_address(shared)),
-        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(mask), "l"(static_cast<uint64_t>(policy))
+        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(mask),
+        "l"(static_cast<uint64_t>(CachePolicy::kNormal))
         : "memory");
 }
 
@@ -304,17 +286,9 @@ __device__ __forceinline__ void bulk_copy_cluster(void* shared, const void* sour
 }
 
 // Shared to global, in the calling thread's current bulk group.
-__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes,
-                                           CachePolicy policy = CachePolicy::kNormal) {
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
-                 "r"(shared_address(shared)), "r"(bytes), "l"(static_cast<uint64_t>(policy))
-                 : "memory");
-}
-
-// global[i] += shared[i] for fp32; the order of additions from different blocks is not fixed.
-__device__ __forceinline__ void bulk_reduce_add_f32(float* global, const void* shared, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
-                 "r"(shared_address(shared)), "r"(bytes)
+                 "r"(shared_address(shared)), "r"(bytes), "l"(static_cast<uint64_t>(CachePolicy::kNormal))
                  : "memory");
 }
 
@@ -566,20 +540,6 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_
                  : "memory");
 }
 
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t shared) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared)
-                 : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t shared) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared)
-                 : "memory");
-}
-
 // The inverse of ldmatrix.
 __device__ __forceinline__ void stmatrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r[0]), "r"(r[1]),
@@ -590,16 +550,6 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t shared, const uint32_t (&r)
 __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t shared, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r[0]),
                  "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-}
-
-__device__ __forceinline__ void stmatrix_x2(uint32_t shared, const uint32_t (&r)[2]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared), "r"(r[0]), "r"(r[1])
-                 : "memory");
-}
-
-__device__ __forceinline__ void stmatrix_x2_transposed(uint32_t shared, const uint32_t (&r)[2]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared), "r"(r[0]), "r"(r[1])
                  : "memory");
 }
 
@@ -651,12 +601,6 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 __device__ __forceinline__ float reciprocal_approximate(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float tanh_approximate(float x) {
-    float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

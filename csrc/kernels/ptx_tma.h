@@ -104,36 +104,17 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, u
 // The same box to the same place in every block of `mask`; completes on the barrier of each.
 template <int kRank>
 __device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
-                                                   const int32_t (&c)[kRank], uint16_t mask,
-                                                   CachePolicy policy = CachePolicy::kNormal) {
-    static_assert(kRank >= 1 && kRank <= 5);
+                                                   const int32_t (&c)[kRank], uint16_t mask) {
+    static_assert(kRank == 2 || kRank == 5);
     const uint32_t to = shared_address(shared), done = shared_address(barrier);
-    const auto hint = static_cast<uint64_t>(policy);
-    if constexpr (kRank == 1) {
-        asm volatile(
-            "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-            ".L2::cache_hint [%0], [%1, {%5}], [%2], %3, %4;" ::"r"(to),
-            "l"(map), "r"(done), "h"(mask), "l"(hint), "r"(c[0])
-            : "memory");
-    } else if constexpr (kRank == 2) {
+    const auto hint = static_cast<uint64_t>(CachePolicy::kNormal);
+    if constexpr (kRank == 2) {
         asm volatile(
             "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
             ".L2::cache_hint [%0], [%1, {%5, %6}], [%2], %3, %4;" ::"r"(to),
             "l"(map), "r"(done), "h"(mask), "l"(hint), "r"(c[0]), "r"(c[1])
             : "memory");
-    } else if constexpr (kRank == 3) {
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-            ".L2::cache_hint [%0], [%1, {%5, %6, %7}], [%2], %3, %4;" ::"r"(to),
-            "l"(map), "r"(done), "h"(mask), "l"(hint), "r"(c[0]), "r"(c[1]), "r"(c[2])
-            : "memory");
-    } else if constexpr (kRank == 4) {
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-            ".L2::cache_hint [%0], [%1, {%5, %6, %7, %8}], [%2], %3, %4;" ::"r"(to),
-            "l"(map), "r"(done), "h"(mask), "l"(hint), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
-            : "memory");
-    } else if constexpr (kRank == 5) {
+    } else {
         asm volatile(
             "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
             ".L2::cache_hint [%0], [%1, {%5, %6, %7, %8, %9}], [%2], %3, %4;" ::"r"(to),

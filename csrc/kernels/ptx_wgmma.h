@@ -67,7 +67,8 @@ struct Wgmma;
 }
 
 // A and B from shared memory. T is __nv_bfloat16, __half or __nv_fp8_e4m3, of which the depth is 32 and both operands
-// are K contiguous; its sums keep fewer bits than fp32. kColumns is N. !accumulate: D = A B.
+// are K contiguous; its sums keep fewer bits than fp32. kColumns is N: 64, 128 or 256, of e4m3 128. !accumulate: D = A
+// B.
 template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
 __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
     detail::Wgmma<T, kColumns>::template from_shared<kTransposedA, kTransposedB>(d, a, b, accumulate);
@@ -82,91 +83,27 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
 // ---- one specialisation per element and shape: text only
 
 #define WGMMA_OPERANDS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define WGMMA_REGISTERS_8 "%0, %1, %2, %3"
-#define WGMMA_OPERANDS_8 WGMMA_OPERANDS_4(0)
-#define WGMMA_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define WGMMA_OPERANDS_16 WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4)
-#define WGMMA_REGISTERS_24 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
-#define WGMMA_OPERANDS_24 WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8)
-#define WGMMA_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA_OPERANDS_32 WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12)
-#define WGMMA_REGISTERS_40 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
-#define WGMMA_OPERANDS_40 \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16)
-#define WGMMA_REGISTERS_48                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23"
-#define WGMMA_OPERANDS_48                                                                                      \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16), \
-        WGMMA_OPERANDS_4(20)
+#define WGMMA_OPERANDS_16(i) \
+    WGMMA_OPERANDS_4(i), WGMMA_OPERANDS_4(i + 4), WGMMA_OPERANDS_4(i + 8), WGMMA_OPERANDS_4(i + 12)
+#define WGMMA_OPERANDS_64 WGMMA_OPERANDS_16(0), WGMMA_OPERANDS_16(16)
+#define WGMMA_OPERANDS_128 WGMMA_OPERANDS_64, WGMMA_OPERANDS_16(32), WGMMA_OPERANDS_16(48)
+#define WGMMA_OPERANDS_256 \
+    WGMMA_OPERANDS_128, WGMMA_OPERANDS_16(64), WGMMA_OPERANDS_16(80), WGMMA_OPERANDS_16(96), WGMMA_OPERANDS_16(112)
 #define WGMMA_REGISTERS_64                                                                                 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_OPERANDS_64                                                                                      \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16), \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28)
-#define WGMMA_REGISTERS_80                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
-#define WGMMA_OPERANDS_80                                                                                      \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16), \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36)
-#define WGMMA_REGISTERS_96                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47"
-#define WGMMA_OPERANDS_96                                                                                             \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44)
 #define WGMMA_REGISTERS_128                                                                                \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63"
-#define WGMMA_OPERANDS_128                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
-        WGMMA_OPERANDS_4(60)
-#define WGMMA_REGISTERS_160                                                                                \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_OPERANDS_160                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
-        WGMMA_OPERANDS_4(60), WGMMA_OPERANDS_4(64), WGMMA_OPERANDS_4(68), WGMMA_OPERANDS_4(72), WGMMA_OPERANDS_4(76)
-#define WGMMA_REGISTERS_192                                                                                \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
-    "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define WGMMA_OPERANDS_192                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
-        WGMMA_OPERANDS_4(60), WGMMA_OPERANDS_4(64), WGMMA_OPERANDS_4(68), WGMMA_OPERANDS_4(72), WGMMA_OPERANDS_4(76), \
-        WGMMA_OPERANDS_4(80), WGMMA_OPERANDS_4(84), WGMMA_OPERANDS_4(88), WGMMA_OPERANDS_4(92)
+    WGMMA_REGISTERS_64                                                                                     \
+    ", "                                                                                                   \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_REGISTERS_256                                                                                \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
-    "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "     \
-    "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "     \
-    "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define WGMMA_OPERANDS_256                                                                                            \
-    WGMMA_OPERANDS_4(0), WGMMA_OPERANDS_4(4), WGMMA_OPERANDS_4(8), WGMMA_OPERANDS_4(12), WGMMA_OPERANDS_4(16),        \
-        WGMMA_OPERANDS_4(20), WGMMA_OPERANDS_4(24), WGMMA_OPERANDS_4(28), WGMMA_OPERANDS_4(32), WGMMA_OPERANDS_4(36), \
-        WGMMA_OPERANDS_4(40), WGMMA_OPERANDS_4(44), WGMMA_OPERANDS_4(48), WGMMA_OPERANDS_4(52), WGMMA_OPERANDS_4(56), \
-        WGMMA_OPERANDS_4(60), WGMMA_OPERANDS_4(64), WGMMA_OPERANDS_4(68), WGMMA_OPERANDS_4(72), WGMMA_OPERANDS_4(76), \
-        WGMMA_OPERANDS_4(80), WGMMA_OPERANDS_4(84), WGMMA_OPERANDS_4(88), WGMMA_OPERANDS_4(92), WGMMA_OPERANDS_4(96), \
-        WGMMA_OPERANDS_4(100), WGMMA_OPERANDS_4(104), WGMMA_OPERANDS_4(108), WGMMA_OPERANDS_4(112),                   \
-        WGMMA_OPERANDS_4(116), WGMMA_OPERANDS_4(120), WGMMA_OPERANDS_4(124)
+    WGMMA_REGISTERS_128                                                                                    \
+    ", "                                                                                                   \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
+    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "   \
+    "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "     \
+    "%119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // The numbers are those of the operands after the N / 2 accumulators.
 #define WGMMA_SHAPE(TYPE, NAME, N, R0, R1, R2, R3, R4, R5, R6)                                                       \
@@ -214,49 +151,19 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
     WGMMA_SHAPE(__half, "f16", N, __VA_ARGS__)
 
 namespace detail {
-WGMMA_SHAPES(8, "%4", "%5", "%6", "%7", "%8", "%9", "%10")
-WGMMA_SHAPES(16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
-WGMMA_SHAPES(24, "%12", "%13", "%14", "%15", "%16", "%17", "%18")
-WGMMA_SHAPES(32, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
-WGMMA_SHAPES(40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
-WGMMA_SHAPES(48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 WGMMA_SHAPES(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-WGMMA_SHAPES(80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
-WGMMA_SHAPES(96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 WGMMA_SHAPES(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-WGMMA_SHAPES(160, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
-WGMMA_SHAPES(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
-WGMMA_SHAPE_E4M3(64, "%32", "%33", "%34")
 WGMMA_SHAPE_E4M3(128, "%64", "%65", "%66")
 }  // namespace detail
 
-#undef WGMMA_REGISTERS_8
-#undef WGMMA_OPERANDS_8
-#undef WGMMA_REGISTERS_16
-#undef WGMMA_OPERANDS_16
-#undef WGMMA_REGISTERS_24
-#undef WGMMA_OPERANDS_24
-#undef WGMMA_REGISTERS_32
-#undef WGMMA_OPERANDS_32
-#undef WGMMA_REGISTERS_40
-#undef WGMMA_OPERANDS_40
-#undef WGMMA_REGISTERS_48
-#undef WGMMA_OPERANDS_48
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_OPERANDS_64
-#undef WGMMA_REGISTERS_80
-#undef WGMMA_OPERANDS_80
-#undef WGMMA_REGISTERS_96
-#undef WGMMA_OPERANDS_96
 #undef WGMMA_REGISTERS_128
 #undef WGMMA_OPERANDS_128
-#undef WGMMA_REGISTERS_160
-#undef WGMMA_OPERANDS_160
-#undef WGMMA_REGISTERS_192
-#undef WGMMA_OPERANDS_192
 #undef WGMMA_REGISTERS_256
 #undef WGMMA_OPERANDS_256
+#undef WGMMA_OPERANDS_16
 #undef WGMMA_OPERANDS_4
 #undef WGMMA_SHAPES
 #undef WGMMA_SHAPE_E4M3

@@ -6,6 +6,8 @@
 
 namespace tokenspeed {
 
+constexpr uint32_t kAllLanes = 0xffffffffu;  // of a warp
+
 struct Sum {
     template <typename T>
     __device__ __forceinline__ T operator()(T a, T b) const {
@@ -27,7 +29,7 @@ __device__ __forceinline__ T warp_reduce(T value, Operation operation) {
     static_assert(kWidth >= 1 && kWidth <= 32 && (kWidth & (kWidth - 1)) == 0);
 #pragma unroll
     for (int distance = kWidth / 2; distance > 0; distance /= 2) {
-        value = operation(value, __shfl_xor_sync(0xffffffffu, value, distance));
+        value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
     }
     return value;
 }
@@ -40,6 +42,18 @@ __device__ __forceinline__ T warp_sum(T value) {
 template <int kWidth = 32, typename T>
 __device__ __forceinline__ T warp_maximum(T value) {
     return warp_reduce<kWidth>(value, Maximum{});
+}
+
+// The inclusive sum over the lanes of the warp up to this one. All 32 lanes take part.
+template <typename T>
+__device__ __forceinline__ T warp_running_sum(T value) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const T below = __shfl_up_sync(kAllLanes, value, distance);
+        if (lane >= distance) value += below;
+    }
+    return value;
 }
 
 // Sums every x[i] over the 2 kOffset lanes that differ in the bits below 2 kOffset, and scatters the sums: with n =
@@ -55,11 +69,11 @@ __device__ __forceinline__ void butterfly(float (&x)[kSize]) {
         for (int i = 0; i < kCount / 2; ++i) {
             const float sent = upper ? x[i] : x[i + kCount / 2];
             const float kept = upper ? x[i + kCount / 2] : x[i];
-            x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kOffset);
+            x[i] = kept + __shfl_xor_sync(kAllLanes, sent, kOffset);
         }
         butterfly<kOffset / 2, kCount / 2>(x);
     } else {
-        x[0] += __shfl_xor_sync(0xffffffffu, x[0], kOffset);
+        x[0] += __shfl_xor_sync(kAllLanes, x[0], kOffset);
         butterfly<kOffset / 2, 1>(x);
     }
 }

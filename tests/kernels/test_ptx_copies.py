@@ -45,15 +45,6 @@ def test_clusters_share_memory_multicast_and_remote_arrivals(shuffled, rng):
     assert (out[0, 2] == 1002).all() and (out[1, 2] == 1001).all()
 
 
-def test_bulk_reductions_add_into_global_memory(shuffled, rng):
-    blocks = 5
-    x = rng.integers(-50, 50, (blocks, 64)).astype(np.float32)
-    sums = rng.integers(-50, 50, 64).astype(np.float32)
-    expected = sums + x.sum(0)
-    shuffled.call("self_test_bulk_sums", x, sums, blocks)
-    np.testing.assert_array_equal(sums, expected)
-
-
 def test_blocks_hand_on_through_flags(shuffled):
     blocks = 12
     flags, value = np.zeros(blocks, np.uint32), np.ones(1, np.uint32)

@@ -19,23 +19,18 @@ def fragments_of(matrices: np.ndarray, transposed: bool) -> np.ndarray:
 
 def test_ldmatrix_distributes_rows_and_columns_as_documented(shuffled, rng):
     matrices = rng.integers(0, 2**16, (4, 8, 8), dtype=np.uint16)
-    out = np.zeros((4, 32, 4), np.uint32)
+    out = np.zeros((2, 32, 4), np.uint32)
     shuffled.call("self_test_load_matrices", matrices, out)
     np.testing.assert_array_equal(out[0], fragments_of(matrices, False))
     np.testing.assert_array_equal(out[1], fragments_of(matrices, True))
-    np.testing.assert_array_equal(out[2, :, :2], fragments_of(matrices[:2], False))
-    np.testing.assert_array_equal(out[3, :, :2], fragments_of(matrices[:2], True))
 
 
 def test_stmatrix_is_the_inverse_of_ldmatrix(shuffled, rng):
     matrices = rng.integers(0, 2**16, (4, 8, 8), dtype=np.uint16)
-    for mode, (count, transposed) in enumerate([(4, False), (4, True), (2, False), (2, True)]):
-        registers = np.zeros((32, 4), np.uint32)
-        registers[:, :count] = fragments_of(matrices[:count], transposed)
-        out = np.zeros((4, 4, 8, 8), np.uint16)
-        shuffled.call("self_test_store_matrices", registers, out)
-        np.testing.assert_array_equal(out[mode, :count], matrices[:count])
-        assert not out[mode, count:].any()
+    for mode, transposed in enumerate([False, True]):
+        out = np.zeros((2, 4, 8, 8), np.uint16)
+        shuffled.call("self_test_store_matrices", fragments_of(matrices, transposed), out)
+        np.testing.assert_array_equal(out[mode], matrices)
 
 
 @pytest.mark.parametrize("element", ["f16", "bf16"])
@@ -93,7 +88,7 @@ def test_warp_intrinsics_follow_the_programming_guide(shuffled, rng):
 
 def test_atomics_and_approximate_functions(shuffled, rng):
     x = rng.uniform(0.1, 5.0, 128).astype(np.float32)
-    cells, values = np.array([0, -5, 500, 0, 0, 0, 0], np.int32), np.zeros((128, 10), np.float32)
+    cells, values = np.array([0, -5, 500, 0, 0, 0, 0], np.int32), np.zeros((128, 9), np.float32)
     shuffled.call("self_test_arithmetic", x, cells, values, tolerance=1e-3)
     i = np.arange(128)
     assert cells[:6].tolist() == [i.sum(), (i * 7 % 128).max(), (i * 5 % 128 - 9).min(), 2**20 - 1, 1, 77]
@@ -108,7 +103,6 @@ def test_atomics_and_approximate_functions(shuffled, rng):
         np.rint((x * np.float32(100)).astype(np.float64)),
         np.exp2(-exact),
         1 / exact,
-        np.tanh(exact),
         np.maximum(np.minimum(exact, 2), i * 0.01) + exact,
     ]
     np.testing.assert_allclose(values, np.stack(expected, 1), rtol=1e-3, atol=1e-5)

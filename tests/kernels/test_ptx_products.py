@@ -83,13 +83,13 @@ def test_a_product_may_ignore_its_accumulators(device, rng):
     run(device, rng, 64, True, (3, 0), (False, False), accumulate=False)
 
 
-@pytest.mark.parametrize(("columns", "bf16"), [(8, False), (80, True), (256, False)])
+@pytest.mark.parametrize(("columns", "bf16"), [(256, False), (256, True)])
 def test_a_from_registers_in_two_depth_steps(shuffled, rng, columns, bf16):
     a, a_values = random_bits(rng, (64, 32), bf16)
     b, b_values = random_bits(rng, (columns, 32), bf16)
     memory, _, stride = image(b, 2, False)
     registers = np.full((columns // 2, 128), np.nan, np.float32)
-    shuffled.call("self_test_product_from_registers", a, memory, memory.nbytes, stride, registers, columns, int(bf16))
+    shuffled.call("self_test_product_from_registers", a, memory, memory.nbytes, stride, registers, int(bf16))
     np.testing.assert_allclose(registers, accumulators(a_values @ b_values.T), rtol=1e-4, atol=1e-4)
 
 
@@ -116,7 +116,7 @@ def bytes_image(matrix: np.ndarray, swizzle: int) -> tuple[np.ndarray, int, int]
 
 
 @pytest.mark.parametrize("swizzle", WIDTH)
-@pytest.mark.parametrize(("columns", "accumulate"), [(64, True), (128, False)])
+@pytest.mark.parametrize(("columns", "accumulate"), [(128, True), (128, False)])
 def test_e4m3_operands_are_32_deep(shuffled, rng, swizzle, columns, accumulate):
     """A card's sums of e4m3 keep fewer bits than fp32."""
     values = e4m3_values()
@@ -127,10 +127,10 @@ def test_e4m3_operands_are_32_deep(shuffled, rng, swizzle, columns, accumulate):
         memory, leading, stride = bytes_image(bits, swizzle)
         operands += [memory, memory.nbytes, swizzle, leading, stride]
         read.append(values[bits])
-    d = rng.standard_normal((64, columns)).astype(np.float32)
+    d = 1000 * rng.standard_normal((64, columns)).astype(np.float32)  # far beyond the tolerance of the products
     expected = read[0] @ read[1].T + (d if accumulate else 0)
     registers = accumulators(d)
-    shuffled.call("self_test_product_e4m3", *operands, registers, columns, int(accumulate), tolerance=1e-3)
+    shuffled.call("self_test_product_e4m3", *operands, registers, int(accumulate), tolerance=1e-3)
     np.testing.assert_allclose(registers, accumulators(expected), rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 

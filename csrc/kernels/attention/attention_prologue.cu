@@ -11,9 +11,7 @@
 // card: D = 256 is one 16-byte vector a lane and head, and all of a warp's loads (heads, angles, weights, slot) are in
 // flight before the first shuffle. The mean takes five shuffles, the rope partner sits R / 16 lanes away. v is a copy.
 //
-// Measured on an H200, 8192 tokens of 8:2 / 16:2 / 24:4 / 32:2: 80 / 81 / 84 / 85% of copy, one token 1.25 us. Tried
-// and lost: one head a warp 64 / 65 / 67 / 67% (20 KB in flight a multiprocessor), two 73 / 74 / 76 / 76%, blocks of 8
-// warps 78 / 78 / 81 / 83%, streaming loads no difference. Next: weights from shared memory, for more warps at once.
+// Measured, and what was tried: docs/kernels/attention.md.
 //
 // budget: attention_prologue_kernel registers<=96 shared<=0 hot
 #include <launch.h>
@@ -88,7 +86,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_prologue_kernel(const A
             for (int j = 0; j < kLaneElements; ++j) x.v[j] *= inverse * (1.0f + w.v[j]);
 #pragma unroll
             for (int j = 0; j < kLaneElements; ++j) {
-                const float partner = __shfl_xor_sync(0xffffffffu, x.v[j], half_lanes);
+                const float partner = __shfl_xor_sync(kAllLanes, x.v[j], half_lanes);
                 if (rotates) x.v[j] = x.v[j] * cosine.v[j] + sign * partner * sine.v[j];
             }
             packed[i] = pack(x);

@@ -11,6 +11,7 @@
 #include "bf16x8.h"
 #include "fp8.h"
 #include "kernels.h"
+#include "ring.h"
 
 namespace tokenspeed::attention {
 
@@ -101,31 +102,17 @@ __device__ __forceinline__ Located locate(int sequences, int index, Count count)
         int through = own;
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
-            const int before = __shfl_up_sync(0xffffffffu, through, distance);
+            const int before = __shfl_up_sync(kAllLanes, through, distance);
             if (lane >= distance) through += before;
         }
-        const uint32_t beyond = __ballot_sync(0xffffffffu, through > index);
+        const uint32_t beyond = __ballot_sync(kAllLanes, through > index);
         if (beyond != 0) {
             const int found = __ffs(static_cast<int>(beyond)) - 1;
-            return {first + found, index - __shfl_sync(0xffffffffu, through - own, found)};
+            return {first + found, index - __shfl_sync(kAllLanes, through - own, found)};
         }
-        index -= __shfl_sync(0xffffffffu, through, 31);
+        index -= __shfl_sync(kAllLanes, through, 31);
     }
 }
-
-// A place in a ring of copies, and the parity of its turn.
-template <int kStages>
-struct RingPosition {
-    int stage = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void next() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
 
 // The page ids of a sequence, 32 at a time in the lanes of a warp: id(page) costs a shuffle, and a load every 32 pages.
 class PageIds {
@@ -137,7 +124,7 @@ class PageIds {
     __device__ __forceinline__ int id(int page) {
         const int offset = (page - first_) % 32, lane = threadIdx.x % 32;
         if (offset == 0 && page + lane < last_) ids_ = row_[page + lane];
-        return __shfl_sync(0xffffffffu, ids_, offset);
+        return __shfl_sync(kAllLanes, ids_, offset);
     }
 
   private:

@@ -80,9 +80,7 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
                 if (base + i * step >= p.hidden) continue;
                 uint8_t* place = mine + (base + i * step) * 2;
                 const Float8 s = unpack(*reinterpret_cast<const uint4*>(place)), w = unpack(weights[i]);
-                Float8 y;
-#pragma unroll
-                for (int j = 0; j < 8; ++j) y.v[j] = s.v[j] * inverse * (1.0f + w.v[j]);
+                const Float8 y = normalised(s, inverse, w);
                 store_16(place, pack(y));
             }
         }

@@ -37,6 +37,7 @@
 #include <launch.h>
 #include <ptx.h>
 #include <ptx_tma.h>
+#include <reduce.h>
 
 #include <algorithm>
 
@@ -46,10 +47,7 @@
 namespace tokenspeed {
 namespace {
 
-using expert_decode::Cursor;
-using expert_decode::kAllLanes;
 using expert_decode::kConsumers;
-using expert_decode::kSharedLimit;
 using expert_decode::kStageBytes;
 using expert_decode::kThreads;
 using expert_decode::kWeightWarp;
@@ -402,11 +400,10 @@ int64_t ffn_block_scratch(const FfnBlock& p) {
 }
 
 bool ffn_block_supported(const FfnBlock& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const auto whole = [](int size) { return size >= kChunk && size % kChunk == 0 && size < kSharedLimit; };
     return p.tokens >= 1 && p.tokens <= kFfnBlockTokens && whole(p.hidden) && whole(p.width) && p.x_stride % 8 == 0 &&
-           aligned(p.x) && aligned(p.residual) && aligned(p.norm_weight) && aligned(p.gate_up) && aligned(p.down) &&
-           aligned(p.scratch) && layout_for(p).bytes() <= kSharedLimit;
+           is_aligned(p.x) && is_aligned(p.residual) && is_aligned(p.norm_weight) && is_aligned(p.gate_up) &&
+           is_aligned(p.down) && is_aligned(p.scratch) && layout_for(p).bytes() <= kSharedLimit;
 }
 
 cudaError_t ffn_block(const FfnBlock& p, cudaStream_t stream) {

@@ -11,10 +11,7 @@
 // both. L2 gives an SM about 25 bytes a cycle; a stage of 1,024 cycles of the matrix unit takes 48 KB alone, 32 KB so.
 // Blocks are persistent; tiles that run at one time are neighbours, kBand tiles of rows at a time, and meet in L2.
 //
-// Measured on an H200: 8192 x 5120 -> 34816 2.88 ms, 1,013 TFLOP/s, with the bits of cuBLAS, which took 2.59 ms in the
-// same run and is called where it takes the sizes (bindings_fp8.cpp). Next, were it to be better: fewer outputs than
-// multiprocessors times 256 leave multiprocessors idle (64 x 17408 -> 5120 111 us against 51), for a tile's inputs are
-// not shared among blocks.
+// Measured, and what was tried: docs/kernels/fp8_prefill.md.
 //
 // budget: linear_fp8_kernel registers<=168 shared<=0 hot sass=QGMMA
 #include <launch.h>
@@ -28,6 +25,7 @@
 
 #include "bf16x8.h"
 #include "kernels.h"
+#include "ring.h"
 #include "scaled_product.h"
 
 namespace tokenspeed {
@@ -51,17 +49,7 @@ struct Storage {  // of dynamic shared memory
     uint8_t output[8][16 * kOutputBytes];  // 16 rows a warp, pieces of 16 bytes swizzled
     uint64_t full[kStages], empty[kStages];
 };
-static_assert(sizeof(Storage) <= 227 * 1024);
-
-// A place in the ring and the parity of its phase.
-struct Cursor {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void next() {
-        if (++slot == kStages) slot = 0, phase ^= 1;
-    }
-};
+static_assert(sizeof(Storage) <= kSharedLimit);
 
 // The tiles of one block: those of its cluster, which takes kCluster tiles of rows of the same outputs.
 template <int kCluster>
@@ -169,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 } else {
                     ptx::tma_load<2>(storage.weights[at.slot], &weight, full, {block * kScaleBlock, tile.y});
                 }
-                at.next();
+                at.next(kStages);
             }
         }
     } else {
@@ -214,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                         ptx::mbarrier_arrive(&storage.empty[at.slot]);
                     }
                 });
-                at.next();
+                at.next(kStages);
             }
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -269,10 +257,10 @@ cudaError_t launch_linear(const LinearFp8& p, cudaStream_t stream) {
 }  // namespace
 
 bool linear_fp8_supported(const LinearFp8& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const int64_t row_tiles = (int64_t{p.rows} + kTileRows - 1) / kTileRows;
-    return p.rows >= 1 && p.outputs >= 1 && p.inputs >= 16 && p.inputs % 16 == 0 && aligned(p.x) && aligned(p.weight) &&
-           aligned(p.out) && row_tiles * ((int64_t{p.outputs} + kTileOutputs - 1) / kTileOutputs) < INT32_MAX / 2 &&
+    return p.rows >= 1 && p.outputs >= 1 && p.inputs >= 16 && p.inputs % 16 == 0 && is_aligned(p.x) &&
+           is_aligned(p.weight) && is_aligned(p.out) &&
+           row_tiles * ((int64_t{p.outputs} + kTileOutputs - 1) / kTileOutputs) < INT32_MAX / 2 &&
            int64_t{p.rows} + 2 * kTileRows < INT32_MAX && int64_t{p.outputs} + 2 * kTileOutputs < INT32_MAX;
 }
 

@@ -7,6 +7,7 @@
 // budget: quantise_groups_kernel registers<=40 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include "bf16x8.h"
@@ -17,10 +18,7 @@ namespace tokenspeed {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGroupLanes = 16;
 constexpr int kElements = kScaleBlock / kGroupLanes;  // of a lane
-constexpr float kLargest = 448.0f;
-constexpr float kSmallestPeak = 0x1p-100f;
 
 __device__ __forceinline__ Float8 load_8(const __nv_bfloat16* x) {
     return unpack(*reinterpret_cast<const uint4*>(x));
@@ -53,14 +51,14 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kElements; ++i) peak = fmaxf(peak, fabsf(y.v[i]));
 #pragma unroll
     for (int distance = kGroupLanes / 2; distance > 0; distance /= 2) {
-        peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, distance));
+        peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, distance));
     }
     if (!inside) return;
-    const float factor = kLargest / peak;
+    const float factor = kLargestE4m3 / peak;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) y.v[i] *= factor;
     *reinterpret_cast<uint2*>(values + row * columns + column) = pack_e4m3(y);
-    if (lane == 0) scales[group % groups * rows + row] = peak / kLargest;
+    if (lane == 0) scales[group % groups * rows + row] = peak / kLargestE4m3;
 }
 
 template <typename T>

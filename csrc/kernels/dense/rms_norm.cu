@@ -11,9 +11,7 @@
 // which has two loads a vector, 1. The weight is loaded after the dependency wait like the rest: it arrives with the
 // row, and a caller may have computed it just before.
 //
-// Measured on an H200, 8192 rows of 2048 / 4096 / 5120: rms_norm 87 / 90 / 91% of copy, add_rms_norm 90 / 92 / 94%; one
-// row of 2048 1.1 us. Tried and lost: 4 vectors everywhere 84 / 87 / 91 and 87 / 90 / 93%; streaming loads, no
-// difference.
+// Measured, and what was tried: docs/kernels/memory_bound.md.
 //
 // budget: rms_norm_kernel registers<=80 shared<=128 hot
 #include <launch.h>

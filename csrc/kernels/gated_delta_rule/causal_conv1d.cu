@@ -16,15 +16,12 @@
 // The block with a sequence's first tile also stores its windows, last of all. That orders an update in place without a
 // barrier: the same thread first reads the old entries of its channels (history and snapshots), then overwrites them.
 //
-// Measured on an H200 with 8 rows a barrier, 8192 tokens of 6144 / 8192 / 12288 channels: 80 / 83 / 86% of copy; 128
-// tokens of 8192 channels 5.2 us with 4. Tried and lost: loads of 8 rows into registers ahead of their use 75 / 79 /
-// 81% and 6.0 us; tiles of 24 rows 77 / 80 / 84%, of 32 rows and three blocks 76 / 79 / 83%; five blocks a
-// multiprocessor at 96 registers 75 / 78 / 82%; streaming stores no difference. Next: persistent blocks that load the
-// next tile while they compute.
+// Measured, and what was tried: docs/kernels/memory_bound.md.
 //
 // budget: causal_conv1d_kernel registers<=128 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "bf16x8.h"
 #include "kernels.h"
@@ -32,7 +29,6 @@
 namespace tokenspeed {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 128;
 constexpr int kBlocks = 4;    // per multiprocessor: what registers and shared memory allow
 constexpr int kChannels = 8;  // per thread
@@ -70,12 +66,7 @@ __device__ Tile find_tile(const CausalConv1d& p, int tile, int block) {
             mine.write_slot = p.write_slot[sequence];
             tiles = mine.length > tile ? (mine.length + tile - 1) / tile : 1;
         }
-        int through = tiles;  // tiles of this sequence and of those before it in the warp
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, through, distance);
-            if (lane >= distance) through += other;
-        }
+        int through = warp_running_sum(tiles);  // tiles of this sequence and of those before it in the warp
         const unsigned beyond = __ballot_sync(kAllLanes, before + through > block);
         if (beyond != 0) {
             const int owner = __ffs(static_cast<int>(beyond)) - 1;

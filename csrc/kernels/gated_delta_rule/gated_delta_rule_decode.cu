@@ -27,17 +27,12 @@
 // dependency wait, weights are read and the slot's record is only prefetched into L2, where it stays coherent: nothing
 // stale can be read, whatever kernel runs before.
 //
-// Tried and lost (H200, batch 64, Hv 32, T = 1: 57 us; Hv 64, T = 4: 183 us; batch 1: 6.6 us): folding the ring into
-// the rows in registers at every step and 32 lanes a row, which issues two to three times the instructions; two blocks
-// a multiprocessor at small batch, where the next kernel's blocks find no room (batch 2 took twice as long as batch 1).
-//
-// Measured on an H200 before new inputs were read ahead of the exchange: batch 1, Hv 32, one token 5.6 us (5.9 with a
-// barrier for the sums), four 8.4; batch 64 53.7;
-// T = 4, Hv 64, batch 64: 117.
+// Measured, and what was tried: docs/kernels/gdn_decode.md.
 //
 // budget: decode_kernel registers<=160 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "gated_delta_rule_decode.h"
 #include "kernels.h"
@@ -326,8 +321,8 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     const auto squares_of = [&](int item) {
         const float4 o = *reinterpret_cast<const float4*>(shared.value + item / quads * at.rows + item % quads * 4);
         float squares = dot(o, o);
-        squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-        return squares + __shfl_xor_sync(0xffffffffu, squares, 2);
+        squares += __shfl_xor_sync(kAllLanes, squares, 1);
+        return squares + __shfl_xor_sync(kAllLanes, squares, 2);
     };
     if constexpr (kSplit) {
         // The units' sums go to the whole cluster first: a barrier behind the stores would wait for them.
@@ -368,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
         } else {
             squares = squares_of(item);
 #pragma unroll
-            for (int offset = 4; offset < 32; offset *= 2) squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+            for (int offset = 4; offset < 32; offset *= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
         }
         if (first + threadIdx.x >= kTokens * quads) continue;
         const float inverse = rsqrtf(squares / kDim + p.eps);
@@ -419,7 +414,6 @@ int choose_split(const GatedDeltaRuleDecode& p) {
 }  // namespace
 
 bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool shapes = p.key_heads > 0 && p.value_heads % p.key_heads == 0 &&
                         p.value_heads / p.key_heads <= kMaxRatio && p.tokens >= 1 && p.tokens <= kMaxTokens &&
                         p.sequences <= 65535 && p.channels == (2 * p.key_heads + p.value_heads) * kDim &&
@@ -427,8 +421,8 @@ bool gated_delta_rule_decode_supported(const GatedDeltaRuleDecode& p) {
                         p.window_entries >= kTaps - 1;
     const bool strides =
         p.qkv_stride % 8 == 0 && p.z_stride % 8 == 0 && p.state_stride % 4 == 0 && p.window_stride % 8 == 0;
-    return shapes && strides && aligned(p.qkv) && aligned(p.z) && aligned(p.state) && aligned(p.window) &&
-           aligned(p.conv_weight) && aligned(p.out);
+    return shapes && strides && is_aligned(p.qkv) && is_aligned(p.z) && is_aligned(p.state) && is_aligned(p.window) &&
+           is_aligned(p.conv_weight) && is_aligned(p.out);
 }
 
 cudaError_t gated_delta_rule_decode(GatedDeltaRuleDecode p, cudaStream_t stream) {

@@ -200,9 +200,9 @@ __device__ __forceinline__ void triangle(const Place& at, const Shared& shared, 
     const float4 y = reinterpret_cast<const float4*>((j > t ? shared.key : shared.query) + t * kDim)[lane];
     float products[4] = {dot(x, x), dot(y, y), dot(x, y), 0};
     butterfly<16, 4>(products);
-    const float inverse_x = rsqrtf(__shfl_sync(0xffffffffu, products[0], 0) + 1e-6f);
-    const float inverse_y = rsqrtf(__shfl_sync(0xffffffffu, products[0], 8) + 1e-6f) * (j > t ? 1.0f : rsqrtf(kDim));
-    const float product = __shfl_sync(0xffffffffu, products[0], 16) * inverse_x * inverse_y;
+    const float inverse_x = rsqrtf(__shfl_sync(kAllLanes, products[0], 0) + 1e-6f);
+    const float inverse_y = rsqrtf(__shfl_sync(kAllLanes, products[0], 8) + 1e-6f) * (j > t ? 1.0f : rsqrtf(kDim));
+    const float product = __shfl_sync(kAllLanes, products[0], 16) * inverse_x * inverse_y;
     if (t == j && lane == 0) {
         shared.inverse[t] = inverse_x;
         shared.inverse[kTokens + t] = inverse_y;

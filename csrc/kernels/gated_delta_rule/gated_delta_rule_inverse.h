@@ -2,6 +2,7 @@
 // gated_delta_rule_prepare.cu for the algorithm.
 #pragma once
 #include <ptx.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include "gated_delta_rule_prefill.h"
@@ -37,7 +38,7 @@ struct Thread {
     int warp, lane;
 
     __device__ __forceinline__ Thread()
-        : warp(ptx::warp_id() % 4), lane(__shfl_sync(0xffffffffu, threadIdx.x % 32, threadIdx.x % 32)) {}
+        : warp(ptx::warp_id() % 4), lane(__shfl_sync(kAllLanes, threadIdx.x % 32, threadIdx.x % 32)) {}
 };
 
 // L -> A of the warp's diagonal block in place, by substitution in fp32: one column a lane, both halves of the warp

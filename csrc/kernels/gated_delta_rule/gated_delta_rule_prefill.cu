@@ -35,8 +35,7 @@
 // of 32 heads, 4.3 TB/s; the workspace, written and read, is 290 MB more there. Flops: 164 k a token and head, 56 us.
 // The chain a chunk, in cycles: S to fp16 100, X 320, right-hand side 110, A 190, V' to fp16 110, update 320: 1,150.
 //
-// Measured on an H200 and what it was before, what was tried and lost: docs/kernels/gdn_prefill.md. 16:32 heads, 1 x
-// 8192 tokens 188 us, 1 x 32768 705; 16:64, 1 x 8192 294.
+// Measured, and what was tried: docs/kernels/gdn_prefill.md.
 //
 // budget: prefill_kernel registers<=168 shared<=0 hot sass=HGMMA
 #include <launch.h>
@@ -44,270 +43,18 @@
 
 #include <algorithm>
 
-#include "bf16x8.h"
-#include "gated_delta_rule_state.h"
+#include "gated_delta_rule_chain.h"
 
 namespace tokenspeed {
 namespace {
 
 using namespace delta_rule_prefill;
 
-constexpr int kThreads = 384;                              // warpgroups: chain, outputs, and one whose warps move data
+constexpr int kThreads = 3 * kGroupThreads;                // chain, outputs, and one whose warps move data
 constexpr int kChainRegisters = 240, kMoveRegisters = 40;  // per thread, of 168 at the start
-constexpr int kStages = 3;
-constexpr int kWindowSlots = 260, kLeastWindow = 8;  // chunks of all sequences in a window, and of one at least
-constexpr int kAhead = 6;                            // chunks, of asking memory for them
-constexpr int kWarps = kGroupThreads / 32;
+constexpr int kWindowSlots = 260, kLeastWindow = 8;        // chunks of all sequences in a window, and of one at least
+constexpr int kAhead = 6;                                  // chunks, of asking memory for them
 constexpr uint32_t kOutputBarrier = 1;
-
-// The operands of one chunk, for the chain and for the outputs. All but the values are the same for both halves of a
-// head.
-struct ChainStage {
-    __half key[2 * kPanel], solve[kPanel];
-    __nv_bfloat16 value[kPanel];
-    alignas(1024) TokenFactors factors;
-};
-struct OutputStage {
-    __half query[2 * kPanel], attention[kPanel];
-    alignas(1024) float factors[kChunk];
-};
-constexpr uint64_t kSolveStep = (offsetof(ChainStage, solve) - offsetof(ChainStage, key)) >> 4;  // of descriptors
-constexpr uint32_t kChainBytes = offsetof(ChainStage, factors) + sizeof(TokenFactors);
-constexpr uint32_t kOutputBytes = offsetof(OutputStage, factors) + sizeof(OutputStage::factors);
-
-// A stage is full when its bytes are there, and empty when the warps of both blocks that read it are done, since one
-// block fills it for both.
-struct Ring {
-    uint64_t full[kStages], empty[kStages];
-};
-
-struct Shared {
-    ChainStage chain[kStages];
-    OutputStage outputs[kStages];
-    // For the outputs: S before the chunk and V'^T, fp16 in registers of the chain's threads. The same thread of the
-    // other warpgroup has them as its A operands.
-    uint4 state[8][kGroupThreads], update[4][kGroupThreads];
-    __nv_bfloat16 output[2][kPanel];  // chunks take turns
-    Ring chain_ring, output_ring;
-    uint64_t state_given, update_given, taken;
-};
-static_assert(sizeof(Shared) <= 227 * 1024);
-
-// Turns the state before the chunk, which this thread has stored at `state`, into that after the token at place `last`:
-// e^{G_last} S + sum_{t <= last} e^{G_last - G_t} v'_t k_t^T. `updates` are the chunk's V' transposed.
-__device__ __forceinline__ void finish_snapshot(const ChainStage& stage, const float (&updates)[32], int last,
-                                                float* state) {
-    const Lane lane;
-    const TokenFactors& factors = stage.factors;
-    const float total = factors.total[last];
-    uint32_t weighted[4][4];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const int token = 8 * j + lane.column;
-        const float left =
-            token <= last ? ptx::exp2_approximate(total - factors.total[token]) * factors.key_scale[token] : 0.0f;
-        const float right = token < last
-                                ? ptx::exp2_approximate(total - factors.total[token + 1]) * factors.key_scale[token + 1]
-                                : 0.0f;
-        weighted[j / 2][j % 2 * 2] = ptx::pack_half_saturating(updates[4 * j] * left, updates[4 * j + 1] * right);
-        weighted[j / 2][j % 2 * 2 + 1] =
-            ptx::pack_half_saturating(updates[4 * j + 2] * left, updates[4 * j + 3] * right);
-    }
-    const float decay = ptx::exp2_approximate(total);
-#pragma unroll 1
-    for (int block = 0; block < kDim / 16; ++block) {
-        float sum[2][4] = {};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            uint32_t key[4];
-            load_block(threadIdx.x % 32, key, stage.key + block / 4 * kPanel, k, block % 4);
-            ptx::mma_m16n8k16<__half>(sum[0], weighted[k], key[0], key[1]);
-            ptx::mma_m16n8k16<__half>(sum[1], weighted[k], key[2], key[3]);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float2& pair = pair_of(state, lane, 2 * block + i / 2, i % 2);
-            pair = float2{decay * pair.x + sum[i / 2][i % 2 * 2], decay * pair.y + sum[i / 2][i % 2 * 2 + 1]};
-        }
-    }
-}
-
-// Shared address of the 8 x 8 blocks that the thread's lane names for ldmatrix / stmatrix with four of them: tokens 8 j
-// .. 8 j + 15, the sixteen value columns of its warp. Transposed, they are accumulators 4 j .. 4 j + 7 of the thread.
-__device__ __forceinline__ uint32_t columns_of_warp(const void* tile, int j) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps, token = 8 * (j + lane / 16) + lane % 8;
-    return ptx::shared_address(tile) + place(token, warp * 2 + lane / 8 % 2);
-}
-
-// Zeroes the values outside the sequence: rows there may be another's, and beta = 0 would not hide an infinite one.
-__device__ __forceinline__ void mask_values(uint32_t (&value)[8][2], int begin, int end) {
-    const Lane lane;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const int token = 8 * j + lane.column;
-        const uint32_t left = token >= begin && token < end ? 0x0000ffffu : 0;
-        const uint32_t right = token + 1 >= begin && token + 1 < end ? 0xffff0000u : 0;
-        value[j][0] &= left | right;
-        value[j][1] &= left | right;
-    }
-}
-
-// No block exits while the other may still write to its shared memory.
-__device__ __forceinline__ void leave_cluster() {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-}
-
-__device__ __forceinline__ void arrive_with_warp(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
-}
-
-// The factors of the eight pairs of tokens that are a thread's columns.
-__device__ __forceinline__ void load_factors(float2 (&pairs)[8], const float* factors) {
-    const Lane lane;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) pairs[j] = *reinterpret_cast<const float2*>(factors + 8 * j + lane.column);
-}
-
-// By a warp that has read a stage: two of its lanes tell the two blocks.
-__device__ __forceinline__ void release_stage(Ring& ring, int i) {
-    __syncwarp();
-    if (threadIdx.x % 32 < 2) ptx::mbarrier_arrive_cluster_relaxed(&ring.empty[i % kStages], threadIdx.x % 32);
-}
-
-// The values of a chunk, of a thread's two rows and eight pairs of tokens: as an accumulator has them.
-__device__ __forceinline__ void load_values(const Work& at, int chunk, const ChainStage& stage, float (&values)[32]) {
-    uint32_t pairs[8][2];
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-        uint32_t blocks[4];
-        ptx::ldmatrix_x4_transposed(blocks, columns_of_warp(stage.value, j));
-#pragma unroll
-        for (int b = 0; b < 4; ++b) pairs[j + b / 2][b % 2] = blocks[b];
-    }
-    if (at.begin(chunk) > 0 || at.end(chunk) < kChunk) mask_values(pairs, at.begin(chunk), at.end(chunk));
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        values[2 * i] = __uint_as_float(pairs[i / 2][i % 2] << 16);
-        values[2 * i + 1] = __uint_as_float(pairs[i / 2][i % 2] & 0xffff0000u);
-    }
-}
-
-// The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
-// wait for stands where it waits for a product; the next chunk's values come while S takes up this one's. One warp a
-// scheduler runs here: an instruction more is a cycle more, and one whose result is used at once many.
-__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                     Shared& shared) {
-    const Lane lane;
-    float s[64], x[32], updates[32], values[32];
-    load_state(p, at, window, s);
-    int snapshot = next_snapshot(p, at, at.first_token(at.first));
-    uint64_t keys = panel_descriptor(shared.chain[0].key);  // of the chunk
-    if (at.chunks > 0) {
-        ptx::mbarrier_wait(&shared.chain_ring.full[0], 0);
-        load_values(at, at.first, shared.chain[0], values);
-    }
-#pragma unroll 1
-    for (int i = 0; i < at.chunks; ++i) {
-        const ChainStage& stage = shared.chain[i % kStages];
-        const TokenFactors& factors = stage.factors;
-        const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
-        uint32_t state[8][4];
-        ptx::wgmma_fence(x);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {  // operands are made while the matrix unit has those before them
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                state[k][i] = ptx::pack_half_saturating(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
-            }
-            ptx::wgmma_fence();
-            ptx::wgmma<__half, 64>(x, state[k], keys + step_of_panels(k), k > 0);
-        }
-        ptx::wgmma_commit();
-        float2 weights[8];
-        load_factors(weights, factors.carried);
-        if (i > 0) release_stage(shared.chain_ring, i - 1);
-        if (i > 0) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            shared.state[k][threadIdx.x] = uint4{state[k][0], state[k][1], state[k][2], state[k][3]};
-        }
-        arrive_with_warp(&shared.state_given);
-        if (snapshot <= last) {
-            for_snapshots(p, at, first, last, [&](int, int slot) { store_state(state_of(p, at, slot), s); });
-        }
-        const float decay = factors.decay[0];
-        ptx::wgmma_wait<0>(x);
-
-        // The right-hand side v - e^G S k, transposed, and V' = A diag(beta) times it.
-        uint32_t operand[4][4];
-        ptx::wgmma_fence(updates);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 weight = weights[2 * k + i / 2];
-                const int at = 8 * k + 2 * i;
-                operand[k][i] =
-                    ptx::pack_half_saturating(values[at] - weight.x * x[at], values[at + 1] - weight.y * x[at + 1]);
-            }
-            ptx::wgmma_fence();
-            ptx::wgmma<__half, 64>(updates, operand[k], keys + kSolveStep + step_of_panels(k), k > 0);
-#pragma unroll
-            for (int i = 0; k < 2 && i < 32; ++i) s[32 * k + i] *= decay;
-        }
-        ptx::wgmma_commit();
-        load_factors(weights, factors.to_end);
-        const int next = i + 1 < at.chunks ? i + 1 : i;
-        const bool full = ptx::mbarrier_test(&shared.chain_ring.full[next % kStages], next / kStages & 1);
-        ptx::wgmma_wait<0>(updates);
-
-        ptx::wgmma_fence(s);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 weight = weights[2 * k + i / 2];
-                const int at = 8 * k + 2 * i;
-                operand[k][i] = ptx::pack_half_saturating(updates[at] * weight.x, updates[at + 1] * weight.y);
-            }
-            ptx::wgmma_fence();
-            ptx::wgmma<__half, 128, true>(s, operand[k], keys + (k * 16 * 128 >> 4), true);
-        }
-        ptx::wgmma_commit();
-        keys = panel_descriptor(shared.chain[next % kStages].key);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            shared.update[k][threadIdx.x] = uint4{ptx::pack_half_saturating(updates[8 * k], updates[8 * k + 1]),
-                                                  ptx::pack_half_saturating(updates[8 * k + 2], updates[8 * k + 3]),
-                                                  ptx::pack_half_saturating(updates[8 * k + 4], updates[8 * k + 5]),
-                                                  ptx::pack_half_saturating(updates[8 * k + 6], updates[8 * k + 7])};
-        }
-        arrive_with_warp(&shared.update_given);
-        if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[next % kStages], next / kStages & 1);
-        load_values(at, at.first + next, shared.chain[next % kStages], values);  // after the last chunk, in vain
-        ptx::wgmma_wait<0>(s);
-
-        if (snapshot <= last) {
-            for_snapshots(p, at, first, last, [&](int count, int slot) {
-                finish_snapshot(stage, updates, count - 1 - first, state_of(p, at, slot));
-                if (threadIdx.x == 0 && at.column == 0) p.cursor[slot * p.cursor_stride + at.value_head] = count;
-            });
-            snapshot = next_snapshot(p, at, last);
-        }
-    }
-    if (at.chunks > 0) release_stage(shared.chain_ring, at.chunks - 1);
-    if (at.goes_on) {
-        store_state(carried_state(p, at, window), s);
-    } else if (at.write_slot >= 0) {
-        store_state(state_of(p, at, at.write_slot), s);
-    }
-    leave_cluster();  // in place, the other half has read the cursor too
-    if (!at.goes_on && at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
-        p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
-    }
-}
 
 // The outputs: O^T = (S Q^T) e^G dk^-0.5 + V'^T P^T, [64 value columns x 64 tokens], and their rows to memory.
 __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
@@ -524,11 +271,10 @@ struct Workspace {
 }  // namespace
 
 bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.key_heads > 0 && p.value_heads % p.key_heads == 0 &&
            p.value_heads / p.key_heads <= kMaxValueHeadsPerKeyHead && p.value_heads <= 65535 && p.sequences <= 65535 &&
-           max_slots(p, 0) <= 65535 && p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && aligned(p.qkv) &&
-           aligned(p.state) && aligned(p.out);
+           max_slots(p, 0) <= 65535 && p.qkv_stride % 8 == 0 && p.state_stride % 4 == 0 && is_aligned(p.qkv) &&
+           is_aligned(p.state) && is_aligned(p.out);
 }
 
 int64_t gated_delta_rule_prefill_workspace(const GatedDeltaRulePrefill& p) {

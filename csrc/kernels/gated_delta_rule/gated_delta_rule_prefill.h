@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <ptx_tma.h>
 #include <ptx_wgmma.h>
+#include <reduce.h>
 
 #include "kernels.h"
 
@@ -87,20 +88,15 @@ struct Place {
 #pragma unroll 1
         for (int first = 0, before = 0; first < p.sequences && sequence < 0; first += 32) {
             const int count = first + lane < p.sequences ? window.count(Chunks(p, first + lane).count) : 0;
-            int through = count;
-#pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, through, distance);
-                if (lane >= distance) through += other;
-            }
+            int through = warp_running_sum(count);
             through += before;
-            const uint32_t beyond = __ballot_sync(0xffffffffu, slot < through);
+            const uint32_t beyond = __ballot_sync(kAllLanes, slot < through);
             const int found = beyond != 0 ? __ffs(beyond) - 1 : 31;
             if (beyond != 0) {
                 sequence = first + found;
-                first_slot = __shfl_sync(0xffffffffu, through - count, found);
+                first_slot = __shfl_sync(kAllLanes, through - count, found);
             }
-            before = __shfl_sync(0xffffffffu, through, 31);
+            before = __shfl_sync(kAllLanes, through, 31);
         }
     }
 };
@@ -109,7 +105,7 @@ struct Place {
 __device__ __forceinline__ int first_slot(const GatedDeltaRulePrefill& p, const Window& window, int sequence) {
     int before = 0;
     for (int other = threadIdx.x % 32; other < sequence; other += 32) before += window.count(Chunks(p, other).count);
-    return __reduce_add_sync(0xffffffffu, before);
+    return __reduce_add_sync(kAllLanes, before);
 }
 
 // Byte offset of a 16-byte piece of a row of 128 bytes, as TMA writes it and wgmma reads it with a 128-byte swizzle.

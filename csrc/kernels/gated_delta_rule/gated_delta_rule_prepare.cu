@@ -18,6 +18,7 @@
 //
 // budget: prepare_kernel registers<=128 shared<=0 hot sass=HGMMA
 #include <launch.h>
+#include <reduce.h>
 
 #include <algorithm>
 
@@ -95,7 +96,7 @@ __device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end,
     for (int piece = 0; piece < 8; ++piece) {
         squares += sum_of_squares(unpack(*reinterpret_cast<const uint4*>(panel + place(row, piece))));
     }
-    squares += __shfl_xor_sync(0xffffffffu, squares, 16);
+    squares += __shfl_xor_sync(kAllLanes, squares, 16);
     squares = inside ? squares : 0.0f;
     const float power = power_below(rsqrtf(max(squares, kLeastSquares)));
     if (lane < 16) scale[row] = factor * rsqrtf(squares + 1e-6f) * inverse_of_power(power);
@@ -256,13 +257,8 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
         g[i] = inside[i] ? rate * (x > 20.0f ? x : log1pf(expf(x))) : 0.0f;
         gates.beta[2 * lane + i] = inside[i] ? sigmoid(b[i]) : 0.0f;
     }
-    float through = g[0] + g[1];
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const float other = __shfl_up_sync(0xffffffffu, through, distance);
-        if (lane >= distance) through += other;
-    }
-    const float before = __shfl_up_sync(0xffffffffu, through, 1);
+    const float through = warp_running_sum(g[0] + g[1]);
+    const float before = __shfl_up_sync(kAllLanes, through, 1);
     gates.total[2 * lane] = (lane > 0 ? before : 0.0f) + g[0];
     gates.total[2 * lane + 1] = through;
 }

@@ -95,7 +95,7 @@ __device__ __forceinline__ int next_snapshot(const GatedDeltaRulePrefill& p, con
         const int32_t* row = p.snapshots + 3 * i;
         if (row[0] == at.sequence && row[2] >= 0 && row[1] > count) next = min(next, row[1]);
     }
-    return __reduce_min_sync(0xffffffffu, next);
+    return __reduce_min_sync(kAllLanes, next);
 }
 
 // Calls what(token count, slot) for the sequence's snapshots with first < count <= last.

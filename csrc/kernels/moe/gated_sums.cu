@@ -9,9 +9,7 @@
 // Tiling: rows are cut into vectors of 8 elements, numbered through; a thread does one. Small blocks and ordinary
 // loads: both cost nothing here and every cleverness did.
 //
-// Measured on an H200, silu_mul 8192 x 9216 / 17408: 101 / 102% of copy (two reads to a write are easier than one to
-// one), add_sigmoid_gated 8192 x 4096: 95%; one row of 3584 0.9 us. Tried and lost: two vectors a thread in blocks of
-// 256 with streaming loads 94 / 94 / 92%; one vector 96 / 97 / 93%; past L1 but not streaming 97 / 98 / 94%.
+// Measured, and what was tried: docs/kernels/memory_bound.md.
 //
 // budget: silu_mul_kernel registers<=64 shared<=0 hot
 // budget: add_sigmoid_gated_kernel registers<=64 shared<=0 hot
@@ -36,9 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     const __nv_bfloat16* source = x + index / row_vectors * x_stride + index % row_vectors * 8;
     const uint4 gate = ptx::load_16_no_allocate(source), up = ptx::load_16_no_allocate(source + row_vectors * 8);
     const Float8 g = unpack(gate), u = unpack(up);
-    Float8 y;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) y.v[j] = silu(g.v[j]) * u.v[j];
+    const Float8 y = gated(g, u);
     store_16(out + int64_t(index) * 8, pack(y));
 }
 

@@ -38,9 +38,11 @@
 // Weights in e4m3 (all but the router, whose tiles then come first): a stage holds twice the depth, x becomes fp16 when
 // the router's tiles are done, activations as they come into a row slot, and a chunk of 128 columns is multiplied by
 // its scale, as in moe_experts_decode.cu. A warp asks for a unit's scales before it finishes the unit ahead; the thread
-// that streams asks L2 for them earlier. One token of 35B: 29.9 MB, 7.2 us at 4.17 TB/s; predicted 14 us (bf16: 21.7).
-// In a step a launch takes 24 us, in bf16 26, waits for the kernel before included (docs/kernels/fp8_decode.md).
+// that streams asks L2 for them earlier. One token of 35B: 29.9 MB, 7.2 us at 4.17 TB/s.
+//
 // Padding rows choose nobody, in both formats.
+//
+// Measured, and what was tried: docs/kernels/moe_block.md.
 //
 // budget: moe_block_kernel registers<=96 shared<=0 hot sass=HMMA
 #include <bf16x8.h>
@@ -48,9 +50,10 @@
 #include <ptx.h>
 #include <ptx_tma.h>
 
-#include "kernels.h"
-#include "moe_block.h"
-#include "moe_block_parts.h"
+#include "moe_block_entries.h"
+#include "moe_block_products.h"
+#include "moe_block_rows.h"
+#include "moe_block_sums.h"
 
 namespace tokenspeed {
 namespace {
@@ -147,65 +150,6 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
                 });
         }
         unit = blocks + static_cast<int>(next);
-    }
-}
-
-// Brings activations into the row slots: those of the shared expert, then those of each unit of down. One warp.
-template <typename Weight>
-__device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots) {
-    const MoeBlock& p = a.p;
-    const Work<Weight> work(p);
-    const int lane = threadIdx.x % 32, slot_bytes = a.layout.tokens * a.layout.slot_pitch;
-    ptx::mbarrier_wait(&control.begun, 0);
-    CounterSet& counters = counters_of(p.scratch, control.launch);
-    Cursor at, at_units;
-    if (static_cast<int>(blockIdx.x) < work.column_tiles) {
-        if (lane == 0) ptx::wait_at_least(&counters.projected, work.projections(p.tokens));
-        __syncwarp();
-        activate_shared<Weight>(a, slots);
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[0]);
-        at.next(kRowSlots);
-    }
-    ptx::mbarrier_wait(&control.listed, 0);
-    const int gate_up_units = control.entries * work.gate_up_tiles, pieces = p.width / 8;
-    for (int unit; (unit = next_unit(control, at_units)) >= 0;) {
-        if (unit < gate_up_units) continue;
-        const int entry = (unit - gate_up_units) / work.down_tiles;
-        const bool chose = lane < p.tokens && control.ranks[entry][lane] != kNobody;
-        unsigned left = __ballot_sync(kAllLanes, chose);
-        if (a.words == nullptr) {
-            if (lane == 0) ptx::wait_at_least(&counters.activated[entry], __popc(left) * work.gate_up_tiles);
-            __syncwarp();
-        }
-        ptx::mbarrier_wait(&control.rows_empty[at.slot], at.phase ^ 1);
-        uint8_t* slot = slots + at.slot * slot_bytes;
-        if (a.words != nullptr && left != 0) {
-            bring_words<Weight>(a.words + int64_t{control.ranks[entry][0]} * words_pitch(p.width), slot, p.width,
-                                control.launch);
-            left = 0;
-        }
-        for (; left != 0; left &= left - 1) {
-            const int token = __ffs(static_cast<int>(left)) - 1;
-            const auto* row = a.activations + int64_t{token * p.top_k + control.ranks[entry][token]} * p.width;
-            for (int base = 0; base < pieces; base += kBatch * 32) {
-                uint4 values[kBatch];
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) {
-                    const int piece = base + i * 32 + lane;
-                    if (piece < pieces) values[i] = ptx::load_16_no_allocate(row + piece * 8);
-                }
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) {
-                    const int piece = base + i * 32 + lane;
-                    if (base + i * 32 >= pieces) break;
-                    store_piece<Weight>(slot + token * a.layout.slot_pitch, piece, p.width, values[i], piece < pieces);
-                }
-            }
-        }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&control.rows_full[at.slot]);
-        at.next(kRowSlots);
     }
 }
 
@@ -470,7 +414,6 @@ int64_t moe_block_scratch(const MoeBlock& p) {
 bool moe_block_supported(const MoeBlock& p) {
     const bool scaled = p.router != nullptr;
     const int unit = scaled ? kChunk<E4m3> : kChunk<__nv_bfloat16>;
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const auto whole = [&](int size) { return size >= unit && size % unit == 0; };
     for (const float* scale : {p.in_scale, p.gate_up_scale, p.down_scale, p.shared_scale}) {
         if ((scale != nullptr) != scaled) return false;
@@ -480,9 +423,9 @@ bool moe_block_supported(const MoeBlock& p) {
            (p.experts == 256 || p.experts == 512) && p.held >= 1 && p.held <= p.experts && whole(p.hidden) &&
            p.hidden <= expert_decode::kMaxDepth && whole(p.width) && whole(p.shared) &&
            p.width <= expert_decode::kMaxDepth && p.shared <= expert_decode::kMaxDepth &&
-           p.projections >= 2 * p.shared + p.experts + 1 && p.x_stride % 8 == 0 && aligned(p.x) &&
-           aligned(p.residual) && aligned(p.norm_weight) && aligned(p.in_proj) && aligned(p.router) &&
-           aligned(p.gate_up) && aligned(p.down) && aligned(p.shared_down) && aligned(p.scratch) &&
+           p.projections >= 2 * p.shared + p.experts + 1 && p.x_stride % 8 == 0 && is_aligned(p.x) &&
+           is_aligned(p.residual) && is_aligned(p.norm_weight) && is_aligned(p.in_proj) && is_aligned(p.router) &&
+           is_aligned(p.gate_up) && is_aligned(p.down) && is_aligned(p.shared_down) && is_aligned(p.scratch) &&
            layout.bytes() <= kSharedLimit;
 }
 

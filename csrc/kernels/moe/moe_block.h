@@ -12,12 +12,10 @@
 
 namespace tokenspeed::moe_layer {
 
-using expert_decode::Cursor;
 using expert_decode::kConsumerBarrier;
 using expert_decode::kConsumers;
 using expert_decode::kConsumerThreads;
 using expert_decode::kRowWarp;
-using expert_decode::kSharedLimit;
 using expert_decode::kStageBytes;
 using expert_decode::kThreads;
 using expert_decode::kWeightWarp;

@@ -31,24 +31,10 @@
 // has let it start only after moe_route was complete. The weights that it will read first, gate_up's blocks ask into L2
 // when they have started their own last copies, so memory does not rest between the two.
 //
-// Measured on an H100 (24 November 2026; read 3071 GB/s), share of read in brackets. 35B, 1 / 8 / 64 tokens: 28.4 us
-// (58%), 143.9 (87%), 485.4 (93%); 397B: 97.0 us (85%), 645.2 (97%), 2978 (99%). The torch implementation takes 2.2,
-// 1.4, 1.2 and 1.6, 1.2, 1.1 times as long. One token of 35B takes 12 us more than its bytes; estimated, the first list
-// and the first bytes 2 us, each change of kernel with its refill of the rings 3 to 4.
-//
 // e4m3 weights have stages of the same bytes and twice the depth, are multiplied as fp16 (fp8.h), and the sums of 128
-// of depth take the scale of their block. On an H200, 35B, 1 / 8 / 64 tokens: 18.3 / 73.3 / 253 us against 21.7 / 98.3
-// / 353 of bf16. Their conversion to bf16 by bit operations, which left the rows as they were, took 17.4 / 71.1 / 245
-// us.
+// of depth take the scale of their block.
 //
-// Tried and lost, measured together in a second run (same kind of card, read 3021 GB/s): 35B 30.3 / 143.6 / 494.1 us,
-// 397B 106.1 / 646.3 / 2998:
-//   - both kernels on one multiprocessor at up to about four tokens, each with half the shared memory, so that down's
-//     ring fills while gate_up runs;
-//   - a stage that lies by rows and not by chunks of depth, so that its copy walks memory in order.
-// How much each cost was not measured; one token, which alone had the first, lost most (7 and 9%, of which the slower
-// memory of that run is 2). Next: one persistent launch with a counter barrier between the products, whose ring runs on
-// into down's weights.
+// Measured, and what was tried: docs/kernels/moe_decode.md.
 //
 // budget: gate_up_kernel registers<=128 shared<=0 hot sass=HMMA
 // budget: down_kernel registers<=128 shared<=0 hot sass=HMMA
@@ -56,6 +42,7 @@
 #include <launch.h>
 #include <ptx.h>
 #include <ptx_tma.h>
+#include <reduce.h>
 
 #include "fp8.h"
 #include "kernels.h"
@@ -450,13 +437,12 @@ cudaError_t launch_experts(const MoeExperts& p, cudaStream_t stream) {
 }  // namespace
 
 bool moe_experts_decode_supported(const MoeExperts& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool scaled = p.gate_up_scale != nullptr && p.down_scale != nullptr;
     const bool sizes =
         scaled ? sizes_supported<E4m3>(p) : p.gate_up_scale == p.down_scale && sizes_supported<__nv_bfloat16>(p);
     return sizes && p.tokens >= 1 && p.tokens <= kMoeDecodeTokens && p.top_k >= 1 && p.top_k <= kMaxTopK &&
-           p.experts >= 1 && p.experts <= UINT16_MAX && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) &&
-           aligned(p.down);
+           p.experts >= 1 && p.experts <= UINT16_MAX && p.x_stride % 8 == 0 && is_aligned(p.x) &&
+           is_aligned(p.gate_up) && is_aligned(p.down);
 }
 
 size_t moe_experts_decode_workspace(const MoeExperts& p) {

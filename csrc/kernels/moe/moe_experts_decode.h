@@ -2,6 +2,7 @@
 #pragma once
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -9,10 +10,10 @@
 
 #include "fp8.h"
 #include "kernels.h"
+#include "ring.h"
 
 namespace tokenspeed::expert_decode {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kConsumers = 8;  // warps that multiply; they come first
 constexpr int kConsumerThreads = kConsumers * 32;
 constexpr int kWeightWarp = kConsumers, kRowWarp = kConsumers + 1;
@@ -28,7 +29,6 @@ constexpr int kStageBytes = 16384;
 constexpr int kMaxStages = 12, kLeastStages = 4;
 constexpr int kMaxRowSlots = 2;
 constexpr int kMaxDepth = 8192;  // past what the ring leaves room for; a warp's scales of a unit are one a lane
-constexpr int kSharedLimit = 227 * 1024;
 constexpr int kPrefetchBytes = 128 * 1024;  // of down, by each block of gate_up
 
 // What the type of weights decides: bf16, or E4m3 with a scale for every block of 128 x 128.
@@ -134,16 +134,6 @@ __device__ inline int Work<Down>::tile(int unit) const {
     return unit / entries;
 }
 
-// A place in a ring of `size` slots and the parity of its phase.
-struct Cursor {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void next(int size) {
-        if (++slot == size) slot = 0, phase ^= 1;
-    }
-};
-
 __device__ inline void initialise_barriers(Control& control, const Layout& layout) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < layout.stages; ++i) {
@@ -166,12 +156,7 @@ __device__ inline int list_entries(Control& control, const int32_t* offsets, int
     const int begin = min(static_cast<int>(threadIdx.x) * share, experts), end = min(begin + share, experts);
     int mine = 0;
     for (int e = begin; e < end; ++e) mine += (offsets[e + 1] - offsets[e] + kEntryChoices - 1) / kEntryChoices;
-    int through = mine;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, distance);
-        if (lane >= distance) through += other;
-    }
+    int through = warp_running_sum(mine);
     if (lane == 31) control.warp_total[warp] = through;
     __syncthreads();
     int place = through - mine, total = 0;

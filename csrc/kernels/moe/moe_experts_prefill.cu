@@ -24,8 +24,8 @@
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
 // written for them, and the sum leaves them out.
 //
-// Each product is launched in one of two forms: here blocks work each alone; in moe_experts_prefill_cluster.cu two share
-// weights. in_clusters() says which. docs/kernels/moe_prefill.md has what was measured, tried and lost.
+// Each product is launched in one of two forms: here blocks work each alone; in moe_experts_prefill_cluster.cu two
+// share weights. in_clusters() says which. docs/kernels/moe_prefill.md has what was measured, tried and lost.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
@@ -72,7 +72,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kTileRows / 2], Stora
         }
         if (lane == 0 && before >= 0) ptx::mbarrier_arrive(&storage.empty[before]);
         before = at.slot;
-        at.next();
+        at.next(kStages);
     }
     ptx::wgmma_wait<0>(sum);
     if (lane == 0) ptx::mbarrier_arrive(&storage.empty[before]);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 }
                 copy_choices(storage.choices[at.slot], source, s * kRowBytes);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-                at.next();
+                at.next(kStages);
             }
         }
     } else {
@@ -158,18 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
         if (threadIdx.x >= 32) return;
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
-                uint64_t* full = &storage.full[at.slot];
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
-                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next();
-            }
-        }
+        copy_activations<kDepth>(storage, tiles, stages, count, step, at, activations, down);
     } else {
         ptx::register_increase<kWgmmaRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2;
@@ -260,15 +249,11 @@ cudaError_t launch_down(const Bf16Prefill& a, const LaunchConfig& config) {
     return launch(down_kernel, config, activations, down, a);
 }
 
-// Whether blocks share weights, two in a cluster. That saves bytes from L2 where an expert has more choices than a tile of
-// a block alone, so that its weights are read again. It loses where tiles are shallow: a slot of the ring then waits for
-// both blocks, and an only group is spread over two (held to be why, not shown). On an H200, in us, alone -> in clusters,
-// by tokens (choices an expert):
-//   256 experts, hidden 2048, width 512:    1024 (32) 437 -> 503, 8192 (256) 1025 -> 1066
-//   512 experts, hidden 4096, width 1024:   8192 (160) 7513 -> 5129, 16384 (320) 10777 -> 9883
-//   128 experts of those:                   8192 (640) 4853 -> 4434
-// Nothing between was measured. Of a model split over ranks by experts, choices that are elsewhere count too: the host
-// does not know `offsets`.
+// Whether blocks share weights, two in a cluster. That saves bytes from L2 where an expert has more choices than a tile
+// of a block alone, so that its weights are read again. It loses where tiles are shallow: a slot of the ring then waits
+// for both blocks, and an only group is spread over two (held to be why, not shown). The shapes that were measured are
+// in docs/kernels/moe_prefill.md; nothing between them was. Of a model split over ranks by experts, choices that are
+// elsewhere count too: the host does not know `offsets`.
 bool in_clusters(const MoeExperts& p) {
     constexpr int kLeastWidth = 1024;  // the depth of down, of which a tile has the fewest stages
     return p.width >= kLeastWidth && int64_t{p.tokens} * p.top_k > int64_t{p.experts} * kTileChoices;
@@ -286,11 +271,10 @@ cudaError_t expert_prefill::sum_ranks(const MoeExperts& p, const __nv_bfloat16* 
 }
 
 bool moe_experts_prefill_supported(const MoeExperts& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.gate_up_scale == nullptr && p.down_scale == nullptr && p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 &&
            p.experts <= kMaxExperts && p.hidden >= kDepth && p.hidden % kDepth == 0 && p.width >= kDepth &&
-           p.width % kDepth == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
-           int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
+           p.width % kDepth == 0 && p.x_stride % 8 == 0 && is_aligned(p.x) && is_aligned(p.gate_up) &&
+           is_aligned(p.down) && int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
 }
 
 size_t moe_experts_prefill_workspace(const MoeExperts& p) {

@@ -1,14 +1,15 @@
-// What the files moe_experts_prefill*.cu share: the sizes of tiles and stages, the table of tiles, the ring's places, the
-// last launch. A stage is 128 bytes of each row: 64 columns of bf16, 128 of e4m3.
+// What the files moe_experts_prefill*.cu share: the sizes of tiles and stages, the table of tiles, the ring's places,
+// the last launch. A stage is 128 bytes of each row: 64 columns of bf16, 128 of e4m3.
 #pragma once
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include "kernels.h"
+#include "ring.h"
 
 namespace tokenspeed::expert_prefill {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 384;  // warpgroup 0 copies, 1 and 2 multiply
 constexpr int kCopyThreads = 128;
 constexpr int kTileRows = 256;  // of weights
@@ -33,12 +34,7 @@ struct Table {
             tiles[i] = (choices + tile_choices - 1) / tile_choices;
             mine += tiles[i];
         }
-        int through = mine;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, through, distance);
-            if (lane >= distance) through += other;
-        }
+        int through = warp_running_sum(mine);
         if (lane == 31) warp_total[warp] = through;
         __syncthreads();
         int before = through - mine;
@@ -59,16 +55,6 @@ struct Table {
         const int* part = tiles_before + coarse * kStride + 1;
         const int within = __popc(__ballot_sync(kAllLanes, lane < kStride - 1 && part[lane] * column_tiles <= index));
         return coarse * kStride + within;
-    }
-};
-
-// A place in the ring and the parity of its phase.
-struct Cursor {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void next() {
-        if (++slot == kStages) slot = 0, phase ^= 1;
     }
 };
 

@@ -10,8 +10,8 @@
 //
 // A third warpgroup copies stages of 64 of depth (24 KB of choices, 32 KB of weights, four in flight): weights, and the
 // choices of the second product, by TMA; rows of x are gathered by cp.async, twelve a thread, into the layout that TMA
-// would have made. Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring columns
-// of a row of the output: it stores them as they are.
+// would have made. Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring
+// columns of a row of the output: it stores them as they are.
 //
 // Clusters are persistent, one to two multiprocessors, and take every 66th tile. Tiles of an expert are neighbours:
 // clusters at work at one time share rows in L2. The multiplying warpgroups drift apart by up to the ring, so that one
@@ -23,6 +23,7 @@
 #include <ptx.h>
 #include <ptx_tma.h>
 #include <ptx_wgmma.h>
+#include <reduce.h>
 
 #include "kernels.h"
 #include "moe_experts_prefill.h"
@@ -53,7 +54,7 @@ struct Storage {  // of dynamic shared memory
     uint64_t full[kStages], empty[kStages];
     Table table;
 };
-static_assert(sizeof(Storage) <= 227 * 1024);
+static_assert(sizeof(Storage) <= kSharedLimit);
 
 __device__ __forceinline__ int groups_of(int choices) {
     return (choices + kGroupChoices - 1) / kGroupChoices;
@@ -125,14 +126,15 @@ __device__ void prepare(Storage& storage, const int32_t* offsets, int experts, i
     ptx::cluster_sync();
 }
 
-// By a warp that has read a slot. It has but read what will be overwritten: no fence, here or where a slot is waited for.
+// By a warp that has read a slot. It has but read what will be overwritten: no fence, here or where a slot is waited
+// for.
 __device__ __forceinline__ void release(Storage& storage, int slot) {
     const uint32_t lane = threadIdx.x % 32;
     if (lane < kBlocks) ptx::mbarrier_arrive_cluster_relaxed(&storage.empty[slot], lane);
 }
 
-// By one thread: its block's half of a stage of weights, by load_half(to, full, tile, stage, mask), to both blocks; where
-// they share one group, each needs its own half alone. Announces `other_bytes` more on the barrier.
+// By one thread: its block's half of a stage of weights, by load_half(to, full, tile, stage, mask), to both blocks;
+// where they share one group, each needs its own half alone. Announces `other_bytes` more on the barrier.
 template <typename LoadHalf>
 __device__ __forceinline__ void load_weights(Storage& storage, const Tile& tile, int slot, int stage,
                                              uint32_t other_bytes, LoadHalf load_half) {
@@ -174,11 +176,11 @@ struct Gather {
     }
 };
 
-// Copies by warpgroup 0: weights by TMA, rows of tokens, `row_pieces` pieces each, by cp.async into the layout that TMA
-// would have made. Rows past the end keep what they held: they reach no row of the output but their own.
+// Copies by warpgroup 0: weights by TMA, rows of tokens by cp.async into the layout that TMA would have made. Rows past
+// the end keep what they held: they reach no row of the output but their own.
 template <typename LoadHalf>
-__device__ __forceinline__ void copy_gathered(Storage& storage, const MoeExperts& p, const Tiles& tiles,
-                                              const void* rows, uint32_t row_pieces, int stages, LoadHalf load_half) {
+__device__ __forceinline__ void copy_gathered(Storage& storage, const MoeExperts& p, const Tiles& tiles, int stages,
+                                              LoadHalf load_half) {
     using G = Gather;
     if (!tiles.holds(tiles.first())) return;
     const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
@@ -187,7 +189,7 @@ __device__ __forceinline__ void copy_gathered(Storage& storage, const MoeExperts
     G gather(p, tile);
     for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
         uint32_t sources[G::kRows];
-        gather.find(sources, p.top_k, row_pieces);
+        gather.find(sources, p.top_k, static_cast<uint32_t>(p.x_stride / 8));
         const Tile current = tile;
         if (tiles.holds(tiles.next(index))) {  // the next tile's choices arrive while this one is copied
             tile = tiles.find(tiles.next(index));
@@ -197,23 +199,23 @@ __device__ __forceinline__ void copy_gathered(Storage& storage, const MoeExperts
         for (int s = 0; s < stages; ++s) {
             ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
             if (threadIdx.x == 0) load_weights(storage, current, at.slot, s, 0, load_half);
-            const auto* from = static_cast<const uint4*>(rows) + s * (kRowBytes / 16) + piece;
+            const auto* from = reinterpret_cast<const uint4*>(p.x) + s * (kRowBytes / 16) + piece;
             uint8_t* to = storage.choices[at.slot] + row * kRowBytes + (piece ^ row % 8) * 16;
 #pragma unroll
             for (int i = 0; i < G::kRows; ++i) {
                 if (sources[i] != G::kNone) ptx::cp_async(to + i * 16 * kRowBytes, from + sources[i]);
             }
             ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-            at.next();
+            at.next(kStages);
         }
     }
 }
 
-// Copies by one warp: both operands by TMA, `depth` columns a stage, of the cluster's group each block a box to both.
-// Rows past the end of a group are the next expert's, or stay what they were.
+// Copies by one warp: both operands by TMA, of the cluster's group each block a box to both. Rows past the end of a
+// group are the next expert's, or stay what they were.
 template <typename LoadHalf>
 __device__ __forceinline__ void copy_activations(Storage& storage, const Tiles& tiles, const CUtensorMap& activations,
-                                                 int depth, int stages, LoadHalf load_half) {
+                                                 int stages, LoadHalf load_half) {
     const int rank = static_cast<int>(ptx::cluster_rank());
     Cursor at;
     for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
@@ -230,13 +232,13 @@ __device__ __forceinline__ void copy_activations(Storage& storage, const Tiles& 
             uint8_t* to = storage.choices[at.slot];
 #pragma unroll 1
             for (int box = 0; box < own_boxes; ++box) {
-                ptx::tma_load<2>(to + box * kBoxBytes, &activations, full, {s * depth, own.begin + box * kBoxChoices});
+                ptx::tma_load<2>(to + box * kBoxBytes, &activations, full, {s * kDepth, own.begin + box * kBoxChoices});
             }
             if (rank < shared_boxes) {
                 ptx::tma_load_multicast<2>(to + kBlockGroups * kGroupBytes + rank * kBoxBytes, &activations, full,
-                                           {s * depth, shared.begin + rank * kBoxChoices}, kBothBlocks);
+                                           {s * kDepth, shared.begin + rank * kBoxChoices}, kBothBlocks);
             }
-            at.next();
+            at.next(kStages);
         }
     }
 }
@@ -265,8 +267,8 @@ struct LoadHalf {
 };
 
 // The 16-byte pieces of kUnitRows weight rows in a thread's sums, at `columns` of the output's row of `place` (the
-// thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is the
-// order of weight rows in shared memory.
+// thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is
+// the order of weight rows in shared memory.
 template <bool kGateUp>
 __device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* output, const int (&place)[2], int columns,
                                            int unit_column) {
@@ -354,7 +356,7 @@ __device__ void multiply_tiles(Storage& storage, const Bf16Prefill& a, const Til
             ptx::wgmma_wait<1>();
             if (before >= 0) release(storage, before);
             before = at.slot;
-            at.next();
+            at.next(kStages);
         }
         ptx::wgmma_wait<0>(own, shared);
         release(storage, before);
@@ -388,9 +390,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         const LoadHalf<kGateUp> load_half{weights, P::columns(p)};
         const int stages = P::depth(p) / kDepth;
         if constexpr (kGateUp) {
-            copy_gathered(storage, p, tiles, p.x, static_cast<uint32_t>(p.x_stride / 8), stages, load_half);
+            copy_gathered(storage, p, tiles, stages, load_half);
         } else if (threadIdx.x < 32) {
-            copy_activations(storage, tiles, activations, kDepth, stages, load_half);
+            copy_activations(storage, tiles, activations, stages, load_half);
         }
     } else {
         ptx::register_increase<kWgmmaRegisters>();
@@ -399,8 +401,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();  // the other block's last copies and arrivals need this one's shared memory
 }
 
-// Of weights [experts, kinds, columns, depth]: of each kRun rows, eight of every fourth. Column i of a lane t's pair in the
-// j-th eight columns of a product is column 8 t + 4 i + j of the run. Then from gate to up, and to the next run.
+// Of weights [experts, kinds, columns, depth]: of each kRun rows, eight of every fourth. Column i of a lane t's pair in
+// the j-th eight columns of a product is column 8 t + 4 i + j of the run. Then from gate to up, and to the next run.
 template <bool kGateUp>
 cudaError_t launch_product(const Bf16Prefill& a, cudaStream_t stream) {
     constexpr uint32_t kKinds = Product<kGateUp>::kKinds;

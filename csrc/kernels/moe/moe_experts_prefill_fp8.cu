@@ -8,8 +8,7 @@
 // A tile and a stage have the shapes and bytes of bf16, with twice the columns. A tile of gate and up is 128 columns of
 // the activations: a whole group of each row, whose four lanes find its largest magnitude and store it as e4m3.
 //
-// Measured on an H200: 8192 tokens of 35B 717 us (575 TFLOP/s) against 1042 of bf16 in the same run, of half the
-// experts of 397B 3.03 ms (681 TFLOP/s) against 4.67.
+// Measured, and what was tried: docs/kernels/fp8_prefill.md.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=QGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=QGMMA
@@ -18,6 +17,7 @@
 #include <ptx.h>
 #include <ptx_tma.h>
 #include <ptx_wgmma.h>
+#include <reduce.h>
 
 #include <algorithm>
 
@@ -80,7 +80,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock /
         } else {
             read();
         }
-        at.next();
+        at.next(kStages);
     }
 }
 
@@ -89,7 +89,6 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kParts][kScaleBlock /
 template <typename Choice>
 __device__ __forceinline__ void store_activations(uint8_t* staging, const float (&sum)[kParts][kScaleBlock / 2],
                                                   const Arguments& a, int column, Choice choice) {
-    constexpr float kLargest = 448.0f, kSmallestPeak = 0x1p-100f;
     const int lane = threadIdx.x % 32, groups = a.p.width / kScaleBlock;
     __syncwarp();  // what the warp stored before has been read
 #pragma unroll
@@ -103,9 +102,10 @@ __device__ __forceinline__ void store_activations(uint8_t* staging, const float 
         }
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 1));
         peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
-        const float factor = kLargest / peak;
+        const float factor = kLargestE4m3 / peak;
         const int row = lane / 4 + half * 8, to = choice(row);
-        if (lane % 4 == 0 && to >= 0) a.activation_scale[int64_t{to} * groups + column / kScaleBlock] = peak / kLargest;
+        if (lane % 4 == 0 && to >= 0)
+            a.activation_scale[int64_t{to} * groups + column / kScaleBlock] = peak / kLargestE4m3;
 #pragma unroll
         for (int i = 0; i < kScaleBlock / 4; i += 2) {
             const float2 pair = make_float2(value[i] * factor, value[i + 1] * factor);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 }
                 copy_choices(storage.choices[at.slot], source, s * kRowBytes);
                 ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-                at.next();
+                at.next(kStages);
             }
         }
     } else {
@@ -209,18 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kCopyThreads) {
         ptx::register_decrease<kCopyRegisters>();
         if (threadIdx.x >= 32) return;
-        for (int index = blockIdx.x; index < count; index += step) {
-            const Tile tile = tiles.find(index);
-            for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
-                uint64_t* full = &storage.full[at.slot];
-                ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
-                ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
-                ptx::tma_load<3>(storage.weights[at.slot], &down, full,
-                                 {s * kDepth, tile.column_tile * kTileRows, tile.expert});
-                at.next();
-            }
-        }
+        copy_activations<kDepth>(storage, tiles, stages, count, step, at, activations, down);
     } else {
         ptx::register_increase<kDownRegisters>();
         const int row_of_warp = threadIdx.x / 32 * 16 - kCopyThreads / 2, lane = threadIdx.x % 32;
@@ -261,11 +250,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 bool moe_experts_prefill_fp8_supported(const MoeExperts& p) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p.gate_up_scale != nullptr && p.down_scale != nullptr && p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 &&
            p.experts <= kMaxExperts && p.hidden >= kDepth && p.hidden % kDepth == 0 && p.width >= kDepth &&
-           p.width % kDepth == 0 && p.x_stride % 8 == 0 && aligned(p.x) && aligned(p.gate_up) && aligned(p.down) &&
-           int64_t{p.tokens} * p.hidden / 8 / 256 < INT32_MAX;
+           p.width % kDepth == 0 && p.x_stride % 8 == 0 && is_aligned(p.x) && is_aligned(p.gate_up) &&
+           is_aligned(p.down) && int64_t{p.tokens} * p.hidden / 8 / 256 < INT32_MAX;
 }
 
 size_t moe_experts_prefill_fp8_workspace(const MoeExperts& p) {

@@ -1,8 +1,9 @@
-// What moe_experts_prefill.cu and moe_experts_prefill_fp8.cu share, whose blocks work each alone: tiles and their order,
-// the plan of shared memory, the gather of rows, the stores.
+// What moe_experts_prefill.cu and moe_experts_prefill_fp8.cu share, whose blocks work each alone: tiles and their
+// order, the plan of shared memory, the gather of rows, the stores.
 #pragma once
 #include <bf16x8.h>
 #include <ptx.h>
+#include <ptx_tma.h>
 
 #include "moe_experts_prefill.h"
 
@@ -21,7 +22,7 @@ struct Storage {  // of dynamic shared memory
     uint64_t full[kStages], empty[kStages];
     Table table;
 };
-static_assert(sizeof(Storage) <= 227 * 1024);
+static_assert(sizeof(Storage) <= kSharedLimit);
 
 struct Tile {
     int expert, first, choices, column_tile;  // first: position in `order`; choices <= kTileChoices
@@ -81,6 +82,24 @@ __device__ __forceinline__ void copy_choices(uint8_t* choices, const uint8_t* co
 #pragma unroll
     for (int i = 0; i < Gather::kRows; ++i) {
         if (source[i] != nullptr) ptx::cp_async(to + i * 16 * kRowBytes, source[i] + offset);
+    }
+}
+
+// By one warp: both operands of the product with down, by TMA.
+template <int kDepth>
+__device__ __forceinline__ void copy_activations(Storage& storage, const Tiles& tiles, int stages, int count, int step,
+                                                 Cursor& at, const CUtensorMap& activations, const CUtensorMap& down) {
+    for (int index = blockIdx.x; index < count; index += step) {
+        const Tile tile = tiles.find(index);
+        for (int s = 0; threadIdx.x == 0 && s < stages; ++s) {
+            uint64_t* full = &storage.full[at.slot];
+            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
+            ptx::mbarrier_arrive_expect_tx(full, kChoiceBytes + kWeightBytes);
+            ptx::tma_load<2>(storage.choices[at.slot], &activations, full, {s * kDepth, tile.first});
+            ptx::tma_load<3>(storage.weights[at.slot], &down, full,
+                             {s * kDepth, tile.column_tile * kTileRows, tile.expert});
+            at.next(kStages);
+        }
     }
 }
 

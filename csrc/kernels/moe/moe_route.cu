@@ -13,11 +13,7 @@
 // experts each and walk the list of choices twice: count, then place. Each also counts the choices of lower experts, so
 // blocks need not talk. A workspace of per-block counts would read the list once, but operators allocate only outputs.
 //
-// Measured on an H200 with 16 tokens a block and a chain of maxima, 256 / 512 experts: 1 token 2.4 / 3.2 us, 64
-// tokens 4.0 / 6.6 us, 128 tokens 4.3 / 7.3 us, 8192 tokens 28 / 37 us. Tried and lost: one block for 64 tokens,
-// comparing fp32 probabilities with two maxima a round, 11.7 / 22.8 us, bound by the instructions of one
-// multiprocessor; 32 tokens a block 5.2 / 10.2 us. Next: for thousands of tokens, grouping in one pass over the
-// choices.
+// Measured, and what was tried: docs/kernels/moe_decode.md.
 //
 // budget: route_kernel registers<=64 shared<=0 hot
 // budget: select_kernel registers<=64 shared<=0 hot
@@ -110,12 +106,7 @@ __global__ void __launch_bounds__(1024)
             count += members;
         }
     }
-    int through = count;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, distance);
-        if (lane >= distance) through += other;
-    }
+    int through = warp_running_sum(count);
     if (lane == 31) warp_total[warp] = through;
     __syncthreads();
     if (expert < kExperts) {

@@ -17,8 +17,6 @@
 
 namespace tokenspeed {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 __device__ __forceinline__ bool is_padding(const SequenceRows& sequences, int token) {
     return sequences.context_lens != nullptr && sequences.context_lens[token / sequences.tokens] < 0;
 }

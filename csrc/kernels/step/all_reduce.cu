@@ -133,9 +133,7 @@ __global__ void __launch_bounds__(kThreads) all_reduce_kernel(const __grid_const
             const float inverse = rsqrtf(squares / p.width + p.eps);
             const Float8 x = unpack(result);
             const Float8 scale = unpack(ptx::load_16_read_only(p.norm_weight + v * kVectorElements));
-            Float8 y;
-#pragma unroll
-            for (int j = 0; j < kVectorElements; ++j) y.v[j] = x.v[j] * inverse * (1.0f + scale.v[j]);
+            const Float8 y = normalised(x, inverse, scale);
             store_16(p.out + at, pack(y));
         }
     }

@@ -8,9 +8,7 @@
 // vectors each in flight, 32 KB a block. Nothing is kept in L1 and both sides are marked first to leave L2: a snapshot
 // is not read again soon, should not push weights out, and the copy is faster for it.
 //
-// Measured side by side on an H200, 16 slots of 63 MiB: this 517 us (97.0% of copy), one slot 35.5 us, 256 pages 167 us
-// (95%). Tried and lost: without the cache hints 549 us; a ring of bulk copies through shared memory, 16 KB parts, two
-// blocks a multiprocessor 545 us (one slot 35.1), 32 KB parts 565, 8 KB parts 547, half the stages 567.
+// Measured, and what was tried: docs/kernels/memory_bound.md.
 //
 // budget: copy_boxes_kernel registers<=64 shared<=0 hot
 #include <launch.h>

@@ -8,6 +8,8 @@
 namespace tokenspeed::sampling {
 
 constexpr float kMass = 1099511627776.0f;  // 2^40, of the likeliest id
+constexpr int kPieces = 3;                 // of a mass, in a histogram: sums of 14 bits stay within 32
+constexpr int kPieceBits = 14;
 constexpr float kLog2E = 1.44269504f;
 constexpr int kNoneAllowed = -1, kNotFinite = -2;  // in place of an id
 
@@ -70,6 +72,16 @@ struct Noise {
 
 __device__ __forceinline__ unsigned long long mass_of(float distance) {
     return static_cast<unsigned long long>(expf(-distance) * kMass);
+}
+
+// Adds a mass to a bin of a histogram in shared memory, by native 32-bit atomics.
+template <int kBins>
+__device__ __forceinline__ void add_mass(uint32_t (&pieces)[kPieces][kBins], int bin, unsigned long long mass) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+        const auto part = static_cast<uint32_t>(mass >> (piece * kPieceBits)) & ((1u << kPieceBits) - 1);
+        if (part != 0) atomicAdd(&pieces[piece][bin], part);
+    }
 }
 
 }  // namespace tokenspeed::sampling

@@ -23,6 +23,7 @@
 // budget: accept_tokens_kernel registers<=64 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include <cmath>
 
@@ -33,7 +34,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __global__ void __launch_bounds__(kThreads) next_tokens_kernel(const NextTokens p) {
     ptx::grid_dependency_wait();

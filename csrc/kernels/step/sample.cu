@@ -23,18 +23,13 @@
 //
 // Of an id that cannot reach the warp's best so far even with the largest noise of its word, no logarithm is taken.
 //
-// Tried and lost, all in one launch with a row in the shared memory of a cluster: two-byte loads by 512 threads and two
-// logarithms for every id: greedy 13 us, temperature 37 us, top-k and top-p 56 us for one row. With 16-byte loads and a
-// bound by each thread's own best, the row in fp32: 10.2, 28.5 and 55 us, 64 greedy rows 42 us. With a bound by the
-// warp's best and lists, eight multiprocessors a row: 6.2, 20.8, 21.2 us, 64 greedy rows 23.7; top-p alone 64.5 us.
-//
-// Measured on an H200 before min-p was right where a warp has several segments: one row greedy 3.1 us, temperature 5.7,
-// top-k and top-p 9.2, top-p alone 11.3; 64 rows 17.5, 60.3, 36.5 and 390 us.
+// Measured, and what was tried: docs/kernels/sampling.md.
 //
 // budget: largest_kernel registers<=64 shared<=0 hot
 // budget: draw_kernel registers<=80 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
+#include <reduce.h>
 
 #include <algorithm>
 
@@ -164,11 +159,7 @@ __device__ __forceinline__ void bin_octet(Exchange& exchange, const Octet<T>& x,
         }
         const Key mass = mass_of(distance);
         if (mass == 0) continue;  // beyond every cut
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-            const auto part = static_cast<uint32_t>(mass >> (piece * kPieceBits)) & ((1u << kPieceBits) - 1);
-            if (part != 0) atomicAdd(&exchange.pieces[piece][bin], part);
-        }
+        add_mass(exchange.pieces, bin, mass);
         const Key best = exchange.bests[bin];
         const float u = uniform(words[j / 4].x[j % 4]);
         if (!(distance <= request.farthest) || (best > 0 && race_of(u, distance) > race_limit_for(value_of(best))))

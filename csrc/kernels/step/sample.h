@@ -2,6 +2,7 @@
 // memory through which blocks and threads exchange what they found.
 #pragma once
 #include <ptx.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include "kernels.h"
@@ -17,14 +18,12 @@ constexpr int kOctet = 8;              // consecutive ids of a thread: 16 bytes 
 constexpr int kSegment = 32 * kOctet;  // of a warp; those of a block lie `blocks` segments apart
 constexpr int kFewestGroups = 256;     // of a row; less than twice as many
 constexpr int kBins = kThreads;
-constexpr int kPieces = 3, kPieceBits = 14;
 constexpr float kLinearBins = 8;  // per unit of distance
 constexpr uint32_t kInfinity = 0x7f800000;
 constexpr int kList = 512;       // ids within the bound of top-k, compared each with each
 constexpr int kGathered = 2048;  // ids up to the bin of a cut
 constexpr int kListTopK = 128;   // the largest top-k that groups bound
 constexpr int kHalvesTopK = 48;  // up to here half as many groups do
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 using Key = unsigned long long;  // a value in the order of floats, then the id counted backwards; 0 is none
 
@@ -92,11 +91,7 @@ inline __device__ Key block_largest(Exchange& exchange, Key key) {
 // The inclusive sum over the threads of the block up to this one, and that of all. Ends behind a barrier.
 inline __device__ Key block_running_sum(Exchange& exchange, Key x, Key& total) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const Key below = __shfl_up_sync(kAllLanes, x, offset);
-        if (lane >= offset) x += below;
-    }
+    x = warp_running_sum(x);
     if (lane == 31) exchange.warp_values[warp] = x;
     __syncthreads();
     total = 0;

@@ -1,5 +1,5 @@
-// How sample.cu cuts a row by top-k and top-p: a bound before ids are listed, and the last block's choice among what all
-// blocks have left.
+// How sample.cu cuts a row by top-k and top-p: a bound before ids are listed, and the last block's choice among what
+// all blocks have left.
 #pragma once
 #include "sample.h"
 
@@ -73,10 +73,7 @@ __device__ uint32_t search(Exchange& exchange, const Ids<T>& ids, uint32_t last,
                                        : static_cast<int>((bits - low) >> shift);
             if constexpr (kMasses) {
                 const Key mass = mass_of(distance);
-                for (int piece = 0; piece < kPieces; ++piece) {
-                    const auto part = static_cast<uint32_t>(mass >> (piece * kPieceBits)) & ((1u << kPieceBits) - 1);
-                    if (part != 0) atomicAdd(&exchange.pieces[piece][bin], part);
-                }
+                add_mass(exchange.pieces, bin, mass);
             } else {
                 atomicAdd(&exchange.pieces[0][bin], 1u);
             }

@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(96) bulk_ring(const uint8_t* in, uint8_t* out,
                 const int stage = i % kStages, parity = i / kStages & 1;
                 ptx::mbarrier_wait(empty + stage, parity ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full + stage, kChunk);
-                ptx::bulk_load(raw + stage * kChunk, in + i * kChunk, kChunk, full + stage,
-                               ptx::CachePolicy::kEvictFirst);
+                ptx::bulk_load(raw + stage * kChunk, in + i * kChunk, kChunk, full + stage);
             }
         }
         return;
@@ -131,20 +130,6 @@ __global__ void __launch_bounds__(32) cluster_copies(const uint32_t* in, uint32_
         to[32 + lane] = words[48];
     }
     ptx::cluster_sync();  // nobody leaves while a copy from its memory is under way
-}
-
-// Adds 64 floats of each block to sums through the copy engine.
-__global__ void __launch_bounds__(64) bulk_sums(const float* in, float* sums) {
-    DYNAMIC_SHARED(raw);
-    auto* values = reinterpret_cast<float*>(raw);
-    values[threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];
-    ptx::fence_async_shared();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        ptx::bulk_reduce_add_f32(sums, values, 256);
-        ptx::bulk_commit();
-        ptx::bulk_wait<0>();
-    }
 }
 
 // A chain over co-resident blocks: block i waits for flag i, adds, hands on to i + 1; the last arriver writes the
@@ -240,9 +225,6 @@ int self_test_bulk_ring(const uint8_t* in, uint8_t* out, int chunks) {
 }
 int self_test_cluster_copies(const uint32_t* in, uint32_t* out) {
     return launch(cluster_copies, {.grid = 2, .block = 32, .shared_bytes = 448, .cluster = 2}, in, out);
-}
-int self_test_bulk_sums(const float* in, float* sums, int blocks) {
-    return launch(bulk_sums, {.grid = dim3(blocks), .block = 64, .shared_bytes = 256}, in, sums);
 }
 int self_test_flag_chain(uint32_t* flags, uint32_t* value, uint32_t* arrivals, uint32_t* last, int blocks) {
     const LaunchConfig config{.grid = dim3(blocks), .block = 32};

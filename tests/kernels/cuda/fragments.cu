@@ -14,33 +14,25 @@ __global__ void __launch_bounds__(32) load_matrices(const uint4* matrices, uint3
     rows[threadIdx.x] = matrices[threadIdx.x];
     __syncwarp();
     const uint32_t address = ptx::shared_address(rows + threadIdx.x);
-    uint32_t four[4], two[2];
+    uint32_t four[4];
     ptx::ldmatrix_x4(four, address);
     for (int i = 0; i < 4; ++i) out[(0 * 32 + threadIdx.x) * 4 + i] = four[i];
     ptx::ldmatrix_x4_transposed(four, address);
     for (int i = 0; i < 4; ++i) out[(1 * 32 + threadIdx.x) * 4 + i] = four[i];
-    ptx::ldmatrix_x2(two, address);
-    for (int i = 0; i < 2; ++i) out[(2 * 32 + threadIdx.x) * 4 + i] = two[i];
-    ptx::ldmatrix_x2_transposed(two, address);
-    for (int i = 0; i < 2; ++i) out[(3 * 32 + threadIdx.x) * 4 + i] = two[i];
 }
 
-// The inverse: `registers` holds 4 a lane; out[mode] is 32 rows of 16 bytes of shared memory (16 rows for the x2
-// forms).
+// The inverse: `registers` holds 4 a lane; out[mode] is 32 rows of 16 bytes of shared memory.
 __global__ void __launch_bounds__(32) store_matrices(const uint32_t* registers, uint4* out) {
     DYNAMIC_SHARED(raw);
     auto* rows = reinterpret_cast<uint4*>(raw);
     const uint32_t address = ptx::shared_address(rows + threadIdx.x);
-    uint32_t four[4], two[2];
+    uint32_t four[4];
     for (int i = 0; i < 4; ++i) four[i] = registers[threadIdx.x * 4 + i];
-    for (int i = 0; i < 2; ++i) two[i] = four[i];
-    for (int mode = 0; mode < 4; ++mode) {
+    for (int mode = 0; mode < 2; ++mode) {
         rows[threadIdx.x] = make_uint4(0, 0, 0, 0);
         __syncwarp();
         if (mode == 0) ptx::stmatrix_x4(address, four);
         if (mode == 1) ptx::stmatrix_x4_transposed(address, four);
-        if (mode == 2) ptx::stmatrix_x2(address, two);
-        if (mode == 3) ptx::stmatrix_x2_transposed(address, two);
         __syncwarp();
         out[mode * 32 + threadIdx.x] = rows[threadIdx.x];
         __syncwarp();
@@ -67,7 +59,7 @@ __global__ void __launch_bounds__(32) multiply(const T* a, const T* b, float* d)
 
 // One warp; out[row][lane] is what each intrinsic gives. The last rows run on the two half-warps separately.
 __global__ void __launch_bounds__(32) intrinsics(const int* in, int* out) {
-    const int lane = static_cast<int>(ptx::lane_id());
+    const int lane = static_cast<int>(threadIdx.x);
     const int value = in[lane];
     int row = 0;
     const auto put = [&](int result) { out[row++ * 32 + lane] = result; };
@@ -104,7 +96,7 @@ __global__ void __launch_bounds__(64) arithmetic(const float* in, int* cells, fl
     if (atomicCAS(cells + 4, 0, 1) == 0) atomicExch(cells + 5, 77);
     atomicAdd(reinterpret_cast<float*>(cells + 6), 0.5f);
     const float x = in[i];
-    float* to = values + i * 10;
+    float* to = values + i * 9;
     to[0] = __expf(-x);
     to[1] = __logf(x);
     to[2] = __log2f(x);
@@ -113,8 +105,7 @@ __global__ void __launch_bounds__(64) arithmetic(const float* in, int* cells, fl
     to[5] = static_cast<float>(__float2int_rn(x * 100.0f));
     to[6] = ptx::exp2_approximate(-x);
     to[7] = ptx::reciprocal_approximate(x);
-    to[8] = ptx::tanh_approximate(x);
-    to[9] =
+    to[8] =
         max(min(x, 2.0f), static_cast<float>(max(i, -3)) * 0.01f) + __uint_as_float(__float_as_uint(x) & 0x7fffffffu);
 }
 
@@ -132,17 +123,17 @@ __global__ void __launch_bounds__(kReduceThreads) reductions(const float* in, fl
     const float greatest = block_maximum<kReduceThreads>(value, scratch + 8);
     const float of_cluster = cluster_sum(of_block, scratch + 16);
     float* to = out + (blockIdx.x * kReduceThreads + threadIdx.x) * 4;
-    store_vector(to, Vector<float, 4>{{of_quad, of_block, greatest, of_cluster}});
+    *reinterpret_cast<float4*>(to) = make_float4(of_quad, of_block, greatest, of_cluster);
 }
 
 // Copies n 16-bit elements with each cache hint in turn: out[hint][n].
 __global__ void vectors(const __half* in, __half* out, int n) {
     const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i >= n) return;
-    store_vector(out + i, load_vector<8>(in + i));
-    store_vector<Cache::kStreaming>(out + n + i, load_vector<8, Cache::kStreaming>(in + i));
-    store_vector(out + 2 * n + i, load_vector<8, Cache::kL2Only>(in + i));
-    store_vector(out + 3 * n + i, load_vector<8, Cache::kL2Only>(in + i));
+    *reinterpret_cast<Vector<__half, 8>*>(out + i) = load_vector<8>(in + i);
+    ptx::store_16_streaming(out + n + i, ptx::load_16_streaming(in + i));
+    *reinterpret_cast<uint4*>(out + 2 * n + i) = ptx::load_16_no_allocate(in + i);
+    *reinterpret_cast<uint4*>(out + 3 * n + i) = ptx::load_16_no_allocate(in + i);
 }
 
 // A running maximum of warps that hand over through two named barriers: out[i] = maximum of in[0..i], a warp at a time.

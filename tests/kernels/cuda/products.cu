@@ -80,12 +80,6 @@ __global__ void __launch_bounds__(64) unpacked(const uint32_t* in, uint2* out) {
     out[threadIdx.x] = both;
 }
 
-template <int kColumns>
-static cudaError_t launch_e4m3(OperandImage a, OperandImage b, float* registers, int accumulate) {
-    const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
-    return launch(product<__nv_fp8_e4m3, kColumns, false, false>, config, a, b, registers, accumulate);
-}
-
 template <typename T, int kColumns>
 static cudaError_t launch_product(OperandImage a, OperandImage b, float* registers, int accumulate, bool ta, bool tb) {
     const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
@@ -116,29 +110,25 @@ int self_test_product(const uint8_t* a, int a_size, int a_swizzle, int a_leading
     return cudaErrorInvalidValue;
 }
 int self_test_product_e4m3(const uint8_t* a, int a_size, int a_swizzle, int a_leading, int a_stride, const uint8_t* b,
-                           int b_size, int b_swizzle, int b_leading, int b_stride, float* registers, int columns,
-                           int accumulate) {
+                           int b_size, int b_swizzle, int b_leading, int b_stride, float* registers, int accumulate) {
     const OperandImage of_a{a, static_cast<uint32_t>(a_size), static_cast<Swizzle>(a_swizzle),
                             static_cast<uint32_t>(a_leading), static_cast<uint32_t>(a_stride)};
     const OperandImage of_b{b, static_cast<uint32_t>(b_size), static_cast<Swizzle>(b_swizzle),
                             static_cast<uint32_t>(b_leading), static_cast<uint32_t>(b_stride)};
-    return columns == 64    ? launch_e4m3<64>(of_a, of_b, registers, accumulate)
-           : columns == 128 ? launch_e4m3<128>(of_a, of_b, registers, accumulate)
-                            : cudaErrorInvalidValue;
+    const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
+    return launch(product<__nv_fp8_e4m3, 128, false, false>, config, of_a, of_b, registers, accumulate);
 }
 int self_test_unpack_e4m3(const uint32_t* in, uint32_t* out) {
     return launch(unpacked, LaunchConfig{.grid = 1, .block = 64}, in, reinterpret_cast<uint2*>(out));
 }
 int self_test_product_from_registers(const void* a, const uint8_t* b, int b_size, int b_stride, float* registers,
-                                     int columns, int bf16) {
+                                     int bf16) {
     const OperandImage of_b{b, static_cast<uint32_t>(b_size), Swizzle::k64, 16, static_cast<uint32_t>(b_stride)};
     const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
-    const auto* half = static_cast<const __half*>(a);
-    const auto* bfloat = static_cast<const __nv_bfloat16*>(a);
-    if (columns == 8) return launch(product_from_registers<__half, 8>, config, half, of_b, registers);
-    if (columns == 80 && bf16)
-        return launch(product_from_registers<__nv_bfloat16, 80>, config, bfloat, of_b, registers);
-    if (columns == 256) return launch(product_from_registers<__half, 256>, config, half, of_b, registers);
-    return cudaErrorInvalidValue;
+    if (bf16) {
+        const auto* operand = static_cast<const __nv_bfloat16*>(a);
+        return launch(product_from_registers<__nv_bfloat16, 256>, config, operand, of_b, registers);
+    }
+    return launch(product_from_registers<__half, 256>, config, static_cast<const __half*>(a), of_b, registers);
 }
 }

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32) multicast_box(const __grid_constant__ CUte
     ptx::cluster_sync();
     if (threadIdx.x == 0) {
         const int32_t half = static_cast<int32_t>(rank) * 8;
-        ptx::tma_load_multicast(raw + rank * 1024, &map, barrier, {0, half}, 0b11, ptx::CachePolicy::kEvictLast);
+        ptx::tma_load_multicast(raw + rank * 1024, &map, barrier, {0, half}, 0b11);
     }
     ptx::mbarrier_wait_cluster(barrier, 0);
     const auto* values = reinterpret_cast<const __half*>(raw);

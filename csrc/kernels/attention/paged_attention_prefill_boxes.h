@@ -1,0 +1,162 @@
+// How keys and values come into the shared memory of the prefill attention: the ring of boxes, the warp that fills it,
+// and the warps that turn boxes of e4m3 into boxes of fp16.
+#pragma once
+#include <launch_config.h>
+#include <ptx.h>
+
+#include "paged_attention_prefill_tiles.h"
+
+namespace tokenspeed::attention_prefill {
+
+constexpr int kGroupRows = 64;  // of a consumer warpgroup
+constexpr int kConsumerGroups = 2;
+static_assert(kRows == kGroupRows * kConsumerGroups);
+constexpr int kConsumers = kConsumerGroups * 128;
+constexpr int kConverters = 96;  // threads, behind the producer warp
+constexpr int kThreads = kConsumers + 32 + kConverters;
+constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
+
+template <typename Kv>
+struct Storage {
+    static constexpr int kStages = 5;
+    static constexpr int kFillers = 1;  // arrivals that make a box full
+
+    alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
+    alignas(1024) uint8_t ring[kStages][kQueryBytes];
+    uint64_t full[kStages], empty[kStages];
+    List list;
+};
+
+// Boxes of e4m3 arrive in a ring of their own, and the producer's neighbours turn them into what products read.
+template <>
+struct Storage<E4m3> {
+    static constexpr int kStages = 4, kRawStages = 2;
+    static constexpr int kFillers = kConverters / 32;
+
+    alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
+    alignas(1024) uint8_t ring[kStages][kQueryBytes];
+    alignas(1024) uint8_t raw[kRawStages][Format<E4m3>::kBoxBytes];
+    float scale[kRows];  // of the scores of a row
+    uint64_t full[kStages], empty[kStages], raw_full[kRawStages], raw_empty[kRawStages];
+    List list;
+};
+static_assert(sizeof(Storage<__nv_bfloat16>) <= kSharedLimit && sizeof(Storage<E4m3>) <= kSharedLimit);
+static_assert(kQueryBytes == Format<__nv_bfloat16>::kBoxBytes && kQueryBytes == 2 * Format<E4m3>::kBoxBytes);
+
+template <typename Kv>
+class Producer {
+    static constexpr bool kConverted = Format<Kv>::kConverted;
+    using Shared = Storage<Kv>;
+
+  public:
+    __device__ __forceinline__ Producer(Shared& storage, const CUtensorMap* map, const PagedAttentionPrefill& p)
+        : storage_(storage), map_(map), p_(p) {}
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+        PageIds ids(p_, tile.sequence, tile.first_page, tile.last_page);
+        int id = ids.id(tile.first_page);
+        load(kKeys, tile.head, id);
+        prefetch(tile);
+        for (int page = tile.first_page + 1; page < tile.last_page; ++page) {
+            const int next = ids.id(page);
+            load(kKeys, tile.head, next);
+            load(kValues, tile.head, id);
+            id = next;
+        }
+        load(kValues, tile.head, id);
+    }
+
+  private:
+    // Queries and gates into L2: the consumers are behind by the boxes of the ring.
+    __device__ __forceinline__ void prefetch(const Tile& tile) const {
+        constexpr int kLines = kDim * 2 / 128;
+        const bool gates = p_.gate_vectors && tile.part < 0;
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < kRows * kLines; i += 32) {
+            const int row = tile.first_row + i / kLines, column = i % kLines * (128 / 2);
+            if (row >= tile.rows) break;
+            const auto [token, query_head] = place_of_row(p_, row);
+            const int head = tile.head * p_.group + query_head;
+            ptx::prefetch_l2(p_.q + (tile.first_token + token) * p_.q_stride + head * kDim + column);
+            if (gates) ptx::prefetch_l2(gate_of(p_, tile.first_token + token, head, column));
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void load(int part, int head, int id) {
+        if constexpr (kConverted) {
+            load(storage_.raw, storage_.raw_full, storage_.raw_empty, part, head, id);
+        } else {
+            load(storage_.ring, storage_.full, storage_.empty, part, head, id);
+        }
+    }
+
+    template <int kStages, int kBytes>
+    __device__ __forceinline__ void load(uint8_t (&ring)[kStages][kBytes], uint64_t* full, uint64_t* empty, int part,
+                                         int head, int id) {
+        ptx::mbarrier_wait(&empty[at_.slot], at_.phase ^ 1);
+        if (ptx::elect_one()) load_box<Kv>(ring[at_.slot], map_, &full[at_.slot], part, head, p_.kv_heads, id);
+        at_.next(kStages);
+    }
+
+    Shared& storage_;
+    const CUtensorMap* map_;
+    const PagedAttentionPrefill& p_;
+    Cursor at_;
+};
+
+// Boxes of e4m3 become boxes of fp16, in the order in which they arrive.
+class Converter {
+    using Shared = Storage<E4m3>;
+
+  public:
+    __device__ __forceinline__ explicit Converter(Shared& storage) : storage_(storage) {}
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+#pragma unroll 1
+        for (int left = 2 * (tile.last_page - tile.first_page); left > 0; --left) {
+            ptx::mbarrier_wait(&storage_.raw_full[from_.slot], from_.phase);
+            ptx::mbarrier_wait(&storage_.empty[to_.slot], to_.phase ^ 1);
+            convert(storage_.raw[from_.slot], storage_.ring[to_.slot]);
+            ptx::fence_async_shared();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) {
+                ptx::mbarrier_arrive(&storage_.raw_empty[from_.slot]);
+                ptx::mbarrier_arrive(&storage_.full[to_.slot]);
+            }
+            from_.next(Shared::kRawStages);
+            to_.next(Shared::kStages);
+        }
+    }
+
+  private:
+    // A piece of 16 columns in, two of 8 out. A warp takes four pieces of eight rows; eight lanes those of two rows
+    // that differ by 5 in their swizzle, so that neither the reads nor the writes collide in a bank.
+    __device__ __forceinline__ static void convert(const uint8_t* raw, uint8_t* box) {
+        constexpr int kPieces = Format<E4m3>::kBoxBytes / 16;
+#pragma unroll 2
+        for (int at = threadIdx.x - kConsumers - 32; at < kPieces; at += kConverters) {
+            const int row = (at / 8 % 4 ^ at / 4 % 2 * 5) + at / 64 % 8 * 8;
+            const int piece = at % 4 + at / 32 % 2 * 4, group = at / 512;
+            const uint4 values =
+                *reinterpret_cast<const uint4*>(raw + group * kGroupBytes + (row * 8 + (piece ^ (row & 7))) * 16);
+            uint8_t* out = box + (group * 2 + piece / 4) * kGroupBytes;
+            const auto place = [&](int chunk) {
+                return reinterpret_cast<uint4*>(out + (row * 8 + (chunk ^ (row & 7))) * 16);
+            };
+            uint4 halves;
+            ptx::unpack_e4m3(values.x, halves.x, halves.y);
+            ptx::unpack_e4m3(values.y, halves.z, halves.w);
+            *place(piece % 4 * 2) = halves;
+            ptx::unpack_e4m3(values.z, halves.x, halves.y);
+            ptx::unpack_e4m3(values.w, halves.z, halves.w);
+            *place(piece % 4 * 2 + 1) = halves;
+        }
+    }
+
+    Shared& storage_;
+    Cursor from_;
+    Cursor to_;
+};
+
+}  // namespace tokenspeed::attention_prefill

@@ -1,0 +1,362 @@
+// What a consumer warpgroup of the prefill attention does with its 64 rows of a tile: scores, softmax, the product with
+// the values, and the output.
+#pragma once
+#include <ptx.h>
+#include <ptx_wgmma.h>
+#include <reduce.h>
+
+#include "paged_attention_prefill_boxes.h"
+
+namespace tokenspeed::attention_prefill {
+
+constexpr int kGateRows = 8;   // whose gates a warp loads at a time
+constexpr int kWarpRows = 16;  // of a warp
+constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3;
+
+template <typename Kv>
+class Consumer {
+    using F = Format<Kv>;
+    using Operand = typename F::Operand;
+    using Shared = Storage<Kv>;
+
+  public:
+    __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionPrefill& p)
+        : storage_(storage), p_(p), group_(ptx::warp_id() / 4), warp_(ptx::warp_id() % 4), lane_(threadIdx.x % 32) {}
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+        tile_ = tile;
+        first_row_ = tile.first_row + group_ * kGroupRows;
+        if (first_row_ >= tile.rows) return hand_on();
+        masked_from_ = tile.context + place_of_row(p_, min(first_row_, tile.rows - 1)).token + 1;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            maximum_[half] = -INFINITY;
+            sum_[half] = 0;
+        }
+        load_query();
+        float scores[kPage / 2], output[kDim / 2];
+        uint32_t weights[kPage / 16][4];
+        float rescale[2];
+        wait_for_box();
+        ptx::wgmma_fence(scores);
+        multiply_keys(scores);
+        ptx::wgmma_wait<0>(scores);
+        release_box();
+        softmax(scores, rescale, tile_.first_page);
+        pack_weights(weights, scores);
+        for (int page = tile_.first_page + 1; page < tile_.last_page; ++page) {
+            wait_for_box();
+            const int keys = at_.slot;
+            ptx::wgmma_fence(scores, output);
+            multiply_keys(scores);
+            at_.next(Shared::kStages);
+            wait_for_box();
+            ptx::wgmma_fence(output);  // without this second one ptxas inserts it, and serialises (C7520)
+            multiply_values(output, weights, page > tile_.first_page + 1);
+            ptx::wgmma_wait<1>(scores);
+            release(keys);
+            softmax(scores, rescale, page);
+            ptx::wgmma_wait<0>(output);
+            release_box();
+            // From some page on the maxima hardly change.
+            if (__any_sync(kAllLanes, rescale[0] != 1 || rescale[1] != 1)) {
+#pragma unroll
+                for (int i = 0; i < kDim / 2; ++i) output[i] *= rescale[i / 2 % 2];
+            }
+            pack_weights(weights, scores);
+        }
+        wait_for_box();
+        silence_missing_values();
+        ptx::wgmma_fence(output);
+        multiply_values(output, weights, tile_.last_page > tile_.first_page + 1);
+        uint2 gates[kGateRows];
+        if (tile_.part < 0 && p_.gate_vectors) load_rows_of_gates(gates, 0, lane_ * 4);
+        ptx::wgmma_wait<0>(output);
+        release_box();
+        if (tile_.part < 0) {
+            store(output, gates);
+        } else {
+            leave_part(output);
+        }
+    }
+
+  private:
+    // None of the group's rows exists: the boxes are the other group's.
+    __device__ __forceinline__ void hand_on() {
+#pragma unroll 1
+        for (int left = 2 * (tile_.last_page - tile_.first_page); left > 0; --left) {
+            wait_for_box();
+            if (left == 1) silence_missing_values();
+            release_box();
+        }
+    }
+
+    __device__ __forceinline__ void barrier() const { ptx::named_barrier_sync(kFirstGroupBarrier + group_, 128); }
+
+    // The group's rows; missing ones become zero. All loads are under way at once, or, lest registers spill, four.
+    __device__ __forceinline__ void load_query() {
+        constexpr int kChunks = kDim / 8, kSteps = kGroupRows * kChunks / 128, kUnroll = F::kConverted ? 4 : kSteps;
+#pragma unroll kUnroll
+        for (int i = 0; i < kSteps; ++i) {
+            const int at = i * 128 + static_cast<int>(threadIdx.x % 128), row = at / kChunks, chunk = at % kChunks;
+            const int of_sequence = first_row_ + row;
+            uint4 values{};
+            if (of_sequence < tile_.rows) {
+                const auto [token, head] = place_of_row(p_, of_sequence);
+                values = ptx::load_16_no_allocate(p_.q + (tile_.first_token + token) * p_.q_stride +
+                                                  (tile_.head * p_.group + head) * kDim + chunk * 8);
+            }
+            if constexpr (F::kConverted) {
+                float divisor;
+                values = row_to_half(values, divisor);  // a warp has one row
+                if (chunk == 0) storage_.scale[group_ * kGroupRows + row] = p_.log2_scale * divisor;
+            }
+            *reinterpret_cast<uint4*>(storage_.query[group_] + chunk / 8 * kGroupBytes +
+                                      (row * 8 + (chunk % 8 ^ (row & 7))) * 16) = values;
+        }
+        ptx::fence_async_shared();
+        barrier();
+    }
+
+    // Of scores, to units of log 2. From shared memory each time: there is no register left.
+    __device__ __forceinline__ float score_scale(int half) const {
+        if constexpr (F::kConverted) {
+            return storage_.scale[threadIdx.x / 32 * kWarpRows + threadIdx.x % 32 / 4 + half * 8];
+        }
+        return p_.log2_scale;
+    }
+
+    __device__ __forceinline__ void wait_for_box() { ptx::mbarrier_wait(&storage_.full[at_.slot], at_.phase); }
+
+    __device__ __forceinline__ void release(int stage) {
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&storage_.empty[stage]);
+    }
+
+    __device__ __forceinline__ void release_box() {
+        release(at_.slot);
+        at_.next(Shared::kStages);
+    }
+
+    // scores = Q K^T, started and committed.
+    __device__ __forceinline__ void multiply_keys(float (&scores)[kPage / 2]) {
+        const uint64_t query =
+            ptx::matrix_descriptor(ptx::shared_address(storage_.query[group_]), Swizzle::k128, 16, 1024);
+        const uint64_t keys =
+            ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.slot]), Swizzle::k128, 16, 1024);
+#pragma unroll
+        for (int k = 0; k < kDim / 16; ++k) {  // addresses in a descriptor count 16 bytes
+            ptx::wgmma<Operand, kPage>(scores, query + (k / 4 * kGroupBytes + k % 4 * 32) / 16,
+                                       keys + (k / 4 * kGroupBytes + k % 4 * 32) / 16, k > 0);
+        }
+        ptx::wgmma_commit();
+    }
+
+    // output (+)= weights V, started and committed.
+    __device__ __forceinline__ void multiply_values(float (&output)[kDim / 2], const uint32_t (&weights)[kPage / 16][4],
+                                                    bool accumulate) {
+        const uint64_t values =
+            ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.slot]), Swizzle::k128, kGroupBytes, 1024);
+#pragma unroll
+        for (int k = 0; k < kPage / 16; ++k) {
+            ptx::wgmma<Operand, kDim, true>(output, weights[k], values + k * 16 * kGroupRowBytes / 16,
+                                            accumulate || k > 0);
+        }
+        ptx::wgmma_commit();
+    }
+
+    // Scores become weights; rescale says by how much what was summed before shrinks.
+    __device__ __forceinline__ void softmax(float (&scores)[kPage / 2], float (&rescale)[2], int page) {
+        if ((page + 1) * kPage > masked_from_) {
+            int invisible[2];  // the first column that a row does not see
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = min(first_row_ + warp_ * 16 + lane_ / 4 + half * 8, tile_.rows - 1);
+                invisible[half] = tile_.context + place_of_row(p_, row).token + 1 - page * kPage;
+            }
+#pragma unroll
+            for (int i = 0; i < kPage / 2; ++i) {
+                if (lane_ % 4 * 2 + i / 4 * 8 + i % 2 >= invisible[i / 2 % 2]) scores[i] = -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float maximum = maximum_[half];
+#pragma unroll
+            for (int i = 0; i < kPage / 4; ++i) maximum = fmaxf(maximum, scores[i / 2 * 4 + half * 2 + i % 2]);
+            maximum = warp_maximum<4>(maximum);
+            // A row that sees nothing of the range so far: any finite number gives weights of zero.
+            const float scale = score_scale(half), base = maximum == -INFINITY ? 0 : maximum * scale;
+            rescale[half] = ptx::exp2_approximate(maximum_[half] * scale - base);
+            maximum_[half] = maximum;
+            const float origin = base - F::kLargestWeightLog2;
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < kPage / 4; ++i) {
+                float& score = scores[i / 2 * 4 + half * 2 + i % 2];
+                score = ptx::exp2_approximate(score * scale - origin);
+                sum += score;
+            }
+            sum_[half] = sum_[half] * rescale[half] + sum;
+        }
+    }
+
+    // Accumulators of 64 columns as the A operands of four steps of 16 tokens.
+    __device__ __forceinline__ static void pack_weights(uint32_t (&weights)[kPage / 16][4],
+                                                        const float (&scores)[kPage / 2]) {
+#pragma unroll
+        for (int i = 0; i < kPage / 4; ++i) {
+            weights[i / 4][i % 4] = pack<Operand>(scores[2 * i], scores[2 * i + 1]);
+        }
+        ptx::hold_registers(weights);
+    }
+
+    // The rows of the last page beyond the sequence may hold NaN, which a weight of zero would not silence.
+    __device__ __forceinline__ void silence_missing_values() {
+        const int end = tile_.context + place_of_row(p_, tile_.rows).token;
+        const int first = end - (tile_.last_page - 1) * kPage;
+        if (first >= kPage) return;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < (kPage - first) * (kDim / 8); i += kConsumers) {
+            const int row = first + i / (kDim / 8), chunk = i % (kDim / 8);
+            *reinterpret_cast<uint4*>(storage_.ring[at_.slot] + chunk / 8 * kGroupBytes + (row * 8 + chunk % 8) * 16) =
+                uint4{};
+        }
+        ptx::fence_async_shared();
+        ptx::named_barrier_sync(kConsumerBarrier, kConsumers);
+    }
+
+    // The warp's rows one after the other, as offsets: a division for the first alone. It stays at the last row that
+    // exists.
+    class Rows {
+      public:
+        __device__ __forceinline__ Rows(const PagedAttentionPrefill& p, const Tile& tile, int first)
+            : p_(p), left_(tile.rows - 1 - first) {
+            const auto [token, head] = place_of_row(p, min(first, tile.rows - 1));
+            head_ = head;
+            gate = gate_of(p, tile.first_token + token, tile.head * p.group + head, 0);
+            out = out_of(p, tile.first_token + token, tile.head * p.group + head, 0);
+        }
+
+        __device__ __forceinline__ bool exists() const { return left_ >= 0; }
+
+        __device__ __forceinline__ void next() {
+            if (--left_ < 0) return;
+            gate += p_.gate_head_stride;
+            out += kDim;
+            if (++head_ == p_.group) {
+                head_ = 0;
+                gate += p_.gate_token_stride - p_.group * p_.gate_head_stride;
+                out += (p_.q_heads - p_.group) * kDim;
+            }
+        }
+
+        const __nv_bfloat16* gate;
+        __nv_bfloat16* out;
+
+      private:
+        const PagedAttentionPrefill& p_;
+        int left_, head_;
+    };
+
+    // The gates of some of the warp's rows, four columns a lane and as bits, or each would take a register. Only where
+    // they may be read so.
+    __device__ __forceinline__ void load_rows_of_gates(uint2 (&gates)[kGateRows], int first, int column) const {
+        Rows rows(p_, tile_, first_row_ + warp_ * kWarpRows + first);
+#pragma unroll
+        for (int row = 0; row < kGateRows; ++row, rows.next()) {
+            gates[row] = *reinterpret_cast<const uint2*>(rows.gate + column);
+        }
+    }
+
+    // Through shared memory, where the queries lay, half the columns at a time: a warp then stores 256 bytes of a row.
+    // gates: of the first rows, if p.gate_vectors; those of the next are under way while some are stored.
+    __device__ __forceinline__ void store(const float (&output)[kDim / 2], uint2 (&gates)[kGateRows]) {
+        constexpr int kHalf = kDim / 2;
+        // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the
+        // products.
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);
+        uint8_t* staging = storage_.query[group_] + warp_ * (kQueryBytes / 4);  // 16 rows of 512 bytes
+        // A row's 16-byte chunks are permuted so that neither the writes nor the reads collide in a bank.
+        const auto place = [&](int row, int chunk) { return staging + (row * 32 + (chunk ^ (row & 3) * 2)) * 16; };
+        float inverse[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) inverse[half] = 1 / warp_sum<4>(sum_[half]);
+        barrier();  // nobody in the group reads queries any more
+#pragma unroll
+        for (int columns = 0; columns < 2; ++columns) {
+#pragma unroll
+            for (int n = 0; n < kHalf / 8; ++n) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float* pair = output + (columns * (kHalf / 8) + n) * 4 + half * 2;
+                    uint8_t* chunk = place(lane / 4 + half * 8, n * 2 + lane % 4 / 2);
+                    reinterpret_cast<float2*>(chunk)[lane % 2] =
+                        make_float2(pair[0] * inverse[half], pair[1] * inverse[half]);
+                }
+            }
+            __syncwarp();
+            const int column = columns * kHalf + lane * 4;
+            Rows rows(p_, tile_, first_row_ + warp_ * kWarpRows);
+            const auto store_row = [&](int row, const float4& of_row) {
+                store_gated(rows.out + column, *reinterpret_cast<const float4*>(place(row, lane)), of_row);
+            };
+            if (p_.gate_vectors) {
+#pragma unroll
+                for (int first = 0; first < kWarpRows; first += kGateRows) {
+                    uint2 next[kGateRows];
+                    if (first + kGateRows < kWarpRows) {
+                        load_rows_of_gates(next, first + kGateRows, column);
+                    } else if (columns == 0) {
+                        load_rows_of_gates(next, 0, column + kHalf);
+                    }
+#pragma unroll
+                    for (int row = 0; row < kGateRows; ++row, rows.next()) {
+                        if (rows.exists()) store_row(first + row, unpack_gates(gates[row]));
+                        gates[row] = next[row];
+                    }
+                }
+            } else {
+#pragma unroll 1
+                for (int row = 0; row < kWarpRows && rows.exists(); ++row, rows.next()) {
+                    const __nv_bfloat16* gate = rows.gate + column * p_.gate_stride;
+                    store_row(row, make_float4(__bfloat162float(gate[0]), __bfloat162float(gate[p_.gate_stride]),
+                                               __bfloat162float(gate[2 * p_.gate_stride]),
+                                               __bfloat162float(gate[3 * p_.gate_stride])));
+                }
+            }
+            __syncwarp();
+        }
+        barrier();  // the next queries may come
+    }
+
+    // What a range of the pages adds, as it is, for the merge.
+    __device__ __forceinline__ void leave_part(const float (&output)[kDim / 2]) const {
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);  // opaque, as above
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float sum = warp_sum<4>(sum_[half]);
+            const int row = group_ * kGroupRows + warp_ * kWarpRows + lane / 4 + half * 8;
+            if (tile_.first_row + row >= tile_.rows) continue;
+            const int64_t at = static_cast<int64_t>(tile_.part) * kRows + row;
+            float* part = p_.parts + at * kDim + lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < kDim / 8; ++n) {
+                *reinterpret_cast<float2*>(part + n * 8) =
+                    make_float2(output[n * 4 + half * 2], output[n * 4 + half * 2 + 1]);
+            }
+            if (lane % 4 == 0) p_.part_sums[at] = make_float2(maximum_[half] * score_scale(half), sum);
+        }
+        barrier();  // nobody in the group reads queries any more: the next ones may come
+    }
+
+    Shared& storage_;
+    const PagedAttentionPrefill& p_;
+    const int group_, warp_, lane_;
+    Tile tile_;
+    int first_row_;              // of the group, in the sequence
+    int masked_from_;            // tokens that all rows of the group see
+    float maximum_[2], sum_[2];  // sum_: over the lane's own columns
+    Cursor at_;
+};
+
+}  // namespace tokenspeed::attention_prefill
