@@ -80,6 +80,14 @@ def test_a_marked_block_is_resumed_by_another_conversation(client):
     assert answer.usage.cache_read_input_tokens > 60
 
 
+def test_what_another_salt_brought_is_not_resumed(client):
+    said = [{"role": "user", "content": "Remember: The code of cedar is 8214."}]
+    for salt, known in (("one", False), ("one", True), ("other", False)):
+        body = COMMON["extra_body"] | {"cache_salt": salt}
+        answer = client.messages.create(messages=said, **COMMON | {"extra_body": body})
+        assert bool(answer.usage.cache_read_input_tokens) == known
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -29,6 +29,30 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
 
 
+def test_sampling_and_the_cache_are_asked_for_by_vllms_names(client):
+    found = client.responses.create(input=KELP, extra_body={"stop": "K."}, **GREEDY)
+    assert found.output_text == "O"
+    hot = {"input": KELP, "model": "tiny", "temperature": 6, "max_output_tokens": 12}
+    outputs = [client.responses.create(extra_body=body, **hot).output for body in ({"seed": -3}, {"seed": -3})]
+    said = [[[part.text for part in item.content] for item in output] for output in outputs]
+    assert said[0] == said[1] and said[0]
+    one = client.responses.create(extra_body={"top_k": 1}, **hot)
+    assert one.output_text == "OK."
+    full = client.responses.create(extra_body={"ignore_eos": True}, **hot)
+    assert full.usage.output_tokens == 12 and full.status == "incomplete"
+    formed = {"structured_outputs": {"regex": "[xy]{3}"}}
+    assert (
+        len(client.responses.create(input=KELP, extra_body=formed, reasoning={"effort": "none"}, **GREEDY).output_text)
+        == 3
+    )
+    with pytest.raises(openai.BadRequestError, match="999999"):
+        client.responses.create(input=KELP, extra_body={"logit_bias": {"999999": 1}}, **GREEDY)
+    said = "Remember: The code of cedar is 8214."
+    for salt, known in (("a", False), ("a", True), ("b", False)):
+        found = client.responses.create(input=said, extra_body={"cache_salt": salt, "priority": 1}, **GREEDY)
+        assert bool(found.usage.input_tokens_details.cached_tokens) == known
+
+
 def test_a_response_answers_and_counts(client):
     found = client.responses.create(input=KELP, **GREEDY)
     assert found.output_text == "OK." and found.status == "completed"

@@ -164,7 +164,7 @@ def _tool_choice(body: AnthropicPrompt) -> str | dict[str, Any]:
 
 def count_tokens(service: Service, body: AnthropicPrompt) -> dict[str, int]:
     """The tokens of a conversation as a prompt. Raises RequestError for what cannot be asked."""
-    prompt = service.turns.encode(conversation(body), service.name_space())
+    prompt = service.turns.encode(conversation(body), service.name_space(body.cache_salt))
     return {"input_tokens": len(prompt.ids)}
 
 
@@ -181,7 +181,7 @@ class Message:
         sampling |= {"max_tokens": max(body.max_tokens, 1), "stop": body.stop_sequences}
         if body.thinking and body.thinking.type == "enabled":
             sampling["thinking_token_budget"] = body.thinking.budget_tokens
-        self._reader = service.prepare(self.id, conversation(body), sampling)
+        self._reader = service.prepare(self.id, conversation(body), sampling, body.cache_salt)
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
         async with aclosing(self._service.converse(self._reader, transfer=self._transfer)) as updates:
