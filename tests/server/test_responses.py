@@ -166,6 +166,17 @@ def test_items_become_the_messages_they_mean():
             as_messages([bad], lambda id: referred)
 
 
+def test_reasoning_that_comes_as_its_id_alone_is_what_is_remembered_of_it():
+    store = ResponseStore()
+    kept = {"type": "reasoning", "id": "rs_1", "content": [{"type": "reasoning_text", "text": "hm"}]}
+    store.put("a", "resp_1", StoredResponse([], {"output": [kept]}))
+    call = {"type": "function_call", "id": "fc_1", "call_id": "1", "name": "f", "arguments": "{}"}
+    for id, name_space, thought in (("rs_1", "a", "hm"), ("rs_1", "b", ""), ("rs_2", "a", ""), (None, "a", "")):
+        bare = {"type": "reasoning", "id": id, "summary": [], "content": [], "status": "in_progress"}
+        [message] = as_messages([bare, call, bare], lambda id, space=name_space: store.item(space, id))[:1]
+        assert message["reasoning_content"] == thought and message["tool_calls"][0]["id"] == "1"
+
+
 def test_a_custom_tool_is_a_function_of_one_text():
     tools = Tools([{"type": "custom", "name": "patch", "format": {"type": "grammar", "definition": "start: x"}}])
     assert "start: x" in json.dumps(tools.definitions)

@@ -239,7 +239,8 @@ class ResponsesRequest(Answering):
     def resumes(self) -> bool:
         """Whether it goes on with what was stored."""
         items = () if isinstance(self.input, str) else self.input
-        return self.previous_response_id is not None or any(item.get("type") == "item_reference" for item in items)
+        kinds = ("item_reference", "reasoning")  # reasoning may come as its id alone
+        return self.previous_response_id is not None or any(item.get("type") in kinds for item in items)
 
     def format(self) -> dict[str, Any] | None:
         """text.format as a response_format."""
