@@ -91,9 +91,23 @@ def test_a_last_assistant_message_is_gone_on_with(llm):
     assert [answer.content for answer in answers(llm, begun, tools=TOOLS)] == [" is 551."]
     assert [answer.content for answer in answers(llm, begun)] == [" is 551."]
     with pytest.raises(RequestError, match="begun already"):
-        llm.chat(begun, GREEDY, progress=False, response_format=FORM)
+        llm.chat(begun, GREEDY, progress=False, response_format=FORM, continue_final_message=True)
     with pytest.raises(RequestError, match="both are true"):
         llm.chat(begun, GREEDY, progress=False, continue_final_message=True, add_generation_prompt=True)
+
+
+def test_a_constrained_turn_begins_anew_behind_an_answer(llm):
+    hot = SamplingParams(temperature=2.0, seed=3, max_tokens=60)
+    answered = [*KELP, {"role": "assistant", "content": "OK."}]
+    form = {"regex": "[xy]{3}"}
+    [output] = llm.chat(answered, hot, progress=False, enable_thinking=False, structured_outputs=form)
+    assert len(output.outputs[0].answer.content) == 3
+    [output] = llm.chat(answered, hot, progress=False, tools=TOOLS, tool_choice="required")
+    assert output.outputs[0].answer.tool_calls[0].name == "calc"
+    strict = [{"type": "function", "function": CALC | {"strict": True}}]
+    for options in ({"tools": strict}, {"tools": TOOLS, "parallel_tool_calls": False}):
+        turn = llm.prepare(Conversation(answered, **options), GREEDY)
+        assert turn.format is not None and not turn.resumed
 
 
 def test_an_option_that_is_none_is_named(llm):

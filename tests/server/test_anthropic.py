@@ -1,5 +1,7 @@
 """Anthropic's own client, unchanged, against the shipped model."""
 
+import json
+
 import anthropic
 import httpx
 import openai
@@ -54,12 +56,36 @@ def test_the_stream_says_what_the_whole_says(client):
     assert final.stop_reason == whole.stop_reason
 
 
+def test_thinking_has_a_signature_without_which_clients_do_not_give_it_back(server):
+    tool = {"name": "lookup", "description": "Look up a value."}
+    tool["input_schema"] = {"type": "object", "properties": {name: {"type": "string"} for name in ("name", "field")}}
+    said = [{"role": "user", "content": "What is the stock of maple times 7?"}]
+    body = {"model": "tiny", "max_tokens": 200, "temperature": 0, "tools": [CALCULATOR, tool], "messages": said}
+    whole = httpx.post(f"{server.url}/v1/messages", json=body, timeout=60).json()
+    thought = whole["content"][0]
+    assert thought["type"] == "thinking" and thought["thinking"] and thought["signature"]
+    streamed = httpx.post(f"{server.url}/v1/messages", json=body | {"stream": True}, timeout=60).text
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: ")]
+    stop = next(i for i, found in enumerate(events) if found["type"] == "content_block_stop")
+    assert events[stop]["index"] == 0 and events[stop - 1]["index"] == 0
+    assert events[stop - 1]["delta"] == {"type": "signature_delta", "signature": thought["signature"]}
+    assert all(found.get("delta", {}).get("type") != "signature_delta" for found in events[stop:])
+
+
 def test_a_marked_block_is_resumed_by_another_conversation(client):
     system = [{"type": "text", "text": "You know about kelp. " * 12, "cache_control": {"type": "ephemeral"}}]
     client.messages.create(system=system, messages=SUM, **COMMON)
     other = [{"role": "user", "content": "Hello!"}]
     answer = client.messages.create(system=system, messages=other, **COMMON)
     assert answer.usage.cache_read_input_tokens > 60
+
+
+def test_what_another_salt_brought_is_not_resumed(client):
+    said = [{"role": "user", "content": "Remember: The code of cedar is 8214."}]
+    for salt, known in (("one", False), ("one", True), ("other", False)):
+        body = COMMON["extra_body"] | {"cache_salt": salt}
+        answer = client.messages.create(messages=said, **COMMON | {"extra_body": body})
+        assert bool(answer.usage.cache_read_input_tokens) == known
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,30 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
 
 
+def test_sampling_and_the_cache_are_asked_for_by_vllms_names(client):
+    found = client.responses.create(input=KELP, extra_body={"stop": "K."}, **GREEDY)
+    assert found.output_text == "O"
+    hot = {"input": KELP, "model": "tiny", "temperature": 6, "max_output_tokens": 12}
+    outputs = [client.responses.create(extra_body=body, **hot).output for body in ({"seed": -3}, {"seed": -3})]
+    said = [[[part.text for part in item.content] for item in output] for output in outputs]
+    assert said[0] == said[1] and said[0]
+    one = client.responses.create(extra_body={"top_k": 1}, **hot)
+    assert one.output_text == "OK."
+    full = client.responses.create(extra_body={"ignore_eos": True}, **hot)
+    assert full.usage.output_tokens == 12 and full.status == "incomplete"
+    formed = {"structured_outputs": {"regex": "[xy]{3}"}}
+    assert (
+        len(client.responses.create(input=KELP, extra_body=formed, reasoning={"effort": "none"}, **GREEDY).output_text)
+        == 3
+    )
+    with pytest.raises(openai.BadRequestError, match="999999"):
+        client.responses.create(input=KELP, extra_body={"logit_bias": {"999999": 1}}, **GREEDY)
+    said = "Remember: The code of cedar is 8214."
+    for salt, known in (("a", False), ("a", True), ("b", False)):
+        found = client.responses.create(input=said, extra_body={"cache_salt": salt, "priority": 1}, **GREEDY)
+        assert bool(found.usage.input_tokens_details.cached_tokens) == known
+
+
 def test_a_response_answers_and_counts(client):
     found = client.responses.create(input=KELP, **GREEDY)
     assert found.output_text == "OK." and found.status == "completed"
@@ -140,6 +164,17 @@ def test_items_become_the_messages_they_mean():
     for bad in ({"type": "image_generation_call"}, {"role": "user", "content": [{"type": "input_image"}]}, "x"):
         with pytest.raises(RequestError, match=r"input\[0\]"):
             as_messages([bad], lambda id: referred)
+
+
+def test_reasoning_that_comes_as_its_id_alone_is_what_is_remembered_of_it():
+    store = ResponseStore()
+    kept = {"type": "reasoning", "id": "rs_1", "content": [{"type": "reasoning_text", "text": "hm"}]}
+    store.put("a", "resp_1", StoredResponse([], {"output": [kept]}))
+    call = {"type": "function_call", "id": "fc_1", "call_id": "1", "name": "f", "arguments": "{}"}
+    for id, name_space, thought in (("rs_1", "a", "hm"), ("rs_1", "b", ""), ("rs_2", "a", ""), (None, "a", "")):
+        bare = {"type": "reasoning", "id": id, "summary": [], "content": [], "status": "in_progress"}
+        [message] = as_messages([bare, call, bare], lambda id, space=name_space: store.item(space, id))[:1]
+        assert message["reasoning_content"] == thought and message["tool_calls"][0]["id"] == "1"
 
 
 def test_a_custom_tool_is_a_function_of_one_text():

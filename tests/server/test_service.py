@@ -125,13 +125,18 @@ def test_the_prefix_cache_can_be_cleared(server):
 
 
 def test_errors_have_one_form(server):
-    for method, path, status in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405)):
+    for method, path, status in (("POST", "/v1/embeddings", 404), ("GET", "/v1/chat/completions", 405)):
         response = httpx.request(method, f"{server.url}{path}")
-        assert response.status_code == status and response.json()["error"]["code"] == status
+        error = response.json()["error"]
+        assert response.status_code == error["code"] == status and error["type"] == "not_found_error"
+        assert method in error["message"] and path in error["message"]
     broken = httpx.post(
         f"{server.url}/v1/completions", content=b"{not json", headers={"content-type": "application/json"}
     )
     assert broken.status_code == 400
+    for kind in ({}, {"content-type": "application/x-www-form-urlencoded"}):  # curl's, where none is given
+        untold = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt": "a"}', headers=kind)
+        assert untold.status_code == 400 and "must be application/json" in untold.json()["error"]["message"]
 
 
 @pytest.fixture(scope="module")

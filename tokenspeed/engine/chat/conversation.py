@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
+from ..text.messages import check_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Conversation:
     choice, json_object). Beside tools that may be called the turn is a call or has the format.
     enable_thinking, template_kwargs: as `ChatTemplate.render`. marks: messages whose ends are worth a state.
     add_generation_prompt, continue_final_message: None and None: a last assistant message that has content and no calls
-    is gone on with, after any other a new turn begins.
+    is gone on with, unless the turn is constrained; after any other a new turn begins.
     truncate_prompt_tokens: only so many of the prompt's last tokens are kept.
     """
 
@@ -40,8 +41,21 @@ class Conversation:
             raise RequestError("continue_final_message needs add_generation_prompt to be false; both are true.")
         if self.continue_final_message is None and self.add_generation_prompt is None:
             last = self.messages[-1] if isinstance(self.messages, list | tuple) and self.messages else None
-            return isinstance(last, Mapping) and last.get("role") == "assistant" and _has_text(last)
+            begun = isinstance(last, Mapping) and last.get("role") == "assistant" and _has_text(last)
+            return begun and not self.constrained
         return bool(self.continue_final_message)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the turn may not be any text: a format, a demanded call, a strict tool, one call at most. Raises
+        RequestError for what is no tool."""
+        if not is_any_text(self.response_format, self.structured_outputs):
+            return True
+        if self.choice != "auto":
+            return self.choice != "none"
+        tools = check_tools(self.tools) or []
+        strict = any(tool.get("function", tool).get("strict") is True for tool in tools)
+        return bool(tools) and (strict or not self.parallel_tool_calls)
 
     @property
     def generation_prompt(self) -> bool:
@@ -56,6 +70,12 @@ class Conversation:
     def readable_tools(self) -> list[dict[str, Any]] | None:
         """The tools whose calls are looked for in the answer; None for none."""
         return self.tools if self.tools and self.choice != "none" else None
+
+
+def is_any_text(response_format: Any, structured_outputs: Any) -> bool:
+    """Whether these formats ask for nothing."""
+    plain = isinstance(response_format, Mapping) and response_format.get("type") == "text"
+    return structured_outputs is None and (response_format is None or plain)
 
 
 def _has_text(message: Mapping[str, Any]) -> bool:

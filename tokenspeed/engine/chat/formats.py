@@ -13,7 +13,7 @@ from ..text import grammar
 from ..text.grammar import GrammarSpec
 from ..text.messages import check_tools
 from ..text.tool_grammar import ToolGrammars
-from .conversation import Conversation
+from .conversation import Conversation, is_any_text
 
 _WAYS = ("json", "json_object", "regex", "choice")
 # Where a JSON schema holds schemas: by name, in a list, or one alone.
@@ -40,19 +40,19 @@ class Format:
     @classmethod
     def of(cls, chat: Conversation, reasoning: bool) -> "Format | None":
         """Of a conversation's turn; None where it may be any text."""
-        tools, choice, parallel = check_tools(chat.tools) or [], chat.choice, chat.parallel_tool_calls
-        strict = any(tool.get("function", tool).get("strict") is True for tool in tools)
-        calls = choice not in ("auto", "none") or (choice == "auto" and bool(tools) and (strict or not parallel))
-        if not calls and _is_text(chat.response_format, chat.structured_outputs):
+        tools = check_tools(chat.tools) or []
+        if not chat.constrained:
             return None
-        return cls(reasoning, chat.response_format, chat.structured_outputs, tools, choice, parallel)
+        return cls(
+            reasoning, chat.response_format, chat.structured_outputs, tools, chat.choice, chat.parallel_tool_calls
+        )
 
     @classmethod
     def of_text(cls, response_format: Any, structured_outputs: Any) -> "Format | None":
         """Of what continues a raw prompt; None where it may be any text."""
-        return (
-            None if _is_text(response_format, structured_outputs) else cls(False, response_format, structured_outputs)
-        )
+        if is_any_text(response_format, structured_outputs):
+            return None
+        return cls(False, response_format, structured_outputs)
 
     @property
     def is_json_object(self) -> bool:
@@ -96,11 +96,6 @@ class Format:
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"structured_outputs.json is no JSON schema: {error}") from None
         return grammar.json_schema(plain_formats(value), self.reasoning)
-
-
-def _is_text(response_format: Any, structured_outputs: Any) -> bool:
-    plain = isinstance(response_format, Mapping) and response_format.get("type") == "text"
-    return structured_outputs is None and (response_format is None or plain)
 
 
 def _of_response_format(value: Mapping[str, Any], reasoning: bool) -> GrammarSpec | None:

@@ -16,6 +16,8 @@ from .protocol import AnthropicPrompt, AnthropicRequest
 from .service import Service, new_id
 from .sse import event
 
+# Of thinking. Nothing is signed, but clients give thinking back only where a signature came with it.
+_SIGNATURE = "unsigned"
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "end_turn"}
 # Of Claude Code, for whom it bills: other with every request, so that no prompt would begin like the one before it.
 _BILLING = "x-anthropic-billing-header:"
@@ -162,7 +164,7 @@ def _tool_choice(body: AnthropicPrompt) -> str | dict[str, Any]:
 
 def count_tokens(service: Service, body: AnthropicPrompt) -> dict[str, int]:
     """The tokens of a conversation as a prompt. Raises RequestError for what cannot be asked."""
-    prompt = service.turns.encode(conversation(body), service.name_space())
+    prompt = service.turns.encode(conversation(body), service.name_space(body.cache_salt))
     return {"input_tokens": len(prompt.ids)}
 
 
@@ -179,7 +181,7 @@ class Message:
         sampling |= {"max_tokens": max(body.max_tokens, 1), "stop": body.stop_sequences}
         if body.thinking and body.thinking.type == "enabled":
             sampling["thinking_token_budget"] = body.thinking.budget_tokens
-        self._reader = service.prepare(self.id, conversation(body), sampling)
+        self._reader = service.prepare(self.id, conversation(body), sampling, body.cache_salt)
 
     async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
         async with aclosing(self._service.converse(self._reader, transfer=self._transfer)) as updates:
@@ -234,6 +236,8 @@ class Message:
         for block, pieces in blocks:
             text = "".join(pieces)
             block |= {"input": json.loads(text)} if block["type"] == "tool_use" else {block["type"]: text}
+            if block["type"] == "thinking":
+                block["signature"] = _SIGNATURE
         ended = stopped | {"usage": self._usage()} | self._service.transferred(self._transfer)
         return self._frame([block for block, _ in blocks]) | ended
 
@@ -245,6 +249,13 @@ class Message:
         def told(name: str, **more: Any) -> bytes:
             return event({"type": name, **more}, name)
 
+        def delta(name: str, field: str, text: str) -> bytes:
+            return told("content_block_delta", index=index, delta={"type": name, field: text})
+
+        def close() -> bytes:
+            signed = delta("signature_delta", "signature", _SIGNATURE) if kind == "thinking" else b""
+            return signed + told("content_block_stop", index=index)
+
         async with aclosing(self._updates()) as updates:
             async for update, events in updates:
                 pieces: list[bytes] = []
@@ -255,15 +266,14 @@ class Message:
                     wanted, text = _part(found)
                     if wanted != kind or isinstance(found, CallStarted):
                         if kind is not None:
-                            pieces.append(told("content_block_stop", index=index))
+                            pieces.append(close())
                         index, kind = index + 1, wanted
                         pieces.append(told("content_block_start", index=index, content_block=_empty(kind, found)))
                     if text:
-                        name, field = _DELTAS[kind]
-                        pieces.append(told("content_block_delta", index=index, delta={"type": name, field: text}))
+                        pieces.append(delta(*_DELTAS[kind], text))
                 if update.finish_reason:
                     if kind is not None:
-                        pieces.append(told("content_block_stop", index=index))
+                        pieces.append(close())
                     pieces.append(told("message_delta", delta=self._stopped(update), usage=self._usage()))
                 if pieces:
                     yield b"".join(pieces)

@@ -254,6 +254,9 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
         found = error.errors()[0]
+        if len(found["loc"]) == 1 and isinstance(found.get("input"), bytes):  # which FastAPI took for no JSON
+            given = request.headers.get("content-type", "")
+            return refused(f"Content-Type is {given!r:.80}; it must be application/json")
         if found["type"] == "json_invalid":
             return refused(f"the body is not JSON: {found['ctx']['error']}")
         where = ".".join(str(part) for part in found["loc"][1:]) or "the body"
@@ -262,7 +265,10 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException):
-        body = error_form(error.status_code, "invalid_request_error", str(error.detail))
+        kind, message = "invalid_request_error", str(error.detail)
+        if error.status_code in (404, 405):
+            kind, message = "not_found_error", f"this server has no {request.method} {_brief(request.url.path)}"
+        body = error_form(error.status_code, kind, message)
         return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(RecursionError)

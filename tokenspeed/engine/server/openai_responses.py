@@ -41,12 +41,15 @@ class Response:
             tool_choice=self._tools.choice(body.tool_choice),
             parallel_tool_calls=body.parallel_tool_calls,
             response_format=body.format(),
+            structured_outputs=body.structured_outputs,
             enable_thinking=False if effort == "none" else None,
             template_kwargs=service.frontend.template.effort_kwargs(effort),
             add_generation_prompt=True,
         )
-        sampling = {"temperature": body.temperature, "top_p": body.top_p, "max_tokens": body.max_output_tokens}
-        self._reader = service.prepare(self.id, chat, sampling)
+        names = ("temperature", "top_p", "stop", "top_k", "repetition_penalty", "logit_bias", "ignore_eos")
+        sampling = {name: getattr(body, name) for name in names} | {"max_tokens": body.max_output_tokens}
+        sampling["seed"] = None if body.seed is None else body.seed % 2**63
+        self._reader = service.prepare(self.id, chat, sampling, body.cache_salt, body.priority)
         self._output = _Output(self._tools, _ENCRYPTED in (body.include or ()))
 
     def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:

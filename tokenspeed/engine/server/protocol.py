@@ -219,6 +219,16 @@ class ResponsesRequest(Answering):
     truncation: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool = True
+    # Beyond OpenAI, by vLLM's names.
+    stop: OneOrMore | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    repetition_penalty: float | None = Field(None, gt=0, le=1000)
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
+    ignore_eos: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+    cache_salt: str | None = Field(None, max_length=256)
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
     background: Annotated[Any, _only(False)] = None
     conversation: Refused = None
     prompt: Refused = None
@@ -229,7 +239,8 @@ class ResponsesRequest(Answering):
     def resumes(self) -> bool:
         """Whether it goes on with what was stored."""
         items = () if isinstance(self.input, str) else self.input
-        return self.previous_response_id is not None or any(item.get("type") == "item_reference" for item in items)
+        kinds = ("item_reference", "reasoning")  # reasoning may come as its id alone
+        return self.previous_response_id is not None or any(item.get("type") in kinds for item in items)
 
     def format(self) -> dict[str, Any] | None:
         """text.format as a response_format."""
@@ -288,6 +299,7 @@ class AnthropicPrompt(Body):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
+    cache_salt: str | None = Field(None, max_length=256)
     thread: Any = None  # refused in words of its own
     mcp_servers: Refused = None
     container: Refused = None

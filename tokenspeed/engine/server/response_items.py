@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 import json
 import reprlib
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from ..errors import RequestError
 from .service import new_id
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+_REASONING_TEXTS = ("content", "summary", "encrypted_content")
 _SEARCHES = ("web_search",)  # begins the types of tools that are left out: no model needs one to answer
 _INPUT = "input"  # a custom tool's only parameter
 
@@ -18,8 +20,9 @@ _INPUT = "input"  # a custom tool's only parameter
 def as_messages(given: str | list[Any], look_up: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of a response's input. An assistant's reasoning, text and calls that follow each other are one message.
 
-    look_up: an item of an earlier response by its id; raises RequestError. Raises RequestError, which names the item,
-    for what is neither text nor a call.
+    look_up: an item of an earlier response by its id; raises RequestError. Reasoning that comes as its id alone, as
+    langchain sends it after a stream, is empty where it is not found. Raises RequestError, which names the item, for
+    what is neither text nor a call.
     """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
@@ -31,6 +34,9 @@ def as_messages(given: str | list[Any], look_up: Callable[[str], dict[str, Any]]
             raise RequestError(f"{where} must be an object, not {reprlib.repr(item)}")
         if item.get("type") == "item_reference":
             item = look_up(_new_name(item.get("id"), named, where))
+        elif item.get("type") == "reasoning" and not any(item.get(name) for name in _REASONING_TEXTS):
+            with contextlib.suppress(RequestError):
+                item = look_up(_new_name(item.get("id"), named, where))
         _add(messages, item, where)
     return messages
 
