@@ -218,21 +218,21 @@ def test_a_grammar_that_becomes_too_much_work_fails_its_own_request(compiler, to
 def test_looking_ahead_over_drafts_gives_the_masks_that_come_and_stops_where_a_draft_may_not(compiler, tokenizer):
     grammar = compiler.compile(json_schema({"type": "object", "properties": {"city": {"type": "string"}}}))
     ids = tokenizer.encode('{"city": "Oslo"}')
-    rule, masks = Format(grammar.matcher()), []
+    rule, masks = Format(grammar.copy()), []
     for place, id in enumerate(ids):
         masks.append(rule.verdicts(ids[:place])[0].allowed)
         wrong = int(np.flatnonzero(np.unpackbits(masks[-1].view(np.uint8), bitorder="little") == 0)[0])
         assert len(rule.verdicts(ids[:place], [wrong, *ids])) == 1, "nothing follows on an id that is not admitted"
         assert len(rule.verdicts(ids[:place], [id, wrong])) <= 3
         rule.accept(id)
-    fresh = Format(grammar.matcher()).verdicts((), ids)
+    fresh = Format(grammar.copy()).verdicts((), ids)
     assert len(fresh) == 1 + len(ids)
     assert all(np.array_equal(a.allowed, b) for a, b in zip(fresh, masks, strict=False))
     assert np.array_equal(fresh[-1].allowed, rule.verdicts(ids)[0].allowed)
 
 
 def test_looking_ahead_into_too_much_work_harms_nobody(compiler, tokenizer, monkeypatch):
-    rule = Format(compiler.compile(json_object()).matcher())
+    rule = Format(compiler.compile(json_object()).copy())
     ids = tokenizer.encode('{"a": 1}')
     mask, calls = Matcher.mask, []
 
