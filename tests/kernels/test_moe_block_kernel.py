@@ -141,8 +141,8 @@ class Layer:
         return routed + reference.sigmoid(gates[:, experts : experts + 1]) * own
 
     def certain(self) -> Tensor:
-        """Rows whose routing does not hang on the order of a sum: no logit of their experts is so close to the middle of
-        two bf16 numbers that it may round to either, which weighs experts by other steps."""
+        """Rows whose routing does not hang on the order of a sum: no logit of their experts is so close to the middle
+        of two bf16 numbers that it may round to either."""
         router = reference.exact(self.router[: self.sizes[0]])
         logits = (self.projected()[0].double() @ router.T).gather(1, self.choices()[1])
         return ((logits * (1 - 2**-15)).bfloat16() == (logits * (1 + 2**-15)).bfloat16()).all(1)
