@@ -1,5 +1,6 @@
 """What cannot be loaded is refused with its numbers before anything is allocated."""
 
+import platform
 from dataclasses import replace
 
 import pytest
@@ -70,3 +71,7 @@ def test_utilization_is_what_one_engine_takes_weights_included():
         CapacityError, match=r"80.00 GiB of this device, of which others leave 70.00 GiB.* at most 0.70"
     ):
         used("cuda", gpu_memory_utilization=0.8)
+
+
+def test_freed_memory_is_kept_where_the_library_is_glibc():
+    assert loading.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")

@@ -28,6 +28,7 @@ from .memory import (
     divide_host_memory,
     divide_memory,
     free_memory,
+    keep_freed_memory,
     total_memory,
 )
 from .mover import Mover
@@ -87,6 +88,8 @@ def load_runner(
     drafts = max((drafts for _, drafts in depths), default=0)
     entries = slot_sizes(model_config, drafts, decodes_by_kernel(device))
     layout = MemoryLayout(model.share, dtype, *entries, kv_dtype=pick_kv_dtype(config.kv_cache_dtype))
+    if not on_gpu:
+        keep_freed_memory()
     left = free_memory(device) // sharers
     held = max(free - left, weights)  # others may have given memory back meanwhile
     sizes = fit_memory(model_config, layout, config, left, held, total, device.type)

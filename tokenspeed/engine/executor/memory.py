@@ -1,5 +1,6 @@
 """The two arenas: KV pages and state slots, both addressed by plain integers, with one strided view per layer."""
 
+import ctypes
 import os
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +14,8 @@ from ..errors import CapacityError, ConfigError
 from ..model.inputs import StateViews
 
 _ALIGNMENT = 256  # bytes: every part of a slot starts on one, so that any part can be copied in 16-byte vectors
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES, _MAPPED_BYTES = 64 << 20, 32 << 20  # of freed memory; of an allocation that is given back at once
 SNAPSHOT_TOKENS = 8192  # of KV beside each slot that is not a running sequence's
 
 
@@ -223,6 +226,18 @@ def _zeros(size: int, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(size, dtype=np.uint8))
     return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process's C library keep what is freed, 64 MiB of it, for what is allocated next: activations come and
+    go in every layer, and a page that went back to the system costs a fault when it comes again. False where the
+    library is not glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Both at once: setting one of them ends glibc's own adjustment of the other.
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def free_memory(device: torch.device) -> int:
