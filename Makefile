@@ -19,7 +19,7 @@ help:
 	@echo "make installs       install the package in every way, in fresh environments of each Python that is found"
 	@echo "make kernels        compile every CUDA kernel for sm_90a and hold it to its budget (no GPU needed)"
 	@echo "make emulator-asan  the emulator's tests under AddressSanitizer"
-	@echo "make fuzz           10^8 random operations on the prefix cache under sanitizers, 10^5 changed bodies on the server, two hours of lives with hardly any memory, and every case of the kernel tests that make test thins out"
+	@echo "make fuzz           10^8 random operations on the prefix cache under sanitizers, 10^5 changed bodies on the server, two hours of lives with hardly any memory, and all tests with every case that make test thins out, and with fresh inputs"
 	@echo "make gpu-check      tests and benchmarks of the kernels on this machine's GPU, within ten minutes"
 
 .venv/installed: requirements.txt Makefile
@@ -84,7 +84,7 @@ fuzz: build
 	@$(VENV)/python -m tests.cache.fuzz --operations 100000000
 	@$(VENV)/python -m tests.server.fuzz --bodies 100000
 	@$(VENV)/python -m tests.engine.fuzz --seconds 7200
-	@$(VENV)/python -m pytest -m thinned --every-case
+	@$(VENV)/python -m pytest --every-case
 
 gpu-check:
 	@python3 tools/gpu_check.py

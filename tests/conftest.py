@@ -1,12 +1,34 @@
-"""What holds for all tests: which cases of a thinned test run, and no garbage collection over what stays."""
+"""What holds for all tests: which cases of a thinned test run, that inputs are those of the last run, and no garbage
+collection over what stays."""
 
 import gc
+import random
+import zlib
 
+import hypothesis
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="run thinned tests with all their cases (make fuzz)")
+    told = "run thinned tests with all their cases, and every test with inputs that no run had before (make fuzz)"
+    parser.addoption("--every-case", action="store_true", help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported: its settings are made from this profile."""
+    if not config.getoption("--every-case"):
+        hypothesis.settings.register_profile("repeated", derandomize=True)
+        hypothesis.settings.load_profile("repeated")
+
+
+@pytest.fixture
+def input_seed(request: pytest.FixtureRequest) -> int:
+    """Of a test's random inputs: the same at every run, but with --every-case; pytest shows it beside a failure."""
+    if not request.config.getoption("--every-case"):
+        return zlib.crc32(request.node.nodeid.encode())
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"torch.manual_seed({seed})")
+    return seed
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

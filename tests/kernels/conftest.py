@@ -30,6 +30,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def fresh_inputs(input_seed):
+    torch.manual_seed(input_seed)
+
+
 @pytest.fixture(scope="session")
 def golden(request):
     store = Golden(Path(__file__).parent / "golden.npz", bool(_option(request.config, "--record-golden")))

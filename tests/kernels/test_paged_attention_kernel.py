@@ -1,7 +1,6 @@
 """Claims about the kernels of paged attention beyond their operators' contracts: tiles, splits, addresses."""
 
 import mmap
-import random
 
 import pytest
 import torch
@@ -22,13 +21,6 @@ pytest_plugins = ["tests.kernels.schedules"]
 GROUPS = [4, 6, 8, 16]
 BORDERS = [0, 62, 63, -1, 128]
 of_both_types = pytest.mark.parametrize("dtype", [None, FP8], ids=["bf16", "e4m3"])  # of the pages
-
-
-@pytest.fixture(autouse=True)
-def fresh_inputs():
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"torch.manual_seed({seed})")  # pytest shows it beside a failure
-    torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,4 @@
-"""Fixtures of the operator tests: where an operator runs, and fresh inputs at every run."""
-
-import random
+"""Fixtures of the operator tests: where an operator runs, and inputs of each test's own."""
 
 import pytest
 import torch
@@ -28,7 +26,5 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def fresh_inputs():
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"torch.manual_seed({seed})")  # pytest shows it beside a failure
-    torch.manual_seed(seed)
+def fresh_inputs(input_seed):
+    torch.manual_seed(input_seed)

@@ -56,8 +56,8 @@ def causal_conv1d(
     summed = padded[:count] * by_tap[0]
     for tap in range(1, taps):
         summed.addcmul_(padded[tap : tap + count], by_tap[tap])
-    wanted = summed.split([part for length in rows for part in (length, taps - 1)][:-1])[::2]
-    out = F.silu(torch.cat(wanted)).to(x.dtype)
+    wanted = F.silu(summed, inplace=True).split([part for length in rows for part in (length, taps - 1)][:-1])[::2]
+    out = torch.cat(wanted).to(x.dtype)
 
     snapshot_sequence, snapshot_count, snapshot_slot = snapshot_rows(snapshots)
     kept = (write_slot >= 0).nonzero().squeeze(1)

@@ -141,13 +141,16 @@ def gated_delta_rule_prefill(
     g, beta = _gates(a[rows], b[rows], a_log, dt_bias)
     g, beta = chunked(g[..., None])[..., 0], chunked(beta[..., None])
     total, decay = _decays(g)
-    kk, qk = k @ k.transpose(-1, -2), q @ k.transpose(-1, -2)
-    q, k, kk, qk = (_per_value_head(x, nv, 1) for x in (q, k, kk, qk))
+    decay_of_key_heads = decay.unflatten(1, (k.shape[1], -1))
+    lower, attention = ((x @ k.transpose(-1, -2))[:, :, None] * decay_of_key_heads for x in (k, q))
+    lower, attention = lower.flatten(1, 2).mul_(beta), attention.flatten(1, 2)
+    q, k = _per_value_head(q, nv, 1), _per_value_head(k, nv, 1)
     from_start = total.exp()[..., None]
     q = q * from_start
-    rhs = torch.cat([v, from_start * k], dim=-1).mul_(beta)
-    solved = torch.linalg.solve_triangular(beta * kk * decay, rhs, upper=False, unitriangular=True)
-    attention = qk * decay
+    rhs = v.new_empty(*v.shape[:-1], dv + k.shape[-1])
+    torch.mul(v, beta, out=rhs[..., :dv])
+    torch.mul(k, from_start * beta, out=rhs[..., dv:])
+    solved = torch.linalg.solve_triangular(lower, rhs, upper=False, unitriangular=True)
     k_to_end = k * (total[..., -1:] - total).exp()[..., None]
 
     snapshot_sequence, snapshot_count, snapshot_slot = snapshot_rows(snapshots)
