@@ -142,7 +142,7 @@ def test_errors_have_one_form(server):
 @pytest.fixture(scope="module")
 def guarded():
     options = ("--api-key", "one", "--api-key", "two", "--max-requests", "2", "--max-body-mib", "1")
-    running = Server(*options, "--drain-seconds", "20")
+    running = Server(*options, "--drain-seconds", "120")
     yield running
     running.stop()
 
@@ -182,7 +182,7 @@ def test_keys_limits_and_an_orderly_end(guarded):
     for thread in threads:
         thread.join()
     assert statuses == [200, 200] and all(text.rstrip().endswith(b"[DONE]") for text in texts), "what runs is finished"
-    assert guarded.process.wait(30) == 0
+    assert guarded.process.wait(60) == 0
 
 
 def test_the_engine_s_end_is_told_and_ends_the_server():
