@@ -60,7 +60,7 @@ def test_a_process_that_holds_the_interpreter_ends_with_its_parent():
     assert alive(child)
     parent.kill()
     parent.wait()
-    assert gone_within(child, 1)
+    assert gone_within(child, 10)
 
 
 def test_the_engine_and_the_grammar_process_end_with_a_server_that_is_killed():
@@ -81,7 +81,7 @@ def test_the_engine_and_the_grammar_process_end_with_a_server_that_is_killed():
     server.process.kill()
     server.process.wait()
     asking.join()
-    assert all(gone_within(int(pid), 1) for pid in children)
+    assert all(gone_within(int(pid), 10) for pid in children)
 
 
 def stream_to_its_end(server, read, tokens):
