@@ -8,8 +8,10 @@ import httpx
 import pytest
 from launch import Server
 
+from tokenspeed.engine.chat.formats import Format
 from tokenspeed.engine.errors import RequestError
 from tokenspeed.engine.request import Request, SamplingParams, Update
+from tokenspeed.engine.server.formats import Compiled
 from tokenspeed.engine.server.metrics import Metrics
 from tokenspeed.engine.server.names import Names
 from tokenspeed.engine.server.service import Service, ServiceConfig, caller
@@ -113,6 +115,9 @@ class Recorder:
         self.ids: list[str] = []
         self.ready = SimpleNamespace(transfer=None)
 
+    async def abort(self, id):
+        return id in self.ids
+
     async def generate(self, submit, timeout=None):
         self.ids.append(submit.request.id)
         await asyncio.sleep(0)
@@ -148,3 +153,31 @@ def test_a_name_is_free_again_however_its_request_ends():
     with pytest.raises(ValueError), names.used("k", "n") as third:
         raise ValueError
     assert third not in (first, second) and names.ids("k", "n") == [] and not names._running
+
+
+def test_a_request_whose_format_is_being_compiled_can_be_aborted():
+    engine, started, go_on = Recorder(), asyncio.Event(), asyncio.Event()
+    service = object.__new__(Service)
+    service.engine, service.config, service.names, service.metrics = engine, ServiceConfig("m"), Names(), Metrics()
+    service._compiling = set()
+
+    async def compile(*arguments):
+        started.set()
+        await go_on.wait()
+        return Compiled(None, 0)
+
+    service.formats = SimpleNamespace(compile=compile)
+
+    async def ask(name, **params):
+        request = Request(name, (1,), SamplingParams(**params))
+        return [update.finish_reason async for update in service.run(request, Format())]
+
+    async def everybody():
+        asking = [asyncio.create_task(ask("x", n=2)), asyncio.create_task(ask("y"))]
+        await started.wait()
+        assert await service.abort("x") and not await service.abort("z")
+        go_on.set()
+        return await asyncio.gather(*asking)
+
+    assert asyncio.run(everybody()) == [["abort", "abort"], ["length"]]
+    assert len(engine.ids) == 1, "the engine never heard of the other"

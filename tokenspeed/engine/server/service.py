@@ -89,6 +89,7 @@ class Service:
         self.started = int(time.time())
         self.draining = False
         self.in_flight = 0
+        self._compiling: set[str] = set()  # requests that the engine does not know yet
 
     @property
     def room(self) -> int:
@@ -164,8 +165,18 @@ class Service:
             with self.names.used(key, request.id, part) as id:
                 compiled = Compiled(None, 0)
                 if format is not None:
-                    async with asyncio.timeout(limit):
-                        compiled = await self.formats.compile(key, request.name_space, format)
+                    self._compiling.add(id)
+                    try:
+                        async with asyncio.timeout(limit):
+                            compiled = await self.formats.compile(key, request.name_space, format)
+                        aborted = id not in self._compiling
+                    finally:
+                        self._compiling.discard(id)
+                    if aborted:
+                        outcome = "abort"
+                        for child in range(request.params.n):
+                            yield Update(id, child, finish_reason=outcome)
+                        return
                 submit = Submit(replace(request, id=id), compiled.spec, compiled.size, transfer)
                 left = None if limit is None else max(limit - (time.monotonic() - start), 0.001)
                 async with aclosing(self.engine.generate(submit, left)) as updates:
@@ -192,8 +203,11 @@ class Service:
 
     async def abort(self, name: str) -> bool:
         """Ends the caller's requests of that name. False where none runs."""
-        found = [await self.engine.abort(id) for id in self.names.ids(caller.get(), name)]
-        return any(found)
+        ids = self.names.ids(caller.get(), name)
+        compiling = self._compiling.intersection(ids)
+        self._compiling -= compiling
+        found = [await self.engine.abort(id) for id in ids]
+        return any(found) or bool(compiling)
 
     def check_room(self, request: Request) -> None:
         """Raises ContextOverflow where the prompt and the answer asked for do not fit."""
