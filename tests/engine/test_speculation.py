@@ -14,8 +14,10 @@ from scenarios import SCENARIOS, text
 
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import ModelConfig
+from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import load_weights
+from tokenspeed.engine.request import SamplingParams
 from tokenspeed.engine.text.grammar import json_object, json_schema, regex
 
 
@@ -106,6 +108,7 @@ def test_what_is_said_is_what_is_said_without_drafts(models, plain, name, drafts
     assert name != "shipped" or fared.ids_a_step > 1.3, "the shipped model's drafts are worth something"
 
 
+ON_A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
 PLACE = {"city": {"type": "string", "maxLength": 9}, "n": {"type": "integer"}}
 FORMATS = (
     (json_schema({"type": "object", "properties": PLACE, "required": ["city", "n"]}), {"temperature": 0.0}),
@@ -137,6 +140,23 @@ def test_formats_are_spoken_as_without_drafts(models, mtp, drafts):
     found, lab = in_formats(models["shipped"] if mtp else load(SHIPPED, mtp=False), drafts=drafts)
     assert found == plain
     assert lab.engine.acceptance.ids_a_step > 1.03, "drafts within a format count"
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"))],
+)
+def test_a_conversation_has_the_same_answer_in_a_format_with_drafts(device):
+    """By way of the whole engine: on a card drafts come to the host ahead of the forward pass that verifies them."""
+    said, fared = [], None
+    for drafts in (0, 3):
+        llm = LLM(progress=False, device=device, dtype="float32", draft_tokens=drafts, validate=True)
+        asked = [[{"role": "user", "content": f"What is {n} plus 30?"}] for n in (12, 47, 219)]
+        params = SamplingParams(temperature=0, max_tokens=40)
+        answers = llm.chat(asked, params, progress=False, response_format={"type": "json_object"})
+        said.append([answer.outputs[0].token_ids for answer in answers])
+        fared = llm.engine.acceptance
+    assert said[0] == said[1] and fared.ids_a_step > 1.1
 
 
 @pytest.mark.parametrize("name", ["dense", "shipped"])
