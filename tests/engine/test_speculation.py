@@ -267,3 +267,18 @@ def test_padding_is_left_out_where_no_graph_chooses(models):
         lab.run()
         said.append([talk.outputs for talk in talks])
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_format_that_becomes_too_much_work_ends_its_own_request_alone(models, drafts):
+    """Behind `[` each of many kinds of arrays may go on, more than a parser may hold: an id that the mask admits."""
+    kinds = [{"type": "array", "items": {"type": "string", "maxLength": i}} for i in range(1, 800)]
+    wide = json_schema({"type": "object", "properties": {"a": {"anyOf": kinds}}, "required": ["a"]})
+    likely = {id: 100.0 for letter in '{"a:[' for id in shipped_tokenizer().encode(letter)}
+    lab = Lab(models["shipped"], drafts=drafts)
+    lab.engine.eos_ids = frozenset([shipped_tokenizer().token_to_id("<|im_end|>")])
+    ends = lab.submit(prompt_of("shipped"), [], grammar=wide, max_tokens=40, temperature=0.0, logit_bias=likely)
+    goes_on = lab.submit(prompt_of("shipped"), [], max_tokens=60, temperature=0.0, ignore_eos=True)
+    lab.run()
+    assert ends.reasons == {0: "error"} and "too much work" in str(ends.errors[0])
+    assert goes_on.reasons == {0: "length"}
