@@ -273,7 +273,8 @@ def test_a_conversation_without_tokens_is_prefilled_apart_where_much_of_it_is_ne
         if name == "input":
             answer = {"input": TEXT, "previous_response_id": "resp_d"}
             referred = {"input": [{"type": "item_reference", "id": "x"}, {"role": "user", "content": TEXT}]}
-            assert [caller.post(path, json=body).json()["who"] for body in (answer, referred)] == ["d", "d"]
+            thought = {"input": [{"type": "reasoning", "id": "x", "summary": []}, {"role": "user", "content": TEXT}]}
+            assert {caller.post(path, json=body).json()["who"] for body in (answer, referred, thought)} == {"d"}
             assert len(prefill.asked) == 2, "the prefiller does not know what is referred to"
 
 

@@ -249,7 +249,7 @@ class Runner:
             greedy = self.sampler.greedy(step.samples)
             if self._graphs and (news := self._graphs.choose(step, greedy)) is not None:
                 return news, None
-            return self.choose_plainly(forwarded, step.drafts, greedy), None
+            return self.choose_plainly(forwarded.first(len(step.decode)), step.drafts, greedy), None
         forwarded = forwarded.first(len(step.decode))
         decode, width = forwarded.batch.decode, step.width
         decoding, rows = len(step.decode), forwarded.logits

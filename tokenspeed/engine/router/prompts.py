@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..server.protocol import is_reference
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 GENERATING = (COMPLETIONS, CHAT, MESSAGES, RESPONSES)
@@ -54,7 +56,7 @@ def of(path: str, body: dict[str, Any], length: int, tokens: list[int] | None) -
 def _resumes(body: dict[str, Any]) -> bool:
     said = body.get("input")
     items = said if isinstance(said, list) else ()
-    referred = any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items)
+    referred = any(isinstance(item, dict) and is_reference(item) for item in items)
     return referred or body.get("previous_response_id") is not None
 
 

@@ -27,6 +27,7 @@ CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = CountFromZero
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_BIASES)]
 
+_REASONING_TEXTS = ("content", "summary", "encrypted_content")
 _FIRST_ERROR = Field(fail_fast=True)  # a million wrong ids would be a million errors, 15 s of them
 
 
@@ -203,6 +204,12 @@ class CompletionRequest(Sampling):
         return [self.prompt] if one else self.prompt
 
 
+def is_reference(item: Mapping[str, Any]) -> bool:
+    """Whether an item of a response's input stands by its id for one of an earlier response: reasoning may, too."""
+    kind = item.get("type")
+    return kind == "item_reference" or (kind == "reasoning" and not any(item.get(name) for name in _REASONING_TEXTS))
+
+
 class ResponsesRequest(Answering):
     """POST /v1/responses."""
 
@@ -239,8 +246,7 @@ class ResponsesRequest(Answering):
     def resumes(self) -> bool:
         """Whether it goes on with what was stored."""
         items = () if isinstance(self.input, str) else self.input
-        kinds = ("item_reference", "reasoning")  # reasoning may come as its id alone
-        return self.previous_response_id is not None or any(item.get("type") in kinds for item in items)
+        return self.previous_response_id is not None or any(map(is_reference, items))
 
     def format(self) -> dict[str, Any] | None:
         """text.format as a response_format."""

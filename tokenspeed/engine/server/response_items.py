@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import RequestError
+from .protocol import is_reference
 from .service import new_id
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
-_REASONING_TEXTS = ("content", "summary", "encrypted_content")
 _SEARCHES = ("web_search",)  # begins the types of tools that are left out: no model needs one to answer
 _INPUT = "input"  # a custom tool's only parameter
 
@@ -34,7 +34,7 @@ def as_messages(given: str | list[Any], look_up: Callable[[str], dict[str, Any]]
             raise RequestError(f"{where} must be an object, not {reprlib.repr(item)}")
         if item.get("type") == "item_reference":
             item = look_up(_new_name(item.get("id"), named, where))
-        elif item.get("type") == "reasoning" and not any(item.get(name) for name in _REASONING_TEXTS):
+        elif is_reference(item):
             with contextlib.suppress(RequestError):
                 item = look_up(_new_name(item.get("id"), named, where))
         _add(messages, item, where)

@@ -2,6 +2,7 @@
 earlier ids are known; so each says beforehand whether it may have a say in an output, and the others need not wait."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -123,7 +124,8 @@ class Format:
         return found
 
     def accept(self, id: int) -> None:
-        self._matcher.accept(id)
+        with suppress(RequestError):  # the grammar cannot go on, as the next verdict says
+            self._matcher.accept(id)
 
 
 def combine(verdicts: Sequence[Verdict]) -> Verdict:
