@@ -59,7 +59,7 @@ class Launched:
         self._done = False
         self._drafts: Tensor | None = None
         self._drafts_event: torch.cuda.Event | None = None
-        if step.edited and runner.device.type == "cuda":  # before the forward pass, which takes longer than the host
+        if step.edited and step.decode and runner.device.type == "cuda":  # before the forward pass, which takes longer than the host
             self._drafts = runner.drafts(step).to("cpu", non_blocking=True)
             self._drafts_event = torch.cuda.Event()
             self._drafts_event.record()
@@ -68,6 +68,8 @@ class Launched:
     def drafts(self) -> list[list[int]]:
         """Of a Step that the host has a say in, what each decode row verifies behind its last id. The Step before must
         have been read."""
+        if not self._step.decode:
+            return []
         if self._drafts is None:
             self._runner.finish()
             self._drafts = self._runner.drafts(self._step)

@@ -90,9 +90,10 @@ class EngineProcess:
             if engine.has_work:
                 try:
                     engine.step()
+                    self._tell()
+                    engine.finish()
                 finally:
                     self._tell()
-                engine.finish()
                 self._publish()
                 self._blocked = engine.blocked
 
