@@ -59,7 +59,8 @@ class Launched:
         self._done = False
         self._drafts: Tensor | None = None
         self._drafts_event: torch.cuda.Event | None = None
-        if step.edited and step.decode and runner.device.type == "cuda":  # before the forward pass, which takes longer than the host
+        if step.edited and step.decode and runner.device.type == "cuda":
+            # Before the forward pass, which takes longer than the host.
             self._drafts = runner.drafts(step).to("cpu", non_blocking=True)
             self._drafts_event = torch.cuda.Event()
             self._drafts_event.record()
