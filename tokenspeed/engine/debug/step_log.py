@@ -253,6 +253,8 @@ def _fault(record: Record, header: Header) -> str | None:
         return f"a row ends at token {bad[0]}, outside the {header.max_model_len} of the header"
     if bad := [number for number in (*(e.sample for e in record.edits), *(s.row for s in step.samples)) if number < 0]:
         return f"a sample or its row has the number {bad[0]}"
+    if bad := [edit.sample for edit in record.edits if edit.sample >= len(step.samples)]:
+        return f"an edit is of sample {bad[0]}, and the step has {len(step.samples)}"
     if bad := [edit.place for edit in record.edits if not 0 <= edit.place < step.width]:
         return f"an edit is at place {bad[0]} of rows of {step.width} tokens"
     pages = -(-header.max_model_len // PAGE_TOKENS)
