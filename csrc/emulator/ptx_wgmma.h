@@ -31,6 +31,7 @@ inline void wgmma_commit() {
 
 template <int kPending, int... kRegisters>
 void wgmma_wait([[maybe_unused]] float (&... d)[kRegisters]) {
+    __syncwarp();  // the instruction's .sync: a warp goes on together, also where it has nothing to wait for
     emulator::product_wait(kPending);
 }
 
