@@ -151,7 +151,8 @@ def test_a_conversation_has_the_same_answer_in_a_format_with_drafts(device):
     """By way of the whole engine: on a card drafts come to the host ahead of the forward pass that verifies them."""
     said, fared = [], None
     for drafts in (0, 3):
-        llm = LLM(progress=False, device=device, dtype="float32", draft_tokens=drafts, validate=True)
+        settings = {"draft_tokens": drafts, "gpu_memory_utilization": 0.3, "validate": True}
+        llm = LLM(progress=False, device=device, dtype="float32", **settings)
         asked = [[{"role": "user", "content": f"What is {n} plus 30?"}] for n in (12, 47, 219)]
         params = SamplingParams(temperature=0, max_tokens=40)
         answers = llm.chat(asked, params, progress=False, response_format={"type": "json_object"})
