@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_fp8.h>
 #include <ptx.h>
+#include <reduce.h>
 #include <vector.h>
 
 #include <cstdint>
@@ -44,6 +45,23 @@ __device__ __forceinline__ uint2 pack_e4m3(const Float8& x) {
         return uint32_t{__nv_cvt_float2_to_fp8x2(make_float2(x.v[i], x.v[i + 1]), __NV_SATFINITE, __NV_E4M3)};
     };
     return make_uint2(two(0) | two(2) << 16, two(4) | two(6) << 16);
+}
+
+// Eight columns of a row of `columns`, from `column` on, a multiple of eight, as a part of their group of 128, whose
+// other parts are in the neighbouring lanes. Scale and elements round as tokenspeed/ops/fp8.py says. What is not inside
+// is zero, and not stored. All lanes of the warp call it.
+__device__ __forceinline__ void store_group(const Groups& to, int64_t row, int column, int columns, Float8 x,
+                                            bool inside) {
+    float peak = kSmallestPeak;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) peak = fmaxf(peak, fabsf(x.v[i]));
+    peak = warp_maximum<kGroupLanes>(peak);
+    if (!inside) return;
+    const float factor = kLargestE4m3 / peak;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x.v[i] *= factor;
+    *reinterpret_cast<uint2*>(to.values + row * columns + column) = pack_e4m3(x);
+    if (column % kScaleBlock == 0) to.scales[column / kScaleBlock * to.scale_stride + row] = peak / kLargestE4m3;
 }
 
 }  // namespace tokenspeed

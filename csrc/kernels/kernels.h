@@ -18,6 +18,14 @@ inline bool is_aligned(const void* pointer) {
 
 constexpr int kScaleBlock = 128;  // rows and columns of an e4m3 weight under one scale; columns of a row of activations
 
+// Where rows of activations go in e4m3, each 128 columns of a row with a scale of their own: values [rows, columns]
+// contiguous and aligned to 8 bytes, scales [ceil(columns / 128), scale_stride] of which a row has one column.
+struct Groups {
+    uint8_t* values = nullptr;
+    float* scales = nullptr;
+    int64_t scale_stride = 0;  // at least the rows
+};
+
 // ---- rms_norm.cu: x [rows, width], weight [width], out [rows, width] contiguous; width a multiple of 8, at most
 // kRmsNormMaxWidth.
 constexpr int kRmsNormMaxWidth = 8192;
@@ -27,6 +35,10 @@ cudaError_t rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat
 cudaError_t add_rms_norm(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* residual,
                          const __nv_bfloat16* weight, __nv_bfloat16* out, __nv_bfloat16* total, int64_t rows, int width,
                          float eps, cudaStream_t stream);
+// The same, and out in groups as well.
+cudaError_t add_rms_norm_groups(const __nv_bfloat16* x, int64_t x_stride, const __nv_bfloat16* residual,
+                                const __nv_bfloat16* weight, __nv_bfloat16* out, __nv_bfloat16* total,
+                                const Groups& groups, int64_t rows, int width, float eps, cudaStream_t stream);
 
 // ---- all_reduce.cu: the sum over ranks of x [rows, width], contiguous as are all; width a multiple of 8. Without a
 // residual out is the sum, and may be x; with one, total is the sum and the residual, and out its norm. Every rank
@@ -59,10 +71,18 @@ cudaError_t gated_rms_norm(const __nv_bfloat16* x, int64_t x_token_stride, int64
                            const __nv_bfloat16* gate, int64_t gate_token_stride, int64_t gate_head_stride,
                            const __nv_bfloat16* weight, __nv_bfloat16* out, int64_t tokens, int heads, float eps,
                            cudaStream_t stream);
+// out, rounded to bf16, in groups: a token's heads are the groups of its row.
+cudaError_t gated_rms_norm_groups(const __nv_bfloat16* x, int64_t x_token_stride, int64_t x_head_stride,
+                                  const __nv_bfloat16* gate, int64_t gate_token_stride, int64_t gate_head_stride,
+                                  const __nv_bfloat16* weight, const Groups& out, int64_t tokens, int heads, float eps,
+                                  cudaStream_t stream);
 
 // ---- gated_sums.cu: x [rows, 2 width], out [rows, width] contiguous; width a multiple of 8.
 cudaError_t silu_mul(const __nv_bfloat16* x, int64_t x_stride, __nv_bfloat16* out, int64_t rows, int width,
                      cudaStream_t stream);
+// out, rounded to bf16, in groups; width a multiple of 128.
+cudaError_t silu_mul_groups(const __nv_bfloat16* x, int64_t x_stride, const Groups& out, int64_t rows, int width,
+                            cudaStream_t stream);
 // y [rows, width] += sigmoid(gate [rows]) x [rows, width]; gate of any stride and alignment.
 cudaError_t add_sigmoid_gated(__nv_bfloat16* y, int64_t y_stride, const __nv_bfloat16* x, int64_t x_stride,
                               const __nv_bfloat16* gate, int64_t gate_stride, int64_t rows, int width,
@@ -246,10 +266,9 @@ cudaError_t add_rms_norm_linear(const Linear& arguments, cudaStream_t stream);
 bool silu_mul_linear_supported(const Linear& arguments);
 cudaError_t silu_mul_linear(const Linear& arguments, cudaStream_t stream);
 
-// ---- quantise_groups.cu: x [rows, columns] bf16 or fp32 by row stride, values [rows, columns] e4m3 and scales
-// [ceil(columns / 128), rows] contiguous; columns a multiple of 8. Values of any alignment to 8 bytes, scales to 4.
-cudaError_t quantise_groups(const void* x, bool x_is_float, int64_t x_stride, uint8_t* values, float* scales,
-                            int64_t rows, int columns, cudaStream_t stream);
+// ---- quantise_groups.cu: x [rows, columns] bf16 or fp32 by row stride; columns a multiple of 8.
+cudaError_t quantise_groups(const void* x, bool x_is_float, int64_t x_stride, const Groups& out, int64_t rows,
+                            int columns, cudaStream_t stream);
 
 // ---- linear_fp8.cu: out = x weight^T of e4m3 operands, contiguous but for x_scale; inputs a multiple of 16; scales of
 // any alignment.

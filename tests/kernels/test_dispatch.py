@@ -21,6 +21,7 @@ KERNELS = (
     "add_rms_norm_linear",
     "silu_mul_linear",
     "add_gated_silu_mul_linear",
+    "gated_rms_norm_linear",
     "attention_prologue",
     "causal_conv1d",
     "gated_delta_rule_prefill",

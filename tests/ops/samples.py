@@ -132,6 +132,11 @@ def add_gated_silu_mul_linear(backend: Backend):
     return backend.randn(3, 96), backend.randn(3, 1024), backend.randn(96, 512), backend.randn(3, 1)
 
 
+def gated_rms_norm_linear(backend: Backend):
+    heads = (backend.randn(15, 2, 128), backend.randn(15, 2, 128), backend.randn(128))
+    return *heads, EPS, *quantise_blocks(backend.randn(96, 256)), backend.randn(2, 256)
+
+
 def rms_norm(backend: Backend):
     return backend.randn(3, 1024), backend.randn(1024), EPS
 
@@ -210,6 +215,7 @@ SAMPLES: dict[str, Callable] = {
         gated_delta_rule_decode,
         gated_delta_rule_prefill,
         gated_rms_norm,
+        gated_rms_norm_linear,
         linear,
         linear_fp8,
         moe_block,

@@ -13,7 +13,13 @@ from .copies import copy_pages, copy_states
 from .delta_rule import gated_delta_rule_decode, gated_delta_rule_prefill
 from .ffn_block import ffn_block
 from .fp8 import linear_fp8, quantise_groups
-from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
+from .linear import (
+    add_gated_silu_mul_linear,
+    add_rms_norm_linear,
+    gated_rms_norm_linear,
+    linear,
+    silu_mul_linear,
+)
 from .moe import moe_experts, moe_route
 from .moe_block import moe_block
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
@@ -37,6 +43,7 @@ __all__ = [
     "gated_delta_rule_decode",
     "gated_delta_rule_prefill",
     "gated_rms_norm",
+    "gated_rms_norm_linear",
     "linear",
     "linear_fp8",
     "moe_block",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .fp8 import product
 from .library import operator
-from .norm import add_rms_norm, add_sigmoid_gated, silu_mul
+from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, silu_mul
 
 
 def _outputs(weight: Tensor, tail: Tensor | None) -> int:
@@ -34,8 +34,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, tail: Tensor 
     return torch.cat([linear(x, weight, scale), linear(x, tail)], dim=1)
 
 
-# The kernels of the operators below serve decode batches, in which a launch costs as much as its work. What they do not
-# serve is the composition of operators, each of which has a kernel for any number of rows.
+# The kernels of the operators below serve decode batches, in which a launch costs as much as its work, and, where many
+# rows meet an e4m3 weight, prefills: there the operator before the product writes its operand in groups. What they do
+# not serve is the composition of operators, each of which has a kernel for any number of rows.
 
 
 def _product_norm_sum(x, residual, norm_weight, eps, weight, scale=None, tail=None):
@@ -80,3 +81,27 @@ def add_gated_silu_mul_linear(y: Tensor, x: Tensor, weight: Tensor, gate: Tensor
     to x's dtype before it is added. Mutates y.
     """
     add_sigmoid_gated(y, silu_mul_linear(x, weight, scale), gate)
+
+
+def _product_of_heads(x, gate, norm_weight, eps, weight, scale=None, above=None):
+    return x.new_empty(x.shape[0] + (0 if above is None else above.shape[0]), weight.shape[0])
+
+
+@operator(fake=_product_of_heads)
+def gated_rms_norm_linear(
+    x: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    above: Tensor | None = None,
+) -> Tensor:
+    """Normalise and gate the heads of Gated DeltaNet, and multiply: `gated_rms_norm` into `linear`.
+
+    x, gate, norm_weight: as in `gated_rms_norm`; weight, scale: as in `linear`, of heads D inputs. above: [M, heads D]
+    of x's dtype, rows that are done (those of a decode step) and stand above x's. Returns [M + N, out] of x's dtype;
+    the norm is rounded to it.
+    """
+    normed = gated_rms_norm(x, gate, norm_weight, eps).flatten(1)
+    return linear(normed if above is None else torch.cat([above, normed]), weight, scale)

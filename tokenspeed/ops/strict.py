@@ -22,7 +22,7 @@ KERNEL_ROWS = 16  # of a product; more rows are a job for cuBLAS, which torch ca
 HEAD_DIM = 128  # of keys and values of the delta rule
 # Their torch implementation is a composition of operators, each of which is asked by itself.
 COMPOSED = (
-    *("add_rms_norm_linear", "silu_mul_linear", "add_gated_silu_mul_linear"),
+    *("add_rms_norm_linear", "silu_mul_linear", "add_gated_silu_mul_linear", "gated_rms_norm_linear"),
     *("ffn_block", "moe_block"),
 )
 

@@ -2,16 +2,10 @@
 // contracts: tokenspeed/ops.
 #include "binding.h"
 #include "kernels.h"
+#include "norms.h"
 
 namespace tokenspeed::binding {
 namespace {
-
-bool fits_norm(const Tensor& x, const Tensor& weight) {
-    const int64_t width = weight.numel();
-    return has_kernels(x) && is_bf16(x) && is_bf16(weight) && weight.dim() == 1 && weight.is_contiguous() &&
-           is_aligned(weight) && width % 8 == 0 && width > 0 && width <= kRmsNormMaxWidth &&
-           x.size(x.dim() - 1) == width;
-}
 
 std::optional<Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     if (x.dim() == 0 || !fits_norm(x, weight) || !has_vector_rows(x)) return std::nullopt;
@@ -29,10 +23,7 @@ std::optional<Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps
 
 std::optional<std::tuple<Tensor, Tensor>> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                        double eps) {
-    const bool fits = x.dim() == 2 && fits_norm(x, weight) && has_vector_rows(x) && is_bf16(residual) &&
-                      has_shape(residual, {x.size(0), x.size(1)}) && residual.is_contiguous() &&
-                      has_vector_rows(residual) && x.size(0) <= kMaxIndex;
-    if (!fits) return std::nullopt;
+    if (!fits_add_norm(x, residual, weight)) return std::nullopt;
     Tensor out = torch::stable::new_empty(x, x.sizes()), total = torch::stable::new_empty(x, x.sizes());
     const Launch launch(x);
     check_launch(
@@ -43,11 +34,7 @@ std::optional<std::tuple<Tensor, Tensor>> add_rms_norm(const Tensor& x, const Te
 }
 
 std::optional<Tensor> gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight, double eps) {
-    const bool fits = has_kernels(x) && x.dim() == 3 && is_bf16(x) && is_bf16(gate) && is_bf16(weight) &&
-                      weight.numel() == kGatedNormWidth && weight.is_contiguous() && is_aligned(weight) &&
-                      x.size(2) == kGatedNormWidth && has_shape(gate, {x.size(0), x.size(1), x.size(2)}) &&
-                      has_vector_rows(x) && has_vector_rows(gate) && x.size(0) * x.size(1) <= kMaxIndex;
-    if (!fits) return std::nullopt;
+    if (!fits_gated_norm(x, gate, weight)) return std::nullopt;
     Tensor out = torch::stable::new_empty(x, x.sizes());
     const Launch launch(x);
     check_launch(tokenspeed::gated_rms_norm(data(x), x.stride(0), x.stride(1), data(gate), gate.stride(0),
@@ -58,9 +45,8 @@ std::optional<Tensor> gated_rms_norm(const Tensor& x, const Tensor& gate, const 
 }
 
 std::optional<Tensor> silu_mul(const Tensor& x) {
-    if (!has_kernels(x) || x.dim() != 2 || !is_bf16(x) || !has_vector_rows(x)) return std::nullopt;
+    if (!fits_silu_mul(x)) return std::nullopt;
     const int64_t rows = x.size(0), width = x.size(1) / 2;
-    if (x.size(1) % 16 != 0 || rows * width / 8 > kMaxIndex) return std::nullopt;
     Tensor out = new_tensor(x, {rows, width});
     const Launch launch(x);
     check_launch(tokenspeed::silu_mul(data(x), x.stride(0), data(out), rows, static_cast<int>(width), launch.stream()),
@@ -69,9 +55,8 @@ std::optional<Tensor> silu_mul(const Tensor& x) {
 }
 
 bool add_sigmoid_gated(const Tensor& y, const Tensor& x, const Tensor& gate) {
-    const bool fits = has_kernels(y) && y.dim() == 2 && is_bf16(y) && is_bf16(x) && is_bf16(gate) &&
-                      has_shape(x, {y.size(0), y.size(1)}) && has_shape(gate, {y.size(0), 1}) && has_vector_rows(y) &&
-                      has_vector_rows(x) && y.size(1) % 8 == 0 && y.numel() / 8 <= kMaxIndex;
+    const bool fits =
+        fits_gated_sum(y, gate) && is_bf16(x) && has_shape(x, {y.size(0), y.size(1)}) && has_vector_rows(x);
     if (!fits) return false;
     const Launch launch(y);
     check_launch(tokenspeed::add_sigmoid_gated(data(y), y.stride(0), data(x), x.stride(0), data(gate), gate.stride(0),

@@ -1,11 +1,10 @@
 // The operators of a decode step: the Gated DeltaNet mixer, the small-batch product, sampling. Contracts:
 // tokenspeed/ops.
 #include "binding.h"
+#include "groups.h"
 #include "kernels.h"
 
 namespace tokenspeed::binding {
-
-std::optional<Tensor> linear_of_groups(const Tensor& x, const Tensor& weight, const Tensor& scale);  // bindings_fp8.cpp
 
 namespace {
 
@@ -119,8 +118,12 @@ Linear product(const Tensor& x, const Tensor& weight, const Scale& scale, const 
             .tail_outputs = tail ? static_cast<int>(tail->size(0)) : 0};
 }
 
+bool multiplies_groups(const Tensor& x, const Scale& scale) {
+    return scale && x.size(0) > kLinearMaxRows;
+}
+
 std::optional<Tensor> linear(const Tensor& x, const Tensor& weight, const Scale& scale, const Tail& tail) {
-    if (scale && !tail && x.size(0) > kLinearMaxRows) return linear_of_groups(x, weight, *scale);
+    if (!tail && multiplies_groups(x, scale)) return linear_of_groups(x, weight, *scale);
     if (!fits_linear(x, weight, scale, x.size(1), tail)) return std::nullopt;
     Linear arguments = product(x, weight, scale, tail);
     if (!linear_supported(arguments)) return std::nullopt;
@@ -138,6 +141,9 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tens
                                                                       const Tensor& norm_weight, double eps,
                                                                       const Tensor& weight, const Scale& scale,
                                                                       const Tail& tail) {
+    if (!tail && multiplies_groups(x, scale)) {
+        return add_rms_norm_linear_of_groups(x, residual, norm_weight, eps, weight, *scale);
+    }
     const bool fits = fits_linear(x, weight, scale, x.size(1), tail) && is_bf16(residual) &&
                       has_shape(residual, {x.size(0), x.size(1)}) && residual.is_contiguous() && is_bf16(norm_weight) &&
                       has_shape(norm_weight, {x.size(1)}) && norm_weight.is_contiguous();
@@ -158,6 +164,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> add_rms_norm_linear(const Tens
 }
 
 std::optional<Tensor> silu_mul_linear(const Tensor& x, const Tensor& weight, const Scale& scale) {
+    if (multiplies_groups(x, scale)) return silu_mul_linear_of_groups(x, weight, *scale);
     if (x.size(1) % 2 != 0 || !fits_linear(x, weight, scale, x.size(1) / 2)) return std::nullopt;
     Linear arguments = product(x, weight, scale);
     if (!silu_mul_linear_supported(arguments)) return std::nullopt;
@@ -215,6 +222,7 @@ std::optional<std::tuple<Tensor, Tensor>> ffn_block(const Tensor& x, const Tenso
 
 bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& gate,
                                const Scale& scale) {
+    if (multiplies_groups(x, scale)) return add_gated_silu_mul_linear_of_groups(y, x, weight, gate, *scale);
     const bool fits = x.size(1) % 2 == 0 && fits_linear(x, weight, scale, x.size(1) / 2) && is_bf16(y) &&
                       is_bf16(gate) && has_shape(y, {x.size(0), weight.size(0)}) && y.stride(1) == 1 &&
                       has_shape(gate, {x.size(0), 1});

@@ -1,5 +1,6 @@
 // Activations in e4m3 with one scale for each 128 columns of a row, what `linear_fp8` multiplies. Memory bound: two
-// bytes read and one written an element (8192 x 2048 of bf16: 50 MB, 11.9 us at 4.3 TB/s).
+// bytes read and one written an element (8192 x 2048 of bf16: 50 MB, 11.9 us at 4.3 TB/s). Where a norm or SwiGLU comes
+// before the product, it writes the groups itself (rms_norm.cu, gated_rms_norm.cu, gated_sums.cu).
 //
 // Sixteen lanes take a group, eight elements each: one read of 16 bytes (two of fp32), the group's largest magnitude by
 // shuffles, one write of 8 bytes. Scales and elements round as tokenspeed/ops/fp8.py says.
@@ -36,7 +37,7 @@ __device__ __forceinline__ Float8 load_8(const float* x) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    quantise_groups_kernel(const T* x, int64_t x_stride, uint8_t* values, float* scales, int64_t rows, int columns) {
+    quantise_groups_kernel(const T* x, int64_t x_stride, Groups out, int64_t rows, int columns) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const int groups = (columns + kScaleBlock - 1) / kScaleBlock;
@@ -46,38 +47,26 @@ __global__ void __launch_bounds__(kThreads)
     const bool inside = row < rows && column < columns;  // columns are a multiple of kElements
     Float8 y{};
     if (inside) y = load_8(x + row * x_stride + column);
-    float peak = kSmallestPeak;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) peak = fmaxf(peak, fabsf(y.v[i]));
-#pragma unroll
-    for (int distance = kGroupLanes / 2; distance > 0; distance /= 2) {
-        peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, distance));
-    }
-    if (!inside) return;
-    const float factor = kLargestE4m3 / peak;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) y.v[i] *= factor;
-    *reinterpret_cast<uint2*>(values + row * columns + column) = pack_e4m3(y);
-    if (lane == 0) scales[group % groups * rows + row] = peak / kLargestE4m3;
+    store_group(out, row, column, columns, y, inside);
 }
 
 template <typename T>
-cudaError_t launch_groups(const void* x, int64_t x_stride, uint8_t* values, float* scales, int64_t rows, int columns,
+cudaError_t launch_groups(const void* x, int64_t x_stride, const Groups& out, int64_t rows, int columns,
                           cudaStream_t stream) {
     const int64_t lanes = rows * ((columns + kScaleBlock - 1) / kScaleBlock) * kGroupLanes;
     const LaunchConfig config = {.grid = dim3(static_cast<unsigned>((lanes + kThreads - 1) / kThreads)),
                                  .block = dim3(kThreads),
                                  .stream = stream,
                                  .programmatic = true};
-    return launch(quantise_groups_kernel<T>, config, static_cast<const T*>(x), x_stride, values, scales, rows, columns);
+    return launch(quantise_groups_kernel<T>, config, static_cast<const T*>(x), x_stride, out, rows, columns);
 }
 
 }  // namespace
 
-cudaError_t quantise_groups(const void* x, bool x_is_float, int64_t x_stride, uint8_t* values, float* scales,
-                            int64_t rows, int columns, cudaStream_t stream) {
-    return x_is_float ? launch_groups<float>(x, x_stride, values, scales, rows, columns, stream)
-                      : launch_groups<__nv_bfloat16>(x, x_stride, values, scales, rows, columns, stream);
+cudaError_t quantise_groups(const void* x, bool x_is_float, int64_t x_stride, const Groups& out, int64_t rows,
+                            int columns, cudaStream_t stream) {
+    return x_is_float ? launch_groups<float>(x, x_stride, out, rows, columns, stream)
+                      : launch_groups<__nv_bfloat16>(x, x_stride, out, rows, columns, stream);
 }
 
 }  // namespace tokenspeed

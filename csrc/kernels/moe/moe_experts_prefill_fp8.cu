@@ -295,11 +295,13 @@ cudaError_t moe_experts_prefill_fp8(const MoeExperts& p, cudaStream_t stream) {
                                                          .sizes = {width, hidden, experts},
                                                          .strides = {1, width, hidden * width},
                                                          .box = {kDepth, kTileRows, 1}},
-                                                        Swizzle::k128),
-                                   quantise_groups(p.x, false, p.x_stride, a.x, a.x_scale, p.tokens, p.hidden, stream)};
+                                                        Swizzle::k128)};
     for (const cudaError_t status : started) {
         if (status != cudaSuccess) return status;
     }
+    const cudaError_t quantised =
+        quantise_groups(p.x, false, p.x_stride, {a.x, a.x_scale, p.tokens}, p.tokens, p.hidden, stream);
+    if (quantised != cudaSuccess) return quantised;
     const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
                                  .block = dim3(kThreads),
                                  .shared_bytes = sizeof(Storage),
