@@ -211,8 +211,8 @@ class GatedDeltaNet(Stage):
             raw = (mixed, a[cut:], b[cut:], *gates)
             heads = ops.gated_delta_rule_prefill(*raw, *views[:3], *rows, p.max_seqlen)
             gate = z[cut:].unflatten(1, self.heads)
-            outputs.append(ops.gated_rms_norm(heads, gate, self.norm, self.eps).flatten(1))
-        return ops.linear(_joined(outputs), *self.out), residual
+            return ops.gated_rms_norm_linear(heads, gate, self.norm, self.eps, *self.out, *outputs), residual
+        return ops.linear(*outputs, *self.out), residual
 
 
 class DenseFFN(Stage):
