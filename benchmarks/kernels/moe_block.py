@@ -1,4 +1,5 @@
-"""A decode layer's mixture of experts, from the residual sum on: one launch beside the five that it stands for."""
+"""A layer's mixture of experts, from the residual sum on: at decode one launch beside the five that it stands for; at a
+prefill in FP8 operators whose norm is quantised once, beside the same operators apart."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -21,7 +22,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     on_gpu = len(sizes.decode) > 1
     for (model, experts, top_k, hidden, width), fp8 in product(MODELS if on_gpu else ON_CPU, (False, True)):
         held = Weights(experts, hidden, width, fp8)
-        for tokens in (1, 2, 4, MOE_BLOCK_ROWS) if on_gpu else sizes.decode:
+        few = (1, 2, 4, MOE_BLOCK_ROWS) if on_gpu else sizes.decode
+        for tokens in (*few, sizes.prefill) if fp8 else few:
             # Every set renames the experts that the first hits: other weights, but as many of them.
             generator = torch.Generator().manual_seed(tokens)
             logits = torch.randn(tokens, experts, generator=generator)
@@ -33,10 +35,11 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 total = (x + residual).float()
                 normed = total * total.square().mean(1, keepdim=True).add(EPS).rsqrt()
                 in_proj = draw.randn(2 * width + experts + 8, hidden).mul_(hidden**-0.5)
-                # The router's rows that give these tokens these logits, whatever their rows are otherwise.
-                renamed = logits[:, torch.randperm(experts)].to(draw.device)
-                router = torch.linalg.lstsq(normed.cpu(), renamed.cpu()).solution.T
-                in_proj[2 * width : 2 * width + experts] = router.to(in_proj)
+                if len(logits) <= MOE_BLOCK_ROWS:  # more tokens choose at random anyway
+                    # The router's rows that give these tokens these logits, whatever their rows are otherwise.
+                    renamed = logits[:, torch.randperm(experts)].to(draw.device)
+                    router = torch.linalg.lstsq(normed.cpu(), renamed.cpu()).solution.T
+                    in_proj[2 * width : 2 * width + experts] = router.to(in_proj)
                 shared_down = draw.randn(hidden, width).mul_(width**-0.5)
                 scratch = draw.integers([0] * moe_block_scratch(experts, top_k, hidden))
                 norm_weight = draw.randn(hidden).mul_(1e-3)
@@ -57,5 +60,6 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 f"{model}, {tokens} tokens, {hit} experts" + ", e4m3" * fp8,
                 hidden * (per_weight * 3 * (hit + 1) * width + 2 * (experts + 8 + 4 * tokens)),
                 layer,
-                ceiling="read",
+                flops=2 * tokens * hidden * (3 * (top_k + 1) * width + experts),
+                ceiling="read" if tokens in few else "matmul",
             )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests.kernels.launches import behind_a_copy, emulator, torch_served
 from tests.kernels.test_linear_fp8 import draw_weight
+from tests.kernels.test_moe_block_kernel import Layer
 from tests.ops.backends import Backend, same_bits
 
 pytest_plugins = ["tests.kernels.schedules"]
@@ -90,6 +91,32 @@ def heads_one_by_one(backend: Backend, x, gate, norm, eps, weight, scale, above)
 def test_gated_heads_write_their_groups_below_rows_that_are_done(backend, tokens, heads, above):
     args = head_arguments(backend, tokens, heads, above)
     assert same_bits(fused(backend, "gated_rms_norm_linear", *args), heads_one_by_one(backend, *args))
+
+
+@pytest.mark.parametrize("held", [slice(None), slice(3, 130)], ids=["all", "a part"])
+@pytest.mark.parametrize("tokens", [20, 66])
+def test_a_mixture_quantises_its_norm_once(backend, tokens, held):
+    """Experts of few tokens take the norm in bf16, those of many take the groups that the shared expert takes."""
+    layer = Layer(backend, tokens, 256, fp8=True)
+    layer.contexts = [0, -1] * (tokens // 2)
+    x, residual, norm, eps, in_proj, experts, top_k, gate_up, down, shared_down, _, first, *rest = layer.arguments(held)
+    router, in_scale, gate_up_scale, down_scale, shared_scale, contexts = rest
+    shared, normed, total = backend.op("add_rms_norm_linear")(x, residual, norm, eps, in_proj, in_scale)
+    logits = torch.ops.tokenspeed.linear(normed, router)
+    weights, chosen, order, offsets = torch.ops.tokenspeed.moe_route(logits[:, :experts], top_k, contexts)
+    offsets = offsets[first : first + len(down) + 1]
+    routed = (weights, chosen, order, offsets.clone())
+    y = backend.op("moe_experts")(normed, *routed, gate_up, down, first, gate_up_scale, down_scale)
+    gate = logits[:, experts : experts + 1]
+    backend.op("add_gated_silu_mul_linear")(y, shared, shared_down, gate, shared_scale)
+    out, summed = fused(backend, "moe_block", *layer.arguments(held))
+    assert out.isfinite().all()
+    assert same_bits(out, y)
+    assert same_bits(summed, total)
+    short = layer.arguments(held)
+    short[10] = short[10][:-1].clone()
+    with pytest.raises(RuntimeError, match=f"scratch has {len(short[10])} elements"):
+        backend.op("moe_block")(*short)
 
 
 @pytest.mark.parametrize("seed", range(3))

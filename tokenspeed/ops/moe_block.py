@@ -1,4 +1,4 @@
-"""The mixture of experts of a decode layer as one operator."""
+"""The mixture of experts of a layer as one operator."""
 
 import torch
 from torch import Tensor
@@ -50,7 +50,8 @@ def moe_block(
     H] of x's dtype, goes on with it. context_lens: as in `moe_route`, whose padding rows choose nobody.
     Returns `y = moe_experts(norm) + sigmoid(gate) shared(norm)` and the residual sum, both [N, H]; rounded where
     `add_rms_norm_linear`, `moe_route`, `moe_experts` and `add_gated_silu_mul_linear` round, of which this is made where
-    no kernel serves the call (more than MOE_BLOCK_ROWS rows, for one).
+    no kernel serves the call (more than MOE_BLOCK_ROWS rows, for one). Of many rows in FP8 a card quantises the norm
+    once, for the shared expert and the others, with the same bits.
     Mutates scratch, [moe_block_scratch(E, top_k, H)] int32: zeros at first, then what the last call left, whatever its
     sizes. Calls that may run at the same time need one of their own each. Raises ValueError where it is too short.
     """

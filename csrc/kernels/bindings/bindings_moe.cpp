@@ -1,5 +1,8 @@
 // The expert product of a mixture of experts. Contract: tokenspeed/ops/moe.py.
+#include <algorithm>
+
 #include "binding.h"
+#include "groups.h"
 #include "kernels.h"
 
 namespace tokenspeed::binding {
@@ -11,10 +14,11 @@ Tensor new_workspace(const Tensor& like, size_t bytes) {
     return new_tensor(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& order,
-                                  const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
-                                  int64_t first_expert, const std::optional<Tensor>& gate_up_scale,
-                                  const std::optional<Tensor>& down_scale) {
+// groups: x in groups, where somebody has written them.
+std::optional<Tensor> experts_of(const Tensor& x, const Groups& groups, const Tensor& weights, const Tensor& experts,
+                                 const Tensor& order, const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
+                                 int64_t first_expert, const std::optional<Tensor>& gate_up_scale,
+                                 const std::optional<Tensor>& down_scale) {
     bool fits = gate_up_scale.has_value() == down_scale.has_value() && has_kernels(x) && x.dim() == 2 &&
                 weights.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && x.size(0) > 0 && x.stride(1) == 1 &&
                 is_int32(experts) && is_int32(order) && is_int32(offsets) && first_expert >= 0 &&
@@ -58,7 +62,8 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
                          .width = static_cast<int>(width),
                          .first_expert = static_cast<int>(first_expert),
                          .gate_up_scale = scaled ? data<float>(*gate_up_scale) : nullptr,
-                         .down_scale = scaled ? data<float>(*down_scale) : nullptr};
+                         .down_scale = scaled ? data<float>(*down_scale) : nullptr,
+                         .groups = groups};
     const bool few = moe_experts_decode_supported(arguments);
     const bool many = scaled ? moe_experts_prefill_fp8_supported(arguments) : moe_experts_prefill_supported(arguments);
     if (!few && !many) return std::nullopt;
@@ -75,6 +80,58 @@ std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const 
     return out;
 }
 
+std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& order,
+                                  const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
+                                  int64_t first_expert, const std::optional<Tensor>& gate_up_scale,
+                                  const std::optional<Tensor>& down_scale) {
+    return experts_of(x, {}, weights, experts, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale);
+}
+
+// An operator through torch's dispatcher, whoever serves it.
+template <typename... Results, typename... Arguments>
+std::tuple<Results...> dispatched(const char* name, const Arguments&... arguments) {
+    StableIValue stack[std::max(sizeof...(Results), sizeof...(Arguments))] = {
+        torch::stable::detail::from(arguments)...};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::unbox_to_tuple<Results...>(stack);
+}
+
+void check_scratch(const MoeBlock& p, const Tensor& scratch) {
+    const int64_t wanted = moe_block_scratch(p);
+    STD_TORCH_CHECK(scratch.numel() >= wanted, "scratch has ", scratch.numel(), " elements; ", p.experts,
+                    " experts, top ", p.top_k, " want ", wanted);
+}
+
+// Many rows with e4m3 weights: operator by operator as the contract has it, but the norm writes the groups once that
+// the shared expert and the experts multiply.
+std::optional<std::tuple<Tensor, Tensor>> moe_block_of_groups(
+    const Tensor& x, const Tensor& residual, const Tensor& norm_weight, double eps, const Tensor& in_proj,
+    int64_t experts, int64_t top_k, const Tensor& gate_up, const Tensor& down, const Tensor& shared_down,
+    const Tensor& scratch, int64_t first_expert, const Tensor& router, const Tensor& in_scale,
+    const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& down_scale, const Tensor& shared_scale,
+    const std::optional<Tensor>& context_lens) {
+    if (shared_down.dim() != 2 || in_proj.dim() != 2 || in_proj.size(0) != 2 * shared_down.size(1)) return std::nullopt;
+    MoeBlock sizes{};
+    sizes.experts = static_cast<int>(experts), sizes.top_k = static_cast<int>(top_k);
+    sizes.hidden = static_cast<int>(x.size(1));
+    check_scratch(sizes, scratch);
+    const auto norm = add_rms_norm_groups(x, residual, norm_weight, eps, in_proj, in_scale);
+    if (!norm) return std::nullopt;
+    const Launch launch(x);
+    const Tensor shared = product_of_groups(norm->groups, in_proj, in_scale, launch);
+    const std::optional<Tensor> none;
+    auto [logits] = dispatched<Tensor>("tokenspeed::linear", norm->normed, router, none, none);
+    auto [weights, chosen, order, offsets] = dispatched<Tensor, Tensor, Tensor, Tensor>(
+        "tokenspeed::moe_route", torch::stable::narrow(logits, 1, 0, experts), top_k, context_lens);
+    offsets = torch::stable::narrow(offsets, 0, first_expert, down.size(0) + 1);
+    const auto y = experts_of(norm->normed, groups_from(norm->groups), weights, chosen, order, offsets, gate_up, down,
+                              first_expert, gate_up_scale, down_scale);
+    const Tensor gate = torch::stable::narrow(logits, 1, experts, 1);
+    if (!y || !add_gated_silu_mul_linear_of_groups(*y, shared, shared_down, gate, shared_scale)) return std::nullopt;
+    for (const Tensor& passed : {norm->normed, shared, logits, weights, chosen, order, offsets}) launch.keep(passed);
+    return std::make_tuple(*y, norm->sum);
+}
+
 std::optional<std::tuple<Tensor, Tensor>> moe_block(
     const Tensor& x, const Tensor& residual, const Tensor& norm_weight, double eps, const Tensor& in_proj,
     int64_t experts, int64_t top_k, const Tensor& gate_up, const Tensor& down, const Tensor& shared_down,
@@ -83,6 +140,11 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(
     const std::optional<Tensor>& down_scale, const std::optional<Tensor>& shared_scale,
     const std::optional<Tensor>& context_lens) {
     const bool scaled = router.has_value();
+    if (scaled && in_scale && shared_scale && x.size(0) > kLinearMaxRows) {
+        return moe_block_of_groups(x, residual, norm_weight, eps, in_proj, experts, top_k, gate_up, down, shared_down,
+                                   scratch, first_expert, *router, *in_scale, gate_up_scale, down_scale, *shared_scale,
+                                   context_lens);
+    }
     bool fits = has_kernels(x) && x.dim() == 2 && x.size(0) > 0 && x.size(0) <= kMoeBlockTokens && x.stride(1) == 1 &&
                 in_proj.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && shared_down.dim() == 2 &&
                 is_int32(scratch) && first_expert >= 0 && first_expert <= experts && top_k > 0 && top_k <= kMaxTopK &&
@@ -152,9 +214,7 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block(
                        .down_scale = scaled ? data<float>(*down_scale) : nullptr,
                        .shared_scale = scaled ? data<float>(*shared_scale) : nullptr};
     if (!moe_block_supported(arguments)) return std::nullopt;
-    const int64_t wanted = moe_block_scratch(arguments);
-    STD_TORCH_CHECK(scratch.numel() >= wanted, "scratch has ", scratch.numel(), " elements; ", experts,
-                    " experts, top ", top_k, " want ", wanted);
+    check_scratch(arguments, scratch);
     Tensor out = new_tensor(x, {tokens, hidden}), sum = new_tensor(x, {tokens, hidden});
     const Tensor workspace = new_workspace(x, moe_block_workspace(arguments));
     arguments.out = data(out);

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_FEWEST, FFN_BLOCK_ROWS, ffn_block_scratch
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
+from ...ops.strict import KERNEL_ROWS
 from ..config import DenseConfig, ModelConfig
 from ..parallel import sharding
 from ..parallel.comm import Communicator
@@ -303,7 +304,9 @@ class MoE(Stage):
     def forward(self, x, residual, batch):
         padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding
         contexts = padded.context_lens if padded else None
-        if self.in_one and batch.prefill is None and x.residual is not None and len(x.x) <= MOE_BLOCK_ROWS:
+        few = batch.prefill is None and len(x.x) <= MOE_BLOCK_ROWS
+        many = self.gate_up.scale is not None and len(x.x) > KERNEL_ROWS  # whose norm is quantised once
+        if self.in_one and x.residual is not None and (few or many):
             (first, in_scale), *others = self.in_proj
             experts = (first, self.experts.count, self.top_k, self.gate_up.data, self.down.data)
             router = others[0].data if others else None
