@@ -116,7 +116,7 @@ inline void store_async_cluster(float* shared, float value, uint64_t* barrier, u
 
 // ---- cp.async
 
-template <int kBytes = 16>
+template <int kBytes = 16, CachePolicy kPolicy = CachePolicy::kNormal>
 void cp_async(void* shared, const void* global, uint32_t source_bytes = kBytes) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
     emulator::cp_async(shared_address(shared), global, kBytes, source_bytes);
@@ -159,7 +159,8 @@ template <int kPending>
 void bulk_wait_read() {
     emulator::bulk_wait(kPending, true);
 }
-inline void bulk_prefetch_l2(const void* global, uint32_t bytes) {
+template <CachePolicy kPolicy = CachePolicy::kNormal>
+void bulk_prefetch_l2(const void* global, uint32_t bytes) {
     emulator::bulk_prefetch(global, bytes);
 }
 

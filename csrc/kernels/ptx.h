@@ -224,10 +224,15 @@ __device__ __forceinline__ void store_async_cluster(float* shared, float value, 
 // Copies `source_bytes` (<= kBytes) from global to shared memory and fills the rest of kBytes with zeros. Both
 // addresses are aligned to kBytes. Generic proxy: a wgmma or bulk store that reads the result needs
 // fence_async_shared().
-template <int kBytes = 16>
+template <int kBytes = 16, CachePolicy kPolicy = CachePolicy::kNormal>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, uint32_t source_bytes = kBytes) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-    if constexpr (kBytes == 16) {
+    static_assert(kPolicy == CachePolicy::kNormal || kBytes == 16);
+    if constexpr (kPolicy != CachePolicy::kNormal) {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
+                     "l"(global), "r"(source_bytes), "l"(static_cast<uint64_t>(kPolicy))
+                     : "memory");
+    } else if constexpr (kBytes == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                      "r"(source_bytes)
                      : "memory");
@@ -308,7 +313,14 @@ __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+template <CachePolicy kPolicy = CachePolicy::kNormal>
 __device__ __forceinline__ void bulk_prefetch_l2(const void* global, uint32_t bytes) {
+    if constexpr (kPolicy != CachePolicy::kNormal) {
+        asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(global), "r"(bytes),
+                     "l"(static_cast<uint64_t>(kPolicy))
+                     : "memory");
+        return;
+    }
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 

@@ -143,14 +143,16 @@ __device__ void stream_weights(const Maps& maps, const FfnBlock& p, Control& con
     for (int tile = work.first_of_gate_up; tile < work.gate_up_tiles; tile += work.blocks) {
         for (int depth = 0; depth < p.hidden; depth += kDepth) {
             copy([&](uint8_t* stage, uint64_t* full) {
-                ptx::tma_load<4>(stage, &maps.gate_up, full, {0, tile * kTileColumns, 0, depth / kChunk});
+                ptx::tma_load<4>(stage, &maps.gate_up, full, {0, tile * kTileColumns, 0, depth / kChunk},
+                                 ptx::CachePolicy::kEvictFirst);
             });
         }
     }
     for (int tile = work.first_of_down; tile < work.down_tiles; tile += work.blocks) {
         for (int depth = 0; depth < p.width; depth += kDepth) {
             copy([&](uint8_t* stage, uint64_t* full) {
-                ptx::tma_load<3>(stage, &maps.down, full, {0, tile * kTileRows, depth / kChunk});
+                ptx::tma_load<3>(stage, &maps.down, full, {0, tile * kTileRows, depth / kChunk},
+                                 ptx::CachePolicy::kEvictFirst);
             });
         }
     }

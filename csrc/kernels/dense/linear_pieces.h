@@ -40,6 +40,11 @@ __device__ __forceinline__ int copied_column() {
     return warp * F::kColumns + chunk * (F::kColumns / kChunks);
 }
 
+// 16 bytes of weights, the first to leave L2: what is small and read in every layer, code and scales too, stays there.
+__device__ __forceinline__ void copy_once(void* shared, const void* global, uint32_t bytes) {
+    ptx::cp_async<16, ptx::CachePolicy::kEvictFirst>(shared, global, bytes);
+}
+
 // Starts the copies of this warp's piece of a slab; zeros where the matrix ends.
 template <typename Weight>
 __device__ __forceinline__ void copy_piece(uint8_t* piece, const Walk<Weight>& at, const Weight* weight, int outputs,
@@ -53,14 +58,14 @@ __device__ __forceinline__ void copy_piece(uint8_t* piece, const Walk<Weight>& a
     if (__all_sync(kAllLanes, left > kTileRows - kRowsAtOnce)) {
 #pragma unroll
         for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) {
-            ptx::cp_async(piece + place(i * kRowsAtOnce + row, chunk), source);
+            copy_once(piece + place(i * kRowsAtOnce + row, chunk), source, 16);
         }
         return;
     }
 #pragma unroll
     for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) {
         const bool inside = i * kRowsAtOnce < left;
-        ptx::cp_async(piece + place(i * kRowsAtOnce + row, chunk), inside ? source : weight, inside ? 16 : 0);
+        copy_once(piece + place(i * kRowsAtOnce + row, chunk), inside ? source : weight, inside ? 16 : 0);
     }
 }
 

@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     if (hint < static_cast<uint32_t>(p.slots)) {
         const int bytes = min(at.rows * kDim * 4 / kWarps, kPrefetchBytes);
         if (lane == 0) {
-            ptx::bulk_prefetch_l2(p.state + hint * p.state_stride + group_row * kDim + warp * (bytes / 4), bytes);
+            ptx::bulk_prefetch_l2<ptx::CachePolicy::kEvictFirst>(
+                p.state + hint * p.state_stride + group_row * kDim + warp * (bytes / 4), bytes);
         }
         prefetch_record(p, at, hint);
     }
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
         for (int r = 0; r < kHeldRows; ++r) {
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
-                const uint4 bits = ptx::load_16_no_allocate(state + (block * kBlockRows + r * 4) * kDim + part * 32);
+                const uint4 bits = ptx::load_16_streaming(state + (block * kBlockRows + r * 4) * kDim + part * 32);
                 rows[r][part] = reinterpret_cast<const float4&>(bits);
             }
         }

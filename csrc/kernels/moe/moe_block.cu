@@ -87,20 +87,21 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
         if (kScaled<Weight> && tile < work.leading_tiles) {
             stream_unit<Dense, __nv_bfloat16>(
                 control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                    ptx::tma_load<3>(stage, &maps.router, full, {0, tile * Dense::kTileColumns, chunk});
+                    ptx::tma_load<3>(stage, &maps.router, full, {0, tile * Dense::kTileColumns, chunk},
+                                     ptx::CachePolicy::kEvictFirst);
                 });
             continue;
         }
         const int column = work.first_column(tile);
         stream_unit<Dense, Weight>(control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
-            ptx::tma_load<3>(stage, &maps.in_proj, full, {0, column, chunk});
+            ptx::tma_load<3>(stage, &maps.in_proj, full, {0, column, chunk}, ptx::CachePolicy::kEvictFirst);
         });
     }
     const bool beside = work.fits_beside(p);
     if (beside && block < work.column_tiles) {
         ptx::mbarrier_arrive_expect_tx(&control.shared_full, kStageBytes);
         ptx::tma_load<3>(ring + a.layout.shared_offset(), &maps.shared_down, &control.shared_full,
-                         {0, block * Dense::kTileColumns, 0});
+                         {0, block * Dense::kTileColumns, 0}, ptx::CachePolicy::kEvictFirst);
     }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
@@ -124,7 +125,8 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
             for (int tile = beside ? block + blocks : block; tile < work.column_tiles; tile += blocks) {
                 stream_unit<Dense, Weight>(
                     control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                        ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk});
+                        ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk},
+                                         ptx::CachePolicy::kEvictFirst);
                     });
             }
         }
@@ -138,7 +140,8 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
             }
             stream_unit<GateUp, Weight>(
                 control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                    ptx::tma_load<5>(stage, &maps.gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
+                    ptx::tma_load<5>(stage, &maps.gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert},
+                                     ptx::CachePolicy::kEvictFirst);
                 });
         } else {
             const int of_down = unit - gate_up_units;
@@ -146,7 +149,8 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
             if (kScaled<Weight>) ptx::prefetch_l2(Scales{p}.down(expert, tile * Down::kTileColumns));
             stream_unit<Down, Weight>(
                 control, ring, stages, at, p.width, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                    ptx::tma_load<4>(stage, &maps.down, full, {0, tile * Down::kTileColumns, chunk, expert});
+                    ptx::tma_load<4>(stage, &maps.down, full, {0, tile * Down::kTileColumns, chunk, expert},
+                                     ptx::CachePolicy::kEvictFirst);
                 });
         }
         unit = blocks + static_cast<int>(next);

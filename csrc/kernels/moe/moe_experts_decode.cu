@@ -246,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         stream_weights<Weight>(
             control, ring, layout, work, p.hidden, [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
                 const int chunk = s * Shape<GateUp>::kDepthWarps;
-                ptx::tma_load<5>(stage, &gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert});
+                ptx::tma_load<5>(stage, &gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert},
+                                 ptx::CachePolicy::kEvictFirst);
             });
         const Work<Down> next(entries, output_tiles);
         const auto* down = static_cast<const Weight*>(p.down);
@@ -255,7 +256,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         uint32_t asked = 0;
         for (int unit = next.begin; unit < next.end && asked < kPrefetchBytes; ++unit, asked += tile_bytes) {
             const int64_t expert = control.entries[next.entry(unit)].expert;
-            ptx::bulk_prefetch_l2(down + (expert * output_tiles + next.tile(unit)) * tile_elements, tile_bytes);
+            ptx::bulk_prefetch_l2<ptx::CachePolicy::kEvictFirst>(
+                down + (expert * output_tiles + next.tile(unit)) * tile_elements, tile_bytes);
         }
         return;
     }
@@ -324,7 +326,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         stream_weights<Weight>(control, ring, layout, work, p.width,
                                [&](uint8_t* stage, uint64_t* full, int expert, int tile, int s) {
                                    const int chunk = s * Shape<Down>::kDepthWarps;
-                                   ptx::tma_load<4>(stage, &down, full, {0, tile * Down::kTileColumns, chunk, expert});
+                                   ptx::tma_load<4>(stage, &down, full, {0, tile * Down::kTileColumns, chunk, expert},
+                                                    ptx::CachePolicy::kEvictFirst);
                                });
         return;
     }
