@@ -15,6 +15,9 @@ enum class CachePolicy : uint64_t { kNormal, kEvictFirst };
 inline uint32_t shared_address(const void* shared) {
     return emulator::shared_address_of(shared);
 }
+inline uint32_t opaque(uint32_t value) {
+    return value;
+}
 inline uint32_t warp_id() {
     return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 }
@@ -116,10 +119,13 @@ inline void store_async_cluster(float* shared, float value, uint64_t* barrier, u
 
 // ---- cp.async
 
-template <int kBytes = 16, CachePolicy kPolicy = CachePolicy::kNormal>
+template <int kBytes = 16>
 void cp_async(void* shared, const void* global, uint32_t source_bytes = kBytes) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
     emulator::cp_async(shared_address(shared), global, kBytes, source_bytes);
+}
+inline void cp_async_evict_first(uint32_t shared, const void* global, uint32_t source_bytes) {
+    emulator::cp_async(shared, global, 16, source_bytes);
 }
 inline void cp_async_commit() {
     emulator::cp_async_commit();

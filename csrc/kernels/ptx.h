@@ -30,6 +30,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The same value, by a way that ptxas does not see through: not as a sum of which a part is in a uniform register. A whole
+// warp.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+    return __shfl_sync(0xffffffff, value, threadIdx.x % 32);
+}
+
 // Warp index in a one-dimensional block, made uniform across the warp for the compiler.
 __device__ __forceinline__ uint32_t warp_id() {
     return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -224,15 +230,10 @@ __device__ __forceinline__ void store_async_cluster(float* shared, float value, 
 // Copies `source_bytes` (<= kBytes) from global to shared memory and fills the rest of kBytes with zeros. Both
 // addresses are aligned to kBytes. Generic proxy: a wgmma or bulk store that reads the result needs
 // fence_async_shared().
-template <int kBytes = 16, CachePolicy kPolicy = CachePolicy::kNormal>
+template <int kBytes = 16>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, uint32_t source_bytes = kBytes) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-    static_assert(kPolicy == CachePolicy::kNormal || kBytes == 16);
-    if constexpr (kPolicy != CachePolicy::kNormal) {
-        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
-                     "l"(global), "r"(source_bytes), "l"(static_cast<uint64_t>(kPolicy))
-                     : "memory");
-    } else if constexpr (kBytes == 16) {
+    if constexpr (kBytes == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                      "r"(source_bytes)
                      : "memory");
@@ -241,6 +242,15 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, uint3
                      "n"(kBytes), "r"(source_bytes)
                      : "memory");
     }
+}
+
+// 16 bytes that will not be read again soon: they are the first to leave L2. `shared` is opaque() or that and a
+// constant: ptxas 13.0 encodes a cache policy beside a shared address with a part in a uniform register as what the
+// card answers as illegal.
+__device__ __forceinline__ void cp_async_evict_first(uint32_t shared, const void* global, uint32_t source_bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+                 "r"(source_bytes), "l"(static_cast<uint64_t>(CachePolicy::kEvictFirst))
+                 : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() {

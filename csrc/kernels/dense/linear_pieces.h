@@ -40,12 +40,8 @@ __device__ __forceinline__ int copied_column() {
     return warp * F::kColumns + chunk * (F::kColumns / kChunks);
 }
 
-// 16 bytes of weights, the first to leave L2: what is small and read in every layer, code and scales too, stays there.
-__device__ __forceinline__ void copy_once(void* shared, const void* global, uint32_t bytes) {
-    ptx::cp_async<16, ptx::CachePolicy::kEvictFirst>(shared, global, bytes);
-}
-
-// Starts the copies of this warp's piece of a slab; zeros where the matrix ends.
+// Starts the copies of this warp's piece of a slab; zeros where the matrix ends. Weights are the first to leave L2: what
+// is small and read in every layer, code and scales too, stays there.
 template <typename Weight>
 __device__ __forceinline__ void copy_piece(uint8_t* piece, const Walk<Weight>& at, const Weight* weight, int outputs,
                                            int inputs) {
@@ -55,17 +51,20 @@ __device__ __forceinline__ void copy_piece(uint8_t* piece, const Walk<Weight>& a
     const int left =
         at.slab * Format<Weight>::kSlab + copied_column<Weight>() < inputs ? outputs - at.tile * kTileRows - row : 0;
     const Weight* source = at.source;
+    static_assert(kRowsAtOnce % 2 == 0, "a lane's rows have their halves alike");
+    const uint32_t to = ptx::opaque(ptx::shared_address(piece + place(row, chunk)));
+    const auto copy = [&](int i, const Weight* from, int bytes) {
+        ptx::cp_async_evict_first(to + i * kRowsAtOnce * kRowBytes, from, bytes);
+    };
     if (__all_sync(kAllLanes, left > kTileRows - kRowsAtOnce)) {
 #pragma unroll
-        for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) {
-            copy_once(piece + place(i * kRowsAtOnce + row, chunk), source, 16);
-        }
+        for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) copy(i, source, 16);
         return;
     }
 #pragma unroll
     for (int i = 0; i < kTileRows / kRowsAtOnce; ++i, source += step) {
         const bool inside = i * kRowsAtOnce < left;
-        copy_once(piece + place(i * kRowsAtOnce + row, chunk), inside ? source : weight, inside ? 16 : 0);
+        copy(i, inside ? source : weight, inside ? 16 : 0);
     }
 }
 
