@@ -45,7 +45,7 @@ class CannedGraphs:
             self._rows = step.decode
         return Forwarded(None, self._logits[: step.tokens], None)
 
-    def choose(self, step) -> torch.Tensor:
+    def choose(self, step, greedy) -> torch.Tensor:
         return self._news[: len(step.decode)]
 
 

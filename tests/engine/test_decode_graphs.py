@@ -126,3 +126,21 @@ def test_logits_behind_drafts_are_those_of_tokens_one_by_one(model, place):
         distance = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
         # Where experts nearly tie, rounding decides who is chosen; logits of other tokens would be 1.4 apart.
         assert distance.max() < (0.03 if isinstance(model.config.ffn, DenseConfig) else 0.7), distance.tolist()
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@torch.inference_mode()
+def test_what_follows_on_ids_does_not_depend_on_how_they_were_chosen(model, drafts):
+    """By a graph, or without one where log-probabilities are wanted: what is drafted and kept is the same, bit for
+    bit."""
+    kept = []
+    for logprobs in (-1, 0):
+        decoding = Decoding(model, 3)
+        runner = decoding.runner
+        assert runner.capture(lambda sequences: 3, progress=False)
+        samples = tuple(sample._replace(logprobs=logprobs) for sample in decoding.step.samples)
+        for depth in (3, 3, drafts):
+            decoding.step = replace(decoding.step, samples=samples, drafts=depth)
+            decoding.go_on()
+        kept.append((runner.tables.ids, runner.memory.hidden[:-1], runner.memory.kv.view(torch.int16)))
+    assert all(map(torch.equal, *kept))

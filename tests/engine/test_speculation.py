@@ -14,7 +14,6 @@ from scenarios import SCENARIOS, text
 
 from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import ModelConfig
-from tokenspeed.engine.executor.batch import pack_rows, to_device
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import load_weights
@@ -241,33 +240,6 @@ def test_many_sequences_are_drafted_for_less_deeply(models):
     assert {width for rows, width in widths if rows == 2} == {2}  # to the end of the shorter one
     assert {width for rows, width in widths if rows == 1} >= {4}
     assert lab.difference() <= TOLERANCE
-
-
-class PaddedSteps:
-    """In place of decode graphs: rows of padding behind the sequences, and no way of choosing that was captured."""
-
-    def __init__(self, runner):
-        self._runner = runner
-
-    def forward(self, step):
-        packed = to_device(pack_rows(step.decode, len(step.decode) + 1, self._runner.tables.nobody), CPU)
-        forwarded = self._runner.decode_forward(packed, step.width)
-        return forwarded._replace(logits=forwarded.logits[: step.tokens])
-
-    def choose(self, step, greedy):
-        return None
-
-
-def test_padding_is_left_out_where_no_graph_chooses(models):
-    """As behind last ids, where nothing is drafted: graphs draft."""
-    said = []
-    for steps in (lambda runner: None, PaddedSteps):
-        lab = Lab(models["shipped"], drafts=3)
-        lab.runner._graphs = steps(lab.runner)
-        talks = [lab.submit(prompt_of("shipped"), [], max_tokens=9, ignore_eos=True) for _ in range(3)]
-        lab.run()
-        said.append([talk.outputs for talk in talks])
-    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
