@@ -1,10 +1,13 @@
 """Decode steps of which pieces replay: whatever chooses the ids, the rest of a step is captured, and says the same."""
 
 import pytest
+import torch
 from lab import Lab, shipped_model
 from rerun_graphs import RerunGraphs
 from test_speculation import ASKED, FORMATS, SHIPPED, in_formats, load, prompt_of, shipped_tokenizer
 
+from tokenspeed.engine.executor import draft_costs as measuring
+from tokenspeed.engine.executor.draft_costs import draft_costs
 from tokenspeed.engine.request import Acceptance
 
 DRAFTS = 3
@@ -12,8 +15,8 @@ DRAFTS = 3
 
 def captured(lab: Lab) -> RerunGraphs:
     """The lab's decode steps replay from now on."""
-    lab.runner._graphs = RerunGraphs(lab.runner, lambda sequences: (0, DRAFTS))
-    return lab.runner._graphs
+    lab.runner.graphs = RerunGraphs(lab.runner, lambda sequences: (0, DRAFTS))
+    return lab.runner.graphs
 
 
 def said(lab: Lab, **asked: dict) -> tuple[list, Acceptance]:
@@ -86,6 +89,27 @@ def test_what_nothing_captured_is_done_without_padding():
 
 def test_a_model_that_drafts_nothing_has_no_graphs_of_what_follows():
     lab = Lab(load(SHIPPED, mtp=False))
-    lab.runner._graphs = RerunGraphs(lab.runner, lambda sequences: ())
+    lab.runner.graphs = RerunGraphs(lab.runner, lambda sequences: ())
     said(lab, one={"temperature": 0.0})
-    assert {tuple(step) for step in lab.runner._graphs.replayed} == {("forward", "choose")}
+    assert {tuple(step) for step in lab.runner.graphs.replayed} == {("forward", "choose")}
+
+
+def test_what_drafts_cost_is_measured_and_leaves_nothing_behind(monkeypatch):
+    """By a clock that knows how many drafts a step makes, and rows."""
+    lab = Lab(shipped_model(), drafts=DRAFTS, slots=3, max_seqs=4)
+    graphs = captured(lab)
+
+    def timed(work, device, *times) -> float:
+        work()
+        (forward, choose, follow), width = graphs.replayed[-1], lab.runner.tables.length.max().item()
+        assert (forward, choose) == ("forward", "choose") and width > 1, "real rows ran"
+        return {"follow 0": 10.0, f"follow {DRAFTS}": 21.3}[follow]
+
+    monkeypatch.setattr(measuring, "microseconds", timed)
+    assert draft_costs(lab.runner, lambda sequences: DRAFTS) == ((1, 2.15), (2, 2.15))  # 4 sequences have no 3 slots
+    fresh = Lab(shipped_model(), drafts=DRAFTS, slots=3, max_seqs=4)
+    for name in ("pages", "ids", "stops", "capacity", "length", "left", "prompt", "min_tokens"):
+        assert torch.equal(getattr(lab.runner.tables, name), getattr(fresh.runner.tables, name)), name
+    several = {str(seed): {"seed": seed, "max_tokens": 12} for seed in range(4)}
+    assert said(lab, **several) == said(fresh, **several)
+    assert draft_costs(fresh.runner, lambda sequences: DRAFTS) == () == draft_costs(lab.runner, lambda sequences: 0)

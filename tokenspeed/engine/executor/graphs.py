@@ -64,8 +64,8 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._packed: dict[tuple[int, int], tuple[DecodeRow, ...]] = {}  # what stands in each input
         self._pool = None
-        self._sizes = [size for size in _SIZES if size < self._nobody] + [self._nobody]
-        shapes = [(size, 1 + depth) for size in reversed(self._sizes) for depth in sorted({0, *drafts(size)})]
+        self.sizes = [size for size in _SIZES if size < self._nobody] + [self._nobody]
+        shapes = [(size, 1 + depth) for size in reversed(self.sizes) for depth in sorted({0, *drafts(size)})]
         with ops.strict():
             runner.decode_forward(to_device(pack_rows((), 1, self._nobody), self._device), 1)
         for size, width in tqdm(shapes, desc="capturing decode", unit="graph", disable=not progress):
@@ -114,8 +114,13 @@ class DecodeGraphs:
         graph.replay()
         return True
 
+    def replay(self, step: Step) -> None:
+        """All of a step that was captured."""
+        self.forward(step)
+        self.follow(step, self.choose(step, False), False)
+
     def _find(self, step: Step) -> tuple[tuple[int, int], _Captured | None]:
-        key = next(size for size in self._sizes if size >= len(step.decode)), step.width
+        key = next(size for size in self.sizes if size >= len(step.decode)), step.width
         return key, self._captured.get(key)
 
     def _capture(self, run: Callable) -> tuple:

@@ -192,7 +192,8 @@ class Runner:
             self._drafter = MtpDrafter(model.mtp, memory, self.tables, self.sampler, self._rotary)
         elif drafts:
             self._drafter = LookupDrafter(self.tables, longest)
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
+        self.draft_costs: tuple[tuple[int, float], ...] = ()  # as `Limits.draft_costs`, where they were measured
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
         self._following: Callable[[], None] | None = None  # on a CPU: behind ids that were read
 
@@ -228,7 +229,7 @@ class Runner:
         places = self.memory, self.tables, self._rotary
         if step.prefill:
             return self._run(build_batch(step, *places))
-        if self._graphs and (forwarded := self._graphs.forward(step)):
+        if self.graphs and (forwarded := self.graphs.forward(step)):
             return forwarded
         packed = to_device(pack_rows(step.decode, len(step.decode), self.tables.nobody), self.device)
         width = self.tables.width([row.index for row in step.decode])
@@ -250,7 +251,7 @@ class Runner:
             return None, None
         if not step.prefill and self.sampler.plain(step.samples):
             greedy = self.sampler.greedy(step.samples)
-            news = self._graphs.choose(step, greedy) if self._graphs else None
+            news = self.graphs.choose(step, greedy) if self.graphs else None
             if news is None:
                 news = self.choose_plainly(forwarded, greedy)
             self._follow(step, forwarded, news, None, greedy)
@@ -330,7 +331,7 @@ class Runner:
 
     def _follow(self, step: Step, forwarded: Forwarded, news: Tensor | None, first, greedy: bool = False) -> None:
         """The drafter takes note. Who begins behind another's row has no memory yet, and is not drafted for."""
-        if not self._drafter or (self._graphs and not step.prefill and self._graphs.follow(step, news, greedy)):
+        if not self._drafter or (self.graphs and not step.prefill and self.graphs.follow(step, news, greedy)):
             return
         decoding, behind = len(step.decode), None
         own = [
@@ -354,18 +355,18 @@ class Runner:
         try:
             greedy = (False, True) if self.vocabulary.tells_greedy else (False,)
             drafts = (lambda sequences: sorted({0, depths(sequences)})) if self._drafter else lambda sequences: ()
-            self._graphs = DecodeGraphs(self, self.device, self.tables.nobody, greedy, drafts, progress)
+            self.graphs = DecodeGraphs(self, self.device, self.tables.nobody, greedy, drafts, progress)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and self.model.mesh.world > 1:
                 raise CapacityError(
                     "no memory is left for CUDA graphs: lower gpu_memory_utilization or max_num_seqs."
                 ) from error
             tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
-        return self._graphs is not None
+        return self.graphs is not None
 
     def forget_graphs(self) -> None:
         """Decode Steps run without graphs again."""
-        self._graphs = None
+        self.graphs = None
 
     def decode_forward(self, packed: Tensor, width: int) -> Forwarded:
         """The forward pass of packed decode rows, to be captured."""
