@@ -142,11 +142,13 @@ class Launched:
         self._forwarded, self._done = None, True
 
 
-def decided(step: Step, edits: Sequence[Edit]) -> dict[int, int]:
-    """At how many places of each decode row that the host has a say in an id may be chosen."""
-    places = {i: 1 for i, sample in enumerate(step.samples[: len(step.decode)]) if sample.edited}
+def decided(step: Step, edits: Sequence[Edit]) -> np.ndarray:
+    """At how many places of each decode row an id may be chosen: of one that the host has a say in, as far as the edits
+    go."""
+    decode = step.samples[: len(step.decode)]
+    places = np.array([1 if sample.edited else step.width for sample in decode], dtype=np.int32)
     for edit in edits:
-        if edit.sample in places:
+        if edit.sample < len(decode) and decode[edit.sample].edited:
             places[edit.sample] = max(places[edit.sample], edit.place + 1)
     return places
 
@@ -262,9 +264,10 @@ class Runner:
         index, output, tokens = [], [], forwarded.logits.new_zeros(0, width, dtype=torch.int64)
         rows = rows[: decoding * width] if len(step.samples) == decoding else rows
         if decode:
-            tokens = decode.tokens.clone()
-            for i, places in decided(step, edits).items():
-                tokens[i, places:] = -1  # what the host has not decided about is no choice
+            tokens = decode.tokens
+            if step.edited and width > 1:  # what the host has not decided about is no choice
+                places = to_device(decided(step, edits), self.device)
+                tokens = tokens.masked_fill(torch.arange(width, device=self.device) >= places[:, None], -1)
             index.append(decode.index[:, None].expand(-1, width).flatten())
             output.append(decode.outputs.flatten())
         first = self._first(step)
