@@ -45,7 +45,7 @@ class CannedGraphs:
             self._rows = step.decode
         return Forwarded(None, self._logits[: step.tokens], None)
 
-    def choose(self, step) -> torch.Tensor:
+    def choose(self, step, greedy) -> torch.Tensor:
         return self._news[: len(step.decode)]
 
 
@@ -75,7 +75,7 @@ def overhead() -> dict[str, float]:
     llm = LLM(progress=False, device="cpu", threads=1, max_num_seqs=SEQUENCES, draft_tokens=0)
     engine, runner, phases = llm.engine, llm.engine.runner, Phases()
     runner.model = CannedModel(runner.model.config)
-    runner._graphs = CannedGraphs(runner.model)
+    runner.graphs = CannedGraphs(runner.model)
     engine.step = phases.within("rest", engine.step)
     engine.scheduler.plan = phases.within("plan", engine.scheduler.plan)
     engine.scheduler.reconcile = phases.within("reconcile", engine.scheduler.reconcile)

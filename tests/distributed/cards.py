@@ -16,7 +16,7 @@ def run(model: str | None, settings: dict, prompts: list[list[int]], params: dic
     runner = llm.engine.runner
     result = {
         "communicator": runner.model.communicator.describe(),
-        "graphs": runner._graphs is not None,
+        "graphs": runner.graphs is not None,
         "drafts": runner._drafter is not None,
     }
     if known:

@@ -47,6 +47,7 @@ class Setting:
     wait_steps: int = 64
     drafts: tuple[tuple[int, int], ...] = ()
     right: int = 60  # of a hundred drafts
+    draft_costs: tuple[tuple[int, float], ...] = ()
     cache: dict = field(default_factory=dict)
 
     @property
@@ -98,6 +99,7 @@ class Bench:
             setting.skip_ahead,
             setting.wait_steps,
             setting.drafts,
+            setting.draft_costs,
         )
         self.engine = core.Engine(self.device, self.cache, limits, Letters(), [EOS], validate=True)
         self.device.watch(self.engine.scheduler)

@@ -58,5 +58,5 @@ def unchanged(runner: Runner, rows) -> None:
     kept = (runner.memory.kv, runner.memory.slots, runner.tables.pages, runner.tables.length, runner.tables.left)
     before = [x.clone() for x in kept]
     batch = padded(runner, rows, 3)
-    runner.choose_plainly(runner._run(batch), 0)
+    runner.choose_plainly(runner._run(batch))
     assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))

@@ -8,6 +8,7 @@ import torch
 
 from tokenspeed import ops
 from tokenspeed.engine.config import DenseConfig
+from tokenspeed.engine.executor.draft_costs import draft_costs
 from tokenspeed.engine.executor.loading import slot_sizes
 from tokenspeed.engine.executor.memory import Memory, MemoryLayout
 from tokenspeed.engine.executor.runner import Runner
@@ -51,10 +52,13 @@ class Decoding:
         ids = torch.randint(0, 9999, (SEQUENCES, 200), generator=torch.Generator().manual_seed(5)).tolist()
         rows = tuple(PrefillRow(tuple(ids[i]), 0, slot + i, slot + i, index + i) for i in range(SEQUENCES))
         samples = tuple(Sample(i, index + i) for i in range(SEQUENCES))
-        prefill = Step(prefill=rows, begins=begins, pages=pages, samples=samples)
-        self.runner.choose(prefill, self.runner.forward(prefill), ())
+        self._prefill = Step(prefill=rows, begins=begins, pages=pages, samples=samples)
+        self.begin()
         decode = tuple(DecodeRow(index + i, slot + i, slot + i) for i in range(SEQUENCES))
         self.step = Step(decode=decode, width=1 + drafts, samples=samples, drafts=drafts)
+
+    def begin(self) -> None:
+        self.runner.choose(self._prefill, self.runner.forward(self._prefill), ())
 
     def go_on(self) -> torch.Tensor:
         """Logits behind the first token of each sequence, fp32, after one step."""
@@ -126,3 +130,32 @@ def test_logits_behind_drafts_are_those_of_tokens_one_by_one(model, place):
         distance = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
         # Where experts nearly tie, rounding decides who is chosen; logits of other tokens would be 1.4 apart.
         assert distance.max() < (0.03 if isinstance(model.config.ffn, DenseConfig) else 0.7), distance.tolist()
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@torch.inference_mode()
+def test_what_follows_on_ids_does_not_depend_on_how_they_were_chosen(model, drafts):
+    """By a graph, or without one where log-probabilities are wanted: what is drafted and kept is the same, bit for
+    bit."""
+    kept = []
+    for logprobs in (-1, 0):
+        decoding = Decoding(model, 3)
+        runner = decoding.runner
+        assert runner.capture(lambda sequences: 3, progress=False)
+        samples = tuple(sample._replace(logprobs=logprobs) for sample in decoding.step.samples)
+        for depth in (3, 3, drafts):
+            decoding.step = replace(decoding.step, samples=samples, drafts=depth)
+            decoding.go_on()
+        kept.append((runner.tables.ids, runner.memory.hidden[:-1], runner.memory.kv.view(torch.int16)))
+    assert all(map(torch.equal, *kept))
+
+
+@torch.inference_mode()
+def test_timing_what_drafts_cost_leaves_nothing_behind(model):
+    decoding = Decoding(model, 3)
+    assert decoding.runner.capture(lambda sequences: 3, progress=False)
+    expected = [decoding.go_on() for _ in range(3)]
+    costs = draft_costs(decoding.runner, lambda sequences: 3)
+    assert [sequences for sequences, _ in costs] == [1, 2, 3] and min(cost for _, cost in costs) > 0
+    decoding.begin()
+    assert all(torch.equal(decoding.go_on(), logits) for logits in expected)

@@ -162,8 +162,8 @@ def test_without_them_nothing_is_found(model, right, by):
 
 
 def test_lines_of_the_runner_that_tell_rows_apart_are_needed(right):
-    edited = "tokens[i, places:] = -1"
-    must_be_noticed(Bug("an edited row takes any draft", Runner.choose, edited, "pass", not_looking_ahead))
+    edited = ">= places[:, None]"
+    must_be_noticed(Bug("an edited row takes any draft", Runner.choose, edited, "< 0", not_looking_ahead))
     place = "at += width"
     wrong = "at += len(ids[i])"
     must_be_noticed(Bug("scores of another row", Launched.read, place, wrong, partial(same, right, "scored")))

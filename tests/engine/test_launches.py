@@ -1,8 +1,11 @@
 """A decode step starts as many operators for one sequence as for many: the host's work must not grow with the batch."""
 
+import re
+
 import pytest
 import torch
 from checkpoints import CPU, Shape, load, oracle
+from lab import Lab, shipped_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenspeed.engine.executor.memory import Memory, MemoryLayout
@@ -11,7 +14,9 @@ from tokenspeed.engine.model.layers import DenseFFN
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.schedule.step import Begin, DecodeRow, NewPages, PrefillRow, Sample, Step
 from tokenspeed.engine.sizes import PUBLISHED
+from tokenspeed.engine.text.grammar import regex
 
+VIEWS = re.compile(r"aten\.(view|resolve_|alias|slice|select|expand|unsqueeze|squeeze|_unsafe_view|detach)")
 SAMPLING = {"tokenspeed.sample.default", "aten.argmax.default"}
 
 
@@ -67,6 +72,28 @@ def test_a_decode_step_calls_as_many_operators_for_one_sequence_as_for_many(moe,
     views = ("aten.view.default", "aten.resolve_conj.default", "aten.resolve_neg.default")
     alike = two if moe else many
     assert [name for name in alike if name not in views] == [name for name in one if name not in views]
+
+
+def test_a_choice_within_a_format_calls_as_many_operators_for_one_sequence_as_for_many():
+    found = []
+    for sequences in (1, 2, 5):
+        lab, counts = Lab(shipped_model(), max_seqs=5, drafts=3), set()
+        lab.engine.eos_ids = frozenset([0])
+        choose = lab.runner.choose
+
+        def counted(step, *rest, choose=choose, counts=counts):
+            with Operators() as operators:
+                result = choose(step, *rest)
+            if not step.prefill:
+                counts.add((step.width, len([name for name in operators.names if not VIEWS.match(name)])))
+            return result
+
+        lab.runner.choose = counted
+        for _ in range(sequences):
+            lab.submit([5, 6, 7], [], grammar=regex("[0-9 ]{20,}"), temperature=0.0, max_tokens=9)
+        lab.run()
+        found.append(counts)
+    assert found[0] == found[1] == found[2] and {width for width, _ in found[0]} == {4}
 
 
 @pytest.mark.parametrize(("size", "in_one"), [("0.8B", True), ("2B", True), ("9B", False), ("27B", False)])

@@ -185,6 +185,7 @@ class Engine:
         reasons = {f"reason_{name.lower()}": count for name, count in scheduler.reasons.items()}
         fared = self.acceptance
         drafts = {"draft_steps": fared.steps, "draft_step_tokens": fared.ids}
+        drafts["steps_without_drafts"] = scheduler.drafting.left_out
         for name, counts in (("drafted", fared.drafted), ("accepted", fared.accepted)):
             drafts |= {f"{name}_{place}": count for place, count in enumerate(counts, 1)}
         return own | reasons | drafts | self.cache.stats()

@@ -59,7 +59,8 @@ def load_engine(frontend: Frontend, config: EngineConfig, progress: bool = True,
     )
     longest = longest_sequence(frontend.config, config, sizes)
     drafts = config.draft_depths(runner.model.mtp is not None, runner.device.type == "cuda")
-    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, longest, drafts=drafts)
+    drafting = {"drafts": drafts, "draft_costs": runner.draft_costs}
+    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, longest, **drafting)
     eos_ids = frontend.defaults.eos_ids
     return Engine(runner, cache, limits, frontend.tokenizer, eos_ids, config.seed, config.validate)
 

@@ -116,7 +116,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N|auto|0",
         help=f"tokens drafted behind each and verified in one step, 0 to {MAX_DRAFTS}, by the MTP head or, without "
         f"one, by lookup in the sequence; the text is the same (default auto, with a head, by sequences: "
-        f"{_depths(AUTO_DRAFTS_ON_GPU)} on a GPU, {_depths(AUTO_DRAFTS_ON_CPU)} on a CPU; otherwise 0)",
+        f"{_depths(AUTO_DRAFTS_ON_GPU)} on a GPU where they pay, {_depths(AUTO_DRAFTS_ON_CPU)} on a CPU; otherwise 0)",
     )
     engine.add_argument(
         "--draft-vocabulary",

@@ -33,6 +33,11 @@ class Tables:
         self.capacity, self.length, self.left, self.prompt, self.min_tokens = self._numbers
         self._held = [0] * rows  # pages of each index
 
+    def clear(self) -> None:
+        """As before any sequence began."""
+        for table in (self.pages, self.ids, self._numbers):
+            table.zero_()
+
     def begin(self, begins: Sequence[Begin]) -> None:
         """Sequences take their indices. Mutates the tables."""
         if not begins:

@@ -22,7 +22,7 @@ class Chosen(NamedTuple):
     """A Step's rows and what was chosen behind them.
 
     batch, hidden: of the forward pass, hidden [N, hidden] or None; ids: [B, T] int64, behind the tokens of its decode
-    rows, 0 where none could be chosen, of which counts [B] int32 are accepted; first: a prefill row's index, of those
+    rows, 0 where none could be chosen, of which counts [B] int64 are accepted; first: a prefill row's index, of those
     that end with an id, [P] int64, and their working slots, [P] int32: to draft behind; greedy: as
     in `Sampler.draw`.
     """
@@ -61,7 +61,7 @@ class MtpDrafter:
         if d := batch.decode:
             self._follow_decode(d, hidden[: batch.decode_tokens], chosen)
             index, slots, tables = [d.index], [d.write_slot], [d.page_table]
-            context = [torch.where(chosen.counts > 0, d.context_lens + chosen.counts, -1)]
+            context = [torch.where(chosen.counts > 0, d.context_lens + chosen.counts, -1).int()]
         if p := batch.prefill:
             self._follow_prefill(p, batch, hidden[batch.decode_tokens :])
         if chosen.first is not None:
@@ -80,7 +80,7 @@ class MtpDrafter:
         tokens = torch.cat([rows.tokens[:, :1], chosen.ids], dim=1)
         entries = paged(self._memory, self._tables, self._rotary, rows, rows.index, tokens, -1)
         self._head.store(entries, states.flatten(0, 1))
-        last = chosen.counts.long()[:, None, None].expand(-1, 1, states.shape[2])
+        last = chosen.counts[:, None, None].expand(-1, 1, states.shape[2])
         self._keep(rows.write_slot, states.gather(1, last)[:, 0])
 
     def _follow_prefill(self, rows: PrefillRows, batch: Batch, hidden: Tensor) -> None:

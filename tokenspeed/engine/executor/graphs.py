@@ -1,4 +1,7 @@
-"""Decode steps on a GPU as CUDA graphs: two launches in place of hundreds, with the batch padded to a few sizes.
+"""Decode steps on a GPU as CUDA graphs: three launches in place of hundreds, with the batch padded to a few sizes.
+
+Each of the three stands alone: a Step whose ids the host has a say in chooses them without a graph, between two that
+replay.
 
 Ranks capture the same sizes in the same order, and their collectives with them: the run before each capture uses every
 collective at its size once, so that nothing is connected or allocated inside.
@@ -23,21 +26,25 @@ class Decoding(Protocol):
 
     def decode_forward(self, packed: Tensor, width: int) -> Forwarded: ...
 
-    def choose_plainly(self, forwarded: Forwarded, drafts: int, greedy: bool = False) -> Tensor: ...
+    def choose_plainly(self, forwarded: Forwarded, greedy: bool = False, out: Tensor | None = None) -> Tensor: ...
+
+    def follow(self, forwarded: Forwarded, news: Tensor | None, drafts: int, greedy: bool = False) -> None: ...
 
 
 class _Captured(NamedTuple):
-    """forward: up to the logits; choose: the rest of the step, by the number of drafts it makes and by whether it is
-    greedy; packed: the input."""
+    """forward: up to the logits; choose: of the ids, by whether it is greedy; follow: on them, by the number of drafts
+    that are made and by whether these are greedy; packed: the input; news: what was chosen."""
 
     packed: Tensor
     forward: torch.cuda.CUDAGraph
     forwarded: Forwarded
-    choose: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]]
+    news: Tensor
+    choose: dict[bool, torch.cuda.CUDAGraph]
+    follow: dict[tuple[int, bool], torch.cuda.CUDAGraph]
 
 
 class DecodeGraphs:
-    """Decode rows of one token, and of as many as there are drafts at that size, captured once per batch size."""
+    """Decode rows of one token, and of as many as drafts may be made at that size, captured once per batch size."""
 
     def __init__(
         self,
@@ -45,33 +52,34 @@ class DecodeGraphs:
         device: torch.device,
         nobody: int,
         greedy: Sequence[bool],
-        depths: Callable[[int], int],
+        drafts: Callable[[int], Sequence[int]],
         progress: bool,
     ):
         """Captures every size, the largest first, so that all share its memory. Padding rows alone run meanwhile: no
         page and no slot changes. nobody: the index of padding rows, behind those of all sequences; greedy: for which
-        values of `choose_plainly`'s a graph is needed; depths: drafts by the number of sequences. Raises `ops.NoKernel`
-        where no kernel serves an operator, before anything is captured (torch's allocator does not recover from a
-        capture that fails), RuntimeError where a capture fails."""
+        values of `choose_plainly`'s a graph is needed; drafts: the numbers that may be made, by that of sequences, none
+        where nothing follows. Raises `ops.NoKernel` where no kernel serves an operator, before anything is captured
+        (torch's allocator does not recover from a capture that fails), RuntimeError where a capture fails."""
         self._device, self._nobody = device, nobody
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._packed: dict[tuple[int, int], tuple[DecodeRow, ...]] = {}  # what stands in each input
         self._pool = None
-        self._sizes = [size for size in _SIZES if size < self._nobody] + [self._nobody]
-        shapes = [(size, width) for size in reversed(self._sizes) for width in sorted({1, 1 + depths(size)})]
+        self.sizes = [size for size in _SIZES if size < self._nobody] + [self._nobody]
+        shapes = [(size, 1 + depth) for size in reversed(self.sizes) for depth in sorted({0, *drafts(size)})]
         with ops.strict():
             runner.decode_forward(to_device(pack_rows((), 1, self._nobody), self._device), 1)
         for size, width in tqdm(shapes, desc="capturing decode", unit="graph", disable=not progress):
             packed = to_device(pack_rows((), size, self._nobody), self._device)
             forward, forwarded = self._capture(lambda packed=packed, width=width: runner.decode_forward(packed, width))
-            drafts = depths(size)
-            choose = {
-                (drafts, kind): self._capture(
-                    lambda f=forwarded, drafts=drafts, kind=kind: runner.choose_plainly(f, drafts, kind)
-                )
-                for kind in greedy
-            }
-            self._captured[size, width] = _Captured(packed, forward, forwarded, choose)
+            news = torch.zeros(size, 1 + width, dtype=torch.int64, device=self._device)
+            choose, follow = {}, {}
+            for kind in greedy:
+                choose[kind], _ = self._capture(lambda f=forwarded, k=kind, n=news: runner.choose_plainly(f, k, n))
+                for depth in drafts(size):
+                    follow[depth, kind], _ = self._capture(
+                        lambda f=forwarded, k=kind, n=news, d=depth: runner.follow(f, n, d, k)
+                    )
+            self._captured[size, width] = _Captured(packed, forward, forwarded, news, choose, follow)
 
     def forward(self, step: Step) -> Forwarded | None:
         """Of the decode rows, and padding behind them, until the next call; None for a step that was not captured."""
@@ -86,17 +94,33 @@ class DecodeGraphs:
         return captured.forwarded._replace(logits=captured.forwarded.logits[: step.tokens])
 
     def choose(self, step: Step, greedy: bool) -> Tensor | None:
-        """What `Runner.choose_plainly` gives behind the last `forward`; None for drafts that were not captured."""
+        """What `Runner.choose_plainly` gives behind the last `forward`, until the next call; None for a step that was
+        not captured."""
         _, captured = self._find(step)
-        found = captured and captured.choose.get((step.drafts, greedy))
-        if not found:
+        if captured is None:
             return None
-        graph, news = found
+        captured.choose[greedy].replay()
+        return captured.news[: len(step.decode)]
+
+    def follow(self, step: Step, news: Tensor, greedy: bool) -> bool:
+        """What `Runner.follow` does behind the last `forward` and a choice, by `choose` or otherwise. False, and
+        nothing is done, for a step or a number of drafts that was not captured."""
+        _, captured = self._find(step)
+        graph = captured and captured.follow.get((step.drafts, greedy))
+        if graph is None:
+            return False
+        if news.data_ptr() != captured.news.data_ptr():  # what padding says does not matter: it has no pages
+            captured.news[: len(news)].copy_(news)
         graph.replay()
-        return news[: len(step.decode)]
+        return True
+
+    def replay(self, step: Step) -> None:
+        """All of a step that was captured."""
+        self.forward(step)
+        self.follow(step, self.choose(step, False), False)
 
     def _find(self, step: Step) -> tuple[tuple[int, int], _Captured | None]:
-        key = next(size for size in self._sizes if size >= len(step.decode)), step.width
+        key = next(size for size in self.sizes if size >= len(step.decode)), step.width
         return key, self._captured.get(key)
 
     def _capture(self, run: Callable) -> tuple:

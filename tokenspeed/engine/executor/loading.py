@@ -20,6 +20,7 @@ from ..parallel.costs import always_in_parts
 from ..quantization import PRODUCTS
 from ..schedule.scheduler import drafts_for
 from .device import pick_dtype, pick_kv_dtype, use_threads
+from .draft_costs import draft_costs
 from .memory import (
     HostMemory,
     Memory,
@@ -103,9 +104,18 @@ def load_runner(
         host_memory = HostMemory(layout, sizes.host_pages, sizes.host_slots, device)
         mover = Mover(memory, host_memory, leads=communicator.mesh.rank == 0)
     runner = Runner(model, memory, config.max_num_seqs, longest_sequence(model_config, config, sizes), drafts, mover)
-    captured = runner.capture(lambda sequences: drafts_for(depths, sequences), progress)
+
+    def deep(sequences: int) -> int:
+        return drafts_for(depths, sequences)
+
+    captured = runner.capture(deep, progress)
     if smallest([int(captured)]) == [0]:  # ranks replay their collectives together or not at all
         runner.forget_graphs()
+    elif config.draft_tokens == "auto":
+        runner.draft_costs = draft_costs(runner, deep)
+        if progress and runner.draft_costs:
+            told = ", ".join(f"{cost:.2f} for {sequences}" for sequences, cost in runner.draft_costs)
+            tqdm.write(f"drafts: a step with them takes as many times one without, by sequences: {told}", sys.stderr)
     return runner, sizes
 
 

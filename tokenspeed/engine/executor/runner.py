@@ -142,11 +142,13 @@ class Launched:
         self._forwarded, self._done = None, True
 
 
-def decided(step: Step, edits: Sequence[Edit]) -> dict[int, int]:
-    """At how many places of each decode row that the host has a say in an id may be chosen."""
-    places = {i: 1 for i, sample in enumerate(step.samples[: len(step.decode)]) if sample.edited}
+def decided(step: Step, edits: Sequence[Edit]) -> np.ndarray:
+    """At how many places of each decode row an id may be chosen: of one that the host has a say in, as far as the edits
+    go."""
+    decode = step.samples[: len(step.decode)]
+    places = np.array([1 if sample.edited else step.width for sample in decode], dtype=np.int32)
     for edit in edits:
-        if edit.sample in places:
+        if edit.sample < len(decode) and decode[edit.sample].edited:
             places[edit.sample] = max(places[edit.sample], edit.place + 1)
     return places
 
@@ -192,7 +194,8 @@ class Runner:
             self._drafter = MtpDrafter(model.mtp, memory, self.tables, self.sampler, self._rotary)
         elif drafts:
             self._drafter = LookupDrafter(self.tables, longest)
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
+        self.draft_costs: tuple[tuple[int, float], ...] = ()  # as `Limits.draft_costs`, where they were measured
         self.queue: deque[Callable[[], None]] = deque()  # on a CPU: what was launched and not done
         self._following: Callable[[], None] | None = None  # on a CPU: behind ids that were read
 
@@ -228,7 +231,7 @@ class Runner:
         places = self.memory, self.tables, self._rotary
         if step.prefill:
             return self._run(build_batch(step, *places))
-        if self._graphs and (forwarded := self._graphs.forward(step)):
+        if self.graphs and (forwarded := self.graphs.forward(step)):
             return forwarded
         packed = to_device(pack_rows(step.decode, len(step.decode), self.tables.nobody), self.device)
         width = self.tables.width([row.index for row in step.decode])
@@ -246,22 +249,25 @@ class Runner:
         """Choose ids behind a forward pass, verify its drafts, and draft anew. Of each sample how many of its ids
         count, and the ids, [S, 1 + width] int64; log-probabilities of every row of the samples. Mutates the tables."""
         if not step.samples:
-            self._follow(step, forwarded, None, None, None)
+            self._follow(step, forwarded, None, None)
             return None, None
         if not step.prefill and self.sampler.plain(step.samples):
             greedy = self.sampler.greedy(step.samples)
-            if self._graphs and (news := self._graphs.choose(step, greedy)) is not None:
-                return news, None
-            return self.choose_plainly(forwarded.first(len(step.decode)), step.drafts, greedy), None
+            news = self.graphs.choose(step, greedy) if self.graphs else None
+            if news is None:
+                news = self.choose_plainly(forwarded, greedy)
+            self._follow(step, forwarded, news, None, greedy)
+            return news, None
         forwarded = forwarded.first(len(step.decode))
         decode, width = forwarded.batch.decode, step.width
         decoding, rows = len(step.decode), forwarded.logits
         index, output, tokens = [], [], forwarded.logits.new_zeros(0, width, dtype=torch.int64)
         rows = rows[: decoding * width] if len(step.samples) == decoding else rows
         if decode:
-            tokens = decode.tokens.clone()
-            for i, places in decided(step, edits).items():
-                tokens[i, places:] = -1  # what the host has not decided about is no choice
+            tokens = decode.tokens
+            if step.edited and width > 1:  # what the host has not decided about is no choice
+                places = to_device(decided(step, edits), self.device)
+                tokens = tokens.masked_fill(torch.arange(width, device=self.device) >= places[:, None], -1)
             index.append(decode.index[:, None].expand(-1, width).flatten())
             output.append(decode.outputs.flatten())
         first = self._first(step)
@@ -282,22 +288,33 @@ class Runner:
             counts.append(self._accept(own, own, output[-1][:, None], ends - 1, new))
             news.append(torch.cat([counts[-1][:, None], own, own.new_zeros(len(own), width - 1)], 1))
         self.sampler.count(step.samples, choices, ids, torch.cat(counts))
-        behind = ids[:cut].view(decoding, width).clamp(min=0)
-        self._follow(step, forwarded, behind, counts[0] if decode else None, first)
-        return torch.cat(news), scores
+        news = torch.cat(news)
+        self._follow(step, forwarded, news, first)
+        return news, scores
 
-    def choose_plainly(self, forwarded: Forwarded, drafts: int, greedy: bool = False) -> Tensor:
-        """`choose` for decode rows whose ids are drawn from the logits as they are. greedy: as in `Sampler.draw`. Reads
-        nothing on the host and has shapes of the batch alone, so it can stand in a CUDA graph."""
+    def choose_plainly(self, forwarded: Forwarded, greedy: bool = False, out: Tensor | None = None) -> Tensor:
+        """`choose`, without what follows on it, for decode rows whose ids are drawn from the logits as they are.
+        greedy: as in `Sampler.draw`; out: takes the result. Reads nothing on the host and has shapes of the batch
+        alone, so it can stand in a CUDA graph."""
         rows = forwarded.batch.decode
         batch, width = rows.tokens.shape
         index = rows.index[:, None].expand(-1, width).flatten()
         ids = self.sampler.draw(forwarded.logits, index, rows.outputs.flatten(), greedy).view(batch, width)
         counts = self._accept(ids, rows.tokens, rows.outputs, rows.context_lens, rows.index)
-        if drafter := self._drafter:
-            chosen = Chosen(forwarded.batch, forwarded.hidden, ids.clamp(min=0), counts, None, greedy)
-            self._follow_by(lambda: drafter.follow(chosen, drafts))
-        return torch.cat([counts[:, None], ids], 1)
+        return torch.cat([counts[:, None], ids], 1, out=out)
+
+    def follow(
+        self,
+        forwarded: Forwarded,
+        news: Tensor | None,
+        drafts: int,
+        greedy: bool = False,
+        first: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """What follows on a choice, by the drafter. news: of the decode rows, as `choose` gives them; greedy, first: as
+        in `Chosen`. Of decode rows alone it can stand in a CUDA graph, however their ids were chosen."""
+        counts, ids = (None, None) if news is None else (news[:, 0], news[:, 1:].clamp(min=0))
+        self._drafter.follow(Chosen(forwarded.batch, forwarded.hidden, ids, counts, first, greedy), drafts)
 
     def _accept(self, ids: Tensor, tokens: Tensor, outputs: Tensor, context_lens: Tensor, index: Tensor) -> Tensor:
         t = self.tables
@@ -315,21 +332,21 @@ class Runner:
         at, end, index = to_device(np.array(numbers, dtype=np.int32).T.copy(), self.device)
         return at.long(), end, index.long()
 
-    def _follow(self, step: Step, forwarded: Forwarded, ids, counts, first) -> None:
+    def _follow(self, step: Step, forwarded: Forwarded, news: Tensor | None, first, greedy: bool = False) -> None:
         """The drafter takes note. Who begins behind another's row has no memory yet, and is not drafted for."""
-        if not (drafter := self._drafter):
+        if not self._drafter or (self.graphs and not step.prefill and self.graphs.follow(step, news, greedy)):
             return
+        decoding, behind = len(step.decode), None
         own = [
             (i, step.rows[s.row].write_slot)
-            for i, s in enumerate(step.samples[len(step.decode) :])
+            for i, s in enumerate(step.samples[decoding:])
             if s.index == step.rows[s.row].index
         ]
-        behind = None
         if own:
             places, slots = to_device(np.array(own, dtype=np.int32).T.copy(), self.device)
             behind = first[2][places.long()], slots
-        chosen = Chosen(forwarded.batch, forwarded.hidden, ids, counts, behind)
-        self._follow_by(lambda: drafter.follow(chosen, step.drafts))
+        chosen = forwarded.first(decoding), news[:decoding] if decoding else None
+        self._follow_by(lambda: self.follow(*chosen, step.drafts, greedy, behind))
 
     @torch.inference_mode()
     def capture(self, depths: Callable[[int], int] = lambda sequences: 0, progress: bool = True) -> bool:
@@ -340,18 +357,19 @@ class Runner:
             return False
         try:
             greedy = (False, True) if self.vocabulary.tells_greedy else (False,)
-            self._graphs = DecodeGraphs(self, self.device, self.tables.nobody, greedy, depths, progress)
+            drafts = (lambda sequences: sorted({0, depths(sequences)})) if self._drafter else lambda sequences: ()
+            self.graphs = DecodeGraphs(self, self.device, self.tables.nobody, greedy, drafts, progress)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and self.model.mesh.world > 1:
                 raise CapacityError(
                     "no memory is left for CUDA graphs: lower gpu_memory_utilization or max_num_seqs."
                 ) from error
             tqdm.write(f"decode runs without CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
-        return self._graphs is not None
+        return self.graphs is not None
 
     def forget_graphs(self) -> None:
         """Decode Steps run without graphs again."""
-        self._graphs = None
+        self.graphs = None
 
     def decode_forward(self, packed: Tensor, width: int) -> Forwarded:
         """The forward pass of packed decode rows, to be captured."""

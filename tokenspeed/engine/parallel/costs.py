@@ -105,8 +105,8 @@ def measure(
         def in_parts(x: Tensor = x, part: Tensor = part) -> None:
             communicator.add_rms_norm_in_parts(x, part, weight, _EPS, group)
 
-        found[ALL_REDUCE].append(_us(whole, device))
-        found[IN_PARTS].append(_us(in_parts, device))
+        found[ALL_REDUCE].append(microseconds(whole, device))
+        found[IN_PARTS].append(microseconds(in_parts, device))
         del x, residual, part, whole, in_parts
     if device.type == "cuda":
         torch.cuda.empty_cache()  # before what is free is measured
@@ -115,16 +115,22 @@ def measure(
     return Costs(group, sizes, tuple(one), tuple(parts))
 
 
-def _us(work: Callable[[], None], device: torch.device) -> float:
-    """Of one call among several in a row, since a prefill does not wait for each."""
+def microseconds(
+    work: Callable[[], None],
+    device: torch.device,
+    warm_up: int = _WARM_UP,
+    rounds: int = _ROUNDS,
+    calls: int = _CALLS,
+) -> float:
+    """Of one call among several in a row, since a step does not wait for each: the median of some rounds."""
     times = []
-    for _ in range(_WARM_UP + _ROUNDS):
+    for _ in range(warm_up + rounds):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        for _ in range(_CALLS):
+        for _ in range(calls):
             work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - start) * 1e6 / _CALLS)
-    return statistics.median(times[_WARM_UP:])
+        times.append((time.perf_counter() - start) * 1e6 / calls)
+    return statistics.median(times[warm_up:])

@@ -32,6 +32,7 @@ from ..config import PAGE_TOKENS
 from ..errors import CapacityError
 from ..request import PrefixReuse, Request
 from .cache import Admission, NoRoom, PrefixCache
+from .drafting import Drafting, Fortune
 from .step import Begin, DecodeRow, Move, NewPages, PrefillRow, Sample, Step
 
 _AGE = 64  # admissions that may overtake a request for each step of priority between them
@@ -103,6 +104,7 @@ class Continuation:
     reuse: PrefixReuse | None = None
     row: DecodeRow | None = None  # its part of a Step in which it merely goes on
     sample: Sample | None = None  # of the last Step
+    fortune: Fortune = field(default_factory=Fortune)  # of its drafts
 
     @property
     def outputs(self) -> int:
@@ -130,7 +132,8 @@ class Limits:
     """max_seqs: sequences on the device at once; max_num_batched_tokens: tokens of one Step; max_tokens: of one
     sequence; skip_ahead: requests that may pass one that does not fit; wait_steps: Steps to wait for another's
     boundary; drafts: of (sequences, drafts) the first that so many decoding sequences do not exceed says how many are
-    made behind each."""
+    made behind each; draft_costs: of (sequences, times) likewise, how many times a Step without drafts one takes that
+    verifies and makes them. It makes none where they bring less; where nothing is said they are always made."""
 
     max_seqs: int
     max_num_batched_tokens: int
@@ -138,6 +141,7 @@ class Limits:
     skip_ahead: int = 16
     wait_steps: int = 64
     drafts: tuple[tuple[int, int], ...] = ()
+    draft_costs: tuple[tuple[int, float], ...] = ()
 
     @property
     def max_drafts(self) -> int:
@@ -180,6 +184,8 @@ class Scheduler:
         self.cache, self.limits, self._host = cache, limits, host
         self.waiting: list[Continuation] = []  # in the order in which they are to be admitted
         self.running: list[Continuation] = []  # whoever has an index
+        self.drafting = Drafting(limits.draft_costs)
+        self._drafted = False  # by the Step before, so that this one has something to verify
         self.steps = 0  # planned so far
         self.preemptions = 0
         self.reasons: Counter[str] = Counter()  # why prompts resumed where they did, by admissions
@@ -239,7 +245,9 @@ class Scheduler:
         self._plan_forks()
         decoding = [s for s in self.running if s.state is State.DECODING and s.waits_for_more]
         draft.drafts = drafts_for(self.limits.drafts, len(decoding))  # also behind the first id of a prompt
-        draft.width = self._width(decoding, draft.drafts)
+        draft.width = self._width(decoding, draft.drafts) if self._drafted else 1
+        if not self.drafting.pays([sequence.fortune for sequence in decoding], draft.drafts):
+            draft.drafts = 0
         for sequence in decoding:
             if sequence.state is State.DECODING:  # and did not give way to one before it
                 self._plan_decode(sequence, draft)
@@ -261,6 +269,7 @@ class Scheduler:
             return None
         if not draft.goes_on:
             draft.drafts = 0
+        self._drafted = bool(draft.drafts)
         draft.moved, self._moved = tuple(self._moved), []
         planned = draft.finish(self.steps)
         self.steps += 1
@@ -530,6 +539,8 @@ class Scheduler:
             if i < decoding:
                 sequence.consumed += len(new)
                 sequence.launched -= step.width - len(new)
+                if step.width > 1 and new:
+                    sequence.fortune.note(planned.number, (len(new) - 1) / (step.width - 1))
             if new and sequence.leaving in (None, Leaving.PREEMPTED):
                 count, last = self._host.judge(sequence, new)
                 sequence.tokens.extend(new[:count])

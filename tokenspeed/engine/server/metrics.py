@@ -52,6 +52,7 @@ _COUNTERS = {
     "transfers_failed": "prompts that were prefilled here because they could not be brought",
     "draft_steps": "times that a sequence's drafts were verified",
     "draft_step_tokens": "tokens that came of them: accepted drafts, and one more each time",
+    "steps_without_drafts": "steps that made no drafts because these would have cost more than they bring",
 }
 _REASON = "reason_"
 _DRAFTS = {"drafted": "drafts verified", "accepted": "drafts accepted"}  # by position: the first behind a token is 1
