@@ -146,23 +146,29 @@ __device__ __forceinline__ void load_values(const Work& at, int chunk, const Cha
     }
 }
 
+__device__ __forceinline__ void store_cursor(const GatedDeltaRulePrefill& p, const Work& at) {
+    if (at.goes_on || at.write_slot < 0 || at.column > 0) return;
+    p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
+}
+
 // The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
 // wait for stands where it waits for a product; the next chunk's values come while S takes up this one's. One warp a
-// scheduler runs here: an instruction more is a cycle more, and one whose result is used at once many.
-__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+// scheduler runs here: an instruction more is a cycle more, and one whose result is used at once many. `done`: chunks
+// of earlier pairs, behind which stages and phases go on.
+__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window, int done,
                                      Shared& shared) {
-    const Lane lane;
     float s[64], x[32], updates[32], values[32];
     load_state(p, at, window, s);
     int snapshot = next_snapshot(p, at, at.first_token(at.first));
-    uint64_t keys = panel_descriptor(shared.chain[0].key);  // of the chunk
+    uint64_t keys = panel_descriptor(shared.chain[done % kStages].key);  // of the chunk
     if (at.chunks > 0) {
-        ptx::mbarrier_wait(&shared.chain_ring.full[0], 0);
-        load_values(at, at.first, shared.chain[0], values);
+        ptx::mbarrier_wait(&shared.chain_ring.full[done % kStages], done / kStages & 1);
+        load_values(at, at.first, shared.chain[done % kStages], values);
     }
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        const ChainStage& stage = shared.chain[i % kStages];
+        const int number = done + i;
+        const ChainStage& stage = shared.chain[number % kStages];
         const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
         uint32_t state[8][4];
@@ -179,8 +185,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         ptx::wgmma_commit();
         float2 weights[8];
         load_factors(weights, factors.carried);
-        if (i > 0) release_stage(shared.chain_ring, i - 1);
-        if (i > 0) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
+        if (i > 0) release_stage(shared.chain_ring, number - 1);
+        if (number > 0) ptx::mbarrier_wait(&shared.taken, (number - 1) & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             shared.state[k][threadIdx.x] = uint4{state[k][0], state[k][1], state[k][2], state[k][3]};
@@ -211,7 +217,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         }
         ptx::wgmma_commit();
         load_factors(weights, factors.to_end);
-        const int next = i + 1 < at.chunks ? i + 1 : i;
+        const int step = i + 1 < at.chunks ? 1 : 0, next = number + step;
         const bool full = ptx::mbarrier_test(&shared.chain_ring.full[next % kStages], next / kStages & 1);
         ptx::wgmma_wait<0>(updates);
 
@@ -238,7 +244,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         }
         arrive_with_warp(&shared.update_given);
         if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[next % kStages], next / kStages & 1);
-        load_values(at, at.first + next, shared.chain[next % kStages], values);  // after the last chunk, in vain
+        load_values(at, chunk + step, shared.chain[next % kStages], values);  // after the last chunk, in vain
         ptx::wgmma_wait<0>(s);
 
         if (snapshot <= last) {
@@ -249,15 +255,11 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             snapshot = next_snapshot(p, at, last);
         }
     }
-    if (at.chunks > 0) release_stage(shared.chain_ring, at.chunks - 1);
+    if (at.chunks > 0) release_stage(shared.chain_ring, done + at.chunks - 1);
     if (at.goes_on) {
         store_state(carried_state(p, at, window), s);
     } else if (at.write_slot >= 0) {
         store_state(state_of(p, at, at.write_slot), s);
-    }
-    leave_cluster();  // in place, the other half has read the cursor too
-    if (!at.goes_on && at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
-        p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
     }
 }
 
