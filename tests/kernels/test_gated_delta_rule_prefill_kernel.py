@@ -118,7 +118,7 @@ def test_clusters_take_sequences_and_heads_in_turn(scheduled, count):
         check(Layer(scheduled, published(2), slots=18), RAGGED, SNAPSHOTS)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_cluster_that_takes_several_gives_the_bits_of_clusters_that_take_one(backend, seed):
     if backend.emulated is None:
         pytest.skip("a card has its own number of clusters")
@@ -136,6 +136,14 @@ def test_a_cluster_that_takes_several_gives_the_bits_of_clusters_that_take_one(b
             out = queued(emulator(), seed, call)
         results.append((out, layer.arena))
     assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("sequences", [5, 6, 7, 9])
+def test_every_pair_is_in_one_range(backend, sequences):
+    """Costs that four clusters do not divide: a range ends within a pair. Pairs without tokens cost the least."""
+    with multiprocessors(8):
+        batch = [Sequence(20 + i, 0, i, sequences + i) for i in range(sequences)]
+        check(Layer(backend, published(1), slots=2 * sequences), batch)
 
 
 def test_an_empty_cluster_among_those_that_take_turns(backend):

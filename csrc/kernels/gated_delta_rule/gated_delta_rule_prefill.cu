@@ -17,8 +17,9 @@
 // bulk copies for both blocks of the cluster at once, and each block's own values by TMA (a row outside the sequence
 // counts as zero). Three stages for the chain, 34 KB each, and three for the outputs, 25 KB each.
 //
-// Many short sequences: a grid of as many clusters as fit takes pairs of a sequence and a value head in turn, with the
-// next pair's operands and state on their way while one is scanned (PairsInTurn).
+// Many short sequences: a grid of as many clusters as fit takes pairs of a sequence and a value head in turn
+// (PairsInTurn), with the next pair's state and operands on their way while one is scanned. A state comes as a stage of
+// the chain, ahead of its chunks, and the one before leaves from there.
 //
 // Windows. The first kernel fills a workspace of some chunks of every sequence, the scan consumes it, and so on; a
 // sequence that goes on leaves its state in the workspace. Within a window the two run beside each other: the scan
@@ -133,17 +134,40 @@ __device__ __forceinline__ const uint32_t* ready_of(const GatedDeltaRulePrefill&
     return window.ready + int64_t{at.slot} * p.key_heads + at.key_head;
 }
 
+// By one thread: the state that a pair begins with, where clusters take pairs in turn.
+__device__ __forceinline__ void load_state_stage(const GatedDeltaRulePrefill& p, const Work& at,
+                                                 const CUtensorMap& states, int number, Shared& shared) {
+    const int stage = number % kStages, row = at.value_head * kDim + at.column;
+    uint64_t* full = &shared.chain_ring.full[stage];
+    wait_until_empty(shared.chain_ring, number);
+    ptx::mbarrier_arrive_expect_tx(full, at.context > 0 ? kStateBytes : 0);
+    if (at.context == 0) return;
+    ptx::fence_async_global();  // ordinary stores wrote the slot
+#pragma unroll 1
+    for (int i = 0; i < kDim / kPanelColumns * kWarps; ++i) {
+        const int panel = i / kWarps, warp = i % kWarps;
+        ptx::tma_load(box_of(shared.chain[stage], panel, warp), &states, full,
+                      {panel * kPanelColumns, row + warp * kBoxRows, at.read_slot});
+    }
+}
+
 // By one thread: the chain's operands. The first block brings what both need, each its own values; chunks further on
 // are asked for from memory.
-__device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                           const CUtensorMap& map, int done, Shared& shared) {
+template <typename Pairs>
+__device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Pairs& at, const Window& window,
+                                           const CUtensorMap& map, const CUtensorMap& states, int done, int turn,
+                                           Shared& shared) {
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
     const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head;
     const HeadTiles* heads = window.heads + int64_t{at.slot} * p.value_heads + at.value_head;
     const uint32_t* ready = ready_of(p, at, window);
-    // The chain is some chunks behind, in the pair before.
-    const float* state = entering_state(p, at, window);
-    if (done > 0 && state != nullptr) ptx::bulk_prefetch_l2(state, kColumns * kDim * sizeof(float));
+    if constexpr (Pairs::kInTurn) {
+        load_state_stage(p, at, states, done + turn, shared);
+        Pairs later = at;
+        if (later.next(p, window) && later.context > 0) {
+            ptx::bulk_prefetch_l2(state_of(p, later, later.read_slot), kStateBytes);
+        }
+    }
     uint32_t known = 0;  // bit j: the tiles of chunk i + j are there
     const auto ask_for = [&](int i) {
         if (i < at.chunks) ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)});
@@ -163,7 +187,7 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
             known >>= 1;
             ptx::fence_async_global();
         }
-        const int number = done + i;
+        const int number = Pairs::kInTurn ? done + turn + 1 + i : done + i;
         ChainStage& stage = shared.chain[number % kStages];
         uint64_t* full = &shared.chain_ring.full[number % kStages];
         wait_until_empty(shared.chain_ring, number);
@@ -202,13 +226,13 @@ __device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, con
     }
 }
 
-// A role's part of each pair that the cluster takes, and the chunks of the pairs before it.
+// A role's part of each pair that the cluster takes, behind so many chunks of so many pairs.
 template <typename Pairs, typename Role>
 __device__ __forceinline__ void for_pairs(const GatedDeltaRulePrefill& p, const Window& window, Pairs at, Role role) {
     if (at.idle()) return;
-    int done = 0;
+    int done = 0, turn = 0;
     do {
-        role(at, done);
+        role(at, done, turn++);
         done += at.chunks;
     } while (at.next(p, window));
 }
@@ -217,10 +241,11 @@ __device__ __forceinline__ void for_pairs(const GatedDeltaRulePrefill& p, const 
 template <typename Pairs>
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
-                   const __grid_constant__ Window window) {
+                   const __grid_constant__ CUtensorMap states, const __grid_constant__ Window window) {
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
+        if (Pairs::kInTurn) ptx::prefetch_tensor_map(&states);
         for (Ring* ring : {&shared.chain_ring, &shared.output_ring}) {
             for (int i = 0; i < kStages; ++i) {
                 ptx::mbarrier_init(&ring->full[i], 1);
@@ -239,23 +264,32 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (group == 0) {
         ptx::register_increase<kChainRegisters>();
         const Pairs first(p, window, range);
-        for_pairs(p, window, first, [&](const Work& at, int done) { scan(p, at, window, done, shared); });
+        float s[64];
+        Leaving leaving;
+        for_pairs(p, window, first, [&](const Work& at, int done, int turn) {
+            scan<Pairs::kInTurn>(p, at, window, states, done, turn, s, leaving, shared);
+        });
+        if (Pairs::kInTurn && leaving.slot >= 0) {
+            store_state(p.state + leaving.slot * p.state_stride + leaving.row * kDim, s);
+        }
         leave_cluster();  // in place, the other half has read the cursors too
         if (threadIdx.x > 0) return;
-        for_pairs(p, window, first, [&](const Work& at, int) { store_cursor(p, at); });
+        for_pairs(p, window, first, [&](const Work& at, int, int) { store_cursor(p, at); });
     } else if (group == 1) {
         const Pairs first(p, window, range);
-        for_pairs(p, window, first, [&](const Work& at, int done) { make_outputs(p, at, done, shared); });
+        for_pairs(p, window, first, [&](const Work& at, int done, int) { make_outputs(p, at, done, shared); });
         leave_cluster();
     } else {
         ptx::register_decrease<kMoveRegisters>();
         const Pairs first(p, window, range);
         if (warp == 0 && lane == 0) {
-            for_pairs(p, window, first,
-                      [&](const Work& at, int done) { load_chain(p, at, window, rows, done, shared); });
+            for_pairs(p, window, first, [&](const Pairs& at, int done, int turn) {
+                load_chain(p, at, window, rows, states, done, turn, shared);
+            });
         }
         if (warp == 1 && lane == 0) {
-            for_pairs(p, window, first, [&](const Work& at, int done) { load_outputs(p, at, window, done, shared); });
+            for_pairs(p, window, first,
+                      [&](const Work& at, int done, int) { load_outputs(p, at, window, done, shared); });
         }
         if (warp == 2) {  // who waits for this grid waits for the first kernel too
             ptx::grid_dependency_wait();
@@ -320,7 +354,7 @@ int64_t gated_delta_rule_prefill_workspace(const GatedDeltaRulePrefill& p) {
 
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_t stream) {
     if (!gated_delta_rule_prefill_supported(p)) return cudaErrorInvalidValue;
-    CUtensorMap rows{};
+    CUtensorMap rows{}, states{};
     if (p.tokens > 0) {
         const auto channels = static_cast<uint64_t>(2 * p.key_heads + p.value_heads) * kDim;
         const TensorLayout<2> boxes{.base = p.qkv,
@@ -334,6 +368,15 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
     const int chunks = window_chunks(p), longest = max_chunks(p.longest);
     const int clusters = std::max(multiprocessor_count() * kColumns / kDim, 1);
     const bool in_turn = takes_turns(p, clusters, std::min(chunks, kMostChunksInTurn));
+    if (in_turn) {
+        const auto all_rows = static_cast<uint64_t>(p.value_heads) * kDim;
+        const TensorLayout<3> boxes{.base = p.state,
+                                    .sizes = {kDim, all_rows, static_cast<uint64_t>(std::max<int64_t>(p.slots, 1))},
+                                    .strides = {4, kDim * 4, static_cast<uint64_t>(p.state_stride) * 4},
+                                    .box = {kPanelColumns, kBoxRows, 1}};
+        const auto status = encode_tensor_map(&states, TensorElement::kF32, boxes, Swizzle::k128);
+        if (status != cudaSuccess) return status;
+    }
     const LaunchConfig config{
         .grid = in_turn ? dim3(kDim / kColumns, clusters) : dim3(kDim / kColumns, p.value_heads, p.sequences),
         .block = kThreads,
@@ -353,7 +396,7 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
                             .ready = reinterpret_cast<uint32_t*>(workspace + layout.heads),
                             .carry = reinterpret_cast<float*>(workspace + layout.carry)};
         auto status = gated_delta_rule_prepare(p, rows, window, std::min(chunks, longest - first), stream);
-        if (status == cudaSuccess) status = launch(scan, config, p, rows, window);
+        if (status == cudaSuccess) status = launch(scan, config, p, rows, states, window);
         if (status != cudaSuccess) return status;
     }
     return cudaSuccess;

@@ -5,7 +5,8 @@
 namespace tokenspeed::delta_rule_prefill {
 
 constexpr int kNoSnapshot = INT32_MAX;
-constexpr int kChunksOfPair = 1;  // a state's way in and out takes about as long as so many chunks
+constexpr int kChunksOfPair = 1;   // a state's way in and out takes about as long as so many chunks
+static_assert(kChunksOfPair > 0);  // a pair without chunks, too, is in a range
 
 // What a block works on: half a value head of one sequence, the chunks of one window.
 struct Work : Chunks {
@@ -37,6 +38,7 @@ struct Work : Chunks {
 
 // A cluster for every sequence and value head.
 struct OnePair : Work {
+    static constexpr bool kInTurn = false;
     struct Range {
         __device__ Range(const GatedDeltaRulePrefill&, const Window&) {}
     };
@@ -50,6 +52,8 @@ struct OnePair : Work {
 // Where there are more pairs of a sequence and a value head than clusters that fit: a cluster takes some in turn. In
 // the order of sequences, then of heads, each has a range, and ranges cost alike to within a pair. In one window only.
 struct PairsInTurn : Work {
+    static constexpr bool kInTurn = true;
+
     // The first pair of the cluster's range, and the cost in chunks from there to the range's end. A pair is in the
     // range in which its own cost begins.
     struct Range {
@@ -131,29 +135,14 @@ __device__ __forceinline__ void store_state(float* state, const float (&s)[64]) 
     for (int i = 0; i < 32; ++i) pair_of(state, lane, i / 2, i % 2) = float2{s[2 * i], s[2 * i + 1]};
 }
 
-// Where the state lies that the chunks begin with; null: they begin with zeros.
-__device__ __forceinline__ float* entering_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window) {
-    if (!at.begins) return carried_state(p, at, window);
-    return at.context > 0 ? state_of(p, at, at.read_slot) : nullptr;
+// The cursor of the state that the chunks begin with: updates from there on wait in the ring.
+__device__ __forceinline__ int entering_cursor(const GatedDeltaRulePrefill& p, const Work& at) {
+    return at.begins && at.context > 0 ? p.cursor[at.read_slot * p.cursor_stride + at.value_head] : at.context;
 }
 
-// What the window before left, or the state after `context` tokens: the slot's, then the updates that still wait in its
-// ring, oldest first.
-__device__ __forceinline__ void load_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                           float (&s)[64]) {
+// Brings a slot's state to `context` tokens: the updates that still wait in its ring, oldest first.
+__device__ __forceinline__ void fold_ring(const GatedDeltaRulePrefill& p, const Work& at, int cursor, float (&s)[64]) {
     const Lane lane;
-#pragma unroll
-    for (int i = 0; i < 64; ++i) s[i] = 0;
-    float* state = entering_state(p, at, window);
-    if (state == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-        const float2 pair = pair_of(state, lane, i / 2, i % 2);
-        s[2 * i] = pair.x;
-        s[2 * i + 1] = pair.y;
-    }
-    if (!at.begins) return;
-    const int cursor = p.cursor[at.read_slot * p.cursor_stride + at.value_head];
 #pragma unroll 1
     for (int token = max(max(cursor, at.context - p.ring_rows), 0); token < at.context; ++token) {
         const float* update = p.ring + at.read_slot * p.ring_stride + token % p.ring_rows * int64_t{p.ring_width};
@@ -163,6 +152,22 @@ __device__ __forceinline__ void load_state(const GatedDeltaRulePrefill& p, const
         const float of_row[2] = {u[0], u[8]};
 #pragma unroll
         for (int i = 0; i < 64; ++i) s[i] = decay * s[i] + of_row[i / 2 % 2] * key[i / 4 * 8 + i % 2];
+    }
+}
+
+// What the window before left, or the slot's state.
+__device__ __forceinline__ void load_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+                                           float (&s)[64]) {
+    const Lane lane;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) s[i] = 0;
+    if (at.begins && at.context == 0) return;
+    float* state = at.begins ? state_of(p, at, at.read_slot) : carried_state(p, at, window);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const float2 pair = pair_of(state, lane, i / 2, i % 2);
+        s[2 * i] = pair.x;
+        s[2 * i + 1] = pair.y;
     }
 }
 
