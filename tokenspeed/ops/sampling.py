@@ -92,6 +92,8 @@ def sample(
     logits = logits.float()
     largest, best = logits.max(-1)
     if bool(greedy.all()):
+        if largest.is_cpu and bool(largest.isfinite().all()):
+            return best
         return id_or_reason(best, largest)
     scaled = logits / torch.where(greedy, 1, temperature)[:, None]
     largest = scaled.amax(-1)
