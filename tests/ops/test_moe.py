@@ -170,7 +170,7 @@ def test_a_block_wants_scratch_of_its_size(backend):
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("rows", [1, 5, 96, 97])
 def test_a_block_of_few_small_experts_is_the_mixture(backend, rows, first):
-    """Where a CPU multiplies with all experts at once; of those at hand from `first` on, and without rows of padding."""
+    """Where a CPU multiplies with all experts at once: of those at hand from `first` on, and nothing for padding."""
     experts, top_k, hidden, width, eps = 8, 2, 128, 64, 1e-6
     (gate_up, down), shared_down = expert_weights(backend, experts, hidden, width), backend.randn(hidden, width)
     norm, in_proj = backend.randn(hidden) * 0.1, backend.randn(2 * width + experts + 8, hidden) * 0.2
