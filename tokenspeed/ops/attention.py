@@ -108,13 +108,16 @@ def _attend(
         absent = position[all_have - first_key :] >= ends.unsqueeze(1)
         k_v[..., all_have - first_key :, :].masked_fill_(absent[:, None, :, None], 0)
     k, v = k_v.unbind(0)
-    last = context_lens.unsqueeze(1) + torch.arange(q.shape[2], device=q.device)
-    visible = position <= last.unsqueeze(-1)
+    mask = None
+    # First prompts alone: without a mask half of the products are left out.
+    first = q.is_cpu and first_key == 0 and longest == q.shape[2] and not any(context_lens.tolist())
+    if not first:
+        last = context_lens.unsqueeze(1) + torch.arange(q.shape[2], device=q.device)
+        mask = (position <= last.unsqueeze(-1)).unsqueeze(1)
+    grouped = q.shape[1] > k.shape[1]
     # cuDNN keeps a plan for every length that it has seen, 2 MB of the process's memory each, for ever.
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible.unsqueeze(1), scale=scale, enable_gqa=q.shape[1] > k.shape[1]
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first, scale=scale, enable_gqa=grouped)
 
 
 def _gated(out: Tensor, gate: Tensor) -> Tensor:
@@ -144,14 +147,17 @@ def paged_attention_prefill(
     before this call; max_seqlen: no sequence of the batch is longer; scale: 1 / sqrt(D). Query head h reads kv head
     h // (q_heads / kv_heads). Returns [N, q_heads D] of q's dtype. Softmax in fp32 (Vaswani et al. 2017).
     """
-    first = torch.zeros_like(context_lens)
     ends = context_lens + cu_seqlens.diff()
     check_longest(cu_seqlens, max_seqlen)
     check_pages(page_table, ends, kv.shape[3])
-    rows, valid = grid_of_tokens(cu_seqlens, first, max_seqlen)
     if not len(q):
         return q.flatten(1)
-    out = _attend(q[rows].transpose(1, 2), kv, page_table, context_lens, ends, scale).transpose(1, 2)
+    places = (kv, page_table, context_lens, ends, scale)
+    if q.is_cpu and len(q) == len(ends) * max_seqlen:  # all of one length, as one prompt alone is
+        alike = q.unflatten(0, (len(ends), max_seqlen)).transpose(1, 2)
+        return _gated(_attend(alike, *places).transpose(1, 2).flatten(0, 1), gate)
+    rows, valid = grid_of_tokens(cu_seqlens, torch.zeros_like(context_lens), max_seqlen)
+    out = _attend(q[rows].transpose(1, 2), *places).transpose(1, 2)
     packed = torch.zeros_like(q, memory_format=torch.contiguous_format)
     packed[rows[valid]] = out[valid]
     return _gated(packed, gate)

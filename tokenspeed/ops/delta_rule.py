@@ -140,20 +140,24 @@ def gated_delta_rule_prefill(
     if tokens == 0:  # nothing but states to copy: one row of padding gives the gathers below something to read
         qkv, a, b = (x.new_zeros(1, x.shape[1]) for x in (qkv, a, b))
     phase = context_lens.long() % CHUNK
-    chunks = (max_seqlen + 2 * (CHUNK - 1)) // CHUNK
+    chunks, full = (max_seqlen + 2 * (CHUNK - 1)) // CHUNK, False
     if not cu_seqlens.is_cuda:  # where reading a tensor costs nothing, the bound is exact
         chunks = max([1, *((phase + cu_seqlens.diff() + CHUNK - 1) // CHUNK).tolist()])
-    rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
-    full = not cu_seqlens.is_cuda and bool(valid.all())
-    padding = ~valid[:, None, :, None]
+        full = 0 < tokens == len(phase) * chunks * CHUNK
+    if not full:
+        rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
+        padding = ~valid[:, None, :, None]
+        qkv, a, b = qkv[rows], a[rows], b[rows]
+    else:  # whole chunks alone: there is no padding, and nothing to move
+        qkv, a, b = (x.unflatten(0, (len(phase), -1)) for x in (qkv, a, b))
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, heads, D] -> [B, heads, chunks, CHUNK, D], zero in padding
         x = x.transpose(1, 2)
         return (x.contiguous() if full else x.masked_fill(padding, 0)).unflatten(2, (chunks, CHUNK))
 
-    qk, v = _split_heads(qkv[rows], state)
-    q, k, v = (chunked(x) for x in (qk[:, :, 0] * state.shape[3] ** -0.5, qk[:, :, 1], v))
-    g, beta = _gates(a[rows], b[rows], a_log, dt_bias)
+    qk, v = _split_heads(qkv, state)
+    q, k, v = (chunked(x) for x in (qk[:, :, 0] * constant(state.shape[3] ** -0.5), qk[:, :, 1], v))
+    g, beta = _gates(a, b, a_log, dt_bias)
     g, beta = chunked(g[..., None])[..., 0], chunked(beta[..., None])
     total, decay = _decays(g)
     decay_of_key_heads = decay.unflatten(1, (k.shape[1], -1))
@@ -183,8 +187,11 @@ def gated_delta_rule_prefill(
         updates.append(update)
         current = current * total[:, :, c, -1].exp()[..., None, None] + update.transpose(-1, -2) @ k_to_end[:, :, c]
     out = torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)  # [B, T, nv, dv]
-    result = out.new_zeros(tokens, nv, dv)
-    result[rows[valid]] = out[valid]
+    if full:
+        result = out.flatten(0, 1)
+    else:
+        result = out.new_zeros(tokens, nv, dv)
+        result[rows[valid]] = out[valid]
 
     kept = (write_slot >= 0).nonzero().squeeze(1)
     slots, counts = write_slot.long()[kept], (context_lens + cu_seqlens.diff())[kept]
