@@ -103,16 +103,23 @@ def few_for_all_experts(x: Tensor, gate_up: Tensor, scale: Tensor | None) -> boo
 
 
 def all_experts(
-    x: Tensor, logits: Tensor, top_k: int, context_lens: Tensor | None, gate_up: Tensor, down: Tensor, first_expert: int
+    x: Tensor,
+    shared: Tensor,
+    logits: Tensor,
+    top_k: int,
+    context_lens: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    first_expert: int,
 ) -> Tensor:
-    """`moe_experts` behind `moe_route` by two products with all experts' weights, where those that a row has not chosen
-    weigh nothing."""
+    """`moe_experts` behind `moe_route`, and `shared` [N, H] added, by two products with all experts' weights, where
+    those that a row has not chosen weigh nothing."""
     weights, experts = _chosen(logits, top_k, context_lens)
     by_expert = weights.new_zeros(len(x), logits.shape[1] + 1).scatter_(1, experts, weights)
     by_expert = by_expert[:, first_expert : first_expert + len(gate_up), None]
     gate, up = F.linear(x, gate_up.flatten(0, 1)).view(len(x), *gate_up.shape[:2]).chunk(2, dim=-1)
     hidden = F.silu(gate).mul_(up).mul_(by_expert)
-    return torch.mm(hidden.flatten(1), down.transpose(1, 2).flatten(0, 1))
+    return torch.addmm(shared, hidden.flatten(1), down.transpose(1, 2).flatten(0, 1))
 
 
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None, parts: int = 1) -> Tensor:
