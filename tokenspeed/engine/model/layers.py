@@ -318,10 +318,10 @@ class MoE(Stage):
     def forward(self, x, residual, batch):
         padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding
         contexts = padded.context_lens if padded else None
-        few = batch.prefill is None and len(x.x) <= MOE_BLOCK_ROWS
+        # Rows that the kernel serves; on a CPU there is none.
+        few = batch.prefill is None and (x.x.is_cpu or len(x.x) <= MOE_BLOCK_ROWS)
         many = self.gate_up.scale is not None and len(x.x) > KERNEL_ROWS  # whose norm is quantised once
-        # A CPU has no kernels to choose between.
-        if self.in_one and x.residual is not None and (few or many or x.x.is_cpu):
+        if self.in_one and x.residual is not None and (few or many):
             (first, in_scale), *others = self.in_proj
             experts = (first, self.experts.count, self.top_k, self.gate_up.data, self.down.data)
             router = others[0].data if others else None

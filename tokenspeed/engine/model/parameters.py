@@ -96,8 +96,8 @@ _COLUMN_BYTES = 16 << 20  # of a weight, beyond which rows are faster: a column'
 
 
 def by_columns(parameter: nn.Parameter, first: int = 0) -> None:
-    """Let the outputs of one input be neighbours in memory, [in, ..., out] for a [..., out, in] weight, in fp32 on a CPU
-    only. first: leading dimensions that stay outside of `in`.
+    """Let the outputs of one input be neighbours in memory, [in, ..., out] for a [..., out, in] weight of fp32 on a CPU
+    alone. first: leading dimensions that stay outside of `in`.
 
     A CPU then multiplies up to 24 rows 1.2 to 1.9 times as fast, and 128 as fast as before; bf16 it multiplies slower.
     Mutates where the parameter's elements lie, not what they are.
