@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tokenspeed.engine.checkpoint import SHIPPED
 from tokenspeed.engine.config import EngineConfig, YarnScaling
 from tokenspeed.engine.errors import CapacityError, ConfigError
 from tokenspeed.engine.executor import loading
 from tokenspeed.engine.executor.memory import MemoryLayout
 from tokenspeed.engine.llm import LLM
+from tokenspeed.engine.model.layers import GatedDeltaNet, MoE
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
+from tokenspeed.engine.model.weights import load_weights
 from tokenspeed.engine.sizes import PUBLISHED
 
 
@@ -75,3 +78,24 @@ def test_utilization_is_what_one_engine_takes_weights_included():
 
 def test_freed_memory_is_kept_where_the_library_is_glibc():
     assert loading.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+@pytest.mark.parametrize(("dtype", "by_columns"), [("float32", True), ("bfloat16", False)])
+def test_a_cpu_has_the_weights_of_fp32_products_by_columns(dtype, by_columns):
+    """What few rows are multiplied with: an input's outputs are neighbours. Their values are what they were."""
+    model = LLM(progress=False, device="cpu", dtype=dtype, draft_tokens=0).engine.runner.model
+    mixer, experts = (next(s for s in model.program if isinstance(s, kind)) for kind in (GatedDeltaNet, MoE))
+    for weight in (
+        mixer.in_proj[0].data,
+        mixer.out.data,
+        mixer.conv,
+        experts.shared_down.data,
+        model.program[-1].weight,
+    ):
+        assert (weight.t().is_contiguous(), weight.is_contiguous()) == (by_columns, not by_columns)
+    for weight, order in ((experts.gate_up.data, (2, 0, 1)), (experts.down.data, (0, 2, 1))):
+        assert weight.permute(order).is_contiguous() == by_columns
+    as_loaded = Qwen3_5.empty(model.config, getattr(torch, dtype), torch.device("cpu"))
+    load_weights(as_loaded, SHIPPED, progress=False)
+    for (name, one), other in zip(as_loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other), name

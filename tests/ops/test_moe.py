@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenspeed.ops.moe_block import moe_block_scratch
+
 from . import reference
 from .backends import bounded, same_bits
 from .samples import SAMPLES
@@ -163,6 +165,46 @@ def test_a_block_wants_scratch_of_its_size(backend):
     args[10] = args[10][:-1].clone()
     with pytest.raises((ValueError, RuntimeError), match=f"scratch has {len(args[10])} elements"):
         backend.op("moe_block")(*args)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("rows", [1, 5, 96, 97])
+def test_a_block_of_few_small_experts_is_the_mixture(backend, rows, first):
+    """Where a CPU multiplies with all experts at once: of those at hand from `first` on, and nothing for padding."""
+    experts, top_k, hidden, width, eps = 8, 2, 128, 64, 1e-6
+    (gate_up, down), shared_down = expert_weights(backend, experts, hidden, width), backend.randn(hidden, width)
+    norm, in_proj = backend.randn(hidden) * 0.1, backend.randn(2 * width + experts + 8, hidden) * 0.2
+    x, residual = backend.randn(rows, hidden), backend.randn(rows, hidden)
+    contexts = torch.ones(rows, dtype=torch.int32)
+    contexts[1::4] = -1
+    scratch = backend.tensor([0] * moe_block_scratch(experts, top_k, hidden))
+    held, contexts = (gate_up[first : first + 4], down[first : first + 4]), contexts.to(backend.device)
+    y, total = backend.op("moe_block")(
+        *(
+            x,
+            residual,
+            norm,
+            eps,
+            in_proj,
+            experts,
+            top_k,
+            *held,
+            shared_down * 0,
+            scratch,
+            first,
+            *[None] * 5,
+            contexts,
+        )
+    )
+    normed = reference.rms_norm(total, norm, eps).to(backend.dtype)
+    logits = (normed.double() @ reference.exact(in_proj).T)[:, 2 * width : 2 * width + experts].to(backend.dtype)
+    weights, chosen, _ = reference.route(logits, top_k)
+    outside = (chosen < first) | (chosen >= first + 4) | (contexts < 0).to(chosen.device)[:, None]
+    expected = reference.mixture(normed, weights.masked_fill(outside, 0).to(backend.dtype), chosen, gate_up, down)
+    assert not y[(contexts < 0)].any()
+    near = (y.double().cpu() - expected.cpu()).norm(dim=1) / expected.cpu().norm(dim=1).clamp(min=1e-3)
+    tolerance = 1e-5 if backend.dtype == torch.float32 else 2e-2
+    assert (near < tolerance).sum() >= rows - 1 - rows // 50  # a tie that rounding decides otherwise costs a row
 
 
 @pytest.mark.parametrize("rows", [1, 5, 9])

@@ -20,11 +20,20 @@ def rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     x: [N, heads, D]; cos_sin: [N, R] fp32, the cosines of the token's R / 2 angles, then the sines.
     Returns a contiguous [N, heads, D] of x's dtype. Formula: Su et al. 2021, half-split layout.
     """
-    half = cos_sin.shape[-1] // 2
-    cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], dim=-1)
+    out = x.clone(memory_format=torch.contiguous_format)
+    _turn(out, cos_sin)
+    return out
+
+
+def _turn(x: Tensor, cos_sin: Tensor) -> None:
+    """`rope` in place of x."""
+    width = cos_sin.shape[-1]
+    part = x.narrow(-1, 0, width)
+    first, second = part.unflatten(-1, (2, width // 2)).float().unbind(2)
+    cos, sin = cos_sin.unflatten(-1, (2, 1, width // 2)).unbind(1)
+    part.copy_(
+        torch.cat([torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)], dim=-1)
+    )
 
 
 @operator(fake=lambda k, v, kv, kv_slots: None, mutates=("kv",))
@@ -36,12 +45,16 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
     of another type than k and v: e4m3 ones hold the nearest e4m3 number, ties to even, and +-448 for what is larger.
     Mutates kv.
     """
-    page_size = kv.shape[3]
-    kept = (kv_slots >= 0).nonzero().squeeze(1)
-    slots = kv_slots[kept]
-    page, row = slots // page_size, slots % page_size
-    for part, values in enumerate((k[kept], v[kept])):
-        kv[page, part, :, row] = to_fp8(values) if kv.dtype == FP8 else values.to(kv.dtype)
+    _store(torch.stack([k, v], dim=1), kv, kv_slots)
+
+
+def _store(values: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    """`write_kv` of keys and values [N, 2, kv_heads, D]."""
+    if kv_slots.is_cuda or min(kv_slots.tolist(), default=-1) < 0:
+        kept = (kv_slots >= 0).nonzero().squeeze(1)
+        kv_slots, values = kv_slots[kept], values[kept]
+    place = kv_slots // kv.shape[3], kv_slots % kv.shape[3]
+    kv.permute(0, 3, 1, 2, 4).index_put_(place, to_fp8(values) if kv.dtype == FP8 else values.to(kv.dtype))
 
 
 @operator(
@@ -61,12 +74,17 @@ def attention_prologue(
     they are in qkv. Mutates kv.
     """
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
-    q_gate, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
-    q = q_gate.unflatten(1, (q_gate.shape[1] // (2 * head_dim), 2, head_dim))[:, :, 0]
-    k, v = k.unflatten(1, (kv_heads, head_dim)), v.unflatten(1, (kv_heads, head_dim))
-    k = rope.__wrapped__(rms_norm.__wrapped__(k, k_weight, eps), cos_sin)
-    write_kv.__wrapped__(k, v, kv, kv_slots)
-    return rope.__wrapped__(rms_norm.__wrapped__(q, q_weight, eps), cos_sin)
+    heads = qkv.unflatten(1, (qkv.shape[1] // head_dim, head_dim))
+    q_heads = heads.shape[1] // 2 - kv_heads
+    q_gate, k, v = torch.split_with_sizes(heads, [2 * q_heads, kv_heads, kv_heads], 1)
+    # Queries and keys together: their norms differ in the weight alone.
+    both = torch.cat([q_gate[:, ::2], k], dim=1)
+    weight = torch.cat([q_weight.expand(q_heads, -1), k_weight.expand(kv_heads, -1)])
+    both = rms_norm.__wrapped__(both, weight, eps)
+    _turn(both, cos_sin)
+    q, k = torch.split_with_sizes(both, [q_heads, kv_heads], 1)
+    _store(torch.stack([k, v], dim=1), kv, kv_slots)
+    return q.contiguous()
 
 
 def _attend(
@@ -74,20 +92,32 @@ def _attend(
 ) -> Tensor:
     """q: [B, q_heads, T, D] -> [B, q_heads, T, D]; token i of a sequence sees keys first_key .. context + i, below its
     end."""
-    position = torch.arange(page_table.shape[1] * kv.shape[3], device=q.device)
-    last = context_lens[:, None].long() + torch.arange(q.shape[2], device=q.device)
-    visible = ((position >= first_key) & (position <= last[..., None]))[:, None]
-    # Rows beyond the sequence may hold anything, NaN included, and 0 * NaN must not reach the sum: the sequence's first
-    # row, which is there and is finite, stands in for them.
-    existing = torch.where(position < ends[:, None], position.clamp(min=first_key), first_key)
-    page = page_table.clamp(min=0, max=len(kv) - 1).long().gather(1, existing // kv.shape[3])[:, None]
-    head = torch.arange(kv.shape[2], device=q.device)[:, None]
-    row = (existing % kv.shape[3])[:, None]
-    k, v = (kv[page, part, head, row] for part in range(2))  # [B, kv_heads, keys, D]
-    k, v = ((from_fp8(x) if x.dtype == FP8 else x).to(q.dtype) for x in (k, v))
+    heads = torch.arange(kv.shape[2], device=q.device).unsqueeze(1)
+    part = torch.arange(2, device=q.device)[:, None, None, None]
+    pages = page_table.clamp(min=0, max=len(kv) - 1)[:, None]
+    k_v = kv[pages, part, heads].flatten(3, 4)  # [2, B, kv_heads, keys, D]
+    # Rows beyond the sequence may hold anything, NaN included, and 0 * NaN must not reach the sum.
+    all_have, longest = first_key, k_v.shape[3]
+    if q.is_cpu:  # where reading a tensor costs nothing, few of them are left
+        ends_here = ends.tolist()
+        all_have, longest = max(first_key, min(ends_here)), min(longest, max(first_key + 1, *ends_here))
+    k_v = k_v[..., first_key:longest, :]
+    k_v = (from_fp8(k_v) if k_v.dtype == FP8 else k_v).to(q.dtype)
+    position = torch.arange(first_key, longest, device=q.device)
+    if all_have < longest:
+        absent = position[all_have - first_key :] >= ends.unsqueeze(1)
+        k_v[..., all_have - first_key :, :].masked_fill_(absent[:, None, :, None], 0)
+    k, v = k_v.unbind(0)
+    mask = None
+    # First prompts alone: without a mask half of the products are left out.
+    first = q.is_cpu and first_key == 0 and longest == q.shape[2] and not any(context_lens.tolist())
+    if not first:
+        last = context_lens.unsqueeze(1) + torch.arange(q.shape[2], device=q.device)
+        mask = (position <= last.unsqueeze(-1)).unsqueeze(1)
+    grouped = q.shape[1] > k.shape[1]
     # cuDNN keeps a plan for every length that it has seen, 2 MB of the process's memory each, for ever.
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first, scale=scale, enable_gqa=grouped)
 
 
 def _gated(out: Tensor, gate: Tensor) -> Tensor:
@@ -117,12 +147,17 @@ def paged_attention_prefill(
     before this call; max_seqlen: no sequence of the batch is longer; scale: 1 / sqrt(D). Query head h reads kv head
     h // (q_heads / kv_heads). Returns [N, q_heads D] of q's dtype. Softmax in fp32 (Vaswani et al. 2017).
     """
-    first = torch.zeros_like(context_lens)
     ends = context_lens + cu_seqlens.diff()
     check_longest(cu_seqlens, max_seqlen)
     check_pages(page_table, ends, kv.shape[3])
-    rows, valid = grid_of_tokens(cu_seqlens, first, max_seqlen)
-    out = _attend(q[rows].transpose(1, 2), kv, page_table, context_lens, ends, scale).transpose(1, 2)
+    if not len(q):
+        return q.flatten(1)
+    places = (kv, page_table, context_lens, ends, scale)
+    if q.is_cpu and len(q) == len(ends) * max_seqlen:  # all of one length, as one prompt alone is
+        alike = q.unflatten(0, (len(ends), max_seqlen)).transpose(1, 2)
+        return _gated(_attend(alike, *places).transpose(1, 2).flatten(0, 1), gate)
+    rows, valid = grid_of_tokens(cu_seqlens, torch.zeros_like(context_lens), max_seqlen)
+    out = _attend(q[rows].transpose(1, 2), *places).transpose(1, 2)
     packed = torch.zeros_like(q, memory_format=torch.contiguous_format)
     packed[rows[valid]] = out[valid]
     return _gated(packed, gate)
@@ -147,8 +182,12 @@ def paged_attention_decode(
     if batch == 0:
         return q.new_empty(0, heads * head_dim)
     q = q.view(batch, -1, heads, head_dim).transpose(1, 2)
-    context = context_lens.clamp(min=0)
-    check_pages(page_table, (context + q.shape[2]).masked_fill(context_lens < 0, 0), kv.shape[3])
-    out = _attend(q, kv, page_table, context, context + q.shape[2], scale, first_key)
+    padded = not (context_lens.is_cpu and min(context_lens.tolist()) >= 0)
+    context = context_lens.clamp(min=0) if padded else context_lens
+    ends = context + q.shape[2]
+    check_pages(page_table, ends.masked_fill(context_lens < 0, 0) if padded else ends, kv.shape[3])
+    out = _attend(q, kv, page_table, context, ends, scale, first_key)
     out = _gated(out.transpose(1, 2).flatten(0, 1), gate)
-    return out.view(batch, -1, heads * head_dim).masked_fill_((context_lens < 0)[:, None, None], 0).flatten(0, 1)
+    if padded:
+        out.view(batch, -1).masked_fill_((context_lens < 0)[:, None], 0)
+    return out

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv import conv_history
 from .library import operator
-from .norm import normalised
+from .norm import constant, normalised, unit_length
 from .sequences import CHUNK, check_longest, check_slots, grid_of_tokens, snapshot_rows
 
 
@@ -25,9 +24,8 @@ def _gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor
 def _split_heads(qkv: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """[..., 2 nk dk + nv dv] -> unit-length q and k as one [..., 2, nk, dk], and v [..., nv, dv], in fp32."""
     _, nv, dv, dk = state.shape
-    qk, v = qkv.float().split([qkv.shape[-1] - nv * dv, nv * dv], dim=-1)
-    qk = qk.unflatten(-1, (2, -1, dk))
-    return qk * qk.square().sum(-1, keepdim=True).add_(1e-6).rsqrt_(), v.unflatten(-1, (nv, dv))
+    qk, v = torch.split_with_sizes(qkv.float(), [qkv.shape[-1] - nv * dv, nv * dv], -1)
+    return unit_length(qk.unflatten(-1, (2, -1, dk)), 1e-6), v.unflatten(-1, (nv, dv))
 
 
 def _per_value_head(x: Tensor, nv: int, dim: int) -> Tensor:
@@ -38,37 +36,52 @@ def _per_value_head(x: Tensor, nv: int, dim: int) -> Tensor:
 def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
     """G = cumsum(g) over the last dimension, and P[i, j] = exp(G_i - G_j) for j <= i, else 0."""
     total = g.cumsum(-1)
-    difference = total[..., :, None] - total[..., None, :]
-    keep = torch.ones(difference.shape[-2:], dtype=torch.bool, device=g.device).tril_()
-    return total, difference.masked_fill_(~keep, float("-inf")).exp_()
+    return total, (total.unsqueeze(-1) - total.unsqueeze(-2)).exp_().tril_()
 
 
 def _read_state(state: Tensor, ring: Tensor, cursor: Tensor, slots: Tensor, context_lens: Tensor) -> Tensor:
     """The recurrent state of each sequence after `context_lens` tokens, [B, nv, dv, dk] fp32; zeros for a new one.
 
-    Updates that are still in the ring, those of tokens cursor .. context - 1, are folded in.
+    slots: [B] int64. Updates that are still in the ring, those of tokens cursor .. context - 1, are folded in.
     """
-    if not slots.is_cuda and not context_lens.any():  # a first prompt, where reading a tensor costs nothing
+    # A first prompt, and one that goes on, where reading a tensor costs nothing.
+    contexts = None if slots.is_cuda else context_lens.tolist()
+    if contexts is not None and not any(contexts):
         return state.new_zeros(len(slots), *state.shape[1:])
-    slots = slots.clamp(min=0).long()
     out = state.index_select(0, slots)
-    if ring.shape[1]:
-        count = ring.shape[1]
-        age = torch.arange(count - 1, -1, -1, device=ring.device)
-        token = context_lens[:, None].long() - 1 - age  # oldest first
-        done = token[:, None] < cursor[slots].long()[:, :, None]
-        k, u, g = _split_updates(ring[slots[:, None], token.remainder(count)], state)
-        total, decay = _decays(g.masked_fill(done, 0))
-        u = (u * decay[..., -1, :, None]).masked_fill_(done[..., None], 0)
-        k = _per_value_head(k, u.shape[1], 1).masked_fill(done[..., None], 0)
-        out = out * total[..., -1, None, None].exp() + u.transpose(-1, -2) @ k
+    if count := ring.shape[1]:
+        token = context_lens.unsqueeze(1) + torch.arange(-count, 0, dtype=context_lens.dtype, device=ring.device)
+        folded = token.unsqueeze(1) < cursor.index_select(0, slots).unsqueeze(2)  # [B, nv, R], oldest first
+        if contexts is None or not bool(folded.all()):
+            out = _fold(out, ring[slots.unsqueeze(1), token.remainder(count)], folded)
+    if contexts is not None and all(contexts):
+        return out
     return out.masked_fill_((context_lens == 0)[:, None, None, None], 0)
+
+
+def _fold(state: Tensor, rows: Tensor, folded: Tensor) -> Tensor:
+    """A state [B, nv, dv, dk] after those rows of the ring [B, R, width] that are not folded into it [B, nv, R]. Both
+    are overwritten."""
+    rows.masked_fill_(folded.all(1).unsqueeze(2), 0)  # which may hold anything, and 0 * NaN must not reach the sum
+    k, u, g = _split_updates(rows, state)
+    total = g.masked_fill(folded, 0).cumsum(-1)
+    last = total[..., -1:]
+    weight = (last - total).exp_().masked_fill_(folded, 0)
+    return _added(state.mul_(last.exp().unsqueeze(-1)), (u * weight.unsqueeze(-1)).transpose(-1, -2), k)
+
+
+def _added(state: Tensor, values: Tensor, keys: Tensor) -> Tensor:
+    """state [B, nv, dv, dk] += values [B, nv, dv, T] keys [B, nk, T, dk], value head j with key head j // (nv / nk)."""
+    batch, nk, tokens, dk = keys.shape
+    grouped = values.reshape(batch * nk, -1, tokens), keys.reshape(batch * nk, tokens, dk)
+    state.view(batch * nk, -1, dk).baddbmm_(*grouped)
+    return state
 
 
 def _split_updates(rows: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ring rows [B, R, nk dk + nv dv + nv] -> k [B, nk, R, dk], u [B, nv, R, dv], g [B, nv, R]."""
     _, nv, dv, dk = state.shape
-    k, u, g = rows.split([rows.shape[-1] - nv * dv - nv, nv * dv, nv], dim=-1)
+    k, u, g = torch.split_with_sizes(rows, [rows.shape[-1] - nv * dv - nv, nv * dv, nv], -1)
     return k.unflatten(-1, (-1, dk)).transpose(1, 2), u.unflatten(-1, (nv, dv)).transpose(1, 2), g.transpose(1, 2)
 
 
@@ -127,20 +140,24 @@ def gated_delta_rule_prefill(
     if tokens == 0:  # nothing but states to copy: one row of padding gives the gathers below something to read
         qkv, a, b = (x.new_zeros(1, x.shape[1]) for x in (qkv, a, b))
     phase = context_lens.long() % CHUNK
-    chunks = (max_seqlen + 2 * (CHUNK - 1)) // CHUNK
+    chunks, full = (max_seqlen + 2 * (CHUNK - 1)) // CHUNK, False
     if not cu_seqlens.is_cuda:  # where reading a tensor costs nothing, the bound is exact
         chunks = max([1, *((phase + cu_seqlens.diff() + CHUNK - 1) // CHUNK).tolist()])
-    rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
-    full = not cu_seqlens.is_cuda and bool(valid.all())
-    padding = ~valid[:, None, :, None]
+        full = 0 < tokens == len(phase) * chunks * CHUNK
+    if not full:
+        rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
+        padding = ~valid[:, None, :, None]
+        qkv, a, b = qkv[rows], a[rows], b[rows]
+    else:  # whole chunks alone: there is no padding, and nothing to move
+        qkv, a, b = (x.unflatten(0, (len(phase), -1)) for x in (qkv, a, b))
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, heads, D] -> [B, heads, chunks, CHUNK, D], zero in padding
         x = x.transpose(1, 2)
         return (x.contiguous() if full else x.masked_fill(padding, 0)).unflatten(2, (chunks, CHUNK))
 
-    qk, v = _split_heads(qkv[rows], state)
-    q, k, v = (chunked(x) for x in (qk[:, :, 0] * state.shape[3] ** -0.5, qk[:, :, 1], v))
-    g, beta = _gates(a[rows], b[rows], a_log, dt_bias)
+    qk, v = _split_heads(qkv, state)
+    q, k, v = (chunked(x) for x in (qk[:, :, 0] * constant(state.shape[3] ** -0.5), qk[:, :, 1], v))
+    g, beta = _gates(a, b, a_log, dt_bias)
     g, beta = chunked(g[..., None])[..., 0], chunked(beta[..., None])
     total, decay = _decays(g)
     decay_of_key_heads = decay.unflatten(1, (k.shape[1], -1))
@@ -157,7 +174,7 @@ def gated_delta_rule_prefill(
 
     snapshot_sequence, snapshot_count, snapshot_slot = snapshot_rows(snapshots)
     snapshot_at = snapshot_count - (context_lens.long() - phase)[snapshot_sequence] - 1  # its last token in the grid
-    current = _read_state(state, ring, cursor, read_slot, context_lens)
+    current = _read_state(state, ring, cursor, read_slot.clamp(min=0).long(), context_lens)
     snapshot_base = current[snapshot_sequence]
     updates, outputs = [], []
     for c in range(chunks):
@@ -170,8 +187,11 @@ def gated_delta_rule_prefill(
         updates.append(update)
         current = current * total[:, :, c, -1].exp()[..., None, None] + update.transpose(-1, -2) @ k_to_end[:, :, c]
     out = torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)  # [B, T, nv, dv]
-    result = out.new_zeros(tokens, nv, dv)
-    result[rows[valid]] = out[valid]
+    if full:
+        result = out.flatten(0, 1)
+    else:
+        result = out.new_zeros(tokens, nv, dv)
+        result[rows[valid]] = out[valid]
 
     kept = (write_slot >= 0).nonzero().squeeze(1)
     slots, counts = write_slot.long()[kept], (context_lens + cu_seqlens.diff())[kept]
@@ -205,16 +225,24 @@ def _verify(qk: Tensor, v: Tensor, g: Tensor, beta: Tensor, before: Tensor) -> t
     before [B, nv, dv, dk], which is overwritten. Returns the outputs [B, T, nv, dv] without 1 / sqrt(dk), the state
     after the first token, and all updates u, [B, T, nv, dv]. One pass over the state, then a T x T triangle.
     """
-    q, k = _per_value_head(qk, v.shape[2], 3).permute(2, 0, 3, 1, 4)  # [B, nv, T, dk]
-    g, beta, v = g.transpose(1, 2), beta.transpose(1, 2)[..., None], v.transpose(1, 2)
-    total, decay = _decays(g)
-    from_q, from_k = (torch.cat([q, k], 2) @ before.transpose(-1, -2)).chunk(2, dim=2)
-    carried = total.exp()[..., None]
-    lower = beta * (k @ k.transpose(-1, -2)) * decay
-    update = torch.linalg.solve_triangular(lower, beta * (v - carried * from_k), upper=False, unitriangular=True)
-    heads = carried * from_q + (q @ k.transpose(-1, -2) * decay) @ update
-    first = before.mul_(g[..., 0, None, None].exp()).addcmul_(update[:, :, 0, :, None], k[:, :, 0, None, :])
-    return heads.transpose(1, 2), first, update.transpose(1, 2)
+    (batch, tokens, _, nk, dk), (nv, dv) = qk.shape, v.shape[2:]
+    # Tokens are columns, and the value heads of a key head are neighbours: so no key is repeated, and none moved.
+    rows = qk.permute(0, 3, 2, 1, 4).reshape(batch * nk, 2 * tokens, dk)  # queries, then keys
+    columns = rows.transpose(1, 2)
+    total = g.transpose(1, 2).cumsum(-1)
+    decay = (total.unsqueeze(-2) - total.unsqueeze(-1)).exp_().triu_()  # [B, nv, T, T], row to column
+    read = torch.bmm(before.view(batch * nk, -1, dk), columns).view(batch, nv, dv, 2, tokens)
+    from_q, from_k = read.mul_(total.exp()[:, :, None, None]).unbind(3)
+    products = torch.bmm(rows[:, tokens:], columns).view(batch, nk, 1, tokens, 2, tokens)
+    of_q, of_k = (products * decay.view(batch, nk, -1, tokens, 1, tokens)).flatten(0, 2).unbind(2)
+    beta = beta.transpose(1, 2).unsqueeze(2)
+    rhs = (v.permute(0, 2, 3, 1) - from_k).mul_(beta).flatten(0, 1)
+    upper = of_k * beta.flatten(0, 1)
+    update = torch.linalg.solve_triangular(upper, rhs, upper=True, left=False, unitriangular=True)
+    heads = torch.baddbmm(from_q.flatten(0, 1), update, of_q).view(batch, nv, dv, tokens)
+    update = update.view(heads.shape)
+    first = _added(before.mul_(g[:, 0, :, None, None].exp()), update[..., :1], qk[:, 0, 1].unsqueeze(2))
+    return heads.permute(0, 3, 1, 2), first, update.permute(0, 3, 1, 2)
 
 
 def _decode_fake(
@@ -270,9 +298,9 @@ def gated_delta_rule_decode(
     that were not accepted; their updates stand in the ring and are ignored. That needs R >= T - 1 ring rows and
     W >= T + taps - 2 window entries; an implementation may keep more updates in the ring than that.
     """
-    batch = len(context_lens)
-    kept = write_slot >= 0
-    if batch == 0 or not bool(kept.all()):
+    batch, written = len(context_lens), write_slot.tolist()
+    if batch == 0 or min(written) < 0:
+        kept = write_slot >= 0
         out = torch.zeros_like(z, memory_format=torch.contiguous_format)
         if bool(kept.any()):
             rows = (x.unflatten(0, (batch, -1))[kept].flatten(0, 1) for x in (qkv, z, a, b))
@@ -282,29 +310,36 @@ def gated_delta_rule_decode(
             out.unflatten(0, (batch, -1))[kept] = done.unflatten(0, (-1, len(z) // batch))
         return out
     check_slots(write_slot)
-    slots, reads, context = write_slot.long(), read_slot.long(), context_lens.long()
+    slots, context = write_slot.long(), context_lens.long()
+    reads = slots if read_slot.tolist() == written else read_slot.long()
     (nv, _, dk), taps, tokens = state.shape[1:], conv_weight.shape[1], len(z) // batch
     qkv, z, a, b = (x.unflatten(0, (batch, tokens)) for x in (qkv, z, a, b))
 
-    history = torch.cat([conv_history(window, reads, context, taps), qkv], dim=1).float()
-    mixed = F.silu((history.unfold(1, taps, 1) * conv_weight.float()).sum(-1)).to(qkv.dtype)
-    positions = context[:, None] if tokens == 1 else context[:, None] + torch.arange(tokens, device=qkv.device)
-    if not torch.equal(slots, reads):
+    positions = context.unsqueeze(1) + torch.arange(1 - taps, tokens, device=qkv.device)  # from the first tap's on
+    entries = positions.remainder(window.shape[1])
+    before, new = torch.split_with_sizes(entries, [taps - 1, tokens], 1)
+    history = window[reads.unsqueeze(1), before]
+    if min(context_lens.tolist()) < taps - 1:
+        history.masked_fill_((positions[:, : taps - 1] < 0).unsqueeze(2), 0)
+    history = torch.cat([history, qkv], dim=1).float()
+    by_tap = history.unfold(1, taps, 1).transpose(2, 3)  # [B, T, taps, C]
+    mixed = F.silu((by_tap * conv_weight.float().t()).sum(2)).to(qkv.dtype)
+    if reads is not slots:
         window[slots] = window[reads]
-    window[slots[:, None], positions.remainder(window.shape[1])] = qkv
+    window.index_put_((slots.unsqueeze(1), new), qkv)
 
     qk, v = _split_heads(mixed, state)
     g, beta = _gates(a, b, a_log, dt_bias)
-    before = _read_state(state, ring, cursor, reads, context)
+    before = _read_state(state, ring, cursor, reads, context_lens)
     if tokens == 1:
         heads, after = _update_once(_per_value_head(qk[:, 0], nv, 2), v[:, 0], g[:, 0], beta[:, 0], before)
         heads = heads[:, None]
     else:
         heads, after, updates = _verify(qk, v, g, beta, before)
-        rows = torch.cat([x.flatten(2) for x in (qk[:, :, 1], updates, g)], dim=-1)
-        ring[slots[:, None], positions[:, 1:].remainder(ring.shape[1])] = rows[:, 1:]
+        rows = torch.cat([x[:, 1:].flatten(2) for x in (qk[:, :, 1], updates, g)], dim=-1)
+        ring.index_put_((slots.unsqueeze(1), positions[:, taps:].remainder(ring.shape[1])), rows)
     state.index_copy_(0, slots, after)
-    cursor.index_copy_(0, slots, (context_lens + 1)[:, None].expand(-1, nv))
-    normed = normalised(heads.mul_(dk**-0.5).to(z.dtype).float(), eps)
-    gated = (normed * norm_weight.float()).flatten(2).mul_(F.silu(z.float()))
+    cursor.index_copy_(0, slots, (context_lens + 1).unsqueeze(1).expand(-1, nv))
+    normed = normalised((heads * constant(dk**-0.5)).to(z.dtype).float(), eps)
+    gated = normed.mul_(norm_weight.float()).flatten(2).mul_(F.silu(z.float()))
     return gated.flatten(0, 1).to(z.dtype)

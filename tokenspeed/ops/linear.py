@@ -36,7 +36,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, tail: Tensor 
 
 # The kernels of the operators below serve decode batches, in which a launch costs as much as its work, and, where many
 # rows meet an e4m3 weight, prefills: there the operator before the product writes its operand in groups. What they do
-# not serve is the composition of operators, each of which has a kernel for any number of rows.
+# not serve is the composition of operators, each of which has a kernel for any number of rows. Without kernels the way
+# through the dispatcher leads to the same place, and takes as long as a small operator.
 
 
 def _product_norm_sum(x, residual, norm_weight, eps, weight, scale=None, tail=None):
@@ -59,8 +60,9 @@ def add_rms_norm_linear(
     [N, out], the norm that was its operand and the sum, both [N, in]; all of x's dtype, rounded where the two operators
     round.
     """
-    normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return linear(normed, weight, scale, tail), normed, total
+    norm, times = (add_rms_norm, linear) if x.is_cuda else (add_rms_norm.__wrapped__, linear.__wrapped__)
+    normed, total = norm(x, residual, norm_weight, eps)
+    return times(normed, weight, scale, tail), normed, total
 
 
 @operator(fake=lambda x, weight, scale=None: x.new_empty(x.shape[0], weight.shape[0]))
@@ -70,7 +72,8 @@ def silu_mul_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> T
     x: [N, 2 in], the gate half first; weight, scale: as in `linear`. Returns [N, out] of x's dtype; silu_mul is rounded
     to it.
     """
-    return linear(silu_mul(x), weight, scale)
+    gated, times = (silu_mul, linear) if x.is_cuda else (silu_mul.__wrapped__, linear.__wrapped__)
+    return times(gated(x), weight, scale)
 
 
 @operator(fake=lambda y, x, weight, gate, scale=None: None, mutates=("y",))

@@ -17,6 +17,19 @@ def _route_fake(logits: Tensor, top_k: int, context_lens: Tensor | None = None):
     return logits.new_empty(rows, top_k), *(logits.new_empty(shape, dtype=torch.int32) for shape in integers)
 
 
+def _chosen(logits: Tensor, top_k: int, context_lens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights and experts of `moe_route`, both [N, top_k], the experts int64."""
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k is {top_k}; it must be from 1 to {logits.shape[1]}, the number of experts.")
+    probabilities, experts = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    weights, experts = probabilities[:, :top_k], experts[:, :top_k]
+    weights = (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
+    if context_lens is not None and len(context_lens) and not (context_lens.is_cpu and min(context_lens.tolist()) >= 0):
+        padding = (context_lens < 0).repeat_interleave(len(logits) // len(context_lens))[:, None]
+        weights, experts = weights.masked_fill(padding, 0), experts.masked_fill(padding, logits.shape[1])
+    return weights, experts
+
+
 @operator(fake=_route_fake)
 def moe_route(logits: Tensor, top_k: int, context_lens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose `top_k` experts a token and group the choices by expert.
@@ -29,14 +42,7 @@ def moe_route(logits: Tensor, top_k: int, context_lens: Tensor | None = None) ->
     which is nobody's, so their choices stand behind offsets[E] and cost no expert's weights.
     Raises ValueError for a top_k that is not in 1 .. E.
     """
-    if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"top_k is {top_k}; it must be from 1 to {logits.shape[1]}, the number of experts.")
-    probabilities, experts = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    weights, experts = probabilities[:, :top_k], experts[:, :top_k]
-    weights = (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
-    if context_lens is not None and len(context_lens):
-        padding = (context_lens < 0).repeat_interleave(len(logits) // len(context_lens))[:, None]
-        weights, experts = weights.masked_fill(padding, 0), experts.masked_fill(padding, logits.shape[1])
+    weights, experts = _chosen(logits, top_k, context_lens)
     grouped, order = experts.flatten().sort(stable=True)
     bounds = torch.arange(logits.shape[1] + 1, device=logits.device)
     offsets = torch.searchsorted(grouped, bounds, out_int32=True)
@@ -84,6 +90,36 @@ def moe_experts(
     by_choice[order] = out
     by_choice = by_choice.unflatten(0, (-1, top_k)).float()
     return (by_choice * weights.float()[..., None]).sum(1).to(x.dtype)
+
+
+_FEW_WEIGHTS = 1 << 18  # of gate_up, the elements up to which multiplying with all experts is cheap, and the rows:
+_FEW_ROWS = 96  # measured, a product of each expert with its own rows costs 3 times as much for 1 to 8, as much for 128
+
+
+def few_for_all_experts(x: Tensor, gate_up: Tensor, scale: Tensor | None) -> bool:
+    """Whether a CPU is faster by `all_experts`, whose calls are as many as those of one expert."""
+    few = gate_up.numel() <= _FEW_WEIGHTS and len(x) <= _FEW_ROWS
+    return few and x.is_cpu and scale is None and x.dtype == torch.float32
+
+
+def all_experts(
+    x: Tensor,
+    shared: Tensor,
+    logits: Tensor,
+    top_k: int,
+    context_lens: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    first_expert: int,
+) -> Tensor:
+    """`moe_experts` behind `moe_route`, and `shared` [N, H] added, by two products with all experts' weights, where
+    those that a row has not chosen weigh nothing."""
+    weights, experts = _chosen(logits, top_k, context_lens)
+    by_expert = weights.new_zeros(len(x), logits.shape[1] + 1).scatter_(1, experts, weights)
+    by_expert = by_expert[:, first_expert : first_expert + len(gate_up), None]
+    gate, up = F.linear(x, gate_up.flatten(0, 1)).view(len(x), *gate_up.shape[:2]).chunk(2, dim=-1)
+    hidden = F.silu(gate).mul_(up).mul_(by_expert)
+    return torch.addmm(shared, hidden.flatten(1), down.transpose(1, 2).flatten(0, 1))
 
 
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None, parts: int = 1) -> Tensor:

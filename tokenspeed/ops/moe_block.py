@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .library import operator
-from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear
-from .moe import moe_experts, moe_route
+from .linear import add_gated_silu_mul_linear, add_rms_norm_linear, linear, silu_mul_linear
+from .moe import all_experts, few_for_all_experts, moe_experts, moe_route
 
 MOE_BLOCK_ROWS = 8  # that the kernel of `moe_block` serves
 
@@ -62,11 +62,16 @@ def moe_block(
     projected, normed, total = add_rms_norm_linear(x, residual, norm_weight, eps, in_proj, in_scale)
     if router is not None:
         projected = torch.cat([projected[:, :shared], linear(normed, router)], dim=1)
-    weights, chosen, order, offsets = moe_route(projected[:, shared : shared + experts], top_k, context_lens)
-    offsets = offsets[first_expert : first_expert + held + 1]
-    y = moe_experts(normed, weights, chosen, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale)
+    logits = projected[:, shared : shared + experts]
     gate = projected[:, shared + experts : shared + experts + 1]
-    add_gated_silu_mul_linear(y, projected[:, :shared], shared_down, gate, shared_scale)
-    scratch[1:448] = 0  # the kernel counts from here, and finds the half of it clear that the number of calls names
-    scratch[:1] += 1
+    if few_for_all_experts(normed, gate_up, gate_up_scale):
+        y = silu_mul_linear.__wrapped__(projected[:, :shared], shared_down).mul_(torch.sigmoid(gate))
+        y = all_experts(normed, y, logits, top_k, context_lens, gate_up, down, first_expert)
+    else:
+        weights, chosen, order, offsets = moe_route(logits, top_k, context_lens)
+        offsets = offsets[first_expert : first_expert + held + 1]
+        y = moe_experts(normed, weights, chosen, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale)
+        add_gated_silu_mul_linear(y, projected[:, :shared], shared_down, gate, shared_scale)
+    scratch[1:448].zero_()  # the kernel counts from here, and finds the half of it clear that the number of calls names
+    scratch[:1].add_(1)
     return y, total

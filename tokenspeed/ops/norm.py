@@ -1,5 +1,7 @@
 """RMS normalisation in its three forms, and the two gated sums of the feed-forward block."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,9 +13,23 @@ def _rows_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@cache
+def constant(value: float) -> Tensor:
+    """A number as fp32 on the host, which operators on any device take: torch makes a tensor of a plain float, and
+    converts it, at every call."""
+    with torch.inference_mode(False):
+        return torch.scalar_tensor(value, dtype=torch.float32)
+
+
 def normalised(x: Tensor, eps: float) -> Tensor:
-    """x over the root of the mean square of its last dimension, in x's dtype."""
-    return x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    """x over the root of eps and the mean square of its last dimension. x: fp32."""
+    root = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(constant(x.shape[-1] ** -0.5))
+    return x / torch.hypot(root, constant(eps**0.5))
+
+
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """x over the root of eps and the sum of squares of its last dimension. x: fp32."""
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), constant(eps**0.5))
 
 
 @operator(fake=lambda x, weight, eps: _rows_like(x))
@@ -59,7 +75,7 @@ def silu_mul(x: Tensor) -> Tensor:
     x: [N, 2 I], the gate half first. Returns [N, I] of x's dtype. Formula: Shazeer 2020.
     """
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 @operator(fake=lambda y, x, gate: None, mutates=("y",))

@@ -66,13 +66,15 @@ def paged_rows(
     rope_shift: added to a row for its position. Returns cos_sin [B width, R] fp32, as `rope` takes it, and kv_slots
     [B width] int64, as `write_kv` takes them: -1 for padding and for rows beyond the capacity.
     """
-    row = first.long()[:, None] + torch.arange(width, device=index.device)
-    stored = (first >= 0)[:, None] & (row < capacity[index][:, None])
-    place = torch.where(stored, row, 0)
-    page = pages[index[:, None], place // page_size]
-    kv_slots = torch.where(stored, page * page_size + place % page_size, -1)
-    angles = (row.clamp(min=0) + rope_shift).flatten()[:, None] * inv_freq
-    return torch.cat([angles.cos(), angles.sin()], dim=1) * rope_scale, kv_slots.flatten()
+    first = first.long().unsqueeze(1)
+    row = first + torch.arange(width, device=index.device)
+    absent = (row >= capacity[index].unsqueeze(1)).logical_or_(first < 0)
+    place = row.masked_fill(absent, 0)
+    page = pages[index.unsqueeze(1), place // page_size].long()
+    kv_slots = torch.add(place % page_size, page, alpha=page_size).masked_fill_(absent, -1)
+    angles = (row.clamp_(min=0) + rope_shift).view(-1, 1) * inv_freq
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return cos_sin if rope_scale == 1 else cos_sin * rope_scale, kv_slots.flatten()
 
 
 @operator(

@@ -38,7 +38,7 @@ def check_longest(cu_seqlens: Tensor, max_seqlen: int) -> None:
 def check_pages(page_table: Tensor, ends: Tensor, page_size: int) -> None:
     """Raises ValueError for a sequence whose tokens do not fit the table's pages. ends: [B], tokens of each."""
     room = page_table.shape[1] * page_size
-    if ends.is_cpu and len(ends) and (longest := int(ends.max())) > room:
+    if ends.is_cpu and len(ends) and (longest := max(ends.tolist())) > room:
         raise ValueError(
             f"page_table has {page_table.shape[1]} pages of {page_size} tokens, and a sequence has {longest} tokens."
         )

@@ -223,6 +223,7 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     config = replace(config, fp8=frozenset(header.fp8))
     model = Qwen3_5.empty(config, dtype, device, mtp=header.mtp)
     load_weights(model, directory, progress=False)
+    model.lay_out_by_columns()
     if header.draft_vocabulary is not None:
         if not header.mtp:
             raise LogError(f"{path} has a draft vocabulary of {header.draft_vocabulary} ids and no MTP head.")

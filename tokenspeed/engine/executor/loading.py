@@ -77,6 +77,7 @@ def load_runner(
         fill_with_noise(model)
     else:
         load_weights(model, directory, progress)
+    model.lay_out_by_columns()
     if config.draft_vocabulary is not None:
         model.mtp.reduce_vocabulary(torch.arange(config.draft_vocabulary))
     weights = sum(p.nbytes for p in model.parameters())

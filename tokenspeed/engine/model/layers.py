@@ -25,7 +25,7 @@ from ..parallel.comm import Communicator
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Keep, Partial, Placement, Replicate, Shard
 from .inputs import Batch, StateViews
-from .parameters import Source, in_fp8, matrix, not_held, source, stacked, weight
+from .parameters import Source, Weight, by_columns, in_fp8, matrix, not_held, source, stacked, weight
 from .products import DoneNorm, Joined, PendingNorm
 
 Flow = tuple[Tensor | PendingNorm | DoneNorm, Tensor | None]
@@ -47,6 +47,12 @@ class Stage(nn.Module):
     def sources(self) -> Iterator[Source]:
         """What fills the stage's parameters; keys are below the stage's own prefix."""
         return iter(())
+
+    def lay_out_by_columns(self) -> None:
+        """See `parameters.by_columns`; once the weights are loaded."""
+        for each in self.modules():
+            if isinstance(each, Weight):
+                by_columns(each.data)
 
     def forward(self, x: Tensor | PendingNorm, residual: Tensor | None, batch: Batch) -> Flow:
         raise NotImplementedError
@@ -195,6 +201,10 @@ class GatedDeltaNet(Stage):
         for name, part in named.items():
             yield source(name, part, self.mesh, *part.dims)
 
+    def lay_out_by_columns(self):
+        super().lay_out_by_columns()
+        by_columns(self.conv)
+
     def forward(self, x, residual, batch):
         views: StateViews = batch.layers[self.layer]
         (qkv, z, b, a), _, residual = self.in_proj(x)
@@ -301,10 +311,15 @@ class MoE(Stage):
                 held = 0 <= local < len(parts.data)
                 yield source(key, parts.expert(local), self.mesh, *dims) if held else not_held(key, *dims)
 
+    def lay_out_by_columns(self):
+        super().lay_out_by_columns()
+        by_columns(self.down.data, first=1)  # so that all experts' products, each weighed, are one
+
     def forward(self, x, residual, batch):
         padded = batch.decode if batch.prefill is None else None  # a batch with prefills holds no padding
         contexts = padded.context_lens if padded else None
-        few = batch.prefill is None and len(x.x) <= MOE_BLOCK_ROWS
+        # Rows that the kernel serves; on a CPU there is none.
+        few = batch.prefill is None and (x.x.is_cpu or len(x.x) <= MOE_BLOCK_ROWS)
         many = self.gate_up.scale is not None and len(x.x) > KERNEL_ROWS  # whose norm is quantised once
         if self.in_one and x.residual is not None and (few or many):
             (first, in_scale), *others = self.in_proj
@@ -340,6 +355,10 @@ class LMHead(Stage):
     def sources(self):
         if not self.tied:
             yield source("weight", self.weight, self.mesh, *self.weight.dims)
+
+    def lay_out_by_columns(self):
+        if not self.tied:
+            by_columns(self.weight)
 
     def forward(self, x, residual, batch):
         return x.linear_of(batch.logit_rows if self.picks_rows else None, self.weight)

@@ -24,7 +24,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.placement import Replicate
 from .inputs import Batch
 from .layers import Embedding, GatedAttention, LMHead, Norm, Stage, feed_forward
-from .parameters import Source, source, weight
+from .parameters import Source, by_columns, source, weight
 
 
 class Output(NamedTuple):
@@ -56,6 +56,9 @@ class JoinTokens(Stage):
         }
         for name, part in named.items():
             yield source(f"{name}.weight", part, self.mesh, *part.dims)
+
+    def lay_out_by_columns(self):
+        by_columns(self.fc)
 
     def forward(self, x, residual, batch):
         parts = ops.rms_norm(x, self.embedding_norm, self.eps), ops.rms_norm(residual, self.hidden_norm, self.eps)

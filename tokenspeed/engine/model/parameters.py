@@ -92,6 +92,20 @@ def weight(mesh: Mesh, *dims: Dim, dtype: torch.dtype | None = None, multiple: i
     return parameter
 
 
+_COLUMN_BYTES = 16 << 20  # of a weight, beyond which rows are faster: a column's elements are too far apart
+
+
+def by_columns(parameter: nn.Parameter, first: int = 0) -> None:
+    """Let the outputs of one input be neighbours in memory, [in, ..., out] for a [..., out, in] weight of fp32 on a CPU
+    alone. first: leading dimensions that stay outside of `in`.
+
+    A CPU then multiplies up to 24 rows 1.2 to 1.9 times as fast, and 128 as fast as before; bf16 it multiplies slower.
+    Mutates where the parameter's elements lie, not what they are.
+    """
+    if parameter.is_cpu and parameter.dtype == torch.float32 and parameter.nbytes <= _COLUMN_BYTES:
+        parameter.data = parameter.data.movedim(-1, first).contiguous().movedim(first, -1)
+
+
 def in_fp8(config: ModelConfig, block: str, rows: dict[str, int]) -> bool:
     """Whether one weight holds these products of a block, `self_attn` say, in FP8: all of them are, and each has rows
     enough that the next begins with a block of 128."""

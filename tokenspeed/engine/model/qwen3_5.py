@@ -106,6 +106,12 @@ class Qwen3_5(nn.Module):
         if self.mtp:
             yield from self.mtp.sources()
 
+    def lay_out_by_columns(self) -> None:
+        """Let the loaded weights lie as a CPU likes them; see `parameters.by_columns`."""
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.lay_out_by_columns()
+
     def rotary(self, device: torch.device) -> tuple[Tensor, float]:
         return rotary_frequencies(self.config.rope, device)
 
