@@ -147,6 +147,10 @@ def compile_file(nvcc: Path, source: Path, key: str) -> Report:
     return report
 
 
+# What ptxas 13.0 makes of a cache policy beside a shared address of which a part is in a uniform register.
+_MISENCODED = re.compile(r"LDGSTS\S* \[R\d+\+UR0\b[^]]*\], desc\[UR1\]")
+
+
 def check(report: Report, budgets: dict[str, Budget], sass: str | None) -> list[str]:
     """What is wrong with a compiled file, as a sentence."""
     faults = [f"{report.file}: does not compile"] if report.failed else []
@@ -168,6 +172,11 @@ def check(report: Report, budgets: dict[str, Budget], sass: str | None) -> list[
             )
         if budget.instruction and sass is not None and not _function_uses(sass, kernel.symbol, budget.instruction):
             faults.append(f"{where} holds no {budget.instruction} instruction")
+    if sass is not None and _MISENCODED.search(sass):
+        faults.append(
+            f"{report.file}: a cp.async with a cache policy has lost a register in ptxas, and the card will not take it: "
+            "its shared address must be ptx::opaque"
+        )
     compiled = {kernel.name for kernel in report.kernels}
     if not report.failed:
         faults += [f"{report.file}: budget of {name}, which is no kernel" for name in budgets if name not in compiled]

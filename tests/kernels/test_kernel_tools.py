@@ -117,6 +117,15 @@ def test_a_missing_instruction_is_named():
     assert check(report(), budgets, sass.replace("FADD", "HMMA.16816")) == []
 
 
+def test_an_instruction_that_lost_a_register_is_named():
+    right = "Function : _Z8rms_normv\n HMMA.16816 ;\n LDGSTS.E.BYPASS.128 [R5+0x600], desc[UR8][R12.64], P1 ;\n"
+    budgets = {"rms_norm": Budget(40, 2048, True, "HMMA")}
+    assert check(report(), budgets, right) == []
+    for wrong in ("[R5+UR0], desc[UR1]", "[R15+UR0+0x600], desc[UR1]"):
+        (fault,) = check(report(), budgets, right.replace("[R5+0x600], desc[UR8]", wrong))
+        assert "ptx::opaque" in fault
+
+
 def test_a_card_has_computed_every_wrapper_test():
     """tests/kernels/golden.npz holds a call of each test that runs on a card; --record-golden writes it there."""
     path = HERE / "golden.npz"
