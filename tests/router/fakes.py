@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from tokenspeed.engine.router.app import Router
 from tokenspeed.engine.router.backends import Backends
-from tokenspeed.engine.router.main import configuration
+from tokenspeed.engine.router.main import backend_client, configuration
 from tokenspeed.engine.router.policy import Policy
 from tokenspeed.engine.server.kv_events import KvEventBatch
 
@@ -147,7 +147,7 @@ class Fake:
 @contextlib.contextmanager
 def routed(keys: tuple[str, ...] = (), least_prefill: int = 1024, **fakes: list[Fake]):
     """A router's client before servers, by kind."""
-    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), trust_env=False)
+    client = backend_client()
     backends = Backends({kind: [fake.url for fake in found] for kind, found in fakes.items()}, client, 0.05)
     router = Router(backends, Policy(backends, least_prefill), client)
     served = Served(router.app(keys, ()))

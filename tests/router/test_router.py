@@ -1,5 +1,6 @@
 """Where requests go, and what becomes of them when servers come and go."""
 
+import asyncio
 import socket
 import threading
 
@@ -11,6 +12,7 @@ from tokenspeed.engine.__main__ import main
 from tokenspeed.engine.router import backends
 from tokenspeed.engine.router.backends import Peer, _reachable
 from tokenspeed.engine.router.cached_blocks import CachedBlocks
+from tokenspeed.engine.router.main import backend_client
 from tokenspeed.engine.router.policy import split
 from tokenspeed.engine.server.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
@@ -44,6 +46,24 @@ def test_a_prompt_goes_where_its_prefix_is():
         assert {ask(caller, TEXT + f" turn {i}").json()["who"] for i in range(5)} == {"b"}
         tell(caller, fakes[2], TEXT + " and more" * 40)
         assert ask(caller, TEXT + " and more" * 40 + "!").json()["who"] == "c"
+
+
+def test_a_silent_connection_is_asked_after():
+    """A host that is gone says nothing, not even that a connection is no more."""
+    fake = Fake("a")
+
+    async def connected() -> dict[str, int]:
+        async with backend_client() as client, client.stream("GET", f"{fake.url}/health") as answer:
+            own = answer.extensions["network_stream"].get_extra_info("socket")
+            names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+            of_tcp = {name: own.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names}
+            return of_tcp | {"SO_KEEPALIVE": own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)}
+
+    found = asyncio.run(connected())
+    fake.stop()
+    assert found.pop("SO_KEEPALIVE") == 1
+    assert found["TCP_KEEPIDLE"] + found["TCP_KEEPCNT"] * found["TCP_KEEPINTVL"] <= 30
+    assert found["TCP_USER_TIMEOUT"] == 30_000
 
 
 def test_what_nobody_knows_is_spread_and_who_has_much_to_do_gets_less():

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from dataclasses import dataclass, field
 
@@ -17,6 +18,10 @@ from .backends import Backends
 from .policy import Policy
 
 log = logging.getLogger("tokenspeed.router")
+
+# When a silent connection is asked after [s], how often then [s], how many answers may be missing; and how long what
+# was sent may stay without an answer [ms].
+_GONE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +48,7 @@ def route(options: RouterOptions) -> int:
 
 
 async def _route(options: RouterOptions, listener) -> None:
-    # Generating takes as long as it takes; a backend that is gone is found out by connecting and by /health.
-    timeout = httpx.Timeout(None, connect=5.0)
-    # Servers close a connection that has been idle for 5 s: none is used that may be about to be closed.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2.5)
-    client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+    client = backend_client()
     backends = Backends(options.backends, client, options.check_seconds)
     policy = Policy(backends, options.least_prefill)
     app = Router(backends, policy, client).app(options.api_keys, (options.host,), options.max_body_bytes)
@@ -57,6 +58,17 @@ async def _route(options: RouterOptions, listener) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _end, server)
     await server.serve(sockets=[listener])
+
+
+def backend_client() -> httpx.AsyncClient:
+    """What asks backends. Generating takes as long as it takes, so nothing times out but connecting; a host that is
+    gone without a word is found out by the kernel, which asks after it where nothing has come for a while."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    options += [(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in _GONE if hasattr(socket, name)]
+    # Servers close a connection that has been idle for 5 s: none is used that may be about to be closed.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2.5)
+    transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=options)
+    return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), transport=transport, trust_env=False)
 
 
 def configuration(app: ASGIApp, drain_seconds: float) -> uvicorn.Config:
