@@ -169,14 +169,15 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
         }
     }
     uint32_t known = 0;  // bit j: the tiles of chunk i + j are there
-    const auto ask_for = [&](int i) {
-        if (i < at.chunks) ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)});
-    };
-    for (int i = 0; i < kAhead; ++i) ask_for(i);
+    const auto ask_for = [&](int i) { ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)}); };
+    // A loop: of `if (i < at.chunks) ask_for(i)` six times ptxas 13.0 makes predicates, and sets a coordinate under a
+    // stale one (tools/compile_kernels.py looks for it).
+#pragma unroll 1
+    for (int i = 0; i < min(kAhead, at.chunks); ++i) ask_for(i);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
         const int later = i + kAhead;
-        ask_for(later);
+        if (later < at.chunks) ask_for(later);
         if (at.rank == 0) {
             if (later < at.chunks && ptx::load_acquire(ready + int64_t{later} * p.key_heads) == 1) {
                 known |= 1u << kAhead;
