@@ -7,7 +7,8 @@ A budget stands in the kernel's file, one line for each kernel function, for all
 `registers` is per thread; `shared` is what ptxas sees, which excludes dynamic shared memory; `hot` forbids spills and
 local memory; `sass` names an instruction that the machine code must hold (checked where cuobjdump is found). Results
 go to build/kernels.json and, as a table, to the terminal. Fails past a budget, on a kernel without one, on a budget
-without a kernel, and on any ptxas warning C75xx (wgmma serialised). Unchanged files are not compiled again.
+without a kernel, on any ptxas warning C75xx (wgmma serialised), and on a bulk copy whose operand ptxas moves to its
+uniform register under another predicate than the copy's (stale_operands). Unchanged files are not compiled again.
 """
 
 import argparse
@@ -170,12 +171,14 @@ def check(report: Report, budgets: dict[str, Budget], sass: str | None) -> list[
                 f"{where} is hot but spills {kernel.spill_stores} + {kernel.spill_loads} bytes and has {kernel.stack} "
                 "bytes of stack"
             )
-        if budget.instruction and sass is not None and not _function_uses(sass, kernel.symbol, budget.instruction):
+        body = _function_body(sass, kernel.symbol) if sass is not None else None
+        if budget.instruction and body is not None and budget.instruction not in body:
             faults.append(f"{where} holds no {budget.instruction} instruction")
+        faults += [f"{where}: operand set under another predicate: {line}" for line in stale_operands(body or "")]
     if sass is not None and _MISENCODED.search(sass):
         faults.append(
-            f"{report.file}: a cp.async with a cache policy has lost a register in ptxas, and the card will not take it: "
-            "its shared address must be ptx::opaque"
+            f"{report.file}: a cp.async with a cache policy has lost a register in ptxas, and the card will not take "
+            "it: its shared address must be ptx::opaque"
         )
     compiled = {kernel.name for kernel in report.kernels}
     if not report.failed:
@@ -183,9 +186,43 @@ def check(report: Report, budgets: dict[str, Budget], sass: str | None) -> list[
     return faults
 
 
-def _function_uses(sass: str, symbol: str, instruction: str) -> bool:
+def _function_body(sass: str, symbol: str) -> str:
     body = re.search(rf"Function : {re.escape(symbol)}\n(.*?)(?:Function : |\Z)", sass, re.DOTALL)
-    return body is not None and instruction in body[1]
+    return body[1] if body is not None else ""
+
+
+def stale_operands(body: str) -> list[str]:
+    """Bulk copies and prefetches of a function's machine code whose operand may be what the register held before.
+
+    Where ptxas 13.0 makes predicates of the branch around such an instruction, it may move an operand to its uniform
+    register (`@P1 R2UR UR8, R42`) before P1 is the branch's condition. The instruction has the condition in a uniform
+    predicate, which VOTEU makes of P1 or its copy: this finds moves whose predicate is written between them and VOTEU.
+    """
+    code = re.findall(r"^[ \t]+(?:/\*([0-9a-f]+)\*/[ \t]+)?(?:@(!?U?P\w+)[ \t]+)?(\S+)(.*?)[ \t]*;", body, re.MULTILINE)
+    places = {int(place, 16): i for i, (place, *_) in enumerate(code) if place}
+    in_loop = set()  # over the values that a warp's lanes have: predicates there are the loop's own
+    for i, (_, _, name, operands) in enumerate(code):
+        if name == "BRA.U.ANY":
+            in_loop.update(range(places.get(int(operands.split()[-1], 16), i), i))
+    stale = []
+    for i, (_, predicate, name, operands) in enumerate(code):
+        if not predicate or not name.startswith("R2UR") or i in in_loop:
+            continue
+        register = operands.split(",")[0].strip()
+        written, after = False, set[str]()  # uniform predicates made after the move's predicate was written anew
+        for _, guard, use, arguments in code[i + 1 :]:
+            results = [word.strip() for word in arguments.split(",")[:2]]
+            if use.startswith(("UTMA", "UBLK")) and re.search(rf"\b{register}\b", arguments):
+                if guard.lstrip("!") in after:
+                    stale.append(f"{use}{arguments}: @{predicate} {name}{operands}")
+                break
+            if use in ("BRA", "BRA.U", "EXIT", "RET"):
+                break
+            if not guard and use.startswith(("ISETP", "PLOP3", "FSETP")) and predicate.lstrip("!") in results:
+                written = True
+            elif use.startswith("VOTEU") and written:
+                after.add(results[0])
+    return stale
 
 
 def _disassemble(cubin: Path) -> str | None:

@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.compile_kernels import Budget, Kernel, Report, check, function_name, parse_budgets, parse_ptxas
+from tools.compile_kernels import (
+    Budget,
+    Kernel,
+    Report,
+    check,
+    function_name,
+    parse_budgets,
+    parse_ptxas,
+    stale_operands,
+)
 from tools.lint_kernels import ROOT, lint
 
 HERE = Path(__file__).parent
@@ -124,6 +133,34 @@ def test_an_instruction_that_lost_a_register_is_named():
     for wrong in ("[R5+UR0], desc[UR1]", "[R15+UR0+0x600], desc[UR1]"):
         (fault,) = check(report(), budgets, right.replace("[R5+0x600], desc[UR8]", wrong))
         assert "ptx::opaque" in fault
+
+
+# What ptxas 13.0 made of `if (chunks > 0) prefetch(box)`: UR8, a coordinate, is set if P1 holds.
+PREFETCH = """
+        /*0010*/                   ISETP.GT.AND P1, PT, R32, R47, PT ;
+        /*0020*/                   UISETP.GE.AND UP1, UPT, UR4, 0x1, UPT ;
+MOVE_BEFORE
+        /*0040*/                   PLOP3.LUT P1, PT, PT, PT, UP1, 0x80, 0x0 ;
+        /*0050*/                   VOTEU.ANY UP0, P1 ;
+MOVE_AFTER
+        /*0070*/                   PLOP3.LUT P0, PT, P0, P1, PT, 0xa2, 0x0 ;
+        /*0080*/              @P1  R2UR P0, UR9, R6 ;
+        /*0090*/              @P1  PLOP3.LUT P1, PT, P0, PT, PT, 0x80, 0x0 ;
+        /*00a0*/                   PLOP3.LUT P0, PT, PT, PT, PT, 0x80, 0x0 ;
+        /*00b0*/              @UP0 UTMAPF.L2.2D [UR8], [UR4] ;
+        /*00c0*/              @P1  BRA.U.ANY 0x70 ;
+"""
+MOVE = "        /*0030*/              @P1  R2UR UR8, R42 ;"
+
+
+def test_an_operand_that_a_stale_predicate_sets_is_named():
+    wrong = PREFETCH.replace("MOVE_BEFORE", MOVE).replace("MOVE_AFTER", "")
+    right = PREFETCH.replace("MOVE_BEFORE", "").replace("MOVE_AFTER", MOVE)
+    assert stale_operands(wrong) == ["UTMAPF.L2.2D [UR8], [UR4]: @P1 R2UR UR8, R42"]
+    assert stale_operands(right) == []
+    assert stale_operands(wrong.replace("@P1  R2UR UR8", "R2UR UR8")) == []
+    [fault] = check(report(), WITHIN, f"Function : _Z8rms_normv\n{wrong}")
+    assert "rms_norm: operand set under another predicate: UTMAPF" in fault
 
 
 def test_a_card_has_computed_every_wrapper_test():
