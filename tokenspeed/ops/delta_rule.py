@@ -186,7 +186,7 @@ def gated_delta_rule_prefill(
         outputs.append(q[:, :, c] @ state_t + attention[:, :, c] @ update)
         updates.append(update)
         current = current * total[:, :, c, -1].exp()[..., None, None] + update.transpose(-1, -2) @ k_to_end[:, :, c]
-    out = torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)  # [B, T, nv, dv]
+    out = torch.stack([x.transpose(1, 2) for x in outputs], 1).flatten(1, 2)  # [B, T, nv, dv]
     if full:
         result = out.flatten(0, 1)
     else:
