@@ -341,5 +341,5 @@ def gated_delta_rule_decode(
     state.index_copy_(0, slots, after)
     cursor.index_copy_(0, slots, (context_lens + 1).unsqueeze(1).expand(-1, nv))
     normed = normalised((heads * constant(dk**-0.5)).to(z.dtype).float(), eps)
-    gated = normed.mul_(norm_weight.float()).flatten(2).mul_(F.silu(z.float()))
+    gated = F.silu(z.float()).mul_(normed.mul_(norm_weight.float()).flatten(2))  # rows lie as z's, not as the heads'
     return gated.flatten(0, 1).to(z.dtype)
