@@ -181,6 +181,13 @@ def test_large_scores_do_not_overflow(backend):
     backend.assert_close(prefill(pages, q, gate, [row], [68], [2]), wanted)
 
 
+def test_no_token_is_no_part_of_what_was_given():
+    """Operators return nothing that shares memory with an argument."""
+    q, kv, table = torch.zeros(0, 4, 64), torch.zeros(4, 2, 2, 16, 64), torch.zeros(1, 2, dtype=torch.int32)
+    ragged = (torch.zeros(2, dtype=torch.int32), torch.full((1,), 5, dtype=torch.int32), 1)
+    torch.library.opcheck(torch.ops.tokenspeed.paged_attention_prefill.default, (q, q, kv, table, *ragged, 0.125))
+
+
 class Gathers(TorchDispatchMode):
     """How many elements each gather gives."""
 

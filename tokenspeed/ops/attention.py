@@ -151,7 +151,7 @@ def paged_attention_prefill(
     check_longest(cu_seqlens, max_seqlen)
     check_pages(page_table, ends, kv.shape[3])
     if not len(q):
-        return q.flatten(1)
+        return torch.empty_like(q.flatten(1))
     places = (kv, page_table, context_lens, ends, scale)
     if q.is_cpu and len(q) == len(ends) * max_seqlen:  # all of one length, as one prompt alone is
         alike = q.unflatten(0, (len(ends), max_seqlen)).transpose(1, 2)
