@@ -30,8 +30,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// The same value, by a way that ptxas does not see through: not as a sum of which a part is in a uniform register. A whole
-// warp.
+// The same value, by a way that ptxas does not see through: not as a sum of which a part is in a uniform register. All
+// lanes of the warp call it.
 __device__ __forceinline__ uint32_t opaque(uint32_t value) {
     return __shfl_sync(0xffffffff, value, threadIdx.x % 32);
 }

@@ -175,7 +175,9 @@ class Launched:
         for i, s in enumerate(self._step.samples):
             decoding = s.row < len(self._step.decode)
             end = None if decoding else self._step.rows[s.row].end
-            ids = self._device.choose(s, self._histories[s.row], by_sample.get(i), end, self._step.drafts)
+            own = self._step.rows[s.row].index == s.index  # a Runner drafts for nobody else
+            drafts = self._step.drafts if own else 0
+            ids = self._device.choose(s, self._histories[s.row], by_sample.get(i), end, drafts)
             if s.logprobs >= 0:
                 histories = self._histories[s.row][-1:] if end else self._histories[s.row]
                 self._scores[i] = [scores_of(h, id, s.logprobs) for h, id in zip(histories, ids, strict=False)]

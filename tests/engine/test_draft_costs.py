@@ -105,6 +105,12 @@ def test_a_batch_drafts_where_all_together_gain():
     assert {(2, 3), (1, 0)} <= shown and bench.engine.stats()["steps_without_drafts"] > 20
 
 
+def test_who_begins_behind_anothers_prompt_has_no_drafts_that_could_be_wrong():
+    bench = Bench(Setting(drafts=((4, 3),), draft_costs=((4, 2.6),), right=100))
+    finish(bench, request("a", prompt_of(20), n=4, max_tokens=60, ignore_eos=True))
+    assert bench.device.drafts["right"] > 0 and bench.engine.stats()["steps_without_drafts"] == 0
+
+
 @pytest.mark.thinned(4, "seed")
 @pytest.mark.parametrize("seed", range(16))
 def test_random_lives_whose_drafts_come_and_go(seed):

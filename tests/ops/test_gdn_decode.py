@@ -193,6 +193,14 @@ def prefill(layer, qkv, z, a, b, sequence):
     return backend.op("gated_rms_norm")(out, gate, layer.norm_weight, EPS).flatten(1)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_rows_lie_one_behind_the_other(backend, sequences, tokens):
+    layer = Layer(backend, published(2), slots=2, window=6)
+    out = decode(layer, *layer.projections(sequences * tokens), [Sequence(20, tokens, i, i) for i in range(sequences)])
+    assert out.is_contiguous()
+
+
 def test_decode_equals_prefill(backend):
     layer = Layer(backend, published(2), slots=3)
     qkv, z, a, b = layer.projections(12)

@@ -51,6 +51,13 @@ def check(layer, sequences, snapshots=(), spare=0, data=None, state_tolerance=1e
     return out
 
 
+@pytest.mark.parametrize("sequences", [[Sequence(0, 64, 1, 1)], [Sequence(64, 128, 1, 2)], [Sequence(0, 64, 0, 0)] * 2])
+def test_whole_chunks_alone_are_a_batch_like_any_other(backend, sequences):
+    layer = Layer(backend, published(2), slots=4)
+    sequences = [s._replace(read=s.read + i, write=s.write + i) for i, s in enumerate(sequences)]
+    assert check(layer, sequences).is_contiguous()
+
+
 @pytest.mark.parametrize("nv_per_nk", [1, 2, 3, 4])
 def test_ragged_batch_equals_the_recurrence(backend, nv_per_nk):
     for heads in every_head_layout(backend, nv_per_nk):

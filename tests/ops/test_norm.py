@@ -4,6 +4,9 @@
 import pytest
 import torch
 
+from tokenspeed import ops
+from tokenspeed.ops.norm import constant
+
 from . import reference
 from .backends import same_bits
 
@@ -84,3 +87,13 @@ def test_saturated_gates_neither_overflow_nor_leak(backend):
     out = backend.op("silu_mul")(torch.cat([gate.expand(2, 512), x[:, :512]], dim=1))
     assert not out[0].any()
     backend.assert_close(out[1], 1e4 * reference.exact(x[1, :512]))
+
+
+def test_a_default_device_elsewhere_changes_nothing():
+    """Also not for those that call behind it: numbers are made once."""
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    expected = ops.rms_norm(x, weight, EPS)
+    constant.cache_clear()
+    with torch.device("meta"):
+        within = ops.rms_norm.__wrapped__(x, weight, EPS)
+    assert same_bits(within, expected) and same_bits(ops.rms_norm(x, weight, EPS), expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenspeed import ops
 from tokenspeed.ops.fp8 import FP8
@@ -178,6 +179,38 @@ def test_large_scores_do_not_overflow(backend):
     wanted = expected(pages, q, gate, k * 64, v)
     backend.assert_close(decode(pages, q, gate, [row], [68]), wanted)
     backend.assert_close(prefill(pages, q, gate, [row], [68], [2]), wanted)
+
+
+def test_no_token_is_no_part_of_what_was_given():
+    """Operators return nothing that shares memory with an argument."""
+    q, kv, table = torch.zeros(0, 4, 64), torch.zeros(4, 2, 2, 16, 64), torch.zeros(1, 2, dtype=torch.int32)
+    ragged = (torch.zeros(2, dtype=torch.int32), torch.full((1,), 5, dtype=torch.int32), 1)
+    torch.library.opcheck(torch.ops.tokenspeed.paged_attention_prefill.default, (q, q, kv, table, *ragged, 0.125))
+
+
+class Gathers(TorchDispatchMode):
+    """How many elements each gather gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index.Tensor:
+            self.elements.append(result.numel())
+        return result
+
+
+def test_pages_behind_the_longest_sequence_are_not_gathered():
+    kv, table = torch.randn(70, 2, 2, 16, 64), torch.arange(70, dtype=torch.int32)[None]
+    q, starts = torch.randn(2, 4, 64), torch.tensor([0, 2], dtype=torch.int32)
+    with Gathers() as gathers:
+        ops.paged_attention_decode.__wrapped__(q, q, kv, table, torch.tensor([15], dtype=torch.int32), 0.125)
+        ops.paged_attention_prefill.__wrapped__(
+            q, q, kv, table, starts, torch.tensor([14], dtype=torch.int32), 2, 0.125
+        )
+    assert gathers.elements == [2 * kv[0].numel(), kv[0].numel()]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

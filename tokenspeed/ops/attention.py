@@ -92,16 +92,16 @@ def _attend(
 ) -> Tensor:
     """q: [B, q_heads, T, D] -> [B, q_heads, T, D]; token i of a sequence sees keys first_key .. context + i, below its
     end."""
-    heads = torch.arange(kv.shape[2], device=q.device).unsqueeze(1)
-    part = torch.arange(2, device=q.device)[:, None, None, None]
-    pages = page_table.clamp(min=0, max=len(kv) - 1)[:, None]
-    k_v = kv[pages, part, heads].flatten(3, 4)  # [2, B, kv_heads, keys, D]
     # Rows beyond the sequence may hold anything, NaN included, and 0 * NaN must not reach the sum.
-    all_have, longest = first_key, k_v.shape[3]
+    page_size, all_have = kv.shape[3], first_key
+    longest = page_table.shape[1] * page_size
     if q.is_cpu:  # where reading a tensor costs nothing, few of them are left
         ends_here = ends.tolist()
         all_have, longest = max(first_key, min(ends_here)), min(longest, max(first_key + 1, *ends_here))
-    k_v = k_v[..., first_key:longest, :]
+    heads = torch.arange(kv.shape[2], device=q.device).unsqueeze(1)
+    part = torch.arange(2, device=q.device)[:, None, None, None]
+    pages = page_table[:, None, : -(-longest // page_size)].clamp(min=0, max=len(kv) - 1)
+    k_v = kv[pages, part, heads].flatten(3, 4)[..., first_key:longest, :]  # [2, B, kv_heads, keys, D]
     k_v = (from_fp8(k_v) if k_v.dtype == FP8 else k_v).to(q.dtype)
     position = torch.arange(first_key, longest, device=q.device)
     if all_have < longest:
@@ -151,7 +151,7 @@ def paged_attention_prefill(
     check_longest(cu_seqlens, max_seqlen)
     check_pages(page_table, ends, kv.shape[3])
     if not len(q):
-        return q.flatten(1)
+        return torch.empty_like(q.flatten(1))
     places = (kv, page_table, context_lens, ends, scale)
     if q.is_cpu and len(q) == len(ends) * max_seqlen:  # all of one length, as one prompt alone is
         alike = q.unflatten(0, (len(ends), max_seqlen)).transpose(1, 2)

@@ -186,7 +186,7 @@ def gated_delta_rule_prefill(
         outputs.append(q[:, :, c] @ state_t + attention[:, :, c] @ update)
         updates.append(update)
         current = current * total[:, :, c, -1].exp()[..., None, None] + update.transpose(-1, -2) @ k_to_end[:, :, c]
-    out = torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)  # [B, T, nv, dv]
+    out = torch.stack([x.transpose(1, 2) for x in outputs], 1).flatten(1, 2)  # [B, T, nv, dv]
     if full:
         result = out.flatten(0, 1)
     else:
@@ -341,5 +341,5 @@ def gated_delta_rule_decode(
     state.index_copy_(0, slots, after)
     cursor.index_copy_(0, slots, (context_lens + 1).unsqueeze(1).expand(-1, nv))
     normed = normalised((heads * constant(dk**-0.5)).to(z.dtype).float(), eps)
-    gated = normed.mul_(norm_weight.float()).flatten(2).mul_(F.silu(z.float()))
+    gated = F.silu(z.float()).mul_(normed.mul_(norm_weight.float()).flatten(2))  # rows lie as z's, not as the heads'
     return gated.flatten(0, 1).to(z.dtype)

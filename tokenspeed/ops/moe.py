@@ -113,7 +113,7 @@ def all_experts(
     first_expert: int,
 ) -> Tensor:
     """`moe_experts` behind `moe_route`, and `shared` [N, H] added, by two products with all experts' weights, where
-    those that a row has not chosen weigh nothing."""
+    those that a row has not chosen weigh nothing. So an expert whose weights are not finite spoils every row."""
     weights, experts = _chosen(logits, top_k, context_lens)
     by_expert = weights.new_zeros(len(x), logits.shape[1] + 1).scatter_(1, experts, weights)
     by_expert = by_expert[:, first_expert : first_expert + len(gate_up), None]

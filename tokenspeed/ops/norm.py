@@ -18,7 +18,7 @@ def constant(value: float) -> Tensor:
     """A number as fp32 on the host, which operators on any device take: torch makes a tensor of a plain float, and
     converts it, at every call."""
     with torch.inference_mode(False):
-        return torch.scalar_tensor(value, dtype=torch.float32)
+        return torch.scalar_tensor(value, dtype=torch.float32, device="cpu")
 
 
 def normalised(x: Tensor, eps: float) -> Tensor:

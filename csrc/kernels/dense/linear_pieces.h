@@ -40,8 +40,8 @@ __device__ __forceinline__ int copied_column() {
     return warp * F::kColumns + chunk * (F::kColumns / kChunks);
 }
 
-// Starts the copies of this warp's piece of a slab; zeros where the matrix ends. Weights are the first to leave L2: what
-// is small and read in every layer, code and scales too, stays there.
+// Starts the copies of this warp's piece of a slab; zeros where the matrix ends. Weights are the first to leave L2:
+// what is small and read in every layer, code and scales too, stays there.
 template <typename Weight>
 __device__ __forceinline__ void copy_piece(uint8_t* piece, const Walk<Weight>& at, const Weight* weight, int outputs,
                                            int inputs) {

@@ -99,7 +99,8 @@ def by_columns(parameter: nn.Parameter, first: int = 0) -> None:
     """Let the outputs of one input be neighbours in memory, [in, ..., out] for a [..., out, in] weight of fp32 on a CPU
     alone. first: leading dimensions that stay outside of `in`.
 
-    A CPU then multiplies up to 24 rows 1.2 to 1.9 times as fast, and 128 as fast as before; bf16 it multiplies slower.
+    A CPU then multiplies 4 to 24 rows faster, and one row with a small weight; bf16 it multiplies slower. By how much:
+    docs/performance.md, "On a CPU".
     Mutates where the parameter's elements lie, not what they are.
     """
     if parameter.is_cpu and parameter.dtype == torch.float32 and parameter.nbytes <= _COLUMN_BYTES:

@@ -18,7 +18,7 @@ _TRIED = 0.025  # of the time that trying drafts again may take where they bring
 @dataclass(slots=True)
 class Fortune:
     """How a sequence's drafts fared: share: of the drafts of a Step that were right, smoothed; steps: that verified
-    some; last: number of the latest of them."""
+    some; last: number of the latest of them, or of a Step for which the sequence has none, though others do."""
 
     share: float = _SHARE
     steps: int = 0
@@ -26,6 +26,8 @@ class Fortune:
 
     def note(self, step: int, share: float) -> None:
         """Step number `step` verified drafts of which that share was right."""
+        if step == self.last:
+            return
         weight = _LATEST if step == self.last + 1 else _AFRESH
         self.share += max(weight, 1 / (2 + self.steps)) * (share - self.share)
         self.steps, self.last = self.steps + 1, step

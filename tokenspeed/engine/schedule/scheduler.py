@@ -409,6 +409,7 @@ class Scheduler:
                     continue
                 self._take(child, fork.child)
                 child.state = State.DECODING
+                child.fortune.last = self.steps  # nobody has drafted for it yet
                 parent.write_slot, parent.row = fork.parent_write, None  # it reads where its own last step wrote
 
     def _take(self, sequence: Continuation, admission: Admission) -> None:
