@@ -120,3 +120,11 @@ def test_random_lives_whose_drafts_come_and_go(seed):
         return made
 
     run_schedule(seed, settings=setting)
+
+
+def test_more_sequences_than_were_timed_cost_what_the_most_did():
+    drafting = Drafting(((1, 2.0), (4, 3.0)))
+    wrong = Fortune(share=0.1)
+    assert not drafting.pays([wrong] * 9, 3)
+    assert drafting.pays([Fortune(share=0.9)] * 9, 3)
+    assert Drafting(()).pays([wrong] * 9, 3), "nothing was timed"

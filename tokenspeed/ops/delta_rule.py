@@ -144,16 +144,17 @@ def gated_delta_rule_prefill(
     if not cu_seqlens.is_cuda:  # where reading a tensor costs nothing, the bound is exact
         chunks = max([1, *((phase + cu_seqlens.diff() + CHUNK - 1) // CHUNK).tolist()])
         full = 0 < tokens == len(phase) * chunks * CHUNK
-    if not full:
-        rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
+    grid = padding = None
+    if full:  # whole chunks alone: there is no padding, and nothing to move
+        qkv, a, b = (x.unflatten(0, (len(phase), -1)) for x in (qkv, a, b))
+    else:
+        grid = rows, valid = grid_of_tokens(cu_seqlens, -phase, chunks * CHUNK)
         padding = ~valid[:, None, :, None]
         qkv, a, b = qkv[rows], a[rows], b[rows]
-    else:  # whole chunks alone: there is no padding, and nothing to move
-        qkv, a, b = (x.unflatten(0, (len(phase), -1)) for x in (qkv, a, b))
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, heads, D] -> [B, heads, chunks, CHUNK, D], zero in padding
         x = x.transpose(1, 2)
-        return (x.contiguous() if full else x.masked_fill(padding, 0)).unflatten(2, (chunks, CHUNK))
+        return (x.contiguous() if padding is None else x.masked_fill(padding, 0)).unflatten(2, (chunks, CHUNK))
 
     qk, v = _split_heads(qkv, state)
     q, k, v = (chunked(x) for x in (qk[:, :, 0] * constant(state.shape[3] ** -0.5), qk[:, :, 1], v))
@@ -187,9 +188,10 @@ def gated_delta_rule_prefill(
         updates.append(update)
         current = current * total[:, :, c, -1].exp()[..., None, None] + update.transpose(-1, -2) @ k_to_end[:, :, c]
     out = torch.stack([x.transpose(1, 2) for x in outputs], 1).flatten(1, 2)  # [B, T, nv, dv]
-    if full:
+    if grid is None:
         result = out.flatten(0, 1)
     else:
+        rows, valid = grid
         result = out.new_zeros(tokens, nv, dv)
         result[rows[valid]] = out[valid]
 

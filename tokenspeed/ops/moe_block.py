@@ -41,7 +41,7 @@ def moe_block(
     shared_scale: Tensor | None = None,
     context_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mixture of experts of a decode layer, from the residual sum to the sum of all experts, in one launch.
+    """The mixture of experts of a layer, from the residual sum to the sum of all experts; of few rows in one launch.
 
     x, residual: [N, H]; norm_weight: [H]; in_proj: [at least 2 S + E + 1, H], the shared expert's gate and its up, the
     router and the shared expert's own gate; experts: E, of the model; gate_up, down, top_k, first_expert: as in

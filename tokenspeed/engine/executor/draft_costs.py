@@ -19,6 +19,7 @@ def draft_costs(runner: Runner, depths: Callable[[int], int]) -> tuple[tuple[int
     sequences. Of sequences of a token, which say random ids: text shares more experts. Every rank calls it alike,
     before any sequence begins. Mutates pages and slots."""
     graphs, tables, memory, costs = runner.graphs, runner.tables, runner.memory, []
+    generator = torch.Generator(runner.device)
     for size in graphs.sizes if graphs else ():
         if not depths(size) or size > min(len(memory.pages), len(memory.slots)):
             break
@@ -27,7 +28,7 @@ def draft_costs(runner: Runner, depths: Callable[[int], int]) -> tuple[tuple[int
             tables.clear()
             tables.pages[:size, 0] = torch.arange(size)
             tables.capacity[:size], tables.length[:size], tables.left[:size] = PAGE_TOKENS, 1, 1 << 20
-            tables.ids.random_(runner.model.config.vocab)
+            tables.ids.random_(0, runner.model.config.vocab, generator=generator.manual_seed(0))
             step = Step(decode=rows, width=1 + drafts, drafts=drafts)
             us.append(microseconds(lambda step=step: graphs.replay(step), runner.device, _WARM_UP, _ROUNDS, _CALLS))
         costs.append((size, round(_GRID * us[1] / us[0]) / _GRID))

@@ -37,12 +37,12 @@ class Drafting:
     """costs: as `Limits.draft_costs`; left_out: Steps without drafts because these would not have paid."""
 
     def __init__(self, costs: tuple[tuple[int, float], ...]):
-        self._costs = costs
+        self._costs, self._beyond = costs, costs[-1][1] if costs else 0.0  # of more sequences than were timed
         self._since = self.left_out = 0  # Steps since one with drafts
 
     def pays(self, fortunes: Sequence[Fortune], drafts: int) -> bool:
         """Whether the next Step of these sequences makes as many drafts, or tries them. Asked once for each."""
-        cost = next((cost for limit, cost in self._costs if len(fortunes) <= limit), 0.0)
+        cost = next((cost for limit, cost in self._costs if len(fortunes) <= limit), self._beyond)
         brought = sum(1 + drafts * fortune.share for fortune in fortunes) if cost else 0.0
         if brought >= _MARGIN * cost * len(fortunes) or self._since >= ceil((cost - 1) / _TRIED):
             self._since = 0
