@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.launches import behind_a_copy, emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.ops import reference
 from tests.ops.backends import same_bits
 from tests.ops.samples import SAMPLES
@@ -162,15 +162,12 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed)
             continue
         given = fresh()
         given[position], arena = behind_a_copy(arg)
-        device.emulator_seed(seed)
-        device.emulator_defer(1)
-        try:
+
+        def copied_and_called(given=given, arena=arena):
             torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
-            result = getattr(torch.ops.tokenspeed_emulated, name)(*given)
-            assert device.emulator_synchronize() == 0
-        finally:
-            device.emulator_defer(0)
-            device.emulator_seed(0)
+            return getattr(torch.ops.tokenspeed_emulated, name)(*given)
+
+        result = queued(device, seed, copied_and_called)
         results = [result] if isinstance(result, torch.Tensor) else list(result or ())
         assert all(same_bits(a, b) for a, b in zip(results, wanted, strict=True)), f"argument {position}"
         for now, then in zip(given, expected_args, strict=True):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenspeed.ops
-from tests.kernels.launches import behind_a_copy, emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.ops import reference
 from tests.ops.backends import Backend, bounded, relative_error, same_bits
 from tokenspeed.ops.ffn_block import ffn_block_scratch
@@ -159,16 +159,12 @@ def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, se
     for position in (0, 1, 6):  # x, residual, scratch
         given = layer.arguments()
         given[position], arena = behind_a_copy(given[position])
-        device.emulator_seed(seed)
-        device.emulator_defer(1)
-        try:
+
+        def copied_and_called(given=given, arena=arena):
             torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
-            results = [torch.ops.tokenspeed_emulated.ffn_block(*given) for _ in range(3)]
-            assert device.emulator_synchronize() == 0
-        finally:
-            device.emulator_defer(0)
-            device.emulator_seed(0)
-        for result in results:
+            return [torch.ops.tokenspeed_emulated.ffn_block(*given) for _ in range(3)]
+
+        for result in queued(device, seed, copied_and_called):
             assert all(same_bits(a, b) for a, b in zip(result, expected, strict=True)), f"argument {position}"
 
 
@@ -189,14 +185,7 @@ def test_what_follows_early_waits_for_the_output(backend, seed):
         return kept
 
     expected = [each.clone() for each in chain()]
-    device.emulator_seed(seed)
-    device.emulator_defer(1)
-    try:
-        results = chain()
-        assert device.emulator_synchronize() == 0
-    finally:
-        device.emulator_defer(0)
-        device.emulator_seed(0)
+    results = queued(device, seed, chain)
     assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.launches import behind_a_copy, emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.kernels.test_linear_fp8 import draw_weight
 from tests.kernels.test_moe_block_kernel import Layer
 from tests.ops.backends import Backend, same_bits
@@ -139,15 +139,12 @@ def test_kernels_that_start_early_wait_for_the_ones_before(backend, seed):
         for position in positions:
             given = list(args)
             given[position], arena = behind_a_copy(args[position])
-            device.emulator_seed(seed)
-            device.emulator_defer(1)
-            try:
+
+            def copied_and_called(name=name, given=given, arena=arena):
                 ops.copy_states(arena, from_slot, to_slot)
-                result = getattr(ops, name)(*given)
-                assert device.emulator_synchronize() == 0
-            finally:
-                device.emulator_defer(0)
-                device.emulator_seed(0)
+                return getattr(ops, name)(*given)
+
+            result = queued(device, seed, copied_and_called)
             for now, then in zip(
                 *([each] if isinstance(each, Tensor) else each for each in (result, expected)), strict=True
             ):

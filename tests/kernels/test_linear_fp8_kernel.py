@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.launches import behind_a_copy, emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.kernels.test_linear_fp8 import by_hand, draw_weight
 from tests.ops.backends import Backend, relative_error, same_bits
 from tests.ops.reference import exact
@@ -112,15 +112,12 @@ def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, rows, seed
     for position in range(2):
         given = list(values)
         given[position], arena = behind_a_copy(values[position])
-        device.emulator_seed(seed)
-        device.emulator_defer(1)
-        try:
+
+        def copied_and_called(given=given, arena=arena):
             ops.copy_states(arena, from_slot, to_slot)
-            result, quantised = ops.linear_fp8(*given), ops.linear(x, *values[2:4])
-            assert device.emulator_synchronize() == 0
-        finally:
-            device.emulator_defer(0)
-            device.emulator_seed(0)
+            return ops.linear_fp8(*given), ops.linear(x, *values[2:4])
+
+        result, quantised = queued(device, seed, copied_and_called)
         assert same_bits(result, expected), f"argument {position}"
         assert same_bits(quantised, of_bf16)
 

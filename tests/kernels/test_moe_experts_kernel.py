@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.launches import behind_a_copy, emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.ops import reference
 from tests.ops.backends import Backend, bounded, relative_error, same_bits
 
@@ -224,15 +224,12 @@ def test_a_kernel_that_starts_early_waits_for_the_one_before(backend, tokens, wi
     for position in range(5):
         given = list(args)
         given[position], arena = behind_a_copy(args[position])
-        device.emulator_seed(seed)
-        device.emulator_defer(1)
-        try:
+
+        def copied_and_called(given=given, arena=arena):
             torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
-            result = torch.ops.tokenspeed_emulated.moe_experts(*given)
-            assert device.emulator_synchronize() == 0
-        finally:
-            device.emulator_defer(0)
-            device.emulator_seed(0)
+            return torch.ops.tokenspeed_emulated.moe_experts(*given)
+
+        result = queued(device, seed, copied_and_called)
         assert same_bits(result, expected), f"argument {position}"
 
 
