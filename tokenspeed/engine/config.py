@@ -195,10 +195,10 @@ class EngineConfig:
     head, else none. On a GPU "auto" drafts only where that is worth it: at start it is timed what steps with drafts
     cost, and each request's drafts are counted from its own beginning on. A step drafts where its requests' drafts
     bring nearly as many ids (95%) as they cost steps without; where they do not, drafts are tried again now and then,
-    for at most 2.5% of the time. So text of which little can be foreseen takes no more than about 5% longer than
-    without drafts, and a request alone has the same steps whatever was said before it. `--draft-tokens N` drafts N in
-    every step. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a
-    tokenizer's merges make the most frequent; None for all.
+    for at most 2.5% of the time. So text of which little can be foreseen takes, by simulation, about 5% longer than
+    without drafts at most, and a request alone has the same steps whatever was said before it. `--draft-tokens N`
+    drafts N in every step. draft_vocabulary: the MTP head chooses among this many ids, the lowest, which a tokenizer's
+    merges make the most frequent; None for all.
     tensor_parallel_size, expert_parallel_size: ranks the dense weights and the experts are split over; prefill_sums: of
     many tokens over ranks, "all-reduce", "in-parts" (reduce-scatter, the norm of a part, all-gather), or "auto" for
     what is measured to be faster at start on GPUs, else all-reduce: results of the two differ by rounding; rendezvous:
