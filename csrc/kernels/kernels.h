@@ -364,6 +364,7 @@ struct GatedDeltaRulePrefill {
     __nv_bfloat16* out;           // [tokens, value_heads, 128] contiguous
     int tokens, key_heads, value_heads, ring_rows, ring_width, sequences, snapshot_count;
     int64_t longest;  // no sequence has more tokens
+    int64_t slots;
     void* workspace;  // aligned to 16 bytes
 };
 bool gated_delta_rule_prefill_supported(const GatedDeltaRulePrefill& arguments);

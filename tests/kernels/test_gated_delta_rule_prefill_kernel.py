@@ -1,5 +1,7 @@
 """Claims about the prefill kernel of the delta rule beyond its operator's contract: pipeline, heads, ranges, length."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -24,6 +26,16 @@ def card(backend):
     if backend.emulated is not None:
         pytest.skip("too long for the emulated device")
     return backend
+
+
+@contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """The emulated device with so many of them; a card has its own."""
+    emulator().emulator_multiprocessors(count)
+    try:
+        yield
+    finally:
+        emulator().emulator_multiprocessors(4)
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(0, 1), (60, 129), (5, 330), (5, 700)])
@@ -62,9 +74,9 @@ def test_the_kernels_of_windows_wait_for_each_other(backend, seed):
     assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("multiprocessors", [2, 6, 12])
+@pytest.mark.parametrize("count", [2, 6, 12])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_scan_takes_chunks_while_others_are_prepared(backend, seed, multiprocessors):
+def test_the_scan_takes_chunks_while_others_are_prepared(backend, seed, count):
     """Two multiprocessors leave the scan none of its own, six some after a round of units, twelve from the start."""
     if backend.emulated is None:
         pytest.skip("a card takes no seed")
@@ -77,13 +89,70 @@ def test_the_scan_takes_chunks_while_others_are_prepared(backend, seed, multipro
         arrays = *columns(backend, [Sequence(30, 1000, 1, 2)]), snapshot_rows(backend, [(0, 700, 3)])
         records = (layer.a_log, layer.dt_bias, layer.state, layer.ring, layer.cursor)
         call = partial(backend.op("gated_delta_rule_prefill"), *data, *records, *arrays, 1000)
-        device.emulator_multiprocessors(multiprocessors if early else 4)
-        try:
+        with multiprocessors(count if early else 4):
             out = queued(device, seed, call) if early else call()
-        finally:
-            device.emulator_multiprocessors(4)
         results.append((out, layer.state[2:].clone()))
     assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+
+
+# None to five chunks, of any context; in place, to another slot and to none; updates that wait in a ring.
+RAGGED = [
+    Sequence(0, 0, 0, 0),
+    Sequence(64, 128, 1, 1),
+    Sequence(30, 300, 2, 3, 2),
+    Sequence(13, 0, 4, 4, 2),
+    Sequence(0, 0, 5, -1),
+    Sequence(9, 0, 6, 7),
+    Sequence(63, 1, 8, 8, 3),
+    Sequence(0, 70, -1, 9),
+    Sequence(100, 64, 10, -1),
+    Sequence(1, 3, 11, 11, 1),
+]
+SNAPSHOTS = [(1, 128, 12), (1, 192, 13), (2, 31, 14), (2, 256, 15), (6, 64, 16), (8, 130, -1), (8, 101, 17)]
+
+
+@pytest.mark.parametrize("count", [2, 6, 16])
+def test_clusters_take_sequences_and_heads_in_turn(scheduled, count):
+    """Ten sequences of two heads on one, three or eight clusters. A card has room for all of these at once."""
+    with multiprocessors(count):
+        check(Layer(scheduled, published(2), slots=18), RAGGED, SNAPSHOTS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cluster_that_takes_several_gives_the_bits_of_clusters_that_take_one(backend, seed):
+    if backend.emulated is None:
+        pytest.skip("a card has its own number of clusters")
+    results = []
+    for count in (4, 64):
+        torch.manual_seed(11)
+        layer = Layer(backend, published(2), slots=18)
+        for sequence in RAGGED:
+            layer.prepare(sequence.read, sequence.context, sequence.pending)
+        data = inputs(layer, sum(s.length for s in RAGGED))
+        arrays = *columns(backend, RAGGED), snapshot_rows(backend, SNAPSHOTS)
+        records = (layer.a_log, layer.dt_bias, layer.state, layer.ring, layer.cursor)
+        call = partial(backend.op("gated_delta_rule_prefill"), *data, *records, *arrays, 300)
+        with multiprocessors(count):
+            out = queued(emulator(), seed, call)
+        results.append((out, layer.arena))
+    assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("sequences", [5, 6, 7, 9])
+def test_every_pair_is_in_one_range(backend, sequences):
+    """Costs that four clusters do not divide: a range ends within a pair. Pairs without tokens cost the least."""
+    with multiprocessors(8):
+        batch = [Sequence(20 + i, 0, i, sequences + i) for i in range(sequences)]
+        check(Layer(backend, published(1), slots=2 * sequences), batch)
+
+
+def test_an_empty_cluster_among_those_that_take_turns(backend):
+    """One sequence costs more than all others: ranges of the same cost hold no pair's beginning."""
+    with multiprocessors(8):
+        check(
+            Layer(backend, published(1), slots=6),
+            [Sequence(7, 900, 0, 0), *(Sequence(3, 0, i, i) for i in range(1, 6))],
+        )
 
 
 @pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 4), Heads(1, 3), Heads(2, 8), Heads(1, 8)])
@@ -223,21 +292,23 @@ def test_long_sequences_stay_close_to_double_precision(card, tokens, slow):
     card.assert_state_close(layer.state[2], snapshot, tolerance=2e-3)
 
 
-def test_a_thousand_calls_give_the_same_bits(card):
-    layer = Layer(card, published(2), slots=9)
-    sequences = [Sequence(64 * i + 7 * i, 150 + 31 * i, i, 4 + i) for i in range(4)]
+@pytest.mark.parametrize("count", [4, 40])
+def test_a_thousand_calls_give_the_same_bits(card, count):
+    """Four sequences of two heads have a cluster a head, forty are more than fit: clusters take turns."""
+    layer = Layer(card, published(2), slots=2 * count + 1)
+    sequences = [Sequence(64 * i + 7 * i, (150 + 31 * i) % 400, i, count + i) for i in range(count)]
     for sequence in sequences:
         layer.prepare(sequence.read, sequence.context)
     data = inputs(layer, sum(s.length for s in sequences))
     first = None
     for _ in range(1000):
-        layer.state[4:] = float("nan")
-        out = prefill(layer, *data, sequences, [(3, 300, 8)])
-        now = torch.cat([out.float().flatten(), layer.state[4:].flatten()])
+        layer.state[count:] = float("nan")
+        out = prefill(layer, *data, sequences, [(3, 300, 2 * count)])
+        now = torch.cat([out.float().flatten(), layer.state[count:].flatten()])
         first = now if first is None else first
         assert same_bits(now, first)
 
 
 def test_a_batch_of_more_blocks_than_the_card_holds(card):
     layer = Layer(card, Heads(2, 4), slots=40)
-    check(layer, [Sequence(13 * i, 20 + i, i, i, i % 3) for i in range(40)])
+    check(layer, [Sequence(13 * i, 47 * i % 331, i, i, i % 3) for i in range(40)])

@@ -61,6 +61,7 @@ std::optional<Tensor> gated_delta_rule_prefill(const Tensor& qkv, const Tensor& 
                                     .sequences = static_cast<int>(sequences),
                                     .snapshot_count = static_cast<int>(snapshots.size(0)),
                                     .longest = std::min(longest, tokens),
+                                    .slots = slots,
                                     .workspace = nullptr};
     if (!gated_delta_rule_prefill_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(qkv, {tokens, value_heads, 128});

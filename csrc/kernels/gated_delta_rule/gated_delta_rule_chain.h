@@ -2,7 +2,7 @@
 // of shared memory that it reads, and what it leaves there. See there for the algorithm.
 #pragma once
 #include <launch_config.h>
-#include <ptx.h>
+#include <ptx_tma.h>
 
 #include "bf16x8.h"
 #include "gated_delta_rule_state.h"
@@ -44,6 +44,57 @@ struct Shared {
     uint64_t state_given, update_given, taken;
 };
 static_assert(sizeof(Shared) <= kSharedLimit);
+
+// Where a cluster takes pairs in turn, a stage of the chain brings the state that a pair begins with, ahead of its
+// chunks, and takes away the one that the pair before ends with: four panels of 64 rows of 32 values, swizzled.
+constexpr int kPanelColumns = 32, kBoxRows = 16;  // of a panel, and of a box of the tensor map: a warp's rows
+constexpr uint32_t kStateBytes = kColumns * kDim * sizeof(float);
+static_assert(kStateBytes <= offsetof(ChainStage, factors));
+
+__device__ __forceinline__ uint8_t* box_of(ChainStage& stage, int panel, int warp) {
+    return reinterpret_cast<uint8_t*>(&stage) + panel * kColumns * 128 + warp * kBoxRows * 128;
+}
+
+// As pair_of.
+__device__ __forceinline__ float2& staged_pair(ChainStage& stage, const Lane& lane, int j, int h) {
+    const int column = j % 4 * 8 + lane.column;
+    uint8_t* piece = box_of(stage, j / 4, 0) + place(lane.row + 8 * h, column / 4);
+    return *reinterpret_cast<float2*>(piece + column % 4 * 4);
+}
+
+// A state on its way from registers to its slot; slot -1: it goes nowhere.
+struct Leaving {
+    int slot = -1, row = 0;
+
+    // By whole warps, once each has put its rows in the stage: lets the copies begin.
+    __device__ void send(const CUtensorMap& states, ChainStage& stage) const {
+        if (slot < 0) return;
+        ptx::fence_async_shared();
+        __syncwarp();
+        if (threadIdx.x % 32 != 0) return;
+        const int warp = threadIdx.x / 32;
+#pragma unroll
+        for (int panel = 0; panel < kDim / kPanelColumns; ++panel) {
+            const int column = panel * kPanelColumns;
+            ptx::tma_store(&states, box_of(stage, panel, warp), {column, row + warp * kBoxRows, slot});
+        }
+        ptx::bulk_commit();
+    }
+};
+
+// The state of a stage, or zeros, to registers, and what they hold to the stage.
+__device__ __forceinline__ void exchange_states(ChainStage& stage, bool enters, bool leaves, float (&s)[64]) {
+    const Lane lane;
+    float2 entering[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) entering[i] = enters ? staged_pair(stage, lane, i / 2, i % 2) : float2{};
+    if (leaves) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) staged_pair(stage, lane, i / 2, i % 2) = float2{s[2 * i], s[2 * i + 1]};
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[2 * i] = entering[i].x, s[2 * i + 1] = entering[i].y;
+}
 
 // Turns the state before the chunk, which this thread has stored at `state`, into that after the token at place `last`:
 // e^{G_last} S + sum_{t <= last} e^{G_last - G_t} v'_t k_t^T. `updates` are the chunk's V' transposed.
@@ -146,23 +197,47 @@ __device__ __forceinline__ void load_values(const Work& at, int chunk, const Cha
     }
 }
 
+__device__ __forceinline__ void store_cursor(const GatedDeltaRulePrefill& p, const Work& at) {
+    if (at.goes_on || at.write_slot < 0 || at.column > 0) return;
+    p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
+}
+
 // The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
 // wait for stands where it waits for a product; the next chunk's values come while S takes up this one's. One warp a
-// scheduler runs here: an instruction more is a cycle more, and one whose result is used at once many.
+// scheduler runs here: an instruction more is a cycle more, and one whose result is used at once many. `done` chunks of
+// `turn` earlier pairs lie behind, whose last state is in `s`.
+template <bool kInTurn>
 __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
+                                     const CUtensorMap& states, int done, int turn, float (&s)[64], Leaving& leaving,
                                      Shared& shared) {
-    const Lane lane;
-    float s[64], x[32], updates[32], values[32];
-    load_state(p, at, window, s);
+    float x[32], updates[32], values[32];
+    const int begin = kInTurn ? done + turn + 1 : done;  // the ring's number of the first chunk
+    ChainStage& of_state = shared.chain[(begin + kStages - 1) % kStages];
+    const auto release_state = [&] {
+        if (threadIdx.x % 32 == 0) ptx::bulk_wait_read<0>();
+        release_stage(shared.chain_ring, begin - 1);
+    };
+    const int cursor = entering_cursor(p, at);
+    if (kInTurn) {
+        ptx::mbarrier_wait(&shared.chain_ring.full[(begin - 1) % kStages], (begin - 1) / kStages & 1);
+        exchange_states(of_state, at.context > 0, leaving.slot >= 0, s);
+    } else {
+        load_state(p, at, window, s);
+    }
+    fold_ring(p, at, cursor, s);
     int snapshot = next_snapshot(p, at, at.first_token(at.first));
-    uint64_t keys = panel_descriptor(shared.chain[0].key);  // of the chunk
+    uint64_t keys = panel_descriptor(shared.chain[begin % kStages].key);  // of the chunk
     if (at.chunks > 0) {
-        ptx::mbarrier_wait(&shared.chain_ring.full[0], 0);
-        load_values(at, at.first, shared.chain[0], values);
+        ptx::mbarrier_wait(&shared.chain_ring.full[begin % kStages], begin / kStages & 1);
+        load_values(at, at.first, shared.chain[begin % kStages], values);
+    } else if (kInTurn) {
+        leaving.send(states, of_state);
+        release_state();
     }
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        const ChainStage& stage = shared.chain[i % kStages];
+        const int number = done + i, place = begin + i;
+        const ChainStage& stage = shared.chain[place % kStages];
         const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
         uint32_t state[8][4];
@@ -179,8 +254,9 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         ptx::wgmma_commit();
         float2 weights[8];
         load_factors(weights, factors.carried);
-        if (i > 0) release_stage(shared.chain_ring, i - 1);
-        if (i > 0) ptx::mbarrier_wait(&shared.taken, (i - 1) & 1);
+        if (i > 0) release_stage(shared.chain_ring, place - 1);
+        if (kInTurn && i == 0) leaving.send(states, of_state);
+        if (number > 0) ptx::mbarrier_wait(&shared.taken, (number - 1) & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             shared.state[k][threadIdx.x] = uint4{state[k][0], state[k][1], state[k][2], state[k][3]};
@@ -211,7 +287,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         }
         ptx::wgmma_commit();
         load_factors(weights, factors.to_end);
-        const int next = i + 1 < at.chunks ? i + 1 : i;
+        if (kInTurn && i == 0) release_state();
+        const int step = i + 1 < at.chunks ? 1 : 0, next = place + step;
         const bool full = ptx::mbarrier_test(&shared.chain_ring.full[next % kStages], next / kStages & 1);
         ptx::wgmma_wait<0>(updates);
 
@@ -238,7 +315,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         }
         arrive_with_warp(&shared.update_given);
         if (!full) ptx::mbarrier_wait(&shared.chain_ring.full[next % kStages], next / kStages & 1);
-        load_values(at, at.first + next, shared.chain[next % kStages], values);  // after the last chunk, in vain
+        load_values(at, chunk + step, shared.chain[next % kStages], values);  // after the last chunk, in vain
         ptx::wgmma_wait<0>(s);
 
         if (snapshot <= last) {
@@ -249,15 +326,13 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             snapshot = next_snapshot(p, at, last);
         }
     }
-    if (at.chunks > 0) release_stage(shared.chain_ring, at.chunks - 1);
-    if (at.goes_on) {
+    if (at.chunks > 0) release_stage(shared.chain_ring, begin + at.chunks - 1);
+    if (kInTurn) {
+        leaving = {at.write_slot, at.value_head * kDim + at.column};
+    } else if (at.goes_on) {
         store_state(carried_state(p, at, window), s);
     } else if (at.write_slot >= 0) {
         store_state(state_of(p, at, at.write_slot), s);
-    }
-    leave_cluster();  // in place, the other half has read the cursor too
-    if (!at.goes_on && at.write_slot >= 0 && at.column == 0 && threadIdx.x == 0) {
-        p.cursor[at.write_slot * p.cursor_stride + at.value_head] = at.context + at.length;
     }
 }
 

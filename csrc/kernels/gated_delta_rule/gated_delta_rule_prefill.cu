@@ -17,6 +17,10 @@
 // bulk copies for both blocks of the cluster at once, and each block's own values by TMA (a row outside the sequence
 // counts as zero). Three stages for the chain, 34 KB each, and three for the outputs, 25 KB each.
 //
+// Many short sequences: a grid of as many clusters as fit takes pairs of a sequence and a value head in turn
+// (PairsInTurn), with the next pair's state and operands on their way while one is scanned. A state comes as a stage of
+// the chain, ahead of its chunks, and the one before leaves from there.
+//
 // Windows. The first kernel fills a workspace of some chunks of every sequence, the scan consumes it, and so on; a
 // sequence that goes on leaves its state in the workspace. Within a window the two run beside each other: the scan
 // starts once all blocks of the first kernel have, on what multiprocessors they leave. It waits for that kernel's end
@@ -51,32 +55,34 @@ namespace {
 using namespace delta_rule_prefill;
 
 constexpr int kThreads = 3 * kGroupThreads;                // chain, outputs, and one whose warps move data
-constexpr int kChainRegisters = 240, kMoveRegisters = 40;  // per thread, of 168 at the start
+constexpr int kChainRegisters = 240, kMoveRegisters = 96;  // per thread, of 168 at the start
 constexpr int kWindowSlots = 260, kLeastWindow = 8;        // chunks of all sequences in a window, and of one at least
 constexpr int kAhead = 6;                                  // chunks, of asking memory for them
+constexpr int kMostChunksInTurn = 16;                      // of a pair: longer ones do not mind their ends
 constexpr uint32_t kOutputBarrier = 1;
 
 // The outputs: O^T = (S Q^T) e^G dk^-0.5 + V'^T P^T, [64 value columns x 64 tokens], and their rows to memory.
-__device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, const Work& at, Shared& shared) {
+__device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, const Work& at, int done, Shared& shared) {
     const int thread = threadIdx.x % kGroupThreads, piece = thread % 8;
     const int64_t stride = static_cast<int64_t>(p.value_heads) * kDim;
     auto* columns = p.out + at.value_head * kDim + at.column + piece * 8;
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        const OutputStage& stage = shared.outputs[i % kStages];
+        const int number = done + i;
+        const OutputStage& stage = shared.outputs[number % kStages];
         float of_state[32], out[32];
         uint32_t state[8][4], update[4][4];
         float2 scales[8];
         const auto take = [&](uint32_t (&operand)[4], const uint4& from) {
             operand[0] = from.x, operand[1] = from.y, operand[2] = from.z, operand[3] = from.w;
         };
-        ptx::mbarrier_wait(&shared.output_ring.full[i % kStages], i / kStages & 1);
+        ptx::mbarrier_wait(&shared.output_ring.full[number % kStages], number / kStages & 1);
         load_factors(scales, stage.factors);
-        ptx::mbarrier_wait(&shared.state_given, i & 1);
+        ptx::mbarrier_wait(&shared.state_given, number & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) take(state[k], shared.state[k][thread]);
         // Only now that the chain needs the matrix unit least.
-        ptx::mbarrier_wait(&shared.update_given, i & 1);
+        ptx::mbarrier_wait(&shared.update_given, number & 1);
 #pragma unroll
         for (int k = 0; k < 4; ++k) take(update[k], shared.update[k][thread]);
         arrive_with_warp(&shared.taken);
@@ -91,11 +97,11 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>(of_state, out);
-        release_stage(shared.output_ring, i);
+        release_stage(shared.output_ring, number);
 #pragma unroll
         for (int k = 0; k < 32; ++k) out[k] += of_state[k] * (k % 2 == 0 ? scales[k / 4].x : scales[k / 4].y);
 
-        __nv_bfloat16* tile = shared.output[i % 2];
+        __nv_bfloat16* tile = shared.output[number % 2];
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
             uint32_t blocks[4];
@@ -128,23 +134,50 @@ __device__ __forceinline__ const uint32_t* ready_of(const GatedDeltaRulePrefill&
     return window.ready + int64_t{at.slot} * p.key_heads + at.key_head;
 }
 
+// By one thread: the state that a pair begins with, where clusters take pairs in turn.
+__device__ __forceinline__ void load_state_stage(const GatedDeltaRulePrefill& p, const Work& at,
+                                                 const CUtensorMap& states, int number, Shared& shared) {
+    const int stage = number % kStages, row = at.value_head * kDim + at.column;
+    uint64_t* full = &shared.chain_ring.full[stage];
+    wait_until_empty(shared.chain_ring, number);
+    ptx::mbarrier_arrive_expect_tx(full, at.context > 0 ? kStateBytes : 0);
+    if (at.context == 0) return;
+    ptx::fence_async_global();  // ordinary stores wrote the slot
+#pragma unroll 1
+    for (int i = 0; i < kDim / kPanelColumns * kWarps; ++i) {
+        const int panel = i / kWarps, warp = i % kWarps;
+        ptx::tma_load(box_of(shared.chain[stage], panel, warp), &states, full,
+                      {panel * kPanelColumns, row + warp * kBoxRows, at.read_slot});
+    }
+}
+
 // By one thread: the chain's operands. The first block brings what both need, each its own values; chunks further on
 // are asked for from memory.
-__device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                           const CUtensorMap& map, Shared& shared) {
+template <typename Pairs>
+__device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Pairs& at, const Window& window,
+                                           const CUtensorMap& map, const CUtensorMap& states, int done, int turn,
+                                           Shared& shared) {
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
     const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head;
     const HeadTiles* heads = window.heads + int64_t{at.slot} * p.value_heads + at.value_head;
     const uint32_t* ready = ready_of(p, at, window);
+    if constexpr (Pairs::kInTurn) {
+        load_state_stage(p, at, states, done + turn, shared);
+        Pairs later = at;
+        if (later.next(p, window) && later.context > 0) {
+            ptx::bulk_prefetch_l2(state_of(p, later, later.read_slot), kStateBytes);
+        }
+    }
     uint32_t known = 0;  // bit j: the tiles of chunk i + j are there
-    const auto ask_for = [&](int i) {
-        if (i < at.chunks) ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)});
-    };
-    for (int i = 0; i < kAhead; ++i) ask_for(i);
+    const auto ask_for = [&](int i) { ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)}); };
+    // A loop: of `if (i < at.chunks) ask_for(i)` six times ptxas 13.0 makes predicates, and sets a coordinate under a
+    // stale one (tools/compile_kernels.py looks for it).
+#pragma unroll 1
+    for (int i = 0; i < min(kAhead, at.chunks); ++i) ask_for(i);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
         const int later = i + kAhead;
-        ask_for(later);
+        if (later < at.chunks) ask_for(later);
         if (at.rank == 0) {
             if (later < at.chunks && ptx::load_acquire(ready + int64_t{later} * p.key_heads) == 1) {
                 known |= 1u << kAhead;
@@ -155,9 +188,10 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
             known >>= 1;
             ptx::fence_async_global();
         }
-        ChainStage& stage = shared.chain[i % kStages];
-        uint64_t* full = &shared.chain_ring.full[i % kStages];
-        wait_until_empty(shared.chain_ring, i);
+        const int number = Pairs::kInTurn ? done + turn + 1 + i : done + i;
+        ChainStage& stage = shared.chain[number % kStages];
+        uint64_t* full = &shared.chain_ring.full[number % kStages];
+        wait_until_empty(shared.chain_ring, number);
         ptx::mbarrier_arrive_expect_tx(full, kChainBytes);
         ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)}, ptx::CachePolicy::kEvictFirst);
         if (at.rank != 0) continue;
@@ -171,17 +205,18 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
 
 // By one thread: those of the outputs, by the second block for both.
 __device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                             Shared& shared) {
+                                             int done, Shared& shared) {
     const uint32_t* ready = ready_of(p, at, window);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        OutputStage& stage = shared.outputs[i % kStages];
-        uint64_t* full = &shared.output_ring.full[i % kStages];
+        const int number = done + i;
+        OutputStage& stage = shared.outputs[number % kStages];
+        uint64_t* full = &shared.output_ring.full[number % kStages];
         if (at.rank != 0) {
             ptx::wait_equal(ready + int64_t{i} * p.key_heads, 1);
             ptx::fence_async_global();
         }
-        wait_until_empty(shared.output_ring, i);
+        wait_until_empty(shared.output_ring, number);
         ptx::mbarrier_arrive_expect_tx(full, kOutputBytes);
         if (at.rank == 0) continue;
         const auto& query = window.keys[int64_t{at.slot + i} * p.key_heads + at.key_head].query;
@@ -192,12 +227,26 @@ __device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, con
     }
 }
 
+// A role's part of each pair that the cluster takes, behind so many chunks of so many pairs.
+template <typename Pairs, typename Role>
+__device__ __forceinline__ void for_pairs(const GatedDeltaRulePrefill& p, const Window& window, Pairs at, Role role) {
+    if (at.idle()) return;
+    int done = 0, turn = 0;
+    do {
+        role(at, done, turn++);
+        done += at.chunks;
+    } while (at.next(p, window));
+}
+
+// Pairs: OnePair, or PairsInTurn.
+template <typename Pairs>
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
-                   const __grid_constant__ Window window) {
+                   const __grid_constant__ CUtensorMap states, const __grid_constant__ Window window) {
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
+        if (Pairs::kInTurn) ptx::prefetch_tensor_map(&states);
         for (Ring* ring : {&shared.chain_ring, &shared.output_ring}) {
             for (int i = 0; i < kStages; ++i) {
                 ptx::mbarrier_init(&ring->full[i], 1);
@@ -211,23 +260,38 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::load_acquire(window.ready);  // what the first kernel waited for is there; L1 forgets what it was before
     }
     ptx::cluster_sync();
-    const Work at(p, window);
-    if (at.idle()) {
-        ptx::grid_dependency_wait();
-        return;
-    }
-    const uint32_t group = ptx::warp_id() / kWarps;
+    const typename Pairs::Range range(p, window);
+    const uint32_t group = ptx::warp_id() / kWarps, warp = ptx::warp_id() % kWarps, lane = threadIdx.x % 32;
     if (group == 0) {
         ptx::register_increase<kChainRegisters>();
-        scan(p, at, window, shared);
+        const Pairs first(p, window, range);
+        float s[64];
+        Leaving leaving;
+        for_pairs(p, window, first, [&](const Work& at, int done, int turn) {
+            scan<Pairs::kInTurn>(p, at, window, states, done, turn, s, leaving, shared);
+        });
+        if (Pairs::kInTurn && leaving.slot >= 0) {
+            store_state(p.state + leaving.slot * p.state_stride + leaving.row * kDim, s);
+        }
+        leave_cluster();  // in place, the other half has read the cursors too
+        if (threadIdx.x > 0) return;
+        for_pairs(p, window, first, [&](const Work& at, int, int) { store_cursor(p, at); });
     } else if (group == 1) {
-        make_outputs(p, at, shared);
+        const Pairs first(p, window, range);
+        for_pairs(p, window, first, [&](const Work& at, int done, int) { make_outputs(p, at, done, shared); });
         leave_cluster();
     } else {
         ptx::register_decrease<kMoveRegisters>();
-        const uint32_t warp = ptx::warp_id() % kWarps, lane = threadIdx.x % 32;
-        if (warp == 0 && lane == 0) load_chain(p, at, window, rows, shared);
-        if (warp == 1 && lane == 0) load_outputs(p, at, window, shared);
+        const Pairs first(p, window, range);
+        if (warp == 0 && lane == 0) {
+            for_pairs(p, window, first, [&](const Pairs& at, int done, int turn) {
+                load_chain(p, at, window, rows, states, done, turn, shared);
+            });
+        }
+        if (warp == 1 && lane == 0) {
+            for_pairs(p, window, first,
+                      [&](const Work& at, int done, int) { load_outputs(p, at, window, done, shared); });
+        }
         if (warp == 2) {  // who waits for this grid waits for the first kernel too
             ptx::grid_dependency_wait();
             ptx::grid_dependency_launch();
@@ -252,6 +316,14 @@ int64_t max_slots(const GatedDeltaRulePrefill& p, int first) {
     // Who reaches the window has more than the chunks before it, all of them full but the first.
     const int64_t sequences = first == 0 ? p.sequences : p.tokens / ((first - 1) * kChunk);
     return std::min(everywhere, std::min<int64_t>(sequences, p.sequences) * window_chunks(p));
+}
+
+// Whether the scan's clusters take several pairs of a sequence and a value head: where they are more than clusters and
+// none has more than so many chunks. Costs of pairs, multiplied by clusters, fit in 32 bits.
+bool takes_turns(const GatedDeltaRulePrefill& p, int clusters, int most_chunks) {
+    const int64_t pairs = int64_t{p.value_heads} * p.sequences;
+    const int64_t cost = p.value_heads * (max_slots(p, 0) + int64_t{p.sequences} * kChunksOfPair);
+    return pairs > clusters && max_chunks(p.longest) <= most_chunks && cost <= INT32_MAX / (clusters + 1);
 }
 
 // How the workspace is laid out: the tiles of a window, then what sequences carry from one to the next.
@@ -283,7 +355,7 @@ int64_t gated_delta_rule_prefill_workspace(const GatedDeltaRulePrefill& p) {
 
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_t stream) {
     if (!gated_delta_rule_prefill_supported(p)) return cudaErrorInvalidValue;
-    CUtensorMap rows{};
+    CUtensorMap rows{}, states{};
     if (p.tokens > 0) {
         const auto channels = static_cast<uint64_t>(2 * p.key_heads + p.value_heads) * kDim;
         const TensorLayout<2> boxes{.base = p.qkv,
@@ -293,16 +365,29 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
         const auto status = encode_tensor_map(&rows, TensorElement::kBf16, boxes, Swizzle::k128);
         if (status != cudaSuccess) return status;
     }
-    const LaunchConfig config{.grid = dim3(kDim / kColumns, p.value_heads, p.sequences),
-                              .block = kThreads,
-                              .shared_bytes = sizeof(Shared),
-                              .stream = stream,
-                              .cluster = dim3(kDim / kColumns),
-                              .programmatic = true,
-                              .takes_flags = true};
     const Workspace layout(p);
-    auto* workspace = static_cast<uint8_t*>(p.workspace);
     const int chunks = window_chunks(p), longest = max_chunks(p.longest);
+    const int clusters = std::max(multiprocessor_count() * kColumns / kDim, 1);
+    const bool in_turn = takes_turns(p, clusters, std::min(chunks, kMostChunksInTurn));
+    if (in_turn) {
+        const auto all_rows = static_cast<uint64_t>(p.value_heads) * kDim;
+        const TensorLayout<3> boxes{.base = p.state,
+                                    .sizes = {kDim, all_rows, static_cast<uint64_t>(std::max<int64_t>(p.slots, 1))},
+                                    .strides = {4, kDim * 4, static_cast<uint64_t>(p.state_stride) * 4},
+                                    .box = {kPanelColumns, kBoxRows, 1}};
+        const auto status = encode_tensor_map(&states, TensorElement::kF32, boxes, Swizzle::k128);
+        if (status != cudaSuccess) return status;
+    }
+    const LaunchConfig config{
+        .grid = in_turn ? dim3(kDim / kColumns, clusters) : dim3(kDim / kColumns, p.value_heads, p.sequences),
+        .block = kThreads,
+        .shared_bytes = sizeof(Shared),
+        .stream = stream,
+        .cluster = dim3(kDim / kColumns),
+        .programmatic = true,
+        .takes_flags = true};
+    const auto scan = in_turn ? prefill_kernel<PairsInTurn> : prefill_kernel<OnePair>;
+    auto* workspace = static_cast<uint8_t*>(p.workspace);
     for (int first = 0; first == 0 || first < longest; first += chunks) {
         const Window window{.first = first,
                             .chunks = chunks,
@@ -312,7 +397,7 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
                             .ready = reinterpret_cast<uint32_t*>(workspace + layout.heads),
                             .carry = reinterpret_cast<float*>(workspace + layout.carry)};
         auto status = gated_delta_rule_prepare(p, rows, window, std::min(chunks, longest - first), stream);
-        if (status == cudaSuccess) status = launch(prefill_kernel, config, p, rows, window);
+        if (status == cudaSuccess) status = launch(scan, config, p, rows, states, window);
         if (status != cudaSuccess) return status;
     }
     return cudaSuccess;
