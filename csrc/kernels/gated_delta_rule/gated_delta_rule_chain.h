@@ -9,7 +9,10 @@
 
 namespace tokenspeed::delta_rule_prefill {
 
-constexpr int kStages = 3;
+constexpr int kOutputStages = 2, kMostStages = 4;
+// Where clusters take pairs in turn, the last place of the chain's stages is the state's.
+template <bool kInTurn>
+constexpr int kChainStages = kInTurn ? kMostStages - 1 : kMostStages;
 constexpr int kWarps = kGroupThreads / 32;
 
 // The operands of one chunk, for the chain and for the outputs. All but the values are the same for both halves of a
@@ -30,67 +33,49 @@ constexpr uint32_t kOutputBytes = offsetof(OutputStage, factors) + sizeof(Output
 // A stage is full when its bytes are there, and empty when the warps of both blocks that read it are done, since one
 // block fills it for both.
 struct Ring {
-    uint64_t full[kStages], empty[kStages];
+    uint64_t full[kMostStages], empty[kMostStages];
 };
 
 struct Shared {
-    ChainStage chain[kStages];
-    OutputStage outputs[kStages];
+    ChainStage chain[kMostStages];
+    OutputStage outputs[kOutputStages];
     // For the outputs: S before the chunk and V'^T, fp16 in registers of the chain's threads. The same thread of the
     // other warpgroup has them as its A operands.
     uint4 state[8][kGroupThreads], update[4][kGroupThreads];
     __nv_bfloat16 output[2][kPanel];  // chunks take turns
     Ring chain_ring, output_ring;
     uint64_t state_given, update_given, taken;
+    uint64_t state_full, state_left;  // in turn: a pair's state is there, and the one before is in its place
+    int cursor;                       // of the state that is there
 };
 static_assert(sizeof(Shared) <= kSharedLimit);
 
-// Where a cluster takes pairs in turn, a stage of the chain brings the state that a pair begins with, ahead of its
-// chunks, and takes away the one that the pair before ends with: four panels of 64 rows of 32 values, swizzled.
-constexpr int kPanelColumns = 32, kBoxRows = 16;  // of a panel, and of a box of the tensor map: a warp's rows
-constexpr uint32_t kStateBytes = kColumns * kDim * sizeof(float);
-static_assert(kStateBytes <= offsetof(ChainStage, factors));
+// A state on its way to the chain and from it: four panels of 64 rows of 32 values, swizzled.
+constexpr int kPanelColumns = 32;
+constexpr uint32_t kStateBytes = kColumns * kDim * sizeof(float),
+                   kPanelBytes = kColumns * kPanelColumns * sizeof(float);
+static_assert(kStateBytes <= sizeof(ChainStage));
 
-__device__ __forceinline__ uint8_t* box_of(ChainStage& stage, int panel, int warp) {
-    return reinterpret_cast<uint8_t*>(&stage) + panel * kColumns * 128 + warp * kBoxRows * 128;
+__device__ __forceinline__ uint8_t* panel_of_state(Shared& shared, int panel) {
+    return reinterpret_cast<uint8_t*>(&shared.chain[kMostStages - 1]) + panel * kPanelBytes;
 }
 
 // As pair_of.
-__device__ __forceinline__ float2& staged_pair(ChainStage& stage, const Lane& lane, int j, int h) {
+__device__ __forceinline__ float2& staged_pair(Shared& shared, const Lane& lane, int j, int h) {
     const int column = j % 4 * 8 + lane.column;
-    uint8_t* piece = box_of(stage, j / 4, 0) + place(lane.row + 8 * h, column / 4);
+    uint8_t* piece = panel_of_state(shared, j / 4) + place(lane.row + 8 * h, column / 4);
     return *reinterpret_cast<float2*>(piece + column % 4 * 4);
 }
 
-// A state on its way from registers to its slot; slot -1: it goes nowhere.
-struct Leaving {
-    int slot = -1, row = 0;
-
-    // By whole warps, once each has put its rows in the stage: lets the copies begin.
-    __device__ void send(const CUtensorMap& states, ChainStage& stage) const {
-        if (slot < 0) return;
-        ptx::fence_async_shared();
-        __syncwarp();
-        if (threadIdx.x % 32 != 0) return;
-        const int warp = threadIdx.x / 32;
-#pragma unroll
-        for (int panel = 0; panel < kDim / kPanelColumns; ++panel) {
-            const int column = panel * kPanelColumns;
-            ptx::tma_store(&states, box_of(stage, panel, warp), {column, row + warp * kBoxRows, slot});
-        }
-        ptx::bulk_commit();
-    }
-};
-
-// The state of a stage, or zeros, to registers, and what they hold to the stage.
-__device__ __forceinline__ void exchange_states(ChainStage& stage, bool enters, bool leaves, float (&s)[64]) {
+// The state that is there, or zeros, to registers, and what they hold to its place.
+__device__ __forceinline__ void exchange_states(Shared& shared, bool enters, bool leaves, float (&s)[64]) {
     const Lane lane;
     float2 entering[32];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) entering[i] = enters ? staged_pair(stage, lane, i / 2, i % 2) : float2{};
+    for (int i = 0; i < 32; ++i) entering[i] = enters ? staged_pair(shared, lane, i / 2, i % 2) : float2{};
     if (leaves) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) staged_pair(stage, lane, i / 2, i % 2) = float2{s[2 * i], s[2 * i + 1]};
+        for (int i = 0; i < 32; ++i) staged_pair(shared, lane, i / 2, i % 2) = float2{s[2 * i], s[2 * i + 1]};
     }
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[2 * i] = entering[i].x, s[2 * i + 1] = entering[i].y;
@@ -174,9 +159,9 @@ __device__ __forceinline__ void load_factors(float2 (&pairs)[8], const float* fa
 }
 
 // By a warp that has read a stage: two of its lanes tell the two blocks.
-__device__ __forceinline__ void release_stage(Ring& ring, int i) {
+__device__ __forceinline__ void release_stage(Ring& ring, int stage) {
     __syncwarp();
-    if (threadIdx.x % 32 < 2) ptx::mbarrier_arrive_cluster_relaxed(&ring.empty[i % kStages], threadIdx.x % 32);
+    if (threadIdx.x % 32 < 2) ptx::mbarrier_arrive_cluster_relaxed(&ring.empty[stage], threadIdx.x % 32);
 }
 
 // The values of a chunk, of a thread's two rows and eight pairs of tokens: as an accumulator has them.
@@ -205,39 +190,38 @@ __device__ __forceinline__ void store_cursor(const GatedDeltaRulePrefill& p, con
 // The chain: walks the chunks with the transposed state S [64 value columns x 128] in registers. Whatever it does not
 // wait for stands where it waits for a product; the next chunk's values come while S takes up this one's. One warp a
 // scheduler runs here: an instruction more is a cycle more, and one whose result is used at once many. `done` chunks of
-// `turn` earlier pairs lie behind, whose last state is in `s`.
+// `turn` earlier pairs lie behind, whose last state is in `s`. Leaves the pair's in `s`.
 template <bool kInTurn>
-__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
-                                     const CUtensorMap& states, int done, int turn, float (&s)[64], Leaving& leaving,
-                                     Shared& shared) {
+__device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work& at, const Window& window, int done,
+                                     int turn, float (&s)[64], Shared& shared) {
+    constexpr int kStages = kChainStages<kInTurn>;
     float x[32], updates[32], values[32];
-    const int begin = kInTurn ? done + turn + 1 : done;  // the ring's number of the first chunk
-    ChainStage& of_state = shared.chain[(begin + kStages - 1) % kStages];
-    const auto release_state = [&] {
-        if (threadIdx.x % 32 == 0) ptx::bulk_wait_read<0>();
-        release_stage(shared.chain_ring, begin - 1);
+    const auto leave_state = [&] {
+        ptx::fence_async_shared();
+        arrive_with_warp(&shared.state_left);
     };
-    const int cursor = entering_cursor(p, at);
+    int cursor;
     if (kInTurn) {
-        ptx::mbarrier_wait(&shared.chain_ring.full[(begin - 1) % kStages], (begin - 1) / kStages & 1);
-        exchange_states(of_state, at.context > 0, leaving.slot >= 0, s);
+        ptx::mbarrier_wait(&shared.state_full, turn & 1);
+        cursor = shared.cursor;
+        exchange_states(shared, at.context > 0, turn > 0, s);
     } else {
+        cursor = entering_cursor(p, at);
         load_state(p, at, window, s);
     }
     fold_ring(p, at, cursor, s);
     int snapshot = next_snapshot(p, at, at.first_token(at.first));
-    uint64_t keys = panel_descriptor(shared.chain[begin % kStages].key);  // of the chunk
+    uint64_t keys = panel_descriptor(shared.chain[done % kStages].key);  // of the chunk
     if (at.chunks > 0) {
-        ptx::mbarrier_wait(&shared.chain_ring.full[begin % kStages], begin / kStages & 1);
-        load_values(at, at.first, shared.chain[begin % kStages], values);
+        ptx::mbarrier_wait(&shared.chain_ring.full[done % kStages], done / kStages & 1);
+        load_values(at, at.first, shared.chain[done % kStages], values);
     } else if (kInTurn) {
-        leaving.send(states, of_state);
-        release_state();
+        leave_state();
     }
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
-        const int number = done + i, place = begin + i;
-        const ChainStage& stage = shared.chain[place % kStages];
+        const int number = done + i;
+        const ChainStage& stage = shared.chain[number % kStages];
         const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
         uint32_t state[8][4];
@@ -254,8 +238,8 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         ptx::wgmma_commit();
         float2 weights[8];
         load_factors(weights, factors.carried);
-        if (i > 0) release_stage(shared.chain_ring, place - 1);
-        if (kInTurn && i == 0) leaving.send(states, of_state);
+        if (i > 0) release_stage(shared.chain_ring, (number - 1) % kStages);
+        if (kInTurn && i == 0) leave_state();
         if (number > 0) ptx::mbarrier_wait(&shared.taken, (number - 1) & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -287,8 +271,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         }
         ptx::wgmma_commit();
         load_factors(weights, factors.to_end);
-        if (kInTurn && i == 0) release_state();
-        const int step = i + 1 < at.chunks ? 1 : 0, next = place + step;
+        const int step = i + 1 < at.chunks ? 1 : 0, next = number + step;
         const bool full = ptx::mbarrier_test(&shared.chain_ring.full[next % kStages], next / kStages & 1);
         ptx::wgmma_wait<0>(updates);
 
@@ -326,14 +309,7 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
             snapshot = next_snapshot(p, at, last);
         }
     }
-    if (at.chunks > 0) release_stage(shared.chain_ring, begin + at.chunks - 1);
-    if (kInTurn) {
-        leaving = {at.write_slot, at.value_head * kDim + at.column};
-    } else if (at.goes_on) {
-        store_state(carried_state(p, at, window), s);
-    } else if (at.write_slot >= 0) {
-        store_state(state_of(p, at, at.write_slot), s);
-    }
+    if (at.chunks > 0) release_stage(shared.chain_ring, (done + at.chunks - 1) % kStages);
 }
 
 }  // namespace tokenspeed::delta_rule_prefill

@@ -15,11 +15,11 @@
 // 20 wgmma, 640 tensor cycles a chunk. It leaves S and V' in shared memory, in fp16, for warpgroup 1, which makes the
 // outputs of the chunk (12 wgmma, 384 cycles) while the chain goes on. Two threads bring the tiles of the next chunks:
 // bulk copies for both blocks of the cluster at once, and each block's own values by TMA (a row outside the sequence
-// counts as zero). Three stages for the chain, 34 KB each, and three for the outputs, 25 KB each.
+// counts as zero). Four stages for the chain, 34 KB each, and two for the outputs, 25 KB each.
 //
 // Many short sequences: a grid of as many clusters as fit takes pairs of a sequence and a value head in turn
-// (PairsInTurn), with the next pair's state and operands on their way while one is scanned. A state comes as a stage of
-// the chain, ahead of its chunks, and the one before leaves from there.
+// (PairsInTurn), with the next pair's state and operands on their way while one is scanned. One of the chain's stages is
+// the states' then: a third thread brings the next one there, and takes away what the chain puts in its place.
 //
 // Windows. The first kernel fills a workspace of some chunks of every sequence, the scan consumes it, and so on; a
 // sequence that goes on leaves its state in the workspace. Within a window the two run beside each other: the scan
@@ -69,15 +69,13 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
         const int number = done + i;
-        const OutputStage& stage = shared.outputs[number % kStages];
+        const OutputStage& stage = shared.outputs[number % kOutputStages];
         float of_state[32], out[32];
         uint32_t state[8][4], update[4][4];
         float2 scales[8];
         const auto take = [&](uint32_t (&operand)[4], const uint4& from) {
             operand[0] = from.x, operand[1] = from.y, operand[2] = from.z, operand[3] = from.w;
         };
-        ptx::mbarrier_wait(&shared.output_ring.full[number % kStages], number / kStages & 1);
-        load_factors(scales, stage.factors);
         ptx::mbarrier_wait(&shared.state_given, number & 1);
 #pragma unroll
         for (int k = 0; k < 8; ++k) take(state[k], shared.state[k][thread]);
@@ -86,6 +84,7 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
 #pragma unroll
         for (int k = 0; k < 4; ++k) take(update[k], shared.update[k][thread]);
         arrive_with_warp(&shared.taken);
+        ptx::mbarrier_wait(&shared.output_ring.full[number % kOutputStages], number / kOutputStages & 1);
         ptx::wgmma_fence(of_state, out);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -96,8 +95,9 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
             ptx::wgmma<__half, 64>(out, update[k], panel_descriptor(stage.attention) + step_of_panels(k), k > 0);
         }
         ptx::wgmma_commit();
+        load_factors(scales, stage.factors);
         ptx::wgmma_wait<0>(of_state, out);
-        release_stage(shared.output_ring, number);
+        release_stage(shared.output_ring, number % kOutputStages);
 #pragma unroll
         for (int k = 0; k < 32; ++k) out[k] += of_state[k] * (k % 2 == 0 ? scales[k / 4].x : scales[k / 4].y);
 
@@ -124,6 +124,7 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
 
 constexpr uint16_t kBothBlocks = 3;
 
+template <int kStages>
 __device__ __forceinline__ void wait_until_empty(Ring& ring, int i) {
     if (i >= kStages) ptx::mbarrier_wait_cluster(&ring.empty[i % kStages], (i / kStages - 1) & 1);
 }
@@ -131,43 +132,50 @@ __device__ __forceinline__ void wait_until_empty(Ring& ring, int i) {
 // The flags of the block's chunks, p.key_heads apart.
 __device__ __forceinline__ const uint32_t* ready_of(const GatedDeltaRulePrefill& p, const Work& at,
                                                     const Window& window) {
-    return window.ready + int64_t{at.slot} * p.key_heads + at.key_head;
+    return window.ready + int64_t{at.slot} * p.key_heads + at.key_head(p);
 }
 
-// By one thread: the state that a pair begins with, where clusters take pairs in turn.
-__device__ __forceinline__ void load_state_stage(const GatedDeltaRulePrefill& p, const Work& at,
-                                                 const CUtensorMap& states, int number, Shared& shared) {
-    const int stage = number % kStages, row = at.value_head * kDim + at.column;
-    uint64_t* full = &shared.chain_ring.full[stage];
-    wait_until_empty(shared.chain_ring, number);
-    ptx::mbarrier_arrive_expect_tx(full, at.context > 0 ? kStateBytes : 0);
-    if (at.context == 0) return;
-    ptx::fence_async_global();  // ordinary stores wrote the slot
+// By one thread, where clusters take pairs in turn: brings the state that the pair begins with, and takes away the one
+// that the pair before ended with, which goes to `slot`, once the chain has put it there.
+__device__ __forceinline__ void move_states(const GatedDeltaRulePrefill& p, const PairsInTurn& at, const Window& window,
+                                            const CUtensorMap& states, int turn, int slot, int row_of_slot,
+                                            Shared& shared) {
+    const int row = at.value_head * kDim + at.column;
+    if (at.context > 0) {
+        ptx::mbarrier_expect_tx(&shared.state_full, kStateBytes);
+        ptx::fence_async_global();  // ordinary stores wrote the slot
 #pragma unroll 1
-    for (int i = 0; i < kDim / kPanelColumns * kWarps; ++i) {
-        const int panel = i / kWarps, warp = i % kWarps;
-        ptx::tma_load(box_of(shared.chain[stage], panel, warp), &states, full,
-                      {panel * kPanelColumns, row + warp * kBoxRows, at.read_slot});
+        for (int panel = 0; panel < kDim / kPanelColumns; ++panel) {
+            ptx::tma_load(panel_of_state(shared, panel), &states, &shared.state_full,
+                          {panel * kPanelColumns, row, at.read_slot});
+        }
     }
+    shared.cursor = entering_cursor(p, at);
+    ptx::mbarrier_arrive(&shared.state_full);
+    PairsInTurn later = at;
+    if (later.next(p, window) && later.context > 0) {
+        ptx::bulk_prefetch_l2(state_of(p, later, later.read_slot), kStateBytes);
+    }
+    ptx::mbarrier_wait(&shared.state_left, turn & 1);
+    if (slot < 0) return;
+#pragma unroll 1
+    for (int panel = 0; panel < kDim / kPanelColumns; ++panel) {
+        ptx::tma_store(&states, panel_of_state(shared, panel), {panel * kPanelColumns, row_of_slot, slot});
+    }
+    ptx::bulk_commit();
+    ptx::bulk_wait_read<0>();
 }
 
 // By one thread: the chain's operands. The first block brings what both need, each its own values; chunks further on
 // are asked for from memory.
 template <typename Pairs>
 __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Pairs& at, const Window& window,
-                                           const CUtensorMap& map, const CUtensorMap& states, int done, int turn,
-                                           Shared& shared) {
+                                           const CUtensorMap& map, int done, Shared& shared) {
+    constexpr int kStages = kChainStages<Pairs::kInTurn>;
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
-    const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head;
+    const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head(p);
     const HeadTiles* heads = window.heads + int64_t{at.slot} * p.value_heads + at.value_head;
     const uint32_t* ready = ready_of(p, at, window);
-    if constexpr (Pairs::kInTurn) {
-        load_state_stage(p, at, states, done + turn, shared);
-        Pairs later = at;
-        if (later.next(p, window) && later.context > 0) {
-            ptx::bulk_prefetch_l2(state_of(p, later, later.read_slot), kStateBytes);
-        }
-    }
     uint32_t known = 0;  // bit j: the tiles of chunk i + j are there
     const auto ask_for = [&](int i) { ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)}); };
     // A loop: of `if (i < at.chunks) ask_for(i)` six times ptxas 13.0 makes predicates, and sets a coordinate under a
@@ -188,10 +196,10 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
             known >>= 1;
             ptx::fence_async_global();
         }
-        const int number = Pairs::kInTurn ? done + turn + 1 + i : done + i;
+        const int number = done + i;
         ChainStage& stage = shared.chain[number % kStages];
         uint64_t* full = &shared.chain_ring.full[number % kStages];
-        wait_until_empty(shared.chain_ring, number);
+        wait_until_empty<kStages>(shared.chain_ring, number);
         ptx::mbarrier_arrive_expect_tx(full, kChainBytes);
         ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)}, ptx::CachePolicy::kEvictFirst);
         if (at.rank != 0) continue;
@@ -207,19 +215,20 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
 __device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, const Work& at, const Window& window,
                                              int done, Shared& shared) {
     const uint32_t* ready = ready_of(p, at, window);
+    const int key_head = at.key_head(p);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
         const int number = done + i;
-        OutputStage& stage = shared.outputs[number % kStages];
-        uint64_t* full = &shared.output_ring.full[number % kStages];
+        OutputStage& stage = shared.outputs[number % kOutputStages];
+        uint64_t* full = &shared.output_ring.full[number % kOutputStages];
         if (at.rank != 0) {
             ptx::wait_equal(ready + int64_t{i} * p.key_heads, 1);
             ptx::fence_async_global();
         }
-        wait_until_empty(shared.output_ring, number);
+        wait_until_empty<kOutputStages>(shared.output_ring, number);
         ptx::mbarrier_arrive_expect_tx(full, kOutputBytes);
         if (at.rank == 0) continue;
-        const auto& query = window.keys[int64_t{at.slot + i} * p.key_heads + at.key_head].query;
+        const auto& query = window.keys[int64_t{at.slot + i} * p.key_heads + key_head].query;
         const HeadTiles& head = window.heads[int64_t{at.slot + i} * p.value_heads + at.value_head];
         ptx::bulk_load_multicast(stage.query, query, sizeof(query), full, kBothBlocks);
         ptx::bulk_load_multicast(stage.attention, head.attention, sizeof(head.attention), full, kBothBlocks);
@@ -248,14 +257,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
         if (Pairs::kInTurn) ptx::prefetch_tensor_map(&states);
         for (Ring* ring : {&shared.chain_ring, &shared.output_ring}) {
-            for (int i = 0; i < kStages; ++i) {
+            for (int i = 0; i < kMostStages; ++i) {
                 ptx::mbarrier_init(&ring->full[i], 1);
                 ptx::mbarrier_init(&ring->empty[i], 2 * kWarps);
             }
         }
-        for (uint64_t* barrier : {&shared.state_given, &shared.update_given, &shared.taken}) {
+        for (uint64_t* barrier : {&shared.state_given, &shared.update_given, &shared.taken, &shared.state_left}) {
             ptx::mbarrier_init(barrier, kWarps);
         }
+        ptx::mbarrier_init(&shared.state_full, 1);
         ptx::fence_mbarrier_init();
         ptx::load_acquire(window.ready);  // what the first kernel waited for is there; L1 forgets what it was before
     }
@@ -266,13 +276,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::register_increase<kChainRegisters>();
         const Pairs first(p, window, range);
         float s[64];
-        Leaving leaving;
+        float* leaving = nullptr;
         for_pairs(p, window, first, [&](const Work& at, int done, int turn) {
-            scan<Pairs::kInTurn>(p, at, window, states, done, turn, s, leaving, shared);
+            scan<Pairs::kInTurn>(p, at, window, done, turn, s, shared);
+            leaving = leaving_state(p, at, window);
         });
-        if (Pairs::kInTurn && leaving.slot >= 0) {
-            store_state(p.state + leaving.slot * p.state_stride + leaving.row * kDim, s);
-        }
+        if (leaving != nullptr) store_state(leaving, s);
         leave_cluster();  // in place, the other half has read the cursors too
         if (threadIdx.x > 0) return;
         for_pairs(p, window, first, [&](const Work& at, int, int) { store_cursor(p, at); });
@@ -284,13 +293,21 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::register_decrease<kMoveRegisters>();
         const Pairs first(p, window, range);
         if (warp == 0 && lane == 0) {
-            for_pairs(p, window, first, [&](const Pairs& at, int done, int turn) {
-                load_chain(p, at, window, rows, states, done, turn, shared);
-            });
+            for_pairs(p, window, first,
+                      [&](const Pairs& at, int done, int) { load_chain<Pairs>(p, at, window, rows, done, shared); });
         }
         if (warp == 1 && lane == 0) {
             for_pairs(p, window, first,
                       [&](const Work& at, int done, int) { load_outputs(p, at, window, done, shared); });
+        }
+        if constexpr (Pairs::kInTurn) {
+            if (warp == 3 && lane == 0) {
+                int slot = -1, row = 0;
+                for_pairs(p, window, first, [&](const Pairs& at, int, int turn) {
+                    move_states(p, at, window, states, turn, slot, row, shared);
+                    slot = at.write_slot, row = at.value_head * kDim + at.column;
+                });
+            }
         }
         if (warp == 2) {  // who waits for this grid waits for the first kernel too
             ptx::grid_dependency_wait();
@@ -374,7 +391,7 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
         const TensorLayout<3> boxes{.base = p.state,
                                     .sizes = {kDim, all_rows, static_cast<uint64_t>(std::max<int64_t>(p.slots, 1))},
                                     .strides = {4, kDim * 4, static_cast<uint64_t>(p.state_stride) * 4},
-                                    .box = {kPanelColumns, kBoxRows, 1}};
+                                    .box = {kPanelColumns, kColumns, 1}};
         const auto status = encode_tensor_map(&states, TensorElement::kF32, boxes, Swizzle::k128);
         if (status != cudaSuccess) return status;
     }

@@ -10,7 +10,7 @@ static_assert(kChunksOfPair > 0);  // a pair without chunks, too, is in a range
 
 // What a block works on: half a value head of one sequence, the chunks of one window.
 struct Work : Chunks {
-    int sequence, value_head, key_head, rank, column;
+    int sequence, value_head, rank, column;
     int read_slot, write_slot;
     int first, chunks;     // of the window: the first chunk of the sequence, and how many
     int slot;              // of the window: where its chunks begin
@@ -19,7 +19,7 @@ struct Work : Chunks {
     __device__ Work(const GatedDeltaRulePrefill& p, const Window& window, int of_sequence, int of_head, int of_slot)
         : Chunks(p, of_sequence) {
         sequence = of_sequence;
-        take_head(p, of_head);
+        value_head = of_head;
         rank = blockIdx.x;
         column = rank * kColumns;
         read_slot = max(p.read_slot[sequence], 0);
@@ -30,10 +30,7 @@ struct Work : Chunks {
         begins = first == 0;
         goes_on = first + chunks < count;
     }
-    __device__ void take_head(const GatedDeltaRulePrefill& p, int head) {
-        value_head = head;
-        key_head = head / (p.value_heads / p.key_heads);
-    }
+    __device__ int key_head(const GatedDeltaRulePrefill& p) const { return value_head / (p.value_heads / p.key_heads); }
 };
 
 // A cluster for every sequence and value head.
@@ -99,7 +96,7 @@ struct PairsInTurn : Work {
         left -= cost_of_head(chunks);
         if (left <= 0) return false;
         if (value_head + 1 < p.value_heads) {
-            take_head(p, value_head + 1);
+            ++value_head;
         } else {
             static_cast<Work&>(*this) = Work(p, window, sequence + 1, 0, slot + chunks);
         }
@@ -125,6 +122,12 @@ __device__ __forceinline__ float* carried_state(const GatedDeltaRulePrefill& p, 
     return window.carry + ((int64_t{place} * p.value_heads + at.value_head) * kDim + at.column) * kDim;
 }
 
+// Where the state after the window's chunks goes; null: nowhere.
+__device__ __forceinline__ float* leaving_state(const GatedDeltaRulePrefill& p, const Work& at, const Window& window) {
+    if (at.goes_on) return carried_state(p, at, window);
+    return at.write_slot >= 0 ? state_of(p, at, at.write_slot) : nullptr;
+}
+
 __device__ __forceinline__ float2& pair_of(float* state, const Lane& lane, int j, int h) {
     return *reinterpret_cast<float2*>(state + (lane.row + 8 * h) * kDim + 8 * j + lane.column);
 }
@@ -146,7 +149,7 @@ __device__ __forceinline__ void fold_ring(const GatedDeltaRulePrefill& p, const 
 #pragma unroll 1
     for (int token = max(max(cursor, at.context - p.ring_rows), 0); token < at.context; ++token) {
         const float* update = p.ring + at.read_slot * p.ring_stride + token % p.ring_rows * int64_t{p.ring_width};
-        const float* key = update + at.key_head * kDim + lane.column;
+        const float* key = update + at.key_head(p) * kDim + lane.column;
         const float* u = update + (p.key_heads + at.value_head) * kDim + at.column + lane.row;
         const float decay = expf(update[(p.key_heads + p.value_heads) * kDim + at.value_head]);
         const float of_row[2] = {u[0], u[8]};
