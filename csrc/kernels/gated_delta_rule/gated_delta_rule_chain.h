@@ -50,7 +50,8 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSharedLimit);
 
-// A state on its way to the chain and from it: four panels of 64 rows of 32 values, swizzled.
+// A state on its way to the chain and from it: four panels of 64 rows of 32 values, swizzled. Of eight rows the panel
+// has 0, 4, 1, 5, ...: the four that half a warp reads at once then lie in different banks.
 constexpr int kPanelColumns = 32;
 constexpr uint32_t kStateBytes = kColumns * kDim * sizeof(float),
                    kPanelBytes = kColumns * kPanelColumns * sizeof(float);
@@ -63,7 +64,8 @@ __device__ __forceinline__ uint8_t* panel_of_state(Shared& shared, int panel) {
 // As pair_of.
 __device__ __forceinline__ float2& staged_pair(Shared& shared, const Lane& lane, int j, int h) {
     const int column = j % 4 * 8 + lane.column;
-    uint8_t* piece = panel_of_state(shared, j / 4) + place(lane.row + 8 * h, column / 4);
+    const int row = lane.row / 8 * 8 + lane.row % 4 * 2 + lane.row % 8 / 4;
+    uint8_t* piece = panel_of_state(shared, j / 4) + place(row + 8 * h, column / 4);
     return *reinterpret_cast<float2*>(piece + column % 4 * 4);
 }
 

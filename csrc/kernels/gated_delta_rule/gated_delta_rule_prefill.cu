@@ -147,7 +147,7 @@ __device__ __forceinline__ void move_states(const GatedDeltaRulePrefill& p, cons
 #pragma unroll 1
         for (int panel = 0; panel < kDim / kPanelColumns; ++panel) {
             ptx::tma_load(panel_of_state(shared, panel), &states, &shared.state_full,
-                          {panel * kPanelColumns, row, at.read_slot});
+                          {panel * kPanelColumns, 0, 0, row / 8, at.read_slot});
         }
     }
     shared.cursor = entering_cursor(p, at);
@@ -160,7 +160,7 @@ __device__ __forceinline__ void move_states(const GatedDeltaRulePrefill& p, cons
     if (slot < 0) return;
 #pragma unroll 1
     for (int panel = 0; panel < kDim / kPanelColumns; ++panel) {
-        ptx::tma_store(&states, panel_of_state(shared, panel), {panel * kPanelColumns, row_of_slot, slot});
+        ptx::tma_store(&states, panel_of_state(shared, panel), {panel * kPanelColumns, 0, 0, row_of_slot / 8, slot});
     }
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();
@@ -387,11 +387,13 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
     const int clusters = std::max(multiprocessor_count() * kColumns / kDim, 1);
     const bool in_turn = takes_turns(p, clusters, std::min(chunks, kMostChunksInTurn));
     if (in_turn) {
-        const auto all_rows = static_cast<uint64_t>(p.value_heads) * kDim;
-        const TensorLayout<3> boxes{.base = p.state,
-                                    .sizes = {kDim, all_rows, static_cast<uint64_t>(std::max<int64_t>(p.slots, 1))},
-                                    .strides = {4, kDim * 4, static_cast<uint64_t>(p.state_stride) * 4},
-                                    .box = {kPanelColumns, kColumns, 1}};
+        const auto eights = static_cast<uint64_t>(p.value_heads) * kDim / 8;
+        // Rows 0 and 4, 1 and 5, ... of eight: see staged_pair.
+        const TensorLayout<5> boxes{
+            .base = p.state,
+            .sizes = {kDim, 2, 4, eights, static_cast<uint64_t>(std::max<int64_t>(p.slots, 1))},
+            .strides = {4, 4 * kDim * 4, kDim * 4, 8 * kDim * 4, static_cast<uint64_t>(p.state_stride) * 4},
+            .box = {kPanelColumns, 2, 4, kColumns / 8, 1}};
         const auto status = encode_tensor_map(&states, TensorElement::kF32, boxes, Swizzle::k128);
         if (status != cudaSuccess) return status;
     }
