@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tokenspeed.engine.config import ModelConfig
 from tokenspeed.engine.executor.batch import Rotary, Tables, decode_batch
 from tokenspeed.engine.executor.memory import Memory, MemoryLayout
-from tokenspeed.engine.model.mtp import ReducedHead
+from tokenspeed.engine.model.mtp import DraftHead
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.parallel import sampling
 from tokenspeed.engine.parallel.comm import Communicator
@@ -37,7 +37,7 @@ def test_a_decode_step_reads_nothing_on_the_host(moe, tp):
             draft_logits, hidden = model.mtp(batch, hidden)
             assert draft_logits.shape == logits.shape and hidden.shape == (3, config.hidden)
         if tp == 1:
-            model.mtp.program[-1] = ReducedHead(model.mtp.head, torch.arange(20))
+            model.mtp.program[-1] = DraftHead(model.mtp.head, torch.arange(20), fp8=False)
             model.mtp.link()
             assert model.mtp(batch, hidden).logits.shape == logits.shape
         assert sampling.greedy(logits, communicator).shape == (3,)

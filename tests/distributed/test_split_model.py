@@ -104,7 +104,7 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
 def test_a_draft_vocabulary_is_refused_where_the_head_is_split(checkpoints):
     model = models.load(checkpoints("dense-mtp")[0], Communicator(Mesh(2, 1)))
     with pytest.raises(ConfigError, match="there are 2"):
-        model.mtp.reduce_vocabulary(torch.arange(10))
+        model.mtp.copy_head(torch.arange(10))
 
 
 def test_a_rank_alone_says_so_and_does_its_own_work(checkpoints):

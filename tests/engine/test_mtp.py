@@ -216,7 +216,7 @@ def test_without_a_head_nothing_is_kept_for_one(case):
 def test_a_reduced_vocabulary_changes_no_logits_of_its_ids_and_offers_no_others(model, case):
     ids = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:50]
     for kept in (ids[10:], ids):
-        model.mtp.reduce_vocabulary(kept)
+        model.mtp.copy_head(kept)
     others = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, ids, False)
     sequence = Sequence(model)
     hidden = sequence.trunk(case.ids[:-1], 0).hidden
@@ -244,7 +244,7 @@ def test_a_reduced_vocabulary_changes_no_logits_of_its_ids_and_offers_no_others(
 )
 def test_a_vocabulary_that_is_none_is_refused(case, ids, word):
     with pytest.raises(ConfigError) as error:
-        load(case.directory).mtp.reduce_vocabulary(ids)
+        load(case.directory).mtp.copy_head(ids)
     assert word in str(error.value)
 
 

@@ -177,7 +177,7 @@ def test_what_is_said_is_what_is_said_without_looking_up(checkpoints, plain, nam
 
 def test_what_is_said_does_not_depend_on_the_draft_vocabulary(plain):
     model = load(SHIPPED)
-    model.mtp.reduce_vocabulary(torch.arange(300))
+    model.mtp.copy_head(torch.arange(300))
     reduced, lab = answers(model, "shipped", drafts=3)
     assert reduced == plain("shipped") and lab.engine.acceptance.steps > 0
 

@@ -13,7 +13,7 @@ from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..errors import CapacityError
 from ..executor.device import pick_device, pick_dtype, pick_kv_dtype
-from ..executor.loading import decodes_by_kernel, fit_memory, read_model_config, slot_sizes
+from ..executor.loading import decodes_by_kernel, drafts_in_fp8, fit_memory, read_model_config, slot_sizes
 from ..executor.memory import MemoryLayout, divide_host_memory, free_memory, total_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import holds_mtp
@@ -136,10 +136,12 @@ def describe(
         rest = layout.slot_bytes - layout.hidden_bytes - plain.slot_bytes
         yield f"                   taking them back needs {window}{updates}: {_bytes(rest)} more a sequence"
     weights = weight_bytes(model)
-    if model.mtp and engine.draft_vocabulary:
-        copied = engine.draft_vocabulary * model.config.hidden * dtype.itemsize
-        ids = f"the {engine.draft_vocabulary} lowest ids"
-        yield f"                   chosen among {ids}, whose rows of the head are copied: {_bytes(copied)}"
+    in_fp8 = drafts_in_fp8(dtype, on_gpu)
+    if model.mtp and (in_fp8 or engine.draft_vocabulary):
+        rows = engine.draft_vocabulary or len(model.mtp.head.weight)
+        copied = rows * model.config.hidden * (1 if in_fp8 else dtype.itemsize)
+        ids = f"among the {rows} lowest ids" if engine.draft_vocabulary else "among all ids"
+        yield f"                   chosen {ids} by a copy of the head{' in FP8' * in_fp8}: {_bytes(copied)} more"
         weights += copied
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"

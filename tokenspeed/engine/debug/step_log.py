@@ -35,8 +35,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a Runner and its Memory are rebuilt from. model: the checkpoint directory's name; device: its type; threads:
     of torch on a CPU, which the order of its sums depends on; ring_rows, window_entries: as in MemoryLayout;
     draft_tokens: behind an id at most; mtp: whether the MTP head makes them; draft_vocabulary: among how many of the
-    lowest ids it chooses, None for all; vocabulary: how many ids; package: this package's version; fp8: as in
-    ModelConfig; kv_dtype: EngineConfig's kv_cache_dtype."""
+    lowest ids it chooses, None for all; drafts_in_fp8: by an FP8 copy of the model's head; vocabulary: how many ids;
+    package: this package's version; fp8: as in ModelConfig; kv_dtype: EngineConfig's kv_cache_dtype."""
 
     model: str
     dtype: str
@@ -50,13 +50,14 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     draft_tokens: Annotated[int, Meta(ge=0)]
     mtp: bool
     draft_vocabulary: _Count | None
+    drafts_in_fp8: bool
     window_entries: _Count
     vocabulary: _Count
     package: str
     fp8: tuple[str, ...] = ()
     kv_dtype: Literal["auto", "fp8"] = "auto"
     kind: Literal["tokenspeed step log"] = "tokenspeed step log"
-    version: Literal[2] = 2
+    version: Literal[3] = 3
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +89,7 @@ def header_of(engine: Engine, model: str) -> Header:
         draft_tokens=engine.limits.max_drafts,
         mtp=mtp is not None,
         draft_vocabulary=None if drafted is None else len(drafted),
+        drafts_in_fp8=mtp is not None and mtp.drafts_in_fp8,
         window_entries=memory.layout.window_entries,
         vocabulary=engine.vocabulary,
         package=__version__,
@@ -224,10 +226,11 @@ def _runner(path: Path, header: Header, directory: Path, device: str | None) -> 
     model = Qwen3_5.empty(config, dtype, device, mtp=header.mtp)
     load_weights(model, directory, progress=False)
     model.lay_out_by_columns()
-    if header.draft_vocabulary is not None:
+    if header.draft_vocabulary is not None or header.drafts_in_fp8:
         if not header.mtp:
-            raise LogError(f"{path} has a draft vocabulary of {header.draft_vocabulary} ids and no MTP head.")
-        model.mtp.reduce_vocabulary(torch.arange(header.draft_vocabulary))
+            raise LogError(f"{path} has a copy of the head to draft by, and no MTP head.")
+        ids = None if header.draft_vocabulary is None else torch.arange(header.draft_vocabulary)
+        model.mtp.copy_head(ids, header.drafts_in_fp8)
     sizes, kv_dtype = (header.ring_rows, header.window_entries), pick_kv_dtype(header.kv_dtype)
     layout = MemoryLayout(model.share, dtype, *sizes, kv_dtype=kv_dtype)
     memory = Memory(layout, header.pages, header.slots, device)

@@ -78,8 +78,11 @@ def load_runner(
     else:
         load_weights(model, directory, progress)
     model.lay_out_by_columns()
-    if config.draft_vocabulary is not None:
-        model.mtp.reduce_vocabulary(torch.arange(config.draft_vocabulary))
+    if model.mtp:
+        in_fp8 = drafts_in_fp8(dtype, on_gpu)
+        ids = None if config.draft_vocabulary is None else torch.arange(config.draft_vocabulary)
+        if in_fp8 or ids is not None:
+            model.mtp.copy_head(ids, in_fp8)
     weights = sum(p.nbytes for p in model.parameters())
     threads = config.threads
     if threads is None and weights < _SHARED_BYTES:
@@ -140,6 +143,12 @@ def read_model_config(directory: Path, config: EngineConfig) -> ModelConfig:
 def decodes_by_kernel(device: torch.device) -> bool:
     """Whether a compiled kernel decodes there, whose slots have a ring of updates."""
     return device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
+
+
+def drafts_in_fp8(dtype: torch.dtype, on_gpu: bool) -> bool:
+    """Whether drafts are made by a copy of the head in FP8: each of them reads all of the head, the largest weight by
+    far, and what is lost of it costs drafts at most."""
+    return on_gpu and dtype == torch.bfloat16
 
 
 def _check_draft_vocabulary(ids: int | None, vocab: int, mtp: bool) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.fp8 import BLOCK, quantise_blocks
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..parallel.comm import Communicator
@@ -24,7 +25,9 @@ from ..parallel.mesh import Mesh
 from ..parallel.placement import Replicate
 from .inputs import Batch
 from .layers import Embedding, GatedAttention, LMHead, Norm, Stage, feed_forward
-from .parameters import Source, by_columns, source, weight
+from .parameters import Source, Weight, by_columns, source, weight
+
+_QUANTISED_ROWS = 64 * BLOCK  # of the head at a time: in fp32 they take memory beside it
 
 
 class Output(NamedTuple):
@@ -65,16 +68,26 @@ class JoinTokens(Stage):
         return ops.linear(torch.cat(parts, dim=1), self.fc), None
 
 
-class ReducedHead(Stage):
-    """Logits of a few ids, minus infinity for all others: [L, vocabulary], so that a column is an id as ever."""
+class DraftHead(Stage):
+    """The head from a copy that costs less: of some ids alone, in FP8, or both. Logits are [L, vocabulary], so that a
+    column is an id as ever, and minus infinity for ids that are left out."""
 
-    def __init__(self, head: LMHead, ids: Tensor):
+    output = LMHead.output
+
+    def __init__(self, head: LMHead, ids: Tensor | None, fp8: bool):
         super().__init__(head.mesh)
         self.vocab, self.ids = len(head.weight), ids
-        self.weight = nn.Parameter(head.weight[ids], requires_grad=False)
+        rows = head.weight if ids is None else head.weight[ids]
+        parts = [rows]
+        if fp8:
+            parts = map(torch.cat, zip(*map(quantise_blocks, rows.split(_QUANTISED_ROWS)), strict=True))
+        data, scale = [*(nn.Parameter(part, requires_grad=False) for part in parts), None][:2]
+        self.weight = Weight(data, scale)
 
     def forward(self, x, residual, batch):
-        logits, normed = x.linear_of(batch.logit_rows, self.weight)
+        logits, normed = x.linear_of(batch.logit_rows, *self.weight)
+        if self.ids is None:
+            return logits, normed
         return logits.new_full((len(logits), self.vocab), -torch.inf).index_copy_(1, self.ids, logits), normed
 
 
@@ -155,15 +168,27 @@ class MtpHead(nn.Module):
     def draft_ids(self) -> Tensor | None:
         """What the vocabulary was reduced to, [V'] int64; None where it is whole."""
         last = self.program[-1]
-        return last.ids if isinstance(last, ReducedHead) else None
+        return last.ids if isinstance(last, DraftHead) else None
 
-    def reduce_vocabulary(self, ids: Tensor) -> None:
-        """From now on compute logits of these ids alone, from a copy of their rows of the head, made once the weights
-        are loaded; logits of all others are minus infinity. Text does not change by it: drafts are verified.
+    @property
+    def drafts_in_fp8(self) -> bool:
+        last = self.program[-1]
+        return isinstance(last, DraftHead) and last.weight.scale is not None
 
-        ids: [V'] int64, on any device. Raises ConfigError for ids that are not distinct ones of the vocabulary, and
-        where the head is split over ranks.
+    def copy_head(self, ids: Tensor | None = None, fp8: bool = False) -> None:
+        """From now on draft by a copy of the head, made once the weights are loaded: of these ids alone, logits of all
+        others being minus infinity, in FP8, or both. Text does not change by it: drafts are verified by the head.
+
+        ids: [V'] int64, on any device, None for all. Raises ConfigError for ids that are not distinct ones of the
+        vocabulary, and for ids where the head is split over ranks.
         """
+        if ids is not None:
+            self._check_ids(ids)
+            ids = ids.to(self.head.weight.device)
+        self.program[-1] = DraftHead(self.head, ids, fp8)
+        self.link()
+
+    def _check_ids(self, ids: Tensor) -> None:
         if self.communicator.mesh.world > 1:
             raise ConfigError(
                 f"a reduced draft vocabulary needs the whole head on one rank; there are "
@@ -177,5 +202,3 @@ class MtpHead(nn.Module):
                 f"a draft vocabulary of {len(ids)} ids from {ids.min()} to {ids.max()} does not hold distinct ids of "
                 f"the vocabulary of {vocab}."
             )
-        self.program[-1] = ReducedHead(self.head, ids.to(self.head.weight.device))
-        self.link()

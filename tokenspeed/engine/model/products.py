@@ -35,12 +35,12 @@ class PendingNorm(NamedTuple):
             return ops.linear(normed, weight, scale, tail), normed, self.x
         return ops.add_rms_norm_linear(self.x, self.residual, self.norm_weight, self.eps, weight, scale, tail)
 
-    def linear_of(self, rows: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def linear_of(self, rows: Tensor | None, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The product of some rows of the norm with a weight, of all where `rows` is None, and the whole norm."""
         if rows is None:
-            return self.linear(weight)[:2]
+            return self.linear(weight, scale)[:2]
         normed = self.normed()
-        return ops.linear(normed[rows], weight), normed
+        return ops.linear(normed[rows], weight, scale), normed
 
 
 class DoneNorm(NamedTuple):
@@ -59,8 +59,8 @@ class DoneNorm(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return ops.linear(self.norm, weight, scale, tail), self.norm, self.x
 
-    def linear_of(self, rows: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.linear(self.norm if rows is None else self.norm[rows], weight), self.norm
+    def linear_of(self, rows: Tensor | None, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.linear(self.norm if rows is None else self.norm[rows], weight, scale), self.norm
 
 
 class Joined(nn.ModuleList):
