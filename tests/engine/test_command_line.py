@@ -164,7 +164,7 @@ def test_info_says_what_an_mtp_head_costs_and_what_drafts_need(capsys):
     assert each.endswith(f"({67.54 + 80:.2f} MiB each)")
     lines = info(capsys, *gpu, "--draft-tokens", "7", "--draft-vocabulary", "32768")
     assert "drafts 7 behind each token, by the MTP head" in lines
-    assert any("32768 lowest ids" in line and "128.00 MiB" in line for line in lines)
+    assert any("32768 lowest ids" in line and "in FP8" in line and "64.00 MiB" in line for line in lines)
 
 
 def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):

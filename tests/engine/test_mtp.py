@@ -22,6 +22,7 @@ from tokenspeed.engine.model.inputs import Batch, PrefillRows, Rows
 from tokenspeed.engine.model.mtp import Output
 from tokenspeed.engine.model.qwen3_5 import Qwen3_5
 from tokenspeed.engine.model.weights import holds_mtp, load_weights
+from tokenspeed.ops.fp8 import BLOCK, dequantise, quantise_blocks
 
 # Of what is right (rounding makes 1.1e-4 where a machine sums in another order), and of what a planted bug changes.
 TOLERANCE, SHOWS = 5e-4, 1e-2
@@ -229,6 +230,23 @@ def test_a_reduced_vocabulary_changes_no_logits_of_its_ids_and_offers_no_others(
         assert distance(shown, expected, case.mtp_hidden[rows]) <= TOLERANCE
         assert (output.logits[:, others] == -torch.inf).all()
         assert set(output.logits.argmax(-1).tolist()) <= set(ids.tolist())
+
+
+@pytest.mark.parametrize("count", [None, 50])
+def test_a_head_in_fp8_is_the_product_with_its_dequantised_rows(model, case, monkeypatch, count):
+    monkeypatch.setattr("tokenspeed.engine.model.mtp._QUANTISED_ROWS", BLOCK)  # more than once
+    ids = None if count is None else torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:count]
+    rows = model.mtp.head.weight if ids is None else model.mtp.head.weight[ids]
+    model.mtp.copy_head(ids, fp8=True)
+    assert model.mtp.drafts_in_fp8 and model.mtp.program[-1].weight.format == "fp8_block128"
+    sequence = Sequence(model)
+    hidden = sequence.trunk(case.ids[:-1], 0).hidden
+    output = sequence.head(case.ids[1:], 0, hidden)
+    logits = output.logits if ids is None else output.logits[:, ids]
+    assert (logits - output.hidden @ dequantise(*quantise_blocks(rows)).T).abs().max() <= TOLERANCE
+    assert (output.hidden - case.mtp_hidden).abs().max() <= TOLERANCE, "the head's own rows are as they were"
+    assert 1e-3 < (logits - case.mtp_logits[:, slice(None) if ids is None else ids]).abs().max() < 0.2
+    assert (sequence.trunk(case.ids[:-1], 0).logits - case.logits[:-1]).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(

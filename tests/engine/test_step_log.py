@@ -14,6 +14,7 @@ from tokenspeed.engine.errors import LogError
 from tokenspeed.engine.llm import LLM
 from tokenspeed.engine.request import SamplingParams
 from tokenspeed.engine.schedule.step import Begin, DecodeRow, Edit, NewPages, PrefillRow, Sample, Step
+from tokenspeed.ops.fp8 import quantise_blocks
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,20 @@ def test_a_mixed_schedule_replays_bit_for_bit(log):
     assert replayed.difference is None
     assert replayed.steps == len(records)
     assert replayed.tokens == sum(record.step.tokens for record in records)
+
+
+def test_drafts_of_a_head_in_fp8_are_drafted_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenspeed.engine.executor.loading.drafts_in_fp8", lambda dtype, on_gpu: True)
+    # A copy that drafts other ids than the head itself, so that a replay without it has other rows.
+    coarse = "tokenspeed.engine.model.mtp.quantise_blocks"
+    monkeypatch.setattr(coarse, lambda rows: quantise_blocks(rows + rows.roll(1, 0)))
+    llm = LLM(progress=False, threads=1, draft_tokens=3)
+    written = StepLog(tmp_path / "log", llm.engine, "tiny_agent")
+    params = SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)
+    llm.generate([list(range(5, 45))], params, progress=False)
+    written.close()
+    (_, header), *_ = read_log(tmp_path / "log")
+    assert header.drafts_in_fp8 and replay(tmp_path / "log", SHIPPED).difference is None
 
 
 def test_a_hash_that_was_changed_is_noticed_at_its_step(log, tmp_path, capsys):
