@@ -38,7 +38,11 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             progress = column(draw, 1, 9999), column(draw, 10**9, 2**30), table(draw, DRAFTS, 9999)
             return chosen, tokens, outputs, column(draw, 1, 9999), index(draw), *rules, *progress
 
+        def behind(draw: Inputs, width=width, column=column, table=table, index=index) -> tuple:
+            return index(draw), *(column(draw, 0, 9999) for _ in range(3)), table(draw, DRAFTS, 9999), width
+
         rows = sequences * width
         yield operator_case("next_tokens", shape, 40 * sequences + 24 * rows, following)
         yield operator_case("paged_rows", shape, 20 * sequences + (8 * FREQUENCIES + 8) * rows, places)
+        yield operator_case("draft_rows", shape, 36 * sequences + 12 * rows, behind)
         yield operator_case("accept_tokens", shape, (48 + 8 * STOPS) * sequences + 24 * rows, verdict)

@@ -139,6 +139,19 @@ struct PagedRows {
     float rope_scale;
 };
 cudaError_t paged_rows(const PagedRows& arguments, cudaStream_t stream);
+struct DraftRows {
+    const int64_t* index;     // [sequences]
+    const int32_t* context;   // [sequences]
+    const int32_t* capacity;  // [I]
+    const int32_t* prompt;    // [I]
+    const int64_t* ids;       // [I, at least 1] by row stride
+    int64_t ids_stride;
+    int64_t* tokens;   // [sequences]
+    int32_t* rows;     // [drafts, sequences]
+    int64_t* outputs;  // [drafts, sequences]
+    int sequences, drafts;
+};
+cudaError_t draft_rows(const DraftRows& arguments, cudaStream_t stream);
 constexpr int kAcceptMaxTokens = 32;  // a lane each
 struct AcceptTokens {
     const int64_t* chosen;  // [sequences, tokens_each] contiguous, as are the next two

@@ -33,6 +33,7 @@ KERNELS = (
     "moe_experts",
     "next_tokens",
     "paged_rows",
+    "draft_rows",
     "accept_tokens",
     "moe_block",
     "ffn_block",
@@ -185,6 +186,7 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(backend, name, seed)
         "copy_states",
         "next_tokens",
         "paged_rows",
+        "draft_rows",
         "accept_tokens",
     ],
 )

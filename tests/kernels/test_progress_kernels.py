@@ -49,9 +49,10 @@ class Progress:
         taken = operators.next_tokens(self.index, *slots, self.length, self.left, self.prompt, self.ids, self.width)
         places = (self.pages, self.capacity, self.inv_freq, self.width, 0.5, -1, PAGE)
         rows = operators.paged_rows(self.index, taken[2], *places)
+        drafts = operators.draft_rows(self.index, taken[2], self.capacity, self.prompt, self.ids, 3)
         tables = (self.length, self.left, self.ids)
         counts = operators.accept_tokens(self.chosen, *taken[:3], self.index, self.min_tokens, self.stops, *tables)
-        return [*taken, *rows, counts]
+        return [*taken, *rows, *drafts, counts]
 
     def tables(self) -> list[torch.Tensor]:
         return [self.length, self.left, self.ids]
@@ -59,8 +60,8 @@ class Progress:
 
 class Operators:
     def __init__(self, backend):
-        self.next_tokens, self.paged_rows, self.accept_tokens = (
-            backend.op(name) for name in ("next_tokens", "paged_rows", "accept_tokens")
+        self.next_tokens, self.paged_rows, self.draft_rows, self.accept_tokens = (
+            backend.op(name) for name in ("next_tokens", "paged_rows", "draft_rows", "accept_tokens")
         )
 
 

@@ -190,6 +190,12 @@ def paged_rows(backend: Backend):
     return index, backend.tensor([5, 70, -1]), pages, capacity, inv_freq, 2, 1.0, -1, 64
 
 
+def draft_rows(backend: Backend):
+    _, _, prompt, ids = _progress(backend)
+    index, context = backend.tensor([1, 0, 2], torch.int64), backend.tensor([63, 70, -1])
+    return index, context, backend.tensor([128, 64, 0]), prompt, ids, 3
+
+
 def accept_tokens(backend: Backend):
     length, left, _, ids = _progress(backend)
     chosen, tokens = (backend.tensor(x, torch.int64) for x in ([[7, 1], [4, 2], [0, 0]], [[6, 7], [3, 9], [0, 0]]))
@@ -211,6 +217,7 @@ SAMPLES: dict[str, Callable] = {
         causal_conv1d,
         copy_pages,
         copy_states,
+        draft_rows,
         ffn_block,
         gated_delta_rule_decode,
         gated_delta_rule_prefill,

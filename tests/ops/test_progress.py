@@ -163,7 +163,26 @@ def test_padding_rows_share_an_index_and_change_nothing(backend):
     assert progress[2].tolist()[5] == tables.ids[5] and progress[2].tolist()[2][0] == 7
 
 
-@pytest.mark.parametrize("name", ["next_tokens", "paged_rows", "accept_tokens"])
+@bounded
+@given(st.integers(0, 2**32), st.integers(1, 7), st.integers(1, 6))
+def test_drafts_stand_behind_the_last_id_as_far_as_there_are_pages(backend, seed, drafts, batch):
+    random = Random(seed)
+    tables, index = Tables.random(random), random.sample(range(6), batch)
+    context = [random.choice([-1, tables.length[i], tables.capacity[i] - 2]) for i in index]
+    columns = (backend.tensor(x) for x in (context, tables.capacity, tables.prompt))
+    tokens, rows, outputs = backend.op("draft_rows")(
+        int64(backend, index), *columns, int64(backend, tables.ids), drafts
+    )
+    assert tokens.tolist() == [tables.ids[i][0] for i in index]
+    for at, (i, first) in enumerate(zip(index, context, strict=True)):
+        for k in range(drafts):
+            exists = first >= 0 and first + k < tables.capacity[i]
+            assert rows[k, at].item() == (first + k if exists else -1)
+            if exists:
+                assert outputs[k, at].item() == first + 1 - tables.prompt[i] + k
+
+
+@pytest.mark.parametrize("name", ["next_tokens", "paged_rows", "draft_rows", "accept_tokens"])
 def test_no_sequences_are_no_work(backend, name):
     none, tables = int64(backend, []), Tables.random(Random(1))
     few, counts = backend.tensor([]), [backend.tensor(x) for x in (tables.length, tables.left, tables.prompt)]
@@ -173,6 +192,8 @@ def test_no_sequences_are_no_work(backend, name):
     elif name == "paged_rows":
         places = (backend.tensor(tables.pages), backend.tensor(tables.capacity), torch.ones(3, device=backend.device))
         assert backend.op(name)(none, few, *places, 2, 1.0, 0, PAGE)[1].shape == (0,)
+    elif name == "draft_rows":
+        assert backend.op(name)(none, few, *counts[:2], ids, 2)[1].shape == (2, 0)
     else:
         empty = none.view(0, 2)
         rules = backend.tensor(tables.min_tokens), int64(backend, tables.stops)

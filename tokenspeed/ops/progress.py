@@ -77,6 +77,28 @@ def paged_rows(
     return cos_sin if rope_scale == 1 else cos_sin * rope_scale, kv_slots.flatten()
 
 
+def _draft_fake(index, context, capacity, prompt, ids, drafts):
+    rows = (drafts, len(index))
+    return torch.empty_like(index), context.new_empty(rows), index.new_empty(rows)
+
+
+@operator(fake=_draft_fake)
+def draft_rows(
+    index: Tensor, context: Tensor, capacity: Tensor, prompt: Tensor, ids: Tensor, drafts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the drafts behind each of B sequences' last ids are made.
+
+    index: [B] int64; context: [B] int32, the row of the last id, negative for padding; capacity, prompt: [I] int32;
+    ids: [I, >= 1] int64; drafts: D >= 1. Returns tokens [B] int64, the last ids; rows [D, B] int32, of which each draft
+    is made, the last id's and those behind it, -1 for padding and beyond the capacity; outputs [D, B] int64, the number
+    of the output that each draft may be, from 0.
+    """
+    ahead = torch.arange(drafts, dtype=context.dtype, device=context.device)[:, None]
+    room = capacity[index].masked_fill(context < 0, 0)
+    rows = torch.where(context + ahead < room, context + ahead, -1)
+    return ids[index, 0], rows, (context - prompt[index]).long() + (1 + ahead)
+
+
 @operator(
     fake=lambda chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids: torch.empty_like(
         context_lens

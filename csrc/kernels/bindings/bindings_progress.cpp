@@ -88,6 +88,33 @@ std::optional<std::tuple<Tensor, Tensor>> paged_rows(const Tensor& index, const 
     return std::make_tuple(cos_sin, kv_slots);
 }
 
+std::optional<std::tuple<Tensor, Tensor, Tensor>> draft_rows(const Tensor& index, const Tensor& context,
+                                                             const Tensor& capacity, const Tensor& prompt,
+                                                             const Tensor& ids, int64_t drafts) {
+    const bool fits = has_kernels(index) && is_column(index, ScalarType::Long) && drafts > 0 &&
+                      are_columns({&context}, ScalarType::Int, index.size(0)) && is_column(capacity, ScalarType::Int) &&
+                      are_columns({&prompt}, ScalarType::Int, capacity.size(0)) &&
+                      is_table(ids, ScalarType::Long, capacity.size(0), 1) && index.size(0) * drafts <= kMaxIndex;
+    if (!fits) return std::nullopt;
+    const int64_t sequences = index.size(0);
+    Tensor tokens = new_tensor(ids, {sequences}), outputs = new_tensor(ids, {drafts, sequences});
+    Tensor rows = new_tensor(context, {drafts, sequences});
+    const DraftRows arguments{.index = data<int64_t>(index),
+                              .context = data<int32_t>(context),
+                              .capacity = data<int32_t>(capacity),
+                              .prompt = data<int32_t>(prompt),
+                              .ids = data<int64_t>(ids),
+                              .ids_stride = ids.stride(0),
+                              .tokens = data<int64_t>(tokens),
+                              .rows = data<int32_t>(rows),
+                              .outputs = data<int64_t>(outputs),
+                              .sequences = static_cast<int>(sequences),
+                              .drafts = static_cast<int>(drafts)};
+    const Launch launch(index);
+    check_launch(tokenspeed::draft_rows(arguments, launch.stream()), "draft_rows");
+    return std::make_tuple(tokens, rows, outputs);
+}
+
 std::optional<Tensor> accept_tokens(const Tensor& chosen, const Tensor& tokens, const Tensor& outputs,
                                     const Tensor& context_lens, const Tensor& index, const Tensor& min_tokens,
                                     const Tensor& stops, const Tensor& length, const Tensor& left, const Tensor& ids) {
@@ -127,6 +154,7 @@ std::optional<Tensor> accept_tokens(const Tensor& chosen, const Tensor& tokens, 
 TOKENSPEED_KERNELS(library) {
     TOKENSPEED_KERNEL(library, next_tokens);
     TOKENSPEED_KERNEL(library, paged_rows);
+    TOKENSPEED_KERNEL(library, draft_rows);
     TOKENSPEED_KERNEL(library, accept_tokens);
 }
 

@@ -1,7 +1,6 @@
-// A sequence's progress on the device: three small kernels around every decode step. Contracts:
-// tokenspeed/ops/progress.py.
+// A sequence's progress on the device: small kernels around every decode step. Contracts: tokenspeed/ops/progress.py.
 //
-// All three are latency and nothing else: 256 sequences x 8 tokens are at most 600 KB, 0.1 us at 4.3 TB/s, while a load
+// All are latency and nothing else: 256 sequences x 8 tokens are at most 600 KB, 0.1 us at 4.3 TB/s, while a load
 // that misses L1 takes 0.3 to 0.6 us. So each issues whatever does not depend on a loaded value at once, and is left
 // with two loads behind one another (the sequence's index, then its row of the tables), no shared memory and no
 // barrier; a launch and its wait cost about another microsecond.
@@ -14,12 +13,15 @@
 // the approximate instructions do not. (Beyond 105,615 radians its reduction keeps a few words in local memory, which
 // is why the budget does not say hot.)
 //
+// draft_rows: a thread is one draft of a sequence; the first of a sequence also fetches its last id.
+//
 // accept_tokens: a warp is a sequence and a lane one of its tokens. Whether drafts agree and where an end stands are
 // two ballots, so the count is two searches for a bit. Rows of padding touch no table, so they may share an index with
 // any.
 //
 // budget: next_tokens_kernel registers<=40 shared<=0 hot
 // budget: paged_rows_kernel registers<=64 shared<=0
+// budget: draft_rows_kernel registers<=40 shared<=0 hot
 // budget: accept_tokens_kernel registers<=64 shared<=0 hot
 #include <launch.h>
 #include <ptx.h>
@@ -78,6 +80,21 @@ __global__ void __launch_bounds__(kThreads) paged_rows_kernel(const PagedRows p)
     angles[frequencies] = sine * p.rope_scale;
 }
 
+__global__ void __launch_bounds__(kThreads) draft_rows_kernel(const DraftRows p) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const uint32_t item = blockIdx.x * kThreads + threadIdx.x, sequences = p.sequences;
+    if (item >= sequences * p.drafts) return;
+    const uint32_t draft = item / sequences, sequence = item % sequences;
+    const int64_t index = p.index[sequence];
+    const int32_t context = p.context[sequence];
+    const int32_t capacity = p.capacity[index], prompt = p.prompt[index];
+    const int64_t row = int64_t{context} + draft;
+    p.rows[item] = context >= 0 && row < capacity ? static_cast<int32_t>(row) : -1;
+    p.outputs[item] = row - prompt + 1;
+    if (draft == 0) p.tokens[sequence] = p.ids[index * p.ids_stride];
+}
+
 __global__ void __launch_bounds__(kThreads) accept_tokens_kernel(const AcceptTokens p) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
@@ -129,6 +146,10 @@ cudaError_t next_tokens(const NextTokens& arguments, cudaStream_t stream) {
 cudaError_t paged_rows(const PagedRows& arguments, cudaStream_t stream) {
     const int64_t angles = int64_t{arguments.sequences} * arguments.width * arguments.frequencies;
     return start(paged_rows_kernel, angles, kThreads, arguments, stream);
+}
+
+cudaError_t draft_rows(const DraftRows& arguments, cudaStream_t stream) {
+    return start(draft_rows_kernel, int64_t{arguments.sequences} * arguments.drafts, kThreads, arguments, stream);
 }
 
 cudaError_t accept_tokens(const AcceptTokens& arguments, cudaStream_t stream) {

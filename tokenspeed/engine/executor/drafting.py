@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ... import ops
 from ..model.inputs import Batch, DecodeRows, PrefillRows, Rows
 from ..model.mtp import MtpHead
 from ..schedule.step import Begin
@@ -103,11 +104,8 @@ class MtpDrafter:
         tables, drafted = self._tables, []
         # What is known of every draft is made before the first: a launch each, and not one more for each draft.
         parameters = None if greedy else self._sampler.parameters(index)
-        ahead = torch.arange(drafts, dtype=context.dtype, device=context.device)[:, None]
-        room = tables.capacity[index].masked_fill(context < 0, 0)  # behind it there is no page to look at
-        places = torch.where(context + ahead < room, context + ahead, -1)
-        outputs = (context - tables.prompt[index]).long() + (1 + ahead)  # of the drafts; the last id has the one before
-        token, hidden = tables.ids[index, 0], self._kept(slots)
+        token, places, outputs = ops.draft_rows(index, context, tables.capacity, tables.prompt, tables.ids, drafts)
+        hidden = self._kept(slots)
         for k in range(drafts):
             rows = Rows(page_table, places[k], slots, slots)
             batch = paged(self._memory, tables, self._rotary, rows, index, token[:, None], -1)
