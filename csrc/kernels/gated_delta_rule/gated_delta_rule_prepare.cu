@@ -7,9 +7,10 @@
 // ahead: it brings the rows by TMA and computes the gates. Finished tiles leave by bulk stores, in the layout that the
 // scan's bulk loads find again.
 //
-// The inverse, by blocks of 16 x 16: diagonal blocks by substitution in fp32, a warp each, then pairs of blocks (32 x
-// 32), then pairs of these: with L = diag(beta) M, A21 = -(A22 M21) A11, both factors in fp16 pairs (high and low
-// part), the product in brackets from registers to registers.
+// Decays between two blocks of 16 tokens are products of two exponentials, from the first token of the later block to
+// either side: neither is above 1. The third warpgroup makes them.
+//
+// The inverse, with L = diag(beta) M: see gated_delta_rule_inverse.h.
 //
 // Bytes: raw q and k once, 512 a token and key head, and out as many; per value head 16 KB of tiles and 1.8 KB of
 // factors a chunk: 208 MB at 8192 tokens of 16:32 heads, 69 us at 3 TB/s.
@@ -36,7 +37,7 @@ constexpr int kWorkRegisters = 104, kAheadRegisters = 32;                  // pe
 constexpr uint32_t kWorkersBarrier = 3;                                    // of a team; 1 and 2 are its warpgroups'
 constexpr int kCluster = 2;  // as the scan's, so that what a cluster leaves takes one of those
 // The scan does as many chunks in the time of a team's turn with one or two value heads.
-constexpr int kChunksOfTurn = 7;
+constexpr int kChunksOfTurn = 4;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
@@ -53,10 +54,6 @@ struct Deal {
         if (turn < rounds) return team + turn * teams;
         return team < lasting ? rounds * teams + (turn - rounds) * lasting + team : units;
     }
-};
-
-struct alignas(16) Gates {  // of a value head
-    float total[kChunk], beta[kChunk];
 };
 
 struct Ahead {       // what the third warpgroup leaves
@@ -85,33 +82,50 @@ __device__ __forceinline__ float inverse_of_power(float x) {
 
 // In place, raw rows of 128 bf16 elements in two panels -> fp16 rows of norm 1/2 to 1, and what makes them unit
 // vectors, times `factor`. The elements are only multiplied by a power of two, so they stay exact; the rest of the norm
-// waits in fp32. Rows outside the sequence become zeros. Two lanes a row, a panel each: eight neighbours read eight
-// rows.
+// waits in fp32. Rows outside the sequence become zeros. A warp takes 16 rows as the operands of their product with
+// themselves, whose diagonal has the squares.
 __device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end, float* scale, float factor) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % kGroupThreads / 32 * 16 + lane % 16;
-    auto* panel = reinterpret_cast<uint8_t*>(tile + lane / 16 * kPanel);
-    const bool inside = row >= begin && row < end;
-    float squares = 0;
-#pragma unroll 2
-    for (int piece = 0; piece < 8; ++piece) {
-        squares += sum_of_squares(unpack(*reinterpret_cast<const uint4*>(panel + place(row, piece))));
-    }
-    squares += __shfl_xor_sync(kAllLanes, squares, 16);
-    squares = inside ? squares : 0.0f;
-    const float power = power_below(rsqrtf(max(squares, kLeastSquares)));
-    if (lane < 16) scale[row] = factor * rsqrtf(squares + 1e-6f) * inverse_of_power(power);
-#pragma unroll 2
-    for (int piece = 0; piece < 8; ++piece) {
-        auto& packed = *reinterpret_cast<uint4*>(panel + place(row, piece));
-        const Float8 x = unpack(packed);
-        uint4 scaled{};
-        if (inside) {
-            scaled.x = pack<__half>(x.v[0] * power, x.v[1] * power);
-            scaled.y = pack<__half>(x.v[2] * power, x.v[3] * power);
-            scaled.z = pack<__half>(x.v[4] * power, x.v[5] * power);
-            scaled.w = pack<__half>(x.v[6] * power, x.v[7] * power);
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
+    const uint32_t first = ptx::shared_address(tile) + place(first_row + lane % 16, lane / 16);
+    const auto step = [&](int k) { return (first ^ k % 4 * 32) + k / 4 * kPanel * 2; };
+    uint32_t x[8][4];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) ptx::ldmatrix_x4(x[k], step(k));
+    if (begin > 0 || end < kChunk) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = first_row + lane / 4 + 8 * h;
+            if (row >= begin && row < end) continue;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) x[k][h] = x[k][h + 2] = 0;
         }
-        packed = scaled;
+    }
+    float products[2][2][4] = {};  // with rows 0..7 and 8..15, each in two sums
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) ptx::mma_m16n8k16<__nv_bfloat16>(products[h][k % 2], x[k], x[k][h], x[k][h + 2]);
+    }
+    float power[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        // Lane 4 i + i / 2 has row i of the diagonal.
+        const auto& [even, odd] = products[h];
+        const float mine = lane / 4 % 2 == 0 ? even[2 * h] + odd[2 * h] : even[2 * h + 1] + odd[2 * h + 1];
+        const float squares = __shfl_sync(kAllLanes, mine, lane / 4 * 4 + lane / 8);
+        power[h] = power_below(rsqrtf(max(squares, kLeastSquares)));
+        if (lane % 4 == 0) {
+            scale[first_row + lane / 4 + 8 * h] = factor * rsqrtf(squares + 1e-6f) * inverse_of_power(power[h]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float left = __uint_as_float(x[k][i] << 16), right = __uint_as_float(x[k][i] & 0xffff0000u);
+            x[k][i] = pack<__half>(left * power[i % 2], right * power[i % 2]);
+        }
+        ptx::stmatrix_x4(step(k), x[k]);
     }
 }
 
@@ -140,84 +154,47 @@ __device__ __forceinline__ void clear_upper(HeadTiles& head) {
     }
 }
 
-// What the products of a thread with 8 columns need: row factors, differences of G, and where they lie.
-struct Decays {
-    int row[2];
-    float total[2], scale[2];
-
-    __device__ __forceinline__ Decays(const Thread& thread, const float* totals) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            row[h] = thread.warp * 16 + thread.lane / 4 + 8 * h;
-            total[h] = totals[row[h]];
-        }
-    }
-    // The pair's products with scales and decays, left of the diagonal.
-    __device__ __forceinline__ float2 apply(const float* products, float2 totals, float2 scales, int h,
-                                            int column) const {
-        const float left = products[0] * (scale[h] * scales.x) * ptx::exp2_approximate(total[h] - totals.x);
-        const float right = products[1] * (scale[h] * scales.y) * ptx::exp2_approximate(total[h] - totals.y);
-        return {column < row[h] ? left : 0.0f, column + 1 < row[h] ? right : 0.0f};
-    }
-};
-
-// k k^T -> M below the diagonal blocks, in fp16 pairs, and L = diag(beta) M in these blocks, in fp32. All rows of a
-// thread lie in the block row of its warp.
-__device__ __forceinline__ void store_lower(const Thread& thread, const float (&kk)[32], const Gates& gates,
-                                            const float* key_scale, HeadTiles& head, Inverse& inverse) {
-    const int warp = thread.warp;
-    Decays decays(thread, gates.total);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) decays.scale[h] = key_scale[decays.row[h]];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        if (j / 2 > warp) continue;
-        const int column = 8 * j + thread.lane % 4 * 2;
-        const float2 totals = *reinterpret_cast<const float2*>(gates.total + column);
-        const float2 scales = *reinterpret_cast<const float2*>(key_scale + column);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = decays.row[h];
-            const float2 lower = decays.apply(kk + 4 * j + 2 * h, totals, scales, h, column);
-            if (j / 2 == warp) {
-                *reinterpret_cast<float2*>(inverse.diagonal[warp] + row % 16 * kDiagonalPitch + column % 16) =
-                    float2{gates.beta[row] * lower.x, gates.beta[row] * lower.y};
-            } else {
-                const Split split(lower.x, lower.y);
-                pair_at(head.solve, row, column) = split.high;
-                pair_at(inverse.low, row, column) = split.low;
-            }
-        }
-    }
-}
-
 // k q^T -> P, lower with its diagonal: its transpose, so that the first warps have the most to do here and the last
-// ones with L.
+// ones with the inverse.
 __device__ __forceinline__ void store_attention(const Thread& thread, const float (&kq)[32], const Gates& gates,
                                                 HeadTiles& head, const Shared& shared) {
-    const int warp = thread.warp, lane = thread.lane, block = lane / 8;
-    Decays decays(thread, gates.total);
+    const int warp = thread.warp, lane = thread.lane, row = 16 * warp + lane / 4, column = lane % 4 * 2;
+    const uint32_t tile = ptx::shared_address(head.attention);
+    const uint32_t at = place(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+    const float scale[2] = {shared.key_scale[row], shared.key_scale[row + 8]};
+    float diagonal[8];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) decays.scale[h] = shared.key_scale[decays.row[h]];
+    for (int j = 0; j < 4; ++j) {
+        if (j == warp) {
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-        if (j / 2 < warp) continue;
+            for (int i = 0; i < 8; ++i) diagonal[i] = kq[8 * j + i];
+        }
+        if (j == 0 || j <= warp) continue;
+        float left[2];
         uint32_t blocks[4];
 #pragma unroll
+        for (int h = 0; h < 2; ++h) left[h] = scale[h] * gates.across[block_of_across(j) + row + 8 * h];
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int column = 8 * (j + i / 2) + lane % 4 * 2, h = i % 2;
-            const float2 totals = *reinterpret_cast<const float2*>(gates.total + column);
-            const float2 scales = *reinterpret_cast<const float2*>(shared.query_scale + column);
-            const float* products = kq + 4 * j + 2 * i;
-            const float left =
-                products[0] * (decays.scale[h] * scales.x) * ptx::exp2_approximate(totals.x - decays.total[h]);
-            const float right =
-                products[1] * (decays.scale[h] * scales.y) * ptx::exp2_approximate(totals.y - decays.total[h]);
-            blocks[i] = pack<__half>(column >= decays.row[h] ? left : 0.0f, column + 1 >= decays.row[h] ? right : 0.0f);
+            const float2 right =
+                product(gates.within + 16 * j + i / 2 * 8 + column, shared.query_scale + 16 * j + i / 2 * 8 + column);
+            const float* products = kq + 8 * j + 2 * i;
+            blocks[i] = pack<__half>(products[0] * left[i % 2] * right.x, products[1] * left[i % 2] * right.y);
         }
-        const uint32_t at = place(8 * (j + block / 2) + lane % 8, 2 * warp + block % 2);
-        ptx::stmatrix_x4_transposed(ptx::shared_address(head.attention) + at, blocks);
+        ptx::stmatrix_x4_transposed(tile + at + 2048 * j, blocks);
     }
+    const float total[2] = {gates.total[row], gates.total[row + 8]};
+    uint32_t blocks[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int h = i % 2, first = 16 * warp + i / 2 * 8 + column;
+        const float2 totals = *reinterpret_cast<const float2*>(gates.total + first);
+        const float2 scales = *reinterpret_cast<const float2*>(shared.query_scale + first);
+        const float left = diagonal[2 * i] * (scale[h] * scales.x) * ptx::exp2_approximate(totals.x - total[h]);
+        const float right = diagonal[2 * i + 1] * (scale[h] * scales.y) * ptx::exp2_approximate(totals.y - total[h]);
+        blocks[i] = pack<__half>(first >= row + 8 * h ? left : 0.0f, first + 1 >= row + 8 * h ? right : 0.0f);
+    }
+    ptx::stmatrix_x4_transposed(tile + at + 2048 * warp, blocks);
 }
 
 // d[64 x 64] = a b^T over the 128 elements of rows.
@@ -261,6 +238,16 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
     const float before = __shfl_up_sync(kAllLanes, through, 1);
     gates.total[2 * lane] = (lane > 0 ? before : 0.0f) + g[0];
     gates.total[2 * lane + 1] = through;
+    __syncwarp();
+#pragma unroll 1
+    for (int token = lane; token < kChunk; token += 32) {
+        const float total = gates.total[token];
+        gates.within[token] = ptx::exp2_approximate(total - gates.total[token / 16 * 16]);
+#pragma unroll 1
+        for (int block = token / 16 + 1; block < 4; ++block) {
+            gates.across[block_of_across(block) + token] = ptx::exp2_approximate(gates.total[16 * block] - total);
+        }
+    }
 }
 
 // Tells the scan that the tiles of a unit are there: by the thread whose copies have written them.
@@ -340,39 +327,34 @@ __device__ __forceinline__ void work(const Deal& deal, const Window& window, Sha
         }
 #pragma unroll 1
         for (int first = 0; first < heads; first += 2) {
-            float products[32];
+            float products[32], squares[32];
             if (first > 0) {
                 if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
                 synchronise_workers();
             }
-            if (first + (group ^ 1) < heads) {
-                HeadTiles& tiles = shared.heads[group ^ 1];
-                const Gates& gates = ahead.gates[first + (group ^ 1)];
-                multiply_rows(products, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.query));
-                const int token = threadIdx.x % kGroupThreads;
-                if (token < kChunk) store_factors(gates, shared, tiles, token);
-                ptx::wgmma_wait<0>(products);
-                store_attention(Thread(), products, gates, tiles, shared);
+            // The second is under way while P is made of the first.
+            multiply_rows(products, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.query));
+            multiply_rows(squares, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.key));
+            const bool mine = first + group < heads, others = first + (group ^ 1) < heads;
+            HeadTiles& tiles = shared.heads[group ^ 1];
+            const Gates& gates = ahead.gates[first + (group ^ 1)];
+            const int token = threadIdx.x % kGroupThreads;
+            if (others && token < kChunk) store_factors(gates, shared, tiles, token);
+            ptx::wgmma_wait<1>(products);
+            if (others) store_attention(Thread(), products, gates, tiles, shared);
+            ptx::wgmma_wait<0>(squares);
+            if (first + 2 >= heads && threadIdx.x % 32 == 0) {  // all products are made
+                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
+                ptx::mbarrier_arrive(&shared.empty);
             }
-            HeadTiles& tiles = shared.heads[group];
-            const bool mine = first + group < heads;
             if (mine) {
-                multiply_rows(products, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.key));
-                ptx::wgmma_wait<0>(products);
+                invert(Thread(), squares, ahead.gates[first + group], shared.key_scale, shared.heads[group],
+                       shared.inverses[group]);
             }
+            // By the first warp, the first to be done with the inverse.
             if (first == 0 && threadIdx.x == 0 && ahead.turn > 0) {
                 ptx::bulk_wait<1>();  // all but this turn's keys
                 publish(window, deal.unit(ahead.turn - 1));
-            }
-            if (first + 2 >= heads) {  // all products are made
-                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
-                synchronise_workers();
-                if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.empty);
-            }
-            if (mine) {
-                const Gates& gates = ahead.gates[first + group];
-                store_lower(Thread(), products, gates, shared.key_scale, tiles, shared.inverses[group]);
-                invert(Thread(), tiles, shared.inverses[group], gates.beta);
             }
             ptx::fence_async_shared();
             synchronise_workers();
@@ -391,11 +373,12 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     prepare_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
                    const __grid_constant__ Window window, const __grid_constant__ Deal deal) {
     DYNAMIC_SHARED(storage);
-    auto& shared = reinterpret_cast<Shared*>(storage)[threadIdx.y];
+    // The compiler takes it for uniform so, and keeps descriptors in uniform registers.
+    auto& shared = reinterpret_cast<Shared*>(storage)[__shfl_sync(kAllLanes, threadIdx.y, 0)];
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&rows);
         ptx::mbarrier_init(&shared.full, 4);
-        ptx::mbarrier_init(&shared.empty, 1);
+        ptx::mbarrier_init(&shared.empty, kWorkers / 32);
         ptx::fence_mbarrier_init();
     }
 #pragma unroll 1
