@@ -106,24 +106,27 @@ __device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end,
 #pragma unroll
         for (int h = 0; h < 2; ++h) ptx::mma_m16n8k16<__nv_bfloat16>(products[h][k % 2], x[k], x[k][h], x[k][h + 2]);
     }
-    float power[2];
+    __nv_bfloat162 power[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         // Lane 4 i + i / 2 has row i of the diagonal.
         const auto& [even, odd] = products[h];
         const float mine = lane / 4 % 2 == 0 ? even[2 * h] + odd[2 * h] : even[2 * h + 1] + odd[2 * h + 1];
         const float squares = __shfl_sync(kAllLanes, mine, lane / 4 * 4 + lane / 8);
-        power[h] = power_below(rsqrtf(max(squares, kLeastSquares)));
+        const float below = power_below(rsqrtf(max(squares, kLeastSquares)));
+        power[h] = __float2bfloat162_rn(below);
         if (lane % 4 == 0) {
-            scale[first_row + lane / 4 + 8 * h] = factor * rsqrtf(squares + 1e-6f) * inverse_of_power(power[h]);
+            scale[first_row + lane / 4 + 8 * h] = factor * rsqrtf(squares + 1e-6f) * inverse_of_power(below);
         }
     }
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float left = __uint_as_float(x[k][i] << 16), right = __uint_as_float(x[k][i] & 0xffff0000u);
-            x[k][i] = pack<__half>(left * power[i % 2], right * power[i % 2]);
+            // Exact in bf16 too.
+            const __nv_bfloat162 scaled = __hmul2(reinterpret_cast<const __nv_bfloat162&>(x[k][i]), power[i % 2]);
+            const auto word = reinterpret_cast<const uint32_t&>(scaled);
+            x[k][i] = pack<__half>(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
         }
         ptx::stmatrix_x4(step(k), x[k]);
     }
