@@ -3,9 +3,9 @@
 //
 // A block is two teams. A team takes chunks of key heads in turn: unit keys and queries as fp16 in place of the raw
 // rows, and then, for each value head of the key head, L and P from k k^T, k q^T (wgmma) and the head's decays, and A =
-// (I + L)^-1 diag(beta). Two heads at a time: each of two warpgroups makes P of one and A of the other. A third runs
-// ahead: it brings the rows by TMA and computes the gates. Finished tiles leave by bulk stores, in the layout that the
-// scan's bulk loads find again.
+// (I + L)^-1 diag(beta). Two heads at a time: each of two warpgroups makes P of one and A of the other. Three warps
+// run ahead: they bring the rows by TMA and compute the gates. Another takes finished tiles away by bulk stores, in the
+// layout that the scan's bulk loads find again, and publishes them.
 //
 // Decays between two blocks of 16 tokens are products of two exponentials, from the first token of the later block to
 // either side: neither is above 1. The third warpgroup makes them.
@@ -32,6 +32,7 @@ namespace {
 using namespace delta_rule_prefill;
 
 constexpr int kWorkers = 2 * kGroupThreads, kThreads = 3 * kGroupThreads;  // of a team
+constexpr int kGateWarps = 3;                                              // of the third warpgroup
 constexpr int kTeams = 2;                                                  // of a block, which fills a multiprocessor
 constexpr int kWorkRegisters = 104, kAheadRegisters = 32;                  // per thread, of 80 at the start
 constexpr uint32_t kWorkersBarrier = 3;                                    // of a team; 1 and 2 are its warpgroups'
@@ -56,20 +57,22 @@ struct Deal {
     }
 };
 
-struct Ahead {       // what the third warpgroup leaves
+struct Ahead {       // of a turn: what the third warpgroup leaves, and the norms of the rows
     int turn;        // kept here, for the workers lack registers
     int unit;        // slot * key heads + key head
     int begin, end;  // the places of the chunk that the sequence fills; 0, 0: no chunk, and none after it
     Gates gates[kMaxValueHeadsPerKeyHead];
+    float key_scale[kChunk], query_scale[kChunk];
 };
 
 struct Shared {          // of a team
     KeyTiles keys;       // raw rows in bf16 first
     HeadTiles heads[2];  // a pair of value heads
     Inverse inverses[2];
-    Ahead ahead[2];  // chunks take turns
-    float key_scale[kChunk], query_scale[kChunk];
-    uint64_t full, empty;  // the rows and what comes with them
+    Ahead ahead[2];                   // chunks take turns
+    uint64_t full, empty;             // the rows and what comes with them
+    uint64_t keys_done;               // the rows are normalised
+    uint64_t heads_done, heads_free;  // a pair of value heads
 };
 
 // The power of two at or below a positive x, and its inverse.
@@ -133,14 +136,14 @@ __device__ __forceinline__ void normalise_rows(__half* tile, int begin, int end,
 }
 
 // What the scan needs of one token.
-__device__ __forceinline__ void store_factors(const Gates& gates, const Shared& shared, HeadTiles& head, int token) {
+__device__ __forceinline__ void store_factors(const Gates& gates, const Ahead& ahead, HeadTiles& head, int token) {
     const float total = gates.total[token], last = gates.total[kChunk - 1];
-    const float from_start = ptx::exp2_approximate(total), key_scale = shared.key_scale[token];
+    const float from_start = ptx::exp2_approximate(total), key_scale = ahead.key_scale[token];
     TokenFactors& factors = head.factors;
     factors.total[token] = total;
     factors.key_scale[token] = key_scale;
     factors.carried[token] = from_start * key_scale;
-    head.query_factors[token] = from_start * shared.query_scale[token];
+    head.query_factors[token] = from_start * ahead.query_scale[token];
     factors.to_end[token] = ptx::exp2_approximate(last - total) * key_scale;
     if (token == kChunk - 1) factors.decay[0] = from_start;
 }
@@ -160,11 +163,11 @@ __device__ __forceinline__ void clear_upper(HeadTiles& head) {
 // k q^T -> P, lower with its diagonal: its transpose, so that the first warps have the most to do here and the last
 // ones with the inverse.
 __device__ __forceinline__ void store_attention(const Thread& thread, const float (&kq)[32], const Gates& gates,
-                                                HeadTiles& head, const Shared& shared) {
+                                                HeadTiles& head, const Ahead& ahead) {
     const int warp = thread.warp, lane = thread.lane, row = 16 * warp + lane / 4, column = lane % 4 * 2;
     const uint32_t tile = ptx::shared_address(head.attention);
     const uint32_t at = place(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
-    const float scale[2] = {shared.key_scale[row], shared.key_scale[row + 8]};
+    const float scale[2] = {ahead.key_scale[row], ahead.key_scale[row + 8]};
     float diagonal[8];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -180,7 +183,7 @@ __device__ __forceinline__ void store_attention(const Thread& thread, const floa
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float2 right =
-                product(gates.within + 16 * j + i / 2 * 8 + column, shared.query_scale + 16 * j + i / 2 * 8 + column);
+                product(gates.within + 16 * j + i / 2 * 8 + column, ahead.query_scale + 16 * j + i / 2 * 8 + column);
             const float* products = kq + 8 * j + 2 * i;
             blocks[i] = pack<__half>(products[0] * left[i % 2] * right.x, products[1] * left[i % 2] * right.y);
         }
@@ -192,7 +195,7 @@ __device__ __forceinline__ void store_attention(const Thread& thread, const floa
     for (int i = 0; i < 4; ++i) {
         const int h = i % 2, first = 16 * warp + i / 2 * 8 + column;
         const float2 totals = *reinterpret_cast<const float2*>(gates.total + first);
-        const float2 scales = *reinterpret_cast<const float2*>(shared.query_scale + first);
+        const float2 scales = *reinterpret_cast<const float2*>(ahead.query_scale + first);
         const float left = diagonal[2 * i] * (scale[h] * scales.x) * ptx::exp2_approximate(totals.x - total[h]);
         const float right = diagonal[2 * i + 1] * (scale[h] * scales.y) * ptx::exp2_approximate(totals.y - total[h]);
         blocks[i] = pack<__half>(first >= row + 8 * h ? left : 0.0f, first + 1 >= row + 8 * h ? right : 0.0f);
@@ -259,7 +262,7 @@ __device__ __forceinline__ void publish(const Window& window, int unit) {
     ptx::store_release(window.ready + unit, 1);
 }
 
-// The third warpgroup: rows and gates of the team's chunks, a head a warp.
+// Three warps: rows and gates of the team's chunks, a head a warp.
 __device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const Window& window, const Deal& deal,
                                           const CUtensorMap& rows, Shared& shared) {
     const int heads = deal.heads;
@@ -293,7 +296,7 @@ __device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const 
             ahead.end = end;
         }
 #pragma unroll 1
-        for (int head = ptx::warp_id() % 4; head < heads; head += 4) {
+        for (int head = ptx::warp_id() % 4; head < heads; head += kGateWarps) {
             compute_gates(p, key_head * heads + head, row, begin, end, ahead.gates[head]);
         }
         __syncwarp();
@@ -301,72 +304,74 @@ __device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const 
     }
 }
 
-__device__ __forceinline__ void synchronise_workers() {
-    ptx::named_barrier_sync(kWorkersBarrier + kTeamBarriers * threadIdx.y, kWorkers);
+// One thread: finished tiles of the team to the workspace. It alone waits for its copies.
+__device__ __forceinline__ void take_away(const Window& window, int heads, Shared& shared) {
+#pragma unroll 1
+    for (int turn = 0, pair = 0;; ++turn) {
+        const Ahead& ahead = shared.ahead[turn % 2];
+        ptx::mbarrier_wait(&shared.full, turn & 1);
+        if (ahead.end == 0) return;
+        const int unit = ahead.unit;
+        ptx::mbarrier_wait(&shared.keys_done, turn & 1);
+        ptx::bulk_store(window.keys + unit, &shared.keys, sizeof(KeyTiles));
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
+        ptx::mbarrier_arrive(&shared.empty);
+#pragma unroll 1
+        for (int first = 0; first < heads; first += 2, ++pair) {
+            HeadTiles* out = window.heads + int64_t{unit} * heads + first;
+            ptx::mbarrier_wait(&shared.heads_done, pair & 1);
+            ptx::bulk_store(out, &shared.heads[0], kHeadBytes);
+            if (first + 1 < heads) ptx::bulk_store(out + 1, &shared.heads[1], kHeadBytes);
+            ptx::bulk_commit();
+            ptx::bulk_wait_read<0>();
+            ptx::mbarrier_arrive(&shared.heads_free);
+        }
+        ptx::bulk_wait<0>();
+        publish(window, unit);
+    }
+}
+
+// What the warp has written goes to copies.
+__device__ __forceinline__ void hand_over(uint64_t* barrier) {
+    ptx::fence_async_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
 // The two warpgroups.
-__device__ __forceinline__ void work(const Deal& deal, const Window& window, Shared& shared) {
-    const int group = ptx::warp_id() / 4, heads = deal.heads;
+__device__ __forceinline__ void work(int heads, Shared& shared) {
+    const int group = ptx::warp_id() / 4, pairs = (heads + 1) / 2;
 #pragma unroll 1
     for (int turn = 0;;) {
-        const Ahead& ahead = shared.ahead[turn % 2];
+        Ahead& ahead = shared.ahead[turn % 2];
         ptx::mbarrier_wait(&shared.full, turn & 1);
-        if (ahead.end == 0) {
-            if (threadIdx.x == 0 && ahead.turn > 0) {
-                ptx::bulk_wait<0>();
-                publish(window, deal.unit(ahead.turn - 1));
-            }
-            return;
-        }
+        if (ahead.end == 0) return;
         normalise_rows(group == 0 ? shared.keys.key : shared.keys.query, ahead.begin, ahead.end,
-                       group == 0 ? shared.key_scale : shared.query_scale, group == 0 ? 1.0f : kQueryScale);
-        ptx::fence_async_shared();
-        if (threadIdx.x == 0) ptx::bulk_wait_read<0>();  // the tiles of the heads may be written again
-        synchronise_workers();
-        if (threadIdx.x == 0) {
-            ptx::bulk_store(window.keys + ahead.unit, &shared.keys, sizeof(KeyTiles));
-            ptx::bulk_commit();
-        }
+                       group == 0 ? ahead.key_scale : ahead.query_scale, group == 0 ? 1.0f : kQueryScale);
+        hand_over(&shared.keys_done);
+        ptx::named_barrier_sync(kWorkersBarrier + kTeamBarriers * threadIdx.y, kWorkers);
 #pragma unroll 1
         for (int first = 0; first < heads; first += 2) {
             float products[32], squares[32];
-            if (first > 0) {
-                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
-                synchronise_workers();
-            }
             // The second is under way while P is made of the first.
             multiply_rows(products, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.query));
             multiply_rows(squares, panel_descriptor(shared.keys.key), panel_descriptor(shared.keys.key));
             const bool mine = first + group < heads, others = first + (group ^ 1) < heads;
             HeadTiles& tiles = shared.heads[group ^ 1];
             const Gates& gates = ahead.gates[first + (group ^ 1)];
-            const int token = threadIdx.x % kGroupThreads;
-            if (others && token < kChunk) store_factors(gates, shared, tiles, token);
+            const int token = threadIdx.x % kGroupThreads, before = ahead.turn * pairs + first / 2;  // pairs
+            if (before > 0) ptx::mbarrier_wait(&shared.heads_free, (before - 1) & 1);
+            if (others && token < kChunk) store_factors(gates, ahead, tiles, token);
             ptx::wgmma_wait<1>(products);
-            if (others) store_attention(Thread(), products, gates, tiles, shared);
+            if (others) store_attention(Thread(), products, gates, tiles, ahead);
             ptx::wgmma_wait<0>(squares);
-            if (first + 2 >= heads && threadIdx.x % 32 == 0) {  // all products are made
-                if (threadIdx.x == 0) ptx::bulk_wait_read<0>();
-                ptx::mbarrier_arrive(&shared.empty);
-            }
+            if (first + 2 >= heads && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty);  // all are made
             if (mine) {
-                invert(Thread(), squares, ahead.gates[first + group], shared.key_scale, shared.heads[group],
+                invert(Thread(), squares, ahead.gates[first + group], ahead.key_scale, shared.heads[group],
                        shared.inverses[group]);
             }
-            // By the first warp, the first to be done with the inverse.
-            if (first == 0 && threadIdx.x == 0 && ahead.turn > 0) {
-                ptx::bulk_wait<1>();  // all but this turn's keys
-                publish(window, deal.unit(ahead.turn - 1));
-            }
-            ptx::fence_async_shared();
-            synchronise_workers();
-            if (threadIdx.x == 0) {
-                HeadTiles* out = window.heads + int64_t{ahead.unit} * heads + first;
-                ptx::bulk_store(out, &shared.heads[0], kHeadBytes);
-                if (first + 1 < heads) ptx::bulk_store(out + 1, &shared.heads[1], kHeadBytes);
-                ptx::bulk_commit();
-            }
+            hand_over(&shared.heads_done);
         }
         turn = ahead.turn + 1;
     }
@@ -380,12 +385,16 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     auto& shared = reinterpret_cast<Shared*>(storage)[__shfl_sync(kAllLanes, threadIdx.y, 0)];
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&rows);
-        ptx::mbarrier_init(&shared.full, 4);
-        ptx::mbarrier_init(&shared.empty, kWorkers / 32);
+        ptx::mbarrier_init(&shared.full, kGateWarps);
+        ptx::mbarrier_init(&shared.empty, kWorkers / 32 + 1);
+        ptx::mbarrier_init(&shared.keys_done, kWorkers / 32);
+        ptx::mbarrier_init(&shared.heads_done, kWorkers / 32);
+        ptx::mbarrier_init(&shared.heads_free, 1);
         ptx::fence_mbarrier_init();
     }
 #pragma unroll 1
     for (HeadTiles& head : shared.heads) clear_upper(head);
+    ptx::fence_async_shared();
     ptx::grid_dependency_wait();
     // The scan starts once all blocks have let it, so it finds no flag of an earlier use of the workspace.
     for (int turn = threadIdx.x; deal.unit(turn) < deal.units; turn += kThreads) window.ready[deal.unit(turn)] = 0;
@@ -394,10 +403,14 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     ptx::grid_dependency_launch();
     if (ptx::warp_id() < kWorkers / 32) {
         ptx::register_increase<kWorkRegisters>();
-        work(deal, window, shared);
+        work(deal.heads, shared);
     } else {
         ptx::register_decrease<kAheadRegisters>();
-        run_ahead(p, window, deal, rows, shared);
+        if (ptx::warp_id() < kWorkers / 32 + kGateWarps) {
+            run_ahead(p, window, deal, rows, shared);
+        } else if (threadIdx.x % 32 == 0) {
+            take_away(window, deal.heads, shared);
+        }
     }
 }
 
