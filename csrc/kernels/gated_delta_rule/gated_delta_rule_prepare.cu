@@ -8,7 +8,7 @@
 // layout that the scan's bulk loads find again, and publishes them.
 //
 // Decays between two blocks of 16 tokens are products of two exponentials, from the first token of the later block to
-// either side: neither is above 1. The third warpgroup makes them.
+// either side: neither is above 1. The three warps make them, too.
 //
 // The inverse, with L = diag(beta) M: see gated_delta_rule_inverse.h.
 //
@@ -57,7 +57,7 @@ struct Deal {
     }
 };
 
-struct Ahead {       // of a turn: what the third warpgroup leaves, and the norms of the rows
+struct Ahead {       // of a turn: what the warps that run ahead leave, and then the norms of the rows
     int turn;        // kept here, for the workers lack registers
     int unit;        // slot * key heads + key head
     int begin, end;  // the places of the chunk that the sequence fills; 0, 0: no chunk, and none after it
