@@ -156,6 +156,19 @@ def test_no_order_of_threads_changes_a_bit(emulator):
     assert all(same_bits(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize(("outputs", "inputs", "multiprocessors", "seeds"), [(170, 544, 1, 12), (96, 2048, 4, 4)])
+def test_one_row_of_many_tiles_a_block(emulator, outputs, inputs, multiprocessors, seeds):
+    """Their sums are added some tiles at a time: by one block, and by a cluster that shares the columns."""
+    emulator.emulator_multiprocessors(multiprocessors)
+    backend, results = make_backend("emulated"), []
+    x, weight = backend.randn(1, inputs), backend.randn(outputs, inputs)
+    for seed in range(seeds):
+        emulator.emulator_seed(seed)
+        results.append(backend.op("linear")(x, weight))
+    assert relative_error(results[0], exact(x) @ exact(weight).T) < 4e-3
+    assert all(same_bits(result, results[0]) for result in results)
+
+
 @pytest.mark.parametrize("name", STAGED)
 def test_no_order_of_threads_changes_a_bit_of_a_staged_product(emulator, name):
     backend = make_backend("emulated")

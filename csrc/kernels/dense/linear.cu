@@ -66,7 +66,7 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
     using F = Format<Weight>;
     constexpr int kSlab = F::kSlab, kXChunks = 2 * F::kXChunks;
     constexpr int kGroups = (kRows + 7) / 8;  // of eight rows of x: the N of one mma
-    constexpr int kStages = Storage<kRows, kDeep>::kStages;
+    constexpr int kStages = Storage<kRows, kDeep>::kStages, kHeldTiles = Storage<kRows, kDeep>::kHeldTiles;
     auto& storage = *reinterpret_cast<Storage<kRows, kDeep>*>(shared);
     const Weight* weight = part.weight;
     const int rows = p.rows, outputs = part.outputs, inputs = p.inputs;
@@ -144,8 +144,9 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
     __syncthreads();
     if (kSplit) ptx::cluster_wait();
 
-    // What a thread finishes of every tile: one row of x, one output.
-    const int row = threadIdx.x / kTileRows, output = threadIdx.x % kTileRows;
+    // What a thread finishes: of one row of x and every tile, or of a single row and one of the held tiles, one output.
+    const int row = kRows == 1 ? 0 : threadIdx.x / kTileRows, output = threadIdx.x % kTileRows;
+    const int own_held = kRows == 1 ? threadIdx.x / kTileRows : 0;
     const auto store = [&](int tile, float total) {
         const int column = tile * kTileRows + output;
         if (column >= outputs) return;
@@ -207,7 +208,8 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
             if (++stage == kStages) stage = 0;
         }
 
-        float* mine = storage.partial[turn % 2][warp];
+        const int held = turn % kHeldTiles, set = turn / kHeldTiles % 2;
+        float* mine = storage.partial[set][held][warp];
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
@@ -217,24 +219,26 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
                     F::kScaled ? sum[n][0][i] : sum[n][0][i] + sum[n][1][i];
             }
         }
+        if (held + 1 < kHeldTiles && tile + stride < tiles) continue;
         __syncthreads();
-        if (row < rows) {
-            const auto& partial = storage.partial[turn % 2];
+        if (row < rows && own_held <= held) {
+            const auto& partial = storage.partial[set][own_held];
             float total = 0;
 #pragma unroll
             for (int i = 0; i < kWarps; ++i) total += partial[i][row * kSumPitch + output];
+            const int behind = held - own_held;  // tiles
             if constexpr (kSplit) {
-                const int slot = rank * (kMaxClusterTiles / ranks) + turn / ranks;
+                const int own_turn = turn - behind, slot = rank * (kMaxClusterTiles / ranks) + own_turn / ranks;
                 ptx::store_async_cluster(&storage.exchange[(slot * kRows + row) * kTileRows + output], total,
-                                         &storage.exchanged, turn % ranks);
+                                         &storage.exchanged, own_turn % ranks);
             } else {
-                store(tile, total);
+                store(tile - behind * stride, total);
             }
         }
     }
     if constexpr (kSplit) {  // this block finishes tiles rank, rank + ranks, ... of its cluster's
         ptx::mbarrier_wait_cluster(&storage.exchanged, 0);
-        if (row >= rows) return;
+        if (row >= rows || own_held > 0) return;
         for (int own = rank; own < turn; own += ranks) {
             float total = 0;
             for (int i = 0; i < ranks; ++i) {

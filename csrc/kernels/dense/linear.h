@@ -56,8 +56,9 @@ constexpr bool kTakesTail = Format<Weight>::kScaled && kOperand != Operand::kSil
 template <int kRows, bool kDeep>
 struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
     static constexpr int kStages = kRows == 1 ? 11 : kDeep ? 8 : 4;
-    float partial[2][kWarps][kRows * kSumPitch];           // of one tile; two tiles in turn need one barrier each
-    float exchange[kMaxClusterTiles * kRows * kTileRows];  // [source rank][own tile][row of x][weight row]
+    static constexpr int kHeldTiles = kRows == 1 ? 4 : 1;     // whose sums wait for one barrier
+    float partial[2][kHeldTiles][kWarps][kRows * kSumPitch];  // two sets in turn need one barrier each
+    float exchange[kMaxClusterTiles * kRows * kTileRows];     // [source rank][own tile][row of x][weight row]
     float squares[kWarps];
     uint64_t exchanged;  // mbarrier: the sums of this block's tiles are there
     // Then the operand, [rows][operand_pitch], behind it a row of norm weights, [rows][groups] floats, and, from a
