@@ -24,8 +24,8 @@
 // Of a model split over ranks the experts here are some of all: the others' choices lie outside `offsets`, no row is
 // written for them, and the sum leaves them out.
 //
-// Each product is launched in one of two forms: here blocks work each alone; in moe_experts_prefill_cluster.cu two
-// share weights. in_clusters() says which. docs/kernels/moe_prefill.md has what was measured, tried and lost.
+// The products have two forms: here blocks work each alone; in moe_experts_prefill_cluster.cu two share weights.
+// in_clusters() says which. docs/kernels/moe_prefill.md has what was measured, tried and lost.
 //
 // budget: gate_up_kernel registers<=168 shared<=0 hot sass=HGMMA
 // budget: down_kernel registers<=168 shared<=0 hot sass=HGMMA
@@ -186,31 +186,44 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-constexpr int kSumThreads = 256;
+constexpr int kSumThreads = 128, kSumBlocks = 8;  // of a block, and on a multiprocessor
+constexpr int kSumRows = 8;                       // that a thread has in flight
 
-// out[token] = the sum over ranks of weight times row: a thread eight columns.
-__global__ void __launch_bounds__(kSumThreads)
+// out[token] = the sum over ranks of weight times row: a block a token, a thread eight columns at a time.
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     sum_kernel(const __grid_constant__ MoeExperts p, const __nv_bfloat16* all_rows) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    const int vectors = p.hidden / 8;
-    const int64_t index = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, token = index / vectors;
-    if (token >= p.tokens) return;
-    const int column = static_cast<int>(index % vectors) * 8;
-    const __nv_bfloat16* rows = all_rows + token * p.top_k * p.hidden + column;
-    const __nv_bfloat16* weights = p.weights + token * p.top_k;
-    const int32_t* chosen = p.chosen + token * p.top_k;
-    Float8 sum{};
-#pragma unroll 8
-    for (int rank = 0; rank < p.top_k; ++rank) {
-        // The row of an expert that another rank holds was not written.
-        if (static_cast<uint32_t>(chosen[rank] - p.first_expert) >= static_cast<uint32_t>(p.experts)) continue;
-        const Float8 row = unpack(ptx::load_16_no_allocate(rows + int64_t{rank} * p.hidden));
-        const float weight = to_float(weights[rank]);
+    const int64_t first_choice = int64_t{blockIdx.x} * p.top_k;
+    const __nv_bfloat16* weights = p.weights + first_choice;
+    const int32_t* chosen = p.chosen + first_choice;
+    const uint32_t hidden = static_cast<uint32_t>(p.hidden);
+    for (uint32_t column = threadIdx.x * 8; column < hidden; column += kSumThreads * 8) {
+        const __nv_bfloat16* row = all_rows + first_choice * hidden + column;
+        Float8 sum{};
+        for (int first = 0; first < p.top_k; first += kSumRows) {
+            const int ranks = min(p.top_k - first, kSumRows);
+            bool held[kSumRows];  // the row of an expert that another rank holds was not written
+            float weight[kSumRows];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum.v[i] += weight * row.v[i];
+            for (int i = 0; i < kSumRows; ++i) {
+                const uint32_t expert = i < ranks ? chosen[first + i] - p.first_expert : ~0u;
+                const float given = i < ranks ? to_float(weights[first + i]) : 0.0f;
+                held[i] = expert < static_cast<uint32_t>(p.experts);
+                weight[i] = held[i] ? given : 0.0f;
+            }
+            uint4 packed[kSumRows];  // on their way together
+#pragma unroll
+            for (int i = 0; i < kSumRows; ++i, row += hidden) packed[i] = ptx::load_16_no_allocate_if(held[i], row);
+#pragma unroll
+            for (int i = 0; i < kSumRows; ++i) {
+                const Float8 values = unpack(packed[i]);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sum.v[j] += weight[i] * values.v[j];
+            }
+        }
+        store_16(p.out + int64_t{blockIdx.x} * hidden + column, pack(sum));
     }
-    store_16(p.out + token * p.hidden + column, pack(sum));
 }
 
 cudaError_t launch_gate_up(const Bf16Prefill& a, const LaunchConfig& config) {
@@ -249,21 +262,28 @@ cudaError_t launch_down(const Bf16Prefill& a, const LaunchConfig& config) {
     return launch(down_kernel, config, activations, down, a);
 }
 
-// Whether blocks share weights, two in a cluster. That saves bytes from L2 where an expert has more choices than a tile
-// of a block alone, so that its weights are read again. It loses where tiles are shallow: a slot of the ring then waits
-// for both blocks, and an only group is spread over two (held to be why, not shown). The shapes that were measured are
-// in docs/kernels/moe_prefill.md; nothing between them was. Of a model split over ranks by experts, choices that are
+cudaError_t products_alone(const Bf16Prefill& a, cudaStream_t stream) {
+    const LaunchConfig config = {.grid = dim3(multiprocessor_count()),
+                                 .block = dim3(kThreads),
+                                 .shared_bytes = sizeof(Storage),
+                                 .stream = stream,
+                                 .programmatic = true};
+    const cudaError_t status = launch_gate_up(a, config);
+    return status != cudaSuccess ? status : launch_down(a, config);
+}
+
+// Whether blocks share weights, two in a cluster: where an expert has on average more choices than a tile of a block
+// alone, which reads its weights again beyond them. Of the averages that were measured, 64 is faster in blocks alone,
+// and 160 and 256 in clusters (docs/kernels/moe_prefill.md). Of a model split over ranks by experts, choices that are
 // elsewhere count too: the host does not know `offsets`.
 bool in_clusters(const MoeExperts& p) {
-    constexpr int kLeastWidth = 1024;  // the depth of down, of which a tile has the fewest stages
-    return p.width >= kLeastWidth && int64_t{p.tokens} * p.top_k > int64_t{p.experts} * kTileChoices;
+    return int64_t{p.tokens} * p.top_k > int64_t{p.experts} * kTileChoices;
 }
 
 }  // namespace
 
 cudaError_t expert_prefill::sum_ranks(const MoeExperts& p, const __nv_bfloat16* rows, cudaStream_t stream) {
-    const int64_t vectors = int64_t{p.tokens} * p.hidden / 8;
-    const LaunchConfig config = {.grid = dim3(static_cast<unsigned>((vectors + kSumThreads - 1) / kSumThreads)),
+    const LaunchConfig config = {.grid = dim3(static_cast<unsigned>(p.tokens)),
                                  .block = dim3(kSumThreads),
                                  .stream = stream,
                                  .programmatic = true};
@@ -274,26 +294,20 @@ bool moe_experts_prefill_supported(const MoeExperts& p) {
     return p.gate_up_scale == nullptr && p.down_scale == nullptr && p.tokens >= 1 && p.top_k >= 1 && p.experts >= 1 &&
            p.experts <= kMaxExperts && p.hidden >= kDepth && p.hidden % kDepth == 0 && p.width >= kDepth &&
            p.width % kDepth == 0 && p.x_stride % 8 == 0 && is_aligned(p.x) && is_aligned(p.gate_up) &&
-           is_aligned(p.down) && int64_t{p.tokens} * p.hidden / 8 / kSumThreads < INT32_MAX;
+           is_aligned(p.down);
 }
 
 size_t moe_experts_prefill_workspace(const MoeExperts& p) {
-    return static_cast<size_t>(p.tokens) * p.top_k * (p.hidden + p.width) * sizeof(__nv_bfloat16);
+    return static_cast<size_t>(p.tokens) * p.top_k * (p.hidden + p.width) * sizeof(__nv_bfloat16) + 2 * sizeof(int);
 }
 
 cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     if (!moe_experts_prefill_supported(p)) return cudaErrorInvalidValue;
     auto* rows = reinterpret_cast<__nv_bfloat16*>(p.workspace);
-    const Bf16Prefill a{p, rows + int64_t{p.tokens} * p.top_k * p.hidden, rows};
-    const LaunchConfig alone = {.grid = dim3(multiprocessor_count()),
-                                .block = dim3(kThreads),
-                                .shared_bytes = sizeof(Storage),
-                                .stream = stream,
-                                .programmatic = true};
-    const bool clusters = in_clusters(p);
-    cudaError_t status = clusters ? gate_up_in_clusters(a, stream) : launch_gate_up(a, alone);
-    if (status != cudaSuccess) return status;
-    status = clusters ? down_in_clusters(a, stream) : launch_down(a, alone);
+    auto* activations = rows + int64_t{p.tokens} * p.top_k * p.hidden;
+    auto* next_tiles = reinterpret_cast<int*>(activations + int64_t{p.tokens} * p.top_k * p.width);
+    const Bf16Prefill a{p, activations, rows, next_tiles};
+    const cudaError_t status = in_clusters(p) ? products_in_clusters(a, stream) : products_alone(a, stream);
     if (status != cudaSuccess) return status;
     return sum_ranks(p, rows, stream);
 }

@@ -72,11 +72,11 @@ struct Bf16Prefill {
     MoeExperts p;
     __nv_bfloat16* activations;  // [choices, width], in the order of `order`
     __nv_bfloat16* rows;         // [choices, hidden], by token and rank
+    int* next_tiles;             // that no cluster has claimed: of gate_up, of down
 };
 
-// moe_experts_prefill_cluster.cu: the two grouped products.
-cudaError_t gate_up_in_clusters(const Bf16Prefill& arguments, cudaStream_t stream);
-cudaError_t down_in_clusters(const Bf16Prefill& arguments, cudaStream_t stream);
+// moe_experts_prefill_cluster.cu: both grouped products.
+cudaError_t products_in_clusters(const Bf16Prefill& arguments, cudaStream_t stream);
 
 // The sum of each token's rows, [choices, hidden] by token and rank, in order of rank, with its weights: the last
 // launch.
