@@ -282,6 +282,10 @@ inline void store_16(void* global, uint4 value) {
     emulator::check_aligned(global, 16);
     *static_cast<uint4*>(global) = value;
 }
+inline void store_8(void* global, uint2 value) {
+    emulator::check_aligned(global, 8);
+    *static_cast<uint2*>(global) = value;
+}
 inline void store_16_streaming(void* global, uint4 value) {
     emulator::check_aligned(global, 16);
     *static_cast<uint4*>(global) = value;

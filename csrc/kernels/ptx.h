@@ -553,6 +553,10 @@ __device__ __forceinline__ void store_16(void* global, uint4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_8(void* global, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Written once and not read again soon.
 __device__ __forceinline__ void store_16_streaming(void* global, uint4 v) {
     asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(v.x),
