@@ -112,8 +112,9 @@ inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
 inline void mbarrier_arrive_cluster_relaxed(uint64_t* barrier, uint32_t rank) {
     emulator::mbarrier_update(cluster_map_address(barrier, rank), 1, 0);
 }
-inline void store_async_cluster(float* shared, float value, uint64_t* barrier, uint32_t rank) {
-    emulator::store_async_cluster(cluster_map_address(shared, rank), __float_as_uint(value),
+template <typename T>
+void store_async_cluster(T* shared, T value, uint64_t* barrier, uint32_t rank) {
+    emulator::store_async_cluster(cluster_map_address(shared, rank), __builtin_bit_cast(uint32_t, value),
                                   cluster_map_address(barrier, rank));
 }
 
@@ -273,6 +274,17 @@ inline uint4 load_16_streaming(const void* global) {
 }
 inline uint4 load_16_no_allocate(const void* global) {
     return load_16_read_only(global);
+}
+inline uint4 load_16_no_allocate_if(bool wanted, const void* global) {
+    return wanted ? load_16_no_allocate(global) : uint4{};
+}
+inline void store_16(void* global, uint4 value) {
+    emulator::check_aligned(global, 16);
+    *static_cast<uint4*>(global) = value;
+}
+inline void store_8(void* global, uint2 value) {
+    emulator::check_aligned(global, 8);
+    *static_cast<uint2*>(global) = value;
 }
 inline void store_16_streaming(void* global, uint4 value) {
     emulator::check_aligned(global, 16);

@@ -46,9 +46,9 @@ constexpr emulator::Element element() {
 
 }  // namespace detail
 
-template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
-void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
-    static_assert(kColumns % 8 == 0 && kColumns <= 256);
+template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false, int kRegisters>
+void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+    static_assert(kColumns % 8 == 0 && kColumns <= 256 && kRegisters >= kColumns / 2);
     static_assert(sizeof(T) == 2 || (!kTransposedA && !kTransposedB));
     emulator::product_issue({.columns = kColumns,
                              .element = detail::element<T>(),

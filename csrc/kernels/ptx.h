@@ -218,10 +218,12 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(uint64_t* barrie
 
 // Stores to the same place in block `rank` and completes the 4 bytes on the barrier at the same place there: no fence,
 // no barrier of the cluster. Who waits for the barrier (mbarrier_wait_cluster) sees the value.
-__device__ __forceinline__ void store_async_cluster(float* shared, float value, uint64_t* barrier, uint32_t rank) {
+template <typename T>
+__device__ __forceinline__ void store_async_cluster(T* shared, T value, uint64_t* barrier, uint32_t rank) {
+    static_assert(sizeof(T) == 4);
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                      cluster_map_address(shared, rank)),
-                 "r"(__float_as_uint(value)), "r"(cluster_map_address(barrier, rank))
+                 "r"(__builtin_bit_cast(uint32_t, value)), "r"(cluster_map_address(barrier, rank))
                  : "memory");
 }
 
@@ -531,6 +533,28 @@ __device__ __forceinline__ uint4 load_16_no_allocate(const void* global) {
                  : "l"(global)
                  : "memory");
     return v;
+}
+
+// The same where `wanted`, else zeros. No branch, so that several are in flight at once.
+__device__ __forceinline__ uint4 load_16_no_allocate_if(bool wanted, const void* global) {
+    uint4 v;
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+        " @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(global), "r"(static_cast<uint32_t>(wanted))
+        : "memory");
+    return v;
+}
+
+// In one piece: the compiler may store a uint4 whose words it holds apart as four.
+__device__ __forceinline__ void store_16(void* global, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_8(void* global, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // Written once and not read again soon.

@@ -67,10 +67,11 @@ struct Wgmma;
 }
 
 // A and B from shared memory. T is __nv_bfloat16, __half or __nv_fp8_e4m3, of which the depth is 32 and both operands
-// are K contiguous; its sums keep fewer bits than fp32. kColumns is N: 64, 128 or 256, of e4m3 128. !accumulate: D = A
-// B.
-template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
-__device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
+// are K contiguous; its sums keep fewer bits than fp32. kColumns is N: 64 to 192 in steps of 16, or 256; of e4m3 128. D
+// is the first kColumns / 2 registers of d. !accumulate: D = A B.
+template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false, int kRegisters>
+__device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+    static_assert(kRegisters >= kColumns / 2);
     detail::Wgmma<T, kColumns>::template from_shared<kTransposedA, kTransposedB>(d, a, b, accumulate);
 }
 
@@ -82,36 +83,43 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
 
 // ---- one specialisation per element and shape: text only
 
-#define WGMMA_OPERANDS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define WGMMA_OPERANDS_16(i) \
-    WGMMA_OPERANDS_4(i), WGMMA_OPERANDS_4(i + 4), WGMMA_OPERANDS_4(i + 8), WGMMA_OPERANDS_4(i + 12)
-#define WGMMA_OPERANDS_64 WGMMA_OPERANDS_16(0), WGMMA_OPERANDS_16(16)
-#define WGMMA_OPERANDS_128 WGMMA_OPERANDS_64, WGMMA_OPERANDS_16(32), WGMMA_OPERANDS_16(48)
+// Of each N what the N before has, and eight registers more.
+#define WGMMA_OPERANDS_8(i)                                                                                     \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+#define WGMMA_OPERANDS_64 WGMMA_OPERANDS_8(0), WGMMA_OPERANDS_8(8), WGMMA_OPERANDS_8(16), WGMMA_OPERANDS_8(24)
+#define WGMMA_OPERANDS_80 WGMMA_OPERANDS_64, WGMMA_OPERANDS_8(32)
+#define WGMMA_OPERANDS_96 WGMMA_OPERANDS_80, WGMMA_OPERANDS_8(40)
+#define WGMMA_OPERANDS_112 WGMMA_OPERANDS_96, WGMMA_OPERANDS_8(48)
+#define WGMMA_OPERANDS_128 WGMMA_OPERANDS_112, WGMMA_OPERANDS_8(56)
+#define WGMMA_OPERANDS_144 WGMMA_OPERANDS_128, WGMMA_OPERANDS_8(64)
+#define WGMMA_OPERANDS_160 WGMMA_OPERANDS_144, WGMMA_OPERANDS_8(72)
+#define WGMMA_OPERANDS_176 WGMMA_OPERANDS_160, WGMMA_OPERANDS_8(80)
+#define WGMMA_OPERANDS_192 WGMMA_OPERANDS_176, WGMMA_OPERANDS_8(88)
 #define WGMMA_OPERANDS_256 \
-    WGMMA_OPERANDS_128, WGMMA_OPERANDS_16(64), WGMMA_OPERANDS_16(80), WGMMA_OPERANDS_16(96), WGMMA_OPERANDS_16(112)
+    WGMMA_OPERANDS_192, WGMMA_OPERANDS_8(96), WGMMA_OPERANDS_8(104), WGMMA_OPERANDS_8(112), WGMMA_OPERANDS_8(120)
 #define WGMMA_REGISTERS_64                                                                                 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_REGISTERS_128                                                                                \
-    WGMMA_REGISTERS_64                                                                                     \
-    ", "                                                                                                   \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_REGISTERS_256                                                                                \
-    WGMMA_REGISTERS_128                                                                                    \
-    ", "                                                                                                   \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
-    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "   \
-    "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "     \
-    "%119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_REGISTERS_80 WGMMA_REGISTERS_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_REGISTERS_96 WGMMA_REGISTERS_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_REGISTERS_112 WGMMA_REGISTERS_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_REGISTERS_128 WGMMA_REGISTERS_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_REGISTERS_144 WGMMA_REGISTERS_128 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define WGMMA_REGISTERS_160 WGMMA_REGISTERS_144 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_REGISTERS_176 WGMMA_REGISTERS_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define WGMMA_REGISTERS_192 WGMMA_REGISTERS_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_REGISTERS_256                                                                                      \
+    WGMMA_REGISTERS_192                                                                                          \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+    "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // The numbers are those of the operands after the N / 2 accumulators.
 #define WGMMA_SHAPE(TYPE, NAME, N, R0, R1, R2, R3, R4, R5, R6)                                                       \
     template <>                                                                                                      \
     struct Wgmma<TYPE, N> {                                                                                          \
         template <bool kTransposedA, bool kTransposedB>                                                              \
-        __device__ __forceinline__ static void from_shared(float (&d)[N / 2], uint64_t a, uint64_t b,                \
-                                                           bool accumulate) {                                        \
+        __device__ __forceinline__ static void from_shared(float* d, uint64_t a, uint64_t b, bool accumulate) {      \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " R2                                                      \
                          ", 0;\n"                                                                                    \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" WGMMA_REGISTERS_##N    \
@@ -131,20 +139,19 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
                            "n"(kTransposedB));                                                                       \
         }                                                                                                            \
     };
-#define WGMMA_SHAPE_E4M3(N, R0, R1, R2)                                                                   \
-    template <>                                                                                           \
-    struct Wgmma<__nv_fp8_e4m3, N> {                                                                      \
-        template <bool kTransposedA, bool kTransposedB>                                                   \
-        __device__ __forceinline__ static void from_shared(float (&d)[N / 2], uint64_t a, uint64_t b,     \
-                                                           bool accumulate) {                             \
-            static_assert(!kTransposedA && !kTransposedB);                                                \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " R2                                           \
-                         ", 0;\n"                                                                         \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" WGMMA_REGISTERS_##N \
-                         "}, " R0 ", " R1 ", p, 1, 1;\n}\n"                                               \
-                         : WGMMA_OPERANDS_##N                                                             \
-                         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
-        }                                                                                                 \
+#define WGMMA_SHAPE_E4M3(N, R0, R1, R2)                                                                         \
+    template <>                                                                                                 \
+    struct Wgmma<__nv_fp8_e4m3, N> {                                                                            \
+        template <bool kTransposedA, bool kTransposedB>                                                         \
+        __device__ __forceinline__ static void from_shared(float* d, uint64_t a, uint64_t b, bool accumulate) { \
+            static_assert(!kTransposedA && !kTransposedB);                                                      \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " R2                                                 \
+                         ", 0;\n"                                                                               \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" WGMMA_REGISTERS_##N       \
+                         "}, " R0 ", " R1 ", p, 1, 1;\n}\n"                                                     \
+                         : WGMMA_OPERANDS_##N                                                                   \
+                         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                  \
+        }                                                                                                       \
     };
 #define WGMMA_SHAPES(N, ...)                           \
     WGMMA_SHAPE(__nv_bfloat16, "bf16", N, __VA_ARGS__) \
@@ -152,19 +159,39 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
 
 namespace detail {
 WGMMA_SHAPES(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+WGMMA_SHAPES(80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+WGMMA_SHAPES(96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+WGMMA_SHAPES(112, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 WGMMA_SHAPES(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+WGMMA_SHAPES(144, "%72", "%73", "%74", "%75", "%76", "%77", "%78")
+WGMMA_SHAPES(160, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
+WGMMA_SHAPES(176, "%88", "%89", "%90", "%91", "%92", "%93", "%94")
+WGMMA_SHAPES(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 WGMMA_SHAPE_E4M3(128, "%64", "%65", "%66")
 }  // namespace detail
 
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_OPERANDS_64
+#undef WGMMA_REGISTERS_80
+#undef WGMMA_OPERANDS_80
+#undef WGMMA_REGISTERS_96
+#undef WGMMA_OPERANDS_96
+#undef WGMMA_REGISTERS_112
+#undef WGMMA_OPERANDS_112
 #undef WGMMA_REGISTERS_128
 #undef WGMMA_OPERANDS_128
+#undef WGMMA_REGISTERS_144
+#undef WGMMA_OPERANDS_144
+#undef WGMMA_REGISTERS_160
+#undef WGMMA_OPERANDS_160
+#undef WGMMA_REGISTERS_176
+#undef WGMMA_OPERANDS_176
+#undef WGMMA_REGISTERS_192
+#undef WGMMA_OPERANDS_192
 #undef WGMMA_REGISTERS_256
 #undef WGMMA_OPERANDS_256
-#undef WGMMA_OPERANDS_16
-#undef WGMMA_OPERANDS_4
+#undef WGMMA_OPERANDS_8
 #undef WGMMA_SHAPES
 #undef WGMMA_SHAPE_E4M3
 #undef WGMMA_SHAPE

@@ -74,9 +74,10 @@ def test_operands_in_every_canonical_layout(device, rng, swizzle, transposed):
     run(device, rng, 64, False, (swizzle, swizzle), transposed)
 
 
-@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("columns", [64, 80, 96, 112, 128, 144, 160, 176, 192])
 def test_shapes_from_shared_memory_under_every_schedule(shuffled, rng, columns):
-    run(shuffled, rng, columns, columns == 64, (3, 3), (False, True))
+    transposed = columns % 64 == 0  # a swizzle of 128 bytes takes 64 columns
+    run(shuffled, rng, columns, columns != 128, (3, 3 if transposed else 1), (False, transposed))
 
 
 def test_a_product_may_ignore_its_accumulators(device, rng):

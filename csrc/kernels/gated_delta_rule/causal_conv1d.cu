@@ -113,7 +113,7 @@ __device__ void store_window(const CausalConv1d& p, const Sequence& s, int end, 
             const int token = first + i;
             if (token >= end || (in_place && token >= 0 && token < s.context))
                 continue;  // the latter stand there already
-            store_16(window + (token + p.entries) % p.entries * p.entry_stride, input[i]);
+            ptx::store_16(window + (token + p.entries) % p.entries * p.entry_stride, input[i]);
         }
     }
 }

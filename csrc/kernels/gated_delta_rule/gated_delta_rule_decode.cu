@@ -166,7 +166,7 @@ __device__ __forceinline__ void fold(const GatedDeltaRuleDecode& p, const Place&
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             add_scaled(rows[r], newest, shared.sums[(row + r) * 2 * padded(tokens)]);
-            *reinterpret_cast<float4*>(to + (row + r) * kDim) = rows[r];
+            ptx::store_16(to + (row + r) * kDim, reinterpret_cast<const uint4&>(rows[r]));
         }
     }
 }

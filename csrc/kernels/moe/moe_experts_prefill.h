@@ -14,8 +14,10 @@ constexpr int kThreads = 384;  // warpgroup 0 copies, 1 and 2 multiply
 constexpr int kCopyThreads = 128;
 constexpr int kTileRows = 256;  // of weights
 constexpr int kStages = 4;
-constexpr int kRowBytes = 128;     // of a stage: what a row of a swizzled tile has
-constexpr int kGroupChoices = 64;  // that one warpgroup multiplies
+constexpr int kRowBytes = 128;                    // of a stage: what a row of a swizzled tile has
+constexpr int kGroupChoices = 64;                 // that one warpgroup multiplies
+constexpr int kStageChoices = 3 * kGroupChoices;  // of bf16: that a block's stage has room for
+constexpr int kClusterBlocks = 2;
 constexpr int kMaxExperts = 512;
 
 // Of shared memory: which tiles of choices are whose.
@@ -72,11 +74,13 @@ struct Bf16Prefill {
     MoeExperts p;
     __nv_bfloat16* activations;  // [choices, width], in the order of `order`
     __nv_bfloat16* rows;         // [choices, hidden], by token and rank
+    int* next_tiles;             // that nobody has claimed: of gate_up, of down
 };
 
-// moe_experts_prefill_cluster.cu: the two grouped products.
-cudaError_t gate_up_in_clusters(const Bf16Prefill& arguments, cudaStream_t stream);
-cudaError_t down_in_clusters(const Bf16Prefill& arguments, cudaStream_t stream);
+// moe_experts_prefill_alone.cu and moe_experts_prefill_cluster.cu: both grouped products, the first tiles those of so
+// many blocks or clusters.
+cudaError_t products_alone(const Bf16Prefill& a, int blocks, cudaStream_t stream);
+cudaError_t products_in_clusters(const Bf16Prefill& a, int clusters, cudaStream_t stream);
 
 // The sum of each token's rows, [choices, hidden] by token and rank, in order of rank, with its weights: the last
 // launch.

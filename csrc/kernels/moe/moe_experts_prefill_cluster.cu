@@ -1,270 +1,55 @@
 // The two grouped products of a bf16 prefill of the experts (moe_experts_prefill.cu has the whole) by clusters of two
-// blocks that share weights: fewer bytes from L2, for which deep tiles and several groups of choices an expert pay.
-// docs/kernels/moe_prefill.md counts the bytes and has what was measured, tried and lost.
+// blocks that share weights: fewer bytes from L2, for which several groups of choices an expert pay.
+// moe_experts_prefill_claims.h has what they share with blocks that work alone; docs/kernels/moe_prefill.md counts the
+// bytes and has what was measured, tried and lost.
 //
-// A tile is a cluster's: up to five groups of 64 choices of one expert x 256 weight rows, 128 of gate and 128 of up, or
-// 256 of down. Each block copies half of the weights to both, by multicast, and multiplies two groups with all of them,
-// a warpgroup each, m64n256k16. A fifth group, or a third or an only one, is the cluster's: each of its four warpgroups
-// multiplies it with a quarter of the weight rows, m64n64k16. So both blocks have the same to do, and the matrix unit
-// does an expert's choices rounded up to 64.
+// A tile is a cluster's: up to five groups of 64 choices of one expert x 256 weight rows. Each block copies half of the
+// weights to both, by multicast, and multiplies two groups with all of them, a warpgroup each, m64n256k16. A fifth
+// group, or a third or an only one, is the cluster's: each of its four warpgroups multiplies it with a quarter of the
+// weight rows, m64n64k16. So both blocks have the same to do, and the matrix unit does an expert's choices rounded up
+// to 64.
 //
-// A third warpgroup copies stages of 64 of depth (24 KB of choices, 32 KB of weights, four in flight): weights, and the
-// choices of the second product, by TMA; rows of x are gathered by cp.async, twelve a thread, into the layout that TMA
-// would have made. Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring
-// columns of a row of the output: it stores them as they are.
-//
-// Clusters are persistent, one to two multiprocessors, and take every 66th tile. Tiles of an expert are neighbours:
-// clusters at work at one time share rows in L2. The multiplying warpgroups drift apart by up to the ring, so that one
-// stores while the other multiplies.
+// Weight rows lie in shared memory in the order in which a thread's sums are eight neighbouring columns of a row of the
+// output: it stores them as they are, 16 bytes at a time.
 //
 // budget: product_kernel registers<=168 shared<=0 hot sass=HGMMA
 #include <bf16x8.h>
-#include <launch.h>
-#include <ptx.h>
-#include <ptx_tma.h>
-#include <ptx_wgmma.h>
-#include <reduce.h>
 
-#include "kernels.h"
-#include "moe_experts_prefill.h"
+#include "moe_experts_prefill_claims.h"
 
 namespace tokenspeed {
 namespace {
 
 using namespace expert_prefill;
+using namespace expert_prefill::claims;
 
-constexpr int kWgmmaRegisters = 224, kCopyRegisters = 56;
-constexpr int kGroupThreads = kCopyThreads;  // of any warpgroup
-constexpr int kBlocks = 2;                   // of a cluster
 constexpr uint16_t kBothBlocks = 3;
-constexpr int kBlockGroups = 2;                     // of 64 choices: one of each warpgroup that multiplies
-constexpr int kOwnGroups = kBlockGroups * kBlocks;  // of a cluster's tile, beside the one that is both blocks'
-constexpr int kTileGroups = kOwnGroups + 1;
-constexpr int kGroupBytes = kGroupChoices * kRowBytes;
-constexpr int kHalfBytes = kTileRows / kBlocks * kRowBytes;  // of weights that a block copies, to both
-constexpr int kBoxChoices = kGroupChoices / kBlocks;         // that TMA brings at once
-constexpr int kBoxBytes = kBoxChoices * kRowBytes;
-constexpr int kDepth = kRowBytes / 2;              // of a stage
-constexpr int kUnitRows = kTileRows / kOwnGroups;  // of weights: a warpgroup's share in the cluster's group
+constexpr int kOwnGroups = kBlockGroups * kClusterBlocks;  // of a tile, beside the one that is both blocks'
+constexpr int kHalfBytes = kWeightBytes / kClusterBlocks;  // of weights that a block copies, to both
+constexpr int kUnitRows = kTileRows / kOwnGroups;          // of weights: a warpgroup's share in the cluster's group
 constexpr int kRun = 32;  // weight rows among which a thread finds eight neighbouring columns of the output
-
-struct Storage {  // of dynamic shared memory
-    uint8_t choices[kStages][(kBlockGroups + 1) * kGroupBytes];
-    uint8_t weights[kStages][kBlocks * kHalfBytes];  // block i copies half i
-    uint64_t full[kStages], empty[kStages];
-    Table table;
-};
-static_assert(sizeof(Storage) <= kSharedLimit);
 
 __device__ __forceinline__ int groups_of(int choices) {
     return (choices + kGroupChoices - 1) / kGroupChoices;
 }
 
-struct Span {  // of positions in `order`
-    int begin, end;
-};
-
-// Of a cluster.
-struct Tile {
-    Span choices;
-    int expert, column_tile;
-
-    __device__ int groups() const { return groups_of(choices.end - choices.begin); }
-
-    // What this block multiplies by itself, up to a group for each warpgroup.
-    __device__ Span own() const {
-        const int each = groups() / kBlocks;
-        const int middle = min(choices.begin + each * kGroupChoices, choices.end);
-        if (ptx::cluster_rank() == 0) return {choices.begin, middle};
-        return {middle, min(choices.begin + kBlocks * each * kGroupChoices, choices.end)};
-    }
-
-    // The odd group that both blocks multiply, or nothing.
-    __device__ Span shared() const {
-        const int even = groups() / kBlocks * kBlocks;
-        return {min(choices.begin + even * kGroupChoices, choices.end), choices.end};
-    }
-};
-
-// All tiles of one product, this cluster's in order.
-class Tiles {
-  public:
-    __device__ Tiles(const Storage& storage, const int32_t* offsets, int columns, int tile_columns)
-        : table_(storage.table), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
-
-    __device__ static int first() { return static_cast<int>(blockIdx.x) / kBlocks; }
-    __device__ static int next(int index) { return index + static_cast<int>(gridDim.x) / kBlocks; }
-    __device__ bool holds(int index) const { return index < table_.tiles_before[kMaxExperts] * column_tiles_; }
-
-    // Called by a whole warp.
-    __device__ Tile find(int index) const {
-        const int* before = table_.tiles_before;
-        const int expert = table_.expert_of(index, column_tiles_);
-        const int local = index - before[expert] * column_tiles_, tiles = before[expert + 1] - before[expert];
-        const Span all{offsets_[expert], offsets_[expert + 1]};
-        const int groups = groups_of(all.end - all.begin);
-        // A whole tile has an even number of groups where that makes no more tiles: what is shared is gathered twice.
-        const auto begin = [&](int tile) {
-            if (tile == tiles) return all.end;
-            return all.begin +
-                   (groups <= kOwnGroups * tiles + 1 ? kOwnGroups * tile : tile * groups / tiles) * kGroupChoices;
-        };
-        return {{begin(local % tiles), begin(local % tiles + 1)}, expert, local / tiles};
-    }
-
-  private:
-    const Table& table_;
-    const int32_t* offsets_;
-    int column_tiles_;
-};
-
-// Fills the table and starts the barriers. Called by the whole cluster; ends with its barrier.
-__device__ void prepare(Storage& storage, const int32_t* offsets, int experts, int full_arrivals) {
-    constexpr int kReaders = kBlocks * (kThreads - kCopyThreads) / 32;  // warps that multiply
-    if (threadIdx.x == 0) start_ring(storage.full, storage.empty, full_arrivals, kReaders);
-    storage.table.fill(offsets, experts, kTileGroups * kGroupChoices);
-    ptx::cluster_sync();
+__device__ __forceinline__ int groups_of(const Tile& tile) {
+    return groups_of(tile.choices.end - tile.choices.begin);
 }
 
-// By a warp that has read a slot. It has but read what will be overwritten: no fence, here or where a slot is waited
-// for.
-__device__ __forceinline__ void release(Storage& storage, int slot) {
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane < kBlocks) ptx::mbarrier_arrive_cluster_relaxed(&storage.empty[slot], lane);
+// What this block multiplies by itself, up to a group for each warpgroup.
+__device__ __forceinline__ Span own_of(const Tile& tile) {
+    const Span all = tile.choices;
+    const int each = groups_of(tile) / kClusterBlocks;
+    const int first = all.begin + static_cast<int>(ptx::cluster_rank()) * each * kGroupChoices;
+    return {min(first, all.end), min(first + each * kGroupChoices, all.end)};
 }
 
-// By one thread: its block's half of a stage of weights, by load_half(to, full, tile, stage, mask), to both blocks;
-// where they share one group, each needs its own half alone. Announces `other_bytes` more on the barrier.
-template <typename LoadHalf>
-__device__ __forceinline__ void load_weights(Storage& storage, const Tile& tile, int slot, int stage,
-                                             uint32_t other_bytes, LoadHalf load_half) {
-    const bool both = tile.groups() > 1;
-    const uint32_t rank = ptx::cluster_rank();
-    ptx::mbarrier_arrive_expect_tx(&storage.full[slot], (both ? kBlocks : 1) * kHalfBytes + other_bytes);
-    load_half(storage.weights[slot] + rank * kHalfBytes, &storage.full[slot], tile, stage,
-              both ? kBothBlocks : static_cast<uint16_t>(1u << rank));
+// The odd group that both blocks multiply, or nothing.
+__device__ __forceinline__ Span shared_of(const Tile& tile) {
+    const int even = groups_of(tile) / kClusterBlocks * kClusterBlocks;
+    return {min(tile.choices.begin + even * kGroupChoices, tile.choices.end), tile.choices.end};
 }
-
-// The rows that a warp gathers of a tile: of every 16 choices four, of each of which a lane has a piece of 16 bytes. A
-// lane looks up the choice of every 32nd of these rows.
-struct Gather {
-    static constexpr int kRows = (kBlockGroups + 1) * kGroupChoices / 16;  // of a lane
-    static constexpr int kLookups = (kRows * 4 + 31) / 32;
-    int choice[kLookups];  // token * top_k + rank; negative past a group's end
-
-    __device__ Gather(const MoeExperts& p, const Tile& tile) {
-        const Span own = tile.own(), shared = tile.shared();
-#pragma unroll
-        for (int i = 0; i < kLookups; ++i) {
-            const int row = (i * 32 + threadIdx.x % 32) / 4 * 16 + threadIdx.x / 32 * 4 + threadIdx.x % 4;
-            constexpr int kOwn = kBlockGroups * kGroupChoices;
-            const int at = row < kOwn ? own.begin + row : shared.begin + row - kOwn;
-            const int end = row < kOwn ? own.end : row < kRows * 16 ? shared.end : 0;
-            choice[i] = at < end ? p.order[at] : -1;
-        }
-    }
-
-    // sources[i]: of this lane's row i, how many pieces behind the first row it begins; kNone to leave it out.
-    static constexpr uint32_t kNone = ~0u;
-    __device__ void find(uint32_t (&sources)[kRows], int top_k, uint32_t row_pieces) const {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int known = choice[i * 4 / 32];
-            const uint32_t source = known >= 0 ? static_cast<uint32_t>(known / top_k) * row_pieces : kNone;
-            sources[i] = __shfl_sync(kAllLanes, source, i * 4 % 32 + threadIdx.x % 32 / 8);
-        }
-    }
-};
-
-// Copies by warpgroup 0: weights by TMA, rows of tokens by cp.async into the layout that TMA would have made. Rows past
-// the end keep what they held: they reach no row of the output but their own.
-template <typename LoadHalf>
-__device__ __forceinline__ void copy_gathered(Storage& storage, const MoeExperts& p, const Tiles& tiles, int stages,
-                                              LoadHalf load_half) {
-    using G = Gather;
-    if (!tiles.holds(tiles.first())) return;
-    const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-    Cursor at;
-    Tile tile = tiles.find(tiles.first());
-    G gather(p, tile);
-    for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
-        uint32_t sources[G::kRows];
-        gather.find(sources, p.top_k, static_cast<uint32_t>(p.x_stride / 8));
-        const Tile current = tile;
-        if (tiles.holds(tiles.next(index))) {  // the next tile's choices arrive while this one is copied
-            tile = tiles.find(tiles.next(index));
-            gather = G(p, tile);
-        }
-#pragma unroll 1
-        for (int s = 0; s < stages; ++s) {
-            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-            if (threadIdx.x == 0) load_weights(storage, current, at.slot, s, 0, load_half);
-            const auto* from = reinterpret_cast<const uint4*>(p.x) + s * (kRowBytes / 16) + piece;
-            uint8_t* to = storage.choices[at.slot] + row * kRowBytes + (piece ^ row % 8) * 16;
-#pragma unroll
-            for (int i = 0; i < G::kRows; ++i) {
-                if (sources[i] != G::kNone) ptx::cp_async(to + i * 16 * kRowBytes, from + sources[i]);
-            }
-            ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
-            at.next(kStages);
-        }
-    }
-}
-
-// Copies by one warp: both operands by TMA, of the cluster's group each block a box to both. Rows past the end of a
-// group are the next expert's, or stay what they were.
-template <typename LoadHalf>
-__device__ __forceinline__ void copy_activations(Storage& storage, const Tiles& tiles, const CUtensorMap& activations,
-                                                 int stages, LoadHalf load_half) {
-    const int rank = static_cast<int>(ptx::cluster_rank());
-    Cursor at;
-    for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
-        const Tile tile = tiles.find(index);
-        if (threadIdx.x != 0) continue;
-        const Span own = tile.own(), shared = tile.shared();
-        const auto boxes_of = [](const Span& span) { return (span.end - span.begin + kBoxChoices - 1) / kBoxChoices; };
-        const int own_boxes = boxes_of(own), shared_boxes = boxes_of(shared);
-#pragma unroll 1
-        for (int s = 0; s < stages; ++s) {
-            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-            uint64_t* full = &storage.full[at.slot];
-            load_weights(storage, tile, at.slot, s, (own_boxes + shared_boxes) * kBoxBytes, load_half);
-            uint8_t* to = storage.choices[at.slot];
-#pragma unroll 1
-            for (int box = 0; box < own_boxes; ++box) {
-                ptx::tma_load<2>(to + box * kBoxBytes, &activations, full, {s * kDepth, own.begin + box * kBoxChoices});
-            }
-            if (rank < shared_boxes) {
-                ptx::tma_load_multicast<2>(to + kBlockGroups * kGroupBytes + rank * kBoxBytes, &activations, full,
-                                           {s * kDepth, shared.begin + rank * kBoxChoices}, kBothBlocks);
-            }
-            at.next(kStages);
-        }
-    }
-}
-
-// The product with gate and up, or with down.
-template <bool kGateUp>
-struct Product {
-    static constexpr int kKinds = kGateUp ? 2 : 1;  // of weight rows: gate and up lie in turns of kRun rows
-    static constexpr int kUnitColumns = kUnitRows / kKinds, kTileColumns = kTileRows / kKinds;  // of the output
-    static __host__ __device__ int depth(const MoeExperts& p) { return kGateUp ? p.hidden : p.width; }
-    static __host__ __device__ int columns(const MoeExperts& p) { return kGateUp ? p.width : p.hidden; }
-};
-
-// By one thread: a block's half of a stage of weights.
-template <bool kGateUp>
-struct LoadHalf {
-    const CUtensorMap& map;
-    int columns;
-
-    __device__ void operator()(void* to, uint64_t* full, const Tile& tile, int stage, uint16_t mask) const {
-        using P = Product<kGateUp>;
-        const int half = tile.column_tile * kBlocks + static_cast<int>(ptx::cluster_rank());
-        const int run = (tile.expert * P::kKinds * columns + half * (P::kTileColumns / kBlocks)) / kRun;
-        ptx::tma_load_multicast<5>(to, &map, full, {stage * kDepth, 0, 0, 0, run}, mask);
-    }
-};
 
 // The 16-byte pieces of kUnitRows weight rows in a thread's sums, at `columns` of the output's row of `place` (the
 // thread's two, negative to leave it out). Eight neighbouring columns of a row lie in each thread of a quad: that is
@@ -281,7 +66,7 @@ __device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* outp
         }
     };
 #pragma unroll
-    for (int run = 0; run < Product<kGateUp>::kUnitColumns / kRun; ++run) {
+    for (int run = 0; run < kUnitRows / Product<kGateUp>::kKinds / kRun; ++run) {
         const int column = unit_column + run * kRun;
         if (column >= columns) continue;
 #pragma unroll
@@ -294,156 +79,169 @@ __device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* outp
             }
             if (place[i] < 0) continue;
             __nv_bfloat16* to = output + int64_t{place[i]} * columns + column + threadIdx.x % 4 * 8;
-            store_16(to, make_uint4(words[0], words[1], words[2], words[3]));
+            ptx::store_16(to, make_uint4(words[0], words[1], words[2], words[3]));
         }
     }
 }
 
-// By a warpgroup: its group of every tile's choices times all of the tile's weights, the cluster's group times a unit,
-// and the stores.
-template <bool kGateUp>
-__device__ void multiply_tiles(Storage& storage, const Bf16Prefill& a, const Tiles& tiles) {
-    using P = Product<kGateUp>;
-    const MoeExperts& p = a.p;
-    const int group = threadIdx.x / kGroupThreads - 1, lane = threadIdx.x % 32;
-    const int unit = static_cast<int>(ptx::cluster_rank()) * kBlockGroups + group;
-    const int stages = P::depth(p) / kDepth, columns = P::columns(p);
-    Cursor at;
-    Tile next = tiles.holds(tiles.first()) ? tiles.find(tiles.first()) : Tile{};
-    for (int index = tiles.first(); tiles.holds(index); index = tiles.next(index)) {
-        const Tile tile = next;
-        const Span spans[2] = {tile.own(), tile.shared()};
-        const int begins[2] = {spans[0].begin + group * kGroupChoices, spans[1].begin};
-        const bool has_own = begins[0] < spans[0].end, has_shared = begins[1] < spans[1].end;
-        int place[2][2];  // of the thread's rows in the output; negative past the end
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int choice = begins[i / 2] + threadIdx.x % kGroupThreads / 32 * 16 + lane / 4 + i % 2 * 8;
-            place[i / 2][i % 2] = choice >= spans[i / 2].end ? -1 : kGateUp ? choice : p.order[choice];
-        }
-        float own[kTileRows / 2], shared[kUnitRows / 2];
-        int before = -1;  // the slot whose products may still run
-        for (int s = 0; s < stages; ++s) {
-            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-            // The choices that threads copied: the matrix unit must be let see them.
-            if (kGateUp) ptx::fence_async_shared();
-            const uint32_t choices = ptx::shared_address(storage.choices[at.slot]);
-            const uint32_t weights = ptx::shared_address(storage.weights[at.slot]);
-            const auto operand = [](uint32_t address, int k) {
-                return ptx::matrix_descriptor(address + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
-            };
-            // The own group's products come last: one group of them may run on below.
-            if (has_shared) {
-                ptx::wgmma_fence(shared);
-#pragma unroll
-                for (int k = 0; k < kDepth / 16; ++k) {
-                    ptx::wgmma<__nv_bfloat16, kUnitRows>(shared, operand(choices + kBlockGroups * kGroupBytes, k),
-                                                         operand(weights + unit * kUnitRows * kRowBytes, k),
-                                                         s > 0 || k > 0);
-                }
-                ptx::wgmma_commit();
-            }
-            if (has_own) {
-                ptx::wgmma_fence(own);
-#pragma unroll
-                for (int k = 0; k < kDepth / 16; ++k) {
-                    ptx::wgmma<__nv_bfloat16, kTileRows>(own, operand(choices + group * kGroupBytes, k),
-                                                         operand(weights, k), s > 0 || k > 0);
-                }
-                ptx::wgmma_commit();
-            }
-            if (s == 0 && tiles.holds(tiles.next(index))) next = tiles.find(tiles.next(index));
-            ptx::wgmma_wait<1>();
-            if (before >= 0) release(storage, before);
-            before = at.slot;
-            at.next(kStages);
-        }
-        ptx::wgmma_wait<0>(own, shared);
-        release(storage, before);
-        __nv_bfloat16* output = kGateUp ? a.activations : a.rows;
-        const int column = tile.column_tile * P::kTileColumns;
-        if (has_own) {
-#pragma unroll
-            for (int i = 0; i < kOwnGroups; ++i) {
-                store_unit<kGateUp>(own + i * (kUnitRows / 2), output, place[0], columns, column + i * P::kUnitColumns);
-            }
-        }
-        if (has_shared) store_unit<kGateUp>(shared, output, place[1], columns, column + unit * P::kUnitColumns);
+struct Cluster {
+    static constexpr int kBlocks = kClusterBlocks, kTileChoices = (kOwnGroups + 1) * kGroupChoices;
+
+    // A whole tile has an even number of groups where that makes no more tiles: what is shared is gathered twice.
+    static __device__ int begin(int choices, int i, int tiles) {
+        if (i == tiles) return choices;
+        const int groups = groups_of(choices);
+        return (groups <= kOwnGroups * tiles + 1 ? kOwnGroups * i : i * groups / tiles) * kGroupChoices;
     }
-}
+
+    struct Spans {
+        Span first, last;
+        __device__ explicit Spans(const Tile& tile) : first(own_of(tile)), last(shared_of(tile)) {}
+    };
+
+    template <bool kGateUp>
+    class Load {
+        using P = Product<kGateUp>;
+
+      public:
+        __device__ Load(const Tile& tile, int columns)
+            : own_(own_of(tile)), shared_(shared_of(tile)), rank_(static_cast<int>(ptx::cluster_rank())) {
+            both_ = groups_of(tile) > 1;
+            const int half = tile.column_tile * kBlocks + rank_;
+            run_ = (tile.expert * P::kKinds * columns + half * (P::kTileColumns / kBlocks)) / kRun;
+        }
+
+        __device__ void operator()(Storage& storage, int slot, int depth, const CUtensorMap& weights,
+                                   const CUtensorMap& activations) const {
+            uint64_t* full = &storage.full[slot];
+            uint8_t* choices = storage.choices[slot];
+            const int own_boxes = kGateUp ? 0 : own_.boxes(), shared_boxes = kGateUp ? 0 : shared_.boxes();
+            ptx::mbarrier_arrive_expect_tx(full,
+                                           (both_ ? kBlocks : 1) * kHalfBytes + (own_boxes + shared_boxes) * kBoxBytes);
+            ptx::tma_load_multicast<5>(storage.weights[slot] + rank_ * kHalfBytes, &weights, full,
+                                       {depth, 0, 0, 0, run_},
+                                       both_ ? kBothBlocks : static_cast<uint16_t>(1u << rank_));
+#pragma unroll 1
+            for (int box = 0; box < own_boxes; ++box) {
+                ptx::tma_load<2>(choices + box * kBoxBytes, &activations, full,
+                                 {depth, own_.begin + box * kBoxChoices});
+            }
+            if (rank_ < shared_boxes) {  // a box of each block, to both
+                ptx::tma_load_multicast<2>(choices + kBlockGroups * kGroupBytes + rank_ * kBoxBytes, &activations, full,
+                                           {depth, shared_.begin + rank_ * kBoxChoices}, kBothBlocks);
+            }
+        }
+
+      private:
+        Span own_, shared_;
+        int rank_, run_;
+        bool both_;  // of an only group each block needs its own half of the weights alone
+    };
+
+    // By a warpgroup: its group of every tile's choices times all of the tile's weights, the cluster's group times a
+    // unit, and the stores.
+    template <bool kGateUp>
+    static __device__ __forceinline__ void multiply_tiles(Storage& storage, const Bf16Prefill& a) {
+        using P = Product<kGateUp>;
+        const MoeExperts& p = a.p;
+        const int group = threadIdx.x / kGroupThreads - 1, lane = threadIdx.x % 32;
+        const int unit = static_cast<int>(ptx::cluster_rank()) * kBlockGroups + group;
+        constexpr int kUnitColumns = kUnitRows / P::kKinds;
+        const int stages = P::depth(p) / kDepth, columns = P::columns(p);
+        Cursor at;
+        for (int turn = 0;; ++turn) {
+            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+            const Tile tile = storage.tiles[turn % kStages];
+            if (tile.expert < 0) return;
+            const Span spans[2] = {own_of(tile), shared_of(tile)};
+            const int begins[2] = {spans[0].begin + group * kGroupChoices, spans[1].begin};
+            const bool has_own = begins[0] < spans[0].end, has_shared = begins[1] < spans[1].end;
+            int place[2][2];  // of the thread's rows in the output; negative past the end
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int choice = begins[i / 2] + threadIdx.x % kGroupThreads / 32 * 16 + lane / 4 + i % 2 * 8;
+                place[i / 2][i % 2] = choice >= spans[i / 2].end ? -1 : kGateUp ? choice : p.order[choice];
+            }
+            float own[kTileRows / 2], shared[kUnitRows / 2];
+            int before = -1;  // the slot whose products may still run
+            for (int s = 0; s < stages; ++s) {
+                ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+                // The choices that threads copied: the matrix unit must be let see them.
+                if (kGateUp) ptx::fence_async_shared();
+                const uint32_t choices = ptx::shared_address(storage.choices[at.slot]);
+                const uint32_t weights = ptx::shared_address(storage.weights[at.slot]);
+                // The own group's products come last: one group of them may run on below.
+                if (has_shared) {
+                    ptx::wgmma_fence(shared);
+#pragma unroll
+                    for (int k = 0; k < kDepth / 16; ++k) {
+                        ptx::wgmma<__nv_bfloat16, kUnitRows>(shared, operand(choices + kBlockGroups * kGroupBytes, k),
+                                                             operand(weights + unit * kUnitRows * kRowBytes, k),
+                                                             s > 0 || k > 0);
+                    }
+                    ptx::wgmma_commit();
+                }
+                if (has_own) {
+                    ptx::wgmma_fence(own);
+#pragma unroll
+                    for (int k = 0; k < kDepth / 16; ++k) {
+                        ptx::wgmma<__nv_bfloat16, kTileRows>(own, operand(choices + group * kGroupBytes, k),
+                                                             operand(weights, k), s > 0 || k > 0);
+                    }
+                    ptx::wgmma_commit();
+                }
+                ptx::wgmma_wait<1>();
+                if (before >= 0) release<kClusterBlocks>(storage, before);
+                before = at.slot;
+                at.next(kStages);
+            }
+            ptx::wgmma_wait<0>(own, shared);
+            release<kClusterBlocks>(storage, before);
+            __nv_bfloat16* output = kGateUp ? a.activations : a.rows;
+            const int column = tile.column_tile * P::kTileColumns;
+            if (has_own) {
+#pragma unroll
+                for (int i = 0; i < kOwnGroups; ++i) {
+                    store_unit<kGateUp>(own + i * (kUnitRows / 2), output, place[0], columns,
+                                        column + i * kUnitColumns);
+                }
+            }
+            if (has_shared) {
+                store_unit<kGateUp>(shared, output, place[1], columns, column + unit * kUnitColumns);
+            }
+        }
+    }
+};
 
 template <bool kGateUp>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
                    const __grid_constant__ Bf16Prefill a) {
-    using P = Product<kGateUp>;
     DYNAMIC_SHARED(raw);
-    auto& storage = *reinterpret_cast<Storage*>(raw);
-    const MoeExperts& p = a.p;
-    if (kGateUp) ptx::grid_dependency_wait();  // for down the routing is older than the kernel that is waited for
-    prepare(storage, p.offsets, p.experts, kGateUp ? kGroupThreads + 1 : 1);
-    if (!kGateUp) ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    const Tiles tiles(storage, p.offsets, P::columns(p), P::kTileColumns);
-    if (threadIdx.x < kGroupThreads) {
-        ptx::register_decrease<kCopyRegisters>();
-        const LoadHalf<kGateUp> load_half{weights, P::columns(p)};
-        const int stages = P::depth(p) / kDepth;
-        if constexpr (kGateUp) {
-            copy_gathered(storage, p, tiles, stages, load_half);
-        } else if (threadIdx.x < 32) {
-            copy_activations(storage, tiles, activations, stages, load_half);
-        }
-    } else {
-        ptx::register_increase<kWgmmaRegisters>();
-        multiply_tiles<kGateUp>(storage, a, tiles);
-    }
-    ptx::cluster_sync();  // the other block's last copies and arrivals need this one's shared memory
+    run<Cluster, kGateUp>(*reinterpret_cast<Storage*>(raw), a, weights, activations);
 }
 
 // Of weights [experts, kinds, columns, depth]: of each kRun rows, eight of every fourth. Column i of a lane t's pair in
 // the j-th eight columns of a product is column 8 t + 4 i + j of the run. Then from gate to up, and to the next run.
 template <bool kGateUp>
-cudaError_t launch_product(const Bf16Prefill& a, cudaStream_t stream) {
-    constexpr uint32_t kKinds = Product<kGateUp>::kKinds;
-    const MoeExperts& p = a.p;
-    const auto depth = static_cast<uint64_t>(Product<kGateUp>::depth(p));
-    const auto columns = static_cast<uint64_t>(Product<kGateUp>::columns(p));
+TensorLayout<5> layout(const MoeExperts& p) {
+    using P = Product<kGateUp>;
+    constexpr uint32_t kKinds = P::kKinds;
+    const auto depth = static_cast<uint64_t>(P::depth(p)), columns = static_cast<uint64_t>(P::columns(p));
     const uint64_t runs = (kKinds * static_cast<uint64_t>(p.experts) - (kKinds - 1)) * columns / kRun;
-    const auto width = static_cast<uint64_t>(p.width), choices = static_cast<uint64_t>(p.tokens) * p.top_k;
-    CUtensorMap weights, activations;
-    const cudaError_t encoded[] = {
-        encode_tensor_map<5>(&weights, TensorElement::kBf16,
-                             {.base = kGateUp ? p.gate_up : p.down,
-                              .sizes = {depth, 8, 4, kKinds, runs},
-                              .strides = {2, 4 * depth * 2, depth * 2, columns * depth * 2, kRun * depth * 2},
-                              .box = {kDepth, 8, 4, kKinds, kTileRows / kBlocks / kRun / kKinds}},
-                             Swizzle::k128),
-        encode_tensor_map<2>(
-            &activations, TensorElement::kBf16,
-            {.base = a.activations, .sizes = {width, choices}, .strides = {2, width * 2}, .box = {kDepth, kBoxChoices}},
-            Swizzle::k128)};
-    for (const cudaError_t status : encoded) {
-        if (status != cudaSuccess) return status;
-    }
-    const int clusters = multiprocessor_count() / kBlocks;
-    const LaunchConfig config = {.grid = dim3(static_cast<unsigned>((clusters > 0 ? clusters : 1) * kBlocks)),
-                                 .block = dim3(kThreads),
-                                 .shared_bytes = sizeof(Storage),
-                                 .stream = stream,
-                                 .cluster = dim3(kBlocks),
-                                 .programmatic = true};
-    return launch(product_kernel<kGateUp>, config, weights, activations, a);
+    return {.base = kGateUp ? p.gate_up : p.down,
+            .sizes = {depth, 8, 4, kKinds, runs},
+            .strides = {2, 4 * depth * 2, depth * 2, columns * depth * 2, kRun * depth * 2},
+            .box = {kDepth, 8, 4, kKinds, kTileRows / kClusterBlocks / kRun / kKinds}};
 }
 
 }  // namespace
 
-cudaError_t expert_prefill::gate_up_in_clusters(const Bf16Prefill& arguments, cudaStream_t stream) {
-    return launch_product<true>(arguments, stream);
-}
-
-cudaError_t expert_prefill::down_in_clusters(const Bf16Prefill& arguments, cudaStream_t stream) {
-    return launch_product<false>(arguments, stream);
+cudaError_t expert_prefill::products_in_clusters(const Bf16Prefill& a, int clusters, cudaStream_t stream) {
+    constexpr int kBlocks = kClusterBlocks;
+    const cudaError_t status = launch_product(product_kernel<true>, kBlocks, clusters, layout<true>(a.p), a, stream);
+    if (status != cudaSuccess) return status;
+    return launch_product(product_kernel<false>, kBlocks, clusters, layout<false>(a.p), a, stream);
 }
 
 }  // namespace tokenspeed

@@ -1,5 +1,5 @@
-// What moe_experts_prefill.cu and moe_experts_prefill_fp8.cu share, whose blocks work each alone: tiles and their
-// order, the plan of shared memory, the gather of rows, the stores.
+// The parts of moe_experts_prefill_fp8.cu, whose blocks work each alone: tiles and their order, the plan of shared
+// memory, the gather of rows, the stores.
 #pragma once
 #include <bf16x8.h>
 #include <ptx.h>

@@ -107,6 +107,13 @@ int self_test_product(const uint8_t* a, int a_size, int a_swizzle, int a_leading
     if (columns == 64 && bf16) return launch_product<__nv_bfloat16, 64>(of_a, of_b, registers, accumulate, ta, tb);
     if (columns == 64) return launch_product<__half, 64>(of_a, of_b, registers, accumulate, ta, tb);
     if (columns == 128) return launch_product<__half, 128>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 80) return launch_product<__nv_bfloat16, 80>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 96) return launch_product<__nv_bfloat16, 96>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 112) return launch_product<__nv_bfloat16, 112>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 144) return launch_product<__nv_bfloat16, 144>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 160) return launch_product<__nv_bfloat16, 160>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 176) return launch_product<__nv_bfloat16, 176>(of_a, of_b, registers, accumulate, ta, tb);
+    if (columns == 192) return launch_product<__nv_bfloat16, 192>(of_a, of_b, registers, accumulate, ta, tb);
     return cudaErrorInvalidValue;
 }
 int self_test_product_e4m3(const uint8_t* a, int a_size, int a_swizzle, int a_leading, int a_stride, const uint8_t* b,
