@@ -125,6 +125,7 @@ PLACED = '{"pages": [%s], "prefill": [[[9], 0, 0, %d, 5]]}'  # one row of index 
         (1, "", ["line 1"]),
         (1, "{}", ["line 1", "model"]),
         (1, '{"kind": "other"}', ["line 1"]),
+        (1, '{"version": 2, "package": "0.1"}', ["line 1", "format 2", "tokenspeed 0.1", "reads format 3"]),
         (1, "\x00\xff", ["line 1"]),
         (2, "[" * 100_000, ["line 2"]),
         (2, '{"step": {}, "edits": []', ["line 2"]),
