@@ -61,7 +61,7 @@ def test_a_mixed_schedule_replays_bit_for_bit(log):
 
 
 def test_drafts_of_a_head_in_fp8_are_drafted_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenspeed.engine.executor.loading.drafts_in_fp8", lambda dtype, on_gpu: True)
+    monkeypatch.setattr("tokenspeed.engine.executor.loading.drafts_in_fp8", lambda dtype, kernel: True)
     # A copy that drafts other ids than the head itself, so that a replay without it has other rows.
     coarse = "tokenspeed.engine.model.mtp.quantise_blocks"
     monkeypatch.setattr(coarse, lambda rows: quantise_blocks(rows + rows.roll(1, 0)))
