@@ -74,6 +74,15 @@ def test_drafts_of_a_head_in_fp8_are_drafted_again(tmp_path, monkeypatch):
     assert header.drafts_in_fp8 and replay(tmp_path / "log", SHIPPED).difference is None
 
 
+def test_a_stored_head_is_replayed_whatever_the_configuration_says(log, tmp_path):
+    for file in SHIPPED.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    raw = msgspec.json.decode((SHIPPED / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(raw | {"tie_word_embeddings": True}))
+    assert replay(log, tmp_path).difference is None
+
+
 def test_a_hash_that_was_changed_is_noticed_at_its_step(log, tmp_path, capsys):
     path = rewritten(log, tmp_path / "log", 4, lambda line: line.update(logits="0" * 64))
     assert main(["bench", "replay", str(path), "--quiet"]) == 1

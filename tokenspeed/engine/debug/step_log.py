@@ -24,7 +24,7 @@ from ..executor.device import pick_device, pick_dtype, pick_kv_dtype, use_thread
 from ..executor.memory import Memory, MemoryLayout
 from ..executor.runner import Runner
 from ..model.qwen3_5 import Qwen3_5
-from ..model.weights import load_weights
+from ..model.weights import load_weights, with_stored_head
 from ..schedule.step import Begin, Edit, Step, StepChecker
 
 _Count = Annotated[int, Meta(ge=1)]
@@ -220,7 +220,7 @@ def replay(
 
 
 def _runner(path: Path, header: Header, directory: Path, device: str | None) -> Runner:
-    config = ModelConfig.from_directory(directory)
+    config = with_stored_head(ModelConfig.from_directory(directory), directory)
     if config.vocab != header.vocabulary:
         raise LogError(
             f"{path} is of a model with {header.vocabulary} ids ({header.model}); {directory} has {config.vocab}."
