@@ -23,7 +23,7 @@ from torch import Tensor
 from tokenspeed import ops
 from tokenspeed.engine.config import PAGE_TOKENS, DenseConfig, ModelConfig
 from tokenspeed.engine.executor.device import pick_kv_dtype
-from tokenspeed.engine.executor.loading import drafts_in_fp8, slot_sizes
+from tokenspeed.engine.executor.loading import copy_head_to_draft, slot_sizes
 from tokenspeed.engine.executor.memory import Memory, MemoryLayout
 from tokenspeed.engine.executor.runner import Runner
 from tokenspeed.engine.model.parameters import Weight
@@ -44,7 +44,8 @@ def random_model(
     config: ModelConfig, mtp: bool = False, communicator: Communicator = ONE_RANK, device: torch.device = CUDA
 ) -> Qwen3_5:
     """Weights drawn on the device so that activations keep their size and every decay is a plausible one; those in FP8
-    are quantised as they are drawn. Every rank draws the same, so all route alike. Drafts as an engine makes them."""
+    are quantised as they are drawn. Every rank draws the same, so all route alike. An MTP head drafts by the copy of
+    the head that an engine makes."""
     model = Qwen3_5.empty(config, torch.bfloat16, device, communicator, mtp=mtp)
     torch.manual_seed(0)
     for weight in (module for module in model.modules() if isinstance(module, Weight) and module.scale is not None):
@@ -63,8 +64,7 @@ def random_model(
             parameter.normal_(0, 0.1)
         else:
             parameter.normal_(0, 0.5 if name.endswith("conv") else parameter.shape[-1] ** -0.5)
-    if model.mtp and drafts_in_fp8(torch.bfloat16, device.type == "cuda"):
-        model.mtp.copy_head(fp8=True)
+    copy_head_to_draft(model, None, kernel=device.type == "cuda")
     return model
 
 
@@ -244,8 +244,8 @@ def measure(
     draft_vocabulary: how many of the lowest ids are drafted, None for all."""
     config = replace(PUBLISHED[size], fp8=PRODUCTS if fp8 else frozenset())
     model = random_model(config, mtp=any(drafts for drafts, _ in speeds))
-    if draft_vocabulary is not None and model.mtp is not None:
-        model.mtp.copy_head(torch.arange(draft_vocabulary), fp8=True)
+    if draft_vocabulary is not None:
+        copy_head_to_draft(model, draft_vocabulary, kernel=True)
     ceilings = measure_ceilings("cuda")
     formats = {"weights": "fp8" if fp8 else "bf16", "kv": "fp8" if kv_dtype else "bf16"}
     result: dict = {"size": size, **formats, "device": torch.cuda.get_device_name(), "copy_gbps": ceilings.copy}

@@ -64,6 +64,11 @@ __attribute__((visibility("default"))) void emulator_multiprocessors(int count) 
     machine().set_multiprocessors(count);
 }
 
+// Clusters of the latest launch.
+__attribute__((visibility("default"))) int emulator_clusters() {
+    return machine().last_clusters();
+}
+
 // Whether AddressSanitizer watches; then a bad address ends the process.
 __attribute__((visibility("default"))) int emulator_sanitized() {
 #if defined(__SANITIZE_ADDRESS__)

@@ -486,6 +486,7 @@ cudaError_t Machine::submit(std::unique_ptr<Grid> grid) {
         return cudaErrorInvalidConfiguration;
     }
     grid->clusters = static_cast<uint64_t>(grid->grid.x) * grid->grid.y * grid->grid.z / cluster;
+    last_clusters_ = static_cast<int>(grid->clusters);
     queue_.push_back(std::move(grid));
     return deferred_ ? cudaSuccess : synchronize();
 }

@@ -217,7 +217,8 @@ class Machine {
     void defer(bool on) { deferred_ = on; }
     void set_multiprocessors(int count) { multiprocessors_ = count; }
     int multiprocessors() const { return multiprocessors_; }
-    uint64_t resident_blocks(const Grid& grid) const;  // that the device holds at once; 0: does not fit
+    int last_clusters() const { return last_clusters_; }  // of the latest launch
+    uint64_t resident_blocks(const Grid& grid) const;     // that the device holds at once; 0: does not fit
     const std::string& report() const { return report_; }
     void set_report(const std::string& text) { report_ = text; }
 
@@ -277,7 +278,7 @@ class Machine {
     uint64_t seed_ = 0;
     Policy policy_;
     bool deferred_ = false;
-    int multiprocessors_ = 4;
+    int multiprocessors_ = 4, last_clusters_ = 0;
     std::string report_;
     bool failed_ = false;
 

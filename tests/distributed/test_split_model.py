@@ -101,6 +101,20 @@ def test_what_info_states_is_what_a_rank_allocates_and_sends(checkpoints, mesh):
     assert weight_bytes(empty) == 4 * whole
 
 
+def test_a_head_split_over_ranks_drafts_by_an_fp8_copy_of_each_rank_s_rows(checkpoints):
+    directory, expected = checkpoints("dense-mtp")
+
+    def work(communicator):
+        model = models.load(directory, communicator)
+        model.mtp.copy_head(fp8=True)
+        return models.drafts(model)
+
+    first, *rest = run_ranks(Mesh(2, 1), work)
+    for ours, whole in zip(first, expected.drafts, strict=True):
+        assert (ours - whole).abs().max() <= 0.1 * whole.abs().max()
+    assert not torch.equal(first[0], expected.drafts[0]) and torch.equal(first[0], rest[0][0])
+
+
 def test_a_draft_vocabulary_is_refused_where_the_head_is_split(checkpoints):
     model = models.load(checkpoints("dense-mtp")[0], Communicator(Mesh(2, 1)))
     with pytest.raises(ConfigError, match="there are 2"):

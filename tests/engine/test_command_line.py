@@ -164,7 +164,14 @@ def test_info_says_what_an_mtp_head_costs_and_what_drafts_need(capsys):
     assert each.endswith(f"({67.54 + 80:.2f} MiB each)")
     lines = info(capsys, *gpu, "--draft-tokens", "7", "--draft-vocabulary", "32768")
     assert "drafts 7 behind each token, by the MTP head" in lines
-    assert any("32768 lowest ids" in line and "in FP8" in line and "64.00 MiB" in line for line in lines)
+    assert any("32768 lowest ids" in line and "in FP8" in line and "64.02 MiB" in line for line in lines)
+    # A byte for each weight of the head and 4 for each 128 x 128 of them; the weights that are held grow by as much.
+    (copied,) = [line for line in info(capsys, *gpu) if "copy of the head" in line]
+    assert "among all ids" in copied and f"{248320 * 2048 * (1 + 4 / 128**2) / 2**20:.2f} MiB more" in copied
+    for arguments, word in ((["--draft-tokens", "0"], "MTP head"), ([], "at most 248320")):
+        assert main(["info", *gpu, *arguments, "--draft-vocabulary", "248321"]) == 1
+        said = capsys.readouterr()
+        assert word in said.err and not said.out
 
 
 def test_info_tells_a_head_by_its_tensors(capsys, tmp_path):
@@ -187,6 +194,10 @@ def test_the_plan_has_the_heads_program(capsys):
     stages = [line.split(" Replicate")[0] for line in program if line.endswith("Replicate -> Replicate")]
     assert stages[:3] == ["embed_tokens", "join_tokens", "input_layernorm"] and stages[-2:] == ["norm", "lm_head"]
     assert not any("join_tokens" in line for line in info(capsys, "--program", "--draft-tokens", "0"))
+    assert "lm_head are the ones above" in program[0] and "fp8" not in "".join(program)
+    lines = info(capsys, "--program", "--memory-gib", "80")
+    assert "MTP head, once a draft; embed_tokens is the one above" in lines
+    assert lines[-1] == "weight [640, 128] Replicate, fp8_block128"
 
 
 def test_info_says_when_the_weights_do_not_fit(capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokenspeed.engine.checkpoint import SHIPPED
-from tokenspeed.engine.config import EngineConfig, YarnScaling
+from tokenspeed.engine.config import EngineConfig, ModelConfig, YarnScaling
 from tokenspeed.engine.errors import CapacityError, ConfigError
 from tokenspeed.engine.executor import loading
 from tokenspeed.engine.executor.memory import MemoryLayout
@@ -34,6 +34,25 @@ def test_weights_are_not_loaded_where_they_do_not_fit(monkeypatch):
     monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("the weights were loaded"))
     with pytest.raises(CapacityError, match=r"and 0.00 GiB of cpu memory are free"):
         LLM(progress=False, device="cpu")
+
+
+def test_the_copy_of_a_head_counts_as_weights_before_they_are_loaded(monkeypatch):
+    model = Qwen3_5.empty(ModelConfig.from_directory(SHIPPED), torch.float32, torch.device("meta"), mtp=True)
+    held = sum(p.nbytes for p in model.parameters()) + 100 * model.config.hidden * 4
+    monkeypatch.setattr(loading, "free_memory", lambda device: held - 1)
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("the weights were loaded"))
+    with pytest.raises(CapacityError, match="the weights take"):
+        LLM(progress=False, device="cpu", draft_vocabulary=100)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_is_copied_in_fp8_where_a_kernel_multiplies_bf16_by_it(dtype, kernel):
+    for mtp in (False, True):
+        model = Qwen3_5.empty(ModelConfig.from_directory(SHIPPED), dtype, torch.device("cpu"), mtp=mtp)
+        loading.copy_head_to_draft(model, None, kernel)
+        assert bool(model.mtp) == mtp and (not mtp or model.mtp.drafts_in_fp8 == (kernel and dtype == torch.bfloat16))
+        assert not mtp or model.mtp.drafts_in_fp8 == (model.mtp.program[-1] is not model.mtp.head)
 
 
 def test_weights_count_as_held_where_others_free_more_than_they_take(monkeypatch):

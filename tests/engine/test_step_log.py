@@ -61,7 +61,7 @@ def test_a_mixed_schedule_replays_bit_for_bit(log):
 
 
 def test_drafts_of_a_head_in_fp8_are_drafted_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenspeed.engine.executor.loading.drafts_in_fp8", lambda dtype, on_gpu: True)
+    monkeypatch.setattr("tokenspeed.engine.executor.loading.drafts_in_fp8", lambda dtype, kernel: True)
     # A copy that drafts other ids than the head itself, so that a replay without it has other rows.
     coarse = "tokenspeed.engine.model.mtp.quantise_blocks"
     monkeypatch.setattr(coarse, lambda rows: quantise_blocks(rows + rows.roll(1, 0)))
@@ -72,6 +72,15 @@ def test_drafts_of_a_head_in_fp8_are_drafted_again(tmp_path, monkeypatch):
     written.close()
     (_, header), *_ = read_log(tmp_path / "log")
     assert header.drafts_in_fp8 and replay(tmp_path / "log", SHIPPED).difference is None
+
+
+def test_a_stored_head_is_replayed_whatever_the_configuration_says(log, tmp_path):
+    for file in SHIPPED.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    raw = msgspec.json.decode((SHIPPED / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(raw | {"tie_word_embeddings": True}))
+    assert replay(log, tmp_path).difference is None
 
 
 def test_a_hash_that_was_changed_is_noticed_at_its_step(log, tmp_path, capsys):
@@ -125,6 +134,7 @@ PLACED = '{"pages": [%s], "prefill": [[[9], 0, 0, %d, 5]]}'  # one row of index 
         (1, "", ["line 1"]),
         (1, "{}", ["line 1", "model"]),
         (1, '{"kind": "other"}', ["line 1"]),
+        (1, '{"version": 2, "package": "0.1"}', ["line 1", "format 2", "tokenspeed 0.1", "reads format 3"]),
         (1, "\x00\xff", ["line 1"]),
         (2, "[" * 100_000, ["line 2"]),
         (2, '{"step": {}, "edits": []', ["line 2"]),

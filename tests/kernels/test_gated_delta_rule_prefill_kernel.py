@@ -116,6 +116,7 @@ def test_clusters_take_sequences_and_heads_in_turn(scheduled, count):
     """Ten sequences of two heads on one, three or eight clusters. A card has room for all of these at once."""
     with multiprocessors(count):
         check(Layer(scheduled, published(2), slots=18), RAGGED, SNAPSHOTS)
+        assert scheduled.emulated is None or emulator().emulator_clusters() == count // 2
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -153,6 +154,7 @@ def test_an_empty_cluster_among_those_that_take_turns(backend):
             Layer(backend, published(1), slots=6),
             [Sequence(7, 900, 0, 0), *(Sequence(3, 0, i, i) for i in range(1, 6))],
         )
+        assert backend.emulated is None or emulator().emulator_clusters() == 4
 
 
 @pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 4), Heads(1, 3), Heads(2, 8), Heads(1, 8)])

@@ -13,7 +13,14 @@ from ..checkpoint import resolve
 from ..config import PAGE_TOKENS, DenseConfig, EngineConfig, ModelConfig
 from ..errors import CapacityError
 from ..executor.device import pick_device, pick_dtype, pick_kv_dtype
-from ..executor.loading import decodes_by_kernel, drafts_in_fp8, fit_memory, read_model_config, slot_sizes
+from ..executor.loading import (
+    check_draft_vocabulary,
+    copy_head_to_draft,
+    decodes_by_kernel,
+    fit_memory,
+    read_model_config,
+    slot_sizes,
+)
 from ..executor.memory import MemoryLayout, divide_host_memory, free_memory, total_memory
 from ..model.qwen3_5 import Qwen3_5
 from ..model.weights import holds_mtp
@@ -106,7 +113,9 @@ def program(model: Qwen3_5) -> Iterator[str]:
     yield from describe_program(model.compiled, model.mesh)
     if model.mtp:
         yield ""
-        yield "MTP head, once a draft; embed_tokens and lm_head are the ones above"
+        own = model.mtp.program[-1] is not model.mtp.head
+        shared = "embed_tokens is the one above" if own else "embed_tokens and lm_head are the ones above"
+        yield f"MTP head, once a draft; {shared}"
         yield from describe_program(model.mtp.compiled, model.mesh)
 
 
@@ -119,9 +128,10 @@ def describe(
     engine: EngineConfig,
 ) -> Iterator[str]:
     """The lines of the report: what the model and a rank of it need, then what fits here. memory_gib: of a GPU that is
-    assumed, None for the device as it is."""
+    assumed, None for the device as it is. Of the model that is loaded, copies the head as the engine does."""
     on_gpu = memory_gib is not None or device.type == "cuda"
     model, kernel = parts.loaded(engine, on_gpu), memory_gib is not None or decodes_by_kernel(device)
+    check_draft_vocabulary(engine.draft_vocabulary, model.config.vocab, model.mtp is not None)
     depths = engine.draft_depths(model.mtp is not None, on_gpu)
     drafts = max((drafts for _, drafts in depths), default=0)
     kv_dtype = pick_kv_dtype(engine.kv_cache_dtype)
@@ -135,14 +145,13 @@ def describe(
         updates = "" if layout.ring_rows == plain.ring_rows else f", {layout.ring_rows} updates beside the state"
         rest = layout.slot_bytes - layout.hidden_bytes - plain.slot_bytes
         yield f"                   taking them back needs {window}{updates}: {_bytes(rest)} more a sequence"
+    without_copy = weight_bytes(model)
+    copy_head_to_draft(model, engine.draft_vocabulary, kernel)
     weights = weight_bytes(model)
-    in_fp8 = drafts_in_fp8(dtype, on_gpu)
-    if model.mtp and (in_fp8 or engine.draft_vocabulary):
-        rows = engine.draft_vocabulary or len(model.mtp.head.weight)
-        copied = rows * model.config.hidden * (1 if in_fp8 else dtype.itemsize)
-        ids = f"among the {rows} lowest ids" if engine.draft_vocabulary else "among all ids"
-        yield f"                   chosen {ids} by a copy of the head{' in FP8' * in_fp8}: {_bytes(copied)} more"
-        weights += copied
+    if weights > without_copy:
+        ids = f"the {engine.draft_vocabulary} lowest ids" if engine.draft_vocabulary else "all ids"
+        copy = f"a copy of the head{' in FP8' * model.mtp.drafts_in_fp8}"
+        yield f"                   chosen among {ids} by {copy}: {_bytes(weights - without_copy)} more"
     free = free_memory(device) if memory_gib is None else int(memory_gib * 2**30)
     yield f"memory             {_bytes(free)} {'free on ' + str(device) if memory_gib is None else 'assumed'}"
     total = total_memory(device) if memory_gib is None else free

@@ -24,11 +24,12 @@ from ..executor.device import pick_device, pick_dtype, pick_kv_dtype, use_thread
 from ..executor.memory import Memory, MemoryLayout
 from ..executor.runner import Runner
 from ..model.qwen3_5 import Qwen3_5
-from ..model.weights import load_weights
+from ..model.weights import load_weights, with_stored_head
 from ..schedule.step import Begin, Edit, Step, StepChecker
 
 _Count = Annotated[int, Meta(ge=1)]
 _BIAS = Begin._fields.index("bias")
+_VERSION = 3
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +58,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fp8: tuple[str, ...] = ()
     kv_dtype: Literal["auto", "fp8"] = "auto"
     kind: Literal["tokenspeed step log"] = "tokenspeed step log"
-    version: Literal[3] = 3
+    version: int = _VERSION
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +143,11 @@ def read_log(path: Path) -> Iterator[tuple[int, Header | Record]]:
 
 def _decode(line: bytes, kind: type) -> Header | Record:
     value = msgspec.json.decode(line)
+    if kind is Header and isinstance(value, dict) and value.get("version", _VERSION) != _VERSION:
+        raise msgspec.ValidationError(
+            f"a log of format {value['version']}, written by tokenspeed {value.get('package')}; this tokenspeed reads "
+            f"format {_VERSION}: replay it with the one that wrote it."
+        )
     if kind is Record:
         # JSON has no infinity: a bias of null is one that forbids the id.
         for begin in _biased(value):
@@ -214,7 +220,7 @@ def replay(
 
 
 def _runner(path: Path, header: Header, directory: Path, device: str | None) -> Runner:
-    config = ModelConfig.from_directory(directory)
+    config = with_stored_head(ModelConfig.from_directory(directory), directory)
     if config.vocab != header.vocabulary:
         raise LogError(
             f"{path} is of a model with {header.vocabulary} ids ({header.model}); {directory} has {config.vocab}."

@@ -55,7 +55,7 @@ def load_runner(
     dummy = config.load_format == "dummy"
     has_head = bool(model_config.mtp_layers) if dummy else holds_mtp(model_config, directory)
     mtp = bool(config.draft_depths(True, on_gpu)) and has_head
-    _check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
+    check_draft_vocabulary(config.draft_vocabulary, model_config.vocab, mtp)
     check_context(model_config, config)
     measured = config.max_num_batched_tokens if config.prefill_sums == "auto" else 0
     communicator.prepare(model_config.hidden, device, measured, dtype, progress)
@@ -66,7 +66,10 @@ def load_runner(
     sharers = communicator.mesh.world if device.type == "cpu" else 1
     free, total = free_memory(device) // sharers, total_memory(device) // sharers
     check_utilization(config, free, total)
-    check_weights(Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp), free, device.type)
+    kernel = decodes_by_kernel(device)
+    empty = Qwen3_5.empty(model_config, dtype, torch.device("meta"), communicator, mtp)
+    copy_head_to_draft(empty, config.draft_vocabulary, kernel)
+    check_weights(empty, free, device.type)
     model = Qwen3_5.empty(model_config, dtype, device, communicator, mtp)
     if config.prefill_sums == "in-parts" and model.mesh.world > 1 and group_of_parts(model.compiled) is None:
         raise ConfigError(
@@ -78,11 +81,7 @@ def load_runner(
     else:
         load_weights(model, directory, progress)
     model.lay_out_by_columns()
-    if model.mtp:
-        in_fp8 = drafts_in_fp8(dtype, on_gpu)
-        ids = None if config.draft_vocabulary is None else torch.arange(config.draft_vocabulary)
-        if in_fp8 or ids is not None:
-            model.mtp.copy_head(ids, in_fp8)
+    copy_head_to_draft(model, config.draft_vocabulary, kernel)
     weights = sum(p.nbytes for p in model.parameters())
     threads = config.threads
     if threads is None and weights < _SHARED_BYTES:
@@ -91,7 +90,7 @@ def load_runner(
         use_threads(threads)
     depths = config.draft_depths(mtp, on_gpu)
     drafts = max((drafts for _, drafts in depths), default=0)
-    entries = slot_sizes(model_config, drafts, decodes_by_kernel(device))
+    entries = slot_sizes(model_config, drafts, kernel)
     layout = MemoryLayout(model.share, dtype, *entries, kv_dtype=pick_kv_dtype(config.kv_cache_dtype))
     if not on_gpu:
         keep_freed_memory()
@@ -145,13 +144,25 @@ def decodes_by_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and "gated_delta_rule_decode" in ops.compiled_operators()
 
 
-def drafts_in_fp8(dtype: torch.dtype, on_gpu: bool) -> bool:
-    """Whether drafts are made by a copy of the head in FP8: each of them reads all of the head, the largest weight by
-    far, and what is lost of it costs drafts at most."""
-    return on_gpu and dtype == torch.bfloat16
+def copy_head_to_draft(model: Qwen3_5, vocabulary: int | None, kernel: bool) -> None:
+    """Let an MTP head, where there is one, draft by a copy of the model's head that costs less: of the `vocabulary`
+    lowest ids, None for all, in FP8, or both. A draft reads all of the head, the largest weight by far, and what FP8
+    loses of it costs drafts at most. kernel: whether a compiled kernel multiplies by it."""
+    if not model.mtp:
+        return
+    in_fp8 = drafts_in_fp8(model.mtp.head.weight.dtype, kernel)
+    ids = None if vocabulary is None else torch.arange(vocabulary)
+    if in_fp8 or ids is not None:
+        model.mtp.copy_head(ids, in_fp8)
 
 
-def _check_draft_vocabulary(ids: int | None, vocab: int, mtp: bool) -> None:
+def drafts_in_fp8(dtype: torch.dtype, kernel: bool) -> bool:
+    """Whether drafts are made by a copy of the head in FP8. Without a kernel each would make all of it fp32 first."""
+    return kernel and dtype == torch.bfloat16
+
+
+def check_draft_vocabulary(ids: int | None, vocab: int, mtp: bool) -> None:
+    """Raises ConfigError for a draft vocabulary that the model, or a model without an MTP head, cannot have."""
     if ids is None:
         return
     if not mtp:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...ops.fp8 import BLOCK, quantise_blocks
+from ...ops.fp8 import BLOCK, FP8, blocks, quantise_blocks
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..parallel.comm import Communicator
@@ -27,7 +27,7 @@ from .inputs import Batch
 from .layers import Embedding, GatedAttention, LMHead, Norm, Stage, feed_forward
 from .parameters import Source, Weight, by_columns, source, weight
 
-_QUANTISED_ROWS = 64 * BLOCK  # of the head at a time: in fp32 they take memory beside it
+_QUANTISED_ROWS = 8 * BLOCK  # of the head at a time: on the way they take memory beside it, in fp32 several times
 
 
 class Output(NamedTuple):
@@ -77,11 +77,20 @@ class DraftHead(Stage):
     def __init__(self, head: LMHead, ids: Tensor | None, fp8: bool):
         super().__init__(head.mesh)
         self.vocab, self.ids = len(head.weight), ids
-        rows = head.weight if ids is None else head.weight[ids]
-        parts = [rows]
-        if fp8:
-            parts = map(torch.cat, zip(*map(quantise_blocks, rows.split(_QUANTISED_ROWS)), strict=True))
-        data, scale = [*(nn.Parameter(part, requires_grad=False) for part in parts), None][:2]
+        rows, hidden = head.weight.dims if ids is None else (len(ids), head.weight.shape[1])
+        scale = None
+        with head.weight.device:
+            data = weight(head.mesh, rows, hidden, dtype=FP8 if fp8 else head.weight.dtype)
+            if fp8:
+                scale = weight(head.mesh, blocks(len(data)), blocks(hidden), dtype=torch.float32)
+                scale.dims = ()
+        for first in range(0, len(data), _QUANTISED_ROWS):
+            some = slice(first, first + _QUANTISED_ROWS)
+            copied = head.weight[some] if ids is None else head.weight[ids[some]]
+            if scale is None:
+                data[some] = copied
+            else:
+                data[some], scale[first // BLOCK : blocks(some.stop)] = quantise_blocks(copied)
         self.weight = Weight(data, scale)
 
     def forward(self, x, residual, batch):
