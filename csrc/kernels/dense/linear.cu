@@ -19,6 +19,9 @@
 // way, up to eight rows: silu_mul, or the residual sum and its norm, whose sum of squares every block repeats. The
 // rounding is that of the separate kernels.
 //
+// The warps' sums of a tile meet in shared memory, those of one row four tiles at a time, so that warps seldom wait for
+// each other.
+//
 // Few tiles or long rows: a cluster of 2, 4 or 8 blocks shares the columns of its tiles and the sums meet in the shared
 // memory of one of them, each with its bytes on that block's mbarrier, and are added in a fixed order. The launcher
 // picks the cluster that leaves the least idle time.
