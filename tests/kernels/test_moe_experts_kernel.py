@@ -72,9 +72,9 @@ def test_one_expert_in_clusters(backend, tokens):
 
 
 @pytest.mark.parametrize("width", [64, 1024])
-@pytest.mark.parametrize("counts", [[0, 1, 63, 65, 129, 321, 980, 0], [0, 0, 1000, 0, 0]])
+@pytest.mark.parametrize("counts", [[0, 1, 63, 65, 129, 321, 1025, 0], [0, 890, 0, 0]])
 def test_ragged_groups_in_clusters(scheduled, counts, width):
-    """Tiles of every number of groups, one of a single choice; experts without any, and one with all. Tiles of a single
+    """Tiles of one to five groups, one of a single choice; experts without any, and one with all. Tiles of a single
     stage, which the ring holds several of, and of sixteen."""
     chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
     chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)

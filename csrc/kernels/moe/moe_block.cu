@@ -30,8 +30,8 @@
 // turn and clears the other, so a graph may replay.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
-// have. What the kernel ahead still holds it gives back without waiting for us. The next kernel's ring fills where ours
-// rests: between the first product and the first expert.
+// have. What the kernel ahead still holds it gives back without waiting for us. In bf16 the next kernel's ring may fill
+// where ours rests, between the first product and the first expert; of e4m3 our registers leave its blocks no room.
 //
 // Rounding is that of the operators that the torch implementation names.
 //

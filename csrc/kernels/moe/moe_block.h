@@ -40,7 +40,7 @@ constexpr uint8_t kNobody = 0xff;  // the rank of a token that has not chosen th
 // Four stages lose nothing to twelve and gain up to a tenth: with more under way, memory is slower.
 constexpr int kStages = 4;
 // A block takes more than half of what a multiprocessor has, so that no two share one while the kernel ahead ends, and
-// leaves room for the next kernel's ring where its tokens are few.
+// of bf16 leaves room for the next kernel's ring where its tokens are few.
 constexpr int kLeastShared = 114 * 1024;
 
 // Shapes of a stage, by the warps that share its rows; the others share its depth. In tiles of gate_up half the rows
