@@ -156,9 +156,11 @@ def test_no_order_of_threads_changes_a_bit(emulator):
     assert all(same_bits(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "multiprocessors", "seeds"), [(170, 544, 1, 12), (96, 2048, 4, 4)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "multiprocessors", "seeds"), [(170, 512, 1, 12), (170, 544, 1, 12), (96, 2048, 4, 4)]
+)
 def test_one_row_of_many_tiles_a_block(emulator, outputs, inputs, multiprocessors, seeds):
-    """Their sums are added some tiles at a time: by one block, and by a cluster that shares the columns."""
+    """Their sums are added some tiles at a time: 11 by one block, 11 and 3 by clusters that share the columns."""
     emulator.emulator_multiprocessors(multiprocessors)
     backend, results = make_backend("emulated"), []
     x, weight = backend.randn(1, inputs), backend.randn(outputs, inputs)
