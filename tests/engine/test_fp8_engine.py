@@ -101,8 +101,8 @@ def test_info_plans_weights_and_pages_in_fp8(capsys):
     assert "26.896 G parameters, 50.10 GiB in bfloat16" in plain and "KV per token       64.00 KiB\n" in plain
     assert "27.45 GiB (24.327 G in FP8 blocks, the rest in bfloat16)" in eight
     assert "KV per token       32.00 KiB in FP8" in eight
-    # Two in each mixer and feed-forward: of either kind of layer, and of the MTP head.
-    assert eight.count("fp8_block128") == 2 * 4 + 4
+    # Two in each mixer and feed-forward, of either kind of layer and of the MTP head, and the head that drafts.
+    assert eight.count("fp8_block128") == 2 * 4 + 4 + 1
     assert main(["info", "--quantization", "fp8"]) == 0
     assert "G in FP8 blocks" in capsys.readouterr().out
 

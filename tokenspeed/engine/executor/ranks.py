@@ -59,14 +59,15 @@ ALONE = Beside("tokenspeed.engine.executor.ranks", "")
 
 @dataclass(slots=True)
 class Ranks:
-    """Rank 0's side: its collectives, the channel to the others, why one of those it started is lost, and once it is
-    loaded its runner."""
+    """Rank 0's side: its collectives, the channel to the others, why one of those it started is lost, how to end the
+    watch over them, and once it is loaded its runner."""
 
     mesh: Mesh
     device: torch.device
     communicator: ProcessCommunicator
     channel: StepChannel
     lost: list[str] = field(default_factory=list)
+    end_watch: Callable[[], None] = lambda: None
     runner: Runner | None = None
 
     def check(self) -> None:
@@ -89,6 +90,7 @@ class Ranks:
         them was lost on a GPU: NCCL's threads may wait for it for ever."""
         with contextlib.suppress(RuntimeError):
             self.channel.send(None)
+        self.end_watch()  # a thread that Python ends where it stands may take the process with it
         if self.lost and self.device.type == "cuda":
             sys.stdout.flush()
             sys.stderr.flush()
@@ -115,10 +117,15 @@ def start_ranks(directory: Path, config: EngineConfig, beside: Beside = ALONE) -
         config = replace(config, rendezvous=f"tcp://127.0.0.1:{free_port()}")
         others = [_start(directory, config, rank, beside) for rank in range(1, mesh.world)]
     lost: list[str] = []
-    watch = threading.Thread(target=_watch_others, args=(others, lost), name="tokenspeed-ranks", daemon=True)
-    if others:
-        watch.start()
-    return Ranks(mesh, device, join_ranks(mesh, device, config.rendezvous), StepChannel(), lost)
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch_others, args=(others, lost, ended), name="tokenspeed-ranks", daemon=True)
+    watch.start()
+
+    def end_watch() -> None:
+        ended.set()
+        watch.join()
+
+    return Ranks(mesh, device, join_ranks(mesh, device, config.rendezvous), StepChannel(), lost, end_watch)
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
@@ -177,8 +184,8 @@ def _leave(runner: Runner, communicator: ProcessCommunicator) -> None:
         communicator.close()
 
 
-def _watch_others(others: list[subprocess.Popen], lost: list[str]) -> None:
-    while True:
+def _watch_others(others: list[subprocess.Popen], lost: list[str], ended: threading.Event) -> None:
+    while others and not ended.wait(_CHECK_SECONDS):
         for rank, process in enumerate(others, start=1):
             if process.poll() is not None:
                 if process.returncode == 0:  # told to end
@@ -187,7 +194,6 @@ def _watch_others(others: list[subprocess.Popen], lost: list[str]) -> None:
                 abort()  # whoever waits on the GPU for it goes on, and then finds it lost
                 time.sleep(_GRACE_SECONDS)
                 _end(lost[0])
-        time.sleep(_CHECK_SECONDS)
 
 
 def _watch_parent(parent: int) -> None:
