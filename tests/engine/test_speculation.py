@@ -169,6 +169,14 @@ def test_a_conversation_has_the_same_answer_in_a_format_with_drafts(device):
     assert said[0] == said[1] and fared.ids_a_step > 1.1
 
 
+def test_drafts_are_drawn_by_the_noise_of_the_outputs_that_they_may_be():
+    """So hot that the noise decides: other noise would draft nothing right, 1.0 ids a step."""
+    llm = LLM(progress=False, draft_tokens=3, threads=1)
+    asked = [[{"role": "user", "content": f"What is {7 * i + 3} plus {5 * i + 9}?"}] for i in range(12)]
+    llm.chat(asked, SamplingParams(temperature=5, max_tokens=40), progress=False)
+    assert llm.engine.acceptance.ids_a_step > 2
+
+
 @pytest.mark.parametrize("name", ["dense", "shipped"])
 def test_what_is_said_is_what_is_said_without_looking_up(checkpoints, plain, name):
     looked_up, lab = answers(load(checkpoints[name], mtp=False), name, drafts=3)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +66,8 @@ class Ranks:
     device: torch.device
     communicator: ProcessCommunicator
     channel: StepChannel
-    lost: list[str] = field(default_factory=list)
-    end_watch: Callable[[], None] = lambda: None
+    lost: list[str]
+    end_watch: Callable[[], None]
     runner: Runner | None = None
 
     def check(self) -> None:
