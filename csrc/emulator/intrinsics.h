@@ -243,6 +243,9 @@ inline int __float2int_rn(float x) {
 inline float __fdividef(float a, float b) {
     return a / b;
 }
+inline float __fmul_rn(float a, float b) {
+    return a * b;
+}
 inline float __frcp_rn(float x) {
     return 1.0f / x;
 }

@@ -264,6 +264,7 @@ def _decode_fake(
     context_lens,
     read_slot,
     write_slot,
+    settled=False,
 ):
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
@@ -286,6 +287,7 @@ def gated_delta_rule_decode(
     context_lens: Tensor,
     read_slot: Tensor,
     write_slot: Tensor,
+    settled: bool = False,
 ) -> Tensor:
     """One decode step of a whole Gated DeltaNet mixer: convolution, gates, T >= 1 delta-rule updates, gated norm.
 
@@ -295,6 +297,9 @@ def gated_delta_rule_decode(
     context_lens: [B] int32, true tokens before this call; read_slot, write_slot: [B] int32. A row with a negative
     write slot is padding: it reads and writes no slot, and its output is zero. Returns [B T, nv dv] of z's dtype.
     Mutates state, ring, cursor and window of each write slot.
+
+    settled: the kernel ahead of this one on the stream writes none of state, ring, cursor, window, context_lens and the
+    slots, as where it is the projection: a kernel may read them while that one still runs. Nothing else depends on it.
 
     Verify and commit: the next call may name any context_lens from this one's + 1 to + T. Tokens beyond it were drafts
     that were not accepted; their updates stand in the ring and are ignored. That needs R >= T - 1 ring rows and

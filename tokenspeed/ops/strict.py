@@ -186,7 +186,8 @@ def _gated_delta_rule_prefill(
 
 def _gated_delta_rule_decode(
     qkv: Tensor, z: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor,
-    norm_weight: Tensor, eps: float, state: Tensor, ring: Tensor, cursor: Tensor, window: Tensor, **indices: Tensor
+    norm_weight: Tensor, eps: float, state: Tensor, ring: Tensor, cursor: Tensor, window: Tensor,
+    settled: bool = False, **indices: Tensor
 ) -> str | None:  # fmt: skip
     problem = (
         _bf16(qkv=qkv, z=z, a=a, b=b, conv_weight=conv_weight, window=window)

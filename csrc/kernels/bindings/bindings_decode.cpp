@@ -22,7 +22,7 @@ std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z
                                               const Tensor& norm_weight, double eps, const Tensor& state,
                                               const Tensor& ring, const Tensor& cursor, const Tensor& window,
                                               const Tensor& context_lens, const Tensor& read_slot,
-                                              const Tensor& write_slot) {
+                                              const Tensor& write_slot, bool settled) {
     const int64_t slots = state.size(0), value_heads = state.size(1), sequences = context_lens.size(0);
     const int64_t channels = qkv.size(1), key_heads = (channels / 128 - value_heads) / 2;
     bool fits = has_kernels(qkv) && sequences > 0 && qkv.size(0) > 0 && qkv.size(0) <= kMaxIndex && is_bf16(window) &&
@@ -73,7 +73,8 @@ std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z
                                    .channels = static_cast<int>(channels),
                                    .ring_rows = static_cast<int>(ring.size(1)),
                                    .ring_width = static_cast<int>(ring.size(2)),
-                                   .window_entries = static_cast<int>(window.size(1))};
+                                   .window_entries = static_cast<int>(window.size(1)),
+                                   .settled = settled};
     if (!gated_delta_rule_decode_supported(arguments)) return std::nullopt;
     Tensor out = new_tensor(z, {z.size(0), z.size(1)});
     arguments.out = data(out);

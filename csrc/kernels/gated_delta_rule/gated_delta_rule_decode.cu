@@ -42,8 +42,6 @@ namespace {
 
 using namespace delta_rule;
 
-constexpr int kPrefetchBytes = 16384;  // of the state, per warp
-
 // S k_t and S q_t of every row of the block, raw: eight lanes a row, sixteen columns a lane.
 template <int kTokens, int kHeldRows>
 __device__ __forceinline__ void products_of_rows(const Shared& shared, const float4 (&rows)[kHeldRows][4], int first) {
@@ -74,46 +72,44 @@ __device__ __forceinline__ void products_of_rows(const Shared& shared, const flo
     for (int i = 0; i < kLeft; ++i) row[left % (2 * kPadded) + i] = products[i];
 }
 
-// u and o of one row for all new tokens, from its products; o takes the place of v.
-template <int kTokens>
-__device__ __forceinline__ void update_row(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
-                                           const Slots& slots, int row, float (&u)[kTokens]) {
+// u and o of one row for all new tokens, from its products. pending_update: D_{i+1} u_i of the row.
+template <int kTokens, typename PendingUpdate>
+__device__ __forceinline__ void update_row(const Place& at, const Shared& shared, const Slots& slots, int row,
+                                           float first_suffix, PendingUpdate pending_update, float (&u)[kTokens],
+                                           float (&o)[kTokens]) {
     constexpr int kPadded = padded(kTokens);
     const int head = (at.first_row + row) / kDim;
-    const float* suffix = shared.suffix + head * (p.ring_rows + 1);
     float* sums = shared.sums + row * 2 * kPadded;
     float sk[kTokens], sq[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-        sk[t] = slots.context > 0 ? suffix[0] * sums[t] : 0;
-        sq[t] = slots.context > 0 ? suffix[0] * sums[kPadded + t] : 0;
+        sk[t] = slots.context > 0 ? first_suffix * sums[t] : 0;
+        sq[t] = slots.context > 0 ? first_suffix * sums[kPadded + t] : 0;
     }
-    int ring_row = slots.ring_row;
+#pragma unroll 2
     for (int i = 0; i < slots.pending; ++i) {
-        const float u = suffix[i + 1] * shared.ring[ring_row * (kDim + at.rows) + kDim + row];
+        const float update = pending_update(i);
         const float* products = shared.pending + i * 2 * kPadded;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
-            sk[t] += u * products[t];
-            sq[t] += u * products[kPadded + t];
+            sk[t] += update * products[t];
+            sq[t] += update * products[kPadded + t];
         }
-        ring_row = ring_row + 1 == p.ring_rows ? 0 : ring_row + 1;
     }
     const float* beta = shared.beta + head * kTokens;
     const float* decay = shared.decay + head * kTokens;
     const float* coefficient = shared.coefficient + head * kTokens * kTokens;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-        float* value = shared.value + t * at.rows + row;
-        u[t] = beta[t] * (*value - decay[t] * shared.inverse[t] * sk[t]);
-        float o = decay[t] * shared.inverse[kTokens + t] * sq[t];
+        const float value = shared.value[t * at.rows + row];
+        u[t] = beta[t] * (value - decay[t] * shared.inverse[t] * sk[t]);
+        o[t] = decay[t] * shared.inverse[kTokens + t] * sq[t];
 #pragma unroll
         for (int j = 0; j < t; ++j) {
             u[t] -= coefficient[j * kTokens + t] * u[j];
-            o += coefficient[t * kTokens + j] * u[j];
+            o[t] += coefficient[t * kTokens + j] * u[j];
         }
-        o += coefficient[t * kTokens + t] * u[t];
-        *value = rounded(o);
+        o[t] = rounded(o[t] + coefficient[t * kTokens + t] * u[t]);
     }
     sums[0] = u[0];  // for the fold
 }
@@ -171,6 +167,28 @@ __device__ __forceinline__ void fold(const GatedDeltaRuleDecode& p, const Place&
     }
 }
 
+// Over groups of kLanes neighbouring lanes: neighbours first, so that what four lanes add is what one of them may have
+// added before.
+template <int kLanes>
+__device__ __forceinline__ float warp_sum_upwards(float x) {
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+    return x;
+}
+
+// The ring's part of what a row will need: its pending updates, with their decays, oldest first. Each thread its row.
+__device__ __forceinline__ void scale_updates(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
+                                              const Slots& slots) {
+    const int row = threadIdx.x;
+    if (row >= at.rows) return;
+    const float* suffix = shared.suffix + (at.first_row + row) / kDim * (p.ring_rows + 1);
+    int ring_row = slots.ring_row;
+    for (int i = 0; i < slots.pending; ++i) {
+        shared.updates[i * at.rows + row] = suffix[i + 1] * shared.ring[ring_row * (kDim + at.rows) + kDim + row];
+        ring_row = ring_row + 1 == p.ring_rows ? 0 : ring_row + 1;
+    }
+}
+
 template <int kTokens, bool kSplit>
 __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     decode_kernel(const __grid_constant__ GatedDeltaRuleDecode p) {
@@ -185,14 +203,14 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     at.ratio = p.value_heads / p.key_heads;
     at.rows = at.ratio * kDim / gridDim.x;
     at.first_row = at.rank * at.rows;
-    const Shared shared(storage, kTokens, at.rows, p.ring_rows);
+    const Shared shared(storage, kTokens, at.rows, p.ring_rows, kSplit);
     if (kSplit && threadIdx.x == 0) {
         ptx::mbarrier_init(shared.squares_full, 1);
         ptx::fence_mbarrier_init();
     }
     const int64_t group_row = static_cast<int64_t>(at.key_head) * at.ratio * kDim + at.first_row;
 
-    // Weights and hints may run ahead of the kernel before; its results may not. A stale slot costs a useless prefetch.
+    // Weights may be read ahead of the wait for the kernel before, and the sequences' records where they are settled.
     const auto channel_of = [&](int pair) {
         return pair < kDim / 2 ? at.key_head * kDim + 2 * pair
                : pair < kDim   ? (p.key_heads + at.key_head) * kDim + 2 * pair - kDim
@@ -201,32 +219,17 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     const int pairs = kDim + at.rows / 2;
     uint4 taps{};
     if (threadIdx.x < pairs) taps = ptx::load_16_read_only(p.conv_weight + channel_of(threadIdx.x) * kTaps);
-    const int quads = at.rows / 4;
-    const int norm_column = (at.first_row + threadIdx.x % quads * 4) % kDim;
-    float norm_weight[4];
-    const auto load_norm_weight = [&] {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            norm_weight[i] = p.norm_weight_is_float
-                                 ? static_cast<const float*>(p.norm_weight)[norm_column + i]
-                                 : __bfloat162float(static_cast<const __nv_bfloat16*>(p.norm_weight)[norm_column + i]);
-        }
+    const auto norm_weight_of = [&](int row) {
+        const int column = (at.first_row + row) % kDim;
+        return p.norm_weight_is_float ? static_cast<const float*>(p.norm_weight)[column]
+                                      : __bfloat162float(static_cast<const __nv_bfloat16*>(p.norm_weight)[column]);
     };
-    if (kSplit) load_norm_weight();  // where latency counts more than registers
+    const bool has_row = threadIdx.x < at.rows;  // of its own, where a block is not alone
+    const float norm_weight = kSplit && has_row ? norm_weight_of(threadIdx.x) : 0;
     const bool has_gate = warp == kWarps - 1 && lane < at.ratio * kTokens;
     const int gate_head = at.key_head * at.ratio + lane / kTokens;
     const float a_log = has_gate ? p.a_log[gate_head] : 0, dt_bias = has_gate ? p.dt_bias[gate_head] : 0;
-    const auto hint = ptx::load_acquire(reinterpret_cast<const uint32_t*>(p.read_slot + at.sequence));
-    if (hint < static_cast<uint32_t>(p.slots)) {
-        const int bytes = min(at.rows * kDim * 4 / kWarps, kPrefetchBytes);
-        if (lane == 0) {
-            ptx::bulk_prefetch_l2<ptx::CachePolicy::kEvictFirst>(
-                p.state + hint * p.state_stride + group_row * kDim + warp * (bytes / 4), bytes);
-        }
-        prefetch_record(p, at, hint);
-    }
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
+    if (!p.settled) ptx::grid_dependency_wait();
 
     Slots slots;
     slots.write = p.write_slot[at.sequence];
@@ -234,6 +237,8 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     slots.context = p.context_lens[at.sequence];
     auto* out = p.out + static_cast<int64_t>(at.sequence) * kTokens * p.value_heads * kDim + group_row;
     if (slots.write < 0) {  // padding: the same for the whole cluster
+        ptx::grid_dependency_wait();
+        ptx::grid_dependency_launch();
 #pragma unroll 1
         for (int i = threadIdx.x; i < kTokens * at.rows / 8; i += kThreads) {
             const int t = i / (at.rows / 8), row = i % (at.rows / 8) * 8;
@@ -258,6 +263,8 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     };
     const int first_block = slots.context > 0 ? warp : blocks;  // a sequence that starts has no state to read
     if (first_block < blocks) load_rows(first_block);
+    Earlier earlier{};
+    if (kSplit && threadIdx.x < pairs) earlier = load_earlier(p, slots, channel_of(threadIdx.x));
 
     const auto start_ring = [&] {
         if (p.ring_vectors) {
@@ -266,119 +273,174 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
             load_ring<4>(p, at, shared, slots.read, slots.context, cursor, kSplit);
         }
     };
-    if (kSplit) start_ring();
+    const auto find_pending = [&] {
+        slots.pending = slots.context > 0 ? max(0, min(slots.context - cursor, p.ring_rows)) : 0;
+        slots.ring_row = slots.pending > 0 ? (slots.context - slots.pending) % p.ring_rows : 0;
+        slots.fold = slots.pending + kTokens > p.ring_rows || slots.read != slots.write || slots.context == 0;
+    };
+    if constexpr (kSplit) {  // while the kernel before still runs: what the ring has to say
+        start_ring();
+        find_pending();
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        if (warp == kWarps - 1) suffix_decays(p, at, shared, slots);
+        __syncthreads();
+        scale_updates(p, at, shared, slots);
+    }
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+
+    // Who has no row stores what the step leaves behind: threads from the last on.
+    const int keeper = kSplit ? kThreads - 1 - static_cast<int>(threadIdx.x) : static_cast<int>(threadIdx.x);
+    const WindowPart part(at);
+    uint4 input{};
+    __nv_bfloat16 z[kTokens];
+    if constexpr (kSplit) {
+        if (keeper < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, keeper);
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+            const int64_t token = static_cast<int64_t>(at.sequence) * kTokens + t;
+            if (has_row) z[t] = p.z[token * p.z_stride + group_row + threadIdx.x];
+        }
+    } else {
 #pragma unroll 1  // the registers hold rows of the state
-    for (int i = threadIdx.x; i < kTokens * at.rows / 8; i += kThreads) {
-        const int t = i / (at.rows / 8), row = i % (at.rows / 8) * 8;
-        ptx::cp_async(shared.z + t * at.rows + row,
-                      p.z + (static_cast<int64_t>(at.sequence) * kTokens + t) * p.z_stride + group_row + row);
+        for (int i = threadIdx.x; i < kTokens * at.rows / 8; i += kThreads) {
+            const int t = i / (at.rows / 8), row = i % (at.rows / 8) * 8;
+            ptx::cp_async(shared.z + t * at.rows + row,
+                          p.z + (static_cast<int64_t>(at.sequence) * kTokens + t) * p.z_stride + group_row + row);
+        }
     }
     for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
         float* destination = pair < kDim / 2 ? shared.query + 2 * pair
                              : pair < kDim   ? shared.key + 2 * pair - kDim
                                              : shared.value + 2 * (pair - kDim);
-        convolve<kTokens>(p, at, slots, channel_of(pair), taps, destination, pair < kDim ? kDim : at.rows);
+        if (!kSplit) earlier = load_earlier(p, slots, channel_of(pair));
+        convolve<kTokens>(p, at, earlier, channel_of(pair), taps, destination, pair < kDim ? kDim : at.rows);
+        if (kSplit) break;  // 256 pairs at most
         if (pair + kThreads < pairs) {
             taps = ptx::load_16_read_only(p.conv_weight + channel_of(pair + kThreads) * kTaps);
         }
     }
     if (!kSplit) start_ring();
     if (has_gate) gate<kTokens>(p, at, shared, lane, a_log, dt_bias);
-
-    slots.pending = slots.context > 0 ? max(0, min(slots.context - cursor, p.ring_rows)) : 0;
-    slots.ring_row = slots.pending > 0 ? (slots.context - slots.pending) % p.ring_rows : 0;
-    slots.fold = slots.pending + kTokens > p.ring_rows || slots.read != slots.write || slots.context == 0;
-
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
+    if constexpr (!kSplit) {
+        find_pending();
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+    }
     __syncthreads();
     if (kSplit) ptx::cluster_arrive_relaxed();  // this block has read what the group shares; its barrier is ready
 
-    const WindowPart part(at);
-    uint4 input{};
-    if (kSplit && threadIdx.x < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, threadIdx.x);
-
-    for (int i = warp; i < kTokens * kTokens + slots.pending; i += kWarps) {
+    for (int i = kWarps - 1 - warp; i < kTokens * kTokens + slots.pending; i += kWarps) {
         if (i < kTokens * kTokens) {
             triangle<kTokens>(at, shared, i / kTokens, i % kTokens);
         } else {
             pending_products<kTokens>(p, at, shared, slots, i - kTokens * kTokens);
         }
     }
-    if (warp == kWarps - 1) suffix_decays(p, at, shared, slots);
+    if (!kSplit && warp == kWarps - 1) suffix_decays(p, at, shared, slots);
     for (int block = first_block; block < blocks; block += kWarps) {
         products_of_rows<kTokens>(shared, rows, block * kBlockRows);
         if (block + kWarps < blocks) load_rows(block + kWarps);
     }
     __syncthreads();
-    float u[kTokens];
-    for (int row = threadIdx.x; row < at.rows; row += kThreads) {
-        update_row<kTokens>(p, at, shared, slots, row, u);
-        if (!kSplit) store_updates<kTokens>(p, at, slots, row, u);
-    }
-    __syncthreads();
 
-    // Gated norm: four rows a thread. A unit of 16 rows is four neighbouring lanes, a head eight units.
-    const auto squares_of = [&](int item) {
-        const float4 o = *reinterpret_cast<const float4*>(shared.value + item / quads * at.rows + item % quads * 4);
-        float squares = dot(o, o);
-        squares += __shfl_xor_sync(kAllLanes, squares, 1);
-        return squares + __shfl_xor_sync(kAllLanes, squares, 2);
+    // Gated norm. A unit of 16 rows has its sum of squares by neighbours, by neighbours of those, and so on; a head has
+    // eight units.
+    const auto head_squares = [](const float* units) {
+        const float4 low = reinterpret_cast<const float4*>(units)[0], high = reinterpret_cast<const float4*>(units)[1];
+        return ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
     };
-    if constexpr (kSplit) {
+    if constexpr (kSplit) {  // a block has 256 rows at most, each thread one
+        const int row = threadIdx.x, head = (at.first_row + row) / kDim;
+        float u[kTokens], o[kTokens], gates[kTokens];
+        if (has_row) {
+            update_row<kTokens>(
+                at, shared, slots, row, shared.suffix[head * (p.ring_rows + 1)],
+                [&](int i) { return shared.updates[i * at.rows + row]; }, u, o);
+        }
         // The units' sums go to the whole cluster first: a barrier behind the stores would wait for them.
         ptx::cluster_wait();
         if (threadIdx.x == 0) {
             ptx::mbarrier_arrive_expect_tx(shared.squares_full, kTokens * at.ratio * kUnits * sizeof(float));
         }
-        for (int first = 0; first < kTokens * quads; first += kThreads) {
-            const int item = min(first + static_cast<int>(threadIdx.x), kTokens * quads - 1);
-            const float squares = squares_of(item);
-            if (first + threadIdx.x >= kTokens * quads) continue;
-            float* unit =
-                shared.squares + item / quads * kMaxRatio * kUnits + (at.first_row + item % quads * 4) / kUnitRows;
-            for (int peer = lane % 4; peer < gridDim.x; peer += 4) {
-                ptx::store_async_cluster(unit, squares, shared.squares_full, peer);
+        if (warp * 32 < at.rows) {
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+                const float squares = warp_sum_upwards<kUnitRows>(has_row ? __fmul_rn(o[t], o[t]) : 0);
+                if (!has_row || lane % kUnitRows >= gridDim.x) continue;
+                ptx::store_async_cluster(shared.squares + t * kMaxRatio * kUnits + (at.first_row + row) / kUnitRows,
+                                         squares, shared.squares_full, lane % kUnitRows);
             }
         }
-        if (threadIdx.x < at.rows) store_updates<kTokens>(p, at, slots, threadIdx.x, u);  // a block has 256 at most
-        if (at.rank == 0) store_shared_state<kTokens>(p, at, shared, slots);
-        store_window<kTokens>(p, at, slots, part, input);
+        if (has_row) {
+            store_updates<kTokens>(p, at, slots, row, u);
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+                const float gate = __bfloat162float(z[t]);
+                gates[t] = gate * sigmoid(gate);
+            }
+        }
+        if (at.rank == 0) store_shared_state<kTokens>(p, at, shared, slots, keeper);
+        store_window<kTokens>(p, at, slots, part, keeper, input);
         ptx::mbarrier_wait_cluster(shared.squares_full, 0);
+        if (has_row) {
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+                const float squares = head_squares(shared.squares + (t * kMaxRatio + head) * kUnits);
+                const float inverse = rsqrtf(squares / kDim + p.eps);
+                out[static_cast<int64_t>(t) * p.value_heads * kDim + row] =
+                    __float2bfloat16(o[t] * inverse * norm_weight * gates[t]);
+            }
+        }
+        if (slots.fold) __syncthreads();  // u_0 of every row is there
     } else {
-        load_norm_weight();
-        store_shared_state<kTokens>(p, at, shared, slots);
-        if (threadIdx.x < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, threadIdx.x);
-        store_window<kTokens>(p, at, slots, part, input);
-    }
-    for (int first = 0; first < kTokens * quads; first += kThreads) {
-        const int item = min(first + static_cast<int>(threadIdx.x), kTokens * quads - 1);
-        const int t = item / quads, row = item % quads * 4;
-        const float4 o = *reinterpret_cast<const float4*>(shared.value + t * at.rows + row);
-        float squares;
-        if constexpr (kSplit) {
-            const float* sums = shared.squares + t * kMaxRatio * kUnits;
-            const auto* units = reinterpret_cast<const float4*>(sums + (at.first_row + row) / kDim * kUnits);
-            const float4 low = units[0], high = units[1];
-            squares = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
-        } else {
-            squares = squares_of(item);
+        for (int row = threadIdx.x; row < at.rows; row += kThreads) {
+            const float* suffix = shared.suffix + (at.first_row + row) / kDim * (p.ring_rows + 1);
+            int ring_row = slots.ring_row;
+            float u[kTokens], o[kTokens];
+            update_row<kTokens>(
+                at, shared, slots, row, suffix[0],
+                [&](int i) {
+                    const float* update = shared.ring + ring_row * (kDim + at.rows) + kDim;
+                    ring_row = ring_row + 1 == p.ring_rows ? 0 : ring_row + 1;
+                    return suffix[i + 1] * update[row];
+                },
+                u, o);
 #pragma unroll
-            for (int offset = 4; offset < 32; offset *= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
+            for (int t = 0; t < kTokens; ++t) shared.value[t * at.rows + row] = o[t];
+            store_updates<kTokens>(p, at, slots, row, u);
         }
-        if (first + threadIdx.x >= kTokens * quads) continue;
-        const float inverse = rsqrtf(squares / kDim + p.eps);
-        const float in[4] = {o.x, o.y, o.z, o.w};
-        float result[4];
+        __syncthreads();
+        store_shared_state<kTokens>(p, at, shared, slots, keeper);
+        if (keeper < part.chunks * kTokens) input = load_input<kTokens>(p, at, part, keeper);
+        store_window<kTokens>(p, at, slots, part, keeper, input);
+        // Four rows a thread: a unit is four neighbouring lanes.
+        const int quads = at.rows / 4;
+        float norm_weights[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float z = __bfloat162float(shared.z[t * at.rows + row + i]);
-            result[i] = in[i] * inverse * norm_weight[i] * (z * sigmoid(z));
+        for (int i = 0; i < 4; ++i) norm_weights[i] = norm_weight_of(static_cast<int>(threadIdx.x) % quads * 4 + i);
+        for (int first = 0; first < kTokens * quads; first += kThreads) {
+            const int item = min(first + static_cast<int>(threadIdx.x), kTokens * quads - 1);
+            const int t = item / quads, row = item % quads * 4;
+            const float4 o = *reinterpret_cast<const float4*>(shared.value + t * at.rows + row);
+            float squares = (__fmul_rn(o.x, o.x) + __fmul_rn(o.y, o.y)) + (__fmul_rn(o.z, o.z) + __fmul_rn(o.w, o.w));
+            squares = warp_sum_upwards<32>(squares);
+            if (first + threadIdx.x >= kTokens * quads) continue;
+            const float inverse = rsqrtf(squares / kDim + p.eps);
+            const float in[4] = {o.x, o.y, o.z, o.w};
+            float result[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float z = __bfloat162float(shared.z[t * at.rows + row + i]);
+                result[i] = in[i] * inverse * norm_weights[i] * (z * sigmoid(z));
+            }
+            const __nv_bfloat162 low = __floats2bfloat162_rn(result[0], result[1]);
+            const __nv_bfloat162 high = __floats2bfloat162_rn(result[2], result[3]);
+            *reinterpret_cast<uint2*>(out + static_cast<int64_t>(t) * p.value_heads * kDim + row) = {
+                reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
         }
-        const __nv_bfloat162 low = __floats2bfloat162_rn(result[0], result[1]);
-        const __nv_bfloat162 high = __floats2bfloat162_rn(result[2], result[3]);
-        *reinterpret_cast<uint2*>(out + static_cast<int64_t>(t) * p.value_heads * kDim + row) = {
-            reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
     }
     if (slots.fold) fold(p, at, shared, slots, kTokens);
 }
@@ -388,7 +450,7 @@ cudaError_t launch_tokens(const GatedDeltaRuleDecode& p, cudaStream_t stream) {
     const int rows = p.value_heads / p.key_heads * kDim / p.split;
     const LaunchConfig config = {.grid = dim3(p.split, p.key_heads, p.sequences),
                                  .block = dim3(kThreads),
-                                 .shared_bytes = Shared(nullptr, kTokens, rows, p.ring_rows).bytes,
+                                 .shared_bytes = Shared(nullptr, kTokens, rows, p.ring_rows, p.split > 1).bytes,
                                  .stream = stream,
                                  .cluster = dim3(p.split),
                                  .programmatic = true};

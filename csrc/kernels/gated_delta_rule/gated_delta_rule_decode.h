@@ -23,13 +23,15 @@ __host__ __device__ constexpr int padded(int tokens) {
     return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8;
 }
 
-// Dynamic shared memory of a block that owns `rows` value rows of a key head's group.
+// Dynamic shared memory of a block that owns `rows` value rows of a key head's group; whether others have the rest of
+// them (`split`).
 struct Shared {
     float* query;            // [T][128], raw
     float* key;              // [T][128], raw
-    float* value;            // [T][rows]: v, later o
+    float* value;            // [T][rows]: v, later o where the block is alone
     float* ring;             // [R][128 + rows]: k, u of the group
-    __nv_bfloat16* z;        // [T][rows]
+    __nv_bfloat16* z;        // [T][rows], of a block that is alone
+    float* updates;          // [R][rows], of one that is not: D_{i+1} u_i of the i-th pending token
     float* ring_g;           // [R][ratio]
     float* suffix;           // [ratio][R + 1]: D_i
     float* g;                // [ratio][T]
@@ -43,7 +45,7 @@ struct Shared {
     float* sums;             // [rows][2 T']: S k_t and S q_t, raw; later u_0 of the row
     size_t bytes;
 
-    __host__ __device__ Shared(uint8_t* base, int tokens, int rows, int ring_rows) {
+    __host__ __device__ Shared(uint8_t* base, int tokens, int rows, int ring_rows, bool split) {
         const int products = 2 * padded(tokens);
         float* next = reinterpret_cast<float*>(base);
         const auto take = [&next](int count) {
@@ -56,7 +58,8 @@ struct Shared {
         key = take(tokens * kDim);
         value = take(tokens * rows);
         ring = take(ring_rows * (kDim + rows));
-        z = reinterpret_cast<__nv_bfloat16*>(take(tokens * rows / 2));
+        z = reinterpret_cast<__nv_bfloat16*>(take(split ? 0 : tokens * rows / 2));
+        updates = take(split ? ring_rows * rows : 0);
         ring_g = take(ring_rows * kMaxRatio);
         suffix = take(kMaxRatio * (ring_rows + 1));
         g = take(kMaxRatio * tokens);
@@ -117,22 +120,32 @@ struct Slots {
     bool fold;
 };
 
-// Convolution, SiLU and rounding of one pair of neighbouring channels for all new tokens.
-template <int kTokens>
-__device__ __forceinline__ void convolve(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
-                                         int channel, uint4 taps, float* out, int out_stride) {
-    uint32_t input[kTaps - 1 + kTokens];
+// The inputs of one pair of neighbouring channels ahead of the new tokens, from the window; zeros before the first.
+struct Earlier {
+    uint32_t input[kTaps - 1];
+};
+__device__ __forceinline__ Earlier load_earlier(const GatedDeltaRuleDecode& p, const Slots& slots, int channel) {
+    Earlier earlier{};
     const auto* window = p.window + slots.read * p.window_stride + channel;
     const int entry = slots.context % p.window_entries;
 #pragma unroll
     for (int i = 0; i < kTaps - 1; ++i) {
         const int back = kTaps - 1 - i;
         const int row = entry >= back ? entry - back : entry - back + p.window_entries;
-        input[i] = 0;
         if (slots.context >= back) {
-            input[i] = *reinterpret_cast<const uint32_t*>(window + static_cast<int64_t>(row) * p.channels);
+            earlier.input[i] = *reinterpret_cast<const uint32_t*>(window + static_cast<int64_t>(row) * p.channels);
         }
     }
+    return earlier;
+}
+
+// Convolution, SiLU and rounding of one pair of neighbouring channels for all new tokens.
+template <int kTokens>
+__device__ __forceinline__ void convolve(const GatedDeltaRuleDecode& p, const Place& at, const Earlier& earlier,
+                                         int channel, uint4 taps, float* out, int out_stride) {
+    uint32_t input[kTaps - 1 + kTokens];
+#pragma unroll
+    for (int i = 0; i < kTaps - 1; ++i) input[i] = earlier.input[i];
     const auto* x = p.qkv + static_cast<int64_t>(at.sequence) * kTokens * p.qkv_stride + channel;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
@@ -239,41 +252,6 @@ __device__ __forceinline__ void pending_products(const GatedDeltaRuleDecode& p, 
     if (lane % (32 / kCount) == 0) shared.pending[i * kCount + lane / (32 / kCount)] = products[0];
 }
 
-// Asks for what the step will read of slot `slot` beside the state, so that it stands in L2.
-__device__ __forceinline__ void prefetch_record(const GatedDeltaRuleDecode& p, const Place& at, int64_t slot) {
-    constexpr int kLine = 128;  // bytes
-    const auto prefetch = [](const auto* from, int line) {
-        ptx::prefetch_l2(reinterpret_cast<const uint8_t*>(from) + line * kLine);
-    };
-    const int first_value = at.key_head * at.ratio * kDim + at.first_row;
-    const int key_lines = kDim * 2 / kLine, value_lines = (at.rows * 2 + kLine - 1) / kLine;
-    const int lines = 2 * key_lines + value_lines;
-    for (int i = threadIdx.x; i < p.window_entries * lines; i += kThreads) {
-        const auto* entry = p.window + slot * p.window_stride + static_cast<int64_t>(i / lines) * p.channels;
-        const int line = i % lines;
-        if (line < 2 * key_lines) {
-            prefetch(entry + (line / key_lines * p.key_heads + at.key_head) * kDim, line % key_lines);
-        } else {
-            prefetch(entry + 2 * p.key_heads * kDim + first_value, line - 2 * key_lines);
-        }
-    }
-    const int ring_keys = kDim * 4 / kLine, ring_lines = ring_keys + at.rows * 4 / kLine + 1;
-    for (int i = threadIdx.x; i < p.ring_rows * ring_lines; i += kThreads) {
-        const auto* row = p.ring + slot * p.ring_stride + static_cast<int64_t>(i / ring_lines) * p.ring_width;
-        const int line = i % ring_lines;
-        if (line < ring_keys) {
-            prefetch(row + at.key_head * kDim, line);
-        } else if (line < ring_lines - 1) {
-            prefetch(row + p.key_heads * kDim + first_value, line - ring_keys);
-        } else {
-            prefetch(row + (p.key_heads + p.value_heads) * kDim + at.key_head * at.ratio, 0);
-        }
-    }
-    if (threadIdx.x == kThreads - 1) prefetch(p.cursor + slot * p.cursor_stride + at.key_head * at.ratio, 0);
-    if (threadIdx.x == kThreads - 2) prefetch(p.context_lens + at.sequence, 0);
-    if (threadIdx.x == kThreads - 3) prefetch(p.write_slot + at.sequence, 0);
-}
-
 // D_i of every head of the group, by one warp.
 __device__ __forceinline__ void suffix_decays(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
                                               const Slots& slots) {
@@ -313,12 +291,12 @@ __device__ __forceinline__ uint4 load_input(const GatedDeltaRuleDecode& p, const
 }
 
 // The window of the write slot: the new inputs, of which this thread's first was loaded before (`ahead`), and the
-// entries before them when it is another slot.
+// entries before them when it is another slot. thread: threads count from here.
 template <int kTokens>
 __device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
-                                             const WindowPart& part, uint4 ahead) {
+                                             const WindowPart& part, int thread, uint4 ahead) {
     auto* window = p.window + slots.write * p.window_stride;
-    for (int i = threadIdx.x; i < part.chunks * kTokens; i += kThreads) {
+    for (int i = thread; i < part.chunks * kTokens; i += kThreads) {
         const int entry = (slots.context + i / part.chunks) % p.window_entries;
         const uint4 input = i < kThreads ? ahead : load_input<kTokens>(p, at, part, i);
         *reinterpret_cast<uint4*>(window + static_cast<int64_t>(entry) * p.channels +
@@ -327,7 +305,7 @@ __device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, cons
     if (slots.read == slots.write || slots.context == 0) return;
     const auto* from = p.window + slots.read * p.window_stride;
     const int newest = slots.context % p.window_entries;
-    for (int i = threadIdx.x; i < part.chunks * p.window_entries; i += kThreads) {
+    for (int i = thread; i < part.chunks * p.window_entries; i += kThreads) {
         const int entry = i / part.chunks;
         const int token = entry >= newest ? entry - newest : entry - newest + p.window_entries;
         if (token < kTokens) continue;
@@ -339,12 +317,12 @@ __device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, cons
 // What the blocks of a group share and one of them stores: k and g of the ring's new rows, and the cursor.
 template <int kTokens>
 __device__ __forceinline__ void store_shared_state(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
-                                                   const Slots& slots) {
+                                                   const Slots& slots, int thread) {
     const int first_head = at.key_head * at.ratio;
-    if (slots.fold && threadIdx.x < at.ratio) {
-        p.cursor[slots.write * p.cursor_stride + first_head + threadIdx.x] = slots.context + 1;
+    if (slots.fold && thread < at.ratio) {
+        p.cursor[slots.write * p.cursor_stride + first_head + thread] = slots.context + 1;
     }
-    for (int i = threadIdx.x; i < kTokens * kDim; i += kThreads) {
+    for (int i = thread; i < kTokens * kDim; i += kThreads) {
         const int t = i / kDim, column = i % kDim;
         if (slots.fold && t == 0) continue;
         auto* row = p.ring + slots.write * p.ring_stride + (slots.context + t) % p.ring_rows * int64_t{p.ring_width};

@@ -213,9 +213,9 @@ class GatedDeltaNet(Stage):
         if d := batch.decode:
             raw = (qkv[:cut], z[:cut], a[:cut], b[:cut])
             weights = (self.conv, *gates, self.norm, self.eps)
-            outputs.append(
-                ops.gated_delta_rule_decode(*raw, *weights, *views, d.context_lens, d.read_slot, d.write_slot)
-            )
+            rows = (d.context_lens, d.read_slot, d.write_slot)
+            # The projection is the kernel ahead, and the records were written long before it.
+            outputs.append(ops.gated_delta_rule_decode(*raw, *weights, *views, *rows, settled=True))
         if p := batch.prefill:
             rows = (p.cu_seqlens, p.context_lens, p.read_slot, p.write_slot, p.snapshots)
             mixed = ops.causal_conv1d(qkv[cut:], self.conv, views.window, *rows)
