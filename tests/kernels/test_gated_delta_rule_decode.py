@@ -37,14 +37,15 @@ def seeded(request):
     torch.manual_seed(hash(request.node.name) & 0xFFFF)
 
 
-def decode(layer: Layer, projections, sequences, alive: list | None = None):
+def decode(layer: Layer, projections, sequences, alive: list | None = None, settled: bool = False):
     """One step. `alive` keeps the index tensors, for launches that run later."""
     _, contexts, reads, writes = columns(layer.backend, sequences)
     if alive is not None:
         alive += [contexts, reads, writes]
     weights = (layer.conv_weight, layer.a_log, layer.dt_bias, layer.norm_weight, EPS)
     record = (layer.state, layer.ring, layer.cursor, layer.window)
-    return layer.backend.op("gated_delta_rule_decode")(*projections, *weights, *record, contexts, reads, writes)
+    rows = (contexts, reads, writes)
+    return layer.backend.op("gated_delta_rule_decode")(*projections, *weights, *record, *rows, settled)
 
 
 def mixer_of(layer: Layer, sequence: Sequence) -> Mixer:
@@ -153,6 +154,33 @@ def test_a_step_that_starts_early_waits_for_the_step_before(emulator):
         outs = queued(emulator, seed, run)
         assert all(same_bits(a, b) for a, b in zip(outs, expected, strict=True))
         assert same_bits(layer.arena, state)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_with_settled_records_a_step_waits_for_its_projection_alone(emulator, multiprocessors, tokens):
+    """Queued launches: the step has read its records before the projection has begun, and padding stays zero."""
+    backend = make_backend("emulated")
+    layer = Layer(backend, published(2), slots=3, ring_rows=8, window=7)
+    layer.prepare(1, 30, pending=5)
+    emulator.emulator_multiprocessors(multiprocessors)
+    widths = [part.shape[1] for part in layer.projections(1)]
+    weight, x = backend.randn(-(-sum(widths) // 8) * 8, 64) / 8, backend.randn(2 * tokens, 64)
+    before, alive = layer.arena.clone(), []
+
+    def run(settled: bool) -> list[torch.Tensor]:
+        fused = backend.op("linear")(x, weight)
+        projections = fused.split([*widths, fused.shape[1] - sum(widths)], dim=1)[:4]
+        sequences = [Sequence(30, tokens, 1, 2), Sequence(4, tokens, 0, -1)]
+        alive.append(fused)
+        return [decode(layer, projections, sequences, alive, settled), layer.arena]
+
+    expected = [tensor.clone() for tensor in run(False)]
+    assert expected[0][:tokens].any() and not expected[0][tokens:].any()
+    for seed in range(4):
+        layer.arena.copy_(before)
+        found = queued(emulator, seed, lambda: run(True))
+        assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_fp32_norm_weight_is_read_as_it_is(backend):

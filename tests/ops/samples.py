@@ -45,7 +45,7 @@ def gated_delta_rule_decode(backend: Backend):
     layer = _gdn(backend)
     weights = (layer.conv_weight, layer.a_log, layer.dt_bias, layer.norm_weight, EPS)
     columns = (backend.tensor(values) for values in ([20, -1, 70], [3, -1, 0], [3, -1, 4]))
-    return *layer.projections(6), *weights, layer.state, layer.ring, layer.cursor, layer.window, *columns, True
+    return *layer.projections(6), *weights, layer.state, layer.ring, layer.cursor, layer.window, *columns
 
 
 def _attention(backend: Backend, contexts: list[int], stored: list[int]):
