@@ -10,10 +10,12 @@
 //
 // A block has a multiprocessor's shared memory to itself where its share of the weights is long, for a deep ring is
 // what keeps memory busy from one launch to the next: a block starts as one of the kernel ahead leaves, and asks for
-// 11 slabs at once. Where the share is short (of one row, no more than the ring) the ring is no longer than the share
-// or than half of a multiprocessor, so that the next kernel's fills beside it, and five slabs are asked for before the
-// wait, the others once x has been, which would wait behind them: x comes 5 us behind 160 KB. A block of e4m3 does so
-// with a share half as long again, since its arithmetic, which begins with x, is twice as much a byte.
+// 11 slabs at once. Of one row behind a norm it is two blocks that share a multiprocessor, six slabs each: one of them
+// fits beside the kernel ahead (moe_block.cu), and fills its ring while that one waits for its router. Where the share
+// is short (of one row, no more than the ring) the ring is no longer than the share or than half of a multiprocessor,
+// so that the next kernel's fills beside it, and three slabs are asked for before the wait, the others once x has been,
+// which would wait behind them: x comes 5 us behind 160 KB. A block of e4m3 does so with a share half as long again,
+// since its arithmetic, which begins with x, is twice as much a byte.
 //
 // x lies in shared memory, all rows of the block's columns. What comes before the product in a layer is done on the
 // way, up to eight rows: silu_mul, or the residual sum and its norm, whose sum of squares every block repeats. The
@@ -283,7 +285,7 @@ std::optional<cudaError_t> try_rows(const Linear& p, const cudaStream_t* stream)
                                  .stream = *stream,
                                  .cluster = dim3(grid.ranks),
                                  .programmatic = true};
-    constexpr bool kDeepOnly = kRows == 1;
+    constexpr bool kDeepOnly = kRows == 1 && !kTakesPairs<kRows, kOperand>;
     if (grid.deep) {
         return launch(grid.ranks > 1 ? linear_kernel<Weight, kRows, true, true, kOperand>
                                      : linear_kernel<Weight, kRows, true, false, kOperand>,

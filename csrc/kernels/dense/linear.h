@@ -53,9 +53,13 @@ enum class Operand { kCopied, kSiluMul, kAddNorm };
 template <typename Weight, Operand kOperand>
 constexpr bool kTakesTail = Format<Weight>::kScaled && kOperand != Operand::kSiluMul;
 
+// Whether two blocks may share a multiprocessor and a long product.
+template <int kRows, Operand kOperand>
+constexpr bool kTakesPairs = kRows == 1 && kOperand == Operand::kAddNorm;
+
 template <int kRows, bool kDeep>
 struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1, 8 or 16
-    static constexpr int kStages = kRows == 1 ? 11 : kDeep ? 8 : 4;
+    static constexpr int kStages = kDeep ? (kRows == 1 ? 11 : 8) : (kRows == 1 ? 6 : 4);
     static constexpr int kHeldTiles = kRows == 1 ? 4 : 1;     // whose sums wait for one barrier
     float partial[2][kHeldTiles][kWarps][kRows * kSumPitch];  // two sets in turn need one barrier each
     float exchange[kMaxClusterTiles * kRows * kTileRows];     // [source rank][own tile][row of x][weight row]
@@ -67,7 +71,7 @@ struct alignas(128) Storage {  // of dynamic shared memory; kRows: rows of x, 1,
 };
 constexpr int kHalfSharedLimit = 113 * 1024;  // where two share a multiprocessor
 constexpr int kShortShare = 10;               // pieces
-constexpr int kFirstCopies = 5;               // before the wait, of a share that asks for x early
+constexpr int kFirstCopies = 3;               // before the wait, of a share that asks for x early
 
 // The longest share, in pieces, of one row that asks for x early: the ring; behind a norm more of e4m3, which takes
 // twice the arithmetic a piece, all of it once x is there.

@@ -104,6 +104,7 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
                          {0, block * Dense::kTileColumns, 0}, ptx::CachePolicy::kEvictFirst);
     }
     ptx::grid_dependency_wait();
+    ptx::mbarrier_wait(&control.begun, 0);  // x is here: the next kernel's weights would have been ahead of it
     ptx::grid_dependency_launch();
     ptx::mbarrier_wait(&control.listed, 0);
     uint32_t* taken = &counters_of(p.scratch, control.launch).taken;
