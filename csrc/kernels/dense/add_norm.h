@@ -42,7 +42,7 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int column = base + i * step;
-                if (column >= p.hidden) continue;
+                if (column >= p.hidden) break;
                 added[i] = ptx::load_16_no_allocate(x + column);
                 old[i] = ptx::load_16_no_allocate(residual + column);
             }
@@ -50,7 +50,7 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int column = base + i * step;
-                if (column >= p.hidden) continue;
+                if (column >= p.hidden) break;
                 const uint4 sum = pack(unpack(added[i]) + unpack(old[i]));
                 total += sum_of_squares(unpack(sum));
                 store_16(mine + column * 2, sum);
@@ -73,11 +73,12 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int column = base + i * step;
-                if (base > from && column < p.hidden) weights[i] = ptx::load_16_read_only(p.norm_weight + column);
+                if (base == from || column >= p.hidden) break;
+                weights[i] = ptx::load_16_read_only(p.norm_weight + column);
             }
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                if (base + i * step >= p.hidden) continue;
+                if (base + i * step >= p.hidden) break;
                 uint8_t* place = mine + (base + i * step) * 2;
                 const Float8 s = unpack(*reinterpret_cast<const uint4*>(place)), w = unpack(weights[i]);
                 const Float8 y = normalised(s, inverse, w);

@@ -130,6 +130,7 @@ __device__ __forceinline__ void multiply_part(const Linear& p, const Part<Weight
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const auto copy_others = [&] {
+#pragma unroll 1
         for (int stage = first_copies; stage < kStages - 1; ++stage) copy_next(stage);
     };
     if constexpr (kOperand == Operand::kCopied) stage_copy<Weight>(operand, p, first, last, copy_others);

@@ -75,6 +75,7 @@ __device__ __forceinline__ void stage_silu_mul(const Target& operand, const Line
 
 // Starts the copies of this block's norm weights.
 __device__ __forceinline__ void copy_norm_weights(__nv_bfloat16* weights, const Linear& p, int first, int last) {
+#pragma unroll 1
     for (int column = first + threadIdx.x * kChunk; column < min(last, p.inputs); column += kThreads * kChunk) {
         ptx::cp_async(weights + column - first, p.norm_weight + column);
     }
@@ -89,6 +90,8 @@ __device__ __forceinline__ void stage_add_norm(const Target& operand, const __nv
     constexpr int kRowThreads = kRows == 1 ? kThreads : 32, kStep = kRowThreads * kChunk;
     const int row = threadIdx.x / kRowThreads, from = threadIdx.x % kRowThreads * kChunk;
     const bool stores = blockIdx.y == 0;
+    // One row is one or a few turns, and code that a launch runs once comes from L2, or from a cache two levels away.
+    constexpr int kUnrolled = kRows == 1 ? 1 : 4;
     float total = 0;
     for (int base = from; base == from || base < p.inputs; base += kAtOnce * kStep) {  // once by all threads
         uint4 added[kAtOnce], old[kAtOnce];
@@ -96,7 +99,7 @@ __device__ __forceinline__ void stage_add_norm(const Target& operand, const __nv
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int column = base + i * kStep;
-            if (column >= end) continue;
+            if (column >= end) break;
             added[i] = *reinterpret_cast<const uint4*>(p.x + row * p.x_stride + column);
             old[i] = *reinterpret_cast<const uint4*>(p.residual + int64_t{row} * p.inputs + column);
         }
@@ -104,7 +107,7 @@ __device__ __forceinline__ void stage_add_norm(const Target& operand, const __nv
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int column = base + i * kStep;
-            if (column >= end) continue;
+            if (column >= end) break;
             const uint4 sum = pack(unpack(added[i]) + unpack(old[i]));
             total += sum_of_squares(unpack(sum));
             if (column >= first && column < last) {
@@ -121,7 +124,7 @@ __device__ __forceinline__ void stage_add_norm(const Target& operand, const __nv
     if (row >= p.rows) return;
     const float inverse = rsqrtf(total / p.inputs + p.eps);
     // A thread goes on with the columns it has itself written: the multiple of kStep that `from` is away from.
-#pragma unroll 4
+#pragma unroll(kUnrolled)
     for (int column = from + (first > from ? (first - from + kStep - 1) / kStep * kStep : 0); column < last;
          column += kStep) {
         uint4 packed{};

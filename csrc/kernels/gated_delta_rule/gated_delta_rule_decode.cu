@@ -183,6 +183,7 @@ __device__ __forceinline__ void scale_updates(const GatedDeltaRuleDecode& p, con
     if (row >= at.rows) return;
     const float* suffix = shared.suffix + (at.first_row + row) / kDim * (p.ring_rows + 1);
     int ring_row = slots.ring_row;
+#pragma unroll 1
     for (int i = 0; i < slots.pending; ++i) {
         shared.updates[i * at.rows + row] = suffix[i + 1] * shared.ring[ring_row * (kDim + at.rows) + kDim + row];
         ring_row = ring_row + 1 == p.ring_rows ? 0 : ring_row + 1;
@@ -311,6 +312,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
                           p.z + (static_cast<int64_t>(at.sequence) * kTokens + t) * p.z_stride + group_row + row);
         }
     }
+#pragma unroll 1
     for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
         float* destination = pair < kDim / 2 ? shared.query + 2 * pair
                              : pair < kDim   ? shared.key + 2 * pair - kDim
@@ -332,6 +334,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 4 ? 1 : 2)
     __syncthreads();
     if (kSplit) ptx::cluster_arrive_relaxed();  // this block has read what the group shares; its barrier is ready
 
+#pragma unroll 1
     for (int i = kWarps - 1 - warp; i < kTokens * kTokens + slots.pending; i += kWarps) {
         if (i < kTokens * kTokens) {
             triangle<kTokens>(at, shared, i / kTokens, i % kTokens);

@@ -176,14 +176,17 @@ __device__ __forceinline__ void load_ring(const GatedDeltaRuleDecode& p, const P
                                           int read, int context, int cursor, bool all) {
     constexpr int kFloats = kBytes / 4;
     const int lane = threadIdx.x % 32;
+#pragma unroll 1
     for (int row = threadIdx.x / 32; row < p.ring_rows; row += kWarps) {
         const int token = context - 1 - (context - 1 - row + p.ring_rows) % p.ring_rows;  // the latest one at this row
         if (!all && token < cursor) continue;
         const float* source = p.ring + read * p.ring_stride + static_cast<int64_t>(row) * p.ring_width;
         float* destination = shared.ring + row * (kDim + at.rows);
         const float* key = source + at.key_head * kDim;
+#pragma unroll 1
         for (int i = lane * kFloats; i < kDim; i += 32 * kFloats) ptx::cp_async<kBytes>(destination + i, key + i);
         const float* update = source + (p.key_heads + at.key_head * at.ratio) * kDim + at.first_row;
+#pragma unroll 1
         for (int i = lane * kFloats; i < at.rows; i += 32 * kFloats) {
             ptx::cp_async<kBytes>(destination + kDim + i, update + i);
         }
@@ -223,6 +226,7 @@ __device__ __forceinline__ void triangle(const Place& at, const Shared& shared, 
     if (lane < at.ratio) {
         const int earlier = min(t, j), later = max(t, j);
         float total = 0, between = 0;
+#pragma unroll 1
         for (int i = 0; i <= later; ++i) {
             total += shared.g[lane * kTokens + i];
             if (i > earlier) between += shared.g[lane * kTokens + i];
@@ -255,9 +259,11 @@ __device__ __forceinline__ void pending_products(const GatedDeltaRuleDecode& p, 
 // D_i of every head of the group, by one warp.
 __device__ __forceinline__ void suffix_decays(const GatedDeltaRuleDecode& p, const Place& at, const Shared& shared,
                                               const Slots& slots) {
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < at.ratio * (slots.pending + 1); i += 32) {
         const int head = i / (slots.pending + 1), first = i % (slots.pending + 1);
         float sum = 0;
+#pragma unroll 1
         for (int j = slots.pending - 1; j >= first; --j) {
             const int row = slots.ring_row + j;
             sum += shared.ring_g[(row >= p.ring_rows ? row - p.ring_rows : row) * at.ratio + head];
@@ -296,6 +302,7 @@ template <int kTokens>
 __device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, const Place& at, const Slots& slots,
                                              const WindowPart& part, int thread, uint4 ahead) {
     auto* window = p.window + slots.write * p.window_stride;
+#pragma unroll 1
     for (int i = thread; i < part.chunks * kTokens; i += kThreads) {
         const int entry = (slots.context + i / part.chunks) % p.window_entries;
         const uint4 input = i < kThreads ? ahead : load_input<kTokens>(p, at, part, i);
@@ -305,6 +312,7 @@ __device__ __forceinline__ void store_window(const GatedDeltaRuleDecode& p, cons
     if (slots.read == slots.write || slots.context == 0) return;
     const auto* from = p.window + slots.read * p.window_stride;
     const int newest = slots.context % p.window_entries;
+#pragma unroll 1
     for (int i = thread; i < part.chunks * p.window_entries; i += kThreads) {
         const int entry = i / part.chunks;
         const int token = entry >= newest ? entry - newest : entry - newest + p.window_entries;
@@ -322,6 +330,7 @@ __device__ __forceinline__ void store_shared_state(const GatedDeltaRuleDecode& p
     if (slots.fold && thread < at.ratio) {
         p.cursor[slots.write * p.cursor_stride + first_head + thread] = slots.context + 1;
     }
+#pragma unroll 1
     for (int i = thread; i < kTokens * kDim; i += kThreads) {
         const int t = i / kDim, column = i % kDim;
         if (slots.fold && t == 0) continue;
