@@ -69,6 +69,7 @@ struct Maps {
 template <typename Product, typename Weight, typename Load>
 __device__ __forceinline__ void stream_unit(Control& control, uint8_t* ring, int stages, Cursor& at, int depth,
                                             Load load) {
+#pragma unroll 1
     for (int chunk = 0; chunk * kChunk<Weight> < depth; chunk += Shape<Product>::kDepthWarps) {
         ptx::mbarrier_wait(&control.empty[at.slot], at.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(&control.full[at.slot], kStageBytes);
@@ -83,6 +84,7 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
     const Work<Weight> work(p);
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), stages = a.layout.stages;
     Cursor at;
+#pragma unroll 1
     for (int tile = block; tile < work.in_tiles; tile += blocks) {
         if (kScaled<Weight> && tile < work.leading_tiles) {
             stream_unit<Dense, __nv_bfloat16>(
@@ -123,6 +125,7 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
         at_units.next(kUnitSlots);
         if (shared_left && work.is_shared_turn(item, unit < units ? unit : -1, gate_up_units)) {
             shared_left = false;
+#pragma unroll 1
             for (int tile = beside ? block + blocks : block; tile < work.column_tiles; tile += blocks) {
                 stream_unit<Dense, Weight>(
                     control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
@@ -181,6 +184,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         if (as_it_is) expert_decode::convert_rows(x, layout.row_pitch, p.tokens, p.hidden);
         as_it_is = false;
     };
+#pragma unroll 1
     for (int tile = block; tile < work.in_tiles; tile += blocks) {
         const int first_column = work.first_column(tile);
         const float* sums;
@@ -215,11 +219,13 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         ptx::mbarrier_wait(&control.rows_full[0], 0);
         if (block == 0) {  // every block has read the launch's number: it is in `projected`
             auto* other = reinterpret_cast<uint32_t*>(&counters_of(p.scratch, control.launch + 1));
+#pragma unroll 1
             for (int i = threadIdx.x; i < kSetWords; i += kConsumerThreads) other[i] = 0;
             if (threadIdx.x == 0) *p.scratch = control.launch;
         }
         const bool beside = work.fits_beside(p);
         if (beside) ptx::mbarrier_wait(&control.shared_full, 0);
+#pragma unroll 1
         for (int tile = block; tile < work.column_tiles; tile += blocks) {
             const float* scales = Scales{p}.shared_down(tile * Dense::kTileColumns);
             const float* sums = beside && tile == block
@@ -314,7 +320,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (kScaled<Weight>) ptx::prefetch_tensor_map(&maps.router);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < layout.experts; i += kThreads) first[i] = UINT32_MAX;
+#pragma unroll 1
     for (int i = threadIdx.x; i < a.p.tokens * a.p.top_k * kTokens; i += kThreads) {
         control.ranks[i / kTokens][i % kTokens] = kNobody;
     }

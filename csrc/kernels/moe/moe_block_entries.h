@@ -71,6 +71,7 @@ __device__ void list_entries(const Arguments& a, Control& control, uint32_t* fir
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
         if (warp == 0) {
             int entries = 0;
+#pragma unroll 1
             for (int base = 0; base < choices; base += 32) {
                 const int flat = base + lane, here = flat < choices ? control.chosen[flat] : -1;
                 const bool leads = here >= 0 && first[here] == static_cast<uint32_t>(flat);
@@ -83,6 +84,7 @@ __device__ void list_entries(const Arguments& a, Control& control, uint32_t* fir
                 entries += __popc(leaders);
             }
             __syncwarp();
+#pragma unroll 1
             for (int flat = lane; flat < choices; flat += 32) {
                 const int here = control.chosen[flat];
                 if (here < 0) continue;

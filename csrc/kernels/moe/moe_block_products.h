@@ -55,6 +55,7 @@ struct Multiplier {
                                            float scale) {
         using S = Shape<Product>;
         const int depth_warp = static_cast<int>(threadIdx.x) / 32 / Product::kRowWarps;
+#pragma unroll 1
         for (int first = 0, s = 0; first * kChunk<Weight> < depth; first += S::kDepthWarps, ++s) {
             ptx::mbarrier_wait(&control.full[at.slot], at.phase);
             multiply_stage<Product, Weight>(sum, ring + at.slot * kStageBytes, operand, pitch, depth,

@@ -28,6 +28,7 @@ __device__ __forceinline__ void store_piece(uint8_t* row, int piece, int depth, 
 template <typename Weight>
 __device__ inline void bring_words(const uint64_t* words, uint8_t* row, int width, uint32_t launch) {
     const int lane = threadIdx.x % 32, pieces = width / 8;
+#pragma unroll 1
     for (int base = 0; base < pieces; base += kWordPieces) {
         const int piece = base + lane;
         uint32_t values[8] = {};
@@ -50,6 +51,7 @@ template <typename Weight>
 __device__ inline void activate_shared(const Arguments& a, uint8_t* slot) {
     const MoeBlock& p = a.p;
     const int lane = threadIdx.x % 32, pieces = p.shared / 8, all = p.tokens * pieces;
+#pragma unroll 1
     for (int base = 0; base < all; base += kBatch * 32) {
         uint4 gates[kBatch], ups[kBatch];
 #pragma unroll
@@ -111,9 +113,11 @@ __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots)
                                 control.launch);
             left = 0;
         }
+#pragma unroll 1
         for (; left != 0; left &= left - 1) {
             const int token = __ffs(static_cast<int>(left)) - 1;
             const auto* row = a.activations + int64_t{token * p.top_k + control.ranks[entry][token]} * p.width;
+#pragma unroll 1
             for (int base = 0; base < pieces; base += kBatch * 32) {
                 uint4 values[kBatch];
 #pragma unroll

@@ -46,6 +46,7 @@ __device__ __forceinline__ void finish_down(const Arguments& a, const Control& c
                                             const float* sums, int entry, int tile) {
     constexpr int kColumns = Down::kTileColumns;
     const MoeBlock& p = a.p;
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.tokens * kColumns; i += kConsumerThreads) {
         const int token = i / kColumns, output = tile * kColumns + i % kColumns;
         const int rank = control.ranks[entry][token];
@@ -62,12 +63,14 @@ __device__ inline void finish_columns(const Arguments& a, const Control& control
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = static_cast<int>(gridDim.x);
     const int block = static_cast<int>(blockIdx.x);
     const int tiles = block < work.column_tiles ? (work.column_tiles - block + blocks - 1) / blocks : 0;
+#pragma unroll 1
     for (int item = warp; item < tiles * p.tokens; item += kConsumers) {
         const int token = item % p.tokens, first = token * p.top_k;
         const int column = (block + item / p.tokens * blocks) * Dense::kTileColumns + lane % 4 * 4;
         const uint2 shared = *reinterpret_cast<const uint2*>(a.shared_rows + int64_t{token} * p.hidden + column);
         const __nv_bfloat16 gate = a.projected[token * a.projected_pitch + 2 * p.shared + p.experts];
         float sum[4] = {};
+#pragma unroll 1
         for (int base = 0; base < p.top_k; base += kRanksAtOnce) {
             const int rank = base + lane / 4;
             uint32_t values[4] = {};
