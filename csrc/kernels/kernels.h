@@ -235,8 +235,8 @@ struct GatedDeltaRuleDecode {
     const int32_t* read_slot;     // [sequences]
     const int32_t* write_slot;    // [sequences]
     __nv_bfloat16* out;           // [sequences tokens, value_heads 128] contiguous
-    int sequences, tokens, slots, key_heads, value_heads, channels, ring_rows, ring_width, window_entries;
-    bool settled = false;       // the kernel ahead writes none of state .. window and context_lens .. write_slot
+    int sequences, tokens, key_heads, value_heads, channels, ring_rows, ring_width, window_entries;
+    bool settled = false;       // state .. window and context_lens .. write_slot may be read before the wait
     int split = 0;              // blocks per key head: 1, 2, 4 or 8; 0 chooses by the batch
     bool ring_vectors = false;  // the launcher sets it: ring rows may be read 16 bytes at a time
 };

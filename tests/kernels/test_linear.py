@@ -106,7 +106,7 @@ def test_every_way_to_share_the_tiles_among_clusters(emulator, multiprocessors, 
 @pytest.mark.parametrize("name", STAGED)
 def test_every_way_to_share_a_staged_operand_among_clusters(emulator, multiprocessors, name):
     emulator.emulator_multiprocessors(multiprocessors)
-    for rows, outputs, inputs in [(1, 16, 4096), (2, 40, 2048), (1, 336, 1024), (5, 128, 512)]:
+    for rows, outputs, inputs in [(1, 16, 4096), (2, 40, 2048), (1, 336, 1024), (5, 128, 512), (1, 1600, 512)]:
         assert staged_error(make_backend("emulated"), name, rows, outputs, inputs) < 1e-2
 
 

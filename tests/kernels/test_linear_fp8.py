@@ -96,7 +96,7 @@ def test_every_way_to_share_the_tiles_among_clusters(backend, name, multiprocess
     device = emulator()
     device.emulator_multiprocessors(multiprocessors)
     try:
-        for rows, outputs, inputs in [(1, 16, 8192), (2, 40, 4096), (1, 336, 2048), (8, 128, 1024)]:
+        for rows, outputs, inputs in [(1, 16, 8192), (2, 40, 4096), (1, 336, 2048), (8, 128, 1024), (1, 1600, 1024)]:
             if name == "linear" or rows < 8:
                 assert error(backend, name, rows, outputs, inputs) < tolerance(name)
         if name == "linear":

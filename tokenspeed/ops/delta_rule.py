@@ -298,8 +298,9 @@ def gated_delta_rule_decode(
     write slot is padding: it reads and writes no slot, and its output is zero. Returns [B T, nv dv] of z's dtype.
     Mutates state, ring, cursor and window of each write slot.
 
-    settled: the kernel ahead of this one on the stream writes none of state, ring, cursor, window, context_lens and the
-    slots, as where it is the projection: a kernel may read them while that one still runs. Nothing else depends on it.
+    settled: whoever wrote state, ring, cursor, window, context_lens and the slots was done before the kernel ahead of
+    this one on the stream began its work, as where that is the projection (`linear` and its kind, or a kernel that is
+    launched in the ordinary way): the records may then be read while that one still runs. Nothing else depends on it.
 
     Verify and commit: the next call may name any context_lens from this one's + 1 to + T. Tokens beyond it were drafts
     that were not accepted; their updates stand in the ring and are ignored. That needs R >= T - 1 ring rows and

@@ -67,7 +67,6 @@ std::optional<Tensor> gated_delta_rule_decode(const Tensor& qkv, const Tensor& z
                                    .out = nullptr,
                                    .sequences = static_cast<int>(sequences),
                                    .tokens = static_cast<int>(qkv.size(0) / sequences),
-                                   .slots = static_cast<int>(slots),
                                    .key_heads = static_cast<int>(key_heads),
                                    .value_heads = static_cast<int>(value_heads),
                                    .channels = static_cast<int>(channels),

@@ -21,11 +21,13 @@
 // the cursor) is read and written inside one cluster, and a cluster barrier orders its reads before its writes: one
 // block writes each element, nobody reads it afterwards. In the pass, eight lanes share a row, 16 columns each: one
 // 16-byte load instruction of a warp covers 4 x 128 bytes, a sum needs three shuffles, and 16 rows a warp are in flight
-// at once, the first of them before anything else is computed. What follows from the products takes one thread a row.
-// Sums of squares go through 16-row units in a fixed tree, so the result does not depend on the split; they reach the
-// cluster by asynchronous stores ahead of the block's stores to memory, for which a barrier would wait. Ahead of the
-// dependency wait, weights are read and the slot's record is only prefetched into L2, where it stays coherent: nothing
-// stale can be read, whatever kernel runs before.
+// at once, the first of them before anything else is computed. What follows from the products takes one thread a row,
+// in a cluster up to the norm: it holds o in registers. Sums of squares go through 16-row units in a fixed tree, so the
+// result does not depend on the split; they reach the cluster by asynchronous stores ahead of the block's stores to
+// memory, for which a barrier would wait, and which are the work of threads without a row.
+//
+// Before the wait for the kernel ahead, weights are read, and, where the caller says that they are settled, the
+// sequences' records: a cluster then has the state, the window and the ring's part of the products when its inputs come.
 //
 // Measured, and what was tried: docs/kernels/gdn_decode.md.
 //
@@ -167,8 +169,8 @@ __device__ __forceinline__ void fold(const GatedDeltaRuleDecode& p, const Place&
     }
 }
 
-// Over groups of kLanes neighbouring lanes: neighbours first, so that what four lanes add is what one of them may have
-// added before.
+// Over groups of kLanes neighbouring lanes: neighbours first, so that a lane that starts with the sum of four others'
+// values, added in pairs, ends with the same bits.
 template <int kLanes>
 __device__ __forceinline__ float warp_sum_upwards(float x) {
 #pragma unroll
