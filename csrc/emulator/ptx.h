@@ -207,6 +207,10 @@ inline uint32_t fetch_add_acq_rel(uint32_t* global, uint32_t value) {
 inline void wait_at_least(const uint32_t* flag, uint32_t value) {
     emulator::wait_for_flag(flag, value, false);
 }
+inline void wait_at_least_for(const uint32_t* flag, uint32_t value, int polls) {
+    for (; polls > 0 && load_acquire(flag) < value; --polls) {
+    }
+}
 inline void wait_equal(const uint32_t* flag, uint32_t value) {
     emulator::wait_for_flag(flag, value, true);
 }

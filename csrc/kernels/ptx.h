@@ -387,6 +387,12 @@ __device__ __forceinline__ void wait_at_least(const uint32_t* flag, uint32_t val
     }
 }
 
+// Polls until *flag >= value, but so many times at most: a wait that spares time, and that nothing depends on.
+__device__ __forceinline__ void wait_at_least_for(const uint32_t* flag, uint32_t value, int polls) {
+#pragma unroll 1
+    for (; polls > 0 && load_acquire(flag) < value; --polls) asm volatile("nanosleep.u32 100;");
+}
+
 // Spins until *flag == value.
 __device__ __forceinline__ void wait_equal(const uint32_t* flag, uint32_t value) {
     while (load_acquire(flag) != value) {

@@ -130,8 +130,7 @@ __device__ __forceinline__ void wait_until_empty(Ring& ring, int i) {
 }
 
 // The flags of the block's chunks, p.key_heads apart.
-__device__ __forceinline__ const uint32_t* ready_of(const GatedDeltaRulePrefill& p, const Work& at,
-                                                    const Window& window) {
+__device__ __forceinline__ uint32_t* ready_of(const GatedDeltaRulePrefill& p, const Work& at, const Window& window) {
     return window.ready + int64_t{at.slot} * p.key_heads + at.key_head(p);
 }
 
@@ -175,7 +174,7 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
     const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head(p);
     const HeadTiles* heads = window.heads + int64_t{at.slot} * p.value_heads + at.value_head;
-    const uint32_t* ready = ready_of(p, at, window);
+    uint32_t* ready = ready_of(p, at, window);
     uint32_t known = 0;  // bit j: the tiles of chunk i + j are there
     const auto ask_for = [&](int i) { ptx::tma_prefetch_l2(&map, {value, at.row(at.first + i)}); };
     // A loop: of `if (i < at.chunks) ask_for(i)` six times ptxas 13.0 makes predicates, and sets a coordinate under a
@@ -187,12 +186,12 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
         const int later = i + kAhead;
         if (later < at.chunks) ask_for(later);
         if (at.rank == 0) {
-            if (later < at.chunks && ptx::load_acquire(ready + int64_t{later} * p.key_heads) == 1) {
+            if (later < at.chunks && ptx::load_acquire(ready + int64_t{later} * p.key_heads) >= kReady) {
                 known |= 1u << kAhead;
                 ptx::bulk_prefetch_l2(keys + int64_t{later} * p.key_heads, sizeof(KeyTiles));
                 ptx::bulk_prefetch_l2(heads + int64_t{later} * p.value_heads, kHeadBytes);
             }
-            if (known % 2 == 0) ptx::wait_equal(ready + int64_t{i} * p.key_heads, 1);
+            if (known % 2 == 0) ptx::wait_at_least(ready + int64_t{i} * p.key_heads, kReady);
             known >>= 1;
             ptx::fence_async_global();
         }
@@ -203,6 +202,7 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
         ptx::mbarrier_arrive_expect_tx(full, kChainBytes);
         ptx::tma_load(stage.value, &map, full, {value, at.row(at.first + i)}, ptx::CachePolicy::kEvictFirst);
         if (at.rank != 0) continue;
+        ptx::add_relaxed(ready + int64_t{i} * p.key_heads, kTaken - kReady);
         const auto& key = keys[int64_t{i} * p.key_heads].key;
         const HeadTiles& head = heads[int64_t{i} * p.value_heads];
         ptx::bulk_load_multicast(stage.key, key, sizeof(key), full, kBothBlocks);
@@ -222,7 +222,7 @@ __device__ __forceinline__ void load_outputs(const GatedDeltaRulePrefill& p, con
         OutputStage& stage = shared.outputs[number % kOutputStages];
         uint64_t* full = &shared.output_ring.full[number % kOutputStages];
         if (at.rank != 0) {
-            ptx::wait_equal(ready + int64_t{i} * p.key_heads, 1);
+            ptx::wait_at_least(ready + int64_t{i} * p.key_heads, kReady);
             ptx::fence_async_global();
         }
         wait_until_empty<kOutputStages>(shared.output_ring, number);

@@ -62,6 +62,8 @@ struct Chunks {
     __device__ int end(int chunk) const { return min(kChunk, context + length - first_token(chunk)); }
 };
 
+constexpr uint32_t kReady = 1, kTaken = 2;  // flags of tiles; more when several value heads have taken them
+
 // The chunks that the workspace holds at once: numbers first .. first + chunks - 1 of every sequence that has them, in
 // slots without gaps, by sequence. A sequence that reaches beyond a window leaves its state in `carry`.
 struct Window {
@@ -69,7 +71,7 @@ struct Window {
     int slots;         // at most
     KeyTiles* keys;    // [slots, key_heads]
     HeadTiles* heads;  // [slots, value_heads]
-    uint32_t* ready;   // [slots, key_heads], 1: these tiles are there
+    uint32_t* ready;   // [slots, key_heads]: at least kReady, these tiles are there; at least kTaken, the scan has some
     float* carry;      // [sequences that may reach beyond a window, value_heads, 128, 128]
 
     // Chunks of a sequence in the window.

@@ -4,8 +4,9 @@
 // A block is two teams. A team takes chunks of key heads in turn: unit keys and queries as fp16 in place of the raw
 // rows, and then, for each value head of the key head, L and P from k k^T, k q^T (wgmma) and the head's decays, and A =
 // (I + L)^-1 diag(beta). Two heads at a time: each of two warpgroups makes P of one and A of the other. Three warps
-// run ahead: they bring the rows by TMA and compute the gates. Another takes finished tiles away by bulk stores, in the
-// layout that the scan's bulk loads find again, and publishes them.
+// run ahead: they bring the rows by TMA and compute the gates, and let no long sequence's tiles get so far ahead of the
+// scan that they leave L2. Another takes finished tiles away by bulk stores, in the layout that the scan's bulk loads
+// find again, and publishes them.
 //
 // Decays between two blocks of 16 tokens are products of two exponentials, from the first token of the later block to
 // either side: neither is above 1. The three warps make them, too.
@@ -39,6 +40,10 @@ constexpr uint32_t kWorkersBarrier = 3;                                    // of
 constexpr int kCluster = 2;  // as the scan's, so that what a cluster leaves takes one of those
 // The scan does as many chunks in the time of a team's turn with one or two value heads.
 constexpr int kChunksOfTurn = 4;
+// Chunks of a long sequence that the preparation may be ahead of the scan: much further, and tiles leave L2 before the
+// scan takes them.
+constexpr int kLead = 16;
+constexpr int kPolls = 100;  // of waiting for the scan: longer than it takes for what a round of teams prepares
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeastSquares = 1e-30f;       // of a row: smaller ones count as this when they are scaled
 constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
@@ -48,6 +53,7 @@ constexpr float kQueryScale = 0.0883883476f;  // dk^-0.5
 struct Deal {
     int units, rounds, lasting;
     int heads;  // value heads of a key head
+    int lead;   // units that the preparation may be ahead of the scan
 
     // What a team takes in its turn; at least `units`: nothing any more.
     __device__ __forceinline__ int unit(int turn) const {
@@ -57,10 +63,11 @@ struct Deal {
     }
 };
 
-struct Ahead {       // of a turn: what the warps that run ahead leave, and then the norms of the rows
-    int turn;        // kept here, for the workers lack registers
-    int unit;        // slot * key heads + key head
-    int begin, end;  // the places of the chunk that the sequence fills; 0, 0: no chunk, and none after it
+struct Ahead {          // of a turn: what the warps that run ahead leave, and then the norms of the rows
+    int turn;           // kept here, for the workers lack registers
+    int unit;           // slot * key heads + key head
+    int key_head, row;  // row of the chunk's first place
+    int begin, end;     // the places of the chunk that the sequence fills; 0, 0: no chunk, and none after it
     Gates gates[kMaxValueHeadsPerKeyHead];
     float key_scale[kChunk], query_scale[kChunk];
 };
@@ -71,6 +78,7 @@ struct Shared {          // of a team
     Inverse inverses[2];
     Ahead ahead[2];                   // chunks take turns
     uint64_t full, empty;             // the rows and what comes with them
+    uint64_t ahead_free[2];           // nobody reads that turn's `ahead` any more
     uint64_t keys_done;               // the rows are normalised
     uint64_t heads_done, heads_free;  // a pair of value heads
 };
@@ -259,23 +267,47 @@ __device__ __forceinline__ void compute_gates(const GatedDeltaRulePrefill& p, in
 // Tells the scan that the tiles of a unit are there: by the thread whose copies have written them.
 __device__ __forceinline__ void publish(const Window& window, int unit) {
     ptx::fence_async_global();
-    ptx::store_release(window.ready + unit, 1);
+    ptx::store_release(window.ready + unit, kReady);
 }
 
-// Three warps: rows and gates of the team's chunks, a head a warp.
+// Waits until the scan has taken the tiles of a unit, by its flag, if it has begun, which the flag of the key head's
+// first tiles says. Nothing but time depends on it: where the scan cannot run beside, patience ends.
+__device__ __forceinline__ void wait_for_scan(const uint32_t* first, const uint32_t* behind) {
+    if (ptx::load_acquire(first) >= kTaken) ptx::wait_at_least_for(behind, kTaken, kPolls);
+}
+
+// Calls what(panel, column of qkv) for the panels of a chunk's keys and queries, in their order in KeyTiles.
+template <typename Function>
+__device__ __forceinline__ void for_panels(const GatedDeltaRulePrefill& p, const Ahead& ahead, Function what) {
+#pragma unroll 1
+    for (int panel = 0; panel < 4; ++panel) {
+        what(panel, (ahead.key_head + (panel < 2 ? p.key_heads : 0)) * kDim + panel % 2 * kDim / 2);
+    }
+}
+
+__device__ __forceinline__ void bring_rows(const GatedDeltaRulePrefill& p, const CUtensorMap& rows, const Ahead& ahead,
+                                           Shared& shared) {
+    ptx::mbarrier_expect_tx(&shared.full, sizeof(KeyTiles));
+    for_panels(p, ahead, [&](int panel, int column) {
+        ptx::tma_load(shared.keys.key + panel * kPanel, &rows, &shared.full, {column, ahead.row});
+    });
+}
+
+// Three warps: rows and gates of the team's chunks, a head a warp. Gates are made while the workers still have the rows
+// of the turn before; what rows need later lies in shared memory meanwhile, for registers are short.
 __device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const Window& window, const Deal& deal,
                                           const CUtensorMap& rows, Shared& shared) {
     const int heads = deal.heads;
 #pragma unroll 1
     for (int turn = 0;; ++turn) {
         const int unit = deal.unit(turn), slot = unit / p.key_heads, key_head = unit - slot * p.key_heads;
-        const int query = key_head * kDim, key = query + p.key_heads * kDim;
         Ahead& ahead = shared.ahead[turn % 2];
         const Place place(p, window, unit < deal.units ? slot : INT32_MAX);
-        if (turn > 0) ptx::mbarrier_wait(&shared.empty, (turn - 1) & 1);
+        if (turn > 1) ptx::mbarrier_wait(&shared.ahead_free[turn % 2], (turn / 2 - 1) & 1);
         const bool first_lane = threadIdx.x % 32 == 0, first_thread = threadIdx.x == kWorkers;
         if (first_thread) ahead.turn = turn;
         if (place.sequence < 0) {
+            if (turn > 0) ptx::mbarrier_wait(&shared.empty, (turn - 1) & 1);
             if (first_thread) ahead.begin = ahead.end = 0;
             if (first_lane) ptx::mbarrier_arrive(&shared.full);
             return;
@@ -284,22 +316,30 @@ __device__ __forceinline__ void run_ahead(const GatedDeltaRulePrefill& p, const 
         const int chunk = window.first + slot - place.first_slot;
         const int row = at.row(chunk), begin = at.begin(chunk), end = at.end(chunk);
         if (first_thread) {
-            ptx::mbarrier_expect_tx(&shared.full, sizeof(KeyTiles));
-#pragma unroll 1
-            for (int panel = 0; panel < 2; ++panel) {
-                const int column = panel * kDim / 2, offset = panel * kPanel;
-                ptx::tma_load(shared.keys.key + offset, &rows, &shared.full, {key + column, row});
-                ptx::tma_load(shared.keys.query + offset, &rows, &shared.full, {query + column, row});
-            }
             ahead.unit = unit;
+            ahead.key_head = key_head;
+            ahead.row = row;
             ahead.begin = begin;
             ahead.end = end;
+            if (turn == 0) {
+                bring_rows(p, rows, ahead, shared);
+            } else {
+                for_panels(p, ahead, [&](int, int column) { ptx::tma_prefetch_l2(&rows, {column, row}); });
+            }
         }
 #pragma unroll 1
         for (int head = ptx::warp_id() % 4; head < heads; head += kGateWarps) {
             compute_gates(p, key_head * heads + head, row, begin, end, ahead.gates[head]);
         }
         __syncwarp();
+        if (turn > 0) {
+            ptx::mbarrier_wait(&shared.empty, (turn - 1) & 1);
+            if (first_thread) {
+                const int behind = ahead.unit - deal.lead;
+                if (behind >= 0) wait_for_scan(window.ready + ahead.key_head, window.ready + behind);
+                bring_rows(p, rows, ahead, shared);
+            }
+        }
         if (first_lane) ptx::mbarrier_arrive(&shared.full);
     }
 }
@@ -312,6 +352,7 @@ __device__ __forceinline__ void take_away(const Window& window, int heads, Share
         ptx::mbarrier_wait(&shared.full, turn & 1);
         if (ahead.end == 0) return;
         const int unit = ahead.unit;
+        ptx::mbarrier_arrive(&shared.ahead_free[turn % 2]);
         ptx::mbarrier_wait(&shared.keys_done, turn & 1);
         ptx::bulk_store(window.keys + unit, &shared.keys, sizeof(KeyTiles));
         ptx::bulk_commit();
@@ -374,6 +415,8 @@ __device__ __forceinline__ void work(int heads, Shared& shared) {
             hand_over(&shared.heads_done);
         }
         turn = ahead.turn + 1;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.ahead_free[(turn - 1) % 2]);
     }
 }
 
@@ -387,6 +430,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
         ptx::prefetch_tensor_map(&rows);
         ptx::mbarrier_init(&shared.full, kGateWarps);
         ptx::mbarrier_init(&shared.empty, kWorkers / 32 + 1);
+        for (uint64_t& barrier : shared.ahead_free) ptx::mbarrier_init(&barrier, kWorkers / 32 + 1);
         ptx::mbarrier_init(&shared.keys_done, kWorkers / 32);
         ptx::mbarrier_init(&shared.heads_done, kWorkers / 32);
         ptx::mbarrier_init(&shared.heads_free, 1);
@@ -424,10 +468,13 @@ cudaError_t delta_rule_prefill::gated_delta_rule_prepare(const GatedDeltaRulePre
     Deal deal{.units = window.slots * p.key_heads,
               .rounds = 0,
               .lasting = kTeams * beside,
-              .heads = p.value_heads / p.key_heads};
+              .heads = p.value_heads / p.key_heads,
+              .lead = INT32_MAX};
     const int pairs = (deal.heads + 1) / 2;
     const int64_t first = std::max(deal.units, 1) - int64_t{deal.lasting} * chunks / (kChunksOfTurn * pairs);
     if (first > 0) deal.rounds = static_cast<int>((first - 1) / (kTeams * all) + 1);
+    // Only where all of the scan runs from the start, and takes slots in their order.
+    if (deal.rounds == 0 && p.sequences == 1) deal.lead = kLead * p.key_heads;
     const int needed = (std::max(deal.units, 1) + kTeams * kCluster - 1) / (kTeams * kCluster) * kCluster;
     const int blocks = std::min(deal.rounds > 0 ? all : beside, needed);
     deal.lasting = std::min(deal.lasting, kTeams * blocks);
