@@ -67,7 +67,7 @@ struct Wgmma;
 }
 
 // A and B from shared memory. T is __nv_bfloat16, __half or __nv_fp8_e4m3, of which the depth is 32 and both operands
-// are K contiguous; its sums keep fewer bits than fp32. kColumns is N: 64 to 192 in steps of 16, or 256; of e4m3 128. D
+// are K contiguous; its sums keep fewer bits than fp32. kColumns is N: 64 to 192 in steps of 16, or 256; of e4m3 32 to 144 in steps of 16. D
 // is the first kColumns / 2 registers of d. !accumulate: D = A B.
 template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
@@ -87,7 +87,9 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
 #define WGMMA_OPERANDS_8(i)                                                                                     \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
-#define WGMMA_OPERANDS_64 WGMMA_OPERANDS_8(0), WGMMA_OPERANDS_8(8), WGMMA_OPERANDS_8(16), WGMMA_OPERANDS_8(24)
+#define WGMMA_OPERANDS_32 WGMMA_OPERANDS_8(0), WGMMA_OPERANDS_8(8)
+#define WGMMA_OPERANDS_48 WGMMA_OPERANDS_32, WGMMA_OPERANDS_8(16)
+#define WGMMA_OPERANDS_64 WGMMA_OPERANDS_48, WGMMA_OPERANDS_8(24)
 #define WGMMA_OPERANDS_80 WGMMA_OPERANDS_64, WGMMA_OPERANDS_8(32)
 #define WGMMA_OPERANDS_96 WGMMA_OPERANDS_80, WGMMA_OPERANDS_8(40)
 #define WGMMA_OPERANDS_112 WGMMA_OPERANDS_96, WGMMA_OPERANDS_8(48)
@@ -98,9 +100,9 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (
 #define WGMMA_OPERANDS_192 WGMMA_OPERANDS_176, WGMMA_OPERANDS_8(88)
 #define WGMMA_OPERANDS_256 \
     WGMMA_OPERANDS_192, WGMMA_OPERANDS_8(96), WGMMA_OPERANDS_8(104), WGMMA_OPERANDS_8(112), WGMMA_OPERANDS_8(120)
-#define WGMMA_REGISTERS_64                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_REGISTERS_48 WGMMA_REGISTERS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define WGMMA_REGISTERS_64 WGMMA_REGISTERS_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_REGISTERS_80 WGMMA_REGISTERS_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define WGMMA_REGISTERS_96 WGMMA_REGISTERS_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_REGISTERS_112 WGMMA_REGISTERS_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -168,9 +170,20 @@ WGMMA_SHAPES(160, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
 WGMMA_SHAPES(176, "%88", "%89", "%90", "%91", "%92", "%93", "%94")
 WGMMA_SHAPES(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 WGMMA_SHAPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+WGMMA_SHAPE_E4M3(32, "%16", "%17", "%18")
+WGMMA_SHAPE_E4M3(48, "%24", "%25", "%26")
+WGMMA_SHAPE_E4M3(64, "%32", "%33", "%34")
+WGMMA_SHAPE_E4M3(80, "%40", "%41", "%42")
+WGMMA_SHAPE_E4M3(96, "%48", "%49", "%50")
+WGMMA_SHAPE_E4M3(112, "%56", "%57", "%58")
 WGMMA_SHAPE_E4M3(128, "%64", "%65", "%66")
+WGMMA_SHAPE_E4M3(144, "%72", "%73", "%74")
 }  // namespace detail
 
+#undef WGMMA_REGISTERS_32
+#undef WGMMA_OPERANDS_32
+#undef WGMMA_REGISTERS_48
+#undef WGMMA_OPERANDS_48
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_OPERANDS_64
 #undef WGMMA_REGISTERS_80

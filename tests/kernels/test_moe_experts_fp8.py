@@ -17,6 +17,7 @@ pytest_plugins = ["tests.kernels.schedules"]
 TOLERANCE = 6e-3  # of the activation and of the output to bf16, as with bf16 weights
 # A prefill rounds activations to e4m3 too: an activation that a card computes one bit apart may round to the neighbour.
 PREFILL_TOLERANCE = 1.2e-2
+BLOCK_CHOICES = 144  # a prefill of more than these an expert, on average, shares weights in clusters
 
 
 def draw_experts(backend: Backend, experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -75,11 +76,41 @@ def test_few_tokens_and_many_under_every_schedule(scheduled, tokens):
     assert_close(scheduled, inputs(scheduled, chosen, 4, 256, 128))
 
 
-@pytest.mark.parametrize("tokens", [97, 128, 129, 257, 321])
+@pytest.mark.parametrize("tokens", [65, 80, 81, 97, 113, 128, 129, 144, 145, 161, 257, 321, 432])
 def test_all_tokens_on_one_expert(backend, tokens):
-    """One to three tiles of 128, whose last holds one choice or many."""
+    """One to three tiles of up to 144, a product of every number of columns; the last holds one choice or many."""
     chosen = torch.full((tokens, 1), 1, device=backend.device)
     assert_close(backend, inputs(backend, chosen, 3, 128, 128))
+
+
+@pytest.mark.parametrize("tokens", [145, 161, 193, 225, 257, 288, 289, 577])
+def test_one_expert_in_clusters(backend, tokens):
+    """One to three tiles of two blocks, of which the second has less, or next to nothing."""
+    chosen = torch.zeros(tokens, 1, dtype=torch.int64, device=backend.device)
+    assert_close(backend, inputs(backend, chosen, 1, 128, 256))
+
+
+@pytest.mark.parametrize("width", [128, 640])
+@pytest.mark.parametrize("counts", [[0, 1, 17, 65, 289, 640, 0], [0, 890, 0, 0]])
+def test_ragged_groups_in_clusters(scheduled, counts, width):
+    """A choice of the first block alone; experts without any, and one with all. Tiles of a single stage, which the ring
+    holds several of, and of five."""
+    chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
+    chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)
+    assert len(chosen) > BLOCK_CHOICES * len(counts)
+    assert_close(scheduled, inputs(scheduled, chosen, len(counts), 128, width))
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(128, 128), (384, 640), (640, 256)])
+def test_clusters_give_the_bits_of_blocks_alone(backend, hidden, width):
+    """Experts that nobody chooses take a call below the choices an expert from which blocks share weights."""
+    chosen = random_choice(backend, 300, 3, 2)
+    shared, alone = (list(inputs(backend, chosen, experts, hidden, width)) for experts in (3, 5))
+    for position in (5, 6, 8, 9):
+        alone[position][:3] = shared[position]
+    for position in (0, 1):
+        alone[position].copy_(shared[position])
+    assert same_bits(run(backend, tuple(shared)), run(backend, tuple(alone)))
 
 
 @pytest.mark.parametrize("counts", [[0, 1, 0, 0, 7, 8, 9, 0, 15, 17, 0], [0, 1, 63, 0, 64, 65, 127, 129, 0]])

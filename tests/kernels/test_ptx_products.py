@@ -117,7 +117,10 @@ def bytes_image(matrix: np.ndarray, swizzle: int) -> tuple[np.ndarray, int, int]
 
 
 @pytest.mark.parametrize("swizzle", WIDTH)
-@pytest.mark.parametrize(("columns", "accumulate"), [(128, True), (128, False)])
+@pytest.mark.parametrize(
+    ("columns", "accumulate"),
+    [(128, True), (128, False), *((columns, True) for columns in (32, 48, 64, 80, 96, 112, 144))],
+)
 def test_e4m3_operands_are_32_deep(shuffled, rng, swizzle, columns, accumulate):
     """A card's sums of e4m3 keep fewer bits than fp32."""
     values = e4m3_values()
@@ -131,7 +134,7 @@ def test_e4m3_operands_are_32_deep(shuffled, rng, swizzle, columns, accumulate):
     d = 1000 * rng.standard_normal((64, columns)).astype(np.float32)  # far beyond the tolerance of the products
     expected = read[0] @ read[1].T + (d if accumulate else 0)
     registers = accumulators(d)
-    shuffled.call("self_test_product_e4m3", *operands, registers, int(accumulate), tolerance=1e-3)
+    shuffled.call("self_test_product_e4m3", *operands, registers, columns, int(accumulate), tolerance=1e-3)
     np.testing.assert_allclose(registers, accumulators(expected), rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 

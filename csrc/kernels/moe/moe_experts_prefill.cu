@@ -31,7 +31,7 @@ namespace {
 
 using namespace expert_prefill;
 
-constexpr int kDepth = kRowBytes / 2;  // of a stage
+constexpr int kDepth = kRowBytes / sizeof(__nv_bfloat16);  // of a stage
 
 // The first tile of each block or cluster is its number.
 __global__ void __launch_bounds__(32) start_kernel(int* next_tiles, int takers) {
@@ -82,13 +82,17 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
 
 // Whether blocks share weights, two in a cluster: where an expert has on average more choices than a tile of a block
 // alone, which reads its weights again beyond them. Of the averages that were measured, 64 and 160 are faster in blocks
-// alone, and 256 in clusters or even (docs/kernels/moe_prefill.md). Of a model split over ranks by experts, choices that
-// are elsewhere count too: the host does not know `offsets`.
+// alone, and 256 in clusters or even (docs/kernels/moe_prefill.md).
 bool in_clusters(const MoeExperts& p) {
-    return int64_t{p.tokens} * p.top_k > int64_t{p.experts} * kStageChoices;
+    return has_more_choices(p, kStageChoices);
 }
 
 }  // namespace
+
+cudaError_t expert_prefill::start_tiles(int* next_tiles, int takers, cudaStream_t stream) {
+    const LaunchConfig one_warp = {.grid = dim3(1), .block = dim3(32), .stream = stream, .programmatic = true};
+    return launch(start_kernel, one_warp, next_tiles, takers);
+}
 
 cudaError_t expert_prefill::sum_ranks(const MoeExperts& p, const __nv_bfloat16* rows, cudaStream_t stream) {
     const LaunchConfig config = {.grid = dim3(static_cast<unsigned>(p.tokens)),
@@ -114,11 +118,15 @@ cudaError_t moe_experts_prefill(const MoeExperts& p, cudaStream_t stream) {
     auto* rows = reinterpret_cast<__nv_bfloat16*>(p.workspace);
     auto* activations = rows + int64_t{p.tokens} * p.top_k * p.hidden;
     auto* next_tiles = reinterpret_cast<int*>(activations + int64_t{p.tokens} * p.top_k * p.width);
-    const Bf16Prefill a{p, activations, rows, next_tiles};
+    const Prefill a{.p = p,
+                    .x = p.x,
+                    .x_pieces = static_cast<uint32_t>(p.x_stride / 8),
+                    .activations = activations,
+                    .rows = rows,
+                    .next_tiles = next_tiles};
     const bool clusters = in_clusters(p);
     const int takers = std::max(multiprocessor_count() / (clusters ? kClusterBlocks : 1), 1);
-    const LaunchConfig one_warp = {.grid = dim3(1), .block = dim3(32), .stream = stream, .programmatic = true};
-    cudaError_t status = launch(start_kernel, one_warp, next_tiles, takers);
+    cudaError_t status = start_tiles(next_tiles, takers, stream);
     if (status != cudaSuccess) return status;
     status = clusters ? products_in_clusters(a, takers, stream) : products_alone(a, takers, stream);
     if (status != cudaSuccess) return status;

@@ -17,6 +17,7 @@ constexpr int kStages = 4;
 constexpr int kRowBytes = 128;                    // of a stage: what a row of a swizzled tile has
 constexpr int kGroupChoices = 64;                 // that one warpgroup multiplies
 constexpr int kStageChoices = 3 * kGroupChoices;  // of bf16: that a block's stage has room for
+constexpr int kBoxChoices = kGroupChoices / 2;    // of bf16: that TMA brings at once
 constexpr int kClusterBlocks = 2;
 constexpr int kMaxExperts = 512;
 
@@ -69,18 +70,33 @@ __device__ inline void start_ring(uint64_t* full, uint64_t* empty, int full_arri
     ptx::fence_mbarrier_init();
 }
 
-// A prefill in bf16 and what passes between its launches.
-struct Bf16Prefill {
+// A prefill and what passes between its launches.
+struct Prefill {
     MoeExperts p;
-    __nv_bfloat16* activations;  // [choices, width], in the order of `order`
-    __nv_bfloat16* rows;         // [choices, hidden], by token and rank
-    int* next_tiles;             // that nobody has claimed: of gate_up, of down
+    const void* x;        // [tokens, hidden]
+    uint32_t x_pieces;    // of 16 bytes: from a row of x to the next
+    void* activations;    // [choices, width], in the order of `order`
+    __nv_bfloat16* rows;  // [choices, hidden], by token and rank
+    int* next_tiles;      // that nobody has claimed: of gate_up, of down
+    // Of e4m3, which x and activations are then too: scales by groups of columns, then by tokens or choices.
+    const float* x_scale = nullptr;
+    float* activation_scale = nullptr;
+    uint32_t x_scale_stride = 0, activation_scale_stride = 0;  // from a group's to the next group's
 };
 
 // moe_experts_prefill_alone.cu and moe_experts_prefill_cluster.cu: both grouped products, the first tiles those of so
 // many blocks or clusters.
-cudaError_t products_alone(const Bf16Prefill& a, int blocks, cudaStream_t stream);
-cudaError_t products_in_clusters(const Bf16Prefill& a, int clusters, cudaStream_t stream);
+cudaError_t products_alone(const Prefill& a, int blocks, cudaStream_t stream);
+cudaError_t products_in_clusters(const Prefill& a, int clusters, cudaStream_t stream);
+
+// Whether an expert has on average more than so many choices. Of a model split over ranks by experts, choices that are
+// elsewhere count too: the host does not know `offsets`.
+inline bool has_more_choices(const MoeExperts& p, int choices) {
+    return int64_t{p.tokens} * p.top_k > int64_t{p.experts} * choices;
+}
+
+// The first launch: the counters of tiles, for so many blocks or clusters that claim them.
+cudaError_t start_tiles(int* next_tiles, int takers, cudaStream_t stream);
 
 // The sum of each token's rows, [choices, hidden] by token and rank, in order of rank, with its weights: the last
 // launch.

@@ -1,15 +1,19 @@
-// What the two forms of the grouped products in bf16 share: tiles that are claimed, the ring that brings them, the
-// gather of x. A form, moe_experts_prefill_alone.cu or moe_experts_prefill_cluster.cu, is a class with
+// What the forms of the grouped products share: tiles that are claimed, the ring that brings them, the gather of x. A
+// form, of moe_experts_prefill_alone.cu, moe_experts_prefill_cluster.cu or moe_experts_prefill_fp8.cu, is a class with
+//   Element, Storage           of x and of weights; of shared memory
 //   kBlocks, kTileChoices      blocks that share a tile, and choices of an expert that it has at most
+//   kGathered, kBoxChoices     choices of a stage whose rows threads gather, and that TMA brings at once
+//   kMultiply-, kCopyRegisters of a thread
 //   begin(choices, i, tiles)   where of an expert's choices the i-th of so many tiles begins
 //   Spans(tile), Load(...)     which choices a block copies, and by one thread how TMA copies a stage
+//   Scales(...)                of the choices: what threads copy of them with a stage
 //   multiply_tiles(...)        by the warpgroups that multiply
 //
 // A tile is choices of one expert x 256 weight rows, 128 of gate and 128 of up, or 256 of down. A block has three
-// warpgroups. One copies stages of 64 of depth (24 KB of choices, 32 KB of weights, four in flight): weights, and the
-// choices of the second product, by TMA; rows of x are gathered by cp.async, twelve a thread, into the layout that TMA
-// would have made. The other two multiply, and drift apart by up to the ring, so that one stores while the other
-// multiplies.
+// warpgroups. One copies stages of 128 bytes of each row (32 KB of weights, up to 24 KB of choices, four in flight):
+// weights, and the choices of the second product, by TMA; rows of x are gathered by cp.async, up to twelve a thread,
+// into the layout that TMA would have made. The other two multiply, and in bf16 drift apart by up to the ring, so that
+// one stores while the other multiplies.
 //
 // Blocks, or clusters of them, are persistent. The first tile of each is its number, the others it claims from a
 // counter: tiles differ in size, and who has had large ones takes fewer. Tiles of an expert are neighbours: blocks at
@@ -24,18 +28,16 @@
 #include "kernels.h"
 #include "moe_experts_prefill.h"
 
-// Apart from moe_experts_prefill_tiles.h, which has the same names for e4m3.
 namespace tokenspeed::expert_prefill::claims {
 
-constexpr int kWgmmaRegisters = 224, kCopyRegisters = 56;
 constexpr int kGroupThreads = kCopyThreads;  // of any warpgroup
 constexpr int kBlockGroups = 2;              // warpgroups that multiply
 constexpr int kTurns = 2 * kStages;          // of tiles whose claims are remembered: a ring brings kStages + 1 at most
 constexpr int kGroupBytes = kGroupChoices * kRowBytes;
 constexpr int kWeightBytes = kTileRows * kRowBytes;
-constexpr int kBoxChoices = kGroupChoices / 2;  // that TMA brings at once
-constexpr int kBoxBytes = kBoxChoices * kRowBytes;
-constexpr int kDepth = kRowBytes / 2;  // of a stage
+
+template <typename Form>
+constexpr int kDepth = kRowBytes / sizeof(typename Form::Element);  // of a stage
 
 // The product with gate and up, or with down.
 template <bool kGateUp>
@@ -50,7 +52,7 @@ struct Product {
 struct Span {  // of positions in `order`
     int begin, end;
 
-    __device__ int boxes() const { return (end - begin + kBoxChoices - 1) / kBoxChoices; }
+    __device__ int boxes(int size) const { return (end - begin + size - 1) / size; }
 };
 
 struct Tile {
@@ -58,23 +60,27 @@ struct Tile {
     int expert, column_tile;  // expert: negative where there is no tile
 };
 
-struct Storage {  // of dynamic shared memory
-    uint8_t choices[kStages][kStageChoices * kRowBytes];
-    uint8_t weights[kStages][kWeightBytes];
+struct Ring {
     uint64_t full[kStages], empty[kStages];
     Tile tiles[kStages];  // by turn: what the ring brings, whose tiles have a stage at least
     uint64_t announced[kTurns];
     int claimed[kTurns];  // by turn: the tile of the next
     Table table;
 };
-static_assert(sizeof(Storage) <= kSharedLimit);
+
+template <int kChoices>
+struct Storage {  // of dynamic shared memory
+    uint8_t choices[kStages][kChoices * kRowBytes];
+    uint8_t weights[kStages][kWeightBytes];
+    Ring ring;
+};
 
 // All tiles of one product.
 template <typename Form>
 class Tiles {
   public:
-    __device__ Tiles(const Storage& storage, const int32_t* offsets, int columns, int tile_columns)
-        : table_(storage.table), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
+    __device__ Tiles(const Ring& ring, const int32_t* offsets, int columns, int tile_columns)
+        : table_(ring.table), offsets_(offsets), column_tiles_((columns + tile_columns - 1) / tile_columns) {}
 
     // Called by a whole warp.
     __device__ Tile find(int index) const {
@@ -98,17 +104,19 @@ class Tiles {
 template <int kBlocks>
 class Claims {
   public:
-    __device__ Claims(Storage& storage, int* next_tile) : storage_(storage), next_tile_(next_tile) {}
+    __device__ Claims(Ring& ring, int* next_tile) : ring_(ring), next_tile_(next_tile) {}
+
+    __device__ int turn() const { return turn_.slot; }  // modulo kTurns
 
     __device__ void ask() {
         if (threadIdx.x != 0) return;
-        if (kBlocks > 1) ptx::mbarrier_arrive_expect_tx(&storage_.announced[turn_.slot], sizeof(int));
+        if (kBlocks > 1) ptx::mbarrier_arrive_expect_tx(&ring_.announced[turn_.slot], sizeof(int));
         if (kBlocks == 1 || ptx::cluster_rank() == 0) claim_ = atomicAdd(next_tile_, 1);
     }
 
     __device__ int answer() {
-        int* claimed = &storage_.claimed[turn_.slot];
-        uint64_t* announced = &storage_.announced[turn_.slot];
+        int* claimed = &ring_.claimed[turn_.slot];
+        uint64_t* announced = &ring_.announced[turn_.slot];
         if constexpr (kBlocks == 1) {  // st.async is for clusters
             if (threadIdx.x == 0) {
                 *claimed = claim_;
@@ -129,7 +137,7 @@ class Claims {
     }
 
   private:
-    Storage& storage_;
+    Ring& ring_;
     int* next_tile_;
     int claim_ = 0;
     Cursor turn_;
@@ -138,32 +146,43 @@ class Claims {
 // By a warp that has read a slot. It has but read what will be overwritten: no fence, here or where a slot is waited
 // for.
 template <int kBlocks>
-__device__ __forceinline__ void release(Storage& storage, int slot) {
+__device__ __forceinline__ void release(Ring& ring, int slot) {
     const uint32_t lane = threadIdx.x % 32;
     if constexpr (kBlocks == 1) {
-        if (lane == 0) ptx::mbarrier_arrive(&storage.empty[slot]);
+        if (lane == 0) ptx::mbarrier_arrive(&ring.empty[slot]);
     } else if (lane < kBlocks) {
-        ptx::mbarrier_arrive_cluster_relaxed(&storage.empty[slot], lane);
+        ptx::mbarrier_arrive_cluster_relaxed(&ring.empty[slot], lane);
     }
 }
 
-// K contiguous: 16 columns from the k-th 16 of a stage on.
+// Of the warpgroups that multiply, the thread's: in a uniform register, where the matrix unit takes the addresses of its
+// operands from.
+__device__ __forceinline__ int multiplying_group() {
+    return static_cast<int>(ptx::warp_id()) / (kGroupThreads / 32) - 1;
+}
+
+// K contiguous: 32 bytes of depth from the k-th 32 of a stage on.
 __device__ __forceinline__ uint64_t operand(uint32_t address, int k) {
     return ptx::matrix_descriptor(address + k * 32, Swizzle::k128, 16, 8 * kRowBytes);
 }
 
 // The rows that a warp gathers of a tile: of every 16 choices four, of each of which a lane has a piece of 16 bytes. A
 // lane looks up the choice of every 32nd of these rows.
+template <int kChoices>
 struct Gather {
-    static constexpr int kRows = kStageChoices / 16;  // of a lane
+    static constexpr int kRows = kChoices / 16;  // of a lane
     static constexpr int kLookups = (kRows * 4 + 31) / 32;
-    int choice[kLookups];  // token * top_k + rank; negative past the end
+    int choice[kLookups];  // token * top_k + rank, of row_of(i); negative past the end
+
+    static __device__ int row_of(int i) {
+        return (i * 32 + threadIdx.x % 32) / 4 * 16 + threadIdx.x / 32 * 4 + threadIdx.x % 4;
+    }
 
     // first: in the stage's places for kBlockGroups groups; last: behind them.
     __device__ Gather(const MoeExperts& p, const Span& first, const Span& last) {
 #pragma unroll
         for (int i = 0; i < kLookups; ++i) {
-            const int row = (i * 32 + threadIdx.x % 32) / 4 * 16 + threadIdx.x / 32 * 4 + threadIdx.x % 4;
+            const int row = row_of(i);
             constexpr int kFirst = kBlockGroups * kGroupChoices;
             const int at = row < kFirst ? first.begin + row : last.begin + row - kFirst;
             const int end = row < kFirst ? first.end : row < kRows * 16 ? last.end : 0;
@@ -183,29 +202,45 @@ struct Gather {
     }
 };
 
+// Of choices without scales.
+struct NoScales {
+    static constexpr bool kCopied = false;
+    template <typename Gather>
+    __device__ NoScales(const Gather&, int) {}
+    template <typename Load, typename Storage>
+    __device__ void operator()(const Prefill&, const Load&, Storage&, const Cursor&, int) const {}
+};
+
 // By the threads that copy: tile after tile into the ring. Rows past the end of a span keep what they held, or are the
 // next expert's: they reach no row of the output but their own.
 template <typename Form, bool kGateUp>
-__device__ __forceinline__ void copy_tiles(Storage& storage, const MoeExperts& p, int* next_tile,
+__device__ __forceinline__ void copy_tiles(typename Form::Storage& storage, const Prefill& a,
                                            const CUtensorMap& weights, const CUtensorMap& activations) {
     using P = Product<kGateUp>;
-    const int stages = P::depth(p) / kDepth, columns = P::columns(p);
+    using Rows = Gather<Form::kGathered>;
+    using Scales = typename Form::template Scales<kGateUp>;
+    const MoeExperts& p = a.p;
+    Ring& ring = storage.ring;
+    const int stages = P::depth(p) / kDepth<Form>, columns = P::columns(p);
     const int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-    const Tiles<Form> tiles(storage, p.offsets, columns, P::kTileColumns);
+    const Tiles<Form> tiles(ring, p.offsets, columns, P::kTileColumns);
     const auto gather_of = [&](const Tile& tile) {
         const typename Form::Spans spans(tile);
-        return Gather(p, spans.first, spans.last);
+        return Rows(p, spans.first, spans.last);
     };
-    Claims<Form::kBlocks> claims(storage, next_tile);
+    // Lanes that copy nothing wait for no slot: left behind by two rounds, they would wait for a phase that is over.
+    const bool copies = kGateUp || Scales::kCopied || threadIdx.x == 0;
+    Claims<Form::kBlocks> claims(ring, a.next_tiles + !kGateUp);
     Cursor at;
     Tile next = tiles.find(static_cast<int>(blockIdx.x) / Form::kBlocks);
-    Gather gather = gather_of(next);
-    for (int turn = 0;; ++turn) {
+    Rows gather = gather_of(next);
+    for (;;) {
         const Tile tile = next;
-        uint32_t sources[Gather::kRows];
-        if (kGateUp) gather.find(sources, p.top_k, static_cast<uint32_t>(p.x_stride / 8));
-        ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-        if (threadIdx.x == 0) storage.tiles[turn % kStages] = tile;
+        const Scales scales(gather, p.top_k);
+        uint32_t sources[Rows::kRows];
+        if (kGateUp) gather.find(sources, p.top_k, a.x_pieces);
+        if (copies) ptx::mbarrier_wait(&ring.empty[at.slot], at.phase ^ 1);
+        if (threadIdx.x == 0) ring.tiles[claims.turn() % kStages] = tile;
         if (tile.expert < 0) break;
         claims.ask();
         const typename Form::template Load<kGateUp> load(tile, columns);
@@ -215,37 +250,42 @@ __device__ __forceinline__ void copy_tiles(Storage& storage, const MoeExperts& p
                 next = tiles.find(claims.answer());
                 if (kGateUp) gather = gather_of(next);
             }
-            ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
-            if (threadIdx.x == 0) load(storage, at.slot, s * kDepth, weights, activations);
+            if (copies) ptx::mbarrier_wait(&ring.empty[at.slot], at.phase ^ 1);
+            if (threadIdx.x == 0) load(storage, at.slot, s * kDepth<Form>, weights, activations);
             if (kGateUp) {
-                const auto* from = reinterpret_cast<const uint4*>(p.x) + s * (kRowBytes / 16) + piece;
+                const auto* from = static_cast<const uint4*>(a.x) + s * (kRowBytes / 16) + piece;
                 uint8_t* to = storage.choices[at.slot] + row * kRowBytes + (piece ^ row % 8) * 16;
 #pragma unroll
-                for (int i = 0; i < Gather::kRows; ++i) {
-                    if (sources[i] != Gather::kNone) ptx::cp_async(to + i * 16 * kRowBytes, from + sources[i]);
+                for (int i = 0; i < Rows::kRows; ++i) {
+                    if (sources[i] != Rows::kNone) ptx::cp_async(to + i * 16 * kRowBytes, from + sources[i]);
                 }
-                ptx::cp_async_mbarrier_arrive(&storage.full[at.slot]);
             }
+            scales(a, load, storage, at, s);
+            if (kGateUp || Scales::kCopied) ptx::cp_async_mbarrier_arrive(&ring.full[at.slot]);
             at.next(kStages);
         }
     }
     // A turn without a tile fills its slot with nothing.
-    if (threadIdx.x == 0) ptx::mbarrier_arrive(&storage.full[at.slot]);
-    if (kGateUp) ptx::mbarrier_arrive(&storage.full[at.slot]);
+    if (threadIdx.x == 0) ptx::mbarrier_arrive(&ring.full[at.slot]);
+    if (kGateUp || Scales::kCopied) ptx::mbarrier_arrive(&ring.full[at.slot]);
 }
 
 // A whole kernel.
 template <typename Form, bool kGateUp>
-__device__ __forceinline__ void run(Storage& storage, const Bf16Prefill& a, const CUtensorMap& weights,
+__device__ __forceinline__ void run(typename Form::Storage& storage, const Prefill& a, const CUtensorMap& weights,
                                     const CUtensorMap& activations) {
+    static_assert(sizeof(storage) <= kSharedLimit);
+    constexpr int kCopiers = Product<kGateUp>::kCopiers;
     const MoeExperts& p = a.p;
+    Ring& ring = storage.ring;
     if (kGateUp) ptx::grid_dependency_wait();  // for down the routing is older than the kernel that is waited for
     if (threadIdx.x == 0) {
-        for (auto& barrier : storage.announced) ptx::mbarrier_init(&barrier, 1);
+        for (auto& barrier : ring.announced) ptx::mbarrier_init(&barrier, 1);
         constexpr int kReaders = Form::kBlocks * (kThreads - kCopyThreads) / 32;  // warps that multiply
-        start_ring(storage.full, storage.empty, kGateUp ? kGroupThreads + 1 : 1, kReaders);
+        constexpr bool kThreadsFill = kGateUp || Form::template Scales<kGateUp>::kCopied;
+        start_ring(ring.full, ring.empty, kThreadsFill ? kCopiers + 1 : 1, kReaders);
     }
-    storage.table.fill(p.offsets, p.experts, Form::kTileChoices);
+    ring.table.fill(p.offsets, p.experts, Form::kTileChoices);
     if constexpr (Form::kBlocks == 1) {
         __syncthreads();
     } else {
@@ -254,38 +294,40 @@ __device__ __forceinline__ void run(Storage& storage, const Bf16Prefill& a, cons
     if (!kGateUp) ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     if (threadIdx.x < kGroupThreads) {
-        ptx::register_decrease<kCopyRegisters>();
-        if (threadIdx.x < Product<kGateUp>::kCopiers) {
-            copy_tiles<Form, kGateUp>(storage, p, a.next_tiles + !kGateUp, weights, activations);
-        }
+        ptx::register_decrease<Form::kCopyRegisters>();
+        if (threadIdx.x < kCopiers) copy_tiles<Form, kGateUp>(storage, a, weights, activations);
     } else {
-        ptx::register_increase<kWgmmaRegisters>();
+        ptx::register_increase<Form::kMultiplyRegisters>();
         Form::template multiply_tiles<kGateUp>(storage, a);
     }
     // The other block's last copies and arrivals need this one's shared memory.
     if constexpr (Form::kBlocks > 1) ptx::cluster_sync();
 }
 
-using Kernel = void (*)(CUtensorMap weights, CUtensorMap activations, Bf16Prefill a);
+using Kernel = void (*)(CUtensorMap weights, CUtensorMap activations, Prefill a);
 
-inline cudaError_t launch_product(Kernel kernel, int blocks, int takers, const TensorLayout<5>& weights,
-                                  const Bf16Prefill& a, cudaStream_t stream) {
+template <typename Form>
+cudaError_t launch_product(Kernel kernel, int takers, const TensorLayout<5>& weights, const Prefill& a,
+                           cudaStream_t stream) {
+    constexpr uint64_t kBytes = sizeof(typename Form::Element);
+    constexpr auto kElement = kBytes == 1 ? TensorElement::kU8 : TensorElement::kBf16;
     const auto width = static_cast<uint64_t>(a.p.width), choices = static_cast<uint64_t>(a.p.tokens) * a.p.top_k;
     CUtensorMap of_weights, of_activations;
-    const cudaError_t encoded[] = {
-        encode_tensor_map<5>(&of_weights, TensorElement::kBf16, weights, Swizzle::k128),
-        encode_tensor_map<2>(
-            &of_activations, TensorElement::kBf16,
-            {.base = a.activations, .sizes = {width, choices}, .strides = {2, width * 2}, .box = {kDepth, kBoxChoices}},
-            Swizzle::k128)};
+    const cudaError_t encoded[] = {encode_tensor_map<5>(&of_weights, kElement, weights, Swizzle::k128),
+                                   encode_tensor_map<2>(&of_activations, kElement,
+                                                        {.base = a.activations,
+                                                         .sizes = {width, choices},
+                                                         .strides = {kBytes, width * kBytes},
+                                                         .box = {kDepth<Form>, Form::kBoxChoices}},
+                                                        Swizzle::k128)};
     for (const cudaError_t status : encoded) {
         if (status != cudaSuccess) return status;
     }
-    const LaunchConfig config = {.grid = dim3(static_cast<unsigned>(takers * blocks)),
+    const LaunchConfig config = {.grid = dim3(static_cast<unsigned>(takers * Form::kBlocks)),
                                  .block = dim3(kThreads),
-                                 .shared_bytes = sizeof(Storage),
+                                 .shared_bytes = sizeof(typename Form::Storage),
                                  .stream = stream,
-                                 .cluster = dim3(static_cast<unsigned>(blocks)),
+                                 .cluster = dim3(static_cast<unsigned>(Form::kBlocks)),
                                  .programmatic = true};
     return launch(kernel, config, of_weights, of_activations, a);
 }

@@ -23,6 +23,10 @@ namespace {
 using namespace expert_prefill;
 using namespace expert_prefill::claims;
 
+using Stages = Storage<kStageChoices>;
+constexpr int kStageDepth = kRowBytes / sizeof(__nv_bfloat16);
+constexpr int kBoxBytes = kBoxChoices * kRowBytes;
+
 constexpr uint16_t kBothBlocks = 3;
 constexpr int kOwnGroups = kBlockGroups * kClusterBlocks;  // of a tile, beside the one that is both blocks'
 constexpr int kHalfBytes = kWeightBytes / kClusterBlocks;  // of weights that a block copies, to both
@@ -85,6 +89,12 @@ __device__ __forceinline__ void store_unit(const float* sum, __nv_bfloat16* outp
 }
 
 struct Cluster {
+    using Element = __nv_bfloat16;
+    using Storage = Stages;
+    static constexpr int kGathered = kStageChoices, kBoxChoices = expert_prefill::kBoxChoices;
+    static constexpr int kMultiplyRegisters = 224, kCopyRegisters = 56;
+    template <bool kGateUp>
+    using Scales = NoScales;
     static constexpr int kBlocks = kClusterBlocks, kTileChoices = (kOwnGroups + 1) * kGroupChoices;
 
     // A whole tile has an even number of groups where that makes no more tiles: what is shared is gathered twice.
@@ -111,11 +121,12 @@ struct Cluster {
             run_ = (tile.expert * P::kKinds * columns + half * (P::kTileColumns / kBlocks)) / kRun;
         }
 
-        __device__ void operator()(Storage& storage, int slot, int depth, const CUtensorMap& weights,
+        __device__ void operator()(Stages& storage, int slot, int depth, const CUtensorMap& weights,
                                    const CUtensorMap& activations) const {
-            uint64_t* full = &storage.full[slot];
+            uint64_t* full = &storage.ring.full[slot];
             uint8_t* choices = storage.choices[slot];
-            const int own_boxes = kGateUp ? 0 : own_.boxes(), shared_boxes = kGateUp ? 0 : shared_.boxes();
+            const int own_boxes = kGateUp ? 0 : own_.boxes(kBoxChoices),
+                      shared_boxes = kGateUp ? 0 : shared_.boxes(kBoxChoices);
             ptx::mbarrier_arrive_expect_tx(full,
                                            (both_ ? kBlocks : 1) * kHalfBytes + (own_boxes + shared_boxes) * kBoxBytes);
             ptx::tma_load_multicast<5>(storage.weights[slot] + rank_ * kHalfBytes, &weights, full,
@@ -141,17 +152,17 @@ struct Cluster {
     // By a warpgroup: its group of every tile's choices times all of the tile's weights, the cluster's group times a
     // unit, and the stores.
     template <bool kGateUp>
-    static __device__ __forceinline__ void multiply_tiles(Storage& storage, const Bf16Prefill& a) {
+    static __device__ __forceinline__ void multiply_tiles(Stages& storage, const Prefill& a) {
         using P = Product<kGateUp>;
         const MoeExperts& p = a.p;
-        const int group = threadIdx.x / kGroupThreads - 1, lane = threadIdx.x % 32;
+        const int group = multiplying_group(), lane = threadIdx.x % 32;
         const int unit = static_cast<int>(ptx::cluster_rank()) * kBlockGroups + group;
         constexpr int kUnitColumns = kUnitRows / P::kKinds;
-        const int stages = P::depth(p) / kDepth, columns = P::columns(p);
+        const int stages = P::depth(p) / kStageDepth, columns = P::columns(p);
         Cursor at;
         for (int turn = 0;; ++turn) {
-            ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
-            const Tile tile = storage.tiles[turn % kStages];
+            ptx::mbarrier_wait(&storage.ring.full[at.slot], at.phase);
+            const Tile tile = storage.ring.tiles[turn % kStages];
             if (tile.expert < 0) return;
             const Span spans[2] = {own_of(tile), shared_of(tile)};
             const int begins[2] = {spans[0].begin + group * kGroupChoices, spans[1].begin};
@@ -165,7 +176,7 @@ struct Cluster {
             float own[kTileRows / 2], shared[kUnitRows / 2];
             int before = -1;  // the slot whose products may still run
             for (int s = 0; s < stages; ++s) {
-                ptx::mbarrier_wait(&storage.full[at.slot], at.phase);
+                ptx::mbarrier_wait(&storage.ring.full[at.slot], at.phase);
                 // The choices that threads copied: the matrix unit must be let see them.
                 if (kGateUp) ptx::fence_async_shared();
                 const uint32_t choices = ptx::shared_address(storage.choices[at.slot]);
@@ -174,7 +185,7 @@ struct Cluster {
                 if (has_shared) {
                     ptx::wgmma_fence(shared);
 #pragma unroll
-                    for (int k = 0; k < kDepth / 16; ++k) {
+                    for (int k = 0; k < kStageDepth / 16; ++k) {
                         ptx::wgmma<__nv_bfloat16, kUnitRows>(shared, operand(choices + kBlockGroups * kGroupBytes, k),
                                                              operand(weights + unit * kUnitRows * kRowBytes, k),
                                                              s > 0 || k > 0);
@@ -184,20 +195,20 @@ struct Cluster {
                 if (has_own) {
                     ptx::wgmma_fence(own);
 #pragma unroll
-                    for (int k = 0; k < kDepth / 16; ++k) {
+                    for (int k = 0; k < kStageDepth / 16; ++k) {
                         ptx::wgmma<__nv_bfloat16, kTileRows>(own, operand(choices + group * kGroupBytes, k),
                                                              operand(weights, k), s > 0 || k > 0);
                     }
                     ptx::wgmma_commit();
                 }
                 ptx::wgmma_wait<1>();
-                if (before >= 0) release<kClusterBlocks>(storage, before);
+                if (before >= 0) release<kClusterBlocks>(storage.ring, before);
                 before = at.slot;
                 at.next(kStages);
             }
             ptx::wgmma_wait<0>(own, shared);
-            release<kClusterBlocks>(storage, before);
-            __nv_bfloat16* output = kGateUp ? a.activations : a.rows;
+            release<kClusterBlocks>(storage.ring, before);
+            auto* output = kGateUp ? static_cast<__nv_bfloat16*>(a.activations) : a.rows;
             const int column = tile.column_tile * P::kTileColumns;
             if (has_own) {
 #pragma unroll
@@ -216,9 +227,9 @@ struct Cluster {
 template <bool kGateUp>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
-                   const __grid_constant__ Bf16Prefill a) {
+                   const __grid_constant__ Prefill a) {
     DYNAMIC_SHARED(raw);
-    run<Cluster, kGateUp>(*reinterpret_cast<Storage*>(raw), a, weights, activations);
+    run<Cluster, kGateUp>(*reinterpret_cast<Stages*>(raw), a, weights, activations);
 }
 
 // Of weights [experts, kinds, columns, depth]: of each kRun rows, eight of every fourth. Column i of a lane t's pair in
@@ -232,16 +243,15 @@ TensorLayout<5> layout(const MoeExperts& p) {
     return {.base = kGateUp ? p.gate_up : p.down,
             .sizes = {depth, 8, 4, kKinds, runs},
             .strides = {2, 4 * depth * 2, depth * 2, columns * depth * 2, kRun * depth * 2},
-            .box = {kDepth, 8, 4, kKinds, kTileRows / kClusterBlocks / kRun / kKinds}};
+            .box = {kStageDepth, 8, 4, kKinds, kTileRows / kClusterBlocks / kRun / kKinds}};
 }
 
 }  // namespace
 
-cudaError_t expert_prefill::products_in_clusters(const Bf16Prefill& a, int clusters, cudaStream_t stream) {
-    constexpr int kBlocks = kClusterBlocks;
-    const cudaError_t status = launch_product(product_kernel<true>, kBlocks, clusters, layout<true>(a.p), a, stream);
+cudaError_t expert_prefill::products_in_clusters(const Prefill& a, int clusters, cudaStream_t stream) {
+    const cudaError_t status = launch_product<Cluster>(product_kernel<true>, clusters, layout<true>(a.p), a, stream);
     if (status != cudaSuccess) return status;
-    return launch_product(product_kernel<false>, kBlocks, clusters, layout<false>(a.p), a, stream);
+    return launch_product<Cluster>(product_kernel<false>, clusters, layout<false>(a.p), a, stream);
 }
 
 }  // namespace tokenspeed

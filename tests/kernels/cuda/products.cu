@@ -5,6 +5,8 @@
 #include <ptx_wgmma.h>
 #include <vector.h>
 
+#include <utility>
+
 namespace tokenspeed {
 
 // How the test lays an operand out in shared memory: byte images prepared by the host and copied in by the threads.
@@ -117,13 +119,22 @@ int self_test_product(const uint8_t* a, int a_size, int a_swizzle, int a_leading
     return cudaErrorInvalidValue;
 }
 int self_test_product_e4m3(const uint8_t* a, int a_size, int a_swizzle, int a_leading, int a_stride, const uint8_t* b,
-                           int b_size, int b_swizzle, int b_leading, int b_stride, float* registers, int accumulate) {
+                           int b_size, int b_swizzle, int b_leading, int b_stride, float* registers, int columns,
+                           int accumulate) {
     const OperandImage of_a{a, static_cast<uint32_t>(a_size), static_cast<Swizzle>(a_swizzle),
                             static_cast<uint32_t>(a_leading), static_cast<uint32_t>(a_stride)};
     const OperandImage of_b{b, static_cast<uint32_t>(b_size), static_cast<Swizzle>(b_swizzle),
                             static_cast<uint32_t>(b_leading), static_cast<uint32_t>(b_stride)};
-    const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 32768};
-    return launch(product<__nv_fp8_e4m3, 128, false, false>, config, of_a, of_b, registers, accumulate);
+    const LaunchConfig config{.grid = 1, .block = 128, .shared_bytes = 36864};
+    cudaError_t status = cudaErrorInvalidValue;
+    const auto run = [&]<int... kColumns>(std::integer_sequence<int, kColumns...>) {
+        ((status = columns == kColumns ? launch(product<__nv_fp8_e4m3, kColumns, false, false>, config, of_a, of_b,
+                                                registers, accumulate)
+                                       : status),
+         ...);
+    };
+    run(std::integer_sequence<int, 32, 48, 64, 80, 96, 112, 128, 144>());
+    return status;
 }
 int self_test_unpack_e4m3(const uint32_t* in, uint32_t* out) {
     return launch(unpacked, LaunchConfig{.grid = 1, .block = 64}, in, reinterpret_cast<uint2*>(out));
