@@ -69,6 +69,11 @@ __attribute__((visibility("default"))) int emulator_clusters() {
     return machine().last_clusters();
 }
 
+// Launches of several blocks a cluster so far.
+__attribute__((visibility("default"))) int emulator_cluster_launches() {
+    return machine().cluster_launches();
+}
+
 // Whether AddressSanitizer watches; then a bad address ends the process.
 __attribute__((visibility("default"))) int emulator_sanitized() {
 #if defined(__SANITIZE_ADDRESS__)

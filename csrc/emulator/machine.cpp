@@ -487,6 +487,7 @@ cudaError_t Machine::submit(std::unique_ptr<Grid> grid) {
     }
     grid->clusters = static_cast<uint64_t>(grid->grid.x) * grid->grid.y * grid->grid.z / cluster;
     last_clusters_ = static_cast<int>(grid->clusters);
+    cluster_launches_ += cluster > 1;
     queue_.push_back(std::move(grid));
     return deferred_ ? cudaSuccess : synchronize();
 }

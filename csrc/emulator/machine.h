@@ -217,8 +217,9 @@ class Machine {
     void defer(bool on) { deferred_ = on; }
     void set_multiprocessors(int count) { multiprocessors_ = count; }
     int multiprocessors() const { return multiprocessors_; }
-    int last_clusters() const { return last_clusters_; }  // of the latest launch
-    uint64_t resident_blocks(const Grid& grid) const;     // that the device holds at once; 0: does not fit
+    int last_clusters() const { return last_clusters_; }        // of the latest launch
+    int cluster_launches() const { return cluster_launches_; }  // of several blocks a cluster, since the start
+    uint64_t resident_blocks(const Grid& grid) const;           // that the device holds at once; 0: does not fit
     const std::string& report() const { return report_; }
     void set_report(const std::string& text) { report_ = text; }
 
@@ -278,7 +279,7 @@ class Machine {
     uint64_t seed_ = 0;
     Policy policy_;
     bool deferred_ = false;
-    int multiprocessors_ = 4, last_clusters_ = 0;
+    int multiprocessors_ = 4, last_clusters_ = 0, cluster_launches_ = 0;
     std::string report_;
     bool failed_ = false;
 

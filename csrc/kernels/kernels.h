@@ -461,6 +461,7 @@ struct MoeExperts {
     const float* gate_up_scale = nullptr;  // [experts, 2 width / 128, hidden / 128]
     const float* down_scale = nullptr;     // [experts, hidden / 128, width / 128]
     Groups groups = {};                    // moe_experts_prefill_fp8: x, where somebody has written its groups
+    int model_experts = 0;                 // of a model that has more experts than these: how many
 };
 bool moe_experts_decode_supported(const MoeExperts& arguments);
 size_t moe_experts_decode_workspace(const MoeExperts& arguments);

@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.kernels.launches import emulator, queued, torch_served
 from tests.kernels.test_linear_fp8 import by_hand, draw_weight
 from tests.kernels.test_linear_fp8_kernel import by_groups
-from tests.kernels.test_moe_experts_kernel import DECODE_TOKENS, random_choice, routed
+from tests.kernels.test_moe_experts_kernel import DECODE_TOKENS, launches_in_clusters, random_choice, routed
 from tests.ops import reference
 from tests.ops.backends import Backend, relative_error, same_bits
 from tests.ops.reference import exact
@@ -99,6 +99,20 @@ def test_ragged_groups_in_clusters(scheduled, counts, width):
     chosen = chosen[torch.randperm(len(chosen))][:, None].to(scheduled.device)
     assert len(chosen) > BLOCK_CHOICES * len(counts)
     assert_close(scheduled, inputs(scheduled, chosen, len(counts), 128, width))
+
+
+def test_a_share_of_the_experts_works_alone_where_all_of_them_would(backend):
+    """292 choices of four experts are 73 of each, but they would be 146 of each of the two at hand."""
+    if backend.emulated is None:
+        pytest.skip("a card does not count launches")
+    chosen = random_choice(backend, 146, 4, 2)
+    *routing, offsets, gate_up, down, _, gate_up_scale, down_scale = inputs(backend, chosen, 4, 128, 128)
+    shares = [part[1:3].clone() for part in (gate_up, down, gate_up_scale, down_scale)]
+    held = (*routing, offsets[1:4], *shares[:2], 1, *shares[2:])
+    product = backend.op("moe_experts")
+    assert launches_in_clusters(lambda: product(*held, 4)) == 0
+    assert launches_in_clusters(lambda: product(*held)) == 2
+    assert same_bits(product(*held, 4), product(*held))
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(128, 128), (384, 640), (640, 256)])

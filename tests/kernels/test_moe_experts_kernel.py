@@ -1,5 +1,7 @@
 """Claims about the expert product's kernels: entries, tiles and tails, both paths, every share of the work."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -69,6 +71,25 @@ def test_one_expert_in_clusters(backend, tokens):
     """One to three tiles of three to five groups of 64, whose last holds one choice or many."""
     chosen = torch.zeros(tokens, 1, dtype=torch.int64, device=backend.device)
     assert error(backend, inputs(backend, chosen, 1, 64, 1024)) < TOLERANCE
+
+
+def launches_in_clusters(call: Callable[[], object]) -> int:
+    before = emulator().emulator_cluster_launches()
+    call()
+    return emulator().emulator_cluster_launches() - before
+
+
+def test_a_share_of_the_experts_works_alone_where_all_of_them_would(backend):
+    """388 choices of four experts are 97 of each, but they would be 194 of each of the two at hand."""
+    if backend.emulated is None:
+        pytest.skip("a card does not count launches")
+    chosen = random_choice(backend, 194, 4, 2)
+    x, weights, experts, order, offsets, gate_up, down = inputs(backend, chosen, 4, 64, 64)
+    held = (x, weights, experts, order, offsets[1:4], gate_up[1:3].clone(), down[1:3].clone(), 1, None, None)
+    product = backend.op("moe_experts")
+    assert launches_in_clusters(lambda: product(*held, 4)) == 0
+    assert launches_in_clusters(lambda: product(*held)) == 2
+    assert same_bits(product(*held, 4), product(*held))
 
 
 @pytest.mark.parametrize("width", [64, 1024])

@@ -65,6 +65,7 @@ def moe_experts(
     first_expert: int = 0,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    model_experts: int = 0,
 ) -> Tensor:
     """Run each token through its experts and sum their outputs: `sum_k w_k down_k(silu(gate_k x) * up_k x)`.
 
@@ -73,6 +74,7 @@ def moe_experts(
     rank, in fp32. Returns [N, H] of x's dtype.
     Of a model with more experts, gate_up and down may hold those from `first_expert` on, with offsets
     [first_expert : first_expert + E + 1]: choices of the others add nothing, and nothing of them is read.
+    model_experts is then how many it has, by which a card guesses how many choices an expert has.
     e4m3 experts have scales (fp8.py): gate_up_scale: [E, 2 ceil(I / 128), ceil(H / 128)] fp32, the gate half's blocks
     first, so that either half begins with a block; down_scale: [E, ceil(H / 128), ceil(I / 128)] fp32. As with
     `linear`, products of few tokens are those of the weights they stand for.

@@ -58,7 +58,7 @@ def moe_block(
     wanted = moe_block_scratch(experts, top_k, x.shape[1])
     if len(scratch) < wanted:
         raise ValueError(f"scratch has {len(scratch)} elements; {experts} experts, top {top_k} want {wanted}")
-    shared, held = 2 * shared_down.shape[1], len(gate_up)
+    shared = 2 * shared_down.shape[1]
     projected, normed, total = add_rms_norm_linear(x, residual, norm_weight, eps, in_proj, in_scale)
     if router is not None:
         projected = torch.cat([projected[:, :shared], linear(normed, router)], dim=1)
@@ -69,8 +69,9 @@ def moe_block(
         y = all_experts(normed, y, logits, top_k, context_lens, gate_up, down, first_expert)
     else:
         weights, chosen, order, offsets = moe_route(logits, top_k, context_lens)
-        offsets = offsets[first_expert : first_expert + held + 1]
-        y = moe_experts(normed, weights, chosen, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale)
+        offsets = offsets[first_expert : first_expert + len(gate_up) + 1]
+        held = (gate_up, down, first_expert, gate_up_scale, down_scale, experts)
+        y = moe_experts(normed, weights, chosen, order, offsets, *held)
         add_gated_silu_mul_linear(y, projected[:, :shared], shared_down, gate, shared_scale)
     scratch[1:448].zero_()  # the kernel counts from here, and finds the half of it clear that the number of calls names
     scratch[:1].add_(1)

@@ -18,11 +18,11 @@ Tensor new_workspace(const Tensor& like, size_t bytes) {
 std::optional<Tensor> experts_of(const Tensor& x, const Groups& groups, const Tensor& weights, const Tensor& experts,
                                  const Tensor& order, const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
                                  int64_t first_expert, const std::optional<Tensor>& gate_up_scale,
-                                 const std::optional<Tensor>& down_scale) {
+                                 const std::optional<Tensor>& down_scale, int64_t model_experts) {
     bool fits = gate_up_scale.has_value() == down_scale.has_value() && has_kernels(x) && x.dim() == 2 &&
                 weights.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && x.size(0) > 0 && x.stride(1) == 1 &&
                 is_int32(experts) && is_int32(order) && is_int32(offsets) && first_expert >= 0 &&
-                first_expert <= kMaxIndex;
+                first_expert <= kMaxIndex && model_experts >= 0 && model_experts <= kMaxIndex;
     const bool scaled = gate_up_scale && down_scale;
     for (const Tensor* values : {&x, &weights}) fits = fits && is_bf16(*values);
     for (const Tensor* values : {&gate_up, &down}) fits = fits && (scaled ? is_e4m3(*values) : is_bf16(*values));
@@ -63,7 +63,8 @@ std::optional<Tensor> experts_of(const Tensor& x, const Groups& groups, const Te
                          .first_expert = static_cast<int>(first_expert),
                          .gate_up_scale = scaled ? data<float>(*gate_up_scale) : nullptr,
                          .down_scale = scaled ? data<float>(*down_scale) : nullptr,
-                         .groups = groups};
+                         .groups = groups,
+                         .model_experts = static_cast<int>(model_experts)};
     const bool few = moe_experts_decode_supported(arguments);
     const bool many = scaled ? moe_experts_prefill_fp8_supported(arguments) : moe_experts_prefill_supported(arguments);
     if (!few && !many) return std::nullopt;
@@ -83,8 +84,9 @@ std::optional<Tensor> experts_of(const Tensor& x, const Groups& groups, const Te
 std::optional<Tensor> moe_experts(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& order,
                                   const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
                                   int64_t first_expert, const std::optional<Tensor>& gate_up_scale,
-                                  const std::optional<Tensor>& down_scale) {
-    return experts_of(x, {}, weights, experts, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale);
+                                  const std::optional<Tensor>& down_scale, int64_t model_experts) {
+    return experts_of(x, {}, weights, experts, order, offsets, gate_up, down, first_expert, gate_up_scale, down_scale,
+                      model_experts);
 }
 
 // An operator through torch's dispatcher, whoever serves it.
@@ -125,7 +127,7 @@ std::optional<std::tuple<Tensor, Tensor>> moe_block_of_groups(
         "tokenspeed::moe_route", torch::stable::narrow(logits, 1, 0, experts), top_k, context_lens);
     offsets = torch::stable::narrow(offsets, 0, first_expert, down.size(0) + 1);
     const auto y = experts_of(norm->normed, groups_from(norm->groups), weights, chosen, order, offsets, gate_up, down,
-                              first_expert, gate_up_scale, down_scale);
+                              first_expert, gate_up_scale, down_scale, experts);
     const Tensor gate = torch::stable::narrow(logits, 1, experts, 1);
     if (!y || !add_gated_silu_mul_linear_of_groups(*y, shared, shared_down, gate, shared_scale)) return std::nullopt;
     for (const Tensor& passed : {norm->normed, shared, logits, weights, chosen, order, offsets}) launch.keep(passed);

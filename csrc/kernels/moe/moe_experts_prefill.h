@@ -90,9 +90,10 @@ cudaError_t products_alone(const Prefill& a, int blocks, cudaStream_t stream);
 cudaError_t products_in_clusters(const Prefill& a, int clusters, cudaStream_t stream);
 
 // Whether an expert has on average more than so many choices. Of a model split over ranks by experts, choices that are
-// elsewhere count too: the host does not know `offsets`.
+// elsewhere count, and so do their experts: the host does not know `offsets`.
 inline bool has_more_choices(const MoeExperts& p, int choices) {
-    return int64_t{p.tokens} * p.top_k > int64_t{p.experts} * choices;
+    const int64_t experts = p.model_experts > p.experts ? p.model_experts : p.experts;
+    return int64_t{p.tokens} * p.top_k > experts * choices;
 }
 
 // The first launch: the counters of tiles, for so many blocks or clusters that claim them.

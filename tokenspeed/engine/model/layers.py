@@ -331,7 +331,8 @@ class MoE(Stage):
         (shared, logits, shared_gate), x, residual = self.in_proj(x)
         weights, experts, order, offsets = ops.moe_route(logits, self.top_k, contexts)
         held = (order, offsets[self.bounds], self.gate_up.data, self.down.data, self.first_expert)
-        y = ops.moe_experts(x, weights, experts, *held, self.gate_up.scale, self.down.scale)
+        scales = (self.gate_up.scale, self.down.scale)
+        y = ops.moe_experts(x, weights, experts, *held, *scales, self.experts.count)
         down, scale = self.shared_down
         ops.add_gated_silu_mul_linear(y, shared, down, shared_gate, scale)
         return y, residual
