@@ -71,6 +71,12 @@ __device__ __forceinline__ void clear_padding(const PagedAttentionPrefill& p) {
     }
 }
 
+// Of a thread; together what the block starts with.
+template <typename Kv>
+constexpr int kConsumerRegisters = Format<Kv>::kConverted ? 232 : 224;
+template <typename Kv>
+constexpr int kHelperRegisters = Format<Kv>::kConverted ? 40 : 56;
+
 template <typename Kv>
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ PagedAttentionPrefill p) {
@@ -89,6 +95,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                 ptx::mbarrier_init(&storage.raw_full[stage], 1);
                 ptx::mbarrier_init(&storage.raw_empty[stage], Shared::kFillers);
             }
+        } else {
+            ptx::mbarrier_init(&storage.query_full, kHelpers / 32);
+            ptx::mbarrier_init(&storage.query_empty, kConsumers / 32);
+            ptx::mbarrier_init(&storage.keys_read, kConsumers / 32);
         }
         ptx::fence_mbarrier_init();
     }
@@ -100,21 +110,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (warp >= kConsumers / 32) {
-        ptx::register_decrease<40>();
+        ptx::register_decrease<kHelperRegisters<Kv>>();
         if (warp > kConsumers / 32) {
             clear_padding(p);
             if constexpr (Format<Kv>::kConverted) {
                 Converter converter(storage);
                 each_tile(p, storage.list, [&](const Tile& tile) { converter.run(tile); });
+            } else {
+                QueryLoader loader(storage, p);
+                each_tile(p, storage.list, [&](const Tile& tile) { loader.run(tile); });
+                loader.finish();
             }
             return;
         }
         Producer<Kv> producer(storage, &map, p);
         each_tile(p, storage.list, [&](const Tile& tile) { producer.run(tile); });
     } else {
-        ptx::register_increase<232>();
+        ptx::register_increase<kConsumerRegisters<Kv>>();
         Consumer<Kv> consumer(storage, p);
-        each_tile(p, storage.list, [&](const Tile& tile) { consumer.run(tile); });
+        if constexpr (Format<Kv>::kConverted) {
+            each_tile(p, storage.list, [&](const Tile& tile) { consumer.run(&tile); });
+        } else {
+            while (consumer.next_tile()) consumer.run();
+        }
     }
 }
 

@@ -12,8 +12,8 @@ constexpr int kGroupRows = 64;  // of a consumer warpgroup
 constexpr int kConsumerGroups = 2;
 static_assert(kRows == kGroupRows * kConsumerGroups);
 constexpr int kConsumers = kConsumerGroups * 128;
-constexpr int kConverters = 96;  // threads, behind the producer warp
-constexpr int kThreads = kConsumers + 32 + kConverters;
+constexpr int kHelpers = 96;  // threads, behind the producer warp
+constexpr int kThreads = kConsumers + 32 + kHelpers;
 constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
 
 template <typename Kv>
@@ -24,14 +24,17 @@ struct Storage {
     alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
     alignas(1024) uint8_t ring[kStages][kQueryBytes];
     uint64_t full[kStages], empty[kStages];
+    uint64_t query_full, query_empty;
+    uint64_t keys_read;  // the last of a tile, by both groups
     List list;
+    Tile tile[2];  // by turns, whose queries are there; no rows: there are no more
 };
 
 // Boxes of e4m3 arrive in a ring of their own, and the producer's neighbours turn them into what products read.
 template <>
 struct Storage<E4m3> {
     static constexpr int kStages = 4, kRawStages = 2;
-    static constexpr int kFillers = kConverters / 32;
+    static constexpr int kFillers = kHelpers / 32;
 
     alignas(1024) uint8_t query[kConsumerGroups][kQueryBytes];
     alignas(1024) uint8_t ring[kStages][kQueryBytes];
@@ -105,6 +108,51 @@ class Producer {
     Cursor at_;
 };
 
+// Tiles and their queries, a tile ahead of the consumers: the queries of the next come as soon as the last keys have been
+// multiplied, beside the last softmax, values and store. By the warps behind the producer, where pages are in bf16.
+class QueryLoader {
+    using Shared = Storage<__nv_bfloat16>;
+
+  public:
+    __device__ __forceinline__ QueryLoader(Shared& storage, const PagedAttentionPrefill& p) : storage_(storage), p_(p) {}
+
+    __device__ __forceinline__ void run(const Tile& tile) {
+        ptx::mbarrier_wait(&storage_.query_empty, phase_ ^ 1);
+        constexpr int kChunks = kDim / 8;
+#pragma unroll 4
+        for (int at = threadIdx.x - kConsumers - 32; at < kRows * kChunks; at += kHelpers) {
+            const int row = at / kChunks, chunk = at % kChunks;  // a warp has one row
+            const auto [token, head] = place_of_row(p_, min(tile.first_row + row, tile.rows - 1));
+            ptx::cp_async<16>(storage_.query[0] + (row / kGroupRows * (kDim / 64) + chunk / 8) * kGroupBytes +
+                                  (row % kGroupRows * 8 + (chunk % 8 ^ (row & 7))) * 16,
+                              p_.q + (tile.first_token + token) * p_.q_stride +
+                                  (tile.head * p_.group + head) * kDim + chunk * 8,
+                              tile.first_row + row < tile.rows ? 16 : 0);
+        }
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+        publish(tile);
+    }
+
+    __device__ __forceinline__ void finish() {
+        ptx::mbarrier_wait(&storage_.query_empty, phase_ ^ 1);
+        publish({});
+    }
+
+  private:
+    __device__ __forceinline__ void publish(const Tile& tile) {
+        if (threadIdx.x == kConsumers + 32) storage_.tile[phase_] = tile;
+        ptx::fence_async_shared();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&storage_.query_full);
+        phase_ ^= 1;
+    }
+
+    Shared& storage_;
+    const PagedAttentionPrefill& p_;
+    uint32_t phase_ = 0;
+};
+
 // Boxes of e4m3 become boxes of fp16, in the order in which they arrive.
 class Converter {
     using Shared = Storage<E4m3>;
@@ -135,7 +183,7 @@ class Converter {
     __device__ __forceinline__ static void convert(const uint8_t* raw, uint8_t* box) {
         constexpr int kPieces = Format<E4m3>::kBoxBytes / 16;
 #pragma unroll 2
-        for (int at = threadIdx.x - kConsumers - 32; at < kPieces; at += kConverters) {
+        for (int at = threadIdx.x - kConsumers - 32; at < kPieces; at += kHelpers) {
             const int row = (at / 8 % 4 ^ at / 4 % 2 * 5) + at / 64 % 8 * 8;
             const int piece = at % 4 + at / 32 % 2 * 4, group = at / 512;
             const uint4 values =

@@ -23,17 +23,28 @@ class Consumer {
     __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionPrefill& p)
         : storage_(storage), p_(p), group_(ptx::warp_id() / 4), warp_(ptx::warp_id() % 4), lane_(threadIdx.x % 32) {}
 
-    __device__ __forceinline__ void run(const Tile& tile) {
+    // Waits for the next tile's queries; false after the last tile.
+    __device__ __forceinline__ bool next_tile() {
+        tile_ = &storage_.tile[phase_];
+        ptx::mbarrier_wait(&storage_.query_full, phase_);
+        return tile_->rows > 0;
+    }
+
+    __device__ __forceinline__ void run(const Tile* tile) {
         tile_ = tile;
-        first_row_ = tile.first_row + group_ * kGroupRows;
-        if (first_row_ >= tile.rows) return hand_on();
-        masked_from_ = tile.context + place_of_row(p_, min(first_row_, tile.rows - 1)).token + 1;
+        run();
+    }
+
+    __device__ __forceinline__ void run() {
+        first_row_ = tile_->first_row + group_ * kGroupRows;
+        if (first_row_ >= tile_->rows) return hand_on();
+        masked_from_ = tile_->context + place_of_row(p_, first_row_).token + 1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             maximum_[half] = -INFINITY;
             sum_[half] = 0;
         }
-        load_query();
+        if constexpr (F::kConverted) load_query();
         float scores[kPage / 2], output[kDim / 2];
         uint32_t weights[kPage / 16][4];
         float rescale[2];
@@ -41,10 +52,11 @@ class Consumer {
         ptx::wgmma_fence(scores);
         multiply_keys(scores);
         ptx::wgmma_wait<0>(scores);
-        release_box();
-        softmax(scores, rescale, tile_.first_page);
+        release_keys(at_.slot, tile_->first_page);
+        at_.next(Shared::kStages);
+        softmax(scores, rescale, tile_->first_page);
         pack_weights(weights, scores);
-        for (int page = tile_.first_page + 1; page < tile_.last_page; ++page) {
+        for (int page = tile_->first_page + 1; page < tile_->last_page; ++page) {
             wait_for_box();
             const int keys = at_.slot;
             ptx::wgmma_fence(scores, output);
@@ -52,9 +64,9 @@ class Consumer {
             at_.next(Shared::kStages);
             wait_for_box();
             ptx::wgmma_fence(output);  // without this second one ptxas inserts it, and serialises (C7520)
-            multiply_values(output, weights, page > tile_.first_page + 1);
+            multiply_values(output, weights, page > tile_->first_page + 1);
             ptx::wgmma_wait<1>(scores);
-            release(keys);
+            release_keys(keys, page);
             softmax(scores, rescale, page);
             ptx::wgmma_wait<0>(output);
             release_box();
@@ -68,23 +80,41 @@ class Consumer {
         wait_for_box();
         silence_missing_values();
         ptx::wgmma_fence(output);
-        multiply_values(output, weights, tile_.last_page > tile_.first_page + 1);
+        multiply_values(output, weights, tile_->last_page > tile_->first_page + 1);
         uint2 gates[kGateRows];
-        if (tile_.part < 0 && p_.gate_vectors) load_rows_of_gates(gates, 0, lane_ * 4);
+        constexpr int kLanes = kStagedColumns / 4;
+        if (tile_->part < 0 && p_.gate_vectors) load_rows_of_gates(gates, lane_ / kLanes, lane_ % kLanes * 4);
         ptx::wgmma_wait<0>(output);
         release_box();
-        if (tile_.part < 0) {
+        if (tile_->part < 0) {
             store(output, gates);
         } else {
             leave_part(output);
         }
+        if constexpr (!F::kConverted) {
+            phase_ ^= 1;
+            ptx::fence_async_shared();
+            __syncwarp();
+            release(last_keys_);
+        }
     }
 
   private:
+    static constexpr int kStagedColumns = F::kConverted ? 128 : 64;  // of the output, at a time
+
+
     // None of the group's rows exists: the boxes are the other group's.
     __device__ __forceinline__ void hand_on() {
+        if constexpr (!F::kConverted) {
+            __syncwarp();  // all lanes have read the tile
+            if (threadIdx.x % 32 == 0) {
+                ptx::mbarrier_arrive(&storage_.query_empty);
+                ptx::mbarrier_arrive(&storage_.keys_read);
+            }
+            phase_ ^= 1;
+        }
 #pragma unroll 1
-        for (int left = 2 * (tile_.last_page - tile_.first_page); left > 0; --left) {
+        for (int left = 2 * (tile_->last_page - tile_->first_page); left > 0; --left) {
             wait_for_box();
             if (left == 1) silence_missing_values();
             release_box();
@@ -101,10 +131,10 @@ class Consumer {
             const int at = i * 128 + static_cast<int>(threadIdx.x % 128), row = at / kChunks, chunk = at % kChunks;
             const int of_sequence = first_row_ + row;
             uint4 values{};
-            if (of_sequence < tile_.rows) {
+            if (of_sequence < tile_->rows) {
                 const auto [token, head] = place_of_row(p_, of_sequence);
-                values = ptx::load_16_no_allocate(p_.q + (tile_.first_token + token) * p_.q_stride +
-                                                  (tile_.head * p_.group + head) * kDim + chunk * 8);
+                values = ptx::load_16_no_allocate(p_.q + (tile_->first_token + token) * p_.q_stride +
+                                                  (tile_->head * p_.group + head) * kDim + chunk * 8);
             }
             if constexpr (F::kConverted) {
                 float divisor;
@@ -135,6 +165,18 @@ class Consumer {
     __device__ __forceinline__ void release_box() {
         release(at_.slot);
         at_.next(Shared::kStages);
+    }
+
+    // The box of the last keys stays: the output goes through it.
+    __device__ __forceinline__ void release_keys(int stage, int page) {
+        if (F::kConverted || page + 1 < tile_->last_page) return release(stage);
+        last_keys_ = stage;
+        if constexpr (!F::kConverted) {
+            if (threadIdx.x % 32 == 0) {
+                ptx::mbarrier_arrive(&storage_.query_empty);
+                ptx::mbarrier_arrive(&storage_.keys_read);
+            }
+        }
     }
 
     // scores = Q K^T, started and committed.
@@ -170,8 +212,8 @@ class Consumer {
             int invisible[2];  // the first column that a row does not see
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = min(first_row_ + warp_ * 16 + lane_ / 4 + half * 8, tile_.rows - 1);
-                invisible[half] = tile_.context + place_of_row(p_, row).token + 1 - page * kPage;
+                const int row = min(first_row_ + warp_ * 16 + lane_ / 4 + half * 8, tile_->rows - 1);
+                invisible[half] = tile_->context + place_of_row(p_, row).token + 1 - page * kPage;
             }
 #pragma unroll
             for (int i = 0; i < kPage / 2; ++i) {
@@ -212,8 +254,8 @@ class Consumer {
 
     // The rows of the last page beyond the sequence may hold NaN, which a weight of zero would not silence.
     __device__ __forceinline__ void silence_missing_values() {
-        const int end = tile_.context + place_of_row(p_, tile_.rows).token;
-        const int first = end - (tile_.last_page - 1) * kPage;
+        const int end = tile_->context + place_of_row(p_, tile_->rows).token;
+        const int first = end - (tile_->last_page - 1) * kPage;
         if (first >= kPage) return;
 #pragma unroll 1
         for (int i = threadIdx.x; i < (kPage - first) * (kDim / 8); i += kConsumers) {
@@ -239,12 +281,14 @@ class Consumer {
 
         __device__ __forceinline__ bool exists() const { return left_ >= 0; }
 
-        __device__ __forceinline__ void next() {
-            if (--left_ < 0) return;
-            gate += p_.gate_head_stride;
-            out += kDim;
-            if (++head_ == p_.group) {
-                head_ = 0;
+        __device__ __forceinline__ void next(int step) {
+            left_ -= step;
+            if (left_ < 0) return;
+            gate += step * p_.gate_head_stride;
+            out += step * kDim;
+            head_ += step;
+            while (head_ >= p_.group) {
+                head_ -= p_.group;
                 gate += p_.gate_token_stride - p_.group * p_.gate_head_stride;
                 out += (p_.q_heads - p_.group) * kDim;
             }
@@ -261,63 +305,67 @@ class Consumer {
     // The gates of some of the warp's rows, four columns a lane and as bits, or each would take a register. Only where
     // they may be read so.
     __device__ __forceinline__ void load_rows_of_gates(uint2 (&gates)[kGateRows], int first, int column) const {
-        Rows rows(p_, tile_, first_row_ + warp_ * kWarpRows + first);
+        Rows rows(p_, *tile_, first_row_ + warp_ * kWarpRows + first);
 #pragma unroll
-        for (int row = 0; row < kGateRows; ++row, rows.next()) {
+        for (int row = 0; row < kGateRows; ++row, rows.next(128 / kStagedColumns)) {
             gates[row] = *reinterpret_cast<const uint2*>(rows.gate + column);
         }
     }
 
-    // Through shared memory, where the queries lay, half the columns at a time: a warp then stores 256 bytes of a row.
+    // Through shared memory, where the last keys lay or, for pages in e4m3, the queries, so many columns at a time: a
+    // warp then stores whole lines of a row.
     // gates: of the first rows, if p.gate_vectors; those of the next are under way while some are stored.
     __device__ __forceinline__ void store(const float (&output)[kDim / 2], uint2 (&gates)[kGateRows]) {
-        constexpr int kHalf = kDim / 2;
+        constexpr int kSteps = kDim / kStagedColumns, kLanes = kStagedColumns / 4, kRowsAtOnce = 32 / kLanes;
+        constexpr int kChunks = kStagedColumns / 4;  // of a row, of 16 bytes
         // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the
         // products.
         const int lane = __shfl_sync(kAllLanes, lane_, lane_);
-        uint8_t* staging = storage_.query[group_] + warp_ * (kQueryBytes / 4);  // 16 rows of 512 bytes
+        uint8_t* staging = staging_of_group() + warp_ * (kWarpRows * kStagedColumns * 4);
         // A row's 16-byte chunks are permuted so that neither the writes nor the reads collide in a bank.
-        const auto place = [&](int row, int chunk) { return staging + (row * 32 + (chunk ^ (row & 3) * 2)) * 16; };
+        const auto place = [&](int row, int chunk) {
+            return staging + (row * kChunks + (chunk ^ (row & 3) * 2)) * 16;
+        };
         float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) inverse[half] = 1 / warp_sum<4>(sum_[half]);
-        barrier();  // nobody in the group reads queries any more
+        wait_for_staging();
 #pragma unroll
-        for (int columns = 0; columns < 2; ++columns) {
+        for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-            for (int n = 0; n < kHalf / 8; ++n) {
+            for (int n = 0; n < kStagedColumns / 8; ++n) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float* pair = output + (columns * (kHalf / 8) + n) * 4 + half * 2;
+                    const float* pair = output + (step * (kStagedColumns / 8) + n) * 4 + half * 2;
                     uint8_t* chunk = place(lane / 4 + half * 8, n * 2 + lane % 4 / 2);
                     reinterpret_cast<float2*>(chunk)[lane % 2] =
                         make_float2(pair[0] * inverse[half], pair[1] * inverse[half]);
                 }
             }
             __syncwarp();
-            const int column = columns * kHalf + lane * 4;
-            Rows rows(p_, tile_, first_row_ + warp_ * kWarpRows);
+            const int column = step * kStagedColumns + lane % kLanes * 4, own = lane / kLanes;
+            Rows rows(p_, *tile_, first_row_ + warp_ * kWarpRows + own);
             const auto store_row = [&](int row, const float4& of_row) {
-                store_gated(rows.out + column, *reinterpret_cast<const float4*>(place(row, lane)), of_row);
+                store_gated(rows.out + column, *reinterpret_cast<const float4*>(place(row, lane % kLanes)), of_row);
             };
             if (p_.gate_vectors) {
 #pragma unroll
-                for (int first = 0; first < kWarpRows; first += kGateRows) {
+                for (int first = 0; first < kWarpRows; first += kGateRows * kRowsAtOnce) {
                     uint2 next[kGateRows];
-                    if (first + kGateRows < kWarpRows) {
-                        load_rows_of_gates(next, first + kGateRows, column);
-                    } else if (columns == 0) {
-                        load_rows_of_gates(next, 0, column + kHalf);
+                    if (first + kGateRows * kRowsAtOnce < kWarpRows) {
+                        load_rows_of_gates(next, own + first + kGateRows * kRowsAtOnce, column);
+                    } else if (step + 1 < kSteps) {
+                        load_rows_of_gates(next, own, column + kStagedColumns);
                     }
 #pragma unroll
-                    for (int row = 0; row < kGateRows; ++row, rows.next()) {
-                        if (rows.exists()) store_row(first + row, unpack_gates(gates[row]));
+                    for (int row = 0; row < kGateRows; ++row, rows.next(kRowsAtOnce)) {
+                        if (rows.exists()) store_row(first + own + row * kRowsAtOnce, unpack_gates(gates[row]));
                         gates[row] = next[row];
                     }
                 }
             } else {
 #pragma unroll 1
-                for (int row = 0; row < kWarpRows && rows.exists(); ++row, rows.next()) {
+                for (int row = own; row < kWarpRows && rows.exists(); row += kRowsAtOnce, rows.next(kRowsAtOnce)) {
                     const __nv_bfloat16* gate = rows.gate + column * p_.gate_stride;
                     store_row(row, make_float4(__bfloat162float(gate[0]), __bfloat162float(gate[p_.gate_stride]),
                                                __bfloat162float(gate[2 * p_.gate_stride]),
@@ -326,7 +374,20 @@ class Consumer {
             }
             __syncwarp();
         }
-        barrier();  // the next queries may come
+        if constexpr (F::kConverted) barrier();  // the next queries may come
+    }
+
+    __device__ __forceinline__ uint8_t* staging_of_group() const {
+        if constexpr (F::kConverted) return storage_.query[group_];
+        return storage_.ring[last_keys_] + group_ * (kQueryBytes / 2);
+    }
+
+    __device__ __forceinline__ void wait_for_staging() const {
+        if constexpr (F::kConverted) {
+            barrier();  // nobody in the group reads queries any more
+        } else {
+            ptx::mbarrier_wait(&storage_.keys_read, phase_);
+        }
     }
 
     // What a range of the pages adds, as it is, for the merge.
@@ -336,8 +397,8 @@ class Consumer {
         for (int half = 0; half < 2; ++half) {
             const float sum = warp_sum<4>(sum_[half]);
             const int row = group_ * kGroupRows + warp_ * kWarpRows + lane / 4 + half * 8;
-            if (tile_.first_row + row >= tile_.rows) continue;
-            const int64_t at = static_cast<int64_t>(tile_.part) * kRows + row;
+            if (tile_->first_row + row >= tile_->rows) continue;
+            const int64_t at = static_cast<int64_t>(tile_->part) * kRows + row;
             float* part = p_.parts + at * kDim + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < kDim / 8; ++n) {
@@ -346,17 +407,19 @@ class Consumer {
             }
             if (lane % 4 == 0) p_.part_sums[at] = make_float2(maximum_[half] * score_scale(half), sum);
         }
-        barrier();  // nobody in the group reads queries any more: the next ones may come
+        if constexpr (F::kConverted) barrier();  // nobody in the group reads queries any more: the next ones may come
     }
 
     Shared& storage_;
     const PagedAttentionPrefill& p_;
     const int group_, warp_, lane_;
-    Tile tile_;
+    const Tile* tile_ = nullptr;
     int first_row_;              // of the group, in the sequence
     int masked_from_;            // tokens that all rows of the group see
     float maximum_[2], sum_[2];  // sum_: over the lane's own columns
     Cursor at_;
+    int last_keys_ = 0;  // the box of the tile's last keys
+    uint32_t phase_ = 0;  // of the tile
 };
 
 }  // namespace tokenspeed::attention_prefill
