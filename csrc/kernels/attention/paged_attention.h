@@ -165,10 +165,23 @@ __device__ __forceinline__ float4 unpack_gates(uint2 bits) {
                        __uint_as_float(bits.y << 16), __uint_as_float(bits.y & 0xffff0000u));
 }
 
+// Of two gates, with one reciprocal: the gates of a tile would keep the special-function units busy for as long as a page
+// and a half. Beyond -41 a gate counts as -41, or the product would be infinite.
+__device__ __forceinline__ float2 sigmoids(float first, float second) {
+    constexpr float kMost = 60;
+    const auto power = [](float gate) {
+        const float exponent = -kLog2E * gate;
+        return ptx::exp2_approximate(exponent > kMost ? kMost : exponent);  // unlike fminf, keeps NaN
+    };
+    const float a = 1 + power(first), b = 1 + power(second);
+    const float inverse = ptx::reciprocal_approximate(a * b);
+    return make_float2(inverse * b, inverse * a);
+}
+
 __device__ __forceinline__ void store_gated(__nv_bfloat16* out, const float4& values, const float4& gates) {
-    *reinterpret_cast<uint2*>(out) =
-        make_uint2(pack<__nv_bfloat16>(values.x * sigmoid(gates.x), values.y * sigmoid(gates.y)),
-                   pack<__nv_bfloat16>(values.z * sigmoid(gates.z), values.w * sigmoid(gates.w)));
+    const float2 low = sigmoids(gates.x, gates.y), high = sigmoids(gates.z, gates.w);
+    *reinterpret_cast<uint2*>(out) = make_uint2(pack<__nv_bfloat16>(values.x * low.x, values.y * low.y),
+                                                pack<__nv_bfloat16>(values.z * high.x, values.w * high.y));
 }
 
 __device__ __forceinline__ void store_quad(const PagedAttention& p, int64_t token, int head, int column,

@@ -8,8 +8,8 @@
 //
 // Tiles. Their list follows from the lengths on the device, the tiles that see most pages first, whatever sequence they
 // are of. A block a multiprocessor takes one tile in each round, forwards and backwards by turns, and runs through them
-// without a pause: the producer is ahead in the next tile while one consumer group stores the last and the other still
-// computes.
+// without a pause: the producer is ahead in the next tile, and its neighbours bring the next queries as soon as the last
+// keys have been multiplied, so that of a tile's end the groups have the store alone, through the box of those keys.
 //
 // Ranges. A short turn behind a long prefix has fewer tiles than the card has multiprocessors: 512 tokens of 16:2 heads
 // are 64. Then the pages of a tile are cut into ranges (flash-decoding, Dao et al. 2023), a part of each goes to the
@@ -24,13 +24,13 @@
 //
 // Roles. A producer warp (its warpgroup keeps 40 registers) fills a ring of five 32 KB boxes, one TMA instruction each,
 // in the order in which they are used: K0 K1 V0 K2 V1 ... Two consumer warpgroups (232 registers) own 64 rows each: O
-// takes 128 registers, S 32, P 16. The product with the next keys is under way while P V of the page before runs, and
-// the softmax of the next scores runs beside P V. Boxes lie in shared memory with the 128-byte swizzle that wgmma wants
+// takes 128 registers, S 32, P 16, a quarter of Q 16. The product with the next keys is under way while P V of the page
+// before runs, the softmax of the next scores runs beside P V, and the groups start their products by turns. Boxes lie in shared memory with the 128-byte swizzle that wgmma wants
 // and plain bulk copies cannot make, hence the tensor map. Pages beyond the diagonal are not read; a page on it is
 // masked; the first page of a sequence is always visible, but a later range may hold nothing that a row sees.
 //
-// Shared memory: a warpgroup reads 16 x 4 KB for S and 4 x 8 KB for P V a page = 768 of its 1,024 matrix cycles at 128
-// bytes a cycle; with the copies in, shared memory is as busy as the matrix unit.
+// Shared memory: a warpgroup reads 16 x 4 KB for S, less 4 x 2 for the queries in registers, and 4 x 8 KB for P V a page
+// = 704 of its 1,024 matrix cycles at 128 bytes a cycle; with the copies in, shared memory is busy 94% of that time.
 //
 // Pages in e4m3: TMA brings boxes of 16 KB to a ring of their own, and the producer's three idle neighbours turn them
 // into boxes of fp16 (22 pieces of 16 numbers a thread and page, while the page takes 2,900 cycles to multiply), of
@@ -71,12 +71,6 @@ __device__ __forceinline__ void clear_padding(const PagedAttentionPrefill& p) {
     }
 }
 
-// Of a thread; together what the block starts with.
-template <typename Kv>
-constexpr int kConsumerRegisters = Format<Kv>::kConverted ? 232 : 224;
-template <typename Kv>
-constexpr int kHelperRegisters = Format<Kv>::kConverted ? 40 : 56;
-
 template <typename Kv>
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ PagedAttentionPrefill p) {
@@ -110,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (warp >= kConsumers / 32) {
-        ptx::register_decrease<kHelperRegisters<Kv>>();
+        ptx::register_decrease<40>();
         if (warp > kConsumers / 32) {
             clear_padding(p);
             if constexpr (Format<Kv>::kConverted) {
@@ -126,11 +120,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         Producer<Kv> producer(storage, &map, p);
         each_tile(p, storage.list, [&](const Tile& tile) { producer.run(tile); });
     } else {
-        ptx::register_increase<kConsumerRegisters<Kv>>();
+        ptx::register_increase<232>();
         Consumer<Kv> consumer(storage, p);
         if constexpr (Format<Kv>::kConverted) {
-            each_tile(p, storage.list, [&](const Tile& tile) { consumer.run(&tile); });
+            each_tile(p, storage.list, [&](const Tile& tile) { consumer.run(tile); });
         } else {
+            consumer.give_first_turn();
             while (consumer.next_tile()) consumer.run();
         }
     }

@@ -114,20 +114,21 @@ class QueryLoader {
     using Shared = Storage<__nv_bfloat16>;
 
   public:
-    __device__ __forceinline__ QueryLoader(Shared& storage, const PagedAttentionPrefill& p) : storage_(storage), p_(p) {}
+    __device__ __forceinline__ QueryLoader(Shared& storage, const PagedAttentionPrefill& p)
+        : storage_(storage), p_(p) {}
 
     __device__ __forceinline__ void run(const Tile& tile) {
         ptx::mbarrier_wait(&storage_.query_empty, phase_ ^ 1);
         constexpr int kChunks = kDim / 8;
-#pragma unroll 4
+#pragma unroll 2
         for (int at = threadIdx.x - kConsumers - 32; at < kRows * kChunks; at += kHelpers) {
             const int row = at / kChunks, chunk = at % kChunks;  // a warp has one row
             const auto [token, head] = place_of_row(p_, min(tile.first_row + row, tile.rows - 1));
-            ptx::cp_async<16>(storage_.query[0] + (row / kGroupRows * (kDim / 64) + chunk / 8) * kGroupBytes +
-                                  (row % kGroupRows * 8 + (chunk % 8 ^ (row & 7))) * 16,
-                              p_.q + (tile.first_token + token) * p_.q_stride +
-                                  (tile.head * p_.group + head) * kDim + chunk * 8,
-                              tile.first_row + row < tile.rows ? 16 : 0);
+            ptx::cp_async<16>(
+                storage_.query[0] + (row / kGroupRows * (kDim / 64) + chunk / 8) * kGroupBytes +
+                    (row % kGroupRows * 8 + (chunk % 8 ^ (row & 7))) * 16,
+                p_.q + (tile.first_token + token) * p_.q_stride + (tile.head * p_.group + head) * kDim + chunk * 8,
+                tile.first_row + row < tile.rows ? 16 : 0);
         }
         ptx::cp_async_commit();
         ptx::cp_async_wait<0>();

@@ -5,13 +5,15 @@
 #include <ptx_wgmma.h>
 #include <reduce.h>
 
+#include <algorithm>
+
 #include "paged_attention_prefill_boxes.h"
 
 namespace tokenspeed::attention_prefill {
 
 constexpr int kGateRows = 8;   // whose gates a warp loads at a time
 constexpr int kWarpRows = 16;  // of a warp
-constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3;
+constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3, kFirstTurnBarrier = 4;
 
 template <typename Kv>
 class Consumer {
@@ -23,124 +25,157 @@ class Consumer {
     __device__ __forceinline__ Consumer(Shared& storage, const PagedAttentionPrefill& p)
         : storage_(storage), p_(p), group_(ptx::warp_id() / 4), warp_(ptx::warp_id() % 4), lane_(threadIdx.x % 32) {}
 
-    // Waits for the next tile's queries; false after the last tile.
-    __device__ __forceinline__ bool next_tile() {
-        tile_ = &storage_.tile[phase_];
-        ptx::mbarrier_wait(&storage_.query_full, phase_);
-        return tile_->rows > 0;
+    // Before all tiles.
+    __device__ __forceinline__ void give_first_turn() const {
+        if (group_ == 1) give_turn();
     }
 
-    __device__ __forceinline__ void run(const Tile* tile) {
-        tile_ = tile;
+    // Waits for the next tile's queries; false after the last tile.
+    __device__ __forceinline__ bool next_tile() {
+        ptx::mbarrier_wait(&storage_.query_full, phase_);
+        return tile().rows > 0;
+    }
+
+    // Of pages in e4m3.
+    __device__ __forceinline__ void run(const Tile& tile) {
+        own_tile_ = tile;
         run();
     }
 
     __device__ __forceinline__ void run() {
-        first_row_ = tile_->first_row + group_ * kGroupRows;
-        if (first_row_ >= tile_->rows) return hand_on();
-        masked_from_ = tile_->context + place_of_row(p_, first_row_).token + 1;
+        first_row_ = tile().first_row + group_ * kGroupRows;
+        if (first_row_ >= tile().rows) return hand_on();
+        masked_from_ = (tile().context + place_of_row(p_, first_row_).token + 1) / kPage;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             maximum_[half] = -INFINITY;
             sum_[half] = 0;
         }
         if constexpr (F::kConverted) load_query();
+        Held held;
+        hold_queries(held);
         float scores[kPage / 2], output[kDim / 2];
         uint32_t weights[kPage / 16][4];
         float rescale[2];
         wait_for_box();
         ptx::wgmma_fence(scores);
-        multiply_keys(scores);
+        multiply_keys(scores, held);
         ptx::wgmma_wait<0>(scores);
-        release_keys(at_.slot, tile_->first_page);
+        release_keys(at_.slot, tile().first_page);
         at_.next(Shared::kStages);
-        softmax(scores, rescale, tile_->first_page);
+        softmax(scores, rescale, tile().first_page);
         pack_weights(weights, scores);
-        for (int page = tile_->first_page + 1; page < tile_->last_page; ++page) {
+        for (int page = tile().first_page + 1; page < tile().last_page; ++page) {
             wait_for_box();
             const int keys = at_.slot;
+            take_turn();
             ptx::wgmma_fence(scores, output);
-            multiply_keys(scores);
+            multiply_keys(scores, held);
             at_.next(Shared::kStages);
             wait_for_box();
             ptx::wgmma_fence(output);  // without this second one ptxas inserts it, and serialises (C7520)
-            multiply_values(output, weights, page > tile_->first_page + 1);
+            multiply_values(output, weights, page > tile().first_page + 1);
+            give_turn();
             ptx::wgmma_wait<1>(scores);
             release_keys(keys, page);
             softmax(scores, rescale, page);
-            ptx::wgmma_wait<0>(output);
-            release_box();
-            // From some page on the maxima hardly change.
+            // From some page on the maxima hardly change. The wait stands in both branches: ahead of them, ptxas would
+            // move it further, ahead of the softmax that is to run beside the product.
             if (__any_sync(kAllLanes, rescale[0] != 1 || rescale[1] != 1)) {
+                ptx::wgmma_wait<0>(output);
+                release_box();
 #pragma unroll
                 for (int i = 0; i < kDim / 2; ++i) output[i] *= rescale[i / 2 % 2];
+            } else {
+                ptx::wgmma_wait<0>(output);
+                release_box();
             }
             pack_weights(weights, scores);
         }
         wait_for_box();
         silence_missing_values();
         ptx::wgmma_fence(output);
-        multiply_values(output, weights, tile_->last_page > tile_->first_page + 1);
+        multiply_values(output, weights, tile().last_page > tile().first_page + 1);
         uint2 gates[kGateRows];
-        constexpr int kLanes = kStagedColumns / 4;
-        if (tile_->part < 0 && p_.gate_vectors) load_rows_of_gates(gates, lane_ / kLanes, lane_ % kLanes * 4);
+        if (tile().part < 0 && p_.gate_vectors) load_rows_of_gates(gates, staged_row(lane_), staged_column(lane_));
         ptx::wgmma_wait<0>(output);
         release_box();
-        if (tile_->part < 0) {
+        if (tile().part < 0) {
             store(output, gates);
         } else {
             leave_part(output);
         }
         if constexpr (!F::kConverted) {
-            phase_ ^= 1;
             ptx::fence_async_shared();
             __syncwarp();
             release(last_keys_);
         }
+        phase_ ^= 1;
     }
 
   private:
+    // Of the queries, 16 columns each, that stay in registers: wgmma then reads less shared memory for the scores.
+    static constexpr int kHeldSteps = F::kConverted ? 0 : 4;
+    using Held = uint32_t[std::max(kHeldSteps, 1)][4];
     static constexpr int kStagedColumns = F::kConverted ? 128 : 64;  // of the output, at a time
+    static constexpr int kRowsAtOnce = 128 / kStagedColumns;         // that a warp loads or stores, four columns a lane
 
+    // What a lane loads and stores of the staged columns. `lane` may be opaque.
+    __device__ __forceinline__ static int staged_row(int lane) {
+        return kRowsAtOnce == 1 ? 0 : lane / (kStagedColumns / 4);
+    }
+    __device__ __forceinline__ static int staged_column(int lane) {
+        return (kRowsAtOnce == 1 ? lane : lane % (kStagedColumns / 4)) * 4;
+    }
+
+    __device__ __forceinline__ const Tile& tile() const {
+        if constexpr (F::kConverted) return own_tile_;
+        return storage_.tile[phase_];
+    }
 
     // None of the group's rows exists: the boxes are the other group's.
     __device__ __forceinline__ void hand_on() {
-        if constexpr (!F::kConverted) {
-            __syncwarp();  // all lanes have read the tile
-            if (threadIdx.x % 32 == 0) {
-                ptx::mbarrier_arrive(&storage_.query_empty);
-                ptx::mbarrier_arrive(&storage_.keys_read);
-            }
-            phase_ ^= 1;
-        }
+        __syncwarp();  // all lanes know that the group has no rows
+        finish_keys();
 #pragma unroll 1
-        for (int left = 2 * (tile_->last_page - tile_->first_page); left > 0; --left) {
+        for (int left = 2 * (tile().last_page - tile().first_page); left > 0; --left) {
             wait_for_box();
+            if (left % 2 == 0 && left > 2) {  // a turn for each page behind the first
+                take_turn();
+                give_turn();
+            }
             if (left == 1) silence_missing_values();
             release_box();
         }
+        phase_ ^= 1;
     }
 
+    // The groups start the products of a page by turns: one multiplies while the other is at its softmax.
+    __device__ __forceinline__ void take_turn() const {
+        if constexpr (!F::kConverted) ptx::named_barrier_sync(kFirstTurnBarrier + group_, kConsumers);
+    }
+    __device__ __forceinline__ void give_turn() const {
+        if constexpr (!F::kConverted) ptx::named_barrier_arrive(kFirstTurnBarrier + (group_ ^ 1), kConsumers);
+    }
     __device__ __forceinline__ void barrier() const { ptx::named_barrier_sync(kFirstGroupBarrier + group_, 128); }
 
-    // The group's rows; missing ones become zero. All loads are under way at once, or, lest registers spill, four.
+    // Where pages are in e4m3: the group's rows, in fp16; missing ones become zero. Four loads are under way at a time,
+    // lest registers spill.
     __device__ __forceinline__ void load_query() {
-        constexpr int kChunks = kDim / 8, kSteps = kGroupRows * kChunks / 128, kUnroll = F::kConverted ? 4 : kSteps;
-#pragma unroll kUnroll
+        constexpr int kChunks = kDim / 8, kSteps = kGroupRows * kChunks / 128;
+#pragma unroll 4
         for (int i = 0; i < kSteps; ++i) {
             const int at = i * 128 + static_cast<int>(threadIdx.x % 128), row = at / kChunks, chunk = at % kChunks;
             const int of_sequence = first_row_ + row;
             uint4 values{};
-            if (of_sequence < tile_->rows) {
+            if (of_sequence < tile().rows) {
                 const auto [token, head] = place_of_row(p_, of_sequence);
-                values = ptx::load_16_no_allocate(p_.q + (tile_->first_token + token) * p_.q_stride +
-                                                  (tile_->head * p_.group + head) * kDim + chunk * 8);
+                values = ptx::load_16_no_allocate(p_.q + (tile().first_token + token) * p_.q_stride +
+                                                  (tile().head * p_.group + head) * kDim + chunk * 8);
             }
-            if constexpr (F::kConverted) {
-                float divisor;
-                values = row_to_half(values, divisor);  // a warp has one row
-                if (chunk == 0) storage_.scale[group_ * kGroupRows + row] = p_.log2_scale * divisor;
-            }
+            float divisor;
+            values = row_to_half(values, divisor);  // a warp has one row
+            if (chunk == 0) storage_.scale[group_ * kGroupRows + row] = p_.log2_scale * divisor;
             *reinterpret_cast<uint4*>(storage_.query[group_] + chunk / 8 * kGroupBytes +
                                       (row * 8 + (chunk % 8 ^ (row & 7))) * 16) = values;
         }
@@ -167,10 +202,14 @@ class Consumer {
         at_.next(Shared::kStages);
     }
 
-    // The box of the last keys stays: the output goes through it.
+    // After the last keys the next queries may come, and the output goes through their box, which stays.
     __device__ __forceinline__ void release_keys(int stage, int page) {
-        if (F::kConverted || page + 1 < tile_->last_page) return release(stage);
+        if (F::kConverted || page + 1 < tile().last_page) return release(stage);
         last_keys_ = stage;
+        finish_keys();
+    }
+
+    __device__ __forceinline__ void finish_keys() const {
         if constexpr (!F::kConverted) {
             if (threadIdx.x % 32 == 0) {
                 ptx::mbarrier_arrive(&storage_.query_empty);
@@ -179,14 +218,29 @@ class Consumer {
         }
     }
 
+    __device__ __forceinline__ void hold_queries(Held& held) const {
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);  // opaque, as in store
+        const int row = warp_ * kWarpRows + lane % 16;
+#pragma unroll
+        for (int k = 0; k < kHeldSteps; ++k) {
+            ptx::ldmatrix_x4(held[k], ptx::shared_address(storage_.query[group_] + k / 4 * kGroupBytes +
+                                                          (row * 8 + ((k % 4 * 2 + lane / 16) ^ (row & 7))) * 16));
+        }
+        if constexpr (kHeldSteps > 0) ptx::hold_registers(held);
+    }
+
     // scores = Q K^T, started and committed.
-    __device__ __forceinline__ void multiply_keys(float (&scores)[kPage / 2]) {
+    __device__ __forceinline__ void multiply_keys(float (&scores)[kPage / 2], const Held& held) {
         const uint64_t query =
             ptx::matrix_descriptor(ptx::shared_address(storage_.query[group_]), Swizzle::k128, 16, 1024);
         const uint64_t keys =
             ptx::matrix_descriptor(ptx::shared_address(storage_.ring[at_.slot]), Swizzle::k128, 16, 1024);
 #pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) {  // addresses in a descriptor count 16 bytes
+        for (int k = 0; k < kHeldSteps; ++k) {
+            ptx::wgmma<Operand, kPage>(scores, held[k], keys + (k / 4 * kGroupBytes + k % 4 * 32) / 16, k > 0);
+        }
+#pragma unroll
+        for (int k = kHeldSteps; k < kDim / 16; ++k) {  // addresses in a descriptor count 16 bytes
             ptx::wgmma<Operand, kPage>(scores, query + (k / 4 * kGroupBytes + k % 4 * 32) / 16,
                                        keys + (k / 4 * kGroupBytes + k % 4 * 32) / 16, k > 0);
         }
@@ -208,12 +262,12 @@ class Consumer {
 
     // Scores become weights; rescale says by how much what was summed before shrinks.
     __device__ __forceinline__ void softmax(float (&scores)[kPage / 2], float (&rescale)[2], int page) {
-        if ((page + 1) * kPage > masked_from_) {
+        if (page >= masked_from_) {
             int invisible[2];  // the first column that a row does not see
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = min(first_row_ + warp_ * 16 + lane_ / 4 + half * 8, tile_->rows - 1);
-                invisible[half] = tile_->context + place_of_row(p_, row).token + 1 - page * kPage;
+                const int row = min(first_row_ + warp_ * 16 + lane_ / 4 + half * 8, tile().rows - 1);
+                invisible[half] = tile().context + place_of_row(p_, row).token + 1 - page * kPage;
             }
 #pragma unroll
             for (int i = 0; i < kPage / 2; ++i) {
@@ -254,8 +308,8 @@ class Consumer {
 
     // The rows of the last page beyond the sequence may hold NaN, which a weight of zero would not silence.
     __device__ __forceinline__ void silence_missing_values() {
-        const int end = tile_->context + place_of_row(p_, tile_->rows).token;
-        const int first = end - (tile_->last_page - 1) * kPage;
+        const int end = tile().context + place_of_row(p_, tile().rows).token;
+        const int first = end - (tile().last_page - 1) * kPage;
         if (first >= kPage) return;
 #pragma unroll 1
         for (int i = threadIdx.x; i < (kPage - first) * (kDim / 8); i += kConsumers) {
@@ -305,9 +359,9 @@ class Consumer {
     // The gates of some of the warp's rows, four columns a lane and as bits, or each would take a register. Only where
     // they may be read so.
     __device__ __forceinline__ void load_rows_of_gates(uint2 (&gates)[kGateRows], int first, int column) const {
-        Rows rows(p_, *tile_, first_row_ + warp_ * kWarpRows + first);
+        Rows rows(p_, tile(), first_row_ + warp_ * kWarpRows + first);
 #pragma unroll
-        for (int row = 0; row < kGateRows; ++row, rows.next(128 / kStagedColumns)) {
+        for (int row = 0; row < kGateRows; ++row, rows.next(kRowsAtOnce)) {
             gates[row] = *reinterpret_cast<const uint2*>(rows.gate + column);
         }
     }
@@ -316,16 +370,14 @@ class Consumer {
     // warp then stores whole lines of a row.
     // gates: of the first rows, if p.gate_vectors; those of the next are under way while some are stored.
     __device__ __forceinline__ void store(const float (&output)[kDim / 2], uint2 (&gates)[kGateRows]) {
-        constexpr int kSteps = kDim / kStagedColumns, kLanes = kStagedColumns / 4, kRowsAtOnce = 32 / kLanes;
+        constexpr int kSteps = kDim / kStagedColumns;
         constexpr int kChunks = kStagedColumns / 4;  // of a row, of 16 bytes
         // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the
         // products.
         const int lane = __shfl_sync(kAllLanes, lane_, lane_);
         uint8_t* staging = staging_of_group() + warp_ * (kWarpRows * kStagedColumns * 4);
         // A row's 16-byte chunks are permuted so that neither the writes nor the reads collide in a bank.
-        const auto place = [&](int row, int chunk) {
-            return staging + (row * kChunks + (chunk ^ (row & 3) * 2)) * 16;
-        };
+        const auto place = [&](int row, int chunk) { return staging + (row * kChunks + (chunk ^ (row & 3) * 2)) * 16; };
         float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) inverse[half] = 1 / warp_sum<4>(sum_[half]);
@@ -343,10 +395,11 @@ class Consumer {
                 }
             }
             __syncwarp();
-            const int column = step * kStagedColumns + lane % kLanes * 4, own = lane / kLanes;
-            Rows rows(p_, *tile_, first_row_ + warp_ * kWarpRows + own);
+            const int column = step * kStagedColumns + staged_column(lane), own = staged_row(lane);
+            Rows rows(p_, tile(), first_row_ + warp_ * kWarpRows + own);
             const auto store_row = [&](int row, const float4& of_row) {
-                store_gated(rows.out + column, *reinterpret_cast<const float4*>(place(row, lane % kLanes)), of_row);
+                store_gated(rows.out + column, *reinterpret_cast<const float4*>(place(row, staged_column(lane) / 4)),
+                            of_row);
             };
             if (p_.gate_vectors) {
 #pragma unroll
@@ -397,8 +450,8 @@ class Consumer {
         for (int half = 0; half < 2; ++half) {
             const float sum = warp_sum<4>(sum_[half]);
             const int row = group_ * kGroupRows + warp_ * kWarpRows + lane / 4 + half * 8;
-            if (tile_->first_row + row >= tile_->rows) continue;
-            const int64_t at = static_cast<int64_t>(tile_->part) * kRows + row;
+            if (tile().first_row + row >= tile().rows) continue;
+            const int64_t at = static_cast<int64_t>(tile().part) * kRows + row;
             float* part = p_.parts + at * kDim + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < kDim / 8; ++n) {
@@ -413,12 +466,12 @@ class Consumer {
     Shared& storage_;
     const PagedAttentionPrefill& p_;
     const int group_, warp_, lane_;
-    const Tile* tile_ = nullptr;
+    Tile own_tile_;              // where pages are in e4m3
     int first_row_;              // of the group, in the sequence
-    int masked_from_;            // tokens that all rows of the group see
+    int masked_from_;            // the first page that not all rows of the group see whole
     float maximum_[2], sum_[2];  // sum_: over the lane's own columns
     Cursor at_;
-    int last_keys_ = 0;  // the box of the tile's last keys
+    int last_keys_ = 0;   // the box of the tile's last keys
     uint32_t phase_ = 0;  // of the tile
 };
 
