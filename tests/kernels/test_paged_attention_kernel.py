@@ -285,6 +285,28 @@ def test_gates_of_any_stride(backend, kind):
     backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 67), wanted)
 
 
+def test_gates_of_any_size(backend):
+    """Neighbours share a reciprocal: a product of their two denominators may be infinite, a result not."""
+    pages = Pages(backend, KvHeads(1, 8), 4)
+    row, k, v = pages.store(70)
+    q, gate = pages.queries(3)
+    sizes = torch.tensor([1, 50, -50, 100, 0, -100, 1e30, 3], dtype=gate.dtype, device=gate.device)
+    gate = gate * sizes.roll(1).repeat_interleave(4).repeat(8) + sizes.repeat(32)
+    wanted = expected(pages, q, gate, k, v)
+    backend.assert_close(decode(pages, q, gate, [row], [67]), wanted)
+    backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 67), wanted)
+
+
+def test_a_gate_that_is_no_number_leaves_a_trace(backend):
+    pages = Pages(backend, KvHeads(1, 8), 4)
+    row, _, _ = pages.store(70)
+    q, gate = pages.queries(3)
+    gate = gate.clone()
+    gate[1, 2, 100] = torch.nan
+    for out in (decode(pages, q, gate, [row], [67]), prefill_in_a_batch(pages, q, gate, row, 67)):
+        assert out.view(3, 8, 256)[1, 2, 100].isnan()
+
+
 def test_queries_and_page_tables_may_be_views_of_wider_tensors(backend):
     pages = Pages(backend, KvHeads(1, 8), 6)
     row, k, v = pages.store(130)

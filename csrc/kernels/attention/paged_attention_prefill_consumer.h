@@ -129,8 +129,11 @@ class Consumer {
     }
 
     __device__ __forceinline__ const Tile& tile() const {
-        if constexpr (F::kConverted) return own_tile_;
-        return storage_.tile[phase_];
+        if constexpr (F::kConverted) {
+            return own_tile_;
+        } else {
+            return storage_.tile[phase_];
+        }
     }
 
     // None of the group's rows exists: the boxes are the other group's.
