@@ -113,6 +113,17 @@ def test_one_block_runs_through_all_tiles(blocks, seed, dtype):
         emulator().emulator_seed(0)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_group_leaves_the_last_keys_until_the_other_has_read_them(blocks, seed):
+    """Its output goes through their box. In tiles of one whole page nothing else keeps the groups together."""
+    blocks(1)
+    emulator().emulator_seed(seed)
+    try:
+        check_prefill(make_backend("emulated"), KvHeads(2, 4), [(0, 64), (0, 64)])
+    finally:
+        emulator().emulator_seed(0)
+
+
 @of_both_types
 @pytest.mark.parametrize("context", [0, 1, 40, 62, 63, 64, 127])
 def test_prefill_whose_diagonal_crosses_pages_anywhere(backend, context, dtype):
