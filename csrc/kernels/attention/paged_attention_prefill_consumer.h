@@ -215,8 +215,8 @@ class Consumer {
     __device__ __forceinline__ void finish_keys() const {
         if constexpr (!F::kConverted) {
             if (threadIdx.x % 32 == 0) {
+                ptx::mbarrier_arrive(&storage_.keys_read);  // first: the next tile's must not count for this one
                 ptx::mbarrier_arrive(&storage_.query_empty);
-                ptx::mbarrier_arrive(&storage_.keys_read);
             }
         }
     }
