@@ -67,8 +67,8 @@ struct Wgmma;
 }
 
 // A and B from shared memory. T is __nv_bfloat16, __half or __nv_fp8_e4m3, of which the depth is 32 and both operands
-// are K contiguous; its sums keep fewer bits than fp32. kColumns is N: 64 to 192 in steps of 16, or 256; of e4m3 32 to 144 in steps of 16. D
-// is the first kColumns / 2 registers of d. !accumulate: D = A B.
+// are K contiguous; its sums keep fewer bits than fp32. kColumns is N: 64 to 192 in steps of 16, or 256; of e4m3 32 to
+// 144 in steps of 16. D is the first kColumns / 2 registers of d. !accumulate: D = A B.
 template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(kRegisters >= kColumns / 2);

@@ -25,9 +25,10 @@
 // Roles. A producer warp (its warpgroup keeps 40 registers) fills a ring of five 32 KB boxes, one TMA instruction each,
 // in the order in which they are used: K0 K1 V0 K2 V1 ... Two consumer warpgroups (232 registers) own 64 rows each: O
 // takes 128 registers, S 32, P 16, a quarter of Q 16. The product with the next keys is under way while P V of the page
-// before runs, the softmax of the next scores runs beside P V, and the groups start their products by turns. Boxes lie in shared memory with the 128-byte swizzle that wgmma wants
-// and plain bulk copies cannot make, hence the tensor map. Pages beyond the diagonal are not read; a page on it is
-// masked; the first page of a sequence is always visible, but a later range may hold nothing that a row sees.
+// before runs, the softmax of the next scores runs beside P V, and the groups start their products by turns. Boxes lie
+// in shared memory with the 128-byte swizzle that wgmma wants and plain bulk copies cannot make, hence the tensor map.
+// Pages beyond the diagonal are not read; a page on it is masked; the first page of a sequence is always visible, but a
+// later range may hold nothing that a row sees.
 //
 // Shared memory: a warpgroup reads 16 x 4 KB for S, less 4 x 2 for the queries in registers, and 4 x 8 KB for P V a page
 // = 704 of its 1,024 matrix cycles at 128 bytes a cycle; with the copies in, shared memory is busy 94% of that time.

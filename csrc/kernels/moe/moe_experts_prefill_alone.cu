@@ -56,7 +56,6 @@ struct Alone : Columns<__nv_bfloat16, 1, kStageChoices, kBoxChoices> {
     static constexpr int kMultiplyRegisters = 224, kCopyRegisters = 56;
     template <bool kGateUp>
     using Scales = NoScales;
-    static constexpr int kBlocks = 1, kTileChoices = kStageChoices;
 
     template <bool kGateUp>
     static __device__ __forceinline__ void multiply_tiles(Stages& storage, const Prefill& a) {

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(64) arithmetic(const float* in, int* cells, fl
     to[2] = __log2f(x);
     to[3] = __sinf(x) + 2.0f * __cosf(x);
     to[4] = rsqrtf(x) + __frcp_rn(x) + __fdividef(3.0f, x);
-    to[5] = static_cast<float>(__float2int_rn(x * 100.0f));
+    to[5] = static_cast<float>(__float2int_rn(__fmul_rn(x, 100.0f)));
     to[6] = ptx::exp2_approximate(-x);
     to[7] = ptx::reciprocal_approximate(x);
     to[8] =
