@@ -35,7 +35,8 @@
 //
 // Pages in e4m3: TMA brings boxes of 16 KB to a ring of their own, and the producer's three idle neighbours turn them
 // into boxes of fp16 (22 pieces of 16 numbers a thread and page, while the page takes 2,900 cycles to multiply), of
-// which there are four: the consumers' code is the same. Shared memory then carries 96 KB more a page and the copies 32
+// which there are four. So the groups load their queries themselves, at the start of a tile, and store through them;
+// they hold none of them in registers, and take no turns. Shared memory then carries 96 KB more a page and the copies 32
 // less.
 //
 // Measured, and what was tried: docs/kernels/attention.md.
