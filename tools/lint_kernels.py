@@ -18,7 +18,7 @@ RULES = [
     (r"\bprintf\s*\(", "no printf in a kernel"),
     (r"\b__activemask\b", "name the lanes that take part"),
     (r"\b(cudaMalloc|cudaFree|cudaDeviceSynchronize|cudaStreamSynchronize)", "a launcher neither allocates nor waits"),
-    (r"\bwhile\s*\([^;{]*\b(load_acquire|mbarrier_test)\b", "wait with wait_at_least, wait_equal or mbarrier_wait"),
+    (r"\bwhile\s*\([^;{]*\b(load_acquire|mbarrier_test)\b", "wait with wait_at_least or mbarrier_wait"),
     (r"\bvolatile\b", "share memory between blocks through load_acquire and store_release"),
     (r"\bload_16_read_only\((?![^;]*[wW]eight)", "read-only loads are for weights: the kernel ahead may still write"),
     (r"\b(cudaLaunchKernel\w*|cudaFuncSetAttribute)\b", "start kernels with launch()"),

@@ -211,10 +211,6 @@ inline void wait_at_least_for(const uint32_t* flag, uint32_t value, int polls) {
     for (; polls > 0 && load_acquire(flag) < value; --polls) {
     }
 }
-inline void wait_equal(const uint32_t* flag, uint32_t value) {
-    emulator::wait_for_flag(flag, value, true);
-}
-
 inline uint32_t fetch_add_relaxed(uint32_t* global, uint32_t value) {
     return fetch_add_acq_rel(global, value);
 }

@@ -393,12 +393,6 @@ __device__ __forceinline__ void wait_at_least_for(const uint32_t* flag, uint32_t
     for (; polls > 0 && load_acquire(flag) < value; --polls) asm volatile("nanosleep.u32 100;");
 }
 
-// Spins until *flag == value.
-__device__ __forceinline__ void wait_equal(const uint32_t* flag, uint32_t value) {
-    while (load_acquire(flag) != value) {
-    }
-}
-
 // Returns the value before the addition; orders nothing.
 __device__ __forceinline__ uint32_t fetch_add_relaxed(uint32_t* global, uint32_t value) {
     uint32_t old;

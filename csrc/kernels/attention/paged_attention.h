@@ -166,7 +166,7 @@ __device__ __forceinline__ float4 unpack_gates(uint2 bits) {
 }
 
 // Of two gates, with one reciprocal: the gates of a tile would keep the special-function units busy for as long as a page
-// and a half. Beyond -41 a gate counts as -41, or the product would be infinite.
+// and a half. Below -41.6 a gate counts as that, or the product would be infinite; one that is NaN makes both NaN.
 __device__ __forceinline__ float2 sigmoids(float first, float second) {
     constexpr float kMost = 60;
     const auto power = [](float gate) {

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(32) flag_chain(uint32_t* flags, uint32_t* valu
     const uint32_t block = gridDim.x - 1 - blockIdx.x;  // the order in which blocks start is no order to rely on
     if (threadIdx.x != 0) return;
     ptx::wait_at_least_for(flags + block, 2, 3);  // which never comes
-    if (block > 0) ptx::wait_equal(flags + block, 1);
+    if (block > 0) ptx::wait_at_least(flags + block, 1);
     *value = *value * 3 + block;
     if (block + 1 < gridDim.x) ptx::store_release(flags + block + 1, 1);
     ptx::add_release(arrivals + 1, 2);
