@@ -100,10 +100,51 @@ def test_a_forced_text_that_the_tokenizer_would_normalize_comes_out_as_it_was_as
     assert set(drawn(compiler, sampler, choice(["an e\u0301 and <|im_end|>"]))) == {"an e\u0301 and <|im_end|>"}
 
 
-def test_white_space_in_json_has_an_end(compiler, tokenizer):
-    matcher = after(compiler.compile(json_object()), tokenizer.encode_text("{"))
-    [space] = tokenizer.encode_text(" ")
-    assert [matcher.accept(space) for _ in range(42)].count(True) == 40
+@pytest.mark.parametrize(
+    ("blanks", "taken"),
+    [
+        ([" "] * 70, 1),
+        (["\n"] * 70, 1),
+        (["\t"] * 70, 0),
+        ([" ", "\n"] * 35, 3),
+        (["\r", "\n"] * 35, 2),
+        (["\n", *[" "] * 70], 1 + 64),
+        (["\n", *["\t"] * 70], 1 + 16),
+    ],
+)
+def test_white_space_in_json_is_a_space_or_a_line_break_with_its_indentation(compiler, tokenizer, blanks, taken):
+    text = '{"a": 1,'
+    matcher = after(compiler.compile(json_object()), tokenizer.encode_text(text))
+    count = 0
+    for [blank] in map(tokenizer.encode_text, blanks):
+        if not matcher.accept(blank):
+            break
+        count += 1
+    assert count == taken
+    rest = tokenizer.encode_text('"b": 2}')
+    assert all(map(matcher.accept, rest)) and matcher.finished, "there is a way on behind it"
+
+
+NESTED = {"a": [], "b": {}, "c": [1, {"d": [True, None, {"e": "x  y"}]}]}
+for _ in range(9):
+    NESTED = {"a": NESTED}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(NESTED),
+        json.dumps(NESTED, separators=(",", ":")),
+        *(json.dumps(NESTED, indent=indent) for indent in (0, 1, 2, 3, 4, "\t")),
+        json.dumps(NESTED, indent=4).replace(",\n", ", \n"),  # as Python 2 wrote it
+        json.dumps(NESTED, indent=4).replace("\n", "\r\n"),
+        json.dumps(NESTED, separators=(" , ", " : ")).replace("{", "{ ").replace("]", " ]"),
+    ],
+)
+def test_json_may_be_laid_out_as_it_usually_is(compiler, tokenizer, text):
+    assert max(len(line) - len(line.lstrip()) for line in json.dumps(NESTED, indent=4).split("\n")) > 40
+    matcher = after(compiler.compile(json_object()), tokenizer.encode_text(text))
+    assert matcher.finished
 
 
 def test_an_end_is_admitted_exactly_where_the_answer_is_complete(compiler, tokenizer, sampler):

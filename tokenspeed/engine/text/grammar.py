@@ -23,8 +23,9 @@ MAX_DEPTH = 32  # of a schema as JSON
 _KEPT_BYTES = 512 << 20  # of compiled grammars
 _GRAMMAR_BYTES = 8 << 20  # of one whose size nobody measured: 64 of those are kept
 LIMITS = llguidance.LLParserLimits(verbose_errors=False)
-# White space inside JSON is bounded, or a model that likes it could go on for ever.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
+# White space between two tokens of JSON: a space, or the end of a line and the next one's indentation, up to 16 levels
+# (of objects in a schema of MAX_DEPTH). Bounded, or a model that likes it could go on for ever.
+_JSON_OPTIONS = {"whitespace_pattern": r" | ?\r?\n( {0,64}|\t{0,16})"}
 # From inside the prompt's `<think>`: anything without the closing tag spelled as text, then its token, an empty line.
 _AFTER_REASONING = (
     f'start: REASONING {CLOSE} ("\\n\\n" | "\\n")? answer\n'
