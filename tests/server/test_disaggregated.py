@@ -127,9 +127,10 @@ def test_a_proxy_that_asks_one_after_the_other_passes_on_what_it_is_given(parts,
     nothing_is_held(prefill, decode)
 
 
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "reasoning": {"effort": "none"}}
 FORMS = {
     "/v1/messages": lambda content: {"messages": [{"role": "user", "content": content}], "max_tokens": 12},
-    "/v1/responses": lambda content: {"input": content, "max_output_tokens": 12},
+    "/v1/responses": lambda content: {"input": content, "max_output_tokens": 12} | LOGPROBS,
 }
 
 
@@ -139,7 +140,8 @@ def said(answer: dict) -> list:
     if "content" in answer:
         prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
         return [[block.get("text") or block.get("thinking") for block in answer["content"]], prompt]
-    return [[item["content"] for item in answer["output"]], usage["input_tokens"]]
+    [part] = [part for item in answer["output"] for part in item["content"]]
+    return [part["text"], [entry["bytes"] for entry in part["logprobs"]], usage["input_tokens"]]
 
 
 def cached(answer: dict) -> int:
@@ -158,11 +160,11 @@ def test_messages_and_responses_are_prefilled_apart_too(parts, server, path):
     assert not first.get("content") and not first.get("output"), "nothing is generated there"
     found = post(decode.url, body | {"kv_transfer_params": first["kv_transfer_params"]}).json()
     local = post(server.url, body).json()
-    assert said(found) == said(local) and cached(found) == said(found)[1] - 1 and "kv_transfer_params" not in found
+    assert said(found) == said(local) and cached(found) == said(found)[-1] - 1 and "kv_transfer_params" not in found
 
     body = FORMS[path](f"{path} through the router {STORY}")
     found, local = post(routing.url, body).json(), post(server.url, body).json()
-    assert said(found) == said(local) and cached(found) == said(found)[1] - 1
+    assert said(found) == said(local) and cached(found) == said(found)[-1] - 1
     told = post(routing.url, FORMS[path](f"{path} in pieces {STORY}") | {"stream": True})
     assert told.status_code == 200 and "event: " in told.text and "event: error" not in told.text
     assert decode.gauges()["transfers_pulled_total"] == pulled + 3

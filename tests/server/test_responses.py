@@ -115,6 +115,82 @@ def test_the_stream_tells_of_every_item_and_ends_with_the_response(client):
         assert stream.get_final_response().output_text == text == "OK."
 
 
+PRICE = {"type": "object", "properties": {"é": {"enum": [551]}}, "required": ["é"], "additionalProperties": False}
+INCLUDED = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [
+        (KELP, {}),
+        (KELP, {"reasoning": {"effort": "none"}}),
+        (KELP, {"tools": [CALCULATOR]}),
+        (KELP, {"text": {"format": {"type": "json_schema", "name": "price", "schema": PRICE}}}),
+        ("What is the price of kelp?", {"extra_body": {"stop": " of"}}),
+    ],
+)
+def test_the_text_comes_with_the_logprobs_of_its_tokens(client, asked, more):
+    found = client.responses.create(input=asked, **INCLUDED, **more, **GREEDY)
+    part = found.output[-1].content[0]
+    assert bytes(byte for entry in part.logprobs for byte in entry.bytes).decode().strip().startswith(part.text)
+    assert found.top_logprobs == 2
+    for entry in part.logprobs:
+        assert bytes(entry.bytes).decode(errors="replace") == entry.token and len(entry.top_logprobs) == 2
+        assert "text" in more or entry.logprob == entry.top_logprobs[0].logprob <= 0, (
+            "before a format's mask, as in chat"
+        )
+    for item in found.output[:-1]:
+        assert item.type == "reasoning" and not hasattr(item.content[0], "logprobs")
+    with client.responses.stream(input=asked, **INCLUDED, **more, **GREEDY) as stream:
+        events = list(stream)
+        streamed = stream.get_final_response().output[-1].content[0]
+    kept = [entry.model_dump() for entry in part.logprobs]
+    assert [(e["token"], e["logprob"]) for e in kept] == [
+        (e.token, pytest.approx(e.logprob, abs=1e-4)) for e in streamed.logprobs
+    ]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    [done] = [event for event in events if event.type == "response.output_text.done"]
+    parts = [event.part for event in events if event.type == "response.content_part.done"]
+    by_delta = [entry.model_dump() for event in deltas for entry in event.logprobs]
+    ended = [entry.model_dump() for entry in done.logprobs]
+    assert (
+        by_delta == ended == [entry.model_dump() for entry in streamed.logprobs] == parts[-1].model_dump()["logprobs"]
+    )
+    for event in deltas:
+        said = bytes(byte for entry in event.logprobs for byte in entry.bytes).decode()
+        assert event.delta.strip() in said or said.strip() in event.delta, "each delta has its own tokens"
+
+
+def test_logprobs_are_those_of_chat_and_the_chosen_token_alone_comes_without_alternatives(client):
+    chat = client.chat.completions.create(
+        messages=[{"role": "user", "content": KELP}], logprobs=True, top_logprobs=2, **GREEDY
+    )
+    found = client.responses.create(input=KELP, **INCLUDED, **GREEDY)
+    part = found.output[-1].content[0]
+    told = [entry.model_dump() for entry in chat.choices[0].logprobs.content]
+    names = [entry["token"] for entry in told]
+    text = told[names.index("</think>") :]
+    own = [entry.model_dump() for entry in part.logprobs]
+    places = [i for i in range(len(text)) if [e["token"] for e in text[i : i + len(own)]] == [e["token"] for e in own]]
+    assert len(places) == 1
+    for one, other in zip(own, text[places[0] :], strict=False):
+        assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4) and one["bytes"] == other["bytes"]
+    bare = client.responses.create(input=KELP, include=INCLUDED["include"], **GREEDY)
+    entries = bare.output[-1].content[0].logprobs
+    assert [entry.token for entry in entries] == [entry["token"] for entry in own]
+    assert all(entry.top_logprobs == [] for entry in entries) and bare.top_logprobs == 0
+    plain = client.responses.create(input=KELP, **GREEDY)
+    assert plain.output[-1].content[0].logprobs == [] and plain.top_logprobs == 0
+    calling = client.responses.create(input="What is 12 plus 30?", tools=[CALCULATOR], **INCLUDED, **GREEDY)
+    assert calling.output[-1].type == "function_call" and "logprobs" not in calling.output[-1].model_dump()
+    items = [{"role": "user", "content": KELP}, *(item.model_dump() for item in found.output)]
+    again = client.responses.create(input=[*items, {"role": "user", "content": "What is it?"}], **GREEDY)
+    by_id = client.responses.create(input="What is it?", previous_response_id=found.id, **GREEDY)
+    assert again.usage.input_tokens == by_id.usage.input_tokens, "they come back without a meaning"
+    kept = client.responses.retrieve(found.id)
+    assert kept.output[-1].content[0].logprobs == [] and kept.output_text == found.output_text
+
+
 class Thing(BaseModel):
     size: int
     tags: list[bool]
@@ -204,7 +280,11 @@ def test_the_memory_of_responses_is_bounded():
     [
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs needs 'message.output_text.logprobs' in include; include is []."),
+        ({"top_logprobs": 3, "include": ["reasoning.encrypted_content"]}, "include is ['reasoning.encrypted_content']"),
+        (INCLUDED | {"top_logprobs": 21}, "less than or equal to 20"),
+        (INCLUDED | {"top_logprobs": 21}, "21"),
+        (INCLUDED | {"top_logprobs": -1}, "greater than or equal to 0"),
         ({"tools": [{"type": "computer"}]}, "computer"),
         ({"tool_choice": {"type": "hosted"}}, "hosted"),
         ({"input": [{"type": "item_reference", "id": "msg_x"}]}, "msg_x"),

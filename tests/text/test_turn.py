@@ -230,6 +230,22 @@ def test_the_events_are_the_same_wherever_the_turn_is_cut(turn, reasoning, cuts)
 
 
 @FEW
+@given(turn=TURNS, reasoning=st.booleans(), size=st.integers(1, 50), tools=st.sampled_from([TOOLS, None]))
+@example(turn=f"</think>\n\nOne. {NOW}\n\ntwo, \nthree\n", reasoning=True, size=1, tools=TOOLS)
+@example(turn=f"</think>\n\nOne. {NOW}", reasoning=True, size=400, tools=None)
+def test_content_says_where_in_the_turn_it_stands(turn, reasoning, size, tools):
+    told, called = 0, True
+    for event in fed([turn[i : i + size] for i in range(0, len(turn), size)], reasoning, tools):
+        if isinstance(event, Content):
+            begin, end = event.at
+            before = event.text.removesuffix(turn[begin:end])
+            assert told <= begin < end and event.text == before + turn[begin:end]
+            assert not before.strip() and (called or begin == told), "only white space before a call is left out"
+            told = end
+        called = not isinstance(event, Content)
+
+
+@FEW
 @given(turn=TURNS, reasoning=st.booleans())
 def test_what_is_announced_as_a_call_is_json_or_cut(turn, reasoning):
     events = fed(turn, reasoning)

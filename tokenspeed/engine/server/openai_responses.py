@@ -1,11 +1,13 @@
 """OpenAI's responses over the service: items in, items out, streamed or whole."""
 
+import reprlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from ..chat.conversation import Conversation
+from ..errors import RequestError
 from ..request import Update
 from ..text.tools import Arguments, CallCut, CallFinished, CallStarted, Content
 from ..text.turn import Reasoning, TurnEvent
@@ -13,10 +15,12 @@ from ..transfer.params import RemoteDecode
 from .protocol import ResponsesRequest
 from .response_items import Tools, as_messages, output_message, sealed
 from .response_store import StoredResponse
+from .scores import TextScores
 from .service import Service, new_id
 from .sse import event
 
 _ENCRYPTED = "reasoning.encrypted_content"
+_LOGPROBS = "message.output_text.logprobs"
 
 
 class Response:
@@ -49,11 +53,21 @@ class Response:
         names = ("temperature", "top_p", "stop", "top_k", "repetition_penalty", "logit_bias", "ignore_eos")
         sampling = {name: getattr(body, name) for name in names} | {"max_tokens": body.max_output_tokens}
         sampling["seed"] = None if body.seed is None else body.seed % 2**63
+        include, scores = body.include or [], None
+        if body.top_logprobs and _LOGPROBS not in include:
+            raise RequestError(f"top_logprobs needs {_LOGPROBS!r} in include; include is {reprlib.repr(include)}.")
+        if _LOGPROBS in include and not isinstance(self._transfer, RemoteDecode):
+            sampling["logprobs"], scores = body.top_logprobs or 0, TextScores(service.frontend.tokenizer)
         self._reader = service.prepare(self.id, chat, sampling, body.cache_salt, body.priority)
-        self._output = _Output(self._tools, _ENCRYPTED in (body.include or ()))
+        self._scores = scores
+        self._output = _Output(self._tools, _ENCRYPTED in include, scores)
 
-    def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
-        return self._service.converse(self._reader, transfer=self._transfer)
+    async def _updates(self) -> AsyncIterator[tuple[Update, list[TurnEvent]]]:
+        async with aclosing(self._service.converse(self._reader, transfer=self._transfer)) as updates:
+            async for update, events in updates:
+                if self._scores:
+                    self._scores.add(update)
+                yield update, events
 
     async def whole(self) -> dict[str, Any]:
         """The response object. Raises as `Service.run` does."""
@@ -108,7 +122,8 @@ class Response:
             return frame | self._service.transferred(self._transfer)
         if self._body.store:
             messages = [*self._messages, *output_message(frame["output"])]
-            self._service.responses.put(self._name_space, self.id, StoredResponse(messages, frame))
+            kept = frame | {"output": [_without_logprobs(item) for item in frame["output"]]}
+            self._service.responses.put(self._name_space, self.id, StoredResponse(messages, kept))
         return frame
 
     def _frame(self, status: str) -> dict[str, Any]:
@@ -132,6 +147,7 @@ class Response:
             "text": {"format": {"type": "text"}} | (body.text or {}),
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": body.truncation or "disabled",
             "usage": None,
@@ -142,12 +158,14 @@ class Response:
 class _Output:
     """The items of a response as they come, and the events that tell of them. items: what is complete."""
 
-    def __init__(self, tools: Tools, seal: bool):
-        """seal: reasoning also comes in the field that a client without a store sends back."""
+    def __init__(self, tools: Tools, seal: bool, scores: TextScores | None):
+        """seal: reasoning also comes in the field that a client without a store sends back. scores: of the tokens so
+        far, where messages come with them."""
         self.items: list[dict[str, Any]] = []
-        self._tools, self._seal = tools, seal
+        self._tools, self._seal, self._scores = tools, seal, scores
         self._item: dict[str, Any] | None = None  # the open one
         self._pieces: list[str] = []  # of its text or arguments
+        self._logprobs: list[dict[str, Any]] = []  # of its text
 
     def take(self, events: list[TurnEvent]) -> list[dict[str, Any]]:
         told: list[dict[str, Any]] = []
@@ -155,8 +173,8 @@ class _Output:
             match found:
                 case Reasoning(text):
                     told += self._text("reasoning", text)
-                case Content(text):
-                    told += self._text("message", text)
+                case Content(text, at):
+                    told += self._text("message", text, self._scores.take(*at) if self._scores else [])
                 case CallStarted(_, name):
                     told += self._begin(self._tools.call_item(name))
                 case Arguments(_, piece):
@@ -174,6 +192,7 @@ class _Output:
         if self._item is None:
             return []
         item, text, self._pieces = self._item, "".join(self._pieces), []
+        logprobs, self._logprobs = self._logprobs, []
         kind, told = item["type"], []
         item["status"] = status
         if kind == "function_call":
@@ -184,9 +203,8 @@ class _Output:
             told.append(self._about("response.custom_tool_call_input.delta", delta=item["input"]))
             told.append(self._about("response.custom_tool_call_input.done", input=item["input"]))
         else:
-            part = _part(kind, text)
-            name = _TEXT_EVENTS[kind]
-            told.append(self._about(f"response.{name}.done", content_index=0, text=text, **_logprobs(kind)))
+            part = _part(kind, text, logprobs)
+            told.append(self._about_text("done", text=text, logprobs=logprobs))
             told.append(self._about("response.content_part.done", content_index=0, part=part))
             item["content"] = [part]
             if kind == "reasoning" and self._seal:
@@ -196,14 +214,14 @@ class _Output:
         told.append({"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item})
         return told
 
-    def _text(self, kind: str, text: str) -> list[dict[str, Any]]:
+    def _text(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
         told = []
         if self._item is None or self._item["type"] != kind:
             told += self._begin(_empty(kind))
-            told.append(self._about("response.content_part.added", content_index=0, part=_part(kind, "")))
+            told.append(self._about("response.content_part.added", content_index=0, part=_part(kind, "", [])))
         self._pieces.append(text)
-        name = _TEXT_EVENTS[kind]
-        told.append(self._about(f"response.{name}.delta", content_index=0, delta=text, **_logprobs(kind)))
+        self._logprobs += logprobs
+        told.append(self._about_text("delta", delta=text, logprobs=logprobs))
         return told
 
     def _begin(self, item: dict[str, Any]) -> list[dict[str, Any]]:
@@ -215,8 +233,11 @@ class _Output:
     def _about(self, kind: str, **more: Any) -> dict[str, Any]:
         return {"type": kind, "item_id": self._item["id"], "output_index": len(self.items), **more}
 
-
-_TEXT_EVENTS = {"reasoning": "reasoning_text", "message": "output_text"}
+    def _about_text(self, what: str, logprobs: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Reasoning has no log-probabilities."""
+        if self._item["type"] == "reasoning":
+            return self._about(f"response.reasoning_text.{what}", content_index=0, **more)
+        return self._about(f"response.output_text.{what}", content_index=0, logprobs=logprobs, **more)
 
 
 def _empty(kind: str) -> dict[str, Any]:
@@ -225,11 +246,14 @@ def _empty(kind: str) -> dict[str, Any]:
     return {"type": kind, "id": new_id("msg", "_"), "role": "assistant", "content": [], "status": "in_progress"}
 
 
-def _part(kind: str, text: str) -> dict[str, Any]:
+def _part(kind: str, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _logprobs(kind: str) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "message" else {}
+def _without_logprobs(item: dict[str, Any]) -> dict[str, Any]:
+    """An item as it is remembered: in memory its log-probabilities are many times the size of its text."""
+    if item["type"] != "message":
+        return item
+    return item | {"content": [part | {"logprobs": []} for part in item["content"]]}

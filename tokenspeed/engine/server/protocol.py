@@ -220,6 +220,7 @@ class ResponsesRequest(Answering):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     max_output_tokens: Count | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     include: Annotated[list[str], Field(max_length=64), _FIRST_ERROR] | None = None
@@ -239,7 +240,6 @@ class ResponsesRequest(Answering):
     background: Annotated[Any, _only(False)] = None
     conversation: Refused = None
     prompt: Refused = None
-    top_logprobs: Annotated[Any, _only(0)] = None
     max_tool_calls: Refused = None
 
     @property

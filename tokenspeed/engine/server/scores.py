@@ -1,9 +1,11 @@
 """Log-probabilities as the endpoints write them."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from ..request import TokenScores
+from ..request import TokenScores, Update
+from ..text.detokenizer import Detokenizer
 from ..text.tokenizer import Tokenizer
 
 
@@ -17,7 +19,7 @@ def finite(logprob: float) -> float:
 
 
 def chat_logprob(tokenizer: Tokenizer, scores: TokenScores) -> dict[str, Any]:
-    """An entry of a chat choice's `logprobs.content`."""
+    """An entry of a chat choice's `logprobs.content`, and of a response's `output_text`."""
 
     def entry(id: int, logprob: float) -> dict[str, Any]:
         spelled = list(tokenizer.token_bytes(id))
@@ -25,6 +27,34 @@ def chat_logprob(tokenizer: Tokenizer, scores: TokenScores) -> dict[str, Any]:
 
     own, *top = [entry(*pair) for pair in zip(scores.ids, scores.logprobs, strict=True)]
     return own | {"top_logprobs": top}
+
+
+class TextScores:
+    """Which of a turn's tokens say a part of its text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer)
+        self._decoded = 0  # characters
+        self._tokens: deque[tuple[int, int, TokenScores]] = deque()  # and where in the text each begins and ends
+
+    def add(self, update: Update) -> None:
+        """The turn's next tokens."""
+        for id, scores in zip(update.ids, update.scores, strict=True):
+            begin = self._decoded
+            self._decoded += len(self._detokenizer.push(id))
+            if id not in self._tokenizer.special_ids:
+                # One that ends inside a character belongs to this character.
+                self._tokens.append((begin, max(self._decoded, begin + 1), scores))
+
+    def take(self, begin: int, end: int) -> list[dict[str, Any]]:
+        """`chat_logprob` of each token of which a part lies in this part of the text; parts come in their order, and a
+        token of two counts for the first."""
+        found = []
+        while self._tokens and self._tokens[0][0] < end:
+            _, token_end, scores = self._tokens.popleft()
+            if token_end > begin:
+                found.append(chat_logprob(self._tokenizer, scores))
+        return found
 
 
 def prompt_logprobs(tokenizer: Tokenizer, scores: Sequence[TokenScores]) -> list[dict[str, Any] | None]:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .argument_types import TEXT, Domain, argument_schema, domain, is_text, read
@@ -34,9 +34,11 @@ _TELLING = 8  # characters of a value that tell whether it can be anything but a
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Text of the turn that is no call."""
+    """Text of the turn that is no call. at: where in the turn's generated text it begins and ends; white space at its
+    start that stands before a call lies outside."""
 
     text: str
+    at: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +114,28 @@ class ToolCallParser:
         self._taken = 0  # characters before `_text`
         self._line = resumed  # whether the content's last line has more than white space
         self._told = Trimmer(resumed)
+        self._run = self._run_end = 0  # where in the text its latest content without a call between lies
         self._events: list[Event] = []
         self._calls = 0
         self._call = _Call(None, False)
         self.content_at: int | None = None  # where in the text the first content that is no white space stands
 
+    def skip(self, size: int) -> None:
+        """So many characters of the turn come before what is pushed; they are no content."""
+        self._taken += size
+
     def push(self, text: str) -> list[Event]:
         """What `text` makes certain."""
-        return self._run(text, final=False)
+        return self._read(text, final=False)
 
     def finish(self) -> list[Event]:
         """What is left at the end of the turn."""
-        events = self._run("", final=True)
+        events = self._read("", final=True)
         if self._call.raw:
             events.append(CallCut(self._calls - 1, self._told.push("".join((*self._call.raw, self._text)))))
         return events
 
-    def _run(self, text: str, final: bool) -> list[Event]:
+    def _read(self, text: str, final: bool) -> list[Event]:
         self._text += text
         self._events = []
         while self._state(final):
@@ -280,8 +287,13 @@ class ToolCallParser:
             self.content_at = self._taken + self._at - len(body)
         newline = text.rfind("\n")
         self._line = bool(text[newline + 1 :].strip()) or (self._line and newline < 0)
+        end = self._taken + self._at
+        if end - len(text) != self._run_end:
+            self._run = end - len(text)
+        self._run_end = end
         if told := self._told.push(text):
-            self._events.append(Content(told))
+            end -= len(text) - len(text.rstrip())
+            self._events.append(Content(told, (max(end - len(told), self._run), end)))
 
 
 class _Call:

@@ -62,11 +62,14 @@ class AnswerParser:
         ToolCallParser takes them; None: no calls are looked for. resumed: the turn goes on with content in the
         prompt. exact: no tag is missing, as under a grammar."""
         self._splitter = ReasoningSplitter(reasoning)
+        self._pushed = 0  # characters
+        self._content_begun = False
         self._thought = _Thought(tools) if tools and not exact else None
         self._calls = None if tools is None else ToolCallParser(tools, resumed, exact=exact)
 
     def push(self, text: str) -> list[TurnEvent]:
         """What `text` makes certain."""
+        self._pushed += len(text)
         return self._take(self._splitter.push(text))
 
     def finish(self) -> list[TurnEvent]:
@@ -84,7 +87,14 @@ class AnswerParser:
                 reasoning += self._thought.release()
         events: list[TurnEvent] = [Reasoning(reasoning)] if reasoning else []
         if split.content:
-            events += self._calls.push(split.content) if self._calls else [Content(split.content)]
+            begin = self._pushed - len(split.content)  # the splitter holds back no content behind this
+            if self._calls:
+                if not self._content_begun:
+                    self._calls.skip(begin)
+                events += self._calls.push(split.content)
+            else:
+                events.append(Content(split.content, (begin, self._pushed)))
+            self._content_begun = True
         return events
 
 
