@@ -102,11 +102,11 @@ def test_answers_are_those_of_one_server(parts, server):
             for one, other in zip(found["choices"], local["choices"], strict=True):
                 pairs = zip(one["logprobs"]["content"], other["logprobs"]["content"], strict=True)
                 assert all(abs(a["logprob"] - b["logprob"]) < 1e-4 for a, b in pairs)
+    nothing_is_held(prefill, decode)  # the prefiller hears of the last page's arrival behind the answer
     gauges = decode.gauges()
     assert gauges["transfers_pulled_total"] == len(kinds) and gauges["transfers_failed_total"] == 0
     assert gauges["draft_steps_total"] > 0, "the head drafts from what was brought"
     assert prefill.gauges()["transfers_offered_total"] == len(kinds)
-    nothing_is_held(prefill, decode)
 
 
 def test_a_proxy_that_asks_one_after_the_other_passes_on_what_it_is_given(parts, server):

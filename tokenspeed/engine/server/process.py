@@ -132,6 +132,8 @@ class EngineProcess:
                 self._engine.clear_cache()
                 self._publish()
             case Ping(number):
+                if self._exchange:
+                    self._exchange.step()  # what has ended while nothing was to do counts
                 stats = self._engine.stats() | (self._exchange.stats() if self._exchange else {})
                 self._send(Pong(number, stats))
             case Stop():
