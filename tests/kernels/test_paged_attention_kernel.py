@@ -285,27 +285,28 @@ def gates(backend: Backend, tokens: int, heads: int) -> dict[str, Tensor]:
     }
 
 
+def check_gates(pages: Pages, q, gate, stored) -> None:
+    """Three tokens behind 67, by decode and by prefill."""
+    row, k, v = stored
+    wanted = expected(pages, q, gate, k, v)
+    pages.backend.assert_close(decode(pages, q, gate, [row], [67]), wanted)
+    pages.backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 67), wanted)
+
+
 @pytest.mark.parametrize("kind", ["column first", "one for all columns", "one for all", "odd address"])
 def test_gates_of_any_stride(backend, kind):
     pages = Pages(backend, KvHeads(1, 6), 4)
-    row, k, v = pages.store(70)
-    q, _ = pages.queries(3)
-    gate = gates(backend, 3, 6)[kind]
-    wanted = expected(pages, q, gate, k, v)
-    backend.assert_close(decode(pages, q, gate, [row], [67]), wanted)
-    backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 67), wanted)
+    stored = pages.store(70)
+    check_gates(pages, pages.queries(3)[0], gates(backend, 3, 6)[kind], stored)
 
 
 def test_gates_of_any_size(backend):
     """Neighbours share a reciprocal: a product of their two denominators may be infinite, a result not."""
     pages = Pages(backend, KvHeads(1, 8), 4)
-    row, k, v = pages.store(70)
+    stored = pages.store(70)
     q, gate = pages.queries(3)
     sizes = torch.tensor([1, 50, -50, 100, 0, -100, 1e30, 3], dtype=gate.dtype, device=gate.device)
-    gate = gate * sizes.roll(1).repeat_interleave(4).repeat(8) + sizes.repeat(32)
-    wanted = expected(pages, q, gate, k, v)
-    backend.assert_close(decode(pages, q, gate, [row], [67]), wanted)
-    backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 67), wanted)
+    check_gates(pages, q, gate * sizes.roll(1).repeat_interleave(4).repeat(8) + sizes.repeat(32), stored)
 
 
 def test_a_gate_that_is_no_number_leaves_a_trace(backend):

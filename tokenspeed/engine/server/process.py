@@ -80,10 +80,10 @@ class EngineProcess:
         self._send(Ready(engine.limits.max_tokens, engine.limits.max_seqs, self._address))
         while not self._ended and os.getppid() == self._parent:
             self._submit_compiled()
-            if self._exchange and self._exchange.step():
-                self._blocked = False
             self._tell()
             message, self._blocked = self._receive(), False
+            if self._exchange:  # behind the wait: who asks for its numbers gets those of now
+                self._exchange.step()
             if message:
                 self._take(message)
                 continue
@@ -132,8 +132,6 @@ class EngineProcess:
                 self._engine.clear_cache()
                 self._publish()
             case Ping(number):
-                if self._exchange:
-                    self._exchange.step()  # what has ended while nothing was to do counts
                 stats = self._engine.stats() | (self._exchange.stats() if self._exchange else {})
                 self._send(Pong(number, stats))
             case Stop():

@@ -84,8 +84,8 @@ class Exchange:
         else:
             self._pull(request, sink, transfer, grammar)
 
-    def step(self) -> bool:
-        """Tells peers what is new, and takes what has come. Whether a request can go on now. Mutates the cache."""
+    def step(self) -> None:
+        """Tells peers what is new, and takes what has come. Mutates the cache."""
         for offered in [offered for offered in self._rooms.values() if offered.sequence]:
             try:
                 self._follow(offered)
@@ -93,7 +93,6 @@ class Exchange:
                 log.warning("room %.40s is not offered any more: %s", offered.room, error)
                 self._calls.cancel(offered.room, str(error))
                 del self._rooms[offered.room]
-        went_on = False
         for room, error in self._calls.poll():
             if offered := self._rooms.pop(room, None):
                 if offered.sequence is not None:
@@ -101,15 +100,12 @@ class Exchange:
                 self._give_back(offered)
                 self.offered += error is None
             elif arriving := self._arriving.pop(room, None):
-                went_on = True
                 self._arrived(room, arriving, error)
         for room, arriving in list(self._arriving.items()):
             if error := self._given_up(arriving):
-                went_on = True
                 self._calls.cancel(room)
                 del self._arriving[room]
                 self._arrived(room, arriving, error)
-        return went_on
 
     @property
     def lends(self) -> bool:
