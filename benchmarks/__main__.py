@@ -1,4 +1,4 @@
-"""`python -m benchmarks [kernel ...] [--json FILE] [--plot FILE]`: each kernel beside its floor and its peers."""
+"""Each kernel beside its floor and its peers: `python -m benchmarks [kernel ...] [--json FILE] [--markdown FILE]`."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ import torch
 from tokenspeed.ops import extension
 
 from .cases import CPU_SIZES, GPU_SIZES, all_cases
-from .report import append, header, measure, plot, run_once, table_line
+from .report import append, header, markdown, measure, plot, run_once, table_line
 from .timing import measure_ceilings
 
 
@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--shape", help="measure only the case of this shape, as a row prints it")
     parser.add_argument("--once", action="store_true", help="run each case three times without timing, for a profiler")
     parser.add_argument("--json", type=Path, help="append each row to this JSONL file as soon as it is measured")
+    parser.add_argument("--markdown", type=Path, help="write a table of each kernel into this file")
     parser.add_argument("--plot", type=Path, help="draw the share of the ceiling of each row into this file")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a row")
     options = parser.parse_args()
@@ -56,6 +57,8 @@ def main() -> int:
         print(table_line(row), flush=True)
         if options.json:
             append(options.json, row)
+    if options.markdown:
+        options.markdown.write_text(markdown(rows))
     if options.plot:
         plot(rows, options.plot)
     return 1 if any("failed" in row for row in rows) else 0

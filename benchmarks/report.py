@@ -72,6 +72,34 @@ def table_line(row: dict) -> str:
     return f"{head} {row['us']:10.2f} us {rate}/s {percent:<17} {peers or 'unranked'}"
 
 
+def markdown(rows: Iterable[dict]) -> str:
+    """A heading and a table for each kernel, in the order of its first row; a peer marked * has its launches timed."""
+    kernels: dict[str, list[dict]] = {}
+    for row in rows:
+        if "kernel" in row:
+            kernels.setdefault(row["kernel"], []).append(row)
+    lines = []
+    for kernel, group in kernels.items():
+        flops = any(row.get("tflops") for row in group)
+        columns = ["shape", "time", "GB/s", *["TFLOP/s"] * flops, "% of ceiling", "peers"]
+        lines += [f"### {kernel}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for row in group:
+            if "failed" in row:
+                cells = [row["failed"], *[""] * (len(columns) - 2)]
+            else:
+                time = f"{row['us']:.1f} us" if row["us"] < 1000 else f"{row['us'] / 1000:.2f} ms"
+                rates = [f"{row['gb_per_s']:.0f}", *[f"{row['tflops'] or 0:.1f}"] * flops]
+                peers = (
+                    f"{name} {peer['ratio']:.2f}x{'*' * (peer['method'] != row['method'])}"
+                    for name, peer in row["peers"].items()
+                    if "ratio" in peer
+                )
+                cells = [time, *rates, f"{row['percent_of_ceiling']:.0f}% of {row['ceiling']}", ", ".join(peers)]
+            lines.append(f"| {' | '.join([row['shape'], *cells])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def header(device: str, ceilings: Ceilings) -> dict:
     """The first row: the machine and its ceilings."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"

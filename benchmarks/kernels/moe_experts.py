@@ -12,7 +12,7 @@ from tokenspeed.ops.fp8 import quantise_blocks
 from ..cases import Case, Inputs, Sizes, operator_case, optional_peer
 
 # Model, experts, top-k, hidden size, expert width.
-MODELS = (("35B", 256, 8, 2048, 512), ("397B", 512, 10, 4096, 1024))
+MODELS = (("35B", 256, 8, 2048, 512), ("122B", 256, 8, 3072, 1024), ("397B", 512, 10, 4096, 1024))
 LEAST_CHOICES = 256  # of an expert in the largest prefill: about where the products bound it and not the weights
 ON_CPU = (("tiny", 8, 2, 128, 128),)  # whole blocks of e4m3
 
@@ -61,28 +61,30 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         "flashinfer": _flashinfer(optional_peer("flashinfer.fused_moe", "cutlass_fused_moe")),
     }
     for model, experts, top_k, hidden, width in MODELS if on_gpu else ON_CPU:
-        shared = Weights(experts, hidden, width)
         prefills = [sizes.prefill]
         while on_gpu and prefills[-1] * top_k < LEAST_CHOICES * experts:
             prefills.append(2 * prefills[-1])
-        for tokens in (*sizes.decode, *prefills):
-            # Each set takes the same choices with the experts renamed: other weights, but as many of them.
-            generator = torch.Generator().manual_seed(tokens)
-            logits = torch.randn(tokens, experts, generator=generator).bfloat16()
-            hit = logits.topk(top_k).indices.unique().numel()
+        for fp8, numbers in ((False, (*sizes.decode, *prefills)), (True, prefills)):
+            shared = Weights(experts, hidden, width, fp8)
+            for tokens in numbers:
+                # Each set takes the same choices with the experts renamed: other weights, but as many of them.
+                generator = torch.Generator().manual_seed(tokens)
+                logits = torch.randn(tokens, experts, generator=generator).bfloat16()
+                hit = logits.topk(top_k).indices.unique().numel()
 
-            def product(draw: Inputs, logits=logits, top_k=top_k, hidden=hidden, shared=shared) -> tuple:
-                renamed = logits[:, torch.randperm(logits.shape[1])].to(draw.device)
-                routed = tokenspeed.ops.moe_route(renamed, top_k)
-                return draw.randn(len(logits), hidden), *routed, *shared.draw(draw)
+                def product(draw: Inputs, logits=logits, top_k=top_k, hidden=hidden, shared=shared) -> tuple:
+                    renamed = logits[:, torch.randperm(logits.shape[1])].to(draw.device)
+                    routed = tokenspeed.ops.moe_route(renamed, top_k)
+                    held = shared.draw(draw)
+                    weights = (*held[::2], 0, *held[1::2]) if shared.fp8 else held
+                    return draw.randn(len(logits), hidden), *routed, *weights
 
-            choices = tokens * top_k
-            yield operator_case(
-                "moe_experts",
-                f"{model}, {tokens} tokens, {hit} experts",
-                2 * (3 * hit * hidden * width + 2 * tokens * hidden),
-                product,
-                flops=6 * choices * hidden * width,
-                peers=peers,
-                ceiling="matmul" if tokens > 64 else "read",
-            )
+                yield operator_case(
+                    "moe_experts",
+                    f"{model}, {tokens} tokens, {hit} experts" + ", e4m3" * fp8,
+                    (1 if fp8 else 2) * 3 * hit * hidden * width + 4 * tokens * hidden,
+                    product,
+                    flops=6 * tokens * top_k * hidden * width,
+                    peers={} if fp8 else peers,
+                    ceiling="matmul" if tokens > 64 else "read",
+                )
