@@ -11,24 +11,24 @@ namespace tokenspeed {
 
 constexpr int kBatch = 4;  // 16-byte loads of an operand that a thread has under way
 
-// Writes the norm of x + residual into `rows`, `pitch` bytes each, and this block's share of the sum into memory. One
-// token: all threads have a part of it; else a warp has a token. The norm's first weights come before the wait for the
-// kernel ahead. Every block repeats it: that costs less than to wait for another's.
+// Writes the norm of x + residual into `rows`, `pitch` bytes each, and this block's share of the sum into memory.
+// kAlone: there is one token, and all threads have a part of it; else a warp has a token. The norm's first weights come
+// before the wait for the kernel ahead. Every block repeats it: that costs less than to wait for another's.
 //
 // Layer: a struct of kernels.h with x, x_stride, residual, norm_weight, eps, sum, tokens and hidden. squares: a float
 // for each warp. after_loads is called when a thread's first loads are on their way, after_sum when it has its part of
 // the sum. All consumer threads; ends with their barrier.
-template <typename Layer, typename AfterLoads, typename AfterSum>
+template <bool kAlone, typename Layer, typename AfterLoads, typename AfterSum>
 __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pitch, float* squares,
                                            AfterLoads after_loads, AfterSum after_sum) {
     using namespace expert_decode;
-    const bool alone = p.tokens == 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int token = alone ? 0 : warp, from = (alone ? threadIdx.x : lane) * 8;
-    const int step = (alone ? kConsumerThreads : 32) * 8;
-    uint4 weights[kBatch]{};  // the first of the norm's
+    constexpr int kLoads = kAlone ? kBatch / 2 : kBatch;  // one token is a turn or two: less code to fetch
+    const int token = kAlone ? 0 : warp, from = (kAlone ? threadIdx.x : lane) * 8;
+    const int step = (kAlone ? kConsumerThreads : 32) * 8;
+    uint4 weights[kLoads]{};  // the first of the norm's
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
         if (from + i * step < p.hidden) weights[i] = ptx::load_16_read_only(p.norm_weight + from + i * step);
     }
     ptx::grid_dependency_wait();
@@ -37,10 +37,10 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
     if (token < p.tokens) {
         const __nv_bfloat16* x = p.x + token * p.x_stride;
         const __nv_bfloat16* residual = p.residual + int64_t{token} * p.hidden;
-        for (int base = from; base < p.hidden; base += kBatch * step) {
-            uint4 added[kBatch], old[kBatch];  // all on their way before the first is used
+        for (int base = from; base < p.hidden; base += kLoads * step) {
+            uint4 added[kLoads], old[kLoads];  // all on their way before the first is used
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
+            for (int i = 0; i < kLoads; ++i) {
                 const int column = base + i * step;
                 if (column >= p.hidden) break;
                 added[i] = ptx::load_16_no_allocate(x + column);
@@ -48,7 +48,7 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
             }
             if (base == from) after_loads();
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
+            for (int i = 0; i < kLoads; ++i) {
                 const int column = base + i * step;
                 if (column >= p.hidden) break;
                 const uint4 sum = pack(unpack(added[i]) + unpack(old[i]));
@@ -60,7 +60,7 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
     }
     after_sum();
     total = warp_sum(total);
-    if (alone) {
+    if constexpr (kAlone) {
         if (lane == 0) squares[warp] = total;
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
         total = 0;
@@ -69,15 +69,15 @@ __device__ __forceinline__ void stage_norm(const Layer& p, uint8_t* rows, int pi
     }
     if (token < p.tokens) {
         const float inverse = rsqrtf(total / p.hidden + p.eps);
-        for (int base = from; base < p.hidden; base += kBatch * step) {
+        for (int base = from; base < p.hidden; base += kLoads * step) {
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
+            for (int i = 0; i < kLoads; ++i) {
                 const int column = base + i * step;
                 if (base == from || column >= p.hidden) break;
                 weights[i] = ptx::load_16_read_only(p.norm_weight + column);
             }
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
+            for (int i = 0; i < kLoads; ++i) {
                 if (base + i * step >= p.hidden) break;
                 uint8_t* place = mine + (base + i * step) * 2;
                 const Float8 s = unpack(*reinterpret_cast<const uint4*>(place)), w = unpack(weights[i]);

@@ -264,7 +264,7 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     const Layout& layout = a.layout;
     const Work work(p);
     uint8_t *x = shared_memory + layout.x_offset(), *y = shared_memory + layout.y_offset();
-    stage_norm(p, x, layout.x_pitch, control.squares, [] {}, [] {});
+    stage_norm<false>(p, x, layout.x_pitch, control.squares, [] {}, [] {});
     Multiplier multiplier{
         control, layout, shared_memory, reinterpret_cast<float*>(shared_memory + layout.sums_offset()), {}, {}};
     for (int tile = work.first_of_gate_up; tile < work.gate_up_tiles; tile += work.blocks) {

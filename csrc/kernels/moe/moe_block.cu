@@ -30,8 +30,9 @@
 // turn and clears the other, so a graph may replay.
 //
 // All blocks must be on the device at once, and are: one a multiprocessor, and the next kernel may start only when all
-// have. What the kernel ahead still holds it gives back without waiting for us. In bf16 the next kernel's ring may fill
-// where ours rests, between the first product and the first expert; of e4m3 our registers leave its blocks no room.
+// have. What the kernel ahead still holds it gives back without waiting for us. The next kernel's ring may fill where
+// ours rests, between the first product and the first expert; of several tokens in e4m3 our registers leave its blocks no
+// room.
 //
 // Rounding is that of the operators that the torch implementation names.
 //
@@ -67,14 +68,13 @@ struct Maps {
 
 // The copies of one unit; `load` starts that of one stage, given its first chunk of depth. One thread.
 template <typename Product, typename Weight, typename Load>
-__device__ __forceinline__ void stream_unit(Control& control, uint8_t* ring, int stages, Cursor& at, int depth,
-                                            Load load) {
+__device__ __forceinline__ void stream_unit(Control& control, uint8_t* ring, Cursor& at, int depth, Load load) {
 #pragma unroll 1
     for (int chunk = 0; chunk * kChunk<Weight> < depth; chunk += Shape<Product>::kDepthWarps) {
         ptx::mbarrier_wait(&control.empty[at.slot], at.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(&control.full[at.slot], kStageBytes);
         load(ring + at.slot * kStageBytes, &control.full[at.slot], chunk);
-        at.next(stages);
+        at.next(kStages);
     }
 }
 
@@ -82,20 +82,20 @@ template <typename Weight>
 __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& control, uint8_t* ring) {
     const MoeBlock& p = a.p;
     const Work<Weight> work(p);
-    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), stages = a.layout.stages;
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
     Cursor at;
 #pragma unroll 1
     for (int tile = block; tile < work.in_tiles; tile += blocks) {
         if (kScaled<Weight> && tile < work.leading_tiles) {
             stream_unit<Dense, __nv_bfloat16>(
-                control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                control, ring, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
                     ptx::tma_load<3>(stage, &maps.router, full, {0, tile * Dense::kTileColumns, chunk},
                                      ptx::CachePolicy::kEvictFirst);
                 });
             continue;
         }
         const int column = work.first_column(tile);
-        stream_unit<Dense, Weight>(control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+        stream_unit<Dense, Weight>(control, ring, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
             ptx::tma_load<3>(stage, &maps.in_proj, full, {0, column, chunk}, ptx::CachePolicy::kEvictFirst);
         });
     }
@@ -127,11 +127,10 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
             shared_left = false;
 #pragma unroll 1
             for (int tile = beside ? block + blocks : block; tile < work.column_tiles; tile += blocks) {
-                stream_unit<Dense, Weight>(
-                    control, ring, stages, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                        ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk},
-                                         ptx::CachePolicy::kEvictFirst);
-                    });
+                stream_unit<Dense, Weight>(control, ring, at, p.shared, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                    ptx::tma_load<3>(stage, &maps.shared_down, full, {0, tile * Dense::kTileColumns, chunk},
+                                     ptx::CachePolicy::kEvictFirst);
+                });
             }
         }
         if (unit >= units) return;
@@ -142,20 +141,18 @@ __device__ void stream_weights(const Maps& maps, const Arguments& a, Control& co
                 ptx::prefetch_l2(scales);
                 ptx::prefetch_l2(scales + Scales{p}.up_scales());
             }
-            stream_unit<GateUp, Weight>(
-                control, ring, stages, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                    ptx::tma_load<5>(stage, &maps.gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert},
-                                     ptx::CachePolicy::kEvictFirst);
-                });
+            stream_unit<GateUp, Weight>(control, ring, at, p.hidden, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                ptx::tma_load<5>(stage, &maps.gate_up, full, {0, tile * GateUp::kTileColumns, 0, chunk, expert},
+                                 ptx::CachePolicy::kEvictFirst);
+            });
         } else {
             const int of_down = unit - gate_up_units;
             const int expert = control.experts[of_down / work.down_tiles], tile = of_down % work.down_tiles;
             if (kScaled<Weight>) ptx::prefetch_l2(Scales{p}.down(expert, tile * Down::kTileColumns));
-            stream_unit<Down, Weight>(
-                control, ring, stages, at, p.width, [&](uint8_t* stage, uint64_t* full, int chunk) {
-                    ptx::tma_load<4>(stage, &maps.down, full, {0, tile * Down::kTileColumns, chunk, expert},
-                                     ptx::CachePolicy::kEvictFirst);
-                });
+            stream_unit<Down, Weight>(control, ring, at, p.width, [&](uint8_t* stage, uint64_t* full, int chunk) {
+                ptx::tma_load<4>(stage, &maps.down, full, {0, tile * Down::kTileColumns, chunk, expert},
+                                 ptx::CachePolicy::kEvictFirst);
+            });
         }
         unit = blocks + static_cast<int>(next);
     }
@@ -180,18 +177,18 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
 
     // For e4m3 weights, x is turned to fp16 when the products that want it as it is are done.
     bool as_it_is = kScaled<Weight>;
-    const auto convert = [&] {
-        if (as_it_is) expert_decode::convert_rows(x, layout.row_pitch, p.tokens, p.hidden);
-        as_it_is = false;
-    };
 #pragma unroll 1
-    for (int tile = block; tile < work.in_tiles; tile += blocks) {
+    for (int tile = block;; tile += blocks) {
+        if (as_it_is && tile >= work.leading_tiles) {
+            expert_decode::convert_rows(x, layout.row_pitch, p.tokens, p.hidden);
+            as_it_is = false;
+        }
+        if (tile >= work.in_tiles) break;
         const int first_column = work.first_column(tile);
         const float* sums;
         if (kScaled<Weight> && tile < work.leading_tiles) {
             sums = multiplier.unit<Dense, __nv_bfloat16>(x, layout.row_pitch, p.hidden);
         } else {
-            convert();
             sums = multiplier.unit<Dense, Weight>(x, layout.row_pitch, p.hidden, Scales{p}.in_proj(first_column));
         }
         if (warp * 2 >= p.tokens) continue;
@@ -209,7 +206,6 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         if (token < p.tokens && column == 0) ptx::add_release(&counters_of(p.scratch, control.launch).projected, 1);
     }
 
-    convert();
     list_entries<kPerLane>(a, control, first);
     ptx::mbarrier_wait(&control.listed, 0);
 
@@ -228,10 +224,8 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
 #pragma unroll 1
         for (int tile = block; tile < work.column_tiles; tile += blocks) {
             const float* scales = Scales{p}.shared_down(tile * Dense::kTileColumns);
-            const float* sums = beside && tile == block
-                                    ? multiplier.unit_beside<Weight>(shared_memory + layout.shared_offset(), slots,
-                                                                     layout.slot_pitch, p.shared, scales)
-                                    : multiplier.unit<Dense, Weight>(slots, layout.slot_pitch, p.shared, scales);
+            const uint8_t* stage = beside && tile == block ? shared_memory + layout.shared_offset() : nullptr;
+            const float* sums = multiplier.unit<Dense, Weight>(slots, layout.slot_pitch, p.shared, scales, stage);
             if (token < p.tokens) {
                 a.shared_rows[int64_t{token} * p.hidden + tile * Dense::kTileColumns + column] =
                     __float2bfloat16(multiplier.total<Dense>(sums, token, column));
@@ -265,22 +259,21 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
         if (unit < 0) break;
         const int now = unit;
         float sum[2][4] = {};
-        const auto take_next = [&] {
-            unit = next_unit(control, at_units);
-            scale = scale_of(unit);
-        };
         if (now < gate_up_units) {
             multiplier.stages<GateUp, Weight>(sum, x, layout.row_pitch, p.hidden, scale);
-            take_next();
+        } else {
+            ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
+            const uint8_t* slot = slots + at_rows.slot * layout.tokens * layout.slot_pitch;
+            multiplier.stages<Down, Weight>(sum, slot, layout.slot_pitch, p.width, scale);
+        }
+        unit = next_unit(control, at_units);
+        scale = scale_of(unit);
+        if (now < gate_up_units) {
             const float* sums = multiplier.gather<GateUp>(sum);
             finish_gate_up(a, control, multiplier, sums, now / work.gate_up_tiles, now % work.gate_up_tiles);
             continue;
         }
         const int of_down = now - gate_up_units, entry = of_down / work.down_tiles, tile = of_down % work.down_tiles;
-        ptx::mbarrier_wait(&control.rows_full[at_rows.slot], at_rows.phase);
-        const uint8_t* slot = slots + at_rows.slot * layout.tokens * layout.slot_pitch;
-        multiplier.stages<Down, Weight>(sum, slot, layout.slot_pitch, p.width, scale);
-        take_next();
         const float* sums = multiplier.gather<Down>(sum);
         if (lane == 0) ptx::mbarrier_arrive(&control.rows_empty[at_rows.slot]);
         at_rows.next(kRowSlots);
@@ -290,16 +283,21 @@ __device__ void multiply(const Arguments& a, Control& control, uint8_t* shared_m
     finish_columns(a, control, work);
 }
 
-template <typename Weight, int kPerLane>
+// kAlone: the instance for one token, in which the compiler knows that there is one. It has no code for several, which
+// every launch would fetch and jump over, and takes fewer registers.
+template <typename Weight, int kPerLane, bool kAlone>
 __global__ void __launch_bounds__(kThreads, 1)
-    moe_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
+    moe_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments arguments) {
     DYNAMIC_SHARED(shared_memory);
+    Arguments a = arguments;  // and what the compiler knows of them
+    a.alone = kAlone;
+    if (kAlone) a.p.tokens = a.layout.tokens = 1;
     const Layout& layout = a.layout;
     auto& control = *reinterpret_cast<Control*>(shared_memory + layout.control_offset());
     auto* first = reinterpret_cast<uint32_t*>(shared_memory + layout.first_offset());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == kWeightWarp * 32) {
-        for (int i = 0; i < layout.stages; ++i) {
+        for (int i = 0; i < kStages; ++i) {
             ptx::mbarrier_init(&control.full[i], 1);
             ptx::mbarrier_init(&control.empty[i], kConsumers);
         }
@@ -395,11 +393,9 @@ cudaError_t launch_block(const MoeBlock& p, cudaStream_t stream) {
     arguments.logits = reinterpret_cast<uint64_t*>(p.scratch + kHeaderWords);
     arguments.rows = arguments.logits + int64_t{kTokens} * p.experts;
     arguments.activations = reinterpret_cast<__nv_bfloat16*>(p.workspace);
-    // Rows of tokens that are not there leave room for the words.
-    const int64_t unused = int64_t{kTokens - p.tokens} * p.top_k * p.hidden;
-    if (p.tokens <= kMaxTokensOfWords && int64_t{p.tokens} * p.top_k * words_pitch(p.width) <= unused) {
-        arguments.words = arguments.rows + int64_t{p.tokens} * p.top_k * p.hidden;
-    }
+    arguments.words = arguments.rows + int64_t{p.top_k} * p.hidden;
+    // Rows of tokens that are not there leave room for the words, of all but the oddest sizes.
+    const bool alone = p.tokens == 1 && words_pitch(p.width) <= (kTokens - 1) * p.hidden;
     arguments.projected = arguments.activations + int64_t{p.tokens} * p.top_k * p.width;
     arguments.shared_rows = arguments.projected + int64_t{p.tokens} * arguments.projected_pitch;
     Maps maps{};
@@ -410,7 +406,10 @@ cudaError_t launch_block(const MoeBlock& p, cudaStream_t stream) {
                                  .shared_bytes = static_cast<size_t>(std::max(arguments.layout.bytes(), kLeastShared)),
                                  .stream = stream,
                                  .programmatic = true};
-    const auto kernel = p.experts == 256 ? moe_block_kernel<Weight, 8> : moe_block_kernel<Weight, 16>;
+    const auto kernel_of = [&]<bool kAlone>() {
+        return p.experts == 256 ? moe_block_kernel<Weight, 8, kAlone> : moe_block_kernel<Weight, 16, kAlone>;
+    };
+    const auto kernel = alone ? kernel_of.template operator()<true>() : kernel_of.template operator()<false>();
     // Blocks wait for each other: all must be on the device at once.
     if (max_resident_blocks(kernel, config) < static_cast<int>(config.grid.x)) {
         return cudaErrorCooperativeLaunchTooLarge;

@@ -33,9 +33,9 @@ constexpr int kRowSlots = 2;
 constexpr int kUnitSlots = 4;
 // With few units a block, equal shares are more even than whatever the blocks take one by one.
 constexpr int kMaxTokensOfEqualShares = 2;
-// Activations of one token are words with a flag, two in a word; of more, every block would read too many of them.
-constexpr int kMaxTokensOfWords = 1;
-constexpr int kWordPieces = 64;    // of eight columns, in words of which a lane reads those of its two together
+// Activations of one token are words with a flag, two in a word; of more, every block would read too many of them. They
+// lie in groups of so many pieces of eight columns, in the order in which a lane reads the words of its two together.
+constexpr int kWordPieces = 64;
 constexpr uint8_t kNobody = 0xff;  // the rank of a token that has not chosen the expert
 // Four stages lose nothing to twelve and gain up to a tenth: with more under way, memory is slower.
 constexpr int kStages = 4;
@@ -111,10 +111,10 @@ struct Control {
 // Dynamic shared memory: the ring, a stage of shared_down, rows of x, row slots, two units' sums, the first choice of
 // each expert, control.
 struct Layout {
-    int stages, tokens, row_pitch, slot_pitch, experts;  // pitches in bytes
+    int tokens, row_pitch, slot_pitch, experts;  // pitches in bytes
 
-    __host__ __device__ int shared_offset() const { return stages * kStageBytes; }
-    __host__ __device__ int rows_offset() const { return (stages + 1) * kStageBytes; }
+    __host__ __device__ int shared_offset() const { return kStages * kStageBytes; }
+    __host__ __device__ int rows_offset() const { return (kStages + 1) * kStageBytes; }
     __host__ __device__ int slots_offset() const { return rows_offset() + tokens * row_pitch; }
     __host__ __device__ int sums_offset() const { return slots_offset() + kRowSlots * tokens * slot_pitch; }
     __host__ __device__ int first_offset() const { return sums_offset() + 2 * tokens * kTokenSums * 4; }
@@ -125,18 +125,19 @@ struct Layout {
 template <typename Weight>
 Layout layout_for(const MoeBlock& p) {
     using F = expert_decode::Format<Weight>;
-    return {kStages, p.tokens, F::row_pitch(p.hidden), F::row_pitch(std::max(p.width, p.shared)), p.held};
+    return {p.tokens, F::row_pitch(p.hidden), F::row_pitch(std::max(p.width, p.shared)), p.held};
 }
 
 struct Arguments {
     MoeBlock p;
     Layout layout;
+    bool alone = false;                    // the kernel is the one for one token
     int projected_pitch;                   // elements
     __nv_bfloat16* projected = nullptr;    // [tokens, projected_pitch]
     uint64_t* logits = nullptr;            // [tokens, experts], tagged
     uint64_t* rows = nullptr;              // [choices, hidden], by token and rank, tagged
     __nv_bfloat16* activations = nullptr;  // [choices, width], by token and rank
-    uint64_t* words = nullptr;             // the same of one token, [choices, words_pitch], tagged; null: activations
+    uint64_t* words = nullptr;             // the same, alone: [choices, words_pitch], tagged, behind `rows`
     __nv_bfloat16* shared_rows = nullptr;  // [tokens, hidden]
 };
 

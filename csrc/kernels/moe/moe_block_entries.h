@@ -23,18 +23,21 @@ __device__ __forceinline__ int next_unit(Control& control, Cursor& at) {
 // The norm of x + residual in `rows`, and the launch's number, which comes behind x: an acquire would go first.
 __device__ inline void begin(const Arguments& a, Control& control, uint8_t* rows) {
     uint32_t launches = 0;
-    stage_norm(
-        a.p, rows, a.layout.row_pitch, control.squares,
-        [&] {
-            if (threadIdx.x == 0) launches = *a.p.scratch;
-        },
-        [&] {
-            if (threadIdx.x != 0) return;
-            control.launch = launches + 1;
-            ptx::mbarrier_arrive(&control.begun);
-            // Whoever sees this count knows that the number has been read.
-            ptx::add_relaxed(&counters_of(a.p.scratch, launches + 1).projected, 1);
-        });
+    const auto after_loads = [&] {
+        if (threadIdx.x == 0) launches = *a.p.scratch;
+    };
+    const auto after_sum = [&] {
+        if (threadIdx.x != 0) return;
+        control.launch = launches + 1;
+        ptx::mbarrier_arrive(&control.begun);
+        // Whoever sees this count knows that the number has been read.
+        ptx::add_relaxed(&counters_of(a.p.scratch, launches + 1).projected, 1);
+    };
+    if (a.alone) {
+        stage_norm<true>(a.p, rows, a.layout.row_pitch, control.squares, after_loads, after_sum);
+    } else {
+        stage_norm<false>(a.p, rows, a.layout.row_pitch, control.squares, after_loads, after_sum);
+    }
 }
 
 // Each token's choices by a warp, then the list of entries by the first: experts here that any token chose, in the
@@ -55,7 +58,7 @@ __device__ void list_entries(const Arguments& a, Control& control, uint32_t* fir
         const int flat = warp * p.top_k + lane, here = choice.expert - p.first_expert;
         const bool held = lane < p.top_k && here >= 0 && here < p.held && !is_padding(p.sequences, warp);
         if (lane < p.top_k) control.chosen[flat] = static_cast<int16_t>(held ? here : -1);
-        if (p.tokens == 1) {  // no two choices are the same
+        if (a.alone) {  // no two choices are the same
             const unsigned all = __ballot_sync(kAllLanes, held);
             if (held) {
                 const int entry = __popc(all & ((1u << lane) - 1));
@@ -67,7 +70,7 @@ __device__ void list_entries(const Arguments& a, Control& control, uint32_t* fir
             atomicMin(first + here, static_cast<uint32_t>(flat));
         }
     }
-    if (p.tokens > 1) {
+    if (!a.alone) {
         ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
         if (warp == 0) {
             int entries = 0;

@@ -39,41 +39,32 @@ struct Multiplier {
     int turn = 0;
 
     // Multiplies one unit with rows of `operand`, and returns its sums [depth warp, token, row]. scales: of e4m3, those
-    // of the tile's rows.
+    // of the tile's rows. beside: where its only stage lies, if that is not in the ring.
     template <typename Product, typename Weight>
     __device__ __forceinline__ const float* unit(const uint8_t* operand, int pitch, int depth,
-                                                 const float* scales = nullptr) {
+                                                 const float* scales = nullptr, const uint8_t* beside = nullptr) {
         float sum[2][4] = {};
-        stages<Product, Weight>(sum, operand, pitch, depth,
-                                kScaled<Weight> ? load_scale<Product>(scales, 0, depth) : 0);
+        stages<Product, Weight>(sum, operand, pitch, depth, kScaled<Weight> ? load_scale<Product>(scales, 0, depth) : 0,
+                                beside);
         return gather<Product>(sum);
     }
 
     // The first half of that, without the sums of other warps. scale: from load_scale.
     template <typename Product, typename Weight>
     __device__ __forceinline__ void stages(float (&sum)[2][4], const uint8_t* operand, int pitch, int depth,
-                                           float scale) {
+                                           float scale, const uint8_t* beside = nullptr) {
         using S = Shape<Product>;
         const int depth_warp = static_cast<int>(threadIdx.x) / 32 / Product::kRowWarps;
 #pragma unroll 1
         for (int first = 0, s = 0; first * kChunk<Weight> < depth; first += S::kDepthWarps, ++s) {
-            ptx::mbarrier_wait(&control.full[at.slot], at.phase);
-            multiply_stage<Product, Weight>(sum, ring + at.slot * kStageBytes, operand, pitch, depth,
-                                            first + depth_warp, scale, s);
+            if (beside == nullptr) ptx::mbarrier_wait(&control.full[at.slot], at.phase);
+            multiply_stage<Product, Weight>(sum, beside != nullptr ? beside : ring + at.slot * kStageBytes, operand,
+                                            pitch, depth, first + depth_warp, scale, s);
+            if (beside != nullptr) return;
             __syncwarp();
             if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&control.empty[at.slot]);
-            at.next(layout.stages);
+            at.next(kStages);
         }
-    }
-
-    // The same for one stage of Dense that lies beside the ring.
-    template <typename Weight>
-    __device__ __forceinline__ const float* unit_beside(const uint8_t* stage, const uint8_t* operand, int pitch,
-                                                        int depth, const float* scales) {
-        const float scale = kScaled<Weight> ? load_scale<Dense>(scales, 0, depth) : 0;
-        float sum[2][4] = {};
-        multiply_stage<Dense, Weight>(sum, stage, operand, pitch, depth, threadIdx.x / 32, scale, 0);
-        return gather<Dense>(sum);
     }
 
     // The warp's share of a stage, the `s`-th of its unit: chunk `chunk` of the depth. scale: from load_scale.

@@ -46,34 +46,39 @@ __device__ inline void bring_words(const uint64_t* words, uint8_t* row, int widt
     }
 }
 
-// Writes the shared expert's activations, silu(gate) * up, into a row slot. One warp.
+// Writes the shared expert's activations, silu(gate) * up, into the first row slot, where the gates come; up comes into
+// the other, which nobody has used yet. So all is on its way at once, and the code is short. One warp.
 template <typename Weight>
-__device__ inline void activate_shared(const Arguments& a, uint8_t* slot) {
+__device__ inline void activate_shared(const Arguments& a, uint8_t* slots) {
     const MoeBlock& p = a.p;
-    const int lane = threadIdx.x % 32, pieces = p.shared / 8, all = p.tokens * pieces;
+    const int lane = threadIdx.x % 32, pieces = p.shared / 8, slot_bytes = a.layout.tokens * a.layout.slot_pitch;
+    static_assert(kRowSlots == 2);
 #pragma unroll 1
-    for (int base = 0; base < all; base += kBatch * 32) {
-        uint4 gates[kBatch], ups[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int piece = base + i * 32 + lane;
-            if (piece >= all) continue;
-            const __nv_bfloat16* gate = a.projected + piece / pieces * a.projected_pitch + piece % pieces * 8;
-            gates[i] = ptx::load_16_no_allocate(gate);
-            ups[i] = ptx::load_16_no_allocate(gate + p.shared);
+    for (int token = 0; token < p.tokens; ++token) {
+        const __nv_bfloat16* gate = a.projected + token * a.projected_pitch;
+        uint8_t* row = slots + token * a.layout.slot_pitch;
+#pragma unroll 1
+        for (int piece = lane; piece < pieces; piece += 32) {
+            ptx::cp_async(row + piece * 16, gate + piece * 8);
+            ptx::cp_async(row + slot_bytes + piece * 16, gate + p.shared + piece * 8);
         }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int piece = base + i * 32 + lane;
-            if (base + i * 32 >= all) break;
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+#pragma unroll 1
+    for (int token = 0; token < p.tokens; ++token) {
+        uint8_t* row = slots + token * a.layout.slot_pitch;
+#pragma unroll 1
+        for (int base = 0; base < pieces; base += 32) {
+            const int piece = base + lane;
             uint4 packed{};
-            if (piece < all) {
-                const Float8 g = unpack(gates[i]), u = unpack(ups[i]);
+            if (piece < pieces) {
+                const Float8 g = unpack(*reinterpret_cast<const uint4*>(row + piece * 16));
+                const Float8 u = unpack(*reinterpret_cast<const uint4*>(row + slot_bytes + piece * 16));
                 const Float8 y = gated(g, u);
                 packed = pack(y);
             }
-            uint8_t* row = slot + piece / pieces * a.layout.slot_pitch;
-            store_piece<Weight>(row, piece % pieces, p.shared, packed, piece < all);
+            store_piece<Weight>(row, piece, p.shared, packed, piece < pieces);
         }
     }
 }
@@ -102,13 +107,13 @@ __device__ void bring_rows(const Arguments& a, Control& control, uint8_t* slots)
         const int entry = (unit - gate_up_units) / work.down_tiles;
         const bool chose = lane < p.tokens && control.ranks[entry][lane] != kNobody;
         unsigned left = __ballot_sync(kAllLanes, chose);
-        if (a.words == nullptr) {
+        if (!a.alone) {
             if (lane == 0) ptx::wait_at_least(&counters.activated[entry], __popc(left) * work.gate_up_tiles);
             __syncwarp();
         }
         ptx::mbarrier_wait(&control.rows_empty[at.slot], at.phase ^ 1);
         uint8_t* slot = slots + at.slot * slot_bytes;
-        if (a.words != nullptr && left != 0) {
+        if (a.alone && left != 0) {
             bring_words<Weight>(a.words + int64_t{control.ranks[entry][0]} * words_pitch(p.width), slot, p.width,
                                 control.launch);
             left = 0;

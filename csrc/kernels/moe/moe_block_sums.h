@@ -25,7 +25,7 @@ __device__ __forceinline__ void finish_gate_up(const Arguments& a, const Control
         const float up = multiplier.total<GateUp>(sums, token, row + 8);
         value = silu(gate) * up;
     }
-    if (a.words != nullptr) {
+    if (a.alone) {
         __syncwarp();
         const float next = __shfl_down_sync(kAllLanes, value, 1);
         if (rank == kNobody || output % 2 != 0) return;

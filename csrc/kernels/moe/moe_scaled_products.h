@@ -14,6 +14,7 @@ namespace tokenspeed::expert_decode {
 __device__ __forceinline__ void convert_rows(uint8_t* rows, int row_pitch, int count, int depth) {
     const int groups = depth / kScaleBlock, pairs = (groups + 1) / 2;
     const int lane = threadIdx.x % kGroupLanes, half = threadIdx.x % 32 / kGroupLanes;
+#pragma unroll 1
     for (int i = threadIdx.x / 32; i < count * pairs; i += kConsumers) {
         uint8_t* row = rows + i / pairs * row_pitch;
         const int group = i % pairs * 2 + half;
