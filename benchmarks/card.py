@@ -142,14 +142,14 @@ def pinned(mean: float, device: torch.device = CUDA) -> Callable:
     """An `accept_tokens` under which as many ids count a step as `mean` says, in a fixed order, whatever was chosen:
     random weights draft nothing right, and what a step costs depends on how far sequences move."""
     counts = [int(mean * (i + 1)) - int(mean * i) for i in range(10)]
-    pattern = torch.tensor(counts, dtype=torch.int32, device=device)
+    pattern = torch.tensor(counts, device=device)
     step = torch.zeros(1, dtype=torch.int64, device=device)
 
     def accept(chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids) -> Tensor:
         count = pattern[step % len(counts)].expand_as(context_lens).clamp(max=chosen.shape[1])
         step.add_(1)
         count.masked_fill_(context_lens < 0, 0)
-        length[index] = torch.where(context_lens < 0, length[index], context_lens + count)
+        length[index] = torch.where(context_lens < 0, length[index], context_lens + count).int()
         ids[index, 0] = chosen[:, 0]
         return count
 

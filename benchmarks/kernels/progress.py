@@ -9,6 +9,10 @@ from ..cases import Case, Inputs, Sizes, operator_case
 BATCHES, DRAFTS, STOPS, PAGES, FREQUENCIES = ((1, 1), (1, 4), (64, 4), (256, 8)), 8, 4, 512, 32
 
 
+def frequencies(draw: Inputs) -> torch.Tensor:
+    return (1e7 ** -(torch.arange(FREQUENCIES) / FREQUENCIES)).to(draw.device)
+
+
 def cases(sizes: Sizes) -> Iterator[Case]:
     """One to many sequences of one to eight tokens, deep in their contexts."""
     for sequences, width in BATCHES if len(sizes.decode) > 1 else BATCHES[:2]:
@@ -23,14 +27,16 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         def index(draw: Inputs, sequences=sequences):
             return draw.integers(torch.randperm(sequences).tolist(), torch.int64)
 
-        def following(draw: Inputs, width=width, column=column, table=table, index=index) -> tuple:
-            slots, progress = [column(draw, 0, 64)] * 2, [column(draw, 1, 9999) for _ in range(3)]
-            return index(draw), *slots, *progress, table(draw, DRAFTS, 9999), width
+        def following(draw: Inputs, sequences=sequences, width=width, column=column, table=table) -> tuple:
+            index, slots = torch.randperm(sequences).tolist(), [list(range(sequences))] * 2
+            packed, progress = draw.integers([index, *slots], torch.int32), [column(draw, 1, 9999) for _ in range(3)]
+            pages, inv_freq = table(draw, PAGES, 9999, torch.int32), frequencies(draw)
+            capacity = torch.full_like(progress[0], PAGES * 64)
+            return packed, *progress, table(draw, DRAFTS, 9999), pages, capacity, inv_freq, width, 1.0, 64
 
         def places(draw: Inputs, width=width, column=column, table=table, index=index) -> tuple:
             first, pages = column(draw, 0, PAGES * 64 - width), table(draw, PAGES, 9999, torch.int32)
-            inv_freq = (1e7 ** -(torch.arange(FREQUENCIES) / FREQUENCIES)).to(draw.device)
-            return index(draw), first, pages, torch.full_like(first, PAGES * 64), inv_freq, width, 1.0, 0, 64
+            return index(draw), first, pages, torch.full_like(first, PAGES * 64), frequencies(draw), width, 1.0, 0, 64
 
         def verdict(draw: Inputs, width=width, column=column, table=table, index=index) -> tuple:
             chosen, tokens, outputs = (table(draw, width, high) for high in (2, 2, 9999))
@@ -42,7 +48,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             return index(draw), *(column(draw, 0, 9999) for _ in range(3)), table(draw, DRAFTS, 9999), width
 
         rows = sequences * width
-        yield operator_case("next_tokens", shape, 40 * sequences + 24 * rows, following)
+        moved = (52 + 8 * PAGES) * sequences + (24 + 8 * FREQUENCIES + 8) * rows
+        yield operator_case("decode_rows", shape, moved, following)
         yield operator_case("paged_rows", shape, 20 * sequences + (8 * FREQUENCIES + 8) * rows, places)
         yield operator_case("draft_rows", shape, 36 * sequences + 12 * rows, behind)
         yield operator_case("accept_tokens", shape, (48 + 8 * STOPS) * sequences + 24 * rows, verdict)

@@ -109,23 +109,6 @@ cudaError_t attention_prologue(const AttentionPrologue& arguments, cudaStream_t 
 
 // ---- progress.cu: see the operators of those names. Index arrays contiguous, of any alignment; [I] arrays are tables
 // by sequence index.
-struct NextTokens {
-    const int64_t* index;       // [sequences]
-    const int32_t* read_slot;   // [sequences]
-    const int32_t* write_slot;  // [sequences]
-    const int32_t* length;      // [I]
-    const int32_t* left;        // [I]
-    const int32_t* prompt;      // [I]
-    const int64_t* ids;         // [I, at least width] by row stride
-    int64_t ids_stride;
-    int64_t* tokens;        // [sequences, width]
-    int64_t* outputs;       // [sequences, width]
-    int32_t* context_lens;  // [sequences]
-    int32_t* reads;         // [sequences]
-    int32_t* writes;        // [sequences]
-    int sequences, width;
-};
-cudaError_t next_tokens(const NextTokens& arguments, cudaStream_t stream);
 struct PagedRows {
     const int64_t* index;  // [sequences]
     const int32_t* first;  // [sequences]
@@ -139,6 +122,23 @@ struct PagedRows {
     float rope_scale;
 };
 cudaError_t paged_rows(const PagedRows& arguments, cudaStream_t stream);
+struct DecodeRows {
+    const int32_t* packed;  // [3, sequences]: index, read slot, write slot
+    const int32_t* length;  // [I]
+    const int32_t* left;    // [I]
+    const int32_t* prompt;  // [I]
+    const int64_t* ids;     // [I, at least rows.width] by row stride
+    int64_t ids_stride;
+    PagedRows rows;         // of the tokens: `index` and `first` stay null, `rope_shift` 0
+    int64_t* index;         // [sequences]
+    int64_t* tokens;        // [sequences, rows.width]
+    int64_t* outputs;       // [sequences, rows.width]
+    int32_t* context_lens;  // [sequences]
+    int32_t* reads;         // [sequences]
+    int32_t* writes;        // [sequences]
+    int32_t* page_table;    // [sequences, rows.table_width]
+};
+cudaError_t decode_rows(const DecodeRows& arguments, cudaStream_t stream);
 struct DraftRows {
     const int64_t* index;     // [sequences]
     const int32_t* context;   // [sequences]
@@ -165,7 +165,7 @@ struct AcceptTokens {
     int32_t* left;                // [I]
     int64_t* ids;                 // [I, at least 1] by row stride
     int64_t ids_stride;
-    int32_t* counts;  // [sequences]
+    int64_t* counts;  // [sequences]
     int sequences, tokens_each, stop_count;
 };
 cudaError_t accept_tokens(const AcceptTokens& arguments, cudaStream_t stream);
@@ -312,6 +312,8 @@ struct Sample {
     const float* min_p;
     const int64_t* seed;
     const int64_t* output;
+    const int64_t* index;  // [rows] by stride: where a row's values stand in those ahead of `output`; null: at the row
+    int64_t index_stride;
     int64_t* ids;
     void* workspace;  // of sample_workspace bytes, aligned to 16, any content
     int rows, vocabulary;

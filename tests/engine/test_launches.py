@@ -50,6 +50,16 @@ def operators_of_a_decode_step(directory, batch: int, asked: dict) -> list[str]:
     return operators.names
 
 
+def first_apart(names: list[str]) -> list[str]:
+    """The names as of more than eight rows: up to eight, the first norm reads a slice of zeros and is one operator with
+    its product."""
+    place = names.index("tokenspeed.add_rms_norm_linear.default")
+    if names[place - 1] != "aten.slice.Tensor":
+        return names
+    apart = ["tokenspeed.rms_norm.default", "tokenspeed.linear.default"]
+    return [*names[: place - 1], *apart, *names[place + 1 :]]
+
+
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize(
     "asked",
@@ -64,7 +74,8 @@ def test_a_decode_step_calls_as_many_operators_for_one_sequence_as_for_many(moe,
     oracle(Shape(moe=moe)).save_pretrained(tmp_path)
     # From two to eight rows a dense feed-forward is one operator, else two; experts are one up to eight rows on a GPU,
     # always on a CPU.
-    one, two, eight, nine, many = (operators_of_a_decode_step(tmp_path, batch, asked) for batch in (1, 2, 8, 9, 64))
+    steps = (operators_of_a_decode_step(tmp_path, batch, asked) for batch in (1, 2, 8, 9, 64))
+    one, two, eight, nine, many = (first_apart(names) for names in steps)
     assert eight == two
     assert many == nine
     assert (many == two) == moe

@@ -16,15 +16,16 @@ BUGS = (
     Bug(
         "noise is tied to the row",
         Sampler.parameters,
-        "self._integers_of[:, index]",
-        "self._integers_of[:, index] + torch.arange(len(index))",
+        "Parameters(temperature, self._top_k, top_p, min_p, self._seed, index)",
+        "Parameters(temperature[index], self._top_k[index], top_p[index], min_p[index], "
+        "self._seed[index] + torch.arange(len(index)), None)",
         side_by_side(0),
     ),
     Bug(
         "noise of one output",
         Sampler.draw_by,
-        "*parameters, output)",
-        "*parameters, output * 0)",
+        "parameters, output)",
+        "parameters, output * 0)",
         sampling.test_the_noise_of_one_output_says_nothing_about_the_next,
     ),
     Bug(
@@ -37,8 +38,8 @@ BUGS = (
     Bug(
         "neighbouring seeds are one",
         Sampler.parameters,
-        "min_p, seed)",
-        "min_p, seed // 2)",
+        "self._seed, index)",
+        "self._seed // 2, index)",
         sampling.test_neighbouring_seeds_are_independent,
     ),
     Bug(

@@ -24,8 +24,8 @@ class Progress:
         rows = batch + 3
         self.width = width
         self.index = torch.randperm(rows)[:batch]
-        self.write_slot = torch.where(torch.rand(batch) < 0.2, -1, columns(batch, 0, 99)).int()
-        self.read_slot = columns(batch, -1, 99)
+        write_slot = torch.where(torch.rand(batch) < 0.2, -1, columns(batch, 0, 99)).int()
+        self.packed = torch.stack([self.index.int(), columns(batch, -1, 99), write_slot])
         self.prompt, self.left = columns(rows, 1, 200), columns(rows, 0, 12)
         self.length = self.prompt + columns(rows, 0, 20)
         self.ids = columns(rows, 0, 3, width, torch.int64)
@@ -44,15 +44,17 @@ class Progress:
         return copy
 
     def step(self, operators) -> list[torch.Tensor]:
-        """Next tokens, their rows, and the verdict on what is chosen: every output, and the tables as they are now."""
-        slots = (self.read_slot, self.write_slot)
-        taken = operators.next_tokens(self.index, *slots, self.length, self.left, self.prompt, self.ids, self.width)
-        places = (self.pages, self.capacity, self.inv_freq, self.width, 0.5, -1, PAGE)
-        rows = operators.paged_rows(self.index, taken[2], *places)
-        drafts = operators.draft_rows(self.index, taken[2], self.capacity, self.prompt, self.ids, 3)
+        """What comes next, the rows of a draft head, and the verdict on what is chosen: every output, and the tables as
+        they are now."""
+        progress = (self.length, self.left, self.prompt, self.ids)
+        places = (self.pages, self.capacity, self.inv_freq, self.width, 0.5)
+        begun = operators.decode_rows(self.packed, *progress, *places, PAGE)
+        _, tokens, outputs, context, *_ = begun
+        rows = operators.paged_rows(self.index, context, *places, -1, PAGE)
+        drafts = operators.draft_rows(self.index, context, self.capacity, self.prompt, self.ids, 3)
         tables = (self.length, self.left, self.ids)
-        counts = operators.accept_tokens(self.chosen, *taken[:3], self.index, self.min_tokens, self.stops, *tables)
-        return [*taken, *rows, *drafts, counts]
+        verdict = (self.chosen, tokens, outputs, context, self.index, self.min_tokens, self.stops)
+        return [*begun, *rows, *drafts, operators.accept_tokens(*verdict, *tables)]
 
     def tables(self) -> list[torch.Tensor]:
         return [self.length, self.left, self.ids]
@@ -60,8 +62,8 @@ class Progress:
 
 class Operators:
     def __init__(self, backend):
-        self.next_tokens, self.paged_rows, self.draft_rows, self.accept_tokens = (
-            backend.op(name) for name in ("next_tokens", "paged_rows", "draft_rows", "accept_tokens")
+        self.decode_rows, self.paged_rows, self.draft_rows, self.accept_tokens = (
+            backend.op(name) for name in ("decode_rows", "paged_rows", "draft_rows", "accept_tokens")
         )
 
 

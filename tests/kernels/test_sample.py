@@ -322,3 +322,28 @@ def test_the_kernel_serves_its_calls_itself():
     make_backend("emulated")
     for logits in (torch.randn(2, 300), torch.randn(2, 300).bfloat16()):
         assert not torch_served(lambda logits=logits: torch.ops.tokenspeed_emulated.sample(*arguments(logits)))
+
+
+# The index of each row, among nine; the last two are the tokens of one sequence, and more rows than a launch takes.
+INDICES = {"each its own": [7, 0, 7, 3, 8], "one": [3] * 4, "many": [i % 9 for i in range(1024 + 3)]}
+
+
+@pytest.mark.parametrize("rows", INDICES)
+def test_rows_find_their_values_in_tables(backend, rows):
+    index = torch.tensor(INDICES[rows], device=backend.device)
+    if rows == "one":
+        index = index[:1].expand(len(index))  # of stride 0, as torch repeats the index of a sequence's tokens
+    logits, output = backend.randn(len(index), 300), torch.arange(len(index), device=backend.device)
+    tables = arguments(
+        torch.empty(9, 1),
+        temperature=[0.0, 0.5, 1, 1.5, 0, 1, 1, 2, 0.7],
+        top_k=[0, 1, 2, 40, 4, 0, 0, 0, 7],
+        top_p=[1, 1, 1, 0.9, 1, 1, 1, 0.5, 1],
+        min_p=[0, 0, 0, 0, 0, 0, 0, 0.01, 0],
+        seed=range(9),
+    )[1:6]
+    tables, results = [table.to(backend.device) for table in tables], []
+    expected = backend.op("sample")(logits, *(table[index] for table in tables), output)
+    served = torch_served(lambda: results.append(backend.op("sample")(logits, *tables, output, index)))
+    assert torch.equal(results[0], expected)
+    assert not backend.emulated or served == []

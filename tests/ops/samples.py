@@ -179,9 +179,10 @@ def _progress(backend: Backend):
     return *numbers, backend.tensor([[3, 4, 5], [6, 7, 8], [0, 0, 0]], torch.int64)
 
 
-def next_tokens(backend: Backend):
-    index, slots = backend.tensor([1, 0, 2], torch.int64), backend.tensor([3, 4, -1])
-    return index, slots, slots.clone(), *_progress(backend), 2
+def decode_rows(backend: Backend):
+    packed, inv_freq = backend.tensor([[1, 0, 2], [3, 4, -1], [3, 4, -1]]), torch.tensor([1.0, 0.01])
+    pages, capacity = backend.tensor([[5, 2], [1, 3], [0, 0]]), backend.tensor([128, 64, 0])
+    return packed, *_progress(backend), pages, capacity, inv_freq.to(backend.device), 2, 1.0, 64
 
 
 def paged_rows(backend: Backend):
@@ -217,6 +218,7 @@ SAMPLES: dict[str, Callable] = {
         causal_conv1d,
         copy_pages,
         copy_states,
+        decode_rows,
         draft_rows,
         ffn_block,
         gated_delta_rule_decode,
@@ -228,7 +230,6 @@ SAMPLES: dict[str, Callable] = {
         moe_block,
         moe_experts,
         moe_route,
-        next_tokens,
         paged_attention_decode,
         paged_attention_prefill,
         paged_rows,

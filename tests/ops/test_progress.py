@@ -49,9 +49,11 @@ def int64(backend, values):
     return backend.tensor(values, torch.int64)
 
 
-def next_tokens(backend, tables: Tables, index, reads, writes, width):
-    counts = (backend.tensor(x) for x in (reads, writes, tables.length, tables.left, tables.prompt))
-    return backend.op("next_tokens")(int64(backend, index), *counts, int64(backend, tables.ids), width)
+def decode_rows(backend, tables: Tables, index, reads, writes, width):
+    """Of the operator: index, tokens, outputs, contexts, read and write slots, pages, angles, places."""
+    numbers = (backend.tensor(x) for x in ([index, reads, writes], tables.length, tables.left, tables.prompt))
+    places = backend.tensor(tables.pages), backend.tensor(tables.capacity), torch.ones(1, device=backend.device)
+    return backend.op("decode_rows")(*numbers, int64(backend, tables.ids), *places, width, 0.5, PAGE)
 
 
 @bounded
@@ -60,8 +62,15 @@ def test_a_sequence_goes_on_from_where_it_is_or_stands_still(backend, seed, widt
     random = Random(seed)
     tables, index = Tables.random(random), random.sample(range(6), batch)
     reads, writes = ([random.randint(-1, 9) for _ in index] for _ in range(2))
-    tokens, outputs, context, read, write = next_tokens(backend, tables, index, reads, writes, width)
+    given, tokens, outputs, context, read, write, pages, cos_sin, kv_slots = decode_rows(
+        backend, tables, index, reads, writes, width
+    )
+    assert given.dtype == torch.int64 and given.tolist() == index
     assert tokens.tolist() == [tables.ids[i][:width] for i in index]
+    assert pages.tolist() == [tables.pages[i] for i in index]
+    places = backend.tensor(tables.pages), backend.tensor(tables.capacity), torch.ones(1, device=backend.device)
+    rows = backend.op("paged_rows")(int64(backend, index), context, *places, width, 0.5, 0, PAGE)
+    assert torch.equal(cos_sin, rows[0]) and torch.equal(kv_slots, rows[1])
     for row, i in enumerate(index):
         going = writes[row] >= 0 and tables.left[i] > 0
         expected = (tables.length[i], reads[row], writes[row]) if going else (-1, -1, -1)
@@ -124,7 +133,7 @@ def test_drafts_count_as_far_as_they_were_chosen_and_no_further_than_an_end(back
     random = Random(seed)
     tables, index = Tables.random(random), random.sample(range(6), batch)
     writes = [random.choice([-1, 3, 3, 3]) for _ in index]
-    tokens, outputs, context, _, _ = next_tokens(backend, tables, index, writes, writes, width)
+    _, tokens, outputs, context, *_ = decode_rows(backend, tables, index, writes, writes, width)
     chosen = [[random.randrange(3) for _ in range(width)] for _ in index]
     for row in range(batch):  # most drafts are right
         chosen[row] = [
@@ -152,7 +161,7 @@ def test_padding_rows_share_an_index_and_change_nothing(backend):
     tables = Tables.random(Random(0))
     index, none = [5, 2, 5, 5], [-1, 4, -1, -1]
     tables.left[2] = 9
-    tokens, outputs, context, read, write = next_tokens(backend, tables, index, none, none, 3)
+    _, tokens, outputs, context, read, write, *_ = decode_rows(backend, tables, index, none, none, 3)
     assert read.tolist() == write.tolist() == none and context.tolist() == [-1, tables.length[2], -1, -1]
     progress = [backend.tensor(tables.length), backend.tensor(tables.left), int64(backend, tables.ids)]
     rules = backend.tensor(tables.min_tokens), int64(backend, [[-1] * STOPS] * 6)
@@ -182,15 +191,15 @@ def test_drafts_stand_behind_the_last_id_as_far_as_there_are_pages(backend, seed
                 assert outputs[k, at].item() == first + 1 - tables.prompt[i] + k
 
 
-@pytest.mark.parametrize("name", ["next_tokens", "paged_rows", "draft_rows", "accept_tokens"])
+@pytest.mark.parametrize("name", ["decode_rows", "paged_rows", "draft_rows", "accept_tokens"])
 def test_no_sequences_are_no_work(backend, name):
     none, tables = int64(backend, []), Tables.random(Random(1))
     few, counts = backend.tensor([]), [backend.tensor(x) for x in (tables.length, tables.left, tables.prompt)]
     ids = int64(backend, tables.ids)
-    if name == "next_tokens":
-        assert backend.op(name)(none, few, few, *counts, ids, 2)[0].shape == (0, 2)
+    places = (backend.tensor(tables.pages), backend.tensor(tables.capacity), torch.ones(3, device=backend.device))
+    if name == "decode_rows":
+        assert decode_rows(backend, tables, [], [], [], 2)[1].shape == (0, 2)
     elif name == "paged_rows":
-        places = (backend.tensor(tables.pages), backend.tensor(tables.capacity), torch.ones(3, device=backend.device))
         assert backend.op(name)(none, few, *places, 2, 1.0, 0, PAGE)[1].shape == (0,)
     elif name == "draft_rows":
         assert backend.op(name)(none, few, *counts[:2], ids, 2)[1].shape == (2, 0)

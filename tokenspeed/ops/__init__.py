@@ -23,7 +23,7 @@ from .linear import (
 from .moe import moe_experts, moe_route
 from .moe_block import moe_block
 from .norm import add_rms_norm, add_sigmoid_gated, gated_rms_norm, rms_norm, silu_mul
-from .progress import accept_tokens, draft_rows, next_tokens, paged_rows
+from .progress import accept_tokens, decode_rows, draft_rows, paged_rows
 from .sampling import sample
 from .strict import NoKernel as NoKernel
 from .strict import strict as strict
@@ -39,6 +39,7 @@ __all__ = [
     "causal_conv1d",
     "copy_pages",
     "copy_states",
+    "decode_rows",
     "draft_rows",
     "ffn_block",
     "gated_delta_rule_decode",
@@ -50,7 +51,6 @@ __all__ = [
     "moe_block",
     "moe_experts",
     "moe_route",
-    "next_tokens",
     "paged_attention_decode",
     "paged_attention_prefill",
     "paged_rows",

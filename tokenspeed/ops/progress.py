@@ -12,34 +12,45 @@ from torch import Tensor
 from .library import operator
 
 
-def _next_fake(index, read_slot, write_slot, length, left, prompt, ids, width):
-    tokens = ids.new_empty(len(index), width)
-    return tokens, torch.empty_like(tokens), *(torch.empty_like(read_slot) for _ in range(3))
+def _decode_fake(packed, length, left, prompt, ids, pages, capacity, inv_freq, width, rope_scale, page_size):
+    sequences = packed.shape[1]
+    index, tokens = ids.new_empty(sequences), ids.new_empty(sequences, width)
+    numbers = (packed.new_empty(sequences) for _ in range(3))
+    rows = _rows_fake(index, None, pages, capacity, inv_freq, width, rope_scale, 0, page_size)
+    return index, tokens, torch.empty_like(tokens), *numbers, pages.new_empty(sequences, pages.shape[1]), *rows
 
 
-@operator(fake=_next_fake)
-def next_tokens(
-    index: Tensor,
-    read_slot: Tensor,
-    write_slot: Tensor,
+@operator(fake=_decode_fake)
+def decode_rows(
+    packed: Tensor,
     length: Tensor,
     left: Tensor,
     prompt: Tensor,
     ids: Tensor,
+    pages: Tensor,
+    capacity: Tensor,
+    inv_freq: Tensor,
     width: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What each of B sequences consumes next: its last id and width - 1 drafts.
+    rope_scale: float,
+    page_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a decode step begins with: what each of B sequences consumes, its last id and width - 1 drafts, and where.
 
-    index: [B] int64; read_slot, write_slot: [B] int32, a negative write slot marks padding; length, left, prompt: [I]
-    int32; ids: [I, >= width] int64. Returns tokens [B, width] int64; outputs [B, width] int64, the number of the output
-    that is chosen behind each token, from 0; context_lens [B] int32, the tokens before; read and write slots [B] int32.
-    Padding, and a sequence with nothing left to say, have context -1 and slots -1.
+    packed: [3, B] int32: index, read slot and write slot of each; a negative write slot marks padding. length, left,
+    prompt: [I] int32; ids: [I, >= width] int64; pages, capacity, inv_freq, rope_scale: as in `paged_rows`. Returns
+    index [B] int64; tokens [B, width] int64; outputs [B, width] int64, the number of the output that is chosen behind
+    each token, from 0; context_lens [B] int32, the tokens before; read and write slots [B] int32; page_table [B, P]
+    int32, a row of pages each; and the cos_sin and kv_slots of `paged_rows` for the tokens. Padding, and a sequence
+    with nothing left to say, have context -1 and slots -1.
     """
+    index, read_slot, write_slot = packed.unbind(0)
+    index = index.long()
     going = (write_slot >= 0) & (left[index] > 0)
     context = torch.where(going, length[index], -1)
-    steps = torch.arange(1, width + 1, device=index.device)
-    outputs = (context - prompt[index]).long()[:, None] + steps
-    return ids[index, :width], outputs, context, torch.where(going, read_slot, -1), torch.where(going, write_slot, -1)
+    outputs = (context - prompt[index]).long()[:, None] + torch.arange(1, width + 1, device=index.device)
+    reads, writes = torch.where(going, read_slot, -1), torch.where(going, write_slot, -1)
+    rows = paged_rows(index, context, pages, capacity, inv_freq, width, rope_scale, 0, page_size)
+    return index, ids[index, :width], outputs, context, reads, writes, pages[index], *rows
 
 
 def _rows_fake(index, first, pages, capacity, inv_freq, width, rope_scale, rope_shift, page_size):
@@ -101,7 +112,7 @@ def draft_rows(
 
 @operator(
     fake=lambda chosen, tokens, outputs, context_lens, index, min_tokens, stops, length, left, ids: torch.empty_like(
-        context_lens
+        index
     ),
     mutates=("length", "left", "ids"),
 )
@@ -120,9 +131,9 @@ def accept_tokens(
     """Verify drafts: the ids chosen behind drafts that were chosen themselves count, up to an end.
 
     chosen: [B, T] int64, the id chosen behind each of tokens [B, T] int64, of which the first is certain and the others
-    are drafts; outputs, context_lens: as from `next_tokens`; index: [B] int64, of different sequences; min_tokens: [I]
+    are drafts; outputs, context_lens: as from `decode_rows`; index: [B] int64, of different sequences; min_tokens: [I]
     int32, outputs before which nothing ends; stops: [I, S] int64, ids that end a sequence, -1 for none. Returns how
-    many of the chosen ids count, [B] int32: 0 for context -1, else 1 and one more for each draft that is the id chosen
+    many of the chosen ids count, [B] int64: 0 for context -1, else 1 and one more for each draft that is the id chosen
     before it, no further than a stop and than what is left. A negative "id" (see `sample`) counts, and ends whatever
     min_tokens says. Sequences that ended have nothing left from then on.
     Mutates length (the context and the count), left and column 0 of ids (the last id that counts, 0 for a negative one)
@@ -132,11 +143,11 @@ def accept_tokens(
     ends = (chosen[:, :, None] == stops[index][:, None]).any(-1) & (outputs + 1 >= min_tokens[index][:, None])
     ends |= chosen < 0
     before_end = (ends.int().cumsum(1) == 0).sum(1)
-    count = torch.minimum(torch.minimum(agreed, before_end) + 1, left[index]).masked_fill_(context_lens < 0, 0).int()
-    last = (count.long() - 1).clamp_(min=0)[:, None]
+    count = torch.minimum(torch.minimum(agreed, before_end) + 1, left[index]).masked_fill_(context_lens < 0, 0)
+    last = (count - 1).clamp_(min=0)[:, None]
     ended = ends.gather(1, last)[:, 0] & (count > 0)
     going = context_lens >= 0
-    length[index] = torch.where(going, context_lens + count, length[index])
-    left[index] = (left[index] - count).masked_fill_(ended, 0)
+    length[index] = torch.where(going, context_lens + count, length[index]).int()
+    left[index] = (left[index] - count).masked_fill_(ended, 0).int()
     ids[index, 0] = torch.where(going, chosen.gather(1, last)[:, 0].clamp(min=0), ids[index, 0])
     return count

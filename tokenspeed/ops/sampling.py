@@ -73,12 +73,19 @@ def id_or_reason(ids: Tensor, largest: Tensor) -> Tensor:
 
 
 @operator(
-    fake=lambda logits, temperature, top_k, top_p, min_p, seed, output: logits.new_empty(
+    fake=lambda logits, temperature, top_k, top_p, min_p, seed, output, index=None: logits.new_empty(
         logits.shape[0], dtype=torch.int64
     )
 )
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, output: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    output: Tensor,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Draw one id a row from `softmax(logits / temperature)` cut to its top-k, then to its top-p, and by min-p.
 
@@ -89,7 +96,11 @@ def sample(
     `d <= -log(min_p)`. Returns ids, [B] int64: the argmax of Gumbel noise - d (Gumbel 1954) over what is left. The
     noise is a function of (seed, output, id) alone, so a row draws the same id in every batch and at every place.
     In place of an id: NOT_FINITE for a row that holds NaN or +inf, as it is or scaled; NONE_ALLOWED for one of -inf.
+    index: [B] int64; where it is given, all before `output` but the logits are tables, [I], of which row b takes what
+    stands at index[b].
     """
+    if index is not None:
+        temperature, top_k, top_p, min_p, seed = (x[index] for x in (temperature, top_k, top_p, min_p, seed))
     logits = logits.float()
     largest, best = logits.max(-1)
     if logits.is_cpu and max(temperature.tolist(), default=0) <= 0 and all(map(math.isfinite, largest.tolist())):

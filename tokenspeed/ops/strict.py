@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CAPABILITY = (9, 0)  # of the cards that the kernels are compiled for
 KERNEL_ROWS = 16  # of a product; more rows are a job for cuBLAS, which torch calls
+LINEAR_STAGED_ROWS = 8  # of a product in one launch with what comes before it
 HEAD_DIM = 128  # of keys and values of the delta rule
 # Their torch implementation is a composition of operators, each of which is asked by itself.
 COMPOSED = (

@@ -239,7 +239,8 @@ bool add_gated_silu_mul_linear(const Tensor& y, const Tensor& x, const Tensor& w
 }
 
 std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
-                             const Tensor& min_p, const Tensor& seed, const Tensor& output) {
+                             const Tensor& min_p, const Tensor& seed, const Tensor& output,
+                             const std::optional<Tensor>& index) {
     bool fits = has_kernels(logits) && logits.dim() == 2 && (is_bf16(logits) || is_float(logits)) &&
                 logits.stride(1) == 1 && logits.size(0) <= kMaxIndex && logits.size(1) <= kMaxIndex &&
                 is_float(temperature) && is_int32(top_k) && is_float(top_p) && is_float(min_p) && is_int64(seed) &&
@@ -247,6 +248,8 @@ std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, co
     for (const Tensor* values : {&temperature, &top_k, &top_p, &min_p, &seed, &output}) {
         fits = fits && values->is_contiguous();
     }
+    // Of any stride: tokens of one sequence have the same index, which torch repeats with stride 0.
+    if (index) fits = fits && is_int64(*index) && index->dim() == 1 && index->size(0) == logits.size(0);
     if (!fits) return std::nullopt;
     Sample arguments{.logits = logits.data_ptr(),
                      .logits_are_float = is_float(logits),
@@ -257,6 +260,8 @@ std::optional<Tensor> sample(const Tensor& logits, const Tensor& temperature, co
                      .min_p = data<float>(min_p),
                      .seed = data<int64_t>(seed),
                      .output = data<int64_t>(output),
+                     .index = index ? data<int64_t>(*index) : nullptr,
+                     .index_stride = index ? index->stride(0) : 0,
                      .ids = nullptr,
                      .workspace = nullptr,
                      .rows = static_cast<int>(logits.size(0)),

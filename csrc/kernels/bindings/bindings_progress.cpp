@@ -22,37 +22,59 @@ bool is_table(const Tensor& t, ScalarType type, int64_t rows, int64_t least_widt
            (t.size(1) == 1 || t.stride(1) == 1);
 }
 
-std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>> next_tokens(
-    const Tensor& index, const Tensor& read_slot, const Tensor& write_slot, const Tensor& length, const Tensor& left,
-    const Tensor& prompt, const Tensor& ids, int64_t width) {
-    const bool fits = has_kernels(index) && is_column(index, ScalarType::Long) && width > 0 &&
-                      are_columns({&read_slot, &write_slot}, ScalarType::Int, index.size(0)) &&
-                      is_column(length, ScalarType::Int) &&
-                      are_columns({&left, &prompt}, ScalarType::Int, length.size(0)) &&
-                      is_table(ids, ScalarType::Long, length.size(0), width) && index.size(0) * width <= kMaxIndex;
+std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> decode_rows(
+    const Tensor& packed, const Tensor& length, const Tensor& left, const Tensor& prompt, const Tensor& ids,
+    const Tensor& pages, const Tensor& capacity, const Tensor& inv_freq, int64_t width, double rope_scale,
+    int64_t page_size) {
+    constexpr int64_t kMaxSequences = 65535;  // rows of a grid
+    const bool fits = has_kernels(packed) && is_int32(packed) && packed.is_contiguous() && packed.dim() == 2 &&
+                      packed.size(0) == 3 && packed.size(1) <= kMaxSequences && width > 0 && page_size > 0 &&
+                      page_size <= kMaxIndex && is_column(length, ScalarType::Int) &&
+                      are_columns({&left, &prompt, &capacity}, ScalarType::Int, length.size(0)) &&
+                      is_table(ids, ScalarType::Long, length.size(0), width) &&
+                      is_table(pages, ScalarType::Int, length.size(0), 1) && pages.size(1) <= kMaxIndex &&
+                      is_column(inv_freq, ScalarType::Float) && inv_freq.size(0) > 0 &&
+                      packed.size(1) * width * inv_freq.size(0) <= kMaxIndex;
     if (!fits) return std::nullopt;
-    const int64_t sequences = index.size(0);
+    const int64_t sequences = packed.size(1);
+    Tensor index = new_tensor(ids, {sequences});
     Tensor tokens = new_tensor(ids, {sequences, width}), outputs = new_tensor(ids, {sequences, width});
-    Tensor context_lens = new_tensor(read_slot, {sequences});
-    Tensor reads = new_tensor(read_slot, {sequences}), writes = new_tensor(read_slot, {sequences});
-    const NextTokens arguments{.index = data<int64_t>(index),
-                               .read_slot = data<int32_t>(read_slot),
-                               .write_slot = data<int32_t>(write_slot),
+    Tensor context_lens = new_tensor(packed, {sequences});
+    Tensor reads = new_tensor(packed, {sequences}), writes = new_tensor(packed, {sequences});
+    Tensor page_table = new_tensor(pages, {sequences, pages.size(1)});
+    Tensor cos_sin = new_tensor(inv_freq, {sequences * width, 2 * inv_freq.size(0)});
+    Tensor kv_slots = new_tensor(ids, {sequences * width});
+    const DecodeRows arguments{.packed = data<int32_t>(packed),
                                .length = data<int32_t>(length),
                                .left = data<int32_t>(left),
                                .prompt = data<int32_t>(prompt),
                                .ids = data<int64_t>(ids),
                                .ids_stride = ids.stride(0),
+                               .rows = {.index = nullptr,
+                                        .first = nullptr,
+                                        .pages = data<int32_t>(pages),
+                                        .pages_stride = pages.stride(0),
+                                        .capacity = data<int32_t>(capacity),
+                                        .inv_freq = data<float>(inv_freq),
+                                        .cos_sin = data<float>(cos_sin),
+                                        .kv_slots = data<int64_t>(kv_slots),
+                                        .sequences = static_cast<int>(sequences),
+                                        .width = static_cast<int>(width),
+                                        .table_width = static_cast<int>(pages.size(1)),
+                                        .frequencies = static_cast<int>(inv_freq.size(0)),
+                                        .rope_shift = 0,
+                                        .page_size = static_cast<int>(page_size),
+                                        .rope_scale = static_cast<float>(rope_scale)},
+                               .index = data<int64_t>(index),
                                .tokens = data<int64_t>(tokens),
                                .outputs = data<int64_t>(outputs),
                                .context_lens = data<int32_t>(context_lens),
                                .reads = data<int32_t>(reads),
                                .writes = data<int32_t>(writes),
-                               .sequences = static_cast<int>(sequences),
-                               .width = static_cast<int>(width)};
-    const Launch launch(index);
-    check_launch(tokenspeed::next_tokens(arguments, launch.stream()), "next_tokens");
-    return std::make_tuple(tokens, outputs, context_lens, reads, writes);
+                               .page_table = data<int32_t>(page_table)};
+    const Launch launch(packed);
+    check_launch(tokenspeed::decode_rows(arguments, launch.stream()), "decode_rows");
+    return std::make_tuple(index, tokens, outputs, context_lens, reads, writes, page_table, cos_sin, kv_slots);
 }
 
 std::optional<std::tuple<Tensor, Tensor>> paged_rows(const Tensor& index, const Tensor& first, const Tensor& pages,
@@ -128,7 +150,7 @@ std::optional<Tensor> accept_tokens(const Tensor& chosen, const Tensor& tokens, 
         fits = fits && is_int64(*t) && t->is_contiguous() && has_shape(*t, {chosen.size(0), chosen.size(1)});
     }
     if (!fits) return std::nullopt;
-    Tensor counts = new_tensor(context_lens, {chosen.size(0)});
+    Tensor counts = new_tensor(chosen, {chosen.size(0)});
     const AcceptTokens arguments{.chosen = data<int64_t>(chosen),
                                  .tokens = data<int64_t>(tokens),
                                  .outputs = data<int64_t>(outputs),
@@ -140,7 +162,7 @@ std::optional<Tensor> accept_tokens(const Tensor& chosen, const Tensor& tokens, 
                                  .left = data<int32_t>(left),
                                  .ids = data<int64_t>(ids),
                                  .ids_stride = ids.stride(0),
-                                 .counts = data<int32_t>(counts),
+                                 .counts = data<int64_t>(counts),
                                  .sequences = static_cast<int>(chosen.size(0)),
                                  .tokens_each = static_cast<int>(chosen.size(1)),
                                  .stop_count = static_cast<int>(stops.size(1))};
@@ -152,7 +174,7 @@ std::optional<Tensor> accept_tokens(const Tensor& chosen, const Tensor& tokens, 
 }  // namespace
 
 TOKENSPEED_KERNELS(library) {
-    TOKENSPEED_KERNEL(library, next_tokens);
+    TOKENSPEED_KERNEL(library, decode_rows);
     TOKENSPEED_KERNEL(library, paged_rows);
     TOKENSPEED_KERNEL(library, draft_rows);
     TOKENSPEED_KERNEL(library, accept_tokens);

@@ -5,7 +5,10 @@
 // with two loads behind one another (the sequence's index, then its row of the tables), no shared memory and no
 // barrier; a launch and its wait cost about another microsecond.
 //
-// next_tokens: a thread is one token of a sequence; the first of a sequence also writes what is one a sequence.
+// decode_rows: a block has a sequence, or a part of it, and a thread one of its angles as in paged_rows, one of its
+// pages and one of its tokens, as far as there are so many; the first thread also writes what is one a sequence. Every
+// thread loads all that says where the sequence stands: a launch of its own for that would cost more. A page is the
+// third load behind one another.
 //
 // paged_rows: a thread is one angle of a row; the first of a row also finds its place. The page is loaded beside the
 // capacity, from a place that is clamped to the table, and dropped where the capacity says so. The angle is the fp32
@@ -19,7 +22,7 @@
 // two ballots, so the count is two searches for a bit. Rows of padding touch no table, so they may share an index with
 // any.
 //
-// budget: next_tokens_kernel registers<=40 shared<=0 hot
+// budget: decode_rows_kernel registers<=64 shared<=0
 // budget: paged_rows_kernel registers<=64 shared<=0
 // budget: draft_rows_kernel registers<=40 shared<=0 hot
 // budget: accept_tokens_kernel registers<=64 shared<=0 hot
@@ -27,6 +30,7 @@
 #include <ptx.h>
 #include <reduce.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
@@ -37,37 +41,15 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
-__global__ void __launch_bounds__(kThreads) next_tokens_kernel(const NextTokens p) {
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    const uint32_t item = blockIdx.x * kThreads + threadIdx.x, width = p.width;
-    if (item >= p.sequences * width) return;
-    const uint32_t sequence = item / width, column = item % width;
-    const int64_t index = p.index[sequence];
-    const int32_t read = p.read_slot[sequence], write = p.write_slot[sequence];
-    const int32_t left = p.left[index], length = p.length[index], prompt = p.prompt[index];
-    const int64_t id = p.ids[index * p.ids_stride + column];
-    const bool going = write >= 0 && left > 0;
-    const int32_t context = going ? length : -1;
-    p.tokens[item] = id;
-    p.outputs[item] = int64_t{context} - prompt + 1 + column;
-    if (column > 0) return;
-    p.context_lens[sequence] = context;
-    p.reads[sequence] = going ? read : -1;
-    p.writes[sequence] = going ? write : -1;
-}
-
-__global__ void __launch_bounds__(kThreads) paged_rows_kernel(const PagedRows p) {
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    const uint32_t item = blockIdx.x * kThreads + threadIdx.x, width = p.width, frequencies = p.frequencies;
-    if (item >= p.sequences * width * frequencies) return;
-    const uint32_t out_row = item / frequencies, frequency = item % frequencies, sequence = out_row / width;
-    const int32_t first = p.first[sequence];
+// Writes angle `item` of a sequence's rows, and, with the first of a row, its place. first: of the rows.
+__device__ __forceinline__ void write_angle(const PagedRows& p, uint32_t sequence, int64_t index, int32_t first,
+                                            uint32_t item) {
+    const uint32_t frequencies = p.frequencies, token = item / frequencies, frequency = item % frequencies;
+    const uint32_t out_row = sequence * p.width + token;
     const float inverse = p.inv_freq[frequency];
-    const int64_t row = int64_t{first} + out_row % width, position = max(row, int64_t{0}) + p.rope_shift;
+    const int64_t row = int64_t{first} + token, position = max(row, int64_t{0}) + p.rope_shift;
     if (frequency == 0) {
-        const int64_t index = p.index[sequence], place = max(row, int64_t{0});
+        const int64_t place = max(row, int64_t{0});
         const int64_t column = min(place / p.page_size, int64_t{p.table_width - 1});
         const int32_t capacity = p.capacity[index], page = p.pages[index * p.pages_stride + column];
         const bool stored = first >= 0 && row < capacity;
@@ -78,6 +60,42 @@ __global__ void __launch_bounds__(kThreads) paged_rows_kernel(const PagedRows p)
     float* angles = p.cos_sin + int64_t{out_row} * 2 * frequencies + frequency;
     angles[0] = cosine * p.rope_scale;
     angles[frequencies] = sine * p.rope_scale;
+}
+
+__global__ void __launch_bounds__(kThreads) paged_rows_kernel(const PagedRows p) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const uint32_t item = blockIdx.x * kThreads + threadIdx.x, each = p.width * p.frequencies;
+    if (item >= p.sequences * each) return;
+    const uint32_t sequence = item / each;
+    write_angle(p, sequence, p.index[sequence], p.first[sequence], item % each);
+}
+
+__global__ void __launch_bounds__(kThreads) decode_rows_kernel(const DecodeRows p) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const uint32_t sequence = blockIdx.y, item = blockIdx.x * kThreads + threadIdx.x;
+    const uint32_t sequences = p.rows.sequences, width = p.rows.width, pages = p.rows.table_width;
+    const int64_t index = p.packed[sequence];
+    const int32_t read = p.packed[sequences + sequence], write = p.packed[2 * sequences + sequence];
+    const int32_t left = p.left[index], length = p.length[index], prompt = p.prompt[index];
+    const bool going = write >= 0 && left > 0;
+    const int32_t context = going ? length : -1;
+    if (item < pages) {
+        p.page_table[int64_t{sequence} * pages + item] = p.rows.pages[index * p.rows.pages_stride + item];
+    }
+    if (item < width) {
+        const int64_t out = int64_t{sequence} * width + item;
+        p.tokens[out] = p.ids[index * p.ids_stride + item];
+        p.outputs[out] = int64_t{context} - prompt + 1 + item;
+    }
+    if (item == 0) {
+        p.index[sequence] = index;
+        p.context_lens[sequence] = context;
+        p.reads[sequence] = going ? read : -1;
+        p.writes[sequence] = going ? write : -1;
+    }
+    if (item < width * p.rows.frequencies) write_angle(p.rows, sequence, index, context, item);
 }
 
 __global__ void __launch_bounds__(kThreads) draft_rows_kernel(const DraftRows p) {
@@ -139,8 +157,15 @@ cudaError_t start(void (*kernel)(Arguments), int64_t items, int items_of_block, 
 
 }  // namespace
 
-cudaError_t next_tokens(const NextTokens& arguments, cudaStream_t stream) {
-    return start(next_tokens_kernel, int64_t{arguments.sequences} * arguments.width, kThreads, arguments, stream);
+cudaError_t decode_rows(const DecodeRows& arguments, cudaStream_t stream) {
+    const PagedRows& rows = arguments.rows;
+    const int items = std::max(rows.table_width, rows.width * rows.frequencies);  // of a sequence; tokens are fewer
+    return launch(decode_rows_kernel,
+                  {.grid = dim3((items + kThreads - 1) / kThreads, rows.sequences),
+                   .block = dim3(kThreads),
+                   .stream = stream,
+                   .programmatic = true},
+                  arguments);
 }
 
 cudaError_t paged_rows(const PagedRows& arguments, cudaStream_t stream) {

@@ -197,8 +197,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draw_kerne
     RowState& state = state_of(p);
 
     // Before the wait: the row and what it asks for are older than the kernel ahead.
-    const Request request(p, row);
-    const Noise noise = {static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.output[row])};
+    const int64_t at = p.index != nullptr ? p.index[row * p.index_stride] : row;
+    const Request request(p, at);
+    const Noise noise = {static_cast<uint64_t>(p.seed[at]), static_cast<uint64_t>(p.output[row])};
     Octet<T> x = {};
     Words words[2];
     const auto fetch = [&] {
@@ -310,11 +311,15 @@ cudaError_t sample(Sample p, cudaStream_t stream) {
                                                : run(largest_kernel<__nv_bfloat16>, draw_kernel<__nv_bfloat16>);
         if (status != cudaSuccess) return status;
         p.logits = static_cast<const uint8_t*>(p.logits) + kRowsAtOnce * p.logits_stride * size;
-        p.temperature += kRowsAtOnce;
-        p.top_k += kRowsAtOnce;
-        p.top_p += kRowsAtOnce;
-        p.min_p += kRowsAtOnce;
-        p.seed += kRowsAtOnce;
+        if (p.index != nullptr) {
+            p.index += kRowsAtOnce * p.index_stride;
+        } else {
+            p.temperature += kRowsAtOnce;
+            p.top_k += kRowsAtOnce;
+            p.top_p += kRowsAtOnce;
+            p.min_p += kRowsAtOnce;
+            p.seed += kRowsAtOnce;
+        }
         p.output += kRowsAtOnce;
         p.ids += kRowsAtOnce;
     }

@@ -160,11 +160,12 @@ struct Request {
     int top_k;
     bool greedy, lists, bins, counts;
 
-    __device__ __forceinline__ Request(const Sample& p, int row) {
-        temperature = p.temperature[row];
-        top_p = p.top_p[row];
-        farthest = -logf(p.min_p[row]);
-        top_k = p.top_k[row] < p.vocabulary ? max(p.top_k[row], 0) : 0;
+    // at: where the row's values stand.
+    __device__ __forceinline__ Request(const Sample& p, int64_t at) {
+        temperature = p.temperature[at];
+        top_p = p.top_p[at];
+        farthest = -logf(p.min_p[at]);
+        top_k = p.top_k[at] < p.vocabulary ? max(p.top_k[at], 0) : 0;
         greedy = !(temperature > 0);
         lists = !greedy && top_k > 0 && top_k <= kListTopK;
         counts = !greedy && top_k > kListTopK;

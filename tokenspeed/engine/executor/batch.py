@@ -18,7 +18,7 @@ STOPS = 32  # ids that end a sequence that the device knows; others are found by
 
 
 class Tables:
-    """What the device keeps per sequence index between Steps, as `ops.next_tokens` and its neighbours take it. Padding
+    """What the device keeps per sequence index between Steps, as `ops.decode_rows` and its neighbours take it. Padding
     rows have an index of their own, `nobody`."""
 
     def __init__(self, indices: int, pages: int, device: torch.device, drafts: int = 0):
@@ -135,12 +135,13 @@ def decode_batch(
     of them where it is None.
 
     Reads nothing on the host and has shapes of B and width alone, so it can stand in a CUDA graph."""
-    index, read_slot, write_slot = packed.unbind(0)
-    index = index.long()
     progress = (tables.length, tables.left, tables.prompt, tables.ids)
-    tokens, outputs, context, reads, writes = ops.next_tokens(index, read_slot, write_slot, *progress, width)
-    rows = DecodeRows(tables.pages[index, :pages], context, reads, writes, index, tokens, outputs)
-    return paged(memory, tables, rotary, rows, index, tokens)
+    places = (tables.pages[:, :pages], tables.capacity, rotary.inv_freq)
+    index, tokens, outputs, context, reads, writes, page_table, cos_sin, kv_slots = ops.decode_rows(
+        packed, *progress, *places, width, rotary.scale, PAGE_TOKENS
+    )
+    rows = DecodeRows(page_table, context, reads, writes, index, tokens, outputs)
+    return Batch(memory.layers, tokens.flatten(), cos_sin, kv_slots, None, rows, tokens.numel())
 
 
 def build_batch(step: Step, memory: Memory, tables: Tables, rotary: Rotary) -> Batch:

@@ -71,9 +71,9 @@ class MtpDrafter:
             context.append(self._tables.length[new])
             slots.append(places)
             width = max(rows.page_table.shape[1] for rows in (batch.decode, batch.prefill) if rows)
-            tables = [self._tables.pages[torch.cat(index), :width]]
+            tables = [self._tables.pages[_joined(index), :width]]
         if drafts and index:
-            self._draft(torch.cat(index), torch.cat(context), torch.cat(slots), tables[0], drafts, chosen.greedy)
+            self._draft(_joined(index), _joined(context), _joined(slots), tables[0], drafts, chosen.greedy)
 
     def _follow_decode(self, rows: DecodeRows, hidden: Tensor, chosen: Chosen) -> None:
         """Rows of the last id, the drafts and the id behind them; those that were not accepted are stored over."""
@@ -151,7 +151,7 @@ class LookupDrafter:
             self._history[new, tables.length[new].long()] = tables.ids[new, 0].int()
             index.append(new)
         if drafts and index:
-            index = torch.cat(index)
+            index = _joined(index)
             tables.ids[index, 1 : 1 + drafts] = self._look_up(index, tables.length[index].long(), drafts)
 
     def _look_up(self, index: Tensor, last: Tensor, drafts: int) -> Tensor:
@@ -169,3 +169,8 @@ class LookupDrafter:
         places = latest + _PATTERN + torch.arange(drafts, device=last.device)
         drafted = history.gather(1, torch.minimum(places, last[:, None])).long()
         return torch.where(latest < 0, 0, drafted)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """`torch.cat`, without a launch where there is only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -66,11 +66,12 @@ class Vocabulary:
         """`sample` at temperature 0. One launch, or one reduction in place of eight, where the vocabulary is split."""
         return split_sampling.greedy(logits, self._communicator)
 
-    def sample(self, logits: Tensor, *arguments: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, parameters: "Parameters", output: Tensor) -> Tensor:
         """`ops.sample` of whole rows, [S] int64. logits: [S, width]."""
+        *values, index = parameters
         if self._ranks == 1:
-            return ops.sample(logits, *arguments)
-        return split_sampling.sample(logits, *arguments, self._communicator)
+            return ops.sample(logits, *values, output, index)
+        return split_sampling.sample(logits, *values, output, self._communicator)
 
     def scores(self, logits: Tensor, chosen: Tensor, alternatives: int) -> Scores:
         """logits: [S, width]; chosen: [S] int64, of the whole vocabulary; scores of a negative "id" mean nothing."""
@@ -129,13 +130,15 @@ class Choices(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """What `ops.sample` takes of each row beside its logits and the number of its output, in that order: all [L]."""
+    """What `ops.sample` takes of each row beside its logits and the number of its output: [L] each, or, with an `index`
+    [L], tables that it points into, which saves the launches that would gather from them."""
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
     seed: Tensor
+    index: Tensor | None
 
 
 class Sampler:
@@ -152,7 +155,8 @@ class Sampler:
         self._begins: dict[int, Begin] = {}
         self._shape = (indices, vocabulary.width)
         self._floats = torch.zeros(3, indices + 1, device=device)  # temperature, top_p, min_p of each index
-        self._integers_of = torch.zeros(2, indices + 1, dtype=torch.int64, device=device)  # top_k, seed
+        self._top_k = torch.zeros(indices + 1, dtype=torch.int32, device=device)
+        self._seed = torch.zeros(indices + 1, dtype=torch.int64, device=device)
         self._counts: Tensor | None = None  # [indices, V] int32: of ids in the output, where a penalty asks for them
         self._seen: Tensor | None = None  # [indices, V] bool: ids in the prompt
 
@@ -165,7 +169,8 @@ class Sampler:
         self._floats[:, index] = to_device(np.array(floats, dtype=np.float32), self._device)
         # Beyond the vocabulary top-k cuts nothing, and an integer of any size would not fit the tensor.
         integers = [[min(max(b.top_k, 0), self._vocabulary.size) for b in begins], [b.seed for b in begins]]
-        self._integers_of[:, index] = to_device(np.array(integers, dtype=np.int64), self._device)
+        top_k, self._seed[index] = to_device(np.array(integers, dtype=np.int64), self._device)
+        self._top_k[index] = top_k.int()
         for begin in begins:
             self._begins[begin.index] = begin
             if begin.penalised:
@@ -187,15 +192,17 @@ class Sampler:
 
     def parameters(self, index: Tensor) -> Parameters:
         """Of sequences `index` [L] int64, for `draw_by`: whoever draws several times behind the same asks once."""
-        temperature, top_p, min_p = self._floats[:, index]
-        top_k, seed = self._integers_of[:, index]
-        return Parameters(temperature, top_k.int(), top_p, min_p, seed)
+        if self._vocabulary.split:
+            temperature, top_p, min_p = self._floats[:, index]
+            return Parameters(temperature, self._top_k[index], top_p, min_p, self._seed[index], None)
+        temperature, top_p, min_p = self._floats
+        return Parameters(temperature, self._top_k, top_p, min_p, self._seed, index)
 
     def draw_by(self, parameters: Parameters | None, logits: Tensor, output: Tensor) -> Tensor:
         """`draw` by the parameters of the rows; None: every row has temperature 0."""
         if parameters is None:
             return self._vocabulary.likeliest(logits)
-        return self._vocabulary.sample(logits, *parameters, output)
+        return self._vocabulary.sample(logits, parameters, output)
 
     def choose(
         self, samples: Sequence[Sample], choices: Choices, logits: Tensor, edits: Sequence[Edit]

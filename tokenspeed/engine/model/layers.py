@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.ffn_block import FFN_BLOCK_BYTES, FFN_BLOCK_FEWEST, FFN_BLOCK_ROWS, ffn_block_scratch
 from ...ops.moe_block import MOE_BLOCK_ROWS, moe_block_scratch
-from ...ops.strict import KERNEL_ROWS
+from ...ops.strict import KERNEL_ROWS, LINEAR_STAGED_ROWS
 from ..config import DenseConfig, ModelConfig
 from ..parallel import sharding
 from ..parallel.comm import Communicator
@@ -90,19 +90,26 @@ class Embedding(Stage):
 
 
 class Norm(Stage):
-    """Adds x to the residual stream and normalises the stream; the first norm finds the stream in x."""
+    """Adds x to the residual stream and normalises the stream; the first norm finds the stream in x.
+
+    first: whether it is that one. A few rows are then added to a stream of zeros: the sum and the product behind it are
+    one launch, as for any other norm."""
 
     absorbs_reduce = True
 
-    def __init__(self, config: ModelConfig, mesh: Mesh):
+    def __init__(self, config: ModelConfig, mesh: Mesh, first: bool = False):
         super().__init__(mesh)
         self.eps = config.eps
         self.weight = weight(mesh, config.hidden)
+        rows = LINEAR_STAGED_ROWS if first else 0
+        self.register_buffer("zeros", torch.zeros(rows, config.hidden), persistent=False)
 
     def sources(self):
         yield source("weight", self.weight, self.mesh, *self.weight.dims)
 
     def forward(self, x, residual, batch):
+        if residual is None and len(x) <= len(self.zeros):
+            residual = self.zeros[: len(x)]
         return PendingNorm(x, residual, self.weight, self.eps), None
 
     def reduce_into(self, x, residual, batch, communicator, group):

@@ -129,7 +129,7 @@ class MtpHead(nn.Module):
         mesh = communicator.mesh
         own: list[tuple[str, Stage]] = [
             ("", JoinTokens(config, mesh)),
-            ("layers.0.input_layernorm.", Norm(config, mesh)),
+            ("layers.0.input_layernorm.", Norm(config, mesh, first=True)),
             ("layers.0.self_attn.", GatedAttention(config, mesh, len(config.layer_types), first_key=1)),
             ("layers.0.post_attention_layernorm.", Norm(config, mesh)),
             ("layers.0.mlp.", feed_forward(config, mesh)),

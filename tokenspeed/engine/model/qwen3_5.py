@@ -45,7 +45,7 @@ class Qwen3_5(nn.Module):
         for i, kind in enumerate(config.layer_types):
             mixer = ("self_attn", GatedAttention) if kind == FULL else ("linear_attn", GatedDeltaNet)
             program += [
-                (f"layers.{i}.input_layernorm", Norm(config, mesh)),
+                (f"layers.{i}.input_layernorm", Norm(config, mesh, first=i == 0)),
                 (f"layers.{i}.{mixer[0]}", mixer[1](config, mesh, i)),
                 (f"layers.{i}.post_attention_layernorm", Norm(config, mesh)),
                 (f"layers.{i}.mlp", feed_forward(config, mesh)),
