@@ -73,6 +73,11 @@ def torch_implementation(kernel: str) -> Callable:
     return getattr(tokenspeed.ops, kernel).__wrapped__
 
 
+def without_last(function: Callable) -> Callable:
+    """`function` without the last argument, which only peers take."""
+    return lambda *arguments: function(*arguments[:-1])
+
+
 def optional_peer(module: str, name: str) -> Callable | None:
     """`module.name`, or None where the package is not installed or does not work on this machine."""
     try:

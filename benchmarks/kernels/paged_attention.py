@@ -11,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from tokenspeed.ops.fp8 import to_fp8
 
-from ..cases import Case, Inputs, Sizes, optional_peer, torch_implementation
+from ..cases import Case, Inputs, Sizes, optional_peer, torch_implementation, without_last
 
 DIM, PAGE, SCALE = 256, 64, 1 / 16
 WORKSPACE = 128 << 20
@@ -80,7 +80,7 @@ def _draw(draw: Inputs, shape: Shape, prefill: bool) -> tuple:
 def _planned(shape: Shape, table: Tensor, device: torch.device, prefill: bool):
     """FlashInfer's wrapper with its plan for this batch, made outside the timed calls."""
     wanted = _flashinfer_prefill if prefill else _flashinfer_decode
-    if wanted is None or device.type != "cuda" or (not prefill and shape.tokens > 1):
+    if wanted is None or device.type != "cuda":
         return None
     pages = torch.arange(shape.batch + 1, dtype=torch.int32) * shape.pages
     last = torch.full((shape.batch,), shape.length - (shape.pages - 1) * PAGE, dtype=torch.int32)
@@ -93,7 +93,8 @@ def _planned(shape: Shape, table: Tensor, device: torch.device, prefill: bool):
             wrapper.plan(starts, pages, table.flatten(), last, *heads, causal=True, q_data_type=torch.bfloat16)
         else:
             wrapper = wanted(workspace, "HND", use_tensor_cores=True)
-            wrapper.plan(pages, table.flatten(), last, *heads, q_data_type=torch.bfloat16)
+            options = {"q_data_type": torch.bfloat16, "q_len_per_req": shape.tokens}
+            wrapper.plan(pages, table.flatten(), last, *heads, **options)
     except Exception as error:  # the row then says what a call of the peer says
         return error
     return wrapper
@@ -128,21 +129,16 @@ def _bf16_pages(function: Callable) -> Callable:
     return lambda q, gate, kv, *rest: function(q, gate, rest[-1].kv, *rest[:-1])
 
 
-def _without_peers(function: Callable) -> Callable:
-    return lambda *arguments: function(*arguments[:-1])
-
-
 def _case(shape: Shape, prefill: bool) -> Case:
     kernel = "paged_attention_prefill" if prefill else "paged_attention_decode"
     installed = _flashinfer_prefill if prefill else _flashinfer_decode
     peers = {
         "SDPA flash, contiguous": _sdpa(SDPBackend.FLASH_ATTENTION, shape),
         "SDPA cuDNN, contiguous": _sdpa(SDPBackend.CUDNN_ATTENTION, shape),
+        "FlashInfer": _flashinfer if installed else None,
     }
-    if prefill or shape.tokens == 1:
-        peers["FlashInfer"] = _flashinfer if installed else None
     if shape.batch * shape.tokens * shape.length <= 1 << 20:  # its mask and its gathered KV are in memory
-        peers["torch"] = _without_peers(torch_implementation(kernel))
+        peers["torch"] = without_last(torch_implementation(kernel))
     what = f"{shape.batch} x {shape.tokens} after {shape.context}"
     operator = getattr(torch.ops.tokenspeed, kernel).default
     if shape.e4m3:
@@ -153,7 +149,7 @@ def _case(shape: Shape, prefill: bool) -> Case:
         f"{shape.q_heads}:{shape.kv_heads} heads, {what}",
         shape.bytes,
         lambda draw: _draw(draw, shape, prefill),
-        _without_peers(operator),
+        without_last(operator),
         flops=shape.flops,
         peers=peers,
         ceiling="matmul" if prefill else "read",

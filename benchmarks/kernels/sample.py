@@ -1,6 +1,6 @@
 """Choosing the next token over the published vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,12 +16,23 @@ CUTS = {
     "top-k 20, top-p 0.95": (0.8, 20, 0.95),
     "top-p 0.95": (0.8, 0, 0.95),
 }
-_flashinfer_draw = optional_peer("flashinfer.sampling", "top_k_top_p_sampling_from_logits")
+SEED = {"seed": 17, "offset": 0}  # given, so that no generator on the host is asked for them
+_sampling = optional_peer("flashinfer", "sampling")
 
 
-def _flashinfer(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *rest) -> Tensor:
-    scaled = logits.float() / temperature[:, None]
-    return _flashinfer_draw(scaled, torch.where(top_k > 0, top_k, VOCABULARY), top_p, filter_apply_order="top_k_first")
+def _flashinfer(name: str) -> Callable:
+    """FlashInfer's function for this cut, of all rows."""
+
+    def choose(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *rest) -> Tensor:
+        if name == "top-p 0.95":
+            return _sampling.top_p_sampling_from_probs(_sampling.softmax(logits.float(), temperature), top_p, **SEED)
+        scaled = logits.float() / temperature[:, None]
+        if name == "temperature":
+            return _sampling.sampling_from_logits(scaled, **SEED)
+        most = {"top_k_max": CUTS[name][1]}  # an engine knows it; without it a slower path
+        return _sampling.top_k_top_p_sampling_from_logits(scaled, top_k, top_p, **most, **SEED)
+
+    return choose
 
 
 def _softmax_multinomial(logits: Tensor, temperature: Tensor, *rest) -> Tensor:
@@ -48,9 +59,9 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 )
 
             if name == "greedy":
-                peers = {"argmax": lambda logits, *rest: logits.argmax(-1)}
+                peers: dict = {"argmax": lambda logits, *rest: logits.argmax(-1)}
             else:
-                peers = {"FlashInfer": _flashinfer if _flashinfer_draw else None}
+                peers = {"FlashInfer": _flashinfer(name) if _sampling else None}
                 if rows == 1:  # milliseconds, and more of them for more rows
                     peers["torch"] = sampling.sample.__wrapped__
             if name == "temperature":
