@@ -13,15 +13,20 @@ KEY_HEADS, DIM = 16, 128
 CONTEXT = 640  # tokens before the call: a state is read, and chunks are whole
 _fla_chunk = optional_peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
 _flashinfer_chunk = optional_peer("flashinfer.gdn_prefill", "chunk_gated_delta_rule")
+_flash_qla_chunk = optional_peer("flash_qla", "chunk_gated_delta_rule")
 
 
 class Given(NamedTuple):
-    """What peers get besides the operator's arguments: q, k, v [T, heads, D] contiguous, the decay itself and beta."""
+    """What peers get besides the operator's arguments: contiguous q, k, v [T, heads, D], q and k of norm 1, the decay
+    and its logarithm, beta."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    unit_q: Tensor
+    unit_k: Tensor
     alpha: Tensor
+    g: Tensor
     beta: Tensor
 
 
@@ -29,7 +34,9 @@ def _given(qkv: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, st
     keys = KEY_HEADS * DIM
     parts = qkv.split([keys, keys, state.shape[1] * DIM], dim=1)
     q, k, v = (x.unflatten(1, (-1, DIM)).contiguous() for x in parts)
-    return Given(q, k, v, (-a_log.exp() * F.softplus(a.float() + dt_bias)).exp(), b.float().sigmoid())
+    unit_q, unit_k = (F.normalize(x.float(), dim=-1).to(x.dtype) for x in (q, k))
+    g = -a_log.exp() * F.softplus(a.float() + dt_bias)
+    return Given(q, k, v, unit_q, unit_k, g.exp(), g, b.float().sigmoid())
 
 
 def _fla(qkv: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, state: Tensor, *rest) -> Tensor:
@@ -64,6 +71,17 @@ def _flashinfer(qkv: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tenso
         cu_seqlens=starts,
         use_qk_l2norm_in_kernel=True,
         max_seqlen=rest[-2],
+    )[0]
+
+
+def _flash_qla(qkv: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, state: Tensor, *rest) -> Tensor:
+    """Without the norm of q and k and without the gates."""
+    batch, given = len(rest[3]), rest[-1]
+    return _flash_qla_chunk(
+        *(x.unflatten(0, (batch, -1)) for x in (given.unit_q, given.unit_k, given.v, given.g, given.beta)),
+        initial_state=state[:batch],
+        output_final_state=True,
+        state_v_first=True,
     )[0]
 
 
@@ -103,6 +121,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             peers: dict = {
                 "flash-linear-attention": _fla if _fla_chunk else None,
                 "FlashInfer, gates given": _flashinfer if _flashinfer_chunk else None,
+                "FlashQLA, gates and norms given": _flash_qla if _flash_qla_chunk else None,
             }
             if (heads, batch, length) == shapes[0]:  # elsewhere it takes tens of milliseconds
                 peers["torch"] = without_last(torch_implementation("gated_delta_rule_prefill"))
