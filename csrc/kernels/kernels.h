@@ -413,6 +413,7 @@ struct PagedAttention {
 struct PagedAttentionDecode : PagedAttention {
     int tokens;          // of each sequence
     int first_key;       // below kPageTokens and every context; what stands before it is not seen, NaN included
+    bool settled;        // context_lens, page_table and whole pages before the context may be read before the wait
     float* parts;        // [slots of the workspace, D]; see paged_attention_decode_shape
     float2* part_sums;   // [slots]: maximum in units of log 2, sum
     int row_groups = 0;  // the launcher sets it
@@ -432,6 +433,7 @@ struct PagedAttentionPrefill : PagedAttention {
     float* parts;               // [max_parts, kPrefillPartRows, D]
     float2* part_sums;          // [max_parts, kPrefillPartRows]: maximum in units of log 2, sum
     int tokens_each = 1;        // 1 beside cu_seqlens
+    int* next_item = nullptr;   // of the workspace, any content: where max_parts is 0, tiles are claimed from it
 };
 constexpr int kPrefillPartRows = 128;
 // Whether a decode call of that many tokens in all is faster in the prefill kernel: many rows read the same keys.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.launches import emulator, torch_served
+from tests.kernels.launches import behind_a_copy, emulator, queued, torch_served
 from tests.ops import reference
 from tests.ops.backends import Backend, bounded, make_backend, relative_error, same_bits
 from tests.ops.gdn import cu_seqlens
@@ -141,6 +141,101 @@ def test_a_short_prefill_equals_the_same_in_a_batch(backend, tokens, dtype):
     q, gate = pages.queries(tokens)
     alone = prefill(pages, q, gate, [row], [100], [tokens])
     backend.assert_close(alone, prefill_in_a_batch(pages, q, gate, row, 100).double())
+
+
+# ---- tiles that blocks claim: more than two rounds of them, so nothing is cut
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [1, 3])
+def test_claimed_tiles_of_sequences_of_any_length(blocks, count, seed):
+    """The one that ends last is neither first nor last; two end in the same page, one has no tokens."""
+    blocks(count)
+    emulator().emulator_seed(seed)
+    try:
+        check_prefill(make_backend("emulated"), KvHeads(2, 8), [(0, 70), (200, 50), (190, 3), (0, 0), (3, 33)])
+    finally:
+        emulator().emulator_seed(0)
+
+
+def test_each_call_claims_all_tiles_behind_whatever_was_claimed_before(blocks):
+    """Launches queue up, and a call's counter may lie where that of the call ahead lies."""
+    blocks(1)
+    backend = make_backend("emulated")
+    pages = Pages(backend, KvHeads(1, 16), 4)
+    row, k, v = pages.store(130)
+    q, gate = pages.queries(40)
+    starts, contexts, table = cu_seqlens(backend, [40]), backend.tensor([90]), pages.table([row])
+    operator = backend.op("paged_attention_prefill")
+    wanted = operator(q, gate, pages.kv, table, starts, contexts, 40, 1 / 16)
+    backend.assert_close(wanted, expected(pages, q, gate, k, v))
+    assert same_bits(operator(q, gate, pages.kv, table, starts, contexts, 40, 1 / 16), wanted)
+    for seed in range(4):
+        outs = queued(
+            emulator(), seed, lambda: [operator(q, gate, pages.kv, table, starts, contexts, 40, 1 / 16) for _ in "12"]
+        )
+        assert all(same_bits(out, wanted) for out in outs)
+
+
+# ---- decode of settled pages
+
+
+@of_both_types
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("count", [1, 5])
+def test_with_settled_pages_a_decode_waits_for_its_prologue_alone(blocks, count, tokens, dtype):
+    """Queued launches: what stands before the context is read before the prologue has begun, and what it stores behind
+    it; new tokens fill a page up, begin one, cross into one. Padding stays zero."""
+    blocks(count)
+    backend, heads, contexts = make_backend("emulated"), KvHeads(1, 6), [63, 128, -1, 126, 2]
+    pages = Pages(backend, heads, 12, dtype)
+    stored = [pages.store(context + tokens) if context >= 0 else ([], None, None) for context in contexts]
+    table, lengths = pages.table([row for row, _, _ in stored]), backend.tensor(contexts)
+    places = [
+        pages.slot(row, context + i) if row else -1
+        for (row, _, _), context in zip(stored, contexts, strict=True)
+        for i in range(tokens)
+    ]
+    slots, total = backend.tensor(places, torch.int64), len(places)
+    qkv = backend.randn(total, 2 * (heads.query + heads.kv) * heads.dim)
+    norm, angles = backend.randn(heads.dim), backend.randn(total, 64, dtype=torch.float32)
+    gate = qkv[:, : 2 * heads.query * heads.dim].unflatten(1, (-1, 2, heads.dim))[:, :, 1]
+    before = pages.kv.clone()
+
+    def run(settled: bool) -> Tensor:
+        q = backend.op("attention_prologue")(qkv, norm, norm, angles, pages.kv, slots, 1e-6)
+        out = backend.op("paged_attention_decode")(q, gate, pages.kv, table, lengths, 1 / 16, 0, settled)
+        alive.append(q)
+        return out
+
+    alive: list[Tensor] = []  # for launches that run later
+    wanted, after = run(False), pages.kv.clone()
+    assert wanted[0].any() and not wanted[2 * tokens : 3 * tokens].any()
+    for seed in range(4):
+        pages.kv.copy_(before)
+        assert same_bits(queued(emulator(), seed, lambda: run(True)), wanted)
+        assert same_bits(pages.kv, after)
+
+
+def test_only_settled_pages_are_read_while_the_launch_ahead_still_runs(blocks):
+    """Behind a copy of the pages, which breaks the promise, NaN is read in their place."""
+    blocks(2)
+    backend = make_backend("emulated")
+    pages = Pages(backend, KvHeads(1, 8), 4)
+    row, _, _ = pages.store(130)
+    (q, gate), table, lengths = pages.queries(1), pages.table([row]), backend.tensor([129])
+    wanted = backend.op("paged_attention_decode")(q, gate, pages.kv, table, lengths, 1 / 16)
+    from_slot, to_slot = backend.tensor([0]), backend.tensor([1])
+
+    def run(settled: bool) -> Tensor:
+        kv, arena = behind_a_copy(pages.kv)
+        alive.append(arena)
+        torch.ops.tokenspeed_emulated.copy_states(arena, from_slot, to_slot)
+        return torch.ops.tokenspeed_emulated.paged_attention_decode(q, gate, kv, table, lengths, 1 / 16, 0, settled)
+
+    alive: list[Tensor] = []
+    assert same_bits(queued(emulator(), 0, lambda: run(False)), wanted)
+    assert queued(emulator(), 0, lambda: run(True)).isnan().any()
 
 
 # ---- prefill whose keys are cut: 13 pages in four ranges, of which the last is a page that half of the rows see

@@ -164,12 +164,19 @@ def paged_attention_prefill(
 
 
 @operator(
-    fake=lambda q, gate, kv, page_table, context_lens, scale, first_key=0: q.new_empty(
+    fake=lambda q, gate, kv, page_table, context_lens, scale, first_key=0, settled=False: q.new_empty(
         q.shape[0], q.shape[1] * q.shape[2]
     ),
 )
 def paged_attention_decode(
-    q: Tensor, gate: Tensor, kv: Tensor, page_table: Tensor, context_lens: Tensor, scale: float, first_key: int = 0
+    q: Tensor,
+    gate: Tensor,
+    kv: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    first_key: int = 0,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of T >= 1 new tokens of each of B sequences over their pages, times the sigmoid of the output gate.
 
@@ -177,6 +184,10 @@ def paged_attention_decode(
     context_lens: [B] int32, tokens before this call; a negative one marks a padding row, whose output is zero;
     first_key: keys before it are not seen and may hold anything; below the page size and every context. Returns
     [B T, q_heads D] of q's dtype.
+
+    settled: whoever wrote page_table, context_lens and a sequence's first context // page pages was done before the
+    kernel ahead of this one on the stream began its work, as where that is `attention_prologue` of the same tokens:
+    they may then be read while that one still runs. Nothing else depends on it.
     """
     batch, (heads, head_dim) = len(context_lens), q.shape[1:]
     if batch == 0:

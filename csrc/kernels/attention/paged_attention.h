@@ -64,7 +64,9 @@ inline void complete(PagedAttention& p) {
     p.group = p.q_heads / p.kv_heads;
     p.group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + static_cast<uint32_t>(p.group) - 1) / p.group);
     p.log2_scale = p.scale * kLog2E;
+    constexpr int64_t kMostStride = 1 << 26;  // 16 of them are an offset in 32 bits
     p.gate_vectors = p.gate_stride == 1 && p.gate_token_stride % 4 == 0 && p.gate_head_stride % 4 == 0 &&
+                     p.gate_token_stride < kMostStride && p.gate_head_stride * p.group < kMostStride &&
                      reinterpret_cast<uintptr_t>(p.gate) % 8 == 0;
 }
 
@@ -83,6 +85,7 @@ __device__ __forceinline__ RowPlace place_of_row(const PagedAttention& p, int ro
 template <typename Count>
 __device__ __forceinline__ int count_all(int sequences, Count count) {
     int total = 0;
+#pragma unroll 1
     for (int sequence = threadIdx.x % 32; sequence < sequences; sequence += 32) total += count(sequence);
     return warp_sum(total);
 }
@@ -144,12 +147,19 @@ __device__ __forceinline__ __nv_bfloat16* out_of(const PagedAttention& p, int64_
     return p.out + (token * p.q_heads + head) * kDim + column;
 }
 
-// Two neighbouring columns of an output row, gated.
-__device__ __forceinline__ void store_pair(const PagedAttention& p, int64_t token, int head, int column, float first,
-                                           float second) {
+// The gates of two neighbouring columns.
+__device__ __forceinline__ Vector<__nv_bfloat16, 2> load_pair_of_gates(const PagedAttention& p, int64_t token, int head,
+                                                                       int column) {
     const __nv_bfloat16* gate = gate_of(p, token, head, column);
-    *reinterpret_cast<uint32_t*>(out_of(p, token, head, column)) =
-        pack<__nv_bfloat16>(first * output_gate(gate[0]), second * output_gate(gate[p.gate_stride]));
+    if (p.gate_vectors) return load_vector<2>(gate);
+    return {gate[0], gate[p.gate_stride]};
+}
+
+// Two neighbouring columns of an output row, gated.
+__device__ __forceinline__ void store_pair(__nv_bfloat16* out, float first, float second,
+                                           const Vector<__nv_bfloat16, 2>& gates) {
+    *reinterpret_cast<uint32_t*>(out) =
+        pack<__nv_bfloat16>(first * output_gate(gates[0]), second * output_gate(gates[1]));
 }
 
 // The gates of four neighbouring columns.
@@ -178,17 +188,17 @@ __device__ __forceinline__ float2 sigmoids(float first, float second) {
     return make_float2(inverse * b, inverse * a);
 }
 
-__device__ __forceinline__ void store_gated(__nv_bfloat16* out, const float4& values, const float4& gates) {
+__device__ __forceinline__ uint2 gated(const float4& values, const float4& gates) {
     const float2 low = sigmoids(gates.x, gates.y), high = sigmoids(gates.z, gates.w);
-    *reinterpret_cast<uint2*>(out) = make_uint2(pack<__nv_bfloat16>(values.x * low.x, values.y * low.y),
-                                                pack<__nv_bfloat16>(values.z * high.x, values.w * high.y));
+    return make_uint2(pack<__nv_bfloat16>(values.x * low.x, values.y * low.y),
+                      pack<__nv_bfloat16>(values.z * high.x, values.w * high.y));
 }
 
 __device__ __forceinline__ void store_quad(const PagedAttention& p, int64_t token, int head, int column,
                                            const float4& values, const Vector<__nv_bfloat16, 4>& gates) {
-    store_gated(out_of(p, token, head, column), values,
-                make_float4(__bfloat162float(gates[0]), __bfloat162float(gates[1]), __bfloat162float(gates[2]),
-                            __bfloat162float(gates[3])));
+    *reinterpret_cast<uint2*>(out_of(p, token, head, column)) =
+        gated(values, make_float4(__bfloat162float(gates[0]), __bfloat162float(gates[1]), __bfloat162float(gates[2]),
+                                  __bfloat162float(gates[3])));
 }
 
 // sum = kept sum + weight values

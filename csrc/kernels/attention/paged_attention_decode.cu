@@ -14,6 +14,9 @@
 // pairs of a sequence and a row group, and the borders between ranges: a batch of many short sequences has far more
 // pairs than sequences that a border cuts, and blocks that only find that out would take longer than the merge.
 //
+// Launch. What is settled, by the caller's word, is read ahead of the wait for the kernel ahead: lengths, page ids, and
+// the boxes of pages that lie wholly before the context. The last page, which the prologue fills up, comes behind it.
+//
 // Bytes. K and V once: 64 KB a page and KV head; batch 64 x 8192 tokens x 2 heads: 1.07 GB = 250 us at 4.3 TB/s. Parts:
 // 1 KB a row and block. Flops: 16 rows x 64 tokens take about 800 cycles of four warps a page, while the page takes
 // 3,500 to arrive at a multiprocessor's share of the bandwidth: latency within a page is hidden without overlap.
@@ -45,15 +48,31 @@ namespace {
 
 using namespace attention_decode;
 
+// The launch ahead, which a warp waits for once, as late as it may.
+class LaunchAhead {
+  public:
+    __device__ __forceinline__ void wait() {
+        if (waited_) return;
+        ptx::grid_dependency_wait();
+        ptx::grid_dependency_launch();
+        waited_ = true;
+    }
+
+  private:
+    bool waited_ = false;
+};
+
 template <typename Kv, int kTiles>
 __device__ __forceinline__ void produce(Storage<Kv, kTiles>& storage, const CUtensorMap* map,
-                                        const PagedAttentionDecode& p, const Line& line) {
+                                        const PagedAttentionDecode& p, const Line& line, LaunchAhead& ahead) {
     Cursor at;
     each_segment(p, line, [&](const Segment& segment) {
         PageIds ids(p, segment.sequence, segment.first_page, segment.last_page);
-        const int head = segment.group / p.row_groups;
+        const int head = segment.group / p.row_groups, whole_pages = p.context_lens[segment.sequence] / kPage;
+#pragma unroll 1
         for (int page = segment.first_page; page < segment.last_page; ++page) {
             const int id = ids.id(page);
+            if (page >= whole_pages) ahead.wait();  // may hold new tokens, which the launch ahead stores
             for (int part = kKeys; part <= kValues; ++part) {
                 ptx::mbarrier_wait(&storage.empty[at.slot], at.phase ^ 1);
                 if (ptx::elect_one()) {
@@ -68,21 +87,13 @@ __device__ __forceinline__ void produce(Storage<Kv, kTiles>& storage, const CUte
 // Zeros where a negative context marks padding.
 __device__ __forceinline__ void clear_padding(const PagedAttentionDecode& p, int threads) {
     const int vectors = p.tokens * p.q_heads * (kDim / 8);
+#pragma unroll 1
     for (int sequence = blockIdx.x; sequence < p.sequences; sequence += gridDim.x) {
         if (p.context_lens[sequence] >= 0) continue;
         auto* out = reinterpret_cast<uint4*>(out_of(p, static_cast<int64_t>(sequence) * p.tokens, 0, 0));
+#pragma unroll 1
         for (int i = threadIdx.x; i < vectors; i += threads) out[i] = uint4{};
     }
-}
-
-// Lengths and page ids towards L2 while the kernel before still runs: a hint, so that it may write them.
-__device__ __forceinline__ void prefetch_indices(const PagedAttentionDecode& p) {
-    constexpr int kLine = 128 / sizeof(int32_t);
-    const int lines = (p.table_width + kLine - 1) / kLine, lane = threadIdx.x % 32;
-    for (int i = blockIdx.x * 32 + lane; i < p.sequences * lines; i += gridDim.x * 32) {
-        ptx::prefetch_l2(p.page_table + i / lines * p.table_stride + i % lines * kLine);
-    }
-    for (int i = lane * kLine; i < p.sequences; i += 32 * kLine) ptx::prefetch_l2(p.context_lens + i);
 }
 
 template <typename Kv, int kTiles>
@@ -101,16 +112,19 @@ __global__ void __launch_bounds__(Storage<Kv, kTiles>::kThreads, 1)
         }
         ptx::fence_mbarrier_init();
     }
-    if (warp == 0) prefetch_indices(p);
     __syncthreads();
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
+    LaunchAhead ahead;
+    if (!p.settled) ahead.wait();
     const Line line = line_of(p, gridDim.x);
     if (warp == kProducer) {
-        produce(storage, &map, p, line);
+        produce(storage, &map, p, line, ahead);
     } else {
         Consumer<Kv, kTiles> consumer(storage, p);
-        each_segment(p, line, [&](const Segment& segment) { consumer.run(segment); });
+        each_segment(p, line, [&](const Segment& segment) {
+            ahead.wait();
+            consumer.run(segment);
+        });
+        ahead.wait();
         clear_padding(p, Shared::kConsumers);
     }
 }
@@ -126,7 +140,6 @@ cudaError_t launch_tiles(const PagedAttentionDecode& p, int blocks, cudaStream_t
                                 .stream = stream,
                                 .programmatic = true},
                                map, p);
-    if (status != cudaSuccess) return status;
     return status == cudaSuccess ? merge_parts(p, blocks, Storage<Kv, kTiles>::kRows, stream) : status;
 }
 

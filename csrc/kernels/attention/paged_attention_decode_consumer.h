@@ -378,11 +378,18 @@ class Consumer {
                 if (segment.whole) {
                     const auto [token, query_head] = place_of_row(p_, first_row_ + row);
                     const float inverse = 1 / sum;
+                    // Ahead of all stores, or each load would wait behind the store before it.
+                    Vector<__nv_bfloat16, 2> gates[8];
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) {
+                        gates[n] = load_pair_of_gates(p_, first_token(segment) + token, head + query_head,
+                                                      column + pair_column(n));
+                    }
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
                         const float2 pair = output_pair(tile, half, n);
-                        store_pair(p_, first_token(segment) + token, head + query_head, column + pair_column(n),
-                                   pair.x * inverse, pair.y * inverse);
+                        store_pair(out_of(p_, first_token(segment) + token, head + query_head, column + pair_column(n)),
+                                   pair.x * inverse, pair.y * inverse, gates[n]);
                     }
                 } else {
                     float* part = p_.parts + (slot * kRows + row) * kDim + column;

@@ -6,10 +6,12 @@
 // tile are (token, query head of one KV head) pairs, token first: 128 rows are 8 to 32 tokens, so a short chunk fills
 // tiles, and every head that reads a page reads it from the same copy.
 //
-// Tiles. Their list follows from the lengths on the device, the tiles that see most pages first, whatever sequence they
-// are of. A block a multiprocessor takes one tile in each round, forwards and backwards by turns, and runs through them
-// without a pause: the producer is ahead in the next tile, and its neighbours bring the next queries as soon as the last
-// keys have been multiplied, so that of a tile's end the groups have the store alone, through the box of those keys.
+// Tiles. Their list follows from the lengths on the device: sequence after sequence, the one that ends last first, each
+// from its last tile on. A block a multiprocessor claims one after the other from a counter, so that who got short ones
+// gets more, and runs through them without a pause: the producer is ahead in the next tile, and its neighbours bring
+// the next queries as soon as the last keys have been multiplied, so that of a tile's end the groups have the store
+// alone, through the box of those keys. Up to two rounds of tiles, and those of pages in e4m3, are dealt out instead,
+// forwards and backwards by turns, the tiles that see most pages first, whatever sequence they are of.
 //
 // Ranges. A short turn behind a long prefix has fewer tiles than the card has multiprocessors: 512 tokens of 16:2 heads
 // are 64. Then the pages of a tile are cut into ranges (flash-decoding, Dao et al. 2023), a part of each goes to the
@@ -42,6 +44,7 @@
 // Measured, and what was tried: docs/kernels/attention.md.
 //
 // budget: prefill_kernel registers<=168 hot sass=HGMMA
+// budget: clear_kernel registers<=16
 #include <launch.h>
 #include <ptx.h>
 
@@ -92,6 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 ptx::mbarrier_init(&storage.raw_empty[stage], Shared::kFillers);
             }
         } else {
+            for (int turn = 0; turn < kAnnounced; ++turn) ptx::mbarrier_init(&storage.announced[turn], 1);
             ptx::mbarrier_init(&storage.query_full, kHelpers / 32);
             ptx::mbarrier_init(&storage.query_empty, kConsumers / 32);
             ptx::mbarrier_init(&storage.keys_read, kConsumers / 32);
@@ -113,14 +117,16 @@ __global__ void __launch_bounds__(kThreads, 1)
                 Converter converter(storage);
                 each_tile(p, storage.list, [&](const Tile& tile) { converter.run(tile); });
             } else {
-                QueryLoader loader(storage, p);
-                each_tile(p, storage.list, [&](const Tile& tile) { loader.run(tile); });
-                loader.finish();
+                QueryLoader(storage, p).run_all();
             }
             return;
         }
         Producer<Kv> producer(storage, &map, p);
-        each_tile(p, storage.list, [&](const Tile& tile) { producer.run(tile); });
+        if constexpr (Format<Kv>::kConverted) {
+            each_tile(p, storage.list, [&](const Tile& tile) { producer.run(tile, [] {}); });
+        } else {
+            producer.run_all();
+        }
     } else {
         ptx::register_increase<232>();
         Consumer<Kv> consumer(storage, p);
@@ -131,6 +137,13 @@ __global__ void __launch_bounds__(kThreads, 1)
             while (consumer.next_tile()) consumer.run();
         }
     }
+}
+
+// No tile has been claimed.
+__global__ void __launch_bounds__(32) clear_kernel(int* next_item) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    if (threadIdx.x == 0) *next_item = 0;
 }
 
 template <typename Kv>
@@ -174,6 +187,12 @@ cudaError_t paged_attention_prefill(PagedAttentionPrefill p, cudaStream_t stream
     const int64_t tiles = max_tiles(p, p.tokens) * p.kv_heads;
     const auto blocks =
         static_cast<int>(std::min<int64_t>(multiprocessor_count(), p.max_parts > 0 ? p.max_parts : tiles));
+    if (p.max_parts > 0 || p.kv_is_e4m3 || tiles <= blocks) p.next_item = nullptr;
+    if (p.next_item != nullptr) {
+        const auto status =
+            launch(clear_kernel, {.grid = 1, .block = 32, .stream = stream, .programmatic = true}, p.next_item);
+        if (status != cudaSuccess) return status;
+    }
     const auto status =
         p.kv_is_e4m3 ? launch_prefill<E4m3>(p, blocks, stream) : launch_prefill<__nv_bfloat16>(p, blocks, stream);
     if (status != cudaSuccess || p.max_parts == 0) return status;

@@ -16,6 +16,9 @@ constexpr int kHelpers = 96;  // threads, behind the producer warp
 constexpr int kThreads = kConsumers + 32 + kHelpers;
 constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
 
+// Tiles that the producer has come to: it is ahead of the consumers by five boxes, two a tile at least.
+constexpr int kAnnounced = 4;
+
 template <typename Kv>
 struct Storage {
     static constexpr int kStages = 5;
@@ -26,8 +29,10 @@ struct Storage {
     uint64_t full[kStages], empty[kStages];
     uint64_t query_full, query_empty;
     uint64_t keys_read;  // the last of a tile, by both groups
+    uint64_t announced[kAnnounced];
     List list;
-    Tile tile[2];  // by turns, whose queries are there; no rows: there are no more
+    Tile ahead[kAnnounced];  // by turns, from the producer; no rows: there are no more
+    Tile tile[2];            // by turns, whose queries are there; no rows: there are no more
 };
 
 // Boxes of e4m3 arrive in a ring of their own, and the producer's neighbours turn them into what products read.
@@ -55,7 +60,35 @@ class Producer {
     __device__ __forceinline__ Producer(Shared& storage, const CUtensorMap* map, const PagedAttentionPrefill& p)
         : storage_(storage), map_(map), p_(p) {}
 
-    __device__ __forceinline__ void run(const Tile& tile) {
+    // The tiles of this block, announced to those who bring the queries.
+    __device__ __forceinline__ void run_all() {
+        const bool leader = threadIdx.x % 32 == 0;
+        Cursor turn;
+#pragma unroll 1
+        for (Items items(p_, storage_.list); items.left(); items.next()) {
+            Tile& tile = storage_.ahead[turn.slot];
+            const Tile found = tile_at(p_, storage_.list, items.item());
+            if (found.first_page >= found.last_page) {
+                items.ask();
+                continue;
+            }
+            if (leader) {
+                tile = found;
+                ptx::mbarrier_arrive(&storage_.announced[turn.slot]);
+            }
+            __syncwarp();
+            run(tile, [&] { items.ask(); });
+            turn.next(kAnnounced);
+        }
+        if (leader) {
+            storage_.ahead[turn.slot] = {};
+            ptx::mbarrier_arrive(&storage_.announced[turn.slot]);
+        }
+    }
+
+    // at_end: ahead of the last box.
+    template <typename AtEnd>
+    __device__ __forceinline__ void run(const Tile& tile, AtEnd at_end) {
         PageIds ids(p_, tile.sequence, tile.first_page, tile.last_page);
         int id = ids.id(tile.first_page);
         load(kKeys, tile.head, id);
@@ -66,6 +99,7 @@ class Producer {
             load(kValues, tile.head, id);
             id = next;
         }
+        at_end();
         load(kValues, tile.head, id);
     }
 
@@ -117,6 +151,16 @@ class QueryLoader {
     __device__ __forceinline__ QueryLoader(Shared& storage, const PagedAttentionPrefill& p)
         : storage_(storage), p_(p) {}
 
+    __device__ __forceinline__ void run_all() {
+        for (Cursor turn;; turn.next(kAnnounced)) {
+            ptx::mbarrier_wait(&storage_.announced[turn.slot], turn.phase);
+            const Tile& tile = storage_.ahead[turn.slot];
+            if (tile.rows == 0) return finish();
+            run(tile);
+        }
+    }
+
+  private:
     __device__ __forceinline__ void run(const Tile& tile) {
         ptx::mbarrier_wait(&storage_.query_empty, phase_ ^ 1);
         constexpr int kChunks = kDim / 8;
@@ -140,7 +184,6 @@ class QueryLoader {
         publish({});
     }
 
-  private:
     __device__ __forceinline__ void publish(const Tile& tile) {
         if (threadIdx.x == kConsumers + 32) storage_.tile[phase_] = tile;
         ptx::fence_async_shared();

@@ -11,8 +11,9 @@
 
 namespace tokenspeed::attention_prefill {
 
-constexpr int kGateRows = 8;   // whose gates a warp loads at a time
-constexpr int kWarpRows = 16;  // of a warp
+constexpr int kWarpRows = 16;       // of a warp
+constexpr int kStagedColumns = 64;  // of the output, at a time: a line of two rows, four columns a lane
+constexpr int kRowTurns = kWarpRows / 2;
 constexpr uint32_t kFirstGroupBarrier = 1, kConsumerBarrier = 3, kFirstTurnBarrier = 4;
 
 template <typename Kv>
@@ -96,12 +97,18 @@ class Consumer {
         silence_missing_values();
         ptx::wgmma_fence(output);
         multiply_values(output, weights, tile().last_page > tile().first_page + 1);
-        uint2 gates[kGateRows];
-        if (tile().part < 0 && p_.gate_vectors) load_rows_of_gates(gates, staged_row(lane_), staged_column(lane_));
+        // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the products.
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);
+        Rows rows;
+        uint2 gates[kRowTurns];
+        if (tile().part < 0) {
+            rows = rows_of(lane);
+            if (kGatesAhead && p_.gate_vectors) load_gates(gates, rows, lane, 0);
+        }
         ptx::wgmma_wait<0>(output);
         release_box();
         if (tile().part < 0) {
-            store(output, gates);
+            store(output, rows, gates, lane);
         } else {
             leave_part(output);
         }
@@ -117,16 +124,11 @@ class Consumer {
     // Of the queries, 16 columns each, that stay in registers: wgmma then reads less shared memory for the scores.
     static constexpr int kHeldSteps = F::kConverted ? 0 : 4;
     using Held = uint32_t[std::max(kHeldSteps, 1)][4];
-    static constexpr int kStagedColumns = F::kConverted ? 128 : 64;  // of the output, at a time
-    static constexpr int kRowsAtOnce = 128 / kStagedColumns;         // that a warp loads or stores, four columns a lane
+    static constexpr bool kGatesAhead = !F::kConverted;  // of columns, by those stored before: else registers spill
 
-    // What a lane loads and stores of the staged columns. `lane` may be opaque.
-    __device__ __forceinline__ static int staged_row(int lane) {
-        return kRowsAtOnce == 1 ? 0 : lane / (kStagedColumns / 4);
-    }
-    __device__ __forceinline__ static int staged_column(int lane) {
-        return (kRowsAtOnce == 1 ? lane : lane % (kStagedColumns / 4)) * 4;
-    }
+    // What a lane loads and stores of the staged columns, in its first turn. `lane` may be opaque.
+    __device__ __forceinline__ static int staged_row(uint32_t lane) { return lane / (kStagedColumns / 4); }
+    __device__ __forceinline__ static int staged_column(uint32_t lane) { return lane % (kStagedColumns / 4) * 4; }
 
     __device__ __forceinline__ const Tile& tile() const {
         if constexpr (F::kConverted) {
@@ -324,69 +326,62 @@ class Consumer {
         ptx::named_barrier_sync(kConsumerBarrier, kConsumers);
     }
 
-    // The warp's rows one after the other, as offsets: a division for the first alone. It stays at the last row that
-    // exists.
-    class Rows {
-      public:
-        __device__ __forceinline__ Rows(const PagedAttentionPrefill& p, const Tile& tile, int first)
-            : p_(p), left_(tile.rows - 1 - first) {
-            const auto [token, head] = place_of_row(p, min(first, tile.rows - 1));
-            head_ = head;
-            gate = gate_of(p, tile.first_token + token, tile.head * p.group + head, 0);
-            out = out_of(p, tile.first_token + token, tile.head * p.group + head, 0);
-        }
-
-        __device__ __forceinline__ bool exists() const { return left_ >= 0; }
-
-        __device__ __forceinline__ void next(int step) {
-            left_ -= step;
-            if (left_ < 0) return;
-            gate += step * p_.gate_head_stride;
-            out += step * kDim;
-            head_ += step;
-            while (head_ >= p_.group) {
-                head_ -= p_.group;
-                gate += p_.gate_token_stride - p_.group * p_.gate_head_stride;
-                out += (p_.q_heads - p_.group) * kDim;
-            }
-        }
-
-        const __nv_bfloat16* gate;
+    // Where the warp's rows begin: a lane has the offset of one of them, from the first of their tokens, for all.
+    struct Rows {
+        const __nv_bfloat16* gate;  // of the lane's first column
         __nv_bfloat16* out;
+        int gate_offset, out_offset;
+        int left;  // rows from the first one on that the lane stores
 
-      private:
-        const PagedAttentionPrefill& p_;
-        int left_, head_;
+        __device__ __forceinline__ const __nv_bfloat16* gate_of_row(int row) const {
+            return gate + __shfl_sync(kAllLanes, gate_offset, row);
+        }
+        __device__ __forceinline__ __nv_bfloat16* out_of_row(int row) const {
+            return out + __shfl_sync(kAllLanes, out_offset, row);
+        }
     };
 
-    // The gates of some of the warp's rows, four columns a lane and as bits, or each would take a register. Only where
-    // they may be read so.
-    __device__ __forceinline__ void load_rows_of_gates(uint2 (&gates)[kGateRows], int first, int column) const {
-        Rows rows(p_, tile(), first_row_ + warp_ * kWarpRows + first);
+    __device__ __forceinline__ Rows rows_of(int lane) const {
+        const int first = first_row_ + warp_ * kWarpRows, last = tile().rows - 1;
+        const int first_token = place_of_row(p_, min(first, last)).token;
+        const auto [token, head] = place_of_row(p_, min(first + lane % kWarpRows, last));
+        const int64_t base_token = tile().first_token + first_token;
+        return {gate_of(p_, base_token, tile().head * p_.group, 0) + staged_column(lane),
+                out_of(p_, base_token, tile().head * p_.group, staged_column(lane)),
+                (token - first_token) * static_cast<int>(p_.gate_token_stride) +
+                    head * static_cast<int>(p_.gate_head_stride),
+                ((token - first_token) * p_.q_heads + head) * kDim, last + 1 - first - staged_row(lane)};
+    }
+
+    // Four columns a lane and row, as bits, or each would take a register. Only where they may be read so.
+    __device__ __forceinline__ static void load_gates(uint2 (&gates)[kRowTurns], const Rows& rows, int lane,
+                                                      int column) {
 #pragma unroll
-        for (int row = 0; row < kGateRows; ++row, rows.next(kRowsAtOnce)) {
-            gates[row] = *reinterpret_cast<const uint2*>(rows.gate + column);
+        for (int turn = 0; turn < kRowTurns; ++turn) {
+            gates[turn] = *reinterpret_cast<const uint2*>(rows.gate_of_row(staged_row(lane) + turn * 2) + column);
         }
     }
 
     // Through shared memory, where the last keys lay or, for pages in e4m3, the queries, so many columns at a time: a
     // warp then stores whole lines of a row.
-    // gates: of the first rows, if p.gate_vectors; those of the next are under way while some are stored.
-    __device__ __forceinline__ void store(const float (&output)[kDim / 2], uint2 (&gates)[kGateRows]) {
+    // gates: of the first columns, if p.gate_vectors; those of the next are under way while some are stored.
+    __device__ __forceinline__ void store(const float (&output)[kDim / 2], const Rows& rows, uint2 (&gates)[kRowTurns],
+                                          int lane) {
         constexpr int kSteps = kDim / kStagedColumns;
         constexpr int kChunks = kStagedColumns / 4;  // of a row, of 16 bytes
-        // Opaque, or the addresses that follow from it are computed ahead of all tiles and spilled through the
-        // products.
-        const int lane = __shfl_sync(kAllLanes, lane_, lane_);
         uint8_t* staging = staging_of_group() + warp_ * (kWarpRows * kStagedColumns * 4);
         // A row's 16-byte chunks are permuted so that neither the writes nor the reads collide in a bank.
         const auto place = [&](int row, int chunk) { return staging + (row * kChunks + (chunk ^ (row & 3) * 2)) * 16; };
+        const uint8_t* const staged_first[2] = {
+            place(staged_row(lane), staged_column(lane) / 4),
+            place(staged_row(lane) + 2, staged_column(lane) / 4) - 2 * kChunks * 16};
         float inverse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) inverse[half] = 1 / warp_sum<4>(sum_[half]);
         wait_for_staging();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
+            const int column = step * kStagedColumns;
 #pragma unroll
             for (int n = 0; n < kStagedColumns / 8; ++n) {
 #pragma unroll
@@ -398,34 +393,29 @@ class Consumer {
                 }
             }
             __syncwarp();
-            const int column = step * kStagedColumns + staged_column(lane), own = staged_row(lane);
-            Rows rows(p_, tile(), first_row_ + warp_ * kWarpRows + own);
-            const auto store_row = [&](int row, const float4& of_row) {
-                store_gated(rows.out + column, *reinterpret_cast<const float4*>(place(row, staged_column(lane) / 4)),
-                            of_row);
-            };
             if (p_.gate_vectors) {
+                uint2 next[kRowTurns];
+                if (!kGatesAhead) load_gates(gates, rows, lane, column);
+                if (kGatesAhead && step + 1 < kSteps) load_gates(next, rows, lane, column + kStagedColumns);
 #pragma unroll
-                for (int first = 0; first < kWarpRows; first += kGateRows * kRowsAtOnce) {
-                    uint2 next[kGateRows];
-                    if (first + kGateRows * kRowsAtOnce < kWarpRows) {
-                        load_rows_of_gates(next, own + first + kGateRows * kRowsAtOnce, column);
-                    } else if (step + 1 < kSteps) {
-                        load_rows_of_gates(next, own, column + kStagedColumns);
-                    }
-#pragma unroll
-                    for (int row = 0; row < kGateRows; ++row, rows.next(kRowsAtOnce)) {
-                        if (rows.exists()) store_row(first + own + row * kRowsAtOnce, unpack_gates(gates[row]));
-                        gates[row] = next[row];
-                    }
+                for (int turn = 0; turn < kRowTurns; ++turn) {
+                    __nv_bfloat16* out = rows.out_of_row(staged_row(lane) + turn * 2) + column;
+                    // Not within the branch: the rows then hide each other's latencies.
+                    const auto* staged =
+                        reinterpret_cast<const float4*>(staged_first[turn % 2] + turn * 2 * kChunks * 16);
+                    const uint2 values = gated(*staged, unpack_gates(gates[turn]));
+                    if (turn * 2 < rows.left) *reinterpret_cast<uint2*>(out) = values;
+                    if (kGatesAhead) gates[turn] = next[turn];
                 }
             } else {
 #pragma unroll 1
-                for (int row = own; row < kWarpRows && rows.exists(); row += kRowsAtOnce, rows.next(kRowsAtOnce)) {
-                    const __nv_bfloat16* gate = rows.gate + column * p_.gate_stride;
-                    store_row(row, make_float4(__bfloat162float(gate[0]), __bfloat162float(gate[p_.gate_stride]),
-                                               __bfloat162float(gate[2 * p_.gate_stride]),
-                                               __bfloat162float(gate[3 * p_.gate_stride])));
+                for (int turn = 0; turn < kRowTurns && turn * 2 < rows.left; ++turn) {
+                    const int row = staged_row(lane) + turn * 2, own = staged_column(lane);
+                    const auto [token, head] = place_of_row(p_, first_row_ + warp_ * kWarpRows + row);
+                    const int query_head = tile().head * p_.group + head;
+                    store_quad(p_, tile().first_token + token, query_head, column + own,
+                               *reinterpret_cast<const float4*>(place(row, own / 4)),
+                               attention::load_gates(p_, tile().first_token + token, query_head, column + own));
                 }
             }
             __syncwarp();

@@ -142,35 +142,92 @@ __device__ __forceinline__ Located locate_longest(const PagedAttentionPrefill& p
     }
 }
 
-// Calls visit(tile) for the entries of this block. Where keys are cut, a sequence has (range, tile) entries, range by
-// range, so that tiles that run at a time read the same pages. The list is dealt out forwards and backwards by turns,
-// so that nobody always gets the longer ones. By whole warps.
+// The tile at `index` of one KV head when at most kLaneSequences sequences stand one after the other, the one that ends
+// last first, each from its last tile on. By whole warps.
+__device__ __forceinline__ Located locate_by_sequence(const PagedAttentionPrefill& p, int index) {
+    const int lane = threadIdx.x % 32;
+    const Extent own = lane < p.sequences ? extent_of(p, lane) : Extent{0, 0};
+    int before = 0;  // tiles ahead of the lane's sequence
+#pragma unroll 1
+    for (int other = 0; other < p.sequences; ++other) {
+        const int tiles = __shfl_sync(kAllLanes, own.tiles, other), pages = __shfl_sync(kAllLanes, own.pages, other);
+        if (pages > own.pages || (pages == own.pages && other < lane)) before += tiles;
+    }
+    const bool holds = before <= index && index < before + own.tiles;
+    const int sequence = __ffs(static_cast<int>(__ballot_sync(kAllLanes, holds))) - 1;
+    return {sequence, __shfl_sync(kAllLanes, before + own.tiles, sequence) - 1 - index};
+}
+
+// The tile at `item` of the list, which has the KV heads of an entry beside each other. Where keys are cut, a sequence
+// has (range, tile) entries, range by range, so that tiles that run at a time read the same pages. By whole warps.
+__device__ __forceinline__ Tile tile_at(const PagedAttentionPrefill& p, const List& list, int item) {
+    const int max_pages = list.max_pages, entry = list.entries - 1 - item / p.kv_heads;
+    const auto [sequence, offset] = [&] {
+        if (max_pages < kWhole || p.sequences > kLaneSequences) {
+            return locate(p.sequences, entry, [&](int other) { return entries_of(extent_of(p, other), max_pages); });
+        }
+        const int index = item / p.kv_heads;
+        return p.next_item != nullptr ? locate_by_sequence(p, index) : locate_longest(p, index);
+    }();
+    const Extent extent = extent_of(p, sequence);
+    const int ranges = ranges_of(extent, max_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
+    Tile tile;
+    tile.sequence = sequence;
+    tile.head = item % p.kv_heads;
+    tile.first_token = first_token_of(p, sequence);
+    tile.first_row = (offset - range * extent.tiles) * kRows;
+    tile.rows = (first_token_of(p, sequence + 1) - tile.first_token) * p.group;
+    tile.context = p.context_lens[sequence];
+    const int pages = visible_pages(p, tile.first_row, tile.rows, tile.context);
+    const int range_pages = quotient_up(extent.pages, ranges);
+    tile.first_page = range * range_pages;
+    tile.last_page = min(tile.first_page + range_pages, pages);
+    tile.part = tile.last_page - tile.first_page == pages ? -1 : entry * p.kv_heads + tile.head;
+    return tile;
+}
+
+// The item that a block gets in a round.
+__device__ __forceinline__ int dealt(int round) {
+    const int blocks = gridDim.x, block = blockIdx.x;
+    return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+}
+
+// The items that a block works on. The list is dealt out forwards and backwards by turns, so that nobody always gets
+// the longer ones; or a block claims the next one as it comes to the end of the one before.
+class Items {
+  public:
+    __device__ __forceinline__ Items(const PagedAttentionPrefill& p, const List& list)
+        : p_(p), all_(list.entries * p.kv_heads) {}
+
+    __device__ __forceinline__ bool left() const { return item_ < all_; }
+    __device__ __forceinline__ int item() const { return item_; }
+
+    // Ahead of next(), which waits for the answer.
+    __device__ __forceinline__ void ask() {
+        if (p_.next_item != nullptr && threadIdx.x % 32 == 0) claim_ = atomicAdd(p_.next_item, 1);
+    }
+
+    __device__ __forceinline__ void next() {
+        const int blocks = gridDim.x;
+        if (p_.next_item != nullptr) {
+            item_ = blocks + __shfl_sync(kAllLanes, claim_, 0);
+        } else {
+            item_ = dealt(static_cast<uint32_t>(item_) / static_cast<uint32_t>(blocks) + 1);
+        }
+    }
+
+  private:
+    const PagedAttentionPrefill& p_;
+    int all_, item_ = blockIdx.x, claim_ = 0;
+};
+
+// Calls visit(tile) for the tiles of this block, where they are dealt out. By whole warps.
 template <typename Visit>
 __device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, const List& list, Visit visit) {
-    const int blocks = gridDim.x, block = blockIdx.x;
     for (int round = 0;; ++round) {
-        const int item = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+        const int item = dealt(round);
         if (item >= list.entries * p.kv_heads) break;
-        const int max_pages = list.max_pages, entry = list.entries - 1 - item / p.kv_heads;
-        const bool sorted = max_pages == kWhole && p.sequences <= kLaneSequences;
-        const auto [sequence, offset] =
-            sorted ? locate_longest(p, item / p.kv_heads) : locate(p.sequences, entry, [&](int candidate) {
-                return entries_of(extent_of(p, candidate), max_pages);
-            });
-        const Extent extent = extent_of(p, sequence);
-        const int ranges = ranges_of(extent, max_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
-        Tile tile;
-        tile.sequence = sequence;
-        tile.head = item % p.kv_heads;
-        tile.first_token = first_token_of(p, sequence);
-        tile.first_row = (offset - range * extent.tiles) * kRows;
-        tile.rows = (first_token_of(p, sequence + 1) - tile.first_token) * p.group;
-        tile.context = p.context_lens[sequence];
-        const int pages = visible_pages(p, tile.first_row, tile.rows, tile.context);
-        const int range_pages = quotient_up(extent.pages, ranges);
-        tile.first_page = range * range_pages;
-        tile.last_page = min(tile.first_page + range_pages, pages);
-        tile.part = tile.last_page - tile.first_page == pages ? -1 : entry * p.kv_heads + tile.head;
+        const Tile tile = tile_at(p, list, item);
         if (tile.first_page < tile.last_page) visit(tile);
     }
 }

@@ -45,11 +45,11 @@ std::optional<PagedAttention> shared_arguments(const Tensor& q, const Tensor& ga
 }
 
 // The decode kernel, for sequences of q.size(0) / sequences tokens each.
-std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared, int64_t first_key) {
+std::optional<Tensor> decode(const Tensor& q, const PagedAttention& shared, int64_t first_key, bool settled) {
     constexpr int64_t kMaxGrid = 65535;  // of its other dimensions: rows of a sequence and KV head, KV heads
     if (q.size(0) % shared.sequences != 0 || first_key < 0 || first_key >= kPageTokens) return std::nullopt;
-    PagedAttentionDecode arguments{shared, static_cast<int>(q.size(0) / shared.sequences), static_cast<int>(first_key),
-                                   nullptr, nullptr};
+    const auto tokens = static_cast<int>(q.size(0) / shared.sequences);
+    PagedAttentionDecode arguments{shared, tokens, static_cast<int>(first_key), settled, nullptr, nullptr};
     const int64_t rows = int64_t{arguments.tokens} * arguments.q_heads;
     if (rows > kMaxGrid || rows * arguments.sequences * arguments.table_width > kMaxIndex) return std::nullopt;
     const int64_t slots = paged_attention_decode_shape(arguments).slots;
@@ -81,6 +81,10 @@ Tensor prefill(const Tensor& q, const PagedAttention& shared, const int32_t* cu_
         arguments.part_sums = data<float2>(sums);
         launch.keep(outputs);
         launch.keep(sums);
+    } else {
+        Tensor next_item = new_tensor(q, {1}, ScalarType::Int);
+        arguments.next_item = data<int>(next_item);
+        launch.keep(next_item);
     }
     check_launch(tokenspeed::paged_attention_prefill(arguments, launch.stream()), "paged_attention_prefill");
     return out;
@@ -88,13 +92,13 @@ Tensor prefill(const Tensor& q, const PagedAttention& shared, const int32_t* cu_
 
 std::optional<Tensor> paged_attention_decode(const Tensor& q, const Tensor& gate, const Tensor& kv,
                                              const Tensor& page_table, const Tensor& context_lens, double scale,
-                                             int64_t first_key) {
+                                             int64_t first_key, bool settled) {
     const auto shared = shared_arguments(q, gate, kv, page_table, context_lens, scale);
     if (shared && first_key == 0 && q.size(0) % shared->sequences == 0 &&
         paged_attention_decode_as_prefill(*shared, q.size(0))) {
         return prefill(q, *shared, nullptr, q.size(0) / shared->sequences);
     }
-    return shared ? decode(q, *shared, first_key) : std::nullopt;
+    return shared ? decode(q, *shared, first_key, settled) : std::nullopt;
 }
 
 std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gate, const Tensor& kv,
@@ -105,7 +109,7 @@ std::optional<Tensor> paged_attention_prefill(const Tensor& q, const Tensor& gat
         shared && is_int32(cu_seqlens) && cu_seqlens.is_contiguous() && has_shape(cu_seqlens, {shared->sequences + 1});
     if (!fits) return std::nullopt;
     if (shared->sequences == 1 && paged_attention_prefill_is_short(*shared, q.size(0))) {
-        if (auto out = decode(q, *shared, 0)) return out;
+        if (auto out = decode(q, *shared, 0, false)) return out;
     }
     return prefill(q, *shared, data<int32_t>(cu_seqlens), 1);
 }

@@ -171,7 +171,8 @@ class GatedAttention(Stage):
         cut, outputs = batch.decode_tokens, []
         if d := batch.decode:
             places = (kv, d.page_table, d.context_lens, self.scale, self.first_key)
-            outputs.append(ops.paged_attention_decode(q[:cut], gate[:cut], *places))
+            # The prologue is the kernel ahead: it writes from the context on, and waits for all that came before.
+            outputs.append(ops.paged_attention_decode(q[:cut], gate[:cut], *places, settled=True))
         if p := batch.prefill:
             places = (kv, p.page_table, p.cu_seqlens, p.context_lens, p.max_seqlen, self.scale)
             outputs.append(ops.paged_attention_prefill(q[cut:], gate[cut:], *places))
