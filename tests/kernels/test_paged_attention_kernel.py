@@ -315,6 +315,19 @@ def test_scores_of_any_size(backend, factor):
     backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 198), wanted)
 
 
+@pytest.mark.parametrize("heads", [KvHeads(1, 8), KvHeads(1, 4)])
+def test_maxima_that_grow_from_page_to_page(backend, heads):
+    """A little, by more than sums have room for, and by more than a weight has."""
+    pages = Pages(backend, heads, 8)
+    row, k, v = pages.store(6 * heads.page)
+    factors = torch.tensor([1.0, 1.125, 2.0, 4.0, 64.0, 512.0])
+    pages.kv[row, 0] *= factors.to(pages.kv.device, pages.kv.dtype)[:, None, None, None]
+    k = torch.stack([pages.kv[page, 0] for page in row]).transpose(1, 2).flatten(0, 1)
+    q, gate = pages.queries(2 * heads.page)
+    wanted = expected(pages, q, gate, k.double(), v)
+    backend.assert_close(prefill_in_a_batch(pages, q, gate, row, 4 * heads.page), wanted)
+
+
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
 def test_queries_of_any_size_meet_keys_in_e4m3(backend, factor):
     """The scale of the scores makes up for them. fp16 would hold none of these queries."""

@@ -124,6 +124,9 @@ class Consumer {
     // Of the queries, 16 columns each, that stay in registers: wgmma then reads less shared memory for the scores.
     static constexpr int kHeldSteps = F::kConverted ? 0 : 4;
     using Held = uint32_t[std::max(kHeldSteps, 1)][4];
+    // How far weights may exceed 1, in units of log 2, before what was summed is scaled down (as in FlashAttention-4):
+    // in a sequence's first pages the maximum of some row grows with each page, a little. fp16 lacks the room.
+    static constexpr float kSlackLog2 = F::kConverted ? 0 : 8;
     static constexpr bool kGatesAhead = !F::kConverted;  // of columns, by those stored before: else registers spill
 
     // What a lane loads and stores of the staged columns, in its first turn. `lane` may be opaque.
@@ -285,8 +288,10 @@ class Consumer {
 #pragma unroll
             for (int i = 0; i < kPage / 4; ++i) maximum = fmaxf(maximum, scores[i / 2 * 4 + half * 2 + i % 2]);
             maximum = warp_maximum<4>(maximum);
+            const float scale = score_scale(half);
+            if (kSlackLog2 > 0 && (maximum - maximum_[half]) * scale <= kSlackLog2) maximum = maximum_[half];
             // A row that sees nothing of the range so far: any finite number gives weights of zero.
-            const float scale = score_scale(half), base = maximum == -INFINITY ? 0 : maximum * scale;
+            const float base = maximum == -INFINITY ? 0 : maximum * scale;
             rescale[half] = ptx::exp2_approximate(maximum_[half] * scale - base);
             maximum_[half] = maximum;
             const float origin = base - F::kLargestWeightLog2;
