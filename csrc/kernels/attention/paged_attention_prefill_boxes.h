@@ -16,7 +16,7 @@ constexpr int kHelpers = 96;  // threads, behind the producer warp
 constexpr int kThreads = kConsumers + 32 + kHelpers;
 constexpr int kQueryBytes = kGroupRows * kDim * 2;  // of a consumer warpgroup: laid out as a box
 
-// Tiles that the producer has come to: it is ahead of the consumers by five boxes, two a tile at least.
+// Tiles that the producer has found: it is ahead of the consumers by five boxes, two a tile at least, and one tile more.
 constexpr int kAnnounced = 4;
 
 template <typename Kv>
@@ -62,27 +62,17 @@ class Producer {
 
     // The tiles of this block, announced to those who bring the queries.
     __device__ __forceinline__ void run_all() {
-        const bool leader = threadIdx.x % 32 == 0;
-        Cursor turn;
-#pragma unroll 1
-        for (Items items(p_, storage_.list); items.left(); items.next()) {
-            Tile& tile = storage_.ahead[turn.slot];
-            const Tile found = tile_at(p_, storage_.list, items.item());
-            if (found.first_page >= found.last_page) {
-                items.ask();
-                continue;
-            }
-            if (leader) {
-                tile = found;
-                ptx::mbarrier_arrive(&storage_.announced[turn.slot]);
-            }
-            __syncwarp();
-            run(tile, [&] { items.ask(); });
-            turn.next(kAnnounced);
-        }
-        if (leader) {
-            storage_.ahead[turn.slot] = {};
-            ptx::mbarrier_arrive(&storage_.announced[turn.slot]);
+        Items items(p_, storage_.list);
+        announce(items);
+        for (Cursor turn;; turn.next(kAnnounced)) {
+            const Tile& tile = storage_.ahead[turn.slot];
+            if (tile.rows == 0) return;
+            items.ask();
+            // The next tile is found while boxes wait for their places.
+            run(tile, [&] {
+                items.next();
+                announce(items);
+            });
         }
     }
 
@@ -104,6 +94,23 @@ class Producer {
     }
 
   private:
+    // The item's tile, or that of the next one that sees any page.
+    __device__ __forceinline__ void announce(Items& items) {
+        Tile found{};
+        for (; items.left(); items.next()) {
+            found = items.tile();
+            if (found.first_page < found.last_page) break;
+            found = {};
+            items.ask();
+        }
+        if (threadIdx.x % 32 == 0) {
+            storage_.ahead[announced_.slot] = found;
+            ptx::mbarrier_arrive(&storage_.announced[announced_.slot]);
+        }
+        __syncwarp();
+        announced_.next(kAnnounced);
+    }
+
     // Queries and gates into L2: the consumers are behind by the boxes of the ring.
     __device__ __forceinline__ void prefetch(const Tile& tile) const {
         constexpr int kLines = kDim * 2 / 128;
@@ -139,7 +146,7 @@ class Producer {
     Shared& storage_;
     const CUtensorMap* map_;
     const PagedAttentionPrefill& p_;
-    Cursor at_;
+    Cursor at_, announced_;
 };
 
 // Tiles and their queries, a tile ahead of the consumers: the queries of the next come as soon as the last keys have been

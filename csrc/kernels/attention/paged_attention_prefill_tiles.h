@@ -142,35 +142,22 @@ __device__ __forceinline__ Located locate_longest(const PagedAttentionPrefill& p
     }
 }
 
-// The tile at `index` of one KV head when at most kLaneSequences sequences stand one after the other, the one that ends
-// last first, each from its last tile on. By whole warps.
-__device__ __forceinline__ Located locate_by_sequence(const PagedAttentionPrefill& p, int index) {
-    const int lane = threadIdx.x % 32;
-    const Extent own = lane < p.sequences ? extent_of(p, lane) : Extent{0, 0};
-    int before = 0;  // tiles ahead of the lane's sequence
-#pragma unroll 1
-    for (int other = 0; other < p.sequences; ++other) {
-        const int tiles = __shfl_sync(kAllLanes, own.tiles, other), pages = __shfl_sync(kAllLanes, own.pages, other);
-        if (pages > own.pages || (pages == own.pages && other < lane)) before += tiles;
-    }
-    const bool holds = before <= index && index < before + own.tiles;
-    const int sequence = __ffs(static_cast<int>(__ballot_sync(kAllLanes, holds))) - 1;
-    return {sequence, __shfl_sync(kAllLanes, before + own.tiles, sequence) - 1 - index};
+// Where the entry of an item stands that was dealt out, or that was claimed of more than kLaneSequences sequences. By
+// whole warps.
+__device__ __forceinline__ Located locate_item(const PagedAttentionPrefill& p, const List& list, int item) {
+    const int index = item / p.kv_heads;
+    if (list.max_pages == kWhole && p.sequences <= kLaneSequences) return locate_longest(p, index);
+    return locate(p.sequences, list.entries - 1 - index,
+                  [&](int other) { return entries_of(extent_of(p, other), list.max_pages); });
 }
 
 // The tile at `item` of the list, which has the KV heads of an entry beside each other. Where keys are cut, a sequence
 // has (range, tile) entries, range by range, so that tiles that run at a time read the same pages. By whole warps.
-__device__ __forceinline__ Tile tile_at(const PagedAttentionPrefill& p, const List& list, int item) {
-    const int max_pages = list.max_pages, entry = list.entries - 1 - item / p.kv_heads;
-    const auto [sequence, offset] = [&] {
-        if (max_pages < kWhole || p.sequences > kLaneSequences) {
-            return locate(p.sequences, entry, [&](int other) { return entries_of(extent_of(p, other), max_pages); });
-        }
-        const int index = item / p.kv_heads;
-        return p.next_item != nullptr ? locate_by_sequence(p, index) : locate_longest(p, index);
-    }();
+__device__ __forceinline__ Tile tile_at(const PagedAttentionPrefill& p, const List& list, int item,
+                                        const Located& located) {
+    const int entry = list.entries - 1 - item / p.kv_heads, sequence = located.sequence, offset = located.offset;
     const Extent extent = extent_of(p, sequence);
-    const int ranges = ranges_of(extent, max_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
+    const int ranges = ranges_of(extent, list.max_pages), range = ranges == 1 ? 0 : offset / extent.tiles;
     Tile tile;
     tile.sequence = sequence;
     tile.head = item % p.kv_heads;
@@ -193,14 +180,33 @@ __device__ __forceinline__ int dealt(int round) {
 }
 
 // The items that a block works on. The list is dealt out forwards and backwards by turns, so that nobody always gets
-// the longer ones; or a block claims the next one as it comes to the end of the one before.
+// the longer ones; or a block claims the next one while it works on the one before. At most kLaneSequences sequences then
+// stand one after the other, the one that ends last first, each from its last tile on. By whole warps.
 class Items {
   public:
     __device__ __forceinline__ Items(const PagedAttentionPrefill& p, const List& list)
-        : p_(p), all_(list.entries * p.kv_heads) {}
+        : p_(p), list_(list), ranked_(p.next_item != nullptr && p.sequences <= kLaneSequences) {
+        if (!ranked_) return;
+        const int lane = threadIdx.x % 32;
+        const Extent own = lane < p.sequences ? extent_of(p, lane) : Extent{0, 0};
+#pragma unroll 1
+        for (int other = 0; other < p.sequences; ++other) {
+            const int tiles = __shfl_sync(kAllLanes, own.tiles, other),
+                      pages = __shfl_sync(kAllLanes, own.pages, other);
+            if (pages > own.pages || (pages == own.pages && other < lane)) before_ += tiles;
+        }
+        through_ = before_ + own.tiles;
+    }
 
-    __device__ __forceinline__ bool left() const { return item_ < all_; }
-    __device__ __forceinline__ int item() const { return item_; }
+    __device__ __forceinline__ bool left() const { return item_ < list_.entries * p_.kv_heads; }
+
+    __device__ __forceinline__ Tile tile() const {
+        if (!ranked_) return tile_at(p_, list_, item_, locate_item(p_, list_, item_));
+        const int index = item_ / p_.kv_heads;
+        const uint32_t holds = __ballot_sync(kAllLanes, before_ <= index && index < through_);
+        const int sequence = __ffs(static_cast<int>(holds)) - 1;
+        return tile_at(p_, list_, item_, {sequence, __shfl_sync(kAllLanes, through_, sequence) - 1 - index});
+    }
 
     // Ahead of next(), which waits for the answer.
     __device__ __forceinline__ void ask() {
@@ -218,7 +224,10 @@ class Items {
 
   private:
     const PagedAttentionPrefill& p_;
-    int all_, item_ = blockIdx.x, claim_ = 0;
+    const List& list_;
+    const bool ranked_;
+    int before_ = 0, through_ = 0;  // tiles of the sequences ahead of the lane's, and with its own
+    int item_ = blockIdx.x, claim_ = 0;
 };
 
 // Calls visit(tile) for the tiles of this block, where they are dealt out. By whole warps.
@@ -227,7 +236,7 @@ __device__ __forceinline__ void each_tile(const PagedAttentionPrefill& p, const 
     for (int round = 0;; ++round) {
         const int item = dealt(round);
         if (item >= list.entries * p.kv_heads) break;
-        const Tile tile = tile_at(p, list, item);
+        const Tile tile = tile_at(p, list, item, locate_item(p, list, item));
         if (tile.first_page < tile.last_page) visit(tile);
     }
 }
