@@ -227,16 +227,17 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
         const TokenFactors& factors = stage.factors;
         const int chunk = at.first + i, first = at.first_token(chunk), last = first + kChunk;
         uint32_t state[8][4];
-        ptx::wgmma_fence(x);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {  // operands are made while the matrix unit has those before them
+        for (int k = 0; k < 8; ++k) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 state[k][i] = ptx::pack_half_saturating(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
             }
-            ptx::wgmma_fence();
-            ptx::wgmma<__half, 64>(x, state[k], keys + step_of_panels(k), k > 0);
         }
+        ptx::hold_registers(state);
+        ptx::wgmma_fence(x);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) ptx::wgmma<__half, 64>(x, state[k], keys + step_of_panels(k), k > 0);
         ptx::wgmma_commit();
         float2 weights[8];
         load_factors(weights, factors.carried);
@@ -256,7 +257,6 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
 
         // The right-hand side v - e^G S k, transposed, and V' = A diag(beta) times it.
         uint32_t operand[4][4];
-        ptx::wgmma_fence(updates);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -266,18 +266,21 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
                 operand[k][i] =
                     ptx::pack_half_saturating(values[at] - weight.x * x[at], values[at + 1] - weight.y * x[at + 1]);
             }
-            ptx::wgmma_fence();
-            ptx::wgmma<__half, 64>(updates, operand[k], keys + kSolveStep + step_of_panels(k), k > 0);
+        }
+        ptx::hold_registers(operand);
+        ptx::wgmma_fence(updates);
 #pragma unroll
-            for (int i = 0; k < 2 && i < 32; ++i) s[32 * k + i] *= decay;
+        for (int k = 0; k < 4; ++k) {
+            ptx::wgmma<__half, 64>(updates, operand[k], keys + kSolveStep + step_of_panels(k), k > 0);
         }
         ptx::wgmma_commit();
+#pragma unroll
+        for (float& of_state : s) of_state *= decay;
         load_factors(weights, factors.to_end);
         const int step = i + 1 < at.chunks ? 1 : 0, next = number + step;
         const bool full = ptx::mbarrier_test(&shared.chain_ring.full[next % kStages], next / kStages & 1);
         ptx::wgmma_wait<0>(updates);
 
-        ptx::wgmma_fence(s);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -286,7 +289,11 @@ __device__ __forceinline__ void scan(const GatedDeltaRulePrefill& p, const Work&
                 const int at = 8 * k + 2 * i;
                 operand[k][i] = ptx::pack_half_saturating(updates[at] * weight.x, updates[at + 1] * weight.y);
             }
-            ptx::wgmma_fence();
+        }
+        ptx::hold_registers(operand);
+        ptx::wgmma_fence(s);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
             ptx::wgmma<__half, 128, true>(s, operand[k], keys + (k * 16 * 128 >> 4), true);
         }
         ptx::wgmma_commit();

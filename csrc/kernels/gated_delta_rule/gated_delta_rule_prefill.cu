@@ -56,7 +56,7 @@ using namespace delta_rule_prefill;
 
 constexpr int kThreads = 3 * kGroupThreads;                // chain, outputs, and one whose warps move data
 constexpr int kChainRegisters = 240, kMoveRegisters = 96;  // per thread, of 168 at the start
-constexpr int kWindowSlots = 260, kLeastWindow = 8;        // chunks of all sequences in a window, and of one at least
+constexpr int kWindowSlots = 520, kLeastWindow = 8;        // chunks of all sequences in a window, and of one at least
 constexpr int kAhead = 6;                                  // chunks, of asking memory for them
 constexpr int kMostChunksInTurn = 16;                      // of a pair: longer ones do not mind their ends
 constexpr uint32_t kOutputBarrier = 1;
