@@ -42,7 +42,7 @@ struct Shared {
     // For the outputs: S before the chunk and V'^T, fp16 in registers of the chain's threads. The same thread of the
     // other warpgroup has them as its A operands.
     uint4 state[8][kGroupThreads], update[4][kGroupThreads];
-    __nv_bfloat16 output[2][kPanel];  // chunks take turns
+    alignas(1024) __nv_bfloat16 output[2][kPanel];  // chunks take turns
     Ring chain_ring, output_ring;
     uint64_t state_given, update_given, taken;
     uint64_t state_full, state_left;  // in turn: a pair's state is there, and the one before is in its place

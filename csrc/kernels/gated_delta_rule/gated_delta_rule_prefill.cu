@@ -62,7 +62,8 @@ constexpr int kMostChunksInTurn = 16;                      // of a pair: longer 
 constexpr uint32_t kOutputBarrier = 1;
 
 // The outputs: O^T = (S Q^T) e^G dk^-0.5 + V'^T P^T, [64 value columns x 64 tokens], and their rows to memory.
-__device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, const Work& at, int done, Shared& shared) {
+__device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, const Work& at, const CUtensorMap& outputs,
+                                             int done, Shared& shared) {
     const int thread = threadIdx.x % kGroupThreads, piece = thread % 8;
     const int64_t stride = static_cast<int64_t>(p.value_heads) * kDim;
     auto* columns = p.out + at.value_head * kDim + at.column + piece * 8;
@@ -109,15 +110,22 @@ __device__ __forceinline__ void make_outputs(const GatedDeltaRulePrefill& p, con
             for (int b = 0; b < 4; ++b) blocks[b] = pack<__nv_bfloat16>(out[4 * j + 2 * b], out[4 * j + 2 * b + 1]);
             ptx::stmatrix_x4_transposed(columns_of_warp(tile, j), blocks);
         }
+        ptx::fence_async_shared();
+        if (thread == 0) ptx::bulk_wait_read<0>();  // the next chunk's tile is free
         ptx::named_barrier_sync(kOutputBarrier, kGroupThreads);
         const int chunk = at.first + i, begin = at.begin(chunk), end = at.end(chunk);
-        auto* rows = columns + at.row(chunk) * stride;
-#pragma unroll
-        for (int token = thread / 8; token < kChunk; token += kGroupThreads / 8) {
-            const auto* from = reinterpret_cast<const uint8_t*>(tile) + place(token, piece);
-            if (token >= begin && token < end) {
-                ptx::store_16_streaming(rows + token * stride, *reinterpret_cast<const uint4*>(from));
+        if (begin == 0 && end == kChunk) {
+            if (thread == 0) {
+                ptx::tma_store(&outputs, tile, {at.value_head * kDim + at.column, at.row(chunk)});
+                ptx::bulk_commit();
             }
+            continue;
+        }
+        auto* rows = columns + at.row(chunk) * stride;  // those around are others'
+#pragma unroll 1
+        for (int token = thread / 8; token < end; token += kGroupThreads / 8) {
+            const auto* from = reinterpret_cast<const uint8_t*>(tile) + place(token, piece);
+            if (token >= begin) ptx::store_16_streaming(rows + token * stride, *reinterpret_cast<const uint4*>(from));
         }
     }
 }
@@ -251,10 +259,12 @@ __device__ __forceinline__ void for_pairs(const GatedDeltaRulePrefill& p, const 
 template <typename Pairs>
 __global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(const __grid_constant__ GatedDeltaRulePrefill p, const __grid_constant__ CUtensorMap rows,
-                   const __grid_constant__ CUtensorMap states, const __grid_constant__ Window window) {
+                   const __grid_constant__ CUtensorMap outputs, const __grid_constant__ CUtensorMap states,
+                   const __grid_constant__ Window window) {
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
+        ptx::prefetch_tensor_map(&outputs);
         if (Pairs::kInTurn) ptx::prefetch_tensor_map(&states);
         for (Ring* ring : {&shared.chain_ring, &shared.output_ring}) {
             for (int i = 0; i < kMostStages; ++i) {
@@ -287,7 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for_pairs(p, window, first, [&](const Work& at, int, int) { store_cursor(p, at); });
     } else if (group == 1) {
         const Pairs first(p, window, range);
-        for_pairs(p, window, first, [&](const Work& at, int done, int) { make_outputs(p, at, done, shared); });
+        for_pairs(p, window, first, [&](const Work& at, int done, int) { make_outputs(p, at, outputs, done, shared); });
+        ptx::bulk_wait<0>();
         leave_cluster();
     } else {
         ptx::register_decrease<kMoveRegisters>();
@@ -372,14 +383,21 @@ int64_t gated_delta_rule_prefill_workspace(const GatedDeltaRulePrefill& p) {
 
 cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_t stream) {
     if (!gated_delta_rule_prefill_supported(p)) return cudaErrorInvalidValue;
-    CUtensorMap rows{}, states{};
+    CUtensorMap rows{}, outputs{}, states{};
     if (p.tokens > 0) {
         const auto channels = static_cast<uint64_t>(2 * p.key_heads + p.value_heads) * kDim;
         const TensorLayout<2> boxes{.base = p.qkv,
                                     .sizes = {channels, static_cast<uint64_t>(p.tokens)},
                                     .strides = {2, static_cast<uint64_t>(p.qkv_stride) * 2},
                                     .box = {kColumns, kChunk}};
-        const auto status = encode_tensor_map(&rows, TensorElement::kBf16, boxes, Swizzle::k128);
+        auto status = encode_tensor_map(&rows, TensorElement::kBf16, boxes, Swizzle::k128);
+        if (status != cudaSuccess) return status;
+        const auto columns = static_cast<uint64_t>(p.value_heads) * kDim;
+        const TensorLayout<2> out{.base = p.out,
+                                  .sizes = {columns, static_cast<uint64_t>(p.tokens)},
+                                  .strides = {2, columns * 2},
+                                  .box = {kColumns, kChunk}};
+        status = encode_tensor_map(&outputs, TensorElement::kBf16, out, Swizzle::k128);
         if (status != cudaSuccess) return status;
     }
     const Workspace layout(p);
@@ -416,7 +434,7 @@ cudaError_t gated_delta_rule_prefill(const GatedDeltaRulePrefill& p, cudaStream_
                             .ready = reinterpret_cast<uint32_t*>(workspace + layout.heads),
                             .carry = reinterpret_cast<float*>(workspace + layout.carry)};
         auto status = gated_delta_rule_prepare(p, rows, window, std::min(chunks, longest - first), stream);
-        if (status == cudaSuccess) status = launch(scan, config, p, rows, states, window);
+        if (status == cudaSuccess) status = launch(scan, config, p, rows, outputs, states, window);
         if (status != cudaSuccess) return status;
     }
     return cudaSuccess;
