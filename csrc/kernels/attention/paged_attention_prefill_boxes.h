@@ -229,28 +229,37 @@ class Converter {
     }
 
   private:
-    // A piece of 16 columns in, two of 8 out. A warp takes four pieces of eight rows; eight lanes those of two rows
-    // that differ by 5 in their swizzle, so that neither the reads nor the writes collide in a bank.
+    // Eight rows of 128 columns at a time. A lane reads two pieces of 16 columns and writes each as two of 8; eight lanes
+    // have those of two rows that differ by 5 in their swizzle, so that neither the reads nor the writes collide in a
+    // bank. Few instructions: a warp has its scheduler to itself for this, and each waits for the one before.
     __device__ __forceinline__ static void convert(const uint8_t* raw, uint8_t* box) {
-        constexpr int kPieces = Format<E4m3>::kBoxBytes / 16;
-#pragma unroll 2
-        for (int at = threadIdx.x - kConsumers - 32; at < kPieces; at += kHelpers) {
-            const int row = (at / 8 % 4 ^ at / 4 % 2 * 5) + at / 64 % 8 * 8;
-            const int piece = at % 4 + at / 32 % 2 * 4, group = at / 512;
-            const uint4 values =
-                *reinterpret_cast<const uint4*>(raw + group * kGroupBytes + (row * 8 + (piece ^ (row & 7))) * 16);
-            uint8_t* out = box + (group * 2 + piece / 4) * kGroupBytes;
-            const auto place = [&](int chunk) {
-                return reinterpret_cast<uint4*>(out + (row * 8 + (chunk ^ (row & 7))) * 16);
-            };
-            uint4 halves;
-            ptx::unpack_e4m3(values.x, halves.x, halves.y);
-            ptx::unpack_e4m3(values.y, halves.z, halves.w);
-            *place(piece % 4 * 2) = halves;
-            ptx::unpack_e4m3(values.z, halves.x, halves.y);
-            ptx::unpack_e4m3(values.w, halves.z, halves.w);
-            *place(piece % 4 * 2 + 1) = halves;
+        constexpr int kTurns = Format<E4m3>::kBoxBytes / 1024, kWarps = kHelpers / 32;
+        const int lane = threadIdx.x % 32, row = lane / 8 ^ lane / 4 % 2 * 5, piece = lane % 4;
+        const uint8_t* from = raw + (row * 8 + (piece ^ row)) * 16;
+        const uint8_t* from_beside = raw + (row * 8 + (piece + 4 ^ row)) * 16;
+        uint8_t* to = box + (row * 8 + (piece * 2 ^ row)) * 16;
+        uint8_t* to_beside = box + (row * 8 + (piece * 2 + 1 ^ row)) * 16;
+#pragma unroll 1
+        for (int turn = threadIdx.x / 32 - kConsumers / 32 - 1; turn < kTurns; turn += kWarps) {
+            const int place = turn * 1024 + turn / 8 * kGroupBytes;  // of two groups of columns of the box
+            const uint4 values = load(from, turn), beside = load(from_beside, turn);
+            store(to + place, to_beside + place, values);
+            store(to + place + kGroupBytes, to_beside + place + kGroupBytes, beside);
         }
+    }
+
+    __device__ __forceinline__ static uint4 load(const uint8_t* from, int turn) {
+        return *reinterpret_cast<const uint4*>(from + turn * 1024);
+    }
+
+    __device__ __forceinline__ static void store(uint8_t* first, uint8_t* second, const uint4& values) {
+        uint4 halves;
+        ptx::unpack_e4m3(values.x, halves.x, halves.y);
+        ptx::unpack_e4m3(values.y, halves.z, halves.w);
+        *reinterpret_cast<uint4*>(first) = halves;
+        ptx::unpack_e4m3(values.z, halves.x, halves.y);
+        ptx::unpack_e4m3(values.w, halves.z, halves.w);
+        *reinterpret_cast<uint4*>(second) = halves;
     }
 
     Shared& storage_;
