@@ -179,6 +179,8 @@ template <typename Pairs>
 __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const Pairs& at, const Window& window,
                                            const CUtensorMap& map, int done, Shared& shared) {
     constexpr int kStages = kChainStages<Pairs::kInTurn>;
+    // Long sequences of many heads would fill L2 with what is asked for, and their tiles would leave before their use.
+    constexpr bool kAsks = Pairs::kInTurn;
     const int value = (2 * p.key_heads + at.value_head) * kDim + at.column;
     const KeyTiles* keys = window.keys + int64_t{at.slot} * p.key_heads + at.key_head(p);
     const HeadTiles* heads = window.heads + int64_t{at.slot} * p.value_heads + at.value_head;
@@ -188,13 +190,13 @@ __device__ __forceinline__ void load_chain(const GatedDeltaRulePrefill& p, const
     // A loop: of `if (i < at.chunks) ask_for(i)` six times ptxas 13.0 makes predicates, and sets a coordinate under a
     // stale one (tools/compile_kernels.py looks for it).
 #pragma unroll 1
-    for (int i = 0; i < min(kAhead, at.chunks); ++i) ask_for(i);
+    for (int i = 0; kAsks && i < min(kAhead, at.chunks); ++i) ask_for(i);
 #pragma unroll 1
     for (int i = 0; i < at.chunks; ++i) {
         const int later = i + kAhead;
-        if (later < at.chunks) ask_for(later);
+        if (kAsks && later < at.chunks) ask_for(later);
         if (at.rank == 0) {
-            if (later < at.chunks && ptx::load_acquire(ready + int64_t{later} * p.key_heads) >= kReady) {
+            if (kAsks && later < at.chunks && ptx::load_acquire(ready + int64_t{later} * p.key_heads) >= kReady) {
                 known |= 1u << kAhead;
                 ptx::bulk_prefetch_l2(keys + int64_t{later} * p.key_heads, sizeof(KeyTiles));
                 ptx::bulk_prefetch_l2(heads + int64_t{later} * p.value_heads, kHeadBytes);
