@@ -125,7 +125,7 @@ def plot(rows: Iterable[dict], path: Path) -> None:
     labels = [f"{row['kernel']}  {row['shape']}" for row in rows]
     axes.barh(range(len(rows)), [row["percent_of_ceiling"] for row in rows], color="#3b6ea5")
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_xlabel("% of the ceiling measured in the same run")
     for number, row in enumerate(rows):
