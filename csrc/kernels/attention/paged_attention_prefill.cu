@@ -11,7 +11,8 @@
 // gets more, and runs through them without a pause: the producer is ahead in the next tile, and its neighbours bring
 // the next queries as soon as the last keys have been multiplied, so that of a tile's end the groups have the store
 // alone, through the box of those keys. Up to two rounds of tiles, and those of pages in e4m3, are dealt out instead,
-// forwards and backwards by turns, the tiles that see most pages first, whatever sequence they are of.
+// forwards and backwards by turns, the tiles that see most pages first, whatever sequence they are of. More than 32
+// sequences are not sorted, the last of the batch comes first, and beyond one round their tiles are claimed.
 //
 // Ranges. A short turn behind a long prefix has fewer tiles than the card has multiprocessors: 512 tokens of 16:2 heads
 // are 64. Then the pages of a tile are cut into ranges (flash-decoding, Dao et al. 2023), a part of each goes to the

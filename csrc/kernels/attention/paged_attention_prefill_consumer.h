@@ -227,7 +227,7 @@ class Consumer {
     }
 
     __device__ __forceinline__ void hold_queries(Held& held) const {
-        const int lane = __shfl_sync(kAllLanes, lane_, lane_);  // opaque, as in store
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);  // opaque, as in run
         const int row = warp_ * kWarpRows + lane % 16;
 #pragma unroll
         for (int k = 0; k < kHeldSteps; ++k) {
@@ -443,7 +443,7 @@ class Consumer {
 
     // What a range of the pages adds, as it is, for the merge.
     __device__ __forceinline__ void leave_part(const float (&output)[kDim / 2]) const {
-        const int lane = __shfl_sync(kAllLanes, lane_, lane_);  // opaque, as above
+        const int lane = __shfl_sync(kAllLanes, lane_, lane_);  // opaque, as in run
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float sum = warp_sum<4>(sum_[half]);

@@ -289,7 +289,7 @@ template <typename Weight, int kPerLane, bool kAlone>
 __global__ void __launch_bounds__(kThreads, 1)
     moe_block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments arguments) {
     DYNAMIC_SHARED(shared_memory);
-    Arguments a = arguments;  // and what the compiler knows of them
+    Arguments a = arguments;  // a copy, in which these are constants
     a.alone = kAlone;
     if (kAlone) a.p.tokens = a.layout.tokens = 1;
     const Layout& layout = a.layout;
