@@ -93,6 +93,12 @@ def test_many_rows_of_a_batch_are_decoded_by_the_prefill_kernel(backend, dtype):
     check_decode(backend, KvHeads(1, 16), [0, 62, 63, -1, 128], 3, dtype=dtype)
 
 
+def test_tiles_of_a_decode_with_padding_are_claimed(blocks):
+    """More tiles than two rounds of the device's blocks, as in the test above they are not."""
+    blocks(2)
+    check_decode(make_backend("emulated"), KvHeads(1, 16), [0, 62, 63, -1, 128, 70], 3)
+
+
 # Rows that fill a tile of 128 exactly, miss it by a token, and leave a token for the next: (group, tokens).
 @pytest.mark.thinned(2, "scheduled", "tokens", "dtype")
 @of_both_types
@@ -159,7 +165,7 @@ def test_claimed_tiles_of_sequences_of_any_length(blocks, count, seed):
 
 
 def test_each_call_claims_all_tiles_behind_whatever_was_claimed_before(blocks):
-    """Launches queue up, and a call's counter may lie where that of the call ahead lies."""
+    """Launches queue up, and a call's counter holds any number at first: emulated memory is filled with a large one."""
     blocks(1)
     backend = make_backend("emulated")
     pages = Pages(backend, KvHeads(1, 16), 4)
@@ -172,7 +178,9 @@ def test_each_call_claims_all_tiles_behind_whatever_was_claimed_before(blocks):
     assert same_bits(operator(q, gate, pages.kv, table, starts, contexts, 40, 1 / 16), wanted)
     for seed in range(4):
         outs = queued(
-            emulator(), seed, lambda: [operator(q, gate, pages.kv, table, starts, contexts, 40, 1 / 16) for _ in "12"]
+            emulator(),
+            seed,
+            lambda: [operator(q, gate, pages.kv, table, starts, contexts, 40, 1 / 16) for _ in range(2)],
         )
         assert all(same_bits(out, wanted) for out in outs)
 

@@ -10,7 +10,7 @@ from tests.kernels.launches import emulator
 from tests.kernels.test_sample import arguments
 from tokenspeed import ops
 from tokenspeed.engine.errors import EngineError
-from tokenspeed.engine.executor.sampling import Vocabulary
+from tokenspeed.engine.executor.sampling import Parameters, Vocabulary
 from tokenspeed.engine.parallel.comm import Communicator
 from tokenspeed.engine.parallel.mesh import Mesh
 from tokenspeed.engine.parallel.peers import PeerDraws, declare
@@ -199,7 +199,9 @@ def test_the_vocabulary_of_a_rank_draws_by_them(made):
     ranks, values = made(2), arguments(rows_of(2, 1024, 3), top_k=2, seed=torch.tensor([1, 2]))
     parts = [part.contiguous() for part in values[0].chunk(2, 1)]
     vocabularies = [Vocabulary(512, Connected(draws, rank)) for rank, draws in enumerate(ranks.ranks)]
-    sampled = [v.sample(part, *values[1:]) for v, part in zip(vocabularies, parts, strict=True)]
+    _, *of_rows, output = values
+    parameters = Parameters(*of_rows, index=None)
+    sampled = [v.sample(part, parameters, output) for v, part in zip(vocabularies, parts, strict=True)]
     likeliest = [v.likeliest(part) for v, part in zip(vocabularies, parts, strict=True)]
     ranks.run()
     assert [ids.tolist() for ids in sampled] == [ops.sample(*values).tolist()] * 2

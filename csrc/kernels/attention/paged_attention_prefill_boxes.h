@@ -48,6 +48,7 @@ struct Storage<E4m3> {
     uint64_t full[kStages], empty[kStages], raw_full[kRawStages], raw_empty[kRawStages];
     List list;
 };
+static_assert(Storage<__nv_bfloat16>::kStages <= 6);  // or more than kAnnounced tiles may be under way
 static_assert(sizeof(Storage<__nv_bfloat16>) <= kSharedLimit && sizeof(Storage<E4m3>) <= kSharedLimit);
 static_assert(kQueryBytes == Format<__nv_bfloat16>::kBoxBytes && kQueryBytes == 2 * Format<E4m3>::kBoxBytes);
 

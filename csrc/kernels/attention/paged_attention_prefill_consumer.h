@@ -292,7 +292,8 @@ class Consumer {
             if (kSlackLog2 > 0 && (maximum - maximum_[half]) * scale <= kSlackLog2) maximum = maximum_[half];
             // A row that sees nothing of the range so far: any finite number gives weights of zero.
             const float base = maximum == -INFINITY ? 0 : maximum * scale;
-            rescale[half] = ptx::exp2_approximate(maximum_[half] * scale - base);
+            // Exactly 1 where the maximum stays: the difference may be fused, and is then what `base` was rounded by.
+            rescale[half] = maximum == maximum_[half] ? 1.0f : ptx::exp2_approximate(maximum_[half] * scale - base);
             maximum_[half] = maximum;
             const float origin = base - F::kLargestWeightLog2;
             float sum = 0;

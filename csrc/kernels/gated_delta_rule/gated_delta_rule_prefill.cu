@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     DYNAMIC_SHARED(storage);
     auto& shared = *reinterpret_cast<Shared*>(storage);
     if (threadIdx.x == 0) {
-        ptx::prefetch_tensor_map(&outputs);
+        if (p.tokens > 0) ptx::prefetch_tensor_map(&outputs);  // or nobody has encoded it
         if (Pairs::kInTurn) ptx::prefetch_tensor_map(&states);
         for (Ring* ring : {&shared.chain_ring, &shared.output_ring}) {
             for (int i = 0; i < kMostStages; ++i) {
