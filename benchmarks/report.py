@@ -91,8 +91,10 @@ def markdown(rows: Iterable[dict]) -> str:
                 rates = [f"{row['gb_per_s']:.0f}", *[f"{row['tflops'] or 0:.1f}"] * flops]
                 peers = (
                     f"{name} {peer['ratio']:.2f}x{'*' * (peer['method'] != row['method'])}"
-                    for name, peer in row["peers"].items()
                     if "ratio" in peer
+                    else f"{name} failed"
+                    for name, peer in row["peers"].items()
+                    if "missing" not in peer
                 )
                 cells = [time, *rates, f"{row['percent_of_ceiling']:.0f}% of {row['ceiling']}", ", ".join(peers)]
             lines.append(f"| {' | '.join([row['shape'], *cells])} |")

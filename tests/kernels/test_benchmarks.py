@@ -78,7 +78,11 @@ def test_a_table_has_a_line_for_each_row_and_marks_peers_that_were_timed_otherwi
         "graph": {"us": 5, "ratio": 0.5, "method": "graph"},
     }
     row = {"kernel": "linear", "shape": "1 x 8", "us": 10.04, "gb_per_s": 3.4, "tflops": 1.25, "method": "graph"}
-    row |= {"percent_of_ceiling": 50.4, "ceiling": "copy", "peers": peers | {"absent": {"missing": True}}}
+    row |= {
+        "percent_of_ceiling": 50.4,
+        "ceiling": "copy",
+        "peers": peers | {"absent": {"missing": True}, "broken": {"failed": "no"}},
+    }
     slow = row | {"shape": "2 x 8", "us": 1234.0, "tflops": None, "peers": {}}
     failed = {"kernel": "linear", "shape": "3 x 8", "failed": "misaligned"}
     assert report.markdown([{"machine": "card"}, row, slow, failed]).splitlines() == [
@@ -86,7 +90,7 @@ def test_a_table_has_a_line_for_each_row_and_marks_peers_that_were_timed_otherwi
         "",
         "| shape | time | GB/s | TFLOP/s | % of ceiling | peers |",
         "|---|---|---|---|---|---|",
-        "| 1 x 8 | 10.0 us | 3 | 1.2 | 50% of copy | eager 2.00x*, graph 0.50x |",
+        "| 1 x 8 | 10.0 us | 3 | 1.2 | 50% of copy | eager 2.00x*, graph 0.50x, broken failed |",
         "| 2 x 8 | 1.23 ms | 3 | 0.0 | 50% of copy |  |",
         "| 3 x 8 | misaligned |  |  |  |  |",
     ]

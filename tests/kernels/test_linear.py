@@ -5,9 +5,10 @@ import ctypes
 import pytest
 import torch
 
-from tests.kernels.launches import queued
+from tests.kernels.launches import queued, torch_served
 from tests.ops.backends import Backend, make_backend, relative_error, same_bits
 from tests.ops.reference import exact
+from tokenspeed.ops.strict import LINEAR_STAGED_ROWS
 
 
 @pytest.fixture(scope="module", params=["emulated", "cuda"])
@@ -206,6 +207,16 @@ def test_more_rows_and_other_types_go_to_torch(backend):
     assert product_error(backend, 2, 20, 50) < 4e-3
     x, weight = backend.randn(2, 64, dtype=torch.float32), backend.randn(5, 64, dtype=torch.float32)
     assert relative_error(backend.op("linear")(x, weight), exact(x) @ exact(weight).T) < 1e-5
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_staged_operand_is_served_up_to_as_many_rows_as_the_model_counts_on(name):
+    backend = make_backend("emulated")
+    for rows in (LINEAR_STAGED_ROWS, LINEAR_STAGED_ROWS + 1):
+        arguments = staged_arguments(backend, name, rows, 64, 128)
+        assert bool(torch_served(lambda arguments=arguments: backend.op(name)(*arguments))) == (
+            rows > LINEAR_STAGED_ROWS
+        )
 
 
 def test_a_chain_of_blocks_in_which_each_launch_starts_early_equals_one_at_a_time(emulator):
