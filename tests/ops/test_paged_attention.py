@@ -214,13 +214,14 @@ def test_pages_behind_the_longest_sequence_are_not_gathered():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_no_length_costs_the_torch_implementation_memory_of_the_process():
+@pytest.mark.parametrize("device", ["cuda"])  # a name that `-k cuda` selects
+def test_no_length_costs_the_torch_implementation_memory_of_the_process(device):
     """cuDNN's attention would keep 2 MB for each."""
-    q, kv = torch.randn(1, 4, 64, device="cuda"), torch.randn(70, 2, 2, 16, 64, device="cuda")
-    q, kv, table = q.bfloat16(), kv.bfloat16(), torch.arange(70, dtype=torch.int32, device="cuda")[None]
+    q, kv = torch.randn(1, 4, 64, device=device), torch.randn(70, 2, 2, 16, 64, device=device)
+    q, kv, table = q.bfloat16(), kv.bfloat16(), torch.arange(70, dtype=torch.int32, device=device)[None]
 
     def resident_mib(pages: int) -> float:
-        context = torch.tensor([pages * 16 - 1], dtype=torch.int32, device="cuda")
+        context = torch.tensor([pages * 16 - 1], dtype=torch.int32, device=device)
         gate = torch.zeros_like(q)
         ops.paged_attention_decode.__wrapped__(q, gate, kv, table[:, :pages].contiguous(), context, 0.125)
         return int(Path("/proc/self/statm").read_text().split()[1]) / 256

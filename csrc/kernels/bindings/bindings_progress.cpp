@@ -22,6 +22,28 @@ bool is_table(const Tensor& t, ScalarType type, int64_t rows, int64_t least_widt
            (t.size(1) == 1 || t.stride(1) == 1);
 }
 
+// Where the rows of some sequences stand: `width` of each, of tables that `is_table` has looked at. What says which
+// sequences, and from where on, is left to the caller.
+PagedRows rows_of(const Tensor& pages, const Tensor& capacity, const Tensor& inv_freq, Tensor& cos_sin,
+                  Tensor& kv_slots, int64_t sequences, int64_t width, double rope_scale, int64_t rope_shift,
+                  int64_t page_size) {
+    return {.index = nullptr,
+            .first = nullptr,
+            .pages = data<int32_t>(pages),
+            .pages_stride = pages.stride(0),
+            .capacity = data<int32_t>(capacity),
+            .inv_freq = data<float>(inv_freq),
+            .cos_sin = data<float>(cos_sin),
+            .kv_slots = data<int64_t>(kv_slots),
+            .sequences = static_cast<int>(sequences),
+            .width = static_cast<int>(width),
+            .table_width = static_cast<int>(pages.size(1)),
+            .frequencies = static_cast<int>(inv_freq.size(0)),
+            .rope_shift = static_cast<int>(rope_shift),
+            .page_size = static_cast<int>(page_size),
+            .rope_scale = static_cast<float>(rope_scale)};
+}
+
 std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> decode_rows(
     const Tensor& packed, const Tensor& length, const Tensor& left, const Tensor& prompt, const Tensor& ids,
     const Tensor& pages, const Tensor& capacity, const Tensor& inv_freq, int64_t width, double rope_scale,
@@ -44,34 +66,21 @@ std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor page_table = new_tensor(pages, {sequences, pages.size(1)});
     Tensor cos_sin = new_tensor(inv_freq, {sequences * width, 2 * inv_freq.size(0)});
     Tensor kv_slots = new_tensor(ids, {sequences * width});
-    const DecodeRows arguments{.packed = data<int32_t>(packed),
-                               .length = data<int32_t>(length),
-                               .left = data<int32_t>(left),
-                               .prompt = data<int32_t>(prompt),
-                               .ids = data<int64_t>(ids),
-                               .ids_stride = ids.stride(0),
-                               .rows = {.index = nullptr,
-                                        .first = nullptr,
-                                        .pages = data<int32_t>(pages),
-                                        .pages_stride = pages.stride(0),
-                                        .capacity = data<int32_t>(capacity),
-                                        .inv_freq = data<float>(inv_freq),
-                                        .cos_sin = data<float>(cos_sin),
-                                        .kv_slots = data<int64_t>(kv_slots),
-                                        .sequences = static_cast<int>(sequences),
-                                        .width = static_cast<int>(width),
-                                        .table_width = static_cast<int>(pages.size(1)),
-                                        .frequencies = static_cast<int>(inv_freq.size(0)),
-                                        .rope_shift = 0,
-                                        .page_size = static_cast<int>(page_size),
-                                        .rope_scale = static_cast<float>(rope_scale)},
-                               .index = data<int64_t>(index),
-                               .tokens = data<int64_t>(tokens),
-                               .outputs = data<int64_t>(outputs),
-                               .context_lens = data<int32_t>(context_lens),
-                               .reads = data<int32_t>(reads),
-                               .writes = data<int32_t>(writes),
-                               .page_table = data<int32_t>(page_table)};
+    const DecodeRows arguments{
+        .packed = data<int32_t>(packed),
+        .length = data<int32_t>(length),
+        .left = data<int32_t>(left),
+        .prompt = data<int32_t>(prompt),
+        .ids = data<int64_t>(ids),
+        .ids_stride = ids.stride(0),
+        .rows = rows_of(pages, capacity, inv_freq, cos_sin, kv_slots, sequences, width, rope_scale, 0, page_size),
+        .index = data<int64_t>(index),
+        .tokens = data<int64_t>(tokens),
+        .outputs = data<int64_t>(outputs),
+        .context_lens = data<int32_t>(context_lens),
+        .reads = data<int32_t>(reads),
+        .writes = data<int32_t>(writes),
+        .page_table = data<int32_t>(page_table)};
     const Launch launch(packed);
     check_launch(tokenspeed::decode_rows(arguments, launch.stream()), "decode_rows");
     return std::make_tuple(index, tokens, outputs, context_lens, reads, writes, page_table, cos_sin, kv_slots);
@@ -90,21 +99,10 @@ std::optional<std::tuple<Tensor, Tensor>> paged_rows(const Tensor& index, const 
     const int64_t rows = index.size(0) * width;
     Tensor cos_sin = new_tensor(inv_freq, {rows, 2 * inv_freq.size(0)});
     Tensor kv_slots = new_tensor(index, {rows});
-    const PagedRows arguments{.index = data<int64_t>(index),
-                              .first = data<int32_t>(first),
-                              .pages = data<int32_t>(pages),
-                              .pages_stride = pages.stride(0),
-                              .capacity = data<int32_t>(capacity),
-                              .inv_freq = data<float>(inv_freq),
-                              .cos_sin = data<float>(cos_sin),
-                              .kv_slots = data<int64_t>(kv_slots),
-                              .sequences = static_cast<int>(index.size(0)),
-                              .width = static_cast<int>(width),
-                              .table_width = static_cast<int>(pages.size(1)),
-                              .frequencies = static_cast<int>(inv_freq.size(0)),
-                              .rope_shift = static_cast<int>(rope_shift),
-                              .page_size = static_cast<int>(page_size),
-                              .rope_scale = static_cast<float>(rope_scale)};
+    PagedRows arguments =
+        rows_of(pages, capacity, inv_freq, cos_sin, kv_slots, index.size(0), width, rope_scale, rope_shift, page_size);
+    arguments.index = data<int64_t>(index);
+    arguments.first = data<int32_t>(first);
     const Launch launch(index);
     check_launch(tokenspeed::paged_rows(arguments, launch.stream()), "paged_rows");
     return std::make_tuple(cos_sin, kv_slots);
